@@ -5,7 +5,9 @@ Nothing heavy is imported before a job starts: `--help`, `--cfg job` and tab com
 
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +37,17 @@ QUIET_VARIABLES = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
 }
 EXIT_INTERRUPTED = 130  # as shells have it for Ctrl-C
+EXIT_SIGNAL = 128  # and, plus its number, for a signal
+# what a batch system, a shell that closes or `kill` sends; a run ends in order, as after Ctrl-C
+ENDING_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+
+
+class Terminated(KeyboardInterrupt):
+    """A signal asks this process to end."""
+
+    def __init__(self, number: int):
+        super().__init__(f"ended by {signal.Signals(number).name}")
+        self.number = number
 
 
 def main() -> None:
@@ -51,23 +64,48 @@ def main() -> None:
     quiet_libraries()
     logging.raiseExceptions = is_debug  # else logging prints a traceback when the log file's disk is full
     try:
-        check_and_run()
+        with raise_on_signals():
+            check_and_run()
     except Exception as error:
         message, exit_code = explain_error(error)
         if is_debug or message is None:
             raise
         sys.stderr.write(f"int8run: {message}\n")
         sys.exit(exit_code)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         is_sweep = bool({"-m", "--multirun"} & set(sys.argv))
         hint = "; the same command with resume=true goes on" if is_sweep else ""
-        sys.stderr.write(f"int8run: interrupted{hint}\n")
-        sys.exit(EXIT_INTERRUPTED)
+        is_signal = isinstance(interrupt, Terminated)
+        sys.stderr.write(f"int8run: {interrupt if is_signal else 'interrupted'}{hint}\n")
+        sys.exit(EXIT_SIGNAL + interrupt.number if isinstance(interrupt, Terminated) else EXIT_INTERRUPTED)
     finally:
         if hydra_raises is None:
             del os.environ[HYDRA_RAISES]
         else:
             os.environ[HYDRA_RAISES] = hydra_raises
+
+
+@contextmanager
+def raise_on_signals() -> Iterator[None]:
+    """Raise Terminated where a signal would end the process at once, so that a run writes what it has.
+
+    A signal that is ignored (`nohup`) or that a program around us handles stays as it is.
+    """
+
+    def end(number: int, frame: object) -> None:
+        raise Terminated(number)
+
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    caught = [
+        number for number in ENDING_SIGNALS if is_main_thread and signal.getsignal(number) is signal.SIG_DFL
+    ]
+    for number in caught:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in caught:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def quiet_libraries() -> None:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,11 +11,13 @@ import pytest
 import torch
 import yaml
 from hydra.errors import MissingConfigException
+from PIL import Image
 from safetensors.torch import save_file
 
 from int8run import __version__, cli
 from int8run.errors import ConfigError
 from int8run.tasks.options import Run
+from int8run.tracking.run_record import KILLED, read_record
 
 # the command of this interpreter's environment
 INT8RUN = Path(sys.executable).with_name("int8run")
@@ -505,6 +508,54 @@ def test_an_error_that_is_not_the_users_is_shown_whole(command, monkeypatch):
 
     with pytest.raises(ZeroDivisionError):
         command()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_signal_that_ends_a_process_is_one_line_and_its_code(command, monkeypatch, number, code):
+    monkeypatch.setattr(cli, "check_and_run", lambda: os.kill(os.getpid(), number))
+
+    outcome = command()
+
+    assert (outcome.code, outcome.err) == (code, f"int8run: ended by {signal.Signals(number).name}\n")
+    assert signal.getsignal(number) is signal.SIG_DFL
+
+
+def test_a_signal_that_is_ignored_stays_ignored(command, monkeypatch):
+    """As `nohup` has it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    monkeypatch.setattr(cli, "check_and_run", lambda: os.kill(os.getpid(), signal.SIGHUP))
+    try:
+        outcome = command()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+    assert (outcome.code, outcome.err) == (0, "")
+
+
+@pytest.mark.slow
+def test_sigterm_keeps_what_is_generated(tmp_path, model):
+    """A real process, stopped after its first image, on a pipe."""
+    small = ["sampler.steps=2", "sampler.height=16", "sampler.width=16", "tracker=none", "cache.limit_gb=0"]
+    words = [model, *small, "backend=reference", "prompts.seeds_per_prompt=1000", "metrics.baseline=none"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "int8run", *words, "prompts.prompts=[a]", "hydra.run.dir=out"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    first_image = next(line for line in process.stdout if line.startswith("Generating: 1 of 1000, "))
+    process.send_signal(signal.SIGTERM)
+    rest, errors = process.communicate()
+
+    assert first_image.endswith(" left\n")
+    kept = re.search(r"(\d+) of 1000 images are generated and kept in (.*)", " ".join(rest.split()))
+    images = list((tmp_path / "out" / "images").iterdir())
+    assert int(kept[1]) == len(images) > 0
+    assert all(Image.open(path).text["parameters"].startswith("a\n") for path in images)
+    assert (process.returncode, errors) == (143, "int8run: ended by SIGTERM\n")
+    record = read_record(tmp_path / "out")
+    assert (record.state, record.error) == (KILLED, "ended by SIGTERM")
 
 
 def test_an_interrupt_is_one_line_and_code_130(command, monkeypatch):

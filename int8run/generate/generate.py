@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline
 from PIL.Image import Image
 from torch import Tensor, nn
 
+from int8run.errors import ConfigError
 from int8run.generate.pipeline_call import call_pipeline, extract_frames, get_execution_device
 from int8run.generate.prompt_cache import PromptCache
 from int8run.generate.prompts import Sample
@@ -36,6 +37,7 @@ class Generation:
         step_seconds: of each batch, by step.
         image_seconds: of each image or video, text encoding and decoding included.
         has_sound: whether the pipeline also generated sound, which is not kept.
+        peak_bytes: largest memory while it generated, where the caller measures it; else 0.
     """
 
     frames: list[list[Image]] = field(default_factory=list)
@@ -43,6 +45,7 @@ class Generation:
     step_seconds: list[list[float]] = field(default_factory=list)
     image_seconds: list[float] = field(default_factory=list)
     has_sound: bool = False
+    peak_bytes: float = 0.0
 
     @property
     def images(self) -> list[Image]:
@@ -106,6 +109,7 @@ def generate(
     denoisers: Mapping[str, nn.Module],
     samples: Sequence[Sample],
     sampling: Sampling,
+    before_batch: Callable[[str], None] = lambda name: None,
     on_batch: Callable[[str, Sequence[Sample], Generation], None] = lambda name, batch, generation: None,
     on_fraction: OnFraction = lambda fraction: None,
     text_encoders: Mapping[str, Mapping[str, nn.Module]] = SAME_ENCODERS,
@@ -120,6 +124,7 @@ def generate(
             two.
         samples: what to generate.
         sampling: how.
+        before_batch: called before each batch with the denoiser's name.
         on_batch: called after each batch with the denoiser's name, the samples and the Generation so far.
         on_fraction: called before each step with the fraction of the steps that is done.
         text_encoders: by the name of a denoiser, the components that belong to it, where not all share them.
@@ -135,6 +140,7 @@ def generate(
         for name, denoiser in order if number % 2 == 0 else reversed(order):
             set_denoiser(pipe, denoiser, component)
             set_text_encoders(pipe, name, text_encoders.get(name, {}))
+            before_batch(name)
             clock = StepClock(device, on_fraction)
             generate_batch(pipe, batch, sampling, clock, generations[name])
             on_batch(name, batch, generations[name])
@@ -156,6 +162,9 @@ def generate_batch(
         sampling: how.
         clock: of this call.
         generation: receives the result.
+
+    Raises:
+        ConfigError: when the call makes another number of images than it has prompts.
     """
     prompt_cache = PromptCache.for_pipeline(pipe)
     saved_before = prompt_cache.saved_seconds
@@ -165,12 +174,30 @@ def generate_batch(
     # As if every call had encoded its prompts itself.
     seconds = read_clock(clock.device) - clock.started - clock.paused_seconds
     seconds += prompt_cache.saved_seconds - saved_before
-    generation.frames += extract_frames(output)
+    frames = extract_frames(output)
+    check_count(len(frames) or len(clock.latents[0]), len(batch), sampling)
+    generation.frames += frames
     generation.has_sound |= getattr(output, "audio", None) is not None
     # [steps, batch, ...] -> [steps, ...] for each sample
     generation.trajectories += list(torch.stack(clock.latents).unbind(dim=1))
     generation.step_seconds.append(clock.seconds)
     generation.image_seconds += [seconds / len(batch)] * len(batch)
+
+
+def check_count(num_images: int, num_samples: int, sampling: Sampling) -> None:
+    """Raise ConfigError unless a call made one image for each of its prompts.
+
+    Args:
+        num_images: that the call made.
+        num_samples: prompts of the call.
+        sampling: its settings.
+    """
+    if num_images != num_samples:
+        extra = ", ".join(sampling.extra) or "nothing"
+        raise ConfigError(
+            f"the pipeline made {num_images} images of {num_samples} prompts (sampler.extra sets {extra}); "
+            "one image per prompt is compared: prompts.seeds_per_prompt=2 makes two of each prompt"
+        )
 
 
 def set_text_encoders(pipe: DiffusionPipeline, encoder_key: str, encoders: Mapping[str, nn.Module]) -> None:

@@ -6,6 +6,7 @@ What differs between pipelines is here, so that `generate` and `capture` need no
 import inspect
 import random
 import re
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,6 +23,8 @@ from int8run.models.sampling import Sampling
 OUTPUT_TYPES = ("pil", "latent")
 # Arguments of a call that are prompts: one for each sample of a batch.
 PROMPT_ARGUMENT = re.compile(r"(negative_)?prompt(_\d+)?")
+# Arguments that would make several images of one prompt.
+SEVERAL_PER_PROMPT = re.compile(r"num_\w+_per_prompt")
 # Frames per second of a video whose pipeline has no such argument: that of Wan.
 DEFAULT_FRAME_RATE = 16.0
 
@@ -50,6 +53,7 @@ def call_pipeline(
     """
     arguments = build_arguments(pipe, batch, sampling) | build_step_callback(pipe, on_step_end)
     check_choice("sampler.extra.output_type", arguments["output_type"], OUTPUT_TYPES)
+    check_one_per_prompt(sampling)
     generators = [torch.Generator().manual_seed(sample.seed) for sample in batch]
     device = get_execution_device(pipe)
     try:
@@ -58,6 +62,9 @@ def call_pipeline(
             torch.manual_seed(random.Random(f"noise between steps {batch[0].seed}").getrandbits(63))
             return pipe(**arguments, generator=generators)
     except ValueError as error:
+        refusal = explain_refusal(pipe, error)
+        if refusal is not None:
+            raise ConfigError(refusal) from error
         if sampling.scheduler is None or "scheduler" not in str(error):
             raise
         reason = " ".join(str(error).split())[:300]
@@ -65,6 +72,33 @@ def call_pipeline(
             f"sampler.scheduler={sampling.scheduler} cannot be used with {type(pipe).__name__}: {reason}; "
             "choose another one"
         ) from error
+
+
+def check_one_per_prompt(sampling: Sampling) -> None:
+    """Raise ConfigError where a call would make several images of a prompt."""
+    for name, value in sampling.extra.items():
+        if SEVERAL_PER_PROMPT.fullmatch(name) and value not in (None, 1):
+            raise ConfigError(
+                f"sampler.extra.{name} is {value!r}; one image of each prompt and seed is compared; "
+                f"prompts.seeds_per_prompt={value} makes several of each prompt"
+            )
+
+
+def explain_refusal(pipe: DiffusionPipeline, error: ValueError) -> str | None:
+    """What a pipeline has against its arguments, in one line; None for an error of another place.
+
+    Pipelines check them in a method of their own, `check_inputs`.
+
+    Args:
+        pipe: that was called.
+        error: that it raised.
+    """
+    frames = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
+    if not frames or frames[-1] != "check_inputs":
+        return None
+    reason = " ".join(str(error).split()).rstrip(".")[:300]
+    advice = "change sampler.height, sampler.width or sampler.extra"
+    return f"{type(pipe).__name__} cannot generate this: {reason}; {advice}"
 
 
 def build_arguments(pipe: DiffusionPipeline, batch: Sequence[Sample], sampling: Sampling) -> dict[str, Any]:
@@ -125,9 +159,14 @@ def extract_frames(output: Any) -> list[list[Image]]:
 
 def get_frame_rate(pipe: DiffusionPipeline, sampling: Sampling) -> float:
     """Frames per second of this pipeline's videos."""
-    parameter = inspect.signature(type(pipe).__call__).parameters.get("frame_rate")
-    default = parameter.default if parameter else DEFAULT_FRAME_RATE
+    default = get_call_default(pipe, "frame_rate") or DEFAULT_FRAME_RATE
     return float(sampling.extra.get("frame_rate") or default)
+
+
+def get_call_default(pipe: DiffusionPipeline, name: str) -> Any:
+    """What this pipeline's call takes where an argument is not given; None for one that it does not have."""
+    parameter = inspect.signature(type(pipe).__call__).parameters.get(name)
+    return None if parameter is None or parameter.default is parameter.empty else parameter.default
 
 
 def find_unknown_arguments(pipe: DiffusionPipeline, sampling: Sampling) -> list[str]:

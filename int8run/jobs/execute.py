@@ -91,6 +91,8 @@ def end_failed_record(
     # an interrupt, and an exit that hydra or a worker asks for, are no fault of the job
     state = FAILED if isinstance(error, Exception) else KILLED
     message = " ".join(str(disk_full or error).split())
+    if isinstance(error, KeyboardInterrupt) and not message:
+        message = "interrupted by Ctrl-C"
     return end_record(record, state, message or type(error).__name__, warnings)
 
 

@@ -7,6 +7,7 @@ no bars. `conf/hydra/job_logging` and `conf/hydra/hydra_logging` name `ConsoleHa
 
 import logging
 import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -15,9 +16,13 @@ from rich import progress as bars
 from rich.cells import cell_len
 from rich.text import Text
 
+from int8run.report.formatting import format_duration
+
 log = logging.getLogger(__name__)
 
 LABEL_WIDTH = 28  # of a bar; longer labels move its bar to the right
+# seconds between the lines of a loop without a bar whose items are not worth a line each, such as layers
+LINE_INTERVAL_S = 10.0
 LEVEL_STYLES = {logging.WARNING: "bold yellow", logging.ERROR: "bold red", logging.CRITICAL: "bold red"}
 
 
@@ -103,15 +108,24 @@ class Progress:
         self.has_bars = enabled and is_interactive()
 
     @contextmanager
-    def track_loop(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
+    def track_loop(
+        self, name: str, total: int, *, line_each: bool = False
+    ) -> Iterator[Callable[[int], None]]:
         """Show a loop of known length.
+
+        Args:
+            name: what is done.
+            total: number of items.
+            line_each: without a terminal, log a line for every item, such as an image, and not only one now
+                and then.
 
         Yields:
             A function that advances it by a number of items.
         """
         if not self.has_bars:
             self.log_step(f"{name} ({total})")
-            yield lambda count: None
+            lines = LoopLines(name, total, 0.0 if line_each else LINE_INTERVAL_S, self.log_step)
+            yield lines.advance
             return
         with self.open_bar(bars.BarColumn(), bars.MofNCompleteColumn()) as bar:
             task = bar.add_task(name, total=total)
@@ -140,3 +154,42 @@ class Progress:
         return bars.Progress(
             label, *columns, bars.TimeElapsedColumn(), console=get_console(), transient=self.transient
         )
+
+
+class LoopLines:
+    """Lines in place of the bar of a loop: how much is done, and the time that the rest will take.
+
+    Args:
+        name: of the loop.
+        total: number of items.
+        interval: least seconds between two lines; 0: a line each time.
+        write: is given each line.
+    """
+
+    def __init__(self, name: str, total: int, interval: float, write: Callable[[str], None]):
+        self.name = name
+        self.total = total
+        self.interval = interval
+        self.write = write
+        self.done = 0
+        self.started = self.last_line = time.monotonic()
+
+    def advance(self, count: int) -> None:
+        """Count some items as done."""
+        self.done += count
+        now = time.monotonic()
+        if now - self.last_line >= self.interval:
+            self.last_line = now
+            self.write(self.format_line(now - self.started))
+
+    def format_line(self, elapsed: float) -> str:
+        """`Generating: 3 of 8, 0:25 left`; of a loop that is done how long it took.
+
+        Args:
+            elapsed: seconds since the loop began.
+        """
+        share = f"{self.name}: {self.done} of {self.total}"
+        if self.done >= self.total:
+            return f"{share}, took {format_duration(elapsed)}"
+        left = elapsed / max(self.done, 1) * (self.total - self.done)
+        return f"{share}, {format_duration(left)} left"

@@ -4,7 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
 
-from PIL import Image, ImageChops, ImageDraw, ImageFont
+from PIL import ExifTags, Image, ImageChops, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from int8run.utils.text import find_longest, make_visible
 
@@ -94,6 +95,7 @@ def save_sample(
     folder: Path,
     name: str,
     frames_per_second: float,
+    texts: Mapping[str, str] | None = None,
 ) -> list[str]:
     """Save an image as PNG; a video as an animation, and some of its frames as PNG.
 
@@ -103,30 +105,53 @@ def save_sample(
         folder: where to.
         name: of the file, without its ending.
         frames_per_second: of a video.
+        texts: what is written into the files about them, by key; an animation has `parameters` alone.
 
     Returns:
         Names of the files in `folder`; the first is the whole sample.
     """
+    texts = texts or {}
+    chunks = make_png_texts(texts)
     if len(frames) == 1:
-        frames[0].save(folder / f"{name}.png")
+        frames[0].save(folder / f"{name}.png", pnginfo=chunks)
         return [f"{name}.png"]
 
     animation = folder / f"{name}.webp"
-    save_animation(frames, animation, frames_per_second)
+    save_animation(frames, animation, frames_per_second, texts.get("parameters", ""))
     stills = {f"{name}_{which}.png": frames[number] for which, number in key_frames.items()}
     for file, frame in stills.items():
-        frame.save(folder / file)
+        frame.save(folder / file, pnginfo=chunks)
     return [animation.name, *stills]
 
 
-def save_animation(frames: Sequence[Image.Image], path: Path, frames_per_second: float) -> None:
+def make_png_texts(texts: Mapping[str, str]) -> PngInfo:
+    """Text chunks of a PNG. Only ASCII goes into the plain ones: readers disagree on what else they hold."""
+    chunks = PngInfo()
+    for key, text in texts.items():
+        if text.isascii():
+            chunks.add_text(key, text)
+        else:
+            chunks.add_itxt(key, text)
+    return chunks
+
+
+def save_animation(
+    frames: Sequence[Image.Image], path: Path, frames_per_second: float, comment: str = ""
+) -> None:
     """Save a video as WebP.
 
     Args:
         frames: two or more.
         path: of the file.
         frames_per_second: how fast it plays.
+        comment: for the EXIF field UserComment, where the readers of `parameters` look in a WebP.
     """
+    exif = Image.Exif()
+    if comment:
+        exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = b"UNICODE\0" + comment.encode(
+            "utf-16-be"
+        )
+
     # When each frame ends, to the millisecond, so that no error adds up.
     ends = [round(1000 * number / frames_per_second) for number in range(len(frames) + 1)]
     durations = [end - start for start, end in pairwise(ends)]
@@ -139,4 +164,5 @@ def save_animation(frames: Sequence[Image.Image], path: Path, frames_per_second:
         loop=0,
         quality=ANIMATION_QUALITY,
         method=ANIMATION_EFFORT,
+        exif=exif,
     )

@@ -24,7 +24,9 @@ Ratio = Callable[[float, float], float]
 # -- one run -------------------------------------------------------------------------------------------------
 
 
-def build_result_table(title: str, metrics: Mapping[str, float], candidate: str) -> Table:
+def build_result_table(
+    title: str, metrics: Mapping[str, float], candidate: str, *, has_both_models: bool = True
+) -> Table:
     """The float model beside the candidate with their ratio, then quality and layers.
 
     What was not measured has no row.
@@ -33,6 +35,7 @@ def build_result_table(title: str, metrics: Mapping[str, float], candidate: str)
         title: of the table.
         metrics: of the run.
         candidate: head of the candidate's column, such as `INT8`.
+        has_both_models: whether both were in memory at once, which the peak memory of each includes.
     """
     table = Table(title=title, title_justify="left", caption_justify="left")
     table.add_column("", style="bold")
@@ -40,7 +43,7 @@ def build_result_table(title: str, metrics: Mapping[str, float], candidate: str)
     table.add_column(candidate, justify="right")
     table.add_column("ratio", style="green", justify="right")
 
-    rows = ResultRows(table, metrics)
+    rows = ResultRows(table, metrics, has_both_models)
     rows.add_speed_and_memory()
     rows.add_embeddings()
     rows.add_quality()
@@ -55,6 +58,7 @@ class ResultRows:
 
     table: Table
     metrics: Mapping[str, float]
+    has_both_models: bool
 
     def add_speed_and_memory(self) -> None:
         """Times, rates and sizes, each with the float model's."""
@@ -64,10 +68,19 @@ class ResultRows:
         self.add_comparison(f"{samples} per second", "speed/images_per_s", "{:.2f}".format, divide_by_float)
         self.add_comparison("frames per second", "speed/frames_per_s", "{:.2f}".format, divide_by_float)
         self.add_comparison("denoiser memory", "memory/denoiser_bytes", format_megabytes, divide_float)
+        self.add_peak_memory()
         if "memory/text_encoder_ratio" in self.metrics:
             self.add_comparison(
                 "text encoder memory", "memory/text_encoder_bytes", format_megabytes, divide_float
             )
+
+    def add_peak_memory(self) -> None:
+        """Largest memory while each model generated; a ratio only where each was alone."""
+        peak, float_peak = "memory/peak_bytes", self.metrics.get("float/peak_bytes")
+        if self.has_both_models and float_peak is not None:
+            self.add_comparison("peak memory, both loaded", peak, format_megabytes, ratio=None)
+        else:
+            self.add_comparison("peak memory", peak, format_megabytes, divide_float)
 
     def add_embeddings(self) -> None:
         """How far the text encoders' embeddings are from the float ones."""

@@ -1,7 +1,8 @@
 """`task=run`: one run on one screen. Build, generate with both models in turn, measure, write."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,9 +12,10 @@ from rich.markup import escape
 
 from int8run.config.job import Job
 from int8run.config.run_spec import RunSpec
-from int8run.errors import FileError
+from int8run.errors import ConfigError, FileError
 from int8run.generate.capture import capture_step
 from int8run.generate.generate import Generation, generate
+from int8run.generate.generated_sampling import describe_rounded, list_rounded, read_generated_sampling
 from int8run.generate.prompt_cache import PromptCache
 from int8run.generate.prompts import Sample, build_samples
 from int8run.lora.header_info import (
@@ -22,7 +24,7 @@ from int8run.lora.header_info import (
     list_few_step_warnings,
     read_lora_headers,
 )
-from int8run.metrics.memory import reset_peak_memory
+from int8run.metrics.memory import read_peak_bytes, reset_peak_memory
 from int8run.metrics.quality import average_quality, compare_generations, compute_trajectory_error
 from int8run.models.sampling import SCHEDULE_ARGUMENTS
 from int8run.models.schedulers import set_scheduler
@@ -32,6 +34,7 @@ from int8run.pipeline.float_baseline import get_float_baseline
 from int8run.report.console import Progress, print_lines
 from int8run.report.formatting import format_pairs
 from int8run.report.result_tables import build_result_table
+from int8run.tasks.image_writer import ImageWriter
 from int8run.tasks.run_metrics import RunComparison, has_scattered_times, measure_run
 from int8run.tasks.run_outputs import describe_build, name_candidate, write_outputs
 from int8run.utils.hardware import get_device_name
@@ -70,9 +73,43 @@ def run(spec: RunSpec, job: Job) -> RunResult:
     headers = read_headers(spec)
     samples = build_samples(spec.prompts.read(), spec.prompts.seeds_per_prompt, spec.seed)
     samples = add_trigger_words(samples, headers, spec.lora)
-    first_batch = samples[: spec.sampling.batch]
+    check_output_type(spec)
+    writer = ImageWriter(spec, samples, job.output_dir)
+    with reported_when_stopped(writer):
+        return generate_and_measure(spec, job, headers, writer, progress)
 
-    cached_baseline, is_fresh = get_cached_baseline(spec, headers, samples, progress)
+
+def check_output_type(spec: RunSpec) -> None:
+    """Raise ConfigError for a run that would make no images."""
+    if spec.sampling.extra.get("output_type") == "latent":
+        raise ConfigError("sampler.extra.output_type=latent makes no images to compare; leave it out")
+
+
+@contextmanager
+def reported_when_stopped(writer: ImageWriter) -> Iterator[None]:
+    """Where an interrupt or an error ends a run, log which images it leaves."""
+    try:
+        yield
+    except BaseException:
+        writer.report_kept()
+        raise
+
+
+def generate_and_measure(
+    spec: RunSpec, job: Job, headers: Sequence[LoraHeader], writer: ImageWriter, progress: Progress
+) -> RunResult:
+    """Build the models, generate with them, and measure.
+
+    Args:
+        spec: the settings.
+        job: where they came from, and where to write.
+        headers: of the LoRA files.
+        writer: saves the images, and has the samples.
+        progress: shows the steps.
+    """
+    samples = writer.samples
+    first_batch = samples[: spec.sampling.batch]
+    cached_baseline, is_fresh = get_cached_baseline(spec, headers, writer, progress)
     built, is_reused = process_cache.get_or_build(
         spec.build_key, lambda: build_model(spec, first_batch, headers, progress)
     )
@@ -82,11 +119,13 @@ def run(spec: RunSpec, job: Job) -> RunResult:
     if job.sweep is None:
         print_build(spec, built, is_reused=is_reused)
 
-    reset_peak_memory(built.device)
-    generations = generate_all(spec, built, spec.candidate, samples, progress)
+    generations = generate_all(spec, built, spec.candidate, writer, progress)
     candidate = generations[spec.candidate]
     baseline = cached_baseline or generations.get("float")
+    if baseline is not None:
+        writer.write_all("float", baseline, built.pipe)
     check_images(candidate, name_candidate(spec))
+    log_rounded(spec, built, candidate)
 
     denoiser = built.denoisers.get("float", built.denoisers[spec.candidate])
     calls = capture_step(built.pipe, built.component, denoiser, first_batch, spec.sampling)
@@ -107,7 +146,7 @@ def run(spec: RunSpec, job: Job) -> RunResult:
         comparison = replace(comparison, quality=quality)
         metrics |= average_quality(quality)
 
-    write_outputs(spec, built, comparison, metrics, job.output_dir)
+    write_outputs(spec, built, comparison, metrics, writer)
     if has_scattered_times(metrics):
         log.warning(
             "step times scatter by more than twice: other work runs on this machine, so the speeds say little"
@@ -124,14 +163,14 @@ def read_headers(spec: RunSpec) -> list[LoraHeader]:
 
 
 def get_cached_baseline(
-    spec: RunSpec, headers: Sequence[LoraHeader], samples: Sequence[Sample], progress: Progress
+    spec: RunSpec, headers: Sequence[LoraHeader], writer: ImageWriter, progress: Progress
 ) -> tuple[Generation | None, bool]:
     """With `metrics.baseline=cached`, get what the float model generates before any other model is built.
 
     Args:
         spec: the settings.
         headers: of the LoRA files.
-        samples: to generate.
+        writer: saves the images, and has the samples.
         progress: shows the steps.
 
     Returns:
@@ -142,11 +181,11 @@ def get_cached_baseline(
         return None, True
     # else a model of an earlier job would be in memory beside the float one
     process_cache.clear_build()
-    generate_baseline = partial(generate_float, spec.float_only, headers, samples, progress)
+    generate_baseline = partial(generate_float, spec.float_only, headers, writer, progress)
     return get_float_baseline(
         spec.model,
         headers,
-        samples,
+        writer.samples,
         settings_key=spec.float_key,
         device=spec.device,
         cache=spec.cache,
@@ -155,24 +194,24 @@ def get_cached_baseline(
 
 
 def generate_float(
-    spec: RunSpec, headers: Sequence[LoraHeader], samples: Sequence[Sample], progress: Progress
+    spec: RunSpec, headers: Sequence[LoraHeader], writer: ImageWriter, progress: Progress
 ) -> Generation:
     """Build the float model alone and let it generate.
 
     Args:
         spec: of the float model.
         headers: of the LoRA files.
-        samples: to generate.
+        writer: saves the images, and has the samples.
         progress: shows the steps.
     """
-    built = build_model(spec, samples[: spec.sampling.batch], headers, progress)
+    built = build_model(spec, writer.samples[: spec.sampling.batch], headers, progress)
     set_scheduler(built.pipe, built.scheduler, spec.sampling)
     built.set_strengths(spec.lora.strengths, spec.lora.text_strengths)
-    return generate_all(spec, built, "float", samples, progress)["float"]
+    return generate_all(spec, built, "float", writer, progress)["float"]
 
 
 def generate_all(
-    spec: RunSpec, built: BuiltModel, candidate: str, samples: Sequence[Sample], progress: Progress
+    spec: RunSpec, built: BuiltModel, candidate: str, writer: ImageWriter, progress: Progress
 ) -> dict[str, Generation]:
     """Generate with the float model and the candidate in turn, after a short warm-up that is not timed.
 
@@ -180,12 +219,13 @@ def generate_all(
         spec: the settings.
         built: the model, at the strengths of the LoRAs.
         candidate: `int8`, `clip`, or `float` for the float model alone.
-        samples: to generate.
+        writer: saves each image when it is there, and has the samples.
         progress: shows the images.
 
     Returns:
         Generations by the same names, `float` included with `metrics.baseline=run`.
     """
+    samples = writer.samples
     needs_float = spec.metrics.baseline == "run" and candidate != "float"
     float_key = repr((spec.float_key, samples))
     known_float = process_cache.get(float_key) if needs_float else None
@@ -202,14 +242,24 @@ def generate_all(
         if spec.lora.is_scheduled:
             built.set_strengths(spec.lora.get_strengths_at(fraction), spec.lora.text_strengths)
 
-    with progress.track_loop("Generating", len(samples) * len(denoisers)) as advance:
+    def reset_peak(name: str) -> None:
+        reset_peak_memory(built.device)
+
+    with progress.track_loop("Generating", len(samples) * len(denoisers), line_each=True) as advance:
+
+        def keep_batch(name: str, batch: Sequence[Sample], generation: Generation) -> None:
+            generation.peak_bytes = max(generation.peak_bytes, read_peak_bytes(built.device))
+            writer.write_batch(name, batch, generation, built.pipe)
+            advance(len(batch))
+
         generations = generate(
             built.pipe,
             built.component,
             denoisers,
             samples,
             spec.sampling,
-            on_batch=lambda name, batch, generation: advance(len(batch)),
+            before_batch=reset_peak,
+            on_batch=keep_batch,
             on_fraction=set_scheduled_strengths,
             text_encoders=built.text_encoders,
         )
@@ -263,6 +313,13 @@ def check_images(generation: Generation, name: str) -> None:
         )
 
 
+def log_rounded(spec: RunSpec, built: BuiltModel, generation: Generation) -> None:
+    """Log where the pipeline did not do what it was asked for: a size, a number of frames, of steps."""
+    rounded = list_rounded(spec.sampling, read_generated_sampling(spec.sampling, generation))
+    if rounded:
+        log.warning("%s", describe_rounded(rounded, type(built.pipe).__name__))
+
+
 def log_lora_warnings(spec: RunSpec, built: BuiltModel, headers: Sequence[LoraHeader]) -> None:
     """Log unusual strengths, and settings that a few-step LoRA was not made for."""
     few_step_warnings = list_few_step_warnings(
@@ -288,7 +345,9 @@ def print_result(spec: RunSpec, job: Job, built: BuiltModel, metrics: Mapping[st
     """Print the table of results and where the files are."""
     model = job.choices.get("model", "model")
     title = f"{model} on {get_device_name(built.device)}; float is {spec.model.dtype}"
-    print_lines("", build_result_table(title, metrics, name_candidate(spec)))
+    has_both_models = spec.metrics.baseline == "run" and spec.has_comparison
+    table = build_result_table(title, metrics, name_candidate(spec), has_both_models=has_both_models)
+    print_lines("", table)
     files = {"images": "grid.png", "layers": "layers.csv"}
     if spec.clip.is_quantized:
         files["encoders"] = "text_encoders.csv"

@@ -21,7 +21,6 @@ from int8run.metrics.layers import (
     count_module_bytes,
     measure_layer_outputs,
 )
-from int8run.metrics.memory import read_peak_bytes
 from int8run.metrics.quality import SampleQuality, average_frames, find_half_error_step
 from int8run.metrics.speed import compute_speed, list_step_times
 from int8run.pipeline.build import BuiltModel, measure_lora_overhead
@@ -72,7 +71,9 @@ def measure_run(
     """
     comparable = comparison.baseline if comparison.is_baseline_fresh else None
     metrics = compute_speed(comparison.candidate, comparable)
-    metrics["memory/peak_bytes"] = read_peak_bytes(built.device)
+    metrics["memory/peak_bytes"] = comparison.candidate.peak_bytes
+    if comparable is not None and comparable.peak_bytes:  # those that an earlier job generated have none
+        metrics["float/peak_bytes"] = comparable.peak_bytes
     metrics |= measure_text_encoders(spec, built)
     metrics |= measure_denoiser_size(built)
     # a reused model cost this run nothing

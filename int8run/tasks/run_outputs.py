@@ -7,24 +7,24 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from PIL.Image import Image
 
 from int8run.config.run_spec import RunSpec
-from int8run.generate.pipeline_call import get_frame_rate
+from int8run.generate.generated_sampling import list_rounded, read_generated_sampling
 from int8run.generate.prompts import Sample
 from int8run.lora.stack import LoraStack
 from int8run.metrics.layers import compute_int8_shares
 from int8run.metrics.quality import SampleQuality, select_key_frames
 from int8run.models.loader import read_library_versions
+from int8run.models.sampling import Sampling
 from int8run.pipeline.build import BuiltModel
-from int8run.report.image_files import DIFFERENCE_GAIN, make_difference_image, make_image_grid, save_sample
+from int8run.report.image_files import DIFFERENCE_GAIN, make_difference_image, make_image_grid
 from int8run.report.run_files import collect_environment, write_json, write_layers_csv
+from int8run.tasks.image_writer import ImageWriter
 from int8run.tasks.run_metrics import RunComparison, collect_series
 
 log = logging.getLogger(__name__)
-IMAGES = "images"
 # a caption, and the images below it
 GridRow = tuple[str, list[Image]]
 
@@ -35,6 +35,7 @@ class ImageRecord:
 
     Args:
         sample: its prompt and seed.
+        size: width and height in pixels.
         file: path below the output folder.
         stills: of a video, paths of some of its frames.
         float_file: the same of the float model; None without a baseline.
@@ -43,6 +44,7 @@ class ImageRecord:
     """
 
     sample: Sample
+    size: tuple[int, int]
     file: str
     stills: Sequence[str]
     float_file: str | None
@@ -55,6 +57,8 @@ class ImageRecord:
             "key": self.sample.key,
             "prompt": self.sample.prompt,
             "seed": self.sample.seed,
+            "width": self.size[0],
+            "height": self.size[1],
             "file": self.file,
         }
         if self.quality is not None:
@@ -74,23 +78,22 @@ def write_outputs(
     built: BuiltModel,
     comparison: RunComparison,
     metrics: Mapping[str, float],
-    output_dir: Path,
+    writer: ImageWriter,
 ) -> None:
-    """Write images or videos, the grid, tables and metrics.json.
+    """Write the grid, tables and metrics.json; the images and videos are there.
 
     Args:
         spec: the settings.
         built: the model that ran.
         comparison: what it generated.
         metrics: by their public names.
-        output_dir: the folder.
+        writer: has saved the images.
     """
-    frame_rate = get_frame_rate(built.pipe, spec.sampling)
-    (output_dir / IMAGES).mkdir(parents=True, exist_ok=True)
+    output_dir = writer.output_dir
     records = []
     rows: list[GridRow] = []
     for index in range(len(comparison.samples)):
-        records.append(save_images(comparison, index, output_dir, frame_rate))
+        records.append(make_record(spec, comparison, index, writer))
         rows += make_grid_rows(comparison, index)
     columns = [name_candidate(spec)]
     if comparison.baseline is not None:
@@ -105,48 +108,53 @@ def write_outputs(
         write_layers_csv(built.encoders.plans, output_dir / "text_encoders.csv")
     environment = collect_environment(built.device, read_library_versions())
     write_json(environment, output_dir / "environment.json")
+    generated = read_generated_sampling(spec.sampling, comparison.candidate)
     # the last file, so that a folder that has it is complete
     write_json(
         {
             "metrics": metrics,
             "series": collect_series(comparison),
-            "sampling": asdict(spec.sampling),
+            # as it was generated, which may not be what was asked
+            "sampling": asdict(generated),
+            "rounded": describe_rounded(spec.sampling, generated),
             "images": [record.to_json() for record in records],
         },
         output_dir / "metrics.json",
     )
 
 
-def save_images(comparison: RunComparison, index: int, output_dir: Path, frame_rate: float) -> ImageRecord:
-    """Save what was generated for one sample.
+def describe_rounded(asked: Sampling, generated: Sampling) -> dict[str, dict[str, int]]:
+    """What a pipeline did not take as it was asked, by setting; empty where it took all."""
+    return {
+        change.name: {"asked": change.asked, "generated": change.generated}
+        for change in list_rounded(asked, generated)
+    }
+
+
+def make_record(spec: RunSpec, comparison: RunComparison, index: int, writer: ImageWriter) -> ImageRecord:
+    """Describe what was generated for one sample.
 
     Args:
+        spec: the settings.
         comparison: of all samples.
         index: of the sample.
-        output_dir: has a folder for images.
-        frame_rate: of videos, in frames per second.
+        writer: has saved it.
     """
     sample = comparison.samples[index]
-    file, *stills = save_frames(comparison.candidate.frames[index], sample.key, output_dir, frame_rate)
+    first = comparison.candidate.frames[index][0]
+    file, *stills = writer.files[spec.candidate, sample.key]
     float_file, float_stills = None, []
     if comparison.baseline is not None:
-        float_file, *float_stills = save_frames(
-            comparison.baseline.frames[index], f"{sample.key}_float", output_dir, frame_rate
-        )
+        float_file, *float_stills = writer.files["float", sample.key]
     return ImageRecord(
         sample=sample,
+        size=(first.width, first.height),
         file=file,
         stills=stills,
         float_file=float_file,
         float_stills=float_stills,
         quality=comparison.quality[index] if comparison.quality else None,
     )
-
-
-def save_frames(frames: Sequence[Image], name: str, output_dir: Path, frame_rate: float) -> list[str]:
-    """Save an image, or a video and its key frames; return the paths below the output folder."""
-    files = save_sample(frames, select_key_frames(len(frames)), output_dir / IMAGES, name, frame_rate)
-    return [f"{IMAGES}/{file}" for file in files]
 
 
 def make_grid_rows(comparison: RunComparison, index: int) -> list[GridRow]:

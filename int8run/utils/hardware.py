@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from int8run.utils.plurals import count_noun
+
 
 def get_cpu_capabilities() -> dict[str, Any]:
     """Instruction sets by torch's names, and `cpu_name`; before torch 2.13 only what int8 products need."""
@@ -22,4 +24,4 @@ def get_device_name(device: torch.device) -> str:
     """The GPU's name, or the CPU's with its thread count."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{get_cpu_name()}, {torch.get_num_threads()} threads"
+    return f"{get_cpu_name()}, {count_noun(torch.get_num_threads(), 'thread')}"

@@ -120,7 +120,7 @@ def test_the_parent_of_a_sweep_has_prepared_the_store(spec: RunSpec, tmp_path: P
     [
         (ConfigError("wrong\nlines"), FAILED, "wrong lines"),
         (ValueError(), FAILED, "ValueError"),
-        (KeyboardInterrupt(), KILLED, "KeyboardInterrupt"),
+        (KeyboardInterrupt(), KILLED, "interrupted by Ctrl-C"),
         (SystemExit(143), KILLED, "143"),
     ],
 )

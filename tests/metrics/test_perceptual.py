@@ -901,9 +901,7 @@ class TestRun:
 
     def test_networks_of_metrics_do_not_count_in_the_peak_memory(self, small, tmp_path, monkeypatch):
         order = []
-        monkeypatch.setattr(
-            "int8run.tasks.run_metrics.read_peak_bytes", lambda device: order.append("peak") or 1.0
-        )
+        monkeypatch.setattr("int8run.tasks.run.read_peak_bytes", lambda device: order.append("peak") or 1.0)
         monkeypatch.setitem(
             perceptual.LOADERS,
             "lpips",
@@ -911,4 +909,5 @@ class TestRun:
         )
         run_job([*small, "metrics.perceptual=[lpips]"], tmp_path / "out")
 
-        assert order == ["peak", "load"]
+        assert set(order[:-1]) == {"peak"}
+        assert order[-1] == "load"

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from int8run.report import console
-from int8run.report.console import ConsoleHandler, Progress, print_lines
+from int8run.report.console import ConsoleHandler, LoopLines, Progress, print_lines
 from int8run.report.formatting import format_duration, format_pairs
 
 LOGGING_CONFIGS = Path(__file__).parents[2] / "conf" / "hydra"
@@ -195,3 +195,27 @@ def test_progress_that_is_off_shows_nothing(use_console, caplog, file):
         run_steps(Progress(enabled=False))
 
     assert read() == "" and caplog.messages == []
+
+
+# -- lines in place of a bar ---------------------------------------------------------------------------------
+
+
+def test_a_loop_without_a_bar_says_what_is_left() -> None:
+    lines: list[str] = []
+    loop = LoopLines("Generating", 4, 0.0, lines.append)
+    loop.advance(1)
+    loop.advance(1)
+
+    assert [line.partition(", ")[0] for line in lines] == ["Generating: 1 of 4", "Generating: 2 of 4"]
+    assert loop.format_line(30.0) == "Generating: 2 of 4, 0:30 left"
+    loop.advance(2)
+    assert loop.format_line(61.0) == "Generating: 4 of 4, took 1:01"
+
+
+def test_small_items_do_not_have_a_line_each() -> None:
+    lines: list[str] = []
+    loop = LoopLines("Quantizing", 1000, 3600.0, lines.append)
+    for _ in range(1000):
+        loop.advance(1)
+
+    assert lines == []

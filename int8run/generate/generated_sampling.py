@@ -1,0 +1,73 @@
+"""How images were generated, where that differs from what was asked.
+
+Pipelines round: a size to a multiple of their patches, a number of frames to what their VAE decodes; some
+schedulers take more steps than asked. What is recorded of a run is what came out.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from int8run.generate.generate import Generation
+from int8run.models.sampling import Sampling
+
+NUM_FRAMES = "num_frames"  # argument of the pipelines of videos
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A setting that a pipeline did not take as it was asked.
+
+    Args:
+        name: of the setting.
+        asked: its value.
+        generated: what came out.
+    """
+
+    name: str
+    asked: int
+    generated: int
+
+
+def read_generated_sampling(asked: Sampling, generation: Generation) -> Sampling:
+    """The settings with size, number of frames, steps and batch as they were generated.
+
+    Args:
+        asked: the settings.
+        generation: what they gave.
+    """
+    steps = max(map(len, generation.step_seconds), default=asked.steps)
+    known = replace(asked, steps=steps, batch=min(asked.batch, len(generation.trajectories)) or asked.batch)
+    if not generation.frames:
+        return known
+    frames = generation.frames[0]
+    extra = dict(asked.extra)
+    if len(frames) > 1 or NUM_FRAMES in extra:
+        extra[NUM_FRAMES] = len(frames)
+    return replace(known, width=frames[0].width, height=frames[0].height, extra=extra)
+
+
+def list_rounded(asked: Sampling, generated: Sampling) -> list[Rounded]:
+    """What was asked for and came out otherwise."""
+    pairs = [
+        ("sampler.width", asked.width, generated.width),
+        ("sampler.height", asked.height, generated.height),
+        ("sampler.steps", asked.steps, generated.steps),
+        ("sampler.batch", asked.batch, generated.batch),
+        (f"sampler.extra.{NUM_FRAMES}", asked.extra.get(NUM_FRAMES), generated.extra.get(NUM_FRAMES)),
+    ]
+    return [
+        Rounded(name, before, after)
+        for name, before, after in pairs
+        if before is not None and after is not None and before != after
+    ]
+
+
+def describe_rounded(rounded: Sequence[Rounded], pipeline: str) -> str:
+    """One line: `FluxPipeline made sampler.width=96 of 100; …`.
+
+    Args:
+        rounded: at least one.
+        pipeline: name of its class.
+    """
+    changes = ", ".join(f"{change.name}={change.asked} to {change.generated}" for change in rounded)
+    return f"{pipeline} rounded {changes}; what was generated is recorded"

@@ -1,0 +1,81 @@
+"""What an image was made with, as text for its file, so that other programs find prompt, seed and settings.
+
+`format_parameters` writes the form of AUTOMATIC1111's web UI, which ComfyUI and most galleries read, too: the
+prompt, a line with the negative prompt, a line of names and values.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from int8run.generate.prompts import Sample
+from int8run.models.sampling import Sampling
+
+# scheduler class of diffusers -> the name of the same sampler in these programs
+SAMPLER_NAMES = {
+    "DDIMScheduler": "DDIM",
+    "DEISMultistepScheduler": "DEIS",
+    "DPMSolverMultistepScheduler": "DPM++ 2M",
+    "DPMSolverSDEScheduler": "DPM++ SDE",
+    "DPMSolverSinglestepScheduler": "DPM++ 2S",
+    "EulerAncestralDiscreteScheduler": "Euler a",
+    "EulerDiscreteScheduler": "Euler",
+    "FlowMatchEulerDiscreteScheduler": "Euler",
+    "FlowMatchHeunDiscreteScheduler": "Heun",
+    "FlowMatchLCMScheduler": "LCM",
+    "HeunDiscreteScheduler": "Heun",
+    "KDPM2AncestralDiscreteScheduler": "DPM2 a",
+    "KDPM2DiscreteScheduler": "DPM2",
+    "LCMScheduler": "LCM",
+    "LMSDiscreteScheduler": "LMS",
+    "PNDMScheduler": "PLMS",
+    "UniPCMultistepScheduler": "UniPC",
+}
+
+
+def format_parameters(
+    sample: Sample, sampling: Sampling, *, scheduler: str, model: str, details: Mapping[str, object]
+) -> str:
+    """The text chunk `parameters`.
+
+    Args:
+        sample: prompt and seed.
+        sampling: as generated.
+        scheduler: class of diffusers.
+        model: name of the checkpoint.
+        details: further names and values, such as the precision; those that are None are left out.
+    """
+    facts: dict[str, object] = {
+        "Steps": sampling.steps,
+        "Sampler": SAMPLER_NAMES.get(scheduler, scheduler),
+        "CFG scale": None if sampling.guidance is None else f"{sampling.guidance:g}",
+        "Seed": sample.seed,
+        "Size": f"{sampling.width}x{sampling.height}",
+        "Model": model,
+        **details,
+    }
+    settings = ", ".join(f"{name}: {quote(value)}" for name, value in facts.items() if value is not None)
+    negative = sampling.extra.get("negative_prompt") or ""
+    # ComfyUI looks for the second line even where there is nothing to avoid
+    return f"{sample.prompt}\nNegative prompt: {negative}\n{settings}"
+
+
+def quote(value: object) -> str:
+    """A value that other values may follow: one with a comma, a colon or a line break stands in quotes."""
+    text = str(value)
+    needs_quotes = any(character in text for character in ',:\n"')
+    return json.dumps(text, ensure_ascii=False) if needs_quotes else text
+
+
+def describe_sampling(sampling: Sampling, scheduler: str) -> dict[str, Any]:
+    """The settings as they were generated, for the text chunk `int8run`, which is JSON."""
+    return {
+        "steps": sampling.steps,
+        "guidance": sampling.guidance,
+        "width": sampling.width,
+        "height": sampling.height,
+        "batch": sampling.batch,
+        "scheduler": scheduler,
+        "scheduler_settings": dict(sampling.scheduler_settings),
+        "extra": dict(sampling.extra),
+    }

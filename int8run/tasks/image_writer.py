@@ -1,0 +1,154 @@
+"""Writes images and videos while a run generates: what is there when it is stopped stays.
+
+Each file says what it was made with; see `generate.image_parameters`.
+"""
+
+import importlib.metadata
+import json
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from diffusers import DiffusionPipeline
+from PIL.Image import Image
+
+from int8run.config.run_spec import RunSpec
+from int8run.generate.generate import Generation
+from int8run.generate.generated_sampling import read_generated_sampling
+from int8run.generate.image_parameters import describe_sampling, format_parameters
+from int8run.generate.pipeline_call import get_call_default, get_frame_rate
+from int8run.generate.prompts import Sample
+from int8run.jobs.execute import strip_passwords
+from int8run.metrics.quality import select_key_frames
+from int8run.models.sampling import Sampling
+from int8run.report.image_files import save_sample
+
+log = logging.getLogger(__name__)
+IMAGES = "images"
+
+
+class ImageWriter:
+    """Saves what the models of a run generate, sample by sample.
+
+    Args:
+        spec: the settings.
+        samples: all that are generated.
+        output_dir: folder of the run; images go into `images` below it.
+    """
+
+    def __init__(self, spec: RunSpec, samples: Sequence[Sample], output_dir: Path):
+        self.spec = spec
+        self.samples = samples
+        self.output_dir = output_dir
+        # by model and key of the sample: paths below the output folder, the first is the whole sample
+        self.files: dict[tuple[str, str], list[str]] = {}
+        self.total = len(samples) * (2 if spec.has_comparison and spec.metrics.baseline != "none" else 1)
+
+    def write_all(self, model: str, generation: Generation, pipe: DiffusionPipeline) -> None:
+        """Save every sample of a model that is not saved yet, such as images out of the cache."""
+        for index, sample in enumerate(self.samples):
+            if (model, sample.key) not in self.files:
+                self.write_sample(model, index, generation, pipe)
+
+    def write_batch(
+        self, model: str, batch: Sequence[Sample], generation: Generation, pipe: DiffusionPipeline
+    ) -> None:
+        """Save the samples that a model generated last."""
+        start = len(generation.frames) - len(batch)
+        for index in range(start, len(generation.frames)):
+            self.write_sample(model, index, generation, pipe)
+
+    def write_sample(self, model: str, index: int, generation: Generation, pipe: DiffusionPipeline) -> None:
+        """Save one sample.
+
+        Args:
+            model: `float`, `int8` or `clip`.
+            index: of the sample.
+            generation: of the model.
+            pipe: that generated it.
+        """
+        sample = self.samples[index]
+        folder = self.output_dir / IMAGES
+        folder.mkdir(parents=True, exist_ok=True)
+        frames: Sequence[Image] = generation.frames[index]
+        name = f"{sample.key}_float" if model == "float" and self.spec.has_comparison else sample.key
+        files = save_sample(
+            frames,
+            select_key_frames(len(frames)),
+            folder,
+            name,
+            get_frame_rate(pipe, self.spec.sampling),
+            self.describe(model, sample, generation, pipe),
+        )
+        self.files[model, sample.key] = [f"{IMAGES}/{file}" for file in files]
+
+    def describe(
+        self, model: str, sample: Sample, generation: Generation, pipe: DiffusionPipeline
+    ) -> dict[str, str]:
+        """The text chunks of an image: `parameters` for readers of other programs, `int8run` as JSON."""
+        sampling = read_generated_sampling(self.spec.sampling, generation)
+        sampling = fill_guidance(sampling, pipe)
+        scheduler = type(pipe.scheduler).__name__
+        details = describe_model(self.spec, model)
+        name = name_model(str(self.spec.model.location))
+        version = f"int8run {importlib.metadata.version('int8run')}"
+        num_frames = len(generation.frames[0])
+        parameters = format_parameters(
+            sample,
+            sampling,
+            scheduler=scheduler,
+            model=name,
+            details={"Frames": num_frames if num_frames > 1 else None, **details, "Version": version},
+        )
+        facts = {
+            "version": version,
+            "prompt": sample.prompt,
+            "seed": sample.seed,
+            "model": name,
+            "sampling": strip_passwords(describe_sampling(sampling, scheduler)),
+            **{key.lower().replace(" ", "_"): value for key, value in details.items() if value is not None},
+        }
+        return {"parameters": parameters, "int8run": json.dumps(facts, ensure_ascii=False, default=str)}
+
+    def report_kept(self) -> None:
+        """Log which images are kept, where a run does not come to its end."""
+        if self.files:
+            folder = self.output_dir / IMAGES
+            log.warning("%d of %d images are generated and kept in %s", len(self.files), self.total, folder)
+
+
+def describe_model(spec: RunSpec, model: str) -> dict[str, str | None]:
+    """How the model of an image differs from the float checkpoint, by names for its file.
+
+    Args:
+        spec: the settings.
+        model: `float`, `int8` or `clip`.
+    """
+    loras = [
+        f"{adapter.name}: {strength:g}"
+        for adapter, strength in zip(spec.lora.adapters, spec.lora.strengths, strict=True)
+    ]
+    is_int8 = model == "int8"
+    has_encoders = model != "float" and spec.clip.is_quantized
+    return {
+        "Precision": "INT8" if is_int8 else spec.model.dtype,
+        "Outlier": spec.outlier.name if is_int8 else None,
+        "Text encoders": spec.clip.format if has_encoders else None,
+        "LoRAs": ", ".join(loras) or None,
+    }
+
+
+def name_model(location: str) -> str:
+    """The last part of where a model is, without the ending of a file; no folder of this machine."""
+    name = re.split("[/:]", location.rstrip("/"))[-1]
+    return name.removesuffix(".safetensors").removesuffix(".gguf") or "unknown"
+
+
+def fill_guidance(sampling: Sampling, pipe: DiffusionPipeline) -> Sampling:
+    """The settings with the pipeline's own guidance where none was asked for."""
+    if sampling.guidance is not None:
+        return sampling
+    default = get_call_default(pipe, "guidance_scale")
+    return replace(sampling, guidance=default) if isinstance(default, int | float) else sampling
