@@ -1,7 +1,8 @@
 """LoRA keys are parsed here: a key -> component, module name, part of the adapter.
 
 This is the place where a new spelling of LoRA keys is added: a suffix to `PART_BY_SUFFIX`, a prefix to
-`FLAT_PREFIXES` or `DENOISER_PREFIXES`. `int8run.lora.load` and `task=inspect` call `parse_key`.
+`FLAT_PREFIXES` or `DENOISER_PREFIXES`; what is not applied is listed in `unread_types.yaml`.
+`int8run.lora.key_groups` and `task=inspect` call `parse_key`.
 
 The suffix is read first, then the prefix; what is left is the module's name as the file has it. Names that a
 trainer wrote with underscores for dots (`lora_unet_...`, `lora_te_...`, `lycoris_...`) stay so: which
@@ -11,13 +12,13 @@ underscores were dots, only a list of real modules can tell (`int8run.lora.modul
 import re
 from typing import NamedTuple
 
+from int8run.lora.unread_types import find_unread_type, find_unread_weight
+
 DENOISER = "denoiser"
 TEXT_ENCODER = "text_encoder"
 TEXT_ENCODER_2 = "text_encoder_2"
 TEXT_ENCODER_3 = "text_encoder_3"
 
-# PEFT puts the adapter's name into the key, unless a file was saved without it
-PEFT_ADAPTER_NAMES = ("", ".default", ".default_0")
 LOHA_PARTS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
 LOKR_PARTS = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
 OTHER_LYCORIS_PARTS = ("alpha", "dora_scale", "diff", "diff_b", "w_norm", "b_norm", "on_input")
@@ -25,15 +26,18 @@ OTHER_LYCORIS_PARTS = ("alpha", "dora_scale", "diff", "diff_b", "w_norm", "b_nor
 # suffix -> part of an adapter; the first that ends a key counts
 PART_BY_SUFFIX = {
     # a low-rank pair: PEFT, diffusers
-    **{f".lora_A{adapter}.weight": "down" for adapter in PEFT_ADAPTER_NAMES},
-    **{f".lora_B{adapter}.weight": "up" for adapter in PEFT_ADAPTER_NAMES},
-    **{f".lora_B{adapter}.bias": "up_bias" for adapter in PEFT_ADAPTER_NAMES},
-    **{f".lora_magnitude_vector{adapter}.weight": "magnitude" for adapter in PEFT_ADAPTER_NAMES},
-    **{f".lora_magnitude_vector{adapter}": "magnitude" for adapter in PEFT_ADAPTER_NAMES},
+    ".lora_A.weight": "down",
+    ".lora_B.weight": "up",
+    ".lora_B.bias": "up_bias",
+    ".lora_magnitude_vector.weight": "magnitude",
+    ".lora_magnitude_vector": "magnitude",
     # kohya, ComfyUI, OneTrainer, LyCORIS
     ".lora_down.weight": "down",
     ".lora_up.weight": "up",
     ".lora_mid.weight": "mid",
+    # AI-Toolkit: DoRA by rows, and a bias of the pair
+    ".magnitude": "magnitude",
+    ".lora_up.bias": "up_bias",
     # scales of an int8 file
     ".lora_down.scale_weight": "down_scale",
     ".lora_up.scale_weight": "up_scale",
@@ -51,29 +55,22 @@ PART_BY_SUFFIX = {
     ".lora_B": "up",
     **{f".{part}": part for part in (*LOHA_PARTS, *LOKR_PARTS, *OTHER_LYCORIS_PARTS)},
 }
-
-# suffix -> an adapter type that is not applied, together with everything else of its module
-UNSUPPORTED_SUFFIXES = {
-    **{f".{part}.weight": "GLoRA" for part in ("a1", "a2", "b1", "b2", "bm")},
-    ".oft_blocks": "OFT or BOFT",
-    ".rescale": "OFT or BOFT",
-    ".oft_R.weight": "OFT or BOFT",
-    ".oft_r": "OFT or BOFT",
-    ".bias_indices": "sparse bias",
-    ".bias_values": "sparse bias",
-    ".bias_size": "sparse bias",
-    ".set_weight": "whole replacement (set_weight)",
-    ".reshape_weight": "whole replacement (reshape_weight)",
-    ".lora_embedding_A": "LoRA of an embedding",
-    ".lora_embedding_B": "LoRA of an embedding",
-    ".ia3_l": "IA3 as PEFT stores it",
-    ".vera_lambda_b": "VeRA",
-    ".vera_lambda_d": "VeRA",
-    ".lokr_t1": "LoKr with lokr_t1",
-    ".scalar": "LyCORIS change with its scalar left outside",
+# pieces of a key after which PEFT puts the adapter's name, unless a file was saved without it
+NAMED_PARTS = {
+    "lora_A",
+    "lora_B",
+    "lora_magnitude_vector",
+    "lora_down",
+    "lora_up",
+    "lora_mid",
+    *LOHA_PARTS,
+    *LOKR_PARTS,
 }
-# beginnings of the keys of textual inversions, which some files bring along
-EMBEDDING_PREFIXES = ("bundle_emb.", "emb_params", "string_to_param", "string_to_token")
+# what may stand behind the adapter's name
+TENSOR_NAMES = ("weight", "bias", "scale_weight", "weight_scale")
+# an adapter inside another one has two names (`default_0.default`)
+MAX_ADAPTER_PIECES = 2
+UNKNOWN_SUFFIX = "unknown suffix"
 
 # attention processors of xlabs have q, k and v in one pair; their names stay, because no model has such
 # modules
@@ -91,6 +88,10 @@ FLAT_PREFIXES = {
     "lora_te2_": TEXT_ENCODER_2,
     "lora_te3_": TEXT_ENCODER_3,  # T5; a pipeline with two text encoders has it as its second
     "lora_te_": TEXT_ENCODER,
+    "oft_unet_": DENOISER,
+    "oft_te1_": TEXT_ENCODER,
+    "oft_te2_": TEXT_ENCODER_2,
+    "oft_te_": TEXT_ENCODER,
 }
 # ComfyUI's names of text encoders, after `text_encoders.`; any other one is the only text encoder of its
 # model
@@ -103,9 +104,21 @@ DENOISER_PREFIXES = (
     "diffusion_model.",
     "transformer.",
     "unet.",
+    "module.",
+    "pipe.",
+    "pipeline.",
+    "dit.",
+)
+# a wrapper only around one of the prefixes above or a component: some denoisers have a `model` of their own
+OUTER_WRAPPER = "model."
+# levels that torch.compile, activation checkpoints and FSDP put between a module and its name
+TORCH_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_fpw_module")
+# a component as diffusers' pipelines call it, and ComfyUI's text encoders
+COMPONENT_NAMES = tuple(
+    f"{name}." for name in (TEXT_ENCODER, TEXT_ENCODER_2, TEXT_ENCODER_3, "text_encoders")
 )
 # the modules of a language model may begin with `model.` themselves, so less is taken off
-TEXT_ENCODER_PREFIXES = ("base_model.model.",)
+TEXT_ENCODER_PREFIXES = ("base_model.model.", "module.")
 
 
 class ParsedKey(NamedTuple):
@@ -127,40 +140,80 @@ class ParsedKey(NamedTuple):
 
 def parse_key(key: str) -> ParsedKey:
     """`transformer.a.b.lora_A.weight` -> ParsedKey("denoiser", "a.b", "down")."""
-    if key.startswith(EMBEDDING_PREFIXES):
-        return ParsedKey(DENOISER, key, None, "textual inversion, not a LoRA")
-
     xlabs = XLABS_KEY.fullmatch(key)
     if xlabs:
         block, processor, half = xlabs.groups()
         return ParsedKey(*split_component(f"{block}.{processor}"), half)
 
-    for suffix, adapter_type in UNSUPPORTED_SUFFIXES.items():
-        if key.endswith(suffix):
-            module = split_component(key.removesuffix(suffix))
-            return ParsedKey(*module, None, f"unsupported adapter type: {adapter_type}")
+    plain_key = remove_adapter_name(key)[0]
+    found = find_unread_type(plain_key)
+    if found is not None:
+        unread, name = found
+        return ParsedKey(*split_component(name), None, unread.reason)
 
-    for suffix, part in PART_BY_SUFFIX.items():
-        if key.endswith(suffix):
-            return ParsedKey(*split_component(key.removesuffix(suffix)), part)
+    suffix = find_suffix(plain_key)
+    if suffix:
+        return ParsedKey(*split_component(plain_key.removesuffix(suffix)), PART_BY_SUFFIX[suffix])
 
+    unread_weight = find_unread_weight(key)
+    if unread_weight is not None:
+        return ParsedKey(*split_component(key), None, unread_weight.reason)
     if key.endswith(".weight"):  # of an IA3, when its module also has `on_input`
         return ParsedKey(*split_component(key.removesuffix(".weight")), "weight")
-    return ParsedKey(*split_component(key), None, "unknown suffix")
+    return ParsedKey(*split_component(key), None, UNKNOWN_SUFFIX)
+
+
+def find_suffix(plain_key: str) -> str:
+    """The end of a key that tells its part, one of `PART_BY_SUFFIX`; empty where none does.
+
+    Args:
+        plain_key: without an adapter's name.
+    """
+    return next((suffix for suffix in PART_BY_SUFFIX if plain_key.endswith(suffix)), "")
+
+
+def remove_adapter_name(key: str) -> tuple[str, str]:
+    """`a.lora_A.my_style.weight` -> `a.lora_A.weight`, and `my_style`; an empty one where the key has none.
+
+    A name without anything behind it counts only if it begins with `default`: else it could be any part of
+    an adapter.
+    """
+    pieces = key.split(".")
+    last_pieces = range(max(len(pieces) - MAX_ADAPTER_PIECES - 2, 0), len(pieces))
+    position = next((i for i in last_pieces if pieces[i] in NAMED_PARTS), None)
+    if position is None:
+        return key, ""
+
+    part, rest = pieces[: position + 1], pieces[position + 1 :]
+    tensor_name = [rest.pop()] if rest and rest[-1] in TENSOR_NAMES else []
+    is_name = bool(tensor_name) or all(piece.startswith("default") for piece in rest)
+    if not is_name or len(rest) > MAX_ADAPTER_PIECES or "base_layer" in rest:
+        return key, ""
+    return ".".join([*part, *tensor_name]), ".".join(rest)
 
 
 def split_component(name: str) -> tuple[str, str]:
-    """The component of a module, and its name without prefixes and without `.processor`."""
-    unwrapped = strip_prefixes(name, DENOISER_PREFIXES)  # a wrapper may hold a name with underscores
+    """The component of a module, and its name without prefixes, wrappers and `.processor`."""
+    unwrapped = strip_prefixes(remove_torch_wrappers(name), DENOISER_PREFIXES)
     component, inner = match_component(unwrapped)
     return component or DENOISER, inner.replace(".processor.", ".").removesuffix(".processor")
+
+
+def remove_torch_wrappers(name: str) -> str:
+    """A name without the levels of `TORCH_WRAPPERS`, with dots or with underscores for dots."""
+    for wrapper in TORCH_WRAPPERS:
+        if wrapper in name:
+            pieces = [piece for piece in name.split(".") if piece != wrapper]
+            name = ".".join(pieces).removesuffix(f"_{wrapper}").replace(f"{wrapper}_", "")
+    return name
 
 
 def match_component(name: str) -> tuple[str | None, str]:
     """The component that the beginning of a name stands for, and the rest of it; None: it stands for none."""
     for prefix, component in FLAT_PREFIXES.items():
         if name.startswith(prefix):
-            return component, name.removeprefix(prefix)
+            # some trainers write a dot too much at either end
+            return component, name.removeprefix(prefix).strip("_")
 
     first, _, rest = name.partition(".")
     if first == "text_encoders" and rest:
@@ -172,8 +225,13 @@ def match_component(name: str) -> tuple[str | None, str]:
 
 
 def strip_prefixes(name: str, prefixes: tuple[str, ...]) -> str:
-    """A name without any of the prefixes, which may nest."""
-    for prefix in prefixes:
-        if name.startswith(prefix):
-            return strip_prefixes(name.removeprefix(prefix), prefixes)
-    return name
+    """A name without any of the prefixes, which may nest, and without `model.` around one of them."""
+    while True:
+        prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
+        if prefix is None and name.startswith(OUTER_WRAPPER):
+            wrapped = name.removeprefix(OUTER_WRAPPER)
+            is_wrapper = wrapped.startswith((*prefixes, *FLAT_PREFIXES, *COMPONENT_NAMES))
+            prefix = OUTER_WRAPPER if is_wrapper else None
+        if prefix is None:
+            return name
+        name = name.removeprefix(prefix)

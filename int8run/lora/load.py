@@ -1,8 +1,8 @@
 """Read a LoRA file: its keys by module, and the change that each module's tensors make.
 
-Where a key is taken apart is `int8run.lora.key_parsing`, where the tensors of a module become an adapter is
-`int8run.lora.parse`. Module names stay as the file has them: which module of a model is meant, only
-`int8run.lora.match` knows.
+Where a key is taken apart is `int8run.lora.key_parsing`, which keys make a module `int8run.lora.key_groups`,
+where the tensors of a module become an adapter `int8run.lora.parse`. Module names stay as the file has them:
+which module of a model is meant, only `int8run.lora.match` knows.
 """
 
 import hashlib
@@ -10,7 +10,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from int8run.lora.initial_factors import (
     split_initial_keys,
     subtract_initial,
 )
+from int8run.lora.key_groups import ModuleKeys, choose_keys, describe_copies, group_keys
 from int8run.lora.key_parsing import parse_key
 from int8run.lora.parse import (
     build_change,
@@ -48,8 +49,6 @@ from int8run.lora.written_settings import (
 )
 
 log = logging.getLogger(__name__)
-# component, and the module's name in the file without prefixes
-ModuleName = tuple[str, str]
 
 
 @dataclass(frozen=True)
@@ -111,21 +110,6 @@ class LoraFile:
         if not self.outside:
             return digest
         return hashlib.sha256(repr((digest, self.outside)).encode()).hexdigest()
-
-
-@dataclass
-class KeyGroups:
-    """The keys of a file by module.
-
-    Args:
-        modules: module -> part of its adapter -> key.
-        skipped: key that is not applied -> reason.
-        incomplete: module with such a key -> reason.
-    """
-
-    modules: dict[ModuleName, dict[str, str]] = field(default_factory=dict)
-    skipped: dict[str, str] = field(default_factory=dict)
-    incomplete: dict[ModuleName, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -271,52 +255,47 @@ def read_modules(opened: OpenLora, keys: Iterable[str]) -> LoraFile:
     """Read the modules of an open file, one after the other, see `read_lora`."""
     groups = group_keys(opened.path, keys)
     scales, checks = Scales(opened.written), SanityChecks()
-    skipped = dict(groups.skipped)
+    num_copies = 0
     changes: dict[str, dict[str, LoraChange]] = {}
-    for module, keys_by_part in groups.modules.items():
-        # without a part that is not applied, the rest would be another LoRA
-        skip_reason = groups.incomplete.get(module) or find_skip_reason(keys_by_part.keys())
-        if skip_reason is not None:
-            skipped |= dict.fromkeys(keys_by_part.values(), skip_reason)
-            continue
-
-        component, name = module
+    for module in groups.modules:
         try:
-            change, peaks = read_module(opened, module, keys_by_part, scales)
+            key_by_part = choose_keys(module, opened.get_tensor)
+            change, peaks = read_module(opened, module, key_by_part, scales)
         except LoraError as error:
-            raise LoraError(f"{opened.path}: {name} {error}") from error
-        checks.add(name, peaks, change)
-        changes.setdefault(component, {})[name] = change
+            raise LoraError(f"{opened.path}: {module.name} {error}") from error
+        checks.add(module.name, peaks, change)
+        num_copies += len(module.keys) > len(key_by_part)
+        changes.setdefault(module.component, {})[module.name] = change
 
     warn(opened.path, list_scale_warnings(opened, scales))
     return LoraFile(
         path=opened.path,
         changes=changes,
-        skipped_keys=tuple(skipped.items()),
+        skipped_keys=tuple(groups.skipped.items()),
         metadata=opened.metadata,
-        notes=checks.list_notes(),
+        notes=(*describe_copies(num_copies, len(groups.modules)), *checks.list_notes()),
         outside=tuple(sorted((*module, scale) for module, scale in scales.outside.items())),
     )
 
 
 def read_module(
-    opened: OpenLora, module: ModuleName, keys_by_part: Mapping[str, str], scales: Scales
+    opened: OpenLora, module: ModuleKeys, key_by_part: Mapping[str, str], scales: Scales
 ) -> tuple[LoraChange, dict[str, float]]:
     """The change of one module, and the largest magnitude of each of its parts.
 
     Raises:
         LoraError: see `read_lora`; a sentence without its subject.
     """
-    component, name = module
-    for part, key in keys_by_part.items():
+    component, name = module.component, module.name
+    for part, key in key_by_part.items():
         check_dtype(part, get_part_name(part), opened.dtypes[key])
     for place in () if opened.is_initial else opened.written.places:
-        check_parts(place.get_settings(component), place.name, keys_by_part)
+        check_parts(place.get_settings(component), place.name, key_by_part)
 
-    tensors = {part: to_computable_dtype(part, opened.get_tensor(key)) for part, key in keys_by_part.items()}
+    tensors = {part: to_computable_dtype(part, opened.get_tensor(key)) for part, key in key_by_part.items()}
     floats = dequantize_factors(tensors)
     peaks = compute_peaks(floats)
-    names = ModuleNames(name, find_full_name(name, next(iter(keys_by_part.values()))))
+    names = ModuleNames(name, find_full_name(name, next(iter(key_by_part.values()))))
     change = build_change(floats, partial(scales.get_scale, component, names, floats.get("alpha")))
     return change, peaks
 
@@ -340,35 +319,3 @@ def list_scale_warnings(opened: OpenLora, scales: Scales) -> list[str]:
             "alpha / rank is taken as 1"
         )
     return lines
-
-
-def group_keys(path: Path, keys: Iterable[str]) -> KeyGroups:
-    """Sort the keys of a file by module.
-
-    Raises:
-        LoraError: when two keys are the same part of the same module.
-    """
-    groups = KeyGroups()
-    for key in keys:
-        component, name, part, reason = parse_key(key)
-        module = component, name
-        if part is None:
-            groups.skipped[key] = groups.incomplete[module] = reason
-            continue
-        first_key = groups.modules.setdefault(module, {}).setdefault(part, key)
-        if first_key != key:
-            raise LoraError(
-                f"{path}: {name} is in the file twice, as {first_key} and {key}; "
-                "which one is meant cannot be told"
-            )
-    return groups
-
-
-def find_skip_reason(parts: Iterable[str]) -> str | None:
-    """Why the parts of a module do nothing; None: they do something."""
-    parts = set(parts)
-    if parts == {"alpha"}:
-        return "an alpha without a change"
-    if "weight" in parts and "on_input" not in parts:
-        return "a weight of a model, not a change of one"
-    return None

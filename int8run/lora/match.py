@@ -6,14 +6,15 @@ Every name is looked up and every shape checked; the model is not changed yet. `
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import nn
 
 from int8run.errors import LoraError
 from int8run.lora.adapters.change import LoraChange
-from int8run.lora.key_parsing import DENOISER, parse_key
+from int8run.lora.key_groups import PLAIN_WEIGHT
+from int8run.lora.key_parsing import DENOISER, UNKNOWN_SUFFIX, parse_key
 from int8run.lora.load import LoraFile
 from int8run.lora.module_names import (
     ModuleTarget,
@@ -22,6 +23,7 @@ from int8run.lora.module_names import (
     count_source_rows,
     get_weight_shape,
 )
+from int8run.lora.unread_types import UnreadType, describe_unread_types, list_unread_types
 from int8run.models.dual_denoisers import split_denoiser
 
 log = logging.getLogger(__name__)
@@ -347,15 +349,36 @@ def report_unmatched(file: LoraFile, match: FileMatch, strict: bool) -> None:
     counts = Counter(reason for _, reason in match.unmatched)
     reasons = "; ".join(f"{n} × {reason}" for reason, n in counts.items())
     first = f" (first: {match.unmatched[0][0]})" if match.unmatched else ""
+    unread = list_unread_types(counts)
     if not match.n_matched:
         details = f"{first}: {reasons}" if reasons else first
         raise LoraError(
             f"{file.path.name}: none of its {total} modules and keys is in the model{details}; "
-            "the LoRA was made for another architecture, or its adapter type is not supported"
+            f"{explain_no_match(counts, unread)}"
         )
     if not n_unmatched:
         return
     share = f"{n_unmatched} of {total} modules and keys do not match the model"
+    advice = f"; {describe_unread_types(unread)}" if unread else ""
     if strict:
-        raise LoraError(f"{file.path.name}: {share}: {reasons}{first}; lora.strict=false applies the rest")
-    log.warning("%s: %s and are left out: %s", file.path.name, share, f"{reasons}{first}")
+        raise LoraError(
+            f"{file.path.name}: {share}: {reasons}{first}{advice}; lora.strict=false applies the rest"
+        )
+    log.warning("%s: %s and are left out: %s", file.path.name, share, f"{reasons}{first}{advice}")
+
+
+def explain_no_match(reasons: Collection[str], unread: Sequence[UnreadType]) -> str:
+    """Why nothing of a file is applied, and what to do.
+
+    Args:
+        reasons: why its keys are not.
+        unread: the types that they name.
+    """
+    if unread:
+        return describe_unread_types(unread)
+    if PLAIN_WEIGHT in reasons and not set(reasons) - {PLAIN_WEIGHT, UNKNOWN_SUFFIX}:
+        return (
+            "the file holds weights of a model, and no LoRA; give it as the model (model.location=FILE) or "
+            "the text encoder (clip.path=FILE) if it is one"
+        )
+    return "the LoRA was made for another architecture, or its adapter type is not supported"

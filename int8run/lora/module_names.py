@@ -8,7 +8,7 @@ v in one) are cut by the row counts of the model's own modules.
 `int8run.lora.match` asks for the targets of a file's modules; nothing here knows files or adapters.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
@@ -66,6 +66,10 @@ class RowSlice:
         return self.count == self.total
 
 
+# levels that wrap a module, anywhere in its name
+WRAPPER_LEVELS = ("model", "module")
+# objects that hold a denoiser, at the beginning of a name
+WRAPPER_FRONTS = ("net", "network", "denoiser", "transformer", "unet", "dit", "generator", "student", "ema")
 # what one name in a file stands for: the matrix of that name holds these rows, one slice after the other
 RowSlices = tuple[RowSlice, ...]
 ModuleTargets = tuple[ModuleTarget, ...]
@@ -113,7 +117,8 @@ class NameTable:
         Raises:
             LoraError: when two modules have this name.
         """
-        meanings = self.targets_by_flat_name.get(flatten_name(name), [])
+        spellings = (self.targets_by_flat_name.get(flat_name, []) for flat_name in iter_flat_names(name))
+        meanings = next((meanings for meanings in spellings if meanings), [])
         if len(meanings) > 1:
             modules = " or ".join(sorted({targets[0].module for targets in meanings}))
             raise LoraError(
@@ -125,6 +130,27 @@ class NameTable:
     def find_all_targets(self, names: Iterable[str]) -> dict[str, ModuleTargets | None]:
         """The targets of several names, see `find_targets`."""
         return {name: self.find_targets(name) for name in names}
+
+
+def iter_flat_names(name: str) -> Iterator[str]:
+    """A name with underscores for dots, then without the objects around the model that a trainer had.
+
+    They are taken off last, because a model may have a module of such a name.
+    """
+    yield flatten_name(name)
+    pieces = name.split(".")
+    if len(pieces) > 1:
+        inner = [piece for piece in pieces if piece not in WRAPPER_LEVELS]
+        while len(inner) > 1 and inner[0] in WRAPPER_FRONTS:
+            inner = inner[1:]
+        yield flatten_name(".".join(inner))
+        return
+    while True:
+        front = next((level for level in WRAPPER_LEVELS if name.startswith(f"{level}_")), None)
+        if front is None:
+            return
+        name = name.removeprefix(f"{front}_")
+        yield name
 
 
 def get_weight_shape(module: nn.Module) -> tuple[int, ...]:

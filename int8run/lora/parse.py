@@ -31,6 +31,8 @@ GetScale = Callable[[int | None], float]
 
 # how messages name the parts of a low-rank pair
 PART_NAMES = {"down": "lora_A (down)", "up": "lora_B (up)"}
+# no pair has a larger share of its inputs as rank
+MAX_RANK_SHARE = 1 / 8
 # parts that belong to a change without being one
 AUXILIARY_PARTS = {"alpha", "dora_scale", "magnitude", "down_scale", "up_scale", "on_input"}
 
@@ -184,10 +186,21 @@ def missing_part_error(part: str) -> LoraError:
 
 def build_lora(tensors: AdapterTensors, get_scale: GetScale) -> LoRA:
     """A low-rank pair; with convolution kernels or a core it is a LoCon."""
+    if "down" in tensors and "up" not in tensors and is_full_rank(tensors["down"]):
+        raise LoraError(
+            f"has no lora_B (up) beside its lora_A {list(tensors['down'].shape)}; either the file is "
+            "incomplete, or this is a full-rank change (ai-toolkit's network type fullrank), which is not "
+            "applied under that name: rename each lora_A.weight to diff"
+        )
     down, up = require_parts(tensors, "down", "up")
     mid = tensors.get("mid")
     rank = check_pair_rank(up=up, down=down, mid=mid, up_name="lora_B", down_name="lora_A")
     return LoRA(lora_A=down, lora_B=up, scale=get_scale(rank), mid=mid)
+
+
+def is_full_rank(down: Tensor) -> bool:
+    """Whether a lower half has so many rows that it may be a whole change of a weight."""
+    return down.dim() == 2 and down.shape[0] > MAX_RANK_SHARE * down.shape[1]
 
 
 def build_loha(tensors: AdapterTensors, get_scale: GetScale) -> LoHa:

@@ -2,7 +2,8 @@
 
 import pytest
 
-from int8run.lora.key_parsing import PART_BY_SUFFIX, UNSUPPORTED_SUFFIXES, ParsedKey, parse_key
+from int8run.lora.key_parsing import PART_BY_SUFFIX, ParsedKey, parse_key, remove_adapter_name
+from int8run.lora.unread_types import load_signatures
 
 
 @pytest.mark.parametrize(
@@ -13,6 +14,13 @@ from int8run.lora.key_parsing import PART_BY_SUFFIX, UNSUPPORTED_SUFFIXES, Parse
         ("transformer.a.b.lora_A.default_0.weight", "denoiser", "a.b", "down"),
         ("transformer.a.b.lora_B.bias", "denoiser", "a.b", "up_bias"),
         ("transformer.a.b.lora_B.default.bias", "denoiser", "a.b", "up_bias"),
+        ("transformer.a.b.lora_A.default_0.default.weight", "denoiser", "a.b", "down"),
+        ("transformer.a.b.lora_B.my_style.weight", "denoiser", "a.b", "up"),
+        ("transformer.a.b.lora_B.my_style.bias", "denoiser", "a.b", "up_bias"),
+        ("transformer.a.b.lora_A.default", "denoiser", "a.b", "down"),
+        ("transformer.a.b.hada_w1_a.default", "denoiser", "a.b", "hada_w1_a"),
+        ("transformer.a.b.magnitude", "denoiser", "a.b", "magnitude"),
+        ("lora_unet_a_b.lora_up.bias", "denoiser", "a_b", "up_bias"),
         ("transformer.a.b.lora_magnitude_vector", "denoiser", "a.b", "magnitude"),
         ("transformer.a.b.lora_magnitude_vector.weight", "denoiser", "a.b", "magnitude"),
         ("transformer.a.b.lora_magnitude_vector.default.weight", "denoiser", "a.b", "magnitude"),
@@ -60,6 +68,18 @@ from int8run.lora.key_parsing import PART_BY_SUFFIX, UNSUPPORTED_SUFFIXES, Parse
         ("unet.base_model.model.a.b_norm", "denoiser", "a", "b_norm"),
         ("model.diffusion_model.a.dora_scale", "denoiser", "a", "dora_scale"),
         ("model.a.alpha", "denoiser", "model.a", "alpha"),
+        ("_orig_mod.a.alpha", "denoiser", "a", "alpha"),
+        ("module.a.alpha", "denoiser", "a", "alpha"),
+        ("transformer._orig_mod.a.alpha", "denoiser", "a", "alpha"),
+        ("pipe.dit.a.alpha", "denoiser", "a", "alpha"),
+        ("model.transformer.a.alpha", "denoiser", "a", "alpha"),
+        ("model.text_encoder.model.a.alpha", "text_encoder", "model.a", "alpha"),
+        ("a._checkpoint_wrapped_module.b._fsdp_wrapped_module.alpha", "denoiser", "a.b", "alpha"),
+        ("lora_unet__orig_mod_a__checkpoint_wrapped_module_b.alpha", "denoiser", "a_b", "alpha"),
+        ("lora_unet_a_b__orig_mod.alpha", "denoiser", "a_b", "alpha"),
+        ("text_encoder._orig_mod.a.alpha", "text_encoder", "a", "alpha"),
+        ("lora_unet_a_b_.alpha", "denoiser", "a_b", "alpha"),
+        ("lora_transformer__a_b.alpha", "denoiser", "a_b", "alpha"),
         ("blocks.0.transformer.proj.alpha", "denoiser", "blocks.0.transformer.proj", "alpha"),
         ("transformer_blocks.0.proj.alpha", "denoiser", "transformer_blocks.0.proj", "alpha"),
         ("a.on_input", "denoiser", "a", "on_input"),
@@ -122,7 +142,7 @@ def test_key_is_parsed_into_component_name_and_part(key, component, name, part):
 
 
 @pytest.mark.parametrize(
-    ("key", "name", "reason"),
+    ("key", "name", "reason"),  # no reason: it is applied
     [
         ("transformer.x.a1.weight", "x", "unsupported adapter type: GLoRA"),
         ("lora_unet_x.b2.weight", "x", "unsupported adapter type: GLoRA"),
@@ -137,6 +157,26 @@ def test_key_is_parsed_into_component_name_and_part(key, component, name, part):
         ("lora_unet_x.bias_indices", "x", "unsupported adapter type: sparse bias"),
         ("text.x.lora_embedding_A", "text.x", "unsupported adapter type: LoRA of an embedding"),
         ("transformer.x.lora_A.something", "x.lora_A.something", "unknown suffix"),
+        ("transformer.x.lora_A.default.something", "x.lora_A.default.something", "unknown suffix"),
+        ("transformer.x.lora_A.a.b.c.weight", "x.lora_A.a.b.c", None),  # a plain weight
+        ("oft_unet_x.oft_blocks.0", "x", "unsupported adapter type: OFT or BOFT"),
+        ("x.lambda_layer", "x", "unsupported adapter type: T-LoRA"),
+        ("x.lora_E.default", "x", "unsupported adapter type: AdaLoRA"),
+        ("x.norm.ln_tuning_layers.weight", "x.norm", "unsupported adapter type: LN tuning"),
+        (
+            "x.lora_A.default.weight_scale",
+            "x",
+            "unsupported adapter type: int8 or fp8 LoRA with weight_scale",
+        ),
+        ("x.lora_down", "x", "unsupported adapter type: LoRA in nunchaku's own layout"),
+        ("image_proj.norm.weight", "image_proj.norm.weight", "IP-Adapter, not a LoRA"),
+        (
+            "controlnet_blocks.0.weight",
+            "controlnet_blocks.0.weight",
+            "ControlNet, not a LoRA",
+        ),
+        ("controlnet_blocks.0.lora_A.weight", "controlnet_blocks.0", None),
+        ("clip_g", "clip_g", "textual inversion, not a LoRA"),
         ("transformer.x.bias", "x.bias", "unknown suffix"),
         ("iteration", "iteration", "unknown suffix"),
         ("", "", "unknown suffix"),
@@ -149,7 +189,11 @@ def test_key_is_parsed_into_component_name_and_part(key, component, name, part):
     ],
 )
 def test_unsupported_key_has_a_reason(key, name, reason):
-    assert parse_key(key) == ParsedKey("denoiser", name, None, reason)
+    if reason is None:
+        parsed = parse_key(key)
+        assert parsed.part is not None and parsed.name == name and not parsed.reason
+    else:
+        assert parse_key(key) == ParsedKey("denoiser", name, None, reason)
 
 
 @pytest.mark.parametrize("suffix", PART_BY_SUFFIX)
@@ -160,8 +204,49 @@ def test_every_suffix_is_recognized(suffix):
     assert parse_key(f"transformer.{name}{suffix}") == ParsedKey("denoiser", name, PART_BY_SUFFIX[suffix])
 
 
-@pytest.mark.parametrize("suffix", UNSUPPORTED_SUFFIXES)
-def test_every_unsupported_suffix_is_recognized(suffix):
-    assert parse_key(f"transformer.x{suffix}") == ParsedKey(
-        "denoiser", "x", None, f"unsupported adapter type: {UNSUPPORTED_SUFFIXES[suffix]}"
-    )
+@pytest.mark.parametrize(
+    ("key", "plain", "adapter"),
+    [
+        ("x.lora_A.weight", "x.lora_A.weight", ""),
+        ("x.lora_A.my_style.weight", "x.lora_A.weight", "my_style"),
+        ("x.lora_A.default_0.default.weight", "x.lora_A.weight", "default_0.default"),
+        ("x.lora_B.a.bias", "x.lora_B.bias", "a"),
+        ("x.lora_A.base_layer.weight", "x.lora_A.base_layer.weight", ""),
+        ("x.lora_A.a.b.c.weight", "x.lora_A.a.b.c.weight", ""),
+        ("x.lokr_w1.default", "x.lokr_w1", "default"),
+        ("x.lokr_w1.scale", "x.lokr_w1.scale", ""),
+        ("x.alpha", "x.alpha", ""),
+        ("", "", ""),
+    ],
+)
+def test_name_of_the_adapter_is_taken_out(key, plain, adapter):
+    assert remove_adapter_name(key) == (plain, adapter)
+
+
+def test_deep_wrappers_are_taken_off_without_recursion():
+    assert parse_key("model.transformer." * 3000 + "a.alpha") == ParsedKey("denoiser", "a", "alpha")
+
+
+def test_every_listed_type_is_recognized_by_each_of_its_signatures():
+    signatures = load_signatures()
+    keys = {
+        **{f"transformer.x.{part}": unread for part, unread in signatures.by_part.items()},
+        **{f"transformer.x.{part}.default.weight": unread for part, unread in signatures.by_part.items()},
+        **{f"transformer.x{ending}": unread for ending, unread in signatures.by_ending.items()},
+        **{f"{prefix}x": unread for prefix, unread in signatures.by_prefix.items()},
+        **dict(signatures.by_key),
+        **{f"x.{piece}.y.weight": unread for piece, unread in signatures.by_weight.items()},
+    }
+
+    assert {key: parse_key(key).reason for key in keys} == {
+        key: unread.reason for key, unread in keys.items()
+    }
+    assert all(parse_key(key).part is None for key in keys)
+
+
+def test_no_listed_type_hides_a_part_that_is_applied():
+    signatures = load_signatures()
+    applied = {suffix.strip(".").split(".")[0] for suffix in PART_BY_SUFFIX}
+
+    assert not applied & signatures.by_part.keys()
+    assert not [end for end in signatures.by_ending if end in PART_BY_SUFFIX]

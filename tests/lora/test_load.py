@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from support.compare import assert_close
 from support.helpers import randn
 
 from int8run.errors import LoraError
@@ -198,7 +199,7 @@ def test_unknown_keys_are_listed_with_reasons(write):
         write(
             PEFT
             | {
-                "transformer.x.something": torch.ones(OUT),
+                "transformer.z.something": torch.ones(OUT),
                 "bundle_emb.a": torch.ones(1),
                 "y.alpha": torch.ones(1),
             }
@@ -206,7 +207,7 @@ def test_unknown_keys_are_listed_with_reasons(write):
     )
 
     assert set(file.skipped_keys) == {
-        ("transformer.x.something", "unknown suffix"),
+        ("transformer.z.something", "unknown suffix"),
         ("bundle_emb.a", "textual inversion, not a LoRA"),
         ("y.alpha", "an alpha without a change"),
     }
@@ -251,6 +252,125 @@ def test_module_with_an_unsupported_part_is_skipped_whole(write, suffix):
     assert list(file.changes["denoiser"]) == ["y"]
     assert {key for key, _ in file.skipped_keys} == {*PEFT, f"transformer.x.{suffix}"}
     assert {reason.partition(":")[0] for _, reason in file.skipped_keys} == {"unsupported adapter type"}
+
+
+UNKNOWN_PARTS = {
+    "something": "something",
+    "bias": "bias",
+    "lora_A.bias": "lora_A.bias",
+    "lora_A.default.something": "lora_A.default.something",
+    "lora_C.weight": "lora_C",
+    "gate.weight": "gate",
+    "deep.down.below.something": "deep.down.below.something",
+}
+
+
+@pytest.mark.parametrize("spelling", ["transformer.x.y", "lora_unet_x_y", "base_model.model.x.y"])
+@pytest.mark.parametrize(("suffix", "part"), UNKNOWN_PARTS.items())
+def test_module_with_an_unknown_part_is_skipped_whole(write, suffix, part, spelling):
+    module = {"transformer.x.y.lora_A.weight": A, "transformer.x.y.lora_B.weight": B}
+    other = {"transformer.z.lora_A.weight": A.clone(), "transformer.z.lora_B.weight": B.clone()}
+    file = read_lora(write(module | other | {f"{spelling}.{suffix}": torch.ones(3)}))
+
+    assert list(file.changes["denoiser"]) == ["z"]
+    assert dict(file.skipped_keys) == dict.fromkeys(
+        [*module, f"{spelling}.{suffix}"], f"modules with a part that is not known ({part})"
+    )
+
+
+def test_hostile_name_of_an_unknown_part_is_cut(write):
+    file = read_lora(write(PEFT | {"transformer.x.\x1b[31m" + "a" * 5000: torch.ones(1)}))
+
+    reasons = {reason for _, reason in file.skipped_keys}
+
+    assert reasons == {f"modules with a part that is not known ([31m{'a' * 35}…)"}
+
+
+def test_tensors_below_an_unsupported_part_have_its_reason(write):
+    tlora = {
+        "x.q_layer.weight": A,
+        "x.p_layer.weight": B,
+        "x.lambda_layer": torch.ones(1, RANK),
+        "x.alpha": torch.tensor(1.0),
+    }
+    file = read_lora(write(tlora))
+
+    assert dict(file.skipped_keys) == dict.fromkeys(tlora, "unsupported adapter type: T-LoRA")
+    assert not file.changes
+
+
+def test_weights_above_and_beside_a_module_are_no_parts_of_it(write):
+    pair = {"transformer.x.y.lora_A.weight": A, "transformer.x.y.lora_B.weight": B}
+    file = read_lora(
+        write(pair | {"x.weight": A.clone(), "x.z.weight": A.clone(), "x.something": A[0].clone()})
+    )
+
+    assert list(file.changes["denoiser"]) == ["x.y"]
+    assert dict(file.skipped_keys) == {
+        "x.weight": "a weight of a model, not a change of one",
+        "x.z.weight": "a weight of a model, not a change of one",
+        "x.something": "unknown suffix",
+    }
+
+
+@pytest.mark.parametrize("name", [".my_style", ".default_0.default", ".default"])
+def test_pair_under_any_name_of_an_adapter(write, name):
+    file = read_lora(write({f"x.lora_A{name}.weight": A, f"x.lora_B{name}.weight": B}))
+
+    assert torch.equal(get_only_change(file).weight_delta.lora_A, A)
+    assert torch.equal(get_only_change(file).weight_delta.lora_B, B)
+
+
+def test_several_adapters_in_one_file_are_refused_by_name(write):
+    tensors = {
+        f"{module}.lora_{half}.{adapter}.weight": tensor.clone()
+        for module, adapter in (("x", "style"), ("y", "person"))
+        for half, tensor in (("A", A), ("B", B))
+    }
+    with pytest.raises(LoraError, match="holds 2 adapters: person, style; save each into a file of its own"):
+        read_lora(write(tensors))
+
+    # the text encoder of one LoRA may have its own
+    other = {key.replace("y.", "text_encoder.y."): tensor for key, tensor in tensors.items()}
+    assert set(read_lora(write(other)).changes) == {"denoiser", "text_encoder"}
+
+
+# -- one module under two names ------------------------------------------------------------------------------
+
+COPY = {
+    "lora_unet_x_y.lora_down.weight": A,
+    "lora_unet_x_y.lora_up.weight": B,
+    "lora_unet_x_y.alpha": torch.tensor(2.0),
+}
+ORIGINAL = {"x.y.lora_A.weight": A, "x.y.lora_B.weight": B, "x.y.alpha": torch.tensor(2.0)}
+
+
+def test_copy_under_another_name_counts_once(write):
+    file = read_lora(write({key: tensor.clone() for key, tensor in (ORIGINAL | COPY).items()}))
+    delta = get_only_change(file).weight_delta
+
+    assert_close("one change", delta.compute_delta(torch.zeros(OUT, IN)), 2 / RANK * B @ A, 1e-6)
+    assert file.notes[0] == (
+        "1 of 1 modules are in the file under two names with the same values; each counts once"
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"lora_unet_x_y.lora_up.weight": 2 * B},
+        {"lora_unet_x_y.lora_up.weight": B.half()},
+        {"lora_unet_x_y.alpha": None},
+        {"x.y.alpha": None},
+        {"x.y.dora_scale": torch.ones(OUT, 1)},
+    ],
+    ids=["values", "precision", "no alpha", "no alpha first", "DoRA"],
+)
+def test_two_names_with_different_contents_are_refused(write, change):
+    tensors = {k: t.clone() for k, t in (ORIGINAL | COPY | change).items() if t is not None}
+
+    with pytest.raises(LoraError, match=r"is in the file twice, as .* and .*; which one is meant cannot be"):
+        read_lora(write(tensors))
 
 
 def test_components_are_kept_apart(write):
@@ -401,7 +521,6 @@ class TestParts:
 
 
 REFUSED = {
-    "no up": ({"x.lora_A.weight": A}, r"x has no lora_B \(up\); the file is incomplete"),
     "no down": ({"x.lora_B.weight": B}, r"x has no lora_A \(down\); the file is incomplete"),
     "a bias of lora_B alone": ({"x.lora_B.bias": B[0]}, r"x has no lora_A \(down\); the file is incomplete"),
     "a scale alone": ({"x.lora_up.scale_weight": B[0]}, r"x has no lora_B \(up\); the file is incomplete"),
@@ -459,6 +578,15 @@ REFUSED = {
             "x.lora_up.scale_weight": torch.tensor(float("inf")),
         },
         "not finite numbers",
+    ),
+    "full-rank change as lora_A": (
+        {"x.lora_A.weight": randn(5, 6)},
+        r"x has no lora_B \(up\) beside its lora_A \[5, 6\]; either the file is incomplete, or this is a "
+        "full-rank change .* rename each lora_A.weight to diff",
+    ),
+    "no up": (
+        {"x.lora_A.weight": randn(2, 64)},
+        r"x has no lora_B \(up\); the file is incomplete",
     ),
     "integers": (
         {"x.lora_A.weight": A, "x.lora_B.weight": torch.ones(5, 4, dtype=torch.int8)},

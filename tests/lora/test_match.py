@@ -17,10 +17,15 @@ from int8run.lora.adapters.change import LoraChange
 from int8run.lora.adapters.diff import Diff
 from int8run.lora.adapters.dora import DoRA
 from int8run.lora.adapters.lora import LoRA
+from int8run.lora.key_groups import PLAIN_WEIGHT
 from int8run.lora.load import LoraFile
 from int8run.lora.match import Matches, MatchRequest, match_loras
 
 TO_Q, PROJ_OUT = "transformer_blocks.0.attn.to_q", "single_transformer_blocks.0.proj_out"
+ADVICE = (
+    "VeRA is not applied: merge it into its base model with PEFT (merge_and_unload) and give the merged "
+    "model, or extract a LoRA from that"
+)
 CLIP_Q, CLIP_FC1 = "text_model.encoder.layers.0.self_attn.q_proj", "text_model.encoder.layers.0.mlp.fc1"
 T5_Q, T5_O = "encoder.block.0.layer.0.SelfAttention.q", "encoder.block.0.layer.0.SelfAttention.o"
 
@@ -160,17 +165,14 @@ def test_components_that_are_not_requested_are_not_missed(parts: dict[str, nn.Mo
 
 
 def test_skipped_keys_of_other_components_are_not_missed(parts: dict[str, nn.Module]) -> None:
-    keys = (
-        ("lora_te1_text_model_encoder_layers_0_mlp_fc1.oft_blocks", "unsupported adapter type: OFT or BOFT"),
-    )
+    keys = (("lora_te1_text_model_encoder_layers_0_mlp_fc1.vera_lambda_b", "unsupported adapter type: VeRA"),)
     wanted = make_request({"denoiser": {TO_Q: make_change(32, 32)}}, keys).file
 
     assert not match_loras(parts, [MatchRequest(wanted, ["denoiser"])], strict=True).unmatched
     for components in (None, ["denoiser", "text_encoder"]):
         with pytest.raises(
             LoraError,
-            match=r"1 of 2 modules and keys do not match the model: 1 × unsupported adapter type: OFT or "
-            r"BOFT",
+            match="1 of 2 modules and keys do not match the model: 1 × unsupported adapter type: VeRA",
         ):
             match_loras(parts, [MatchRequest(wanted, components)], strict=True)
 
@@ -197,7 +199,7 @@ def test_components_that_a_file_lacks_are_rejected(
 # -- what has no place ---------------------------------------------------------------------------------------
 
 SKIPPED_KEYS = (
-    ("a.oft_blocks", "unsupported adapter type: OFT or BOFT"),
+    ("a.vera_lambda_b", "unsupported adapter type: VeRA"),
     ("b.x", "unknown suffix"),
     ("c.x", "unknown suffix"),
 )
@@ -213,8 +215,8 @@ def test_strict_rejects_and_counts_the_reasons(parts: dict[str, nn.Module]) -> N
         match_loras(parts, [wanted], strict=True)
     assert str(error.value) == (
         "style.safetensors: 4 of 5 modules and keys do not match the model: 1 × unsupported "
-        "adapter type: OFT or BOFT; 2 × unknown suffix; "
-        "1 × no such module (first: a.oft_blocks); lora.strict=false applies the rest"
+        "adapter type: VeRA; 2 × unknown suffix; "
+        f"1 × no such module (first: a.vera_lambda_b); {ADVICE}; lora.strict=false applies the rest"
     )
 
 
@@ -229,7 +231,7 @@ def test_not_strict_applies_the_rest_and_warns(
 
     assert found.n_matched == 2
     assert found.unmatched == [
-        (1, "a.oft_blocks", "unsupported adapter type: OFT or BOFT"),
+        (1, "a.vera_lambda_b", "unsupported adapter type: VeRA"),
         (1, "x", "no such module"),
     ]
 
@@ -237,8 +239,8 @@ def test_not_strict_applies_the_rest_and_warns(
 
     assert said.levelno == logging.WARNING and said.getMessage() == (
         "style.safetensors: 2 of 3 modules and keys do not match the model and are left out: 1 × "
-        "unsupported adapter type: OFT or BOFT; "
-        "1 × no such module (first: a.oft_blocks)"
+        "unsupported adapter type: VeRA; "
+        f"1 × no such module (first: a.vera_lambda_b); {ADVICE}"
     )
 
 
@@ -259,6 +261,35 @@ def test_file_without_a_match_is_always_rejected(parts: dict[str, nn.Module], st
         "× no such module; the LoRA was "
         "made for another architecture, or its adapter type is not supported"
     )
+
+
+@pytest.mark.parametrize(
+    ("skipped", "words"),
+    [
+        ((("x.vera_lambda_b", "unsupported adapter type: VeRA"),), ADVICE),
+        (
+            (
+                ("image_proj.x", "IP-Adapter, not a LoRA"),
+                ("x.alpha", "an alpha without a change"),
+            ),
+            "IP-Adapter is not applied: load it with load_ip_adapter of a diffusers pipeline",
+        ),
+        (
+            (("x.weight", PLAIN_WEIGHT), ("x.bias", "unknown suffix")),
+            "the file holds weights of a model, and no LoRA; give it as the model (model.location=FILE) or "
+            "the text encoder (clip.path=FILE) if it is one",
+        ),
+        ((("x.bias", "unknown suffix"),), "the LoRA was made for another architecture, or its"),
+    ],
+    ids=["adapter", "no LoRA", "weights", "unknown"],
+)
+def test_file_of_which_nothing_is_read_is_named(
+    parts: dict[str, nn.Module], skipped: tuple[tuple[str, str], ...], words: str
+) -> None:
+    with pytest.raises(LoraError) as error:
+        match_loras(parts, [make_request({}, skipped)], strict=False)
+    assert f"; {words}" in str(error.value)
+    assert ("another architecture" in str(error.value)) == words.startswith("the LoRA")
 
 
 def test_one_lora_without_a_match_fails_the_stack(parts: dict[str, nn.Module]) -> None:

@@ -127,6 +127,42 @@ def test_names_without_a_weight_have_no_target(flux, name):
     assert flux.find_targets(name) is None and flux.find_targets(flatten_name(name)) is None
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        f"model.{Q}",
+        f"model.model.module.{Q}",
+        f"net.model.{Q}",
+        f"denoiser.{Q}",
+        f"student.transformer.{Q}",
+        "transformer_blocks.1.module.attn.model.to_q",
+        f"model_{flatten_name(Q)}",
+        f"model_module_{flatten_name(Q)}",
+    ],
+)
+def test_objects_around_the_model_are_taken_off(flux, name):
+    assert flux.find_targets(name) == (ModuleTarget(Q),)
+
+
+@pytest.mark.parametrize(
+    "name", [f"controlnet.{Q}", f"ema.vae.{Q}", f"vae_{flatten_name(Q)}", "model", "net"]
+)
+def test_other_objects_are_not_taken_off(flux, name):
+    assert flux.find_targets(name) is None
+
+
+def test_module_that_is_called_like_a_wrapper_is_itself():
+    inner = nn.ModuleDict({"x": nn.Linear(2, 2)})
+    model = nn.ModuleDict(
+        {"model": inner, "x": nn.Linear(2, 3), "net": nn.ModuleDict({"x": nn.Linear(4, 4)})}
+    )
+    table = NameTable.from_model(model)
+
+    assert table.find_targets("model.x") == (ModuleTarget("model.x"),)
+    assert table.find_targets("net.x") == (ModuleTarget("net.x"),)
+    assert table.find_targets("x") == (ModuleTarget("x"),)
+
+
 def test_source_rows_are_counted(flux):
     assert count_source_rows(flux.find_targets("single_blocks.0.linear1")) == 56
     assert count_source_rows(flux.find_targets("single_blocks.0.linear2")) is None
