@@ -15,6 +15,7 @@ from typing import Any
 
 from int8run.config.error_messages import explain_error
 from int8run.errors import ConfigError, Int8RunError
+from int8run.utils.text import make_lines_visible
 
 log = logging.getLogger(__name__)
 HYDRA_MAIN = {"config_path": "pkg://int8run.conf", "config_name": "config", "version_base": "1.3"}
@@ -70,7 +71,7 @@ def main() -> None:
         message, exit_code = explain_error(error)
         if is_debug or message is None:
             raise
-        sys.stderr.write(f"int8run: {message}\n")
+        sys.stderr.write(f"int8run: {make_lines_visible(message)}\n")
         sys.exit(exit_code)
     except KeyboardInterrupt as interrupt:
         is_sweep = bool({"-m", "--multirun"} & set(sys.argv))
@@ -237,11 +238,13 @@ def print_banner(jobs: int, choices: dict[str, str]) -> None:
         jobs: number of jobs.
         choices: group -> option; of a sweep the values given with commas.
     """
+    from rich.text import Text
+
     from int8run import __version__
-    from int8run.report.console import print_lines
+    from int8run.report.console import make_bold, make_plain, print_lines
 
     task = choices.get("task", "run")
-    line = f"[bold]int8run {__version__}[/bold] {task}"
+    line = f" {task}"
     if jobs > 1:
         line += f", {jobs} jobs"
     if task == "run":
@@ -249,7 +252,7 @@ def print_banner(jobs: int, choices: dict[str, str]) -> None:
         if choices.get("clip") != "keep":
             groups.append("clip")
         line += ": " + " ".join(f"{group}={choices[group]}" for group in groups if group in choices)
-    print_lines(line)
+    print_lines(Text.assemble(make_bold(f"int8run {__version__}"), make_plain(line)))
 
 
 def run_job(config: Any) -> float | None:

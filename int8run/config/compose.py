@@ -60,6 +60,7 @@ LOG_CLASSES = (
     "logging.Formatter",
     "rich.logging.RichHandler",
     "int8run.report.console.ConsoleHandler",
+    "int8run.report.console.FileFormatter",
 )
 LOG_FILE = re.compile(r"\$\{hydra\.runtime\.output_dir\}/(\$\{hydra\.job\.name\}|[\w-]+)\.log")
 LOG_STREAMS = ("ext://sys.stdout", "ext://sys.stderr")

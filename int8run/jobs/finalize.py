@@ -7,8 +7,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from rich.markup import escape
-
 from int8run.errors import TrackingError, as_disk_full_error, as_not_writable_error
 from int8run.jobs.execute import build_sync_command, upload_record
 from int8run.jobs.manifest import SweepManifest
@@ -43,14 +41,14 @@ def finalize_sweep(
     except OSError as error:
         log.error("%s", as_disk_full_error(error) or as_not_writable_error(error) or error)
     else:
-        print_lines(f"report:   {escape(str(page))}")
+        print_lines(f"report:   {page}")
     for tracker in dict.fromkeys(trackers.values()):
         uploaded = [r for r in records if r.uploaded and trackers.get(r.number) == tracker]
         if not uploaded:
             continue
         view_hint = share_dashboard(tracker, manifest, uploaded, page)
         if view_hint:
-            print_lines(f"runs:     {escape(view_hint)}")
+            print_lines(f"runs:     {view_hint}")
 
 
 def upload_if_missing(record: Record, tracker: Tracker | None) -> Record:

@@ -12,6 +12,7 @@ SPEED_RATIO = "speed/ratio_vs_float"
 PSNR_DB = "quality/psnr_db"
 DENOISER_BYTES = "memory/denoiser_bytes"
 DENOISER_RATIO = "memory/denoiser_ratio"
+LATENT_ERROR = "quality/latent_rel_err"
 
 MISSING = "–"
 MAX_DECIMALS = 6
@@ -158,7 +159,7 @@ METRIC_COLUMNS = (
         decimals=2,
     ),
     MetricColumn(
-        "quality/latent_rel_err",
+        LATENT_ERROR,
         "latent\nerror, %",
         "relative error of the final latents to the float model's",
         direction=-1,
@@ -181,6 +182,12 @@ METRIC_COLUMNS = (
         decimals=1,
     ),
 )
+
+
+def find_column(metric: str) -> MetricColumn:
+    """How a metric of METRIC_COLUMNS is shown."""
+    return next(column for column in METRIC_COLUMNS if column.metric == metric)
+
 
 PSNR_WITH_UNIT = MetricColumn(PSNR_DB, "PSNR", "", direction=1, decimals=1, suffix=" dB")
 

@@ -2,7 +2,11 @@
 
 Log lines and printed lines look the same; warnings and errors begin with that word. On a terminal, lines are
 wrapped between words at its width. Piped to a file or another program, a line stays one line, and there are
-no bars. `conf/hydra/job_logging` and `conf/hydra/hydra_logging` name `ConsoleHandler`.
+no bars. `conf/hydra/job_logging` and `conf/hydra/hydra_logging` name `ConsoleHandler` and `FileFormatter`.
+
+Text is text: no string is read as rich's markup (`[red]`) or as the name of an emoji (`:fox:`), and what a
+terminal would obey is shown (`\\x1b`), because a line may hold a prompt, a path or a setting of a user.
+Styles are given as `Text` objects (`make_bold`, `Text.assemble`).
 """
 
 import logging
@@ -14,9 +18,11 @@ from contextlib import contextmanager
 from rich import get_console
 from rich import progress as bars
 from rich.cells import cell_len
+from rich.table import Table
 from rich.text import Text
 
 from int8run.report.formatting import format_duration
+from int8run.utils.text import make_lines_visible, make_visible
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +42,7 @@ class ConsoleHandler(logging.Handler):
             if record.levelno > logging.INFO:
                 level = record.levelname.capitalize()
                 line.append(f"{level}: ", style=LEVEL_STYLES.get(record.levelno, "bold"))
-            line.append(self.format(record))
+            line.append(make_lines_visible(self.format(record)))
             print_text(line)
         except (OSError, ValueError, TypeError, KeyError):
             # A closed output, or arguments that do not fit their message: logging's own setting decides what
@@ -44,13 +50,60 @@ class ConsoleHandler(logging.Handler):
             self.handleError(record)
 
 
-def print_lines(*lines: object) -> None:
-    """Print lines of text with rich's markup, or tables."""
+class FileFormatter(logging.Formatter):
+    """Formats records for a job's log file. Further lines of a message are indented: none looks like a record
+    of its own, whatever a prompt or the name of a file says.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        """A record as one line that begins with its time, and indented lines."""
+        return make_lines_visible(super().format(record)).replace("\n", "\n    ")
+
+
+def print_lines(*lines: str | Text | Table) -> None:
+    """Print lines of text and tables; what a string holds is printed as it is."""
     for line in lines:
-        if isinstance(line, str):
-            print_text(Text.from_markup(line))
+        if isinstance(line, Table):
+            print_table(line)
+        elif isinstance(line, Text):
+            print_text(line)
         else:
-            get_console().print(line, soft_wrap=True)
+            print_text(Text(make_lines_visible(line)))
+
+
+def make_bold(value: object) -> Text:
+    """A value of one line in bold, to be printed alone or as a part of `Text.assemble`."""
+    return Text(make_visible(value), style="bold")
+
+
+def make_plain(value: object) -> Text:
+    """A value of one line for a cell of a table, or a part of `Text.assemble`."""
+    return Text(make_visible(value))
+
+
+def print_table(table: Table) -> None:
+    """Print a table, all of whose strings are taken as they are.
+
+    On a terminal that is too narrow for it, texts are broken and numbers are not: columns that stand to the
+    right keep their width.
+    """
+    make_literal(table)
+    for column in table.columns:
+        if column.justify == "right":
+            widest_cell = max((cell_len(str(cell)) for cell in column.cells), default=0)
+            column.min_width = max(widest_cell, column.min_width or 0)
+    get_console().print(table, soft_wrap=True)
+
+
+def make_literal(table: Table) -> None:
+    """Turn every string of a table into text without markup, in place."""
+    if isinstance(table.title, str):
+        table.title = Text(make_visible(table.title), style="table.title")
+    for column in table.columns:
+        if isinstance(column.header, str):
+            column.header = make_plain(column.header)
+        # rich offers no other way to change the cells of a table
+        column._cells = [make_plain(cell) if isinstance(cell, str) else cell for cell in column._cells]
 
 
 def print_text(text: Text) -> None:
@@ -74,11 +127,17 @@ def wrap_words(text: Text, width: int) -> Text:
     lines: list[Text] = []
     for line in text.split("\n", allow_blank=True):
         breaks = []
-        start = 0
-        for word in re.finditer(r"\S+", line.plain):
-            if cell_len(line.plain[start : word.end()]) > width and word.start() > start:
-                start = word.start()
-                breaks.append(start)
+        # where the piece that is being filled ends, and how wide it is by there
+        end = filled = 0
+        plain = line.plain
+        for word in re.finditer(r"\S+", plain):
+            gap, length = cell_len(plain[end : word.start()]), cell_len(word.group())
+            if filled and filled + gap + length > width:
+                breaks.append(word.start())
+                filled = length
+            else:
+                filled += gap + length
+            end = word.end()
         lines += line.divide(breaks)
     for line in lines:
         line.rstrip()
@@ -150,7 +209,7 @@ class Progress:
 
     def open_bar(self, *columns: bars.ProgressColumn) -> bars.Progress:
         """A bar with its label on the left and the elapsed time on the right."""
-        label = bars.TextColumn(f"{{task.description:<{LABEL_WIDTH}}}")
+        label = bars.TextColumn(f"{{task.description:<{LABEL_WIDTH}}}", markup=False)
         return bars.Progress(
             label, *columns, bars.TimeElapsedColumn(), console=get_console(), transient=self.transient
         )

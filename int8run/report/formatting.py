@@ -3,7 +3,10 @@
 import math
 from collections.abc import Sequence
 
-from rich.markup import escape
+from rich.cells import cell_len
+from rich.text import Text
+
+from int8run.utils.text import find_longest, make_visible, shorten_text
 
 
 def format_duration(seconds: float) -> str:
@@ -23,6 +26,18 @@ def format_decibels(value: float) -> str:
     return "equal" if math.isinf(value) else f"{value:.1f} dB"
 
 
-def format_pairs(facts: Sequence[tuple[str, object]]) -> str:
-    """`model tiny · backend auto · …`, with rich's markup for bold values."""
-    return " · ".join(f"{name} [bold]{escape(str(value))}[/bold]" for name, value in facts)
+def format_pairs(facts: Sequence[tuple[str, object]]) -> Text:
+    """`model tiny · backend auto · …`, with the values in bold."""
+    pairs = [Text.assemble(f"{name} ", (make_visible(value), "bold")) for name, value in facts]
+    return Text(" · ").join(pairs)
+
+
+def shorten_to_width(text: str, width: int) -> str:
+    """A text that takes at most so many columns of a terminal, shortened in its middle.
+
+    A character may take two columns, or none.
+    """
+    if cell_len(text) <= width:
+        return text
+    length = find_longest(len(text) + 1, lambda length: cell_len(shorten_text(text, length)) <= width)
+    return shorten_text(text, length) if length else ""

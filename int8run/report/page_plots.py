@@ -10,8 +10,9 @@ from itertools import islice
 from int8run.report.columns import PSNR_DB, SPEED_RATIO, STEP_MS, format_psnr
 from int8run.report.plots import DASHES, NARROW, SERIES, WIDE, Point, draw_curves, draw_speed_quality
 from int8run.report.ranking import choose_speed_metric, find_pareto_front, list_speed_quality
-from int8run.report.runs import Run, find_varying_settings, format_tags, parse_number, shorten_keys
+from int8run.report.runs import Run, find_varying_settings, format_tags, parse_number
 from int8run.report.strength_curves import StrengthCurves
+from int8run.tracking.run_record import shorten_keys
 
 HALF = 500  # px; two plots beside each other
 MAX_LINES = 16  # of curves in one plot

@@ -6,16 +6,27 @@ Builds rich tables from metrics and records; printing is the caller's.
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Any
 
 from rich import box, get_console
-from rich.markup import escape
+from rich.cells import cell_len
 from rich.table import Table
+from rich.text import Text
 
-from int8run.report.formatting import format_decibels, format_megabytes
-from int8run.tracking.run_record import FINISHED, Record, split_override
-
-UNLIMITED_WIDTH = 10_000  # characters
+from int8run.report.columns import (
+    DENOISER_BYTES,
+    LATENT_ERROR,
+    PSNR_DB,
+    SPEED_RATIO,
+    STEP_MS,
+    find_column,
+)
+from int8run.report.console import make_plain
+from int8run.report.formatting import format_decibels, format_megabytes, shorten_to_width
+from int8run.tracking.run_record import FINISHED, Record, shorten_keys, split_override
+from int8run.utils.text import make_visible
 
 Format = Callable[[float], str]
 Ratio = Callable[[float, float], float]
@@ -174,89 +185,152 @@ def format_percent(share: float) -> str:
 # -- the jobs of a sweep -------------------------------------------------------------------------------------
 
 
+# Shown as in the report. The most important first: a narrow terminal has room for some of them.
+SWEEP_METRICS = (PSNR_DB, SPEED_RATIO, STEP_MS, DENOISER_BYTES, LATENT_ERROR)
+COLUMN_GAP = 3  # characters between two columns, as rich draws them
+MAX_SETTING_WIDTH = 40  # characters; a longer value is shortened in its middle
+MIN_SETTING_WIDTH = 6  # a setting that would be shortened further has no column
+
+
 @dataclass(frozen=True)
-class SweepColumn:
-    """One metric of every job.
+class TextColumn:
+    """One column of a table as text.
 
     Args:
-        title: heads the column.
-        metric: which one.
-        form: how it is shown.
+        title: its head; it may be broken between words.
+        cells: of every row.
+        is_number: whether it stands to the right and is never shortened.
+        style: of its cells.
     """
 
     title: str
-    metric: str
-    form: Format
+    cells: Sequence[str]
+    is_number: bool = False
+    style: str = ""
 
+    @property
+    def width(self) -> int:
+        """That of its widest cell, and of the longest word of its head."""
+        return max(map(cell_len, [*self.cells, *self.title.split()]), default=0)
 
-def format_psnr_number(value: float) -> str:
-    """A PSNR without its unit."""
-    return "equal" if math.isinf(value) else f"{value:.1f}"
-
-
-# The most important first: a narrow terminal has room for some of them.
-SWEEP_COLUMNS = (
-    SweepColumn("PSNR dB", "quality/psnr_db", format_psnr_number),
-    SweepColumn("× float", "speed/ratio_vs_float", "{:.2f}".format),
-    SweepColumn("step ms", "speed/step_ms_p50", "{:.1f}".format),
-    SweepColumn("MB", "memory/denoiser_bytes", lambda nbytes: f"{nbytes / 1e6:.1f}"),
-    SweepColumn("latent err %", "quality/latent_rel_err", lambda share: f"{100 * share:.2f}"),
-)
+    def shorten(self, max_width: int) -> "TextColumn":
+        """The same column with its texts shortened to a width."""
+        cells = [shorten_to_width(cell, max_width) for cell in self.cells]
+        return replace(self, title=shorten_to_width(self.title, max_width), cells=cells)
 
 
 def build_sweep_table(records: Sequence[Record], varying: Sequence[str]) -> Table:
-    """The jobs of a sweep, a line each, with as many metrics as the terminal has room for.
+    """The jobs of a sweep, a line each, with as much as the terminal has room for.
+
+    The number of a job is always shown, and so are the first metric and, where not all jobs are finished, its
+    state. Metrics are shown whole or not at all; settings share what room there is, and those without room
+    are named below the table.
 
     Args:
         records: of the jobs.
         varying: the settings that differ between them, by their names on the command line.
     """
-    columns = [column for column in SWEEP_COLUMNS if any(column.metric in r.metrics for r in records)]
-    console = get_console()
-    unlimited = console.options.update(width=UNLIMITED_WIDTH)
-    for num_columns in range(len(columns), 0, -1):
-        table = build_sweep_rows(records, varying, columns[:num_columns])
-        if console.measure(table, options=unlimited).maximum <= console.width:
-            return table
-    return build_sweep_rows(records, varying, columns[:1])
+    width = get_console().width
+    number = TextColumn("job", [str(record.number) for record in records], is_number=True)
+    states = list_states(records)
+    metrics = build_metric_columns(records)
+    settings = build_setting_columns(records, varying)
+
+    fixed = [number, *states]
+    while len(metrics) > 1 and measure_columns([*fixed, *settings, *metrics]) > width:
+        metrics.pop()
+    room = width - measure_columns([*fixed, *metrics])
+    shown, left_out = fit_settings(settings, room)
+    return build_text_table([number, *shown, *metrics, *states], describe_left_out(left_out))
 
 
-def build_sweep_rows(
-    records: Sequence[Record], varying: Sequence[str], columns: Sequence[SweepColumn]
-) -> Table:
-    """A line per job: its number, its settings, some metrics, and its state where not all are finished.
+def build_metric_columns(records: Sequence[Record]) -> list[TextColumn]:
+    """A column for each metric that a job has, headed and written as in the report."""
+    columns = []
+    for metric in SWEEP_METRICS:
+        values = [get_number(record, metric) for record in records]
+        known = [value for value in values if value is not None]
+        if known:
+            column = find_column(metric)
+            decimals = column.choose_decimals(known)
+            cells = [column.format(value, decimals) for value in values]
+            columns.append(TextColumn(column.heading, cells, is_number=True))
+    return columns
+
+
+def get_number(record: Record, metric: str) -> float | None:
+    """A metric of a job; None where it is missing or NaN."""
+    value = record.metrics.get(metric)
+    return None if value is None or math.isnan(value) else value
+
+
+def list_states(records: Sequence[Record]) -> list[TextColumn]:
+    """The column of states; none where all jobs are finished."""
+    states = ["" if record.state == FINISHED else record.state for record in records]
+    return [TextColumn("", states, style="red")] if any(states) else []
+
+
+def build_setting_columns(records: Sequence[Record], varying: Sequence[str]) -> list[TextColumn]:
+    """A column for each setting, headed by the shortest name that no other one has."""
+    settings = [dict(map(split_override, record.overrides)) for record in records]
+    columns = []
+    for key, title in shorten_keys(varying).items():
+        values = [make_visible(values.get(key, "")) for values in settings]
+        column = TextColumn(make_visible(title), values, style="bold")
+        columns.append(column.shorten(MAX_SETTING_WIDTH))
+    return columns
+
+
+def fit_settings(columns: Sequence[TextColumn], room: int) -> tuple[list[TextColumn], list[TextColumn]]:
+    """Settings that share some room: the widest are shortened first, to the same width.
 
     Args:
-        records: of the jobs.
-        varying: the settings to show.
-        columns: the metrics to show.
+        columns: the settings.
+        room: in characters.
+
+    Returns:
+        The columns with room, and those without any.
     """
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("job", justify="right")
-    for key in varying:
-        table.add_column(key.rpartition(".")[2], style="bold", no_wrap=True)
+    least_widths = [column.shorten(MIN_SETTING_WIDTH).width for column in columns]
+    ends = accumulate(width + COLUMN_GAP for width in least_widths)
+    num_shown = sum(end <= room for end in ends)
+    shown, left_out = list(columns[:num_shown]), list(columns[num_shown:])
+
+    widths = [column.width for column in shown]
+    room_for_text = room - COLUMN_GAP * num_shown
+    limit = MAX_SETTING_WIDTH
+    while limit > MIN_SETTING_WIDTH and sum(min(width, limit) for width in widths) > room_for_text:
+        limit -= 1
+    return [column.shorten(limit) for column in shown], left_out
+
+
+def describe_left_out(columns: Sequence[TextColumn]) -> str:
+    """What a narrow table says below it; empty where nothing is left out."""
+    if not columns:
+        return ""
+    names = ", ".join(column.title for column in columns)
+    shown = "shows it" if len(columns) == 1 else "shows them"
+    return f"no room for {names}; a wider terminal or the report {shown}"
+
+
+def measure_columns(columns: Sequence[TextColumn]) -> int:
+    """The width of a table of these columns."""
+    return sum(column.width for column in columns) + COLUMN_GAP * max(0, len(columns) - 1)
+
+
+def build_text_table(columns: Sequence[TextColumn], caption: str) -> Table:
+    """A table of columns that have the width they need."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, caption_justify="left")
+    table.caption = caption or None
     for column in columns:
-        table.add_column(column.title, justify="right", no_wrap=True)
-    all_finished = all(record.state == FINISHED for record in records)
-    if not all_finished:
-        table.add_column("", style="red")
-
-    for record in records:
-        settings = dict(map(split_override, record.overrides))
-        cells = [str(record.number)]
-        cells += [escape(settings.get(key, "")) for key in varying]
-        cells += [format_cell(record, column) for column in columns]
-        if not all_finished:
-            cells.append("" if record.state == FINISHED else record.state)
-        table.add_row(*cells)
+        added: dict[str, Any] = {"header": Text(column.title), "style": column.style}
+        if column.is_number:
+            table.add_column(**added, justify="right", min_width=column.width)
+        else:
+            table.add_column(**added, width=column.width)
+    for cells in zip(*(column.cells for column in columns), strict=True):
+        table.add_row(*map(make_plain, cells))
     return table
-
-
-def format_cell(record: Record, column: SweepColumn) -> str:
-    """One metric of one job; a dash where it is missing."""
-    if column.metric not in record.metrics:
-        return "–"
-    return column.form(record.metrics[column.metric])
 
 
 def count_warnings(records: Sequence[Record]) -> list[str]:

@@ -9,7 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from int8run.report.columns import MISSING, PSNR_DB, STEP_MS
-from int8run.tracking.run_record import FINISHED, Record, find_varying_keys, split_override
+from int8run.tracking.run_record import (
+    FINISHED,
+    Record,
+    find_varying_keys,
+    shorten_keys,
+    split_override,
+)
 
 # Settings that change neither the images nor the speed.
 IRRELEVANT_SETTINGS = re.compile(r"(resume|progress|tracker|cache|save)([.]|$)")
@@ -78,7 +84,7 @@ def choose_label_keys(
     A run of another task in the same folder must not add `task=run` to every label.
     """
     with_metrics = [values for record, values in zip(records, settings, strict=True) if record.metrics]
-    varying = find_varying_keys(with_metrics)
+    varying = set(find_varying_keys(with_metrics))
     return [key for key in keys if key in varying] or list(keys)
 
 
@@ -99,28 +105,13 @@ def find_distinguishing_keys(records: Sequence[Record], settings: Sequence[Mappi
     varying = [key for key in find_varying_keys(settings) if not IRRELEVANT_SETTINGS.match(key)]
     overrides = [override for record in records for override in record.overrides]
     overridden = dict.fromkeys(key for key, _ in map(split_override, overrides))
-    return [key for key in overridden if key in varying] or varying
+    known = set(varying)
+    return [key for key in overridden if key in known] or varying
 
 
 def find_varying_settings(runs: Sequence[Run]) -> list[str]:
     """The distinguishing settings that differ between these runs, a part of the report's runs."""
     return find_varying_keys([run.varied_settings for run in runs])
-
-
-def shorten_keys(keys: Sequence[str]) -> dict[str, str]:
-    """The shortest end of each dotted key that no other key ends with: `lora.strength` -> `strength`."""
-    return {key: shorten_key(key, keys) for key in keys}
-
-
-def shorten_key(key: str, keys: Sequence[str]) -> str:
-    """The shortest end of `key` that none of the other `keys` ends with."""
-    others = [f".{other}" for other in keys if other != key]
-    parts = key.split(".")
-    for length in range(1, len(parts)):
-        end = ".".join(parts[-length:])
-        if not any(other.endswith(f".{end}") for other in others):
-            return end
-    return key
 
 
 def select_measured(runs: Sequence[Run]) -> list[Run]:

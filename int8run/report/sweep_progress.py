@@ -5,9 +5,9 @@ import math
 import textwrap
 import time
 
-from rich.markup import escape
+from rich.text import Text
 
-from int8run.report.console import is_interactive, print_lines
+from int8run.report.console import is_interactive, make_bold, make_plain, print_lines
 from int8run.report.formatting import format_decibels, format_duration
 from int8run.tracking.run_record import FINISHED, Record
 
@@ -56,7 +56,7 @@ class SweepProgress:
     def report_start(self, number: int, name: str) -> None:
         """Name a job above its own bars; elsewhere than on a terminal it has none."""
         if self.enabled and is_interactive():
-            print_lines(f"[bold]Job {number}[/bold] {escape(name)} …")
+            print_lines(Text.assemble(make_bold(f"Job {number}"), make_plain(f" {name} …")))
 
     def report_end(self, record: Record) -> None:
         """Tell how a job ended, how much is left, and which job is the best so far."""
@@ -74,7 +74,7 @@ class SweepProgress:
             ]
         )
         if is_interactive():
-            print_lines(escape(line))
+            print_lines(line)
         else:
             log.log(logging.INFO if record.state == FINISHED else logging.ERROR, "%s", line)
 

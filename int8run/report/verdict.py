@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from int8run.report.columns import (
     DENOISER_BYTES,
     DENOISER_RATIO,
+    LATENT_ERROR,
     METRIC_COLUMNS,
     PSNR_DB,
     SPEED_RATIO,
@@ -44,7 +45,7 @@ QUALITY_NOISE_DB = 0.5
 
 MAX_BETWEEN = 3  # further candidates of the Pareto front that the recommendation names
 
-SSIM, LATENT_ERROR = "quality/ssim", "quality/latent_rel_err"
+SSIM = "quality/ssim"
 SPEED_METRICS = (STEP_MS, SPEED_RATIO)
 QUALITY_METRICS = (PSNR_DB, SSIM, LATENT_ERROR)
 MEMORY_METRICS = (DENOISER_BYTES, DENOISER_RATIO)

@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from rich.markup import escape
 from rich.table import Table
 
 from int8run.checkpoints.detect import get_logical_shapes, read_layers
@@ -59,7 +58,7 @@ def inspect_cache(cache: DiskCache) -> Table:
     """List what is kept on disk for later runs, the file that was used last on top."""
     files = cache.list_files()
     total = sum(file.bytes for file in files)
-    title = escape(f"{cache.path}: {total / 1e9:.2f} of {cache.limit_gb:g} GB")
+    title = f"{cache.path}: {total / 1e9:.2f} of {cache.limit_gb:g} GB"
     table = Table(title=title, title_justify="left")
     table.add_column("kind", overflow="fold")
     table.add_column("made from", overflow="fold")
@@ -68,7 +67,7 @@ def inspect_cache(cache: DiskCache) -> Table:
     for file in reversed(files):
         table.add_row(
             file.path.parent.name,
-            escape(describe_cache_file(file.path)),
+            describe_cache_file(file.path),
             f"{file.bytes / 1e6:.1f} MB",
             time.strftime("%Y-%m-%d %H:%M", time.localtime(file.used)),
         )
@@ -140,12 +139,12 @@ def inspect_folder(path: Path) -> Table:
 
 
 def build_table(title: str, rows: Iterable[Row]) -> Table:
-    """Build the table of a file; square brackets in names are no markup."""
-    table = Table(title=escape(title), title_justify="left", show_header=False)
+    """Build the table of a file."""
+    table = Table(title=title, title_justify="left", show_header=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for name, value in rows:
-        table.add_row(name, escape(value))
+        table.add_row(name, value)
     return table
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from rich.text import Text
 
 from int8run.checkpoints.provenance import PROVENANCE_KEY
 from int8run.checkpoints.quant_metadata import METADATA_KEY
@@ -168,7 +169,7 @@ def report_result(
 
 def format_summary(
     plans: Sequence[LayerPlan], metrics: Mapping[str, float], quantized: str = "INT8"
-) -> list[str]:
+) -> list[Text]:
     """Say what was done, in two lines; see `report_result` for the arguments."""
     num_quantized = sum(plan.skip_reason is None for plan in plans)
     num_float = len(plans) - num_quantized

@@ -5,8 +5,6 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.markup import escape
-
 from int8run.errors import ConfigError, FileError, TrackingError
 from int8run.jobs.execute import upload_record
 from int8run.jobs.manifest import read_manifest
@@ -42,7 +40,7 @@ def report_runs(tracker: Tracker, path: str | None, sweep: str | None, sync: str
     page = folder / "report.html"
     title = format_title(records, folder)
     write_report(records, page, title)
-    print_lines(escape(title), f"report:   {escape(str(page.absolute()))}")
+    print_lines(title, f"report:   {page.absolute()}")
 
 
 def find_runs(folder: Path) -> list[Record]:
@@ -93,7 +91,7 @@ def sync_runs(tracker: Tracker, folder: Path) -> None:
     for sweep in dict.fromkeys(record.sweep for record in uploaded if record.sweep):
         view_hint = tracker.share_sweep(sweep, [record for record in records if record.sweep == sweep])
         if view_hint:
-            print_lines(escape(f"runs:     {view_hint}"))
+            print_lines(f"runs:     {view_hint}")
     present = len(records) - len(missing)
     print_lines(f"{len(uploaded)} of {len(records)} runs uploaded, {present} were there already")
     failed = len(missing) - len(uploaded)

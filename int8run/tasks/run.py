@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from rich.markup import escape
 
 from int8run.config.job import Job
 from int8run.config.run_spec import RunSpec
@@ -353,4 +352,4 @@ def print_result(spec: RunSpec, job: Job, built: BuiltModel, metrics: Mapping[st
         files["encoders"] = "text_encoders.csv"
     files["numbers"] = "metrics.json"
     for name, file in files.items():
-        print_lines(escape(f"{name + ':':<10}{job.output_dir / file}"))
+        print_lines(f"{name + ':':<10}{job.output_dir / file}")

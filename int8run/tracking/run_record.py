@@ -13,6 +13,7 @@ import os
 import re
 import socket
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -67,18 +68,21 @@ class Record:
     def label(self) -> str:
         """A short name for a job of a sweep: `strength=0.5 convrot`.
 
-        The values of options stand alone, without their group.
+        The values of options stand alone, without their group, unless two have the same value.
         """
         if self.sweep is None:
             return self.name
         overrides = [override.lstrip("+").partition("=") for override in self.name.split(" ")]
         if not all(separator for _, separator, _ in overrides):
             return self.name  # a value has a space in it
+        short_keys = shorten_keys([key for key, _, _ in overrides])
+        counts = Counter(value for _, _, value in overrides)
         is_only_one = len(overrides) == 1
         words = []
         for key, _, value in overrides:
-            is_option = "." not in key and value and not is_only_one
-            words.append(value if is_option else f"{key.rpartition('.')[2]}={value}")
+            is_option = "." not in key and value.isidentifier()
+            stands_alone = is_option and counts[value] == 1 and not is_only_one
+            words.append(value if stands_alone else f"{short_keys[key]}={value}")
         return " ".join(words)
 
     @property
@@ -281,6 +285,21 @@ def find_varying_keys(settings: Sequence[Mapping[str, str]]) -> list[str]:
     """
     keys = dict.fromkeys(key for values in settings for key in values)
     return [key for key in keys if len({values.get(key) for values in settings}) > 1]
+
+
+def shorten_keys(keys: Sequence[str]) -> dict[str, str]:
+    """The shortest end of each dotted key that no other key ends with: `lora.strength` -> `strength`.
+
+    Tables, plots, labels and names of runs all head a setting with this, so that no two look the same.
+    """
+    counts = Counter(end for key in dict.fromkeys(keys) for end in list_ends(key))
+    return {key: next((end for end in list_ends(key) if counts[end] == 1), key) for key in keys}
+
+
+def list_ends(key: str) -> list[str]:
+    """The ends of a dotted key, the shortest first: `strength`, `lora.strength`."""
+    parts = key.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1)]
 
 
 def remove_login(text: str) -> str:

@@ -20,7 +20,7 @@ RULES = {
     "__init__": {"api", "text_encoders"},  # when one of its names is asked for
     "__main__": {"cli"},
     "api": {"config", "layers", "lora", "pipeline", "ptq"},
-    "cli": {"__init__", "config", "jobs", "report"},
+    "cli": {"__init__", "config", "jobs", "report", "utils"},
     "errors": set(),
     # beside the package
     "conf": set(),
@@ -248,6 +248,15 @@ def test_settings_come_from_the_config_and_text_goes_to_the_log(file):
         if isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id == "print"
     ]
     assert prints == []
+
+
+@pytest.mark.parametrize("file", FILES, ids=get_name)
+def test_no_string_is_read_as_markup(file):
+    """A prompt, a path or a setting in square brackets would vanish from what is printed."""
+    names = {node.attr for node in ast.walk(parse_file(file)) if isinstance(node, ast.Attribute)}
+
+    assert "rich.markup" not in find_imports(file)
+    assert not names & {"from_markup", "from_ansi", "render_str"}
 
 
 def test_environment_reads_are_found():

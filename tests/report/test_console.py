@@ -6,12 +6,25 @@ from pathlib import Path
 
 import pytest
 import yaml
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+from support.hostile_texts import HOSTILE_TEXTS
 
 from int8run.report import console
-from int8run.report.console import ConsoleHandler, LoopLines, Progress, print_lines
-from int8run.report.formatting import format_duration, format_pairs
+from int8run.report.console import (
+    ConsoleHandler,
+    FileFormatter,
+    LoopLines,
+    Progress,
+    make_bold,
+    make_plain,
+    print_lines,
+    wrap_words,
+)
+from int8run.report.formatting import format_duration, format_pairs, shorten_to_width
+from int8run.utils.text import UNSAFE_BUT_LINES, make_visible
 
 LOGGING_CONFIGS = Path(__file__).parents[2] / "conf" / "hydra"
 LONG_LINE = "Job 0 (lora.strength=0 outlier=none): PSNR 55.2 dB, 2.79× float's speed, 25.9 ms per step"
@@ -104,13 +117,67 @@ def test_warnings_and_errors_begin_with_that_word(use_console, logger):
     assert read().splitlines() == ["loading", "Warning: an option is ignored", "Error: job 3 failed"]
 
 
-def test_brackets_in_a_log_line_are_text_and_in_a_printed_line_markup(use_console, logger):
-    read = use_console(io.StringIO(), width=200)
+@pytest.mark.parametrize("file", [io.StringIO, TerminalFile], ids=["pipe", "terminal"])
+@pytest.mark.parametrize("text", HOSTILE_TEXTS, ids=repr)
+def test_whatever_a_line_holds_is_printed_as_it_is(use_console, logger, file, text):
+    read = use_console(file(), width=1000)
+    table = Table("setting", title=f"table {text}")
+    table.add_row(f"cell {text}")
 
-    logger.info("outlier=[none] [bold]")
-    print_lines("[bold]outlier[/bold]")
+    logger.warning("logged %s", text)
+    print_lines(f"printed {text}", Text.assemble(make_bold(f"bold {text}"), make_plain(" plain")), table)
+    print_lines(format_pairs([("pair", text)]))
 
-    assert read().splitlines() == ["outlier=[none] [bold]", "outlier"]
+    written = read()
+    shown = make_visible(text)
+    for what in ("logged", "printed", "bold", "table", "cell", "pair"):
+        assert f"{what} {shown}" in written
+    assert not UNSAFE_BUT_LINES.search(written), "something is left that a terminal obeys"
+
+
+def test_a_style_is_given_as_an_object_and_not_as_markup(monkeypatch):
+    file = TerminalFile()
+    made = Console(file=file, width=80, color_system="standard", force_terminal=True, _environ={})
+    monkeypatch.setattr(console, "get_console", lambda: made)
+
+    print_lines(Text.assemble(make_bold("[red]job"), make_plain(" [/]")))
+
+    assert file.getvalue() == "\x1b[1m[red]job\x1b[0m [/]\n"
+
+
+def test_a_message_with_lines_cannot_look_like_another_record_in_the_log_file():
+    record = logging.makeLogRecord({"name": "n", "levelname": "INFO", "msg": "a\n[2026][ERROR] fake\x1b"})
+
+    text = FileFormatter("[%(levelname)s] %(name)s: %(message)s").format(record)
+
+    assert text == "[INFO] n: a\n    [2026][ERROR] fake\\x1b"
+
+
+def test_a_narrow_terminal_breaks_the_texts_of_a_table_and_not_its_numbers(use_console):
+    read = use_console(TerminalFile(), width=20)
+    table = Table("what", "time")
+    table.columns[1].justify = "right"
+    table.add_row("a text of several words", "12345.67 ms")
+
+    print_lines(table)
+
+    assert "12345.67 ms" in read() and "several" in read()
+
+
+@pytest.mark.parametrize("words", [["word"] * 4000, ["\u200d"] * 4000], ids=["wide", "no width"])
+def test_wrapping_measures_each_character_once_or_twice(monkeypatch, words):
+    measured = []
+
+    def measure(text):
+        measured.append(len(text))
+        return cell_len(text)
+
+    monkeypatch.setattr(console, "cell_len", measure)
+    text = " ".join(words)
+
+    wrap_words(Text(text), 40)
+
+    assert sum(measured) <= 2 * len(text)
 
 
 def test_a_message_that_does_not_fit_its_arguments_does_not_end_the_program(use_console, logger, monkeypatch):
@@ -143,9 +210,10 @@ def test_the_logging_configs_name_the_handler(group):
 
 
 def test_pairs_are_one_line_with_bold_values():
-    pairs = [("device", "cpu"), ("layers", 3)]
+    line = format_pairs([("device", "cpu"), ("layers", 3)])
 
-    assert format_pairs(pairs) == "device [bold]cpu[/bold] · layers [bold]3[/bold]"
+    assert line.plain == "device cpu · layers 3"
+    assert [line.plain[span.start : span.end] for span in line.spans if span.style == "bold"] == ["cpu", "3"]
 
 
 @pytest.mark.parametrize(
@@ -153,6 +221,20 @@ def test_pairs_are_one_line_with_bold_values():
 )
 def test_durations_have_hours_only_where_needed(seconds, text):
     assert format_duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "width", "shortened"),
+    [
+        ("abcdefghij", 10, "abcdefghij"),
+        ("abcdefghij", 7, "abcd…ij"),
+        ("狐狸狐狸", 5, "狐狸…"),
+        ("abc", 0, ""),
+    ],
+)
+def test_a_text_is_shortened_to_columns_of_a_terminal(text, width, shortened):
+    assert shorten_to_width(text, width) == shortened
+    assert cell_len(shortened) <= width
 
 
 # -- progress ------------------------------------------------------------------------------------------------

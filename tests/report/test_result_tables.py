@@ -6,9 +6,11 @@ import math
 
 import pytest
 from report.sweep_jobs import JOB_METRICS, write_job
+from rich.cells import cell_len
 from rich.console import Console
 
-from int8run.report import result_tables
+from int8run.report import console, formatting, result_tables
+from int8run.report.console import print_lines
 from int8run.report.result_tables import build_result_table, build_sweep_table, count_warnings
 
 # -- one run -------------------------------------------------------------------------------------------------
@@ -85,7 +87,8 @@ def print_sweep_table(monkeypatch):
     def print_table(width, records, varying):
         terminal = Console(width=width, file=io.StringIO())
         monkeypatch.setattr(result_tables, "get_console", lambda: terminal)
-        terminal.print(build_sweep_table(records, varying))
+        monkeypatch.setattr(console, "get_console", lambda: terminal)
+        print_lines(build_sweep_table(records, varying))
         lines = terminal.file.getvalue().splitlines()
         return [line.split() for line in lines if line.strip() and "─" not in line]
 
@@ -96,8 +99,9 @@ def test_a_wide_terminal_shows_all_metrics_of_a_job(tmp_path, print_sweep_table)
     lines = print_sweep_table(100, [write_job(tmp_path, 3, "outlier=none", **JOB_METRICS)], ["outlier"])
 
     assert lines == [
-        ["job", "outlier", "PSNR", "dB", "×", "float", "step", "ms", "MB", "latent", "err", "%"],
-        ["3", "none", "55.1", "2.40", "7.1", "28.0", "0.93"],
+        ["PSNR", "speed", "step", "denoiser", "latent"],
+        ["job", "outlier", "dB", "×", "float", "ms", "MB", "error,", "%"],
+        ["3", "none", "55.1", "2.40×", "7.10", "28.0", "0.93"],
     ]
 
 
@@ -105,9 +109,75 @@ def test_on_a_narrow_terminal_metrics_make_room_for_settings(tmp_path, print_swe
     overrides = "lora.mode=stochastic outlier=hadanorm backend=torch_int_mm"
     job = write_job(tmp_path, 0, overrides, **JOB_METRICS)
 
-    lines = print_sweep_table(60, [job], ["lora.mode", "outlier", "backend"])
+    lines = print_sweep_table(55, [job], ["lora.mode", "outlier", "backend"])
 
-    assert lines[1] == ["0", "stochastic", "hadanorm", "torch_int_mm", "55.1"]
+    assert lines[2] == ["0", "stochastic", "hadanorm", "torch_int_mm", "55.1"]
+
+
+SETTING_VALUES = ["0.5", "[[0,1],[0.5,0]]", "x" * 5000, "[red]", "狐狸" * 50, "a\x1b[2Jb"]
+NUMBERS = ["55.1", "2.40×", "7.10", "28.0", "0.93"]
+
+
+@pytest.mark.parametrize("width", [200, 120, 80, 60, 40])
+@pytest.mark.parametrize(
+    "value", ["0.5", "[[0,1],[0.5,0]]", "x" * 5000, "[red]", "狐狸" * 50, "a\x1b[2Jb"], ids=len
+)
+def test_a_narrow_table_drops_columns_and_cuts_no_number(tmp_path, print_sweep_table, width, value):
+    keys = ["lora.adapters.0.strength", "lora.adapters.1.strength", "outlier", "model.location"]
+    jobs = []
+    for number in (8, 10):
+        job = write_job(tmp_path, number, "", **JOB_METRICS)
+        job.status["overrides"] = [f"{key}={value}" for key in keys]
+        jobs.append(job)
+
+    lines = print_sweep_table(width, jobs, keys)
+
+    rows = [line for line in lines if line[0] in ("8", "10")]
+    assert [row[0] for row in rows] == ["8", "10"], "the number of each job"
+    for row in rows:
+        shown = [word for word in row if word in NUMBERS]
+        assert shown == NUMBERS[: len(shown)] and shown, "whole numbers, the first metric at least"
+        assert cell_len("   ".join(row)) <= width
+
+
+def test_a_setting_without_room_is_named(tmp_path, print_sweep_table):
+    job = write_job(tmp_path, 0, "lora.mode=stochastic outlier=hadanorm backend=torch_int_mm", **JOB_METRICS)
+
+    lines = print_sweep_table(30, [job], ["lora.mode", "outlier", "backend"])
+
+    assert " ".join(lines[-1]) == "no room for backend; a wider terminal or the report shows it"
+
+
+def test_settings_of_the_same_name_have_different_heads(tmp_path, print_sweep_table):
+    job = write_job(tmp_path, 0, "lora.strength=1 lora.adapters.0.strength=0.5 seed=3", **JOB_METRICS)
+
+    lines = print_sweep_table(100, [job], ["lora.strength", "lora.adapters.0.strength", "seed"])
+
+    assert lines[1][:4] == ["job", "lora.strength", "0.strength", "seed"]
+
+
+def test_the_work_of_a_table_grows_with_its_jobs(tmp_path, print_sweep_table, monkeypatch):
+    measured = []
+
+    def measure(text):
+        measured.append(len(text))
+        return cell_len(text)
+
+    monkeypatch.setattr(result_tables, "cell_len", measure)
+    monkeypatch.setattr(formatting, "cell_len", measure)
+
+    def count(num_jobs):
+        measured.clear()
+        jobs = []
+        for number in range(num_jobs):
+            job = write_job(tmp_path, 0, "", **JOB_METRICS)
+            job.status["overrides"] = [f"{key}={'x' * 3000}{number}" for key in "abcdefgh"]
+            jobs.append(job)
+        print_sweep_table(80, jobs, list("abcdefgh"))
+        return sum(measured)
+
+    few, many = count(5), count(20)
+    assert many < 5 * few
 
 
 def test_a_job_that_did_not_finish_shows_its_state(tmp_path, print_sweep_table):
@@ -116,7 +186,7 @@ def test_a_job_that_did_not_finish_shows_its_state(tmp_path, print_sweep_table):
 
     lines = print_sweep_table(100, [finished, killed], ["seed"])
 
-    assert lines[2] == ["1", "1", "–", "–", "–", "–", "–", "KILLED"]
+    assert lines[3] == ["1", "1", "–", "–", "–", "–", "–", "KILLED"]
     assert "FINISHED" not in json.dumps(lines)
 
 

@@ -6,9 +6,12 @@ import math
 import pytest
 from report.sweep_jobs import JOB_METRICS, write_job
 from rich.console import Console
+from support.hostile_texts import HOSTILE_TEXTS
 
 from int8run.report import console, sweep_progress
 from int8run.report.sweep_progress import SweepProgress, choose_better
+from int8run.tracking.run_record import Record
+from int8run.utils.text import UNSAFE_BUT_LINES, make_visible
 
 
 @pytest.mark.parametrize(
@@ -36,6 +39,24 @@ def test_a_failed_job_is_not_the_best(tmp_path):
     failed = write_job(tmp_path, 0, "a=1", "FAILED", **JOB_METRICS)
 
     assert choose_better(None, failed, "quality/psnr_db") is None
+
+
+@pytest.mark.parametrize("text", HOSTILE_TEXTS, ids=repr)
+def test_names_and_errors_of_jobs_are_shown_as_they_are(tmp_path, monkeypatch, text):
+    terminal = Console(width=4000, file=TerminalFile(), color_system=None)
+    monkeypatch.setattr(console, "get_console", lambda: terminal)
+    job = write_job(tmp_path, 0, "", **JOB_METRICS)
+    finished = Record(job.folder, {**job.status, "name": f"prompt={text}"})
+    failed = Record(job.folder, {**job.status, "name": "a=1", "state": "FAILED", "error": f"no file {text}"})
+
+    progress = SweepProgress(4, 1, "quality/psnr_db", enabled=True)
+    progress.report_start(0, f"prompt={text}")
+    progress.report_end(finished)
+    progress.report_end(failed)
+
+    written = terminal.file.getvalue()
+    assert written.count(f"prompt={make_visible(text)}") >= 2
+    assert not UNSAFE_BUT_LINES.search(written)
 
 
 class TerminalFile(io.StringIO):

@@ -218,6 +218,8 @@ def test_damaged_metrics_are_ignored_with_a_warning(tmp_path: Path, caplog: pyte
         ("lora.strength=0.5 outlier=convrot", "strength=0.5 convrot"),
         ("outlier=none", "outlier=none"),
         ("seed=1", "seed=1"),
+        ("outlier=none lora=none seed=1", "outlier=none lora=none seed=1"),
+        ("lora.strength=1 lora.adapters.0.strength=0.5", "lora.strength=1 0.strength=0.5"),
         ("+lora.adapters.0.strength=1 clip=auto", "strength=1 auto"),
         ("defaults", "defaults"),
         ("a.b=[x, y] c=d", "a.b=[x, y] c=d"),
