@@ -203,11 +203,11 @@ def insert_override(arguments: list[str], overrides: list[str], override: str) -
 
 def print_warning(text: str) -> None:
     """Print a warning before logging is set up."""
-    from rich.markup import escape
+    from rich.text import Text
 
-    from int8run.report.console import print_lines
+    from int8run.report.console import make_plain, print_lines
 
-    print_lines(f"[bold yellow]Warning:[/bold yellow] {escape(text)}")
+    print_lines(Text.assemble(("Warning: ", "bold yellow"), make_plain(text)))
 
 
 def run_single(hydra_main: Any) -> None:

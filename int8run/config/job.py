@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from int8run.tracking.run_record import UNHASHED_SETTINGS, split_override
+from int8run.tracking.run_record import UNHASHED_SETTINGS, remove_login, shorten_value, split_override
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,16 @@ class Job:
 
 
 def flatten_settings(prefix: str, value: object, into: dict[str, str]) -> None:
-    """`{a: {b: 1}}` -> `a.b: 1`; targets, rules and long texts stay in config.yaml."""
+    """`{a: {b: 1}}` -> `a.b: 1`. Targets stay in config.yaml; long values and rules are shortened."""
     name = prefix.rstrip(".")
     if isinstance(value, Mapping):
         for key, inner in value.items():
             flatten_settings(f"{prefix}{key}.", inner, into)
+    elif name.endswith(".ignore"):
+        # dozens of rules for a family: one param tells whether they differ
+        into.setdefault(name, shorten_value(remove_login(str(value))))
     elif isinstance(value, list) and any(isinstance(v, Mapping) for v in value):
         for index, inner in enumerate(value):
             flatten_settings(f"{prefix}{index}.", inner, into)
-    elif not name.endswith("_target_") and ".ignore." not in prefix and len(str(value)) <= 250:
-        into.setdefault(name, str(value))
+    elif not name.endswith("_target_"):
+        into.setdefault(name, shorten_value(remove_login(str(value))))

@@ -16,6 +16,8 @@ from int8run.errors import FileError
 from int8run.tracking.run_record import find_varying_keys, split_override
 
 MANIFEST_FILE = "sweep.json"
+MAX_NAME_LENGTH = 100  # of a folder's name in the id of its sweep
+UNUSUAL_CHARACTERS = re.compile(r"[^A-Za-z0-9_.-]+")
 # hydra's default, `multirun/2026-11-21/22-30-00`; `22-30-00-2` is the second of that second
 DATED_FOLDER = re.compile(r"\d{4}-\d\d-\d\d/\d\d-\d\d-\d\d(-\d+)?")
 
@@ -63,9 +65,13 @@ def write_manifest(folder: Path, manifest: SweepManifest) -> None:
 
 
 def make_sweep_id(folder: Path) -> str:
-    """Return the end of the folder's path and four random characters: `2026-11-21_22-30-00-a3f9`."""
+    """Return the end of the folder's path and random characters: `2026-11-21_22-30-00-a3f9`.
+
+    Only characters that every tracker takes in a name and in a filter: `lr=1,x=[2]` becomes `lr-1-x-2`.
+    """
     name = f"{folder.parent.name}_{folder.name}" if is_dated_folder(folder) else folder.name
-    return f"{name}-{secrets.token_hex(2)}"
+    plain_name = UNUSUAL_CHARACTERS.sub("-", name).strip("-")[:MAX_NAME_LENGTH].strip("-")
+    return f"{plain_name or 'sweep'}-{secrets.token_hex(2)}"
 
 
 def is_dated_folder(folder: Path) -> bool:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from int8run.tracking.run_record import FAILED, KILLED, Record
+from int8run.tracking.run_record import FAILED, KILLED, Record, hash_text, shorten_value
 
 if TYPE_CHECKING:
     from mlflow.entities import DatasetInput, Metric
@@ -28,6 +28,7 @@ MAX_NAME_LENGTH = 250
 MAX_PARAM_LENGTH = 500
 MAX_ERROR_LENGTH = 5000
 MAX_PROMPTS = 1000  # of the dataset's profile
+MAX_PROMPT_LENGTH = 5000  # of each of them
 FORBIDDEN_CHARACTERS = re.compile(r"[^\w\-. :/]", flags=re.ASCII)
 
 SMALL_COPY_SUFFIX = "+compressed.webp"  # how the name of MLflow's small copy of an image ends
@@ -65,6 +66,32 @@ def truncate(text: str, max_length: int) -> str:
     return text if len(text) <= max_length else text[: max_length - 1] + "…"
 
 
+def make_unique_names(names: Iterable[str]) -> dict[str, str]:
+    """Names as MLflow takes them, by our own.
+
+    One that would be the same as an earlier one, or too long, ends with a hash.
+    """
+    unique: dict[str, str] = {}
+    taken: set[str] = set()
+    for name in names:
+        sanitized = sanitize_name(name)
+        if sanitized in taken or len(name) > MAX_NAME_LENGTH:
+            sanitized = f"{sanitized[: MAX_NAME_LENGTH - 9]}-{hash_text(name)[:8]}"
+        unique[name] = sanitized
+        taken.add(sanitized)
+    return unique
+
+
+def build_tag_filter(name: str, value: str) -> str:
+    """The condition of MLflow's filter language that a tag has a value, whatever quotes are in it."""
+    if "'" not in value:
+        return f"tags.{name} = '{value}'"
+    if '"' not in value:
+        return f'tags.{name} = "{value}"'
+    # neither kind can be escaped in this language; `_` stands for any one character
+    return "tags.{} LIKE '{}'".format(name, value.replace("'", "_"))
+
+
 def identify_record(record: Record) -> str:
     """A text that is equal for all uploads of one job, and for no two jobs."""
     return f"{record.status.get('host')}/{record.status.get('pid')}/{record.started:.6f}/{record.number}"
@@ -74,10 +101,15 @@ def identify_record(record: Record) -> str:
 
 
 def build_params(record: Record) -> dict[str, str]:
-    """The settings."""
-    return {
-        sanitize_name(name): truncate(str(value), MAX_PARAM_LENGTH) for name, value in record.params.items()
-    }
+    """The settings; a long value is its beginning and a hash, and config.yaml has it whole."""
+    params = record.params
+    names = make_unique_names(params)
+    return {names[name]: shorten_value(str(value), MAX_PARAM_LENGTH) for name, value in params.items()}
+
+
+def name_run(record: Record) -> str:
+    """The name of a run, no longer than every store takes."""
+    return shorten_value(record.label, MAX_NAME_LENGTH)
 
 
 def build_start_tags(record: Record) -> dict[str, str]:
@@ -252,13 +284,17 @@ def build_dataset(record: Record) -> "DatasetInput | None":
         return None
     name = str(record.params.get("prompts", "prompts"))
     path = get_prompt_settings(record).get("path")
+    listed = prompts[:MAX_PROMPTS]
     dataset = Dataset(
         name=truncate(name, MAX_PARAM_LENGTH),
         digest=hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16],
         source_type="local",
         source=json.dumps({"uri": str(path or f"prompts={name}")}),
         schema=json.dumps({"mlflow_colspec": [{"name": "prompt", "type": "string", "required": True}]}),
-        profile=json.dumps({"num_rows": len(prompts), "prompts": prompts[:MAX_PROMPTS]}, ensure_ascii=False),
+        profile=json.dumps(
+            {"num_rows": len(prompts), "prompts": [truncate(text, MAX_PROMPT_LENGTH) for text in listed]},
+            ensure_ascii=False,
+        ),
     )
     return DatasetInput(dataset, [InputTag("mlflow.data.context", "prompts")])
 

@@ -23,9 +23,15 @@ from int8run.tracking.mlflow_dashboard import (
     build_view_link,
     build_view_state,
     find_varying_params,
+    make_view_key,
     write_view,
 )
-from int8run.tracking.mlflow_payload import MAX_ERROR_LENGTH, to_milliseconds, truncate
+from int8run.tracking.mlflow_payload import (
+    MAX_ERROR_LENGTH,
+    build_tag_filter,
+    to_milliseconds,
+    truncate,
+)
 from int8run.tracking.retry import ping, translate_errors, with_retries
 from int8run.tracking.run_record import (
     KILLED,
@@ -118,7 +124,7 @@ class MlflowTracker:
             TrackingError: no answer.
         """
         host = describe_process()["host"]
-        condition = f"attributes.status = 'RUNNING' and tags.host = '{host}'"
+        condition = f"attributes.status = 'RUNNING' and {build_tag_filter('host', host)}"
         with self.open_client(user=True) as (client, experiment_id):
             for run in search_runs(client, experiment_id, condition):
                 pid, started = (run.data.tags.get(name) for name in ("pid", "process_started"))
@@ -144,7 +150,8 @@ class MlflowTracker:
         newest = {}
         with self.open_client() as (client, experiment_id):
             for config_hash in hashes:
-                condition = f"attributes.status = 'FINISHED' and tags.config_hash = '{config_hash}'"
+                tag_filter = build_tag_filter("config_hash", config_hash)
+                condition = f"attributes.status = 'FINISHED' and {tag_filter}"
                 runs = search_runs(client, experiment_id, condition)
                 if runs:
                     newest[config_hash] = runs[-1].info.run_id
@@ -152,7 +159,7 @@ class MlflowTracker:
 
     def find_running(self, sweep: str) -> dict[str, int]:
         """Open runs of a sweep."""
-        condition = f"attributes.status = 'RUNNING' and tags.sweep = '{sweep}'"
+        condition = f"attributes.status = 'RUNNING' and {build_tag_filter('sweep', sweep)}"
         with self.open_client() as (client, experiment_id):
             runs = search_runs(client, experiment_id, condition)
         return {run.info.run_id: int(run.data.tags.get("number", 0)) for run in runs}
@@ -167,7 +174,7 @@ class MlflowTracker:
     def find_sweep_runs(self, sweep: str) -> list[str]:
         """All runs of a sweep, the oldest first."""
         with self.open_client() as (client, experiment_id):
-            runs = search_runs(client, experiment_id, f"tags.sweep = '{sweep}'")
+            runs = search_runs(client, experiment_id, build_tag_filter("sweep", sweep))
         return [run.info.run_id for run in runs]
 
     def download_run(self, run_id: str, folder: Path) -> None:
@@ -185,8 +192,9 @@ class MlflowTracker:
         metrics = dict.fromkeys(name for record in records for name in [*record.metrics, *record.series])
         params = find_varying_params(record.params for record in records)
         state = build_view_state(params, metrics, list(image_keys), sweep)
+        key = make_view_key(sweep)
         with self.open_client() as (client, experiment_id):
-            num_left_out = with_retries(write_view, client, experiment_id, sweep, state)
+            num_left_out = with_retries(write_view, client, experiment_id, key, state)
         if num_left_out:
             log.info(
                 "The dashboard's image grid has room for %d of %d images of each run",
@@ -194,8 +202,8 @@ class MlflowTracker:
                 len(image_keys),
             )
         if self.is_server:
-            return build_view_link(self.store, experiment_id, sweep)
-        link = build_view_link(LOCAL_SERVER, experiment_id, sweep)
+            return build_view_link(self.store, experiment_id, key)
+        link = build_view_link(LOCAL_SERVER, experiment_id, key)
         return f"{self.get_view_hint()}\n          then open {link}"
 
     def attach_file(self, run_id: str, path: Path) -> None:

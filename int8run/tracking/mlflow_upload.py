@@ -37,7 +37,7 @@ def create_run(client: "MlflowClient", experiment_id: str, record: Record) -> st
     """
     start = to_milliseconds(record.started)
     tags = mlflow_payload.build_start_tags(record)
-    run = with_retries(client.create_run, experiment_id, start, tags, record.label)
+    run = with_retries(client.create_run, experiment_id, start, tags, mlflow_payload.name_run(record))
     log_params(client, run, record)
     return run.info.run_id
 
@@ -56,7 +56,7 @@ def find_or_create_run(
     named = find_run(client, experiment_id, run_id) if run_id is not None else None
     if named is not None:
         return named
-    condition = f"tags.record = '{mlflow_payload.identify_record(record)}'"
+    condition = mlflow_payload.build_tag_filter("record", mlflow_payload.identify_record(record))
     known = client.search_runs([experiment_id], condition)
     return known[0] if known else client.get_run(create_run(client, experiment_id, record))
 

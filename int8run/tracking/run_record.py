@@ -32,6 +32,7 @@ EARLIER_ATTEMPTS = "earlier_attempts"  # of a sweep's jobs that ran again; a fol
 RUNNING, FINISHED, FAILED, KILLED = "RUNNING", "FINISHED", "FAILED", "KILLED"
 KILLED_MESSAGE = "the process ended without an error message: killed, out of memory, or the machine went down"
 LOGIN = re.compile(r"://[^/@\s]*@")
+MAX_VALUE_LENGTH = 250  # characters of a setting in status.json, in MLflow and in tables
 TEXT_KEYS = ("prompt", "key")  # of metrics.json: a prompt may be `nan` and is not a number
 # Settings that only decide how a job is shown and kept, and do not change its result.
 UNHASHED_SETTINGS = ("resume", "sync", "progress", "tracker", "cache")
@@ -287,6 +288,16 @@ def find_varying_keys(settings: Sequence[Mapping[str, str]]) -> list[str]:
     return [key for key in keys if len({values.get(key) for values in settings}) > 1]
 
 
+def shorten_value(text: str, max_length: int = MAX_VALUE_LENGTH) -> str:
+    """A value of at most so many characters: of a longer one its beginning, its length and a hash, so that
+    two long values that differ anywhere still differ. The whole one is in config.yaml.
+    """
+    if len(text) <= max_length:
+        return text
+    note = f"… ({len(text):,} characters, {hash_text(text)[:8]})"
+    return text[: max_length - len(note)] + note
+
+
 def shorten_keys(keys: Sequence[str]) -> dict[str, str]:
     """The shortest end of each dotted key that no other key ends with: `lora.strength` -> `strength`.
 
@@ -309,7 +320,7 @@ def remove_login(text: str) -> str:
 
 def hash_text(text: str) -> str:
     """16 hexadecimal digits of a text."""
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
 
 
 # -- processes -----------------------------------------------------------------------------------------------

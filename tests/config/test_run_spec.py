@@ -1,6 +1,7 @@
 """What of a config decides the built model, and what of it the tracker records."""
 
 import functools
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -182,7 +183,27 @@ def test_parameters_are_the_words_of_the_command_line():
         "lora.adapters.0.strength": "0.8",
         "lora.adapters.1.name": "gloss",
         "prompts.prompts": "['a', 'b']",
+        "families.flux.ignore": "[{'pattern': 'x'}]",
+        "note": f"{'x' * 222}… (251 characters, {hashlib.sha256(b'x' * 251).hexdigest()[:8]})",
     }
+
+
+@pytest.mark.parametrize("key", ["prompt", "model_type.ignore"])
+def test_long_values_are_parameters_that_differ_where_the_values_do(key):
+    def read_param(end):
+        text = "a very long prompt " * 300 + end
+        value = text if key == "prompt" else [{"pattern": text, "reason": "r"}]
+        settings = {"prompt": value} if key == "prompt" else {"model_type": {"ignore": value}}
+        return Job(settings, {}, [], Path()).get_params()[key]
+
+    assert read_param("fox") != read_param("owl") and len(read_param("fox")) == 250
+
+
+def test_a_password_is_not_cut_out_of_its_address():
+    flat = {}
+    flatten_settings("", {"note": "x" * 200 + "http://user:" + "secret" * 20 + "@host"}, flat)
+
+    assert "secret" not in flat["note"]
 
 
 def test_an_option_is_not_overwritten_by_a_value_of_the_same_name():

@@ -1,5 +1,6 @@
 """The dashboard of a sweep as a state and as a tag; tests/browser asks whether MLflow understands it."""
 
+import hashlib
 import json
 import random
 import string
@@ -7,6 +8,7 @@ import string
 import pytest
 from mlflow import MlflowClient
 
+from int8run.tracking import mlflow_dashboard
 from int8run.tracking.mlflow_dashboard import (
     MAX_TAG_LENGTH,
     VIEW_TAG_PREFIX,
@@ -17,6 +19,8 @@ from int8run.tracking.mlflow_dashboard import (
     encode_view,
     find_varying_params,
     is_plottable,
+    make_view_key,
+    pack_view,
     write_view,
 )
 
@@ -154,6 +158,56 @@ def test_a_tag_that_would_be_too_long_loses_images_from_its_end():
 
     assert 0 < left_out < 200 and kept == keys[: 200 - left_out]
     assert MAX_TAG_LENGTH - 100 < len(value) <= MAX_TAG_LENGTH
+
+
+@pytest.mark.parametrize("num_images", [200, 10_000])
+def test_the_images_that_fit_are_found_in_a_few_tries(monkeypatch, num_images):
+    tries = []
+
+    def pack(*arguments):
+        tries.append(arguments)
+        return pack_view(*arguments)
+
+    monkeypatch.setattr(mlflow_dashboard, "pack_view", pack)
+    keys = [hashlib.sha256(str(n).encode()).hexdigest() for n in range(num_images)]
+
+    value, left_out = encode_view(build_view_state(PARAMS, METRICS, keys), "v")
+
+    assert len(tries) <= 16 and 0 < left_out < num_images and len(value) <= MAX_TAG_LENGTH
+
+
+@pytest.mark.parametrize(
+    ("sweep", "key"), [("2026-11-21_22-30-00-a3f9", "2026-11-21_22-30-00-a3f9"), ("a.b", "a.b")]
+)
+def test_a_view_is_called_like_its_sweep(sweep, key):
+    assert make_view_key(sweep) == key
+
+
+def test_views_of_sweeps_with_unusual_names_have_names_that_mlflow_takes(tmp_path):
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    experiment = client.create_experiment("e")
+    sweeps = ["lr=1,x=[2]", "lr=1,x=(2)", "it's", "狐", "a//b", "..", "x" * 400, "x" * 401, "a b%c?d#e"]
+
+    keys = [make_view_key(sweep) for sweep in sweeps]
+    for key in keys:
+        write_view(client, experiment, key, build_view_state({}, METRICS, [], "s"))
+
+    assert len(client.get_experiment(experiment).tags) >= len(set(keys)) == len(sweeps)
+
+
+def test_a_setting_is_compared_with_those_that_it_may_belong_to_alone():
+    names = [f"prompts.{n}.text" for n in range(300)]
+    asked = []
+
+    class Watched(str):
+        def startswith(self, *arguments):
+            asked.append(arguments)
+            return super().startswith(*arguments)
+
+    runs = [{Watched(name): f"{name} {run}" for name in names} for run in range(2)]
+
+    assert list(find_varying_params(runs)) == names
+    assert len(asked) <= len(names), "not each name with each other"
 
 
 def test_the_longest_names_that_mlflow_takes_fit():

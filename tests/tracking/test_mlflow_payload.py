@@ -2,6 +2,7 @@
 
 import getpass
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -24,10 +25,32 @@ def test_names_have_only_characters_that_mlflow_takes(name: str, allowed: str) -
     assert mlflow_payload.sanitize_name(name) == allowed
 
 
-def test_a_long_value_ends_with_an_ellipsis(tmp_path: Path) -> None:
-    record = make_record(tmp_path, files=False, params={"prompts.path": "y" * 501, "short": "y" * 500})
+def test_long_values_that_differ_anywhere_still_differ(tmp_path: Path) -> None:
+    values = {"a": "y" * 4999 + "1", "b": "y" * 4999 + "2", "c": "1" + "y" * 4999, "short": "y" * 500}
 
-    assert mlflow_payload.build_params(record) == {"prompts.path": "y" * 499 + "…", "short": "y" * 500}
+    params = mlflow_payload.build_params(make_record(tmp_path, files=False, params=values))
+
+    assert params["short"] == values["short"]
+    assert re.fullmatch(r"y+… \(5,000 characters, [0-9a-f]{8}\)", params["a"])
+    assert len(set(params.values())) == 4 and max(map(len, params.values())) == 500
+
+
+def test_two_names_that_would_become_the_same_keep_their_values(tmp_path: Path) -> None:
+    values = {"a[b": "1", "a]b": "2", "x" * 300: "3", "x" * 301: "4", "a_b": "5"}
+
+    params = mlflow_payload.build_params(make_record(tmp_path, files=False, params=values))
+
+    assert params["a_b"] == "1" and sorted(params.values()) == ["1", "2", "3", "4", "5"]
+    assert max(map(len, params)) == 250
+
+
+@pytest.mark.parametrize("length", [10, 300, 7000])
+def test_the_name_of_a_run_fits_every_store(tmp_path: Path, length: int) -> None:
+    record = make_record(tmp_path, files=False, name=f"prompt={'y' * length}")
+
+    name = mlflow_payload.name_run(record)
+
+    assert name.startswith("prompt=yyy") and len(name) == min(length + len("prompt="), 250)
 
 
 @pytest.mark.parametrize(
