@@ -6,13 +6,15 @@ Every name is looked up and every shape checked; the model is not changed yet. `
 
 import logging
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import nn
 
 from int8run.errors import LoraError
-from int8run.lora.adapters.change import LoraChange
+from int8run.lora.adapters.change import LoraChange, is_same
+from int8run.lora.adapters.dora import DoRA
+from int8run.lora.adapters.joined_columns import JoinedColumns, JoinedPart
 from int8run.lora.key_groups import PLAIN_WEIGHT
 from int8run.lora.key_parsing import DENOISER, UNKNOWN_SUFFIX, parse_key
 from int8run.lora.load import LoraFile
@@ -78,19 +80,87 @@ class MatchRequest:
         return [component for component in self.components or () if component in EXPERTS]
 
 
+@dataclass(frozen=True, eq=False)
+class NamedChange:
+    """A change of one module, and where in the file it comes from.
+
+    Args:
+        name: in the file, which stands for the module.
+        change: of the whole module.
+        rows: of the module that it changes; None: all.
+    """
+
+    name: str
+    change: LoraChange
+    rows: range | None
+
+    def overlaps(self, other: "NamedChange") -> bool:
+        """Whether two changes of one module meet in the weight or in the bias."""
+        both_weights = self.change.weight_delta is not None and other.change.weight_delta is not None
+        both_biases = self.change.bias_delta is not None and other.change.bias_delta is not None
+        if not (both_weights or both_biases):
+            return False
+        if self.rows is None or other.rows is None:
+            return True
+        return self.rows.start < other.rows.stop and other.rows.start < self.rows.stop
+
+    def is_part_of(self, other: "NamedChange") -> bool:
+        """Whether the other one does the same to the rows that this one changes."""
+        if self.rows == other.rows:
+            return is_same(self.change, other.change)
+        if self.rows is None:
+            return False
+        rows = slice(self.rows.start, self.rows.stop)
+        try:
+            return is_same(self.change.take_rows(rows), other.change.take_rows(rows))
+        except LoraError:  # an adapter that cannot be cut
+            return False
+
+
 @dataclass
 class FileMatch:
     """What one file changes in a model.
 
     Args:
-        changes: (component, module, change).
+        changes_by_module: (component, module) -> its changes; several: of different rows, or weight and bias.
         unmatched: (key or module name, reason).
         n_matched: modules of the file that are in the model.
+        n_copies: changes that are in the file once more under another name.
     """
 
-    changes: list[tuple[str, str, LoraChange]] = field(default_factory=list)
+    changes_by_module: dict[tuple[str, str], list[NamedChange]] = field(default_factory=dict)
     unmatched: list[tuple[str, str]] = field(default_factory=list)
     n_matched: int = 0
+    n_copies: int = 0
+
+    @property
+    def changes(self) -> Iterator[tuple[str, str, LoraChange]]:
+        """Component, module and change of everything that is applied."""
+        for (component, module), named_changes in self.changes_by_module.items():
+            for named in named_changes:
+                yield component, module, named.change
+
+    def add(self, file: LoraFile, component: str, module: str, new: NamedChange) -> None:
+        """Add a change of a module; one that the file has under another name already counts once.
+
+        Raises:
+            LoraError: when the two names do not hold the same.
+        """
+        known = self.changes_by_module.setdefault((component, module), [])
+        twins = [named for named in known if named.overlaps(new)]
+        if all(twin.is_part_of(new) for twin in twins):
+            # the new one holds all of them, and more where they are only parts of the module
+            self.changes_by_module[component, module] = [named for named in known if named not in twins]
+            self.changes_by_module[component, module].append(new)
+            self.n_copies += len(twins)
+        elif new.is_part_of(twins[0]):
+            self.n_copies += 1
+        else:
+            twin = twins[0]
+            raise LoraError(
+                f"{file.path.name}: {module} is in the file twice, as {twin.name} and {new.name}; "
+                "which one is meant cannot be told"
+            )
 
 
 @dataclass(frozen=True)
@@ -162,6 +232,7 @@ def match_loras(parts: Mapping[str, nn.Module], stack: Sequence[MatchRequest], s
         check_requested_components(request, known_experts)
         file_match = match_file(request, components)
         report_unmatched(request.file, file_match, strict)
+        report_copies(request.file, file_match)
         for component, module, change in file_match.changes:
             found[component].setdefault(module, []).append((index, change))
         unmatched += [(index, name, reason) for name, reason in file_match.unmatched]
@@ -207,9 +278,12 @@ def match_file(request: MatchRequest, components: Mapping[str, ModelComponent]) 
         for name, location in locations.items():
             change, model_component = changes[name], components[location.component]
             check_row_count(file, name, change, location.targets)
-            for target in location.targets:
-                fitted = fit_to_target(file, change, target, model_component)
-                match.changes.append((location.component, target.module, fitted))
+            for targets in split_by_matrix(location.targets):
+                joined = join_columns(change, targets)
+                for target in targets:
+                    fitted = fit_to_target(file, joined, target, model_component)
+                    named = NamedChange(name, fitted, find_changed_rows(change, target))
+                    match.add(file, location.component, target.module, named)
 
         match.n_matched += len(locations)
         reason = describe_missing_module(component, components)
@@ -323,6 +397,52 @@ def fit_to_target(
     return change
 
 
+def join_columns(change: LoraChange, targets: Sequence[ModuleTarget]) -> LoraChange:
+    """The change with what its norms of columns run over, where its matrix is cut into several modules.
+
+    Args:
+        change: of all targets.
+        targets: of one denoiser or text encoder.
+
+    Raises:
+        LoraError: when its rows cannot be cut that way.
+    """
+    delta = change.weight_delta
+    if not isinstance(delta, DoRA) or not delta.on_input or len(targets) < 2:
+        return change
+    parts = []
+    for target in targets:
+        inner = slice_for_target(LoraChange(delta.inner), target).weight_delta
+        assert inner is not None
+        parts.append(JoinedPart(target.module, inner, find_changed_rows(change, target)))
+    return replace(change, weight_delta=replace(delta, joined=JoinedColumns(parts)))
+
+
+def split_by_matrix(targets: Sequence[ModuleTarget]) -> list[list[ModuleTarget]]:
+    """The targets by copy of the matrix: of two denoisers each has the whole of it."""
+    groups: list[list[ModuleTarget]] = []
+    for target in targets:
+        is_first = target.source_rows is None or target.source_rows.start == 0
+        if is_first or not groups:
+            groups.append([])
+        groups[-1].append(target)
+    return groups
+
+
+def find_changed_rows(change: LoraChange, target: ModuleTarget) -> range | None:
+    """The rows of a target's weight that a change of a file reaches; None: all.
+
+    Args:
+        change: as the file has it.
+        target: one of those that its name stands for.
+    """
+    if target.start is None:
+        return None
+    source = target.source_rows
+    num_rows = change.out_features if source is None else source.stop - source.start
+    return None if num_rows is None else range(target.start, target.start + num_rows)
+
+
 def slice_for_target(change: LoraChange, target: ModuleTarget) -> LoraChange:
     """The part of a change that belongs to a target.
 
@@ -336,6 +456,16 @@ def slice_for_target(change: LoraChange, target: ModuleTarget) -> LoraChange:
     if target.start is not None and target.total is not None:
         change = change.place_rows(target.start, target.total)
     return change
+
+
+def report_copies(file: LoraFile, match: FileMatch) -> None:
+    """Say that modules are in a file under two names."""
+    if match.n_copies:
+        log.info(
+            "%s: %d modules are in the file under two names with the same values; each counts once",
+            file.path.name,
+            match.n_copies,
+        )
 
 
 def report_unmatched(file: LoraFile, match: FileMatch, strict: bool) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from lora.lora_files import make_tiny_models
+from support.compare import assert_close
 from support.helpers import randn
 from support.tiny_pipeline import random_pipeline
 from torch import nn
@@ -384,15 +385,93 @@ def test_fused_matrix_with_other_rows_is_rejected(parts: dict[str, nn.Module], r
         match_loras(parts, [make_request({"denoiser": {FUSED: make_change(rows, 32)}})], strict=True)
 
 
-def test_adapter_that_cannot_be_cut_is_rejected(parts: dict[str, nn.Module]) -> None:
-    dora = LoraChange(DoRA(make_change(224, 32).weight_delta, torch.ones(32), on_input=True))
+def test_norms_of_columns_run_over_all_parts_of_a_fused_matrix(parts: dict[str, nn.Module]) -> None:
+    model, lora = parts["denoiser"], make_change(224, 32).weight_delta
+    magnitude = randn(32, seed=9).abs() + 1
+    dora = LoraChange(DoRA(lora, magnitude, on_input=True))
+    found = match_loras(parts, [make_request({"denoiser": {FUSED: dora}})], strict=True)
+    joined = {id(found.denoiser[name][0][1].weight_delta.joined) for name in PARTS_OF_FUSED}
+    columns = found.denoiser[PARTS_OF_FUSED[0]][0][1].weight_delta.joined
+    columns.read(lambda name: model.get_submodule(name).weight)
 
+    whole = torch.cat([model.get_submodule(name).weight for name in PARTS_OF_FUSED]).detach()
+    changed = whole + lora.compute_delta(whole)
+    expected = magnitude * changed / changed.norm(dim=0) - whole
+
+    assert len(joined) == 1 and columns.modules == PARTS_OF_FUSED
+    assert_close(
+        "all parts", torch.cat([compute_delta(model, name, found) for name in PARTS_OF_FUSED]), expected, 1e-5
+    )
+
+
+# -- one module under two names ------------------------------------------------------------------------------
+
+Q_K_V = ["transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_k", "transformer_blocks.0.attn.to_v"]
+QKV = "double_blocks.0.img_attn.qkv"
+
+
+def make_split(whole: LoraChange, names: list[str] = Q_K_V) -> dict[str, LoraChange]:
+    """The same change, a third for each name."""
+    return {name: whole.take_rows(slice(32 * i, 32 * (i + 1))) for i, name in enumerate(names)}
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+@pytest.mark.parametrize("order", [1, -1])
+def test_copies_under_other_names_count_once(
+    fuse: bool, order: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = random_pipeline().transformer
+    if fuse:
+        model.fuse_qkv_projections()
+    whole = LoraChange(make_change(96, 32).weight_delta, randn(96))
+    changes = {QKV: whole} | make_split(whole) | {"transformer_blocks.0.attn.to_qkv": whole}
+    request = make_request({"denoiser": dict(list(changes.items())[::order])})
+
+    with caplog.at_level(logging.INFO):
+        found = match_loras({"denoiser": model}, [request], strict=True)
+
+    expected = whole.weight_delta.compute_delta(torch.zeros(96, 32))
+    if fuse:
+        fused = found.denoiser["transformer_blocks.0.attn.to_qkv"]
+        made = sum(change.weight_delta.compute_delta(torch.zeros(96, 32)) for _, change in fused)
+        assert torch.equal(made, expected)
+        assert torch.equal(sum(change.bias_delta for _, change in fused), whole.bias_delta)
+    else:
+        made = [compute_delta(model, name, found) for name in Q_K_V]  # one change of each
+        assert torch.equal(torch.cat(made), expected)
+        assert "6 modules are in the file under two names with the same values" in caplog.text
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+@pytest.mark.parametrize(
+    "other",
+    [
+        make_split(make_change(96, 32, seed=2)),
+        {QKV: LoraChange(Diff(torch.ones(96, 32)))},
+        {Q_K_V[2]: LoraChange(Diff(torch.ones(32, 32)))},
+    ],
+    ids=["split", "fused", "one of three"],
+)
+def test_two_names_with_different_changes_are_refused(fuse: bool, other: dict[str, LoraChange]) -> None:
+    model = random_pipeline().transformer
+    if fuse:
+        model.fuse_qkv_projections()
+    first = {"transformer_blocks.0.attn.to_qkv": make_change(96, 32)}
     with pytest.raises(
         LoraError,
-        match=r"^style\.safetensors: single_transformer_blocks\.0\.attn\.to_q its DoRA norms .* cannot be "
-        r"cut",
+        match=r"style\.safetensors: \S+ is in the file twice, as \S+ and \S+; which one is meant",
     ):
-        match_loras(parts, [make_request({"denoiser": {FUSED: dora}})], strict=True)
+        match_loras({"denoiser": model}, [make_request({"denoiser": first | other})], strict=False)
+
+
+def test_weight_and_bias_under_two_names_are_no_copies(parts: dict[str, nn.Module]) -> None:
+    weight = make_change(96, 32)
+    biases = {name: LoraChange(None, randn(32, seed=i)) for i, name in enumerate(Q_K_V)}
+    found = match_loras(parts, [make_request({"denoiser": {QKV: weight} | biases})], strict=True)
+
+    for name in Q_K_V:
+        (_, first), (_, second) = found.denoiser[name]
+        assert first.bias_delta is None and second.weight_delta is None
 
 
 def test_swapped_halves_are_exchanged() -> None:

@@ -4,7 +4,7 @@
 of the model's own modules, which may be fused or split where the file's are not.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 
 import torch
 from torch import Tensor
@@ -12,6 +12,18 @@ from torch import Tensor
 from int8run.errors import LoraError
 from int8run.lora.adapters.base import LoraDelta, format_shape
 from int8run.lora.adapters.row_selection import select_rows
+
+
+def is_same(first: object, second: object) -> bool:
+    """Whether two changes, adapters or parts of them hold the same values, in dtypes of any precision."""
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return first.shape == second.shape and torch.equal(first.float(), second.float())
+    if type(first) is not type(second):
+        return False
+    if is_dataclass(first):
+        names = [field.name for field in fields(first)]
+        return all(is_same(getattr(first, name), getattr(second, name)) for name in names)
+    return bool(first == second)
 
 
 @dataclass(frozen=True, eq=False)

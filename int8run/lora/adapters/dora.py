@@ -7,6 +7,7 @@ from torch import Tensor
 
 from int8run.errors import LoraError
 from int8run.lora.adapters.base import LoraDelta, RuntimeBranch, broadcast_to_dim, format_shape
+from int8run.lora.adapters.joined_columns import JoinedColumns
 from int8run.lora.adapters.row_selection import SelectedRows, WrappedDelta, select_rows
 
 # rows of a weight that are converted to float32 at a time when their norms are computed
@@ -25,10 +26,13 @@ class DoRA(WrappedDelta):
         inner: a low-rank adapter.
         magnitude: [N], or [K] with `on_input`.
         on_input: the norms belong to input columns.
+        joined: the modules over whose rows the columns run, where the file has them in one matrix; None:
+            those of the weight itself.
     """
 
     magnitude: Tensor
     on_input: bool = False
+    joined: JoinedColumns | None = None
 
     adapter_type = "DoRA"
     needs_weight = True
@@ -59,7 +63,10 @@ class DoRA(WrappedDelta):
     def compute_delta(self, weight: Tensor) -> Tensor:
         original = weight.float()
         changed = original + self.inner.compute_delta(weight)
-        norms = changed.transpose(0, self.dim).flatten(1).norm(dim=1)  # [N] or [K]
+        if self.joined is None:
+            norms = changed.transpose(0, self.dim).flatten(1).norm(dim=1)  # [N] or [K]
+        else:
+            norms = self.joined.get_norms().to(changed.device)
         ratio = self.compute_ratio(norms)
         return changed * broadcast_to_dim(ratio, self.dim, weight.dim()) - original
 
@@ -85,17 +92,19 @@ class DoRA(WrappedDelta):
         return self.magnitude.float().to(norms.device) / norms.clamp_min(smallest)
 
     def select_rows(self, index: Tensor) -> LoraDelta:
-        if self.on_input:
+        if self.on_input and self.joined is None and not self.has_all_rows(index):
             raise LoraError(
-                "its DoRA norms (dora_scale [1, in]) run over all rows of a matrix that the model splits or "
-                "joins, and cannot be cut; use a file with row norms (dora_scale [out, 1]), or one made for "
-                "this model's own layers"
+                "its DoRA norms (dora_scale [1, in]) run over all rows of a matrix, and cannot be cut; use a "
+                "file with row norms (dora_scale [out, 1]), or one made for this model's own layers"
             )
         if (index < 0).any():  # rows of zeros have no magnitude
             return SelectedRows(self, index)
-        return replace(
-            self, inner=self.inner.select_rows(index), magnitude=select_rows(self.magnitude, index)
-        )
+        magnitude = self.magnitude if self.on_input else select_rows(self.magnitude, index)
+        return replace(self, inner=self.inner.select_rows(index), magnitude=magnitude)
+
+    def has_all_rows(self, index: Tensor) -> bool:
+        """Whether each row is selected once, so that the norms of the columns stay."""
+        return index[index >= 0].sort().values.equal(torch.arange(self.out_features or 0))
 
 
 def compute_row_norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:

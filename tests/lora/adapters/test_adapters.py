@@ -3,6 +3,8 @@
 Rows are taken, placed and swapped as a model needs that fuses or splits matrices.
 """
 
+import dataclasses
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -14,10 +16,11 @@ from torch import Tensor, nn
 
 from int8run.errors import LoraError
 from int8run.lora.adapters.base import LoraDelta
-from int8run.lora.adapters.change import LoraChange
+from int8run.lora.adapters.change import LoraChange, is_same
 from int8run.lora.adapters.diff import Diff
 from int8run.lora.adapters.dora import DoRA
 from int8run.lora.adapters.ia3 import IA3
+from int8run.lora.adapters.joined_columns import JoinedColumns, JoinedPart
 from int8run.lora.adapters.loha import LoHa
 from int8run.lora.adapters.lokr import LoKr
 from int8run.lora.adapters.lora import LoRA
@@ -367,6 +370,67 @@ def test_row_operations_combine(case, weight):
     assert_close("cut", part.compute_delta(tall[:15]), expected, 2e-6)
 
 
+@pytest.mark.parametrize("split", [(3, 4, 5), (6, 6), (1, 11)], ids=str)
+@pytest.mark.parametrize("placed_at", [None, 2])
+def test_column_norms_run_over_all_parts_of_a_matrix(split, placed_at):
+    """As OneTrainer trains q, k and v in one matrix, and computes the norms over it."""
+    case = CASES["DoRA by columns"]
+    dora, whole = case.weight_delta, randn(*case.shape, seed=99)
+    bounds = [sum(split[:i]) for i in range(len(split) + 1)]
+    slices = [slice(first, last) for first, last in itertools.pairwise(bounds)]
+    weights, parts = {}, []
+    for rows in slices:
+        inner, name = LoraChange(dora.inner).take_rows(rows), str(rows.start)
+        weights[name], reached = whole[rows], None
+        if placed_at is not None:  # the model has them among other rows
+            size = rows.stop - rows.start
+            inner, reached = inner.place_rows(placed_at, 20), range(placed_at, placed_at + size)
+            weights[name] = randn(20, K, seed=98)
+            weights[name][reached.start : reached.stop] = whole[rows]
+        parts.append(JoinedPart(name, inner.weight_delta, reached))
+    joined = JoinedColumns(parts)
+    joined.read(weights.__getitem__)
+    cut = LoraChange(dataclasses.replace(dora, joined=joined))
+
+    for rows, part in zip(slices, parts, strict=True):
+        expected, change = case.expected(whole)[rows], cut.take_rows(rows)
+        if placed_at is not None:
+            change = change.place_rows(placed_at, 20)
+            around = torch.zeros(20, K)
+            around[part.rows.start : part.rows.stop] = expected
+            expected = around
+        assert_close("part", change.weight_delta.compute_delta(weights[part.module]), expected, 2e-6)
+
+
+def test_column_norms_stay_where_all_rows_are_placed_or_swapped():
+    case = CASES["DoRA by columns"]
+    tall = randn(N + 9, K, seed=98)
+    placed = LoraChange(case.weight_delta).place_rows(4, N + 9).weight_delta
+    expected = torch.zeros(N + 9, K)
+    expected[4 : 4 + N] = case.expected(tall[4 : 4 + N])
+    swapped = LoraChange(case.weight_delta).swap_halves().weight_delta
+
+    assert_close("placed", placed.compute_delta(tall), expected, 2e-6)
+    assert_close(
+        "swapped",
+        swapped.compute_delta(tall[:N].roll(N // 2, 0)),
+        case.expected(tall[:N]).roll(N // 2, 0),
+        2e-6,
+    )
+
+
+def test_changes_are_compared_by_value():
+    dora = CASES["DoRA"].weight_delta
+
+    assert is_same(LoraChange(LoRA(A, B, 0.5)), LoraChange(LoRA(A.clone(), B.clone(), 0.5)))
+    assert is_same(LoraChange(dora).place_rows(1, 20), LoraChange(dora).place_rows(1, 20))
+    assert not is_same(LoraChange(dora).place_rows(1, 20), LoraChange(dora).place_rows(2, 20))
+    assert not is_same(LoraChange(LoRA(A, B)), LoraChange(LoRA(A, B, 0.5)))
+    assert not is_same(LoraChange(LoRA(A, B)), LoraChange(LoRA(A, B), torch.ones(N)))
+    assert not is_same(LoraChange(LoRA(A, B)), LoraChange(LoRA(A, B2)))
+    assert not is_same(LoraChange(LoRA(A, B)), LoraChange(Diff(B @ A)))
+
+
 def test_bias_is_cut_as_well():
     change = LoraChange(LoRA(A, B), torch.arange(12.0))
 
@@ -408,15 +472,20 @@ def test_cut_does_not_modify_the_change():
 class TestRefused:
     """What cannot be cut, with its words."""
 
-    @pytest.mark.parametrize(
-        "cut", [lambda c: c.take_rows(slice(0, 4)), lambda c: c.place_rows(0, 24), lambda c: c.swap_halves()]
-    )
-    def test_column_norms_cannot_be_cut(self, cut):
+    def test_column_norms_cannot_be_cut_alone(self):
         with pytest.raises(
             LoraError,
             match=r"its DoRA norms \(dora_scale \[1, in\]\) run over all rows .* use a file with row norms",
         ):
-            cut(LoraChange(CASES["DoRA by columns"].weight_delta))
+            LoraChange(CASES["DoRA by columns"].weight_delta).take_rows(slice(0, 4))
+
+    def test_joined_column_norms_need_all_weights(self):
+        joined = JoinedColumns([JoinedPart("a.q", LoRA(A, B)), JoinedPart("a.k", LoRA(A, B))])
+        with pytest.raises(
+            LoraError,
+            match=r"the DoRA norms .* run over a\.q, a\.k together, and .* set lora\.mode=stochastic or auto",
+        ):
+            DoRA(LoRA(A, B), randn(K), True, joined).compute_delta(randn(N, K))
 
     def test_input_factors_cannot_be_placed(self):
         change = LoraChange(CASES["IA3 on inputs"].weight_delta)
