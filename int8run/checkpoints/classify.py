@@ -20,7 +20,8 @@ from int8run.checkpoints.header import DTYPES
 from int8run.checkpoints.layer import FLOAT, FP8, INT8, CheckpointLayer
 from int8run.checkpoints.quant_metadata import Marker
 from int8run.checkpoints.reader import TensorFiles, TensorInfo
-from int8run.checkpoints.unsupported import READERS, make_unsupported_error
+from int8run.checkpoints.sdnq import SdnqMethod
+from int8run.checkpoints.unsupported import READERS, has_sdnq_scale, make_unsupported_error
 from int8run.errors import FileError
 
 # dtype of the weight in the file, by safetensors' name -> storage dtype; fp8 may turn out to be mxfp8
@@ -68,7 +69,12 @@ ALLOWED_PARTS = {
 
 
 def classify_weight(
-    files: TensorFiles, name: str, marker: Marker | None, *, assume_rotated: bool
+    files: TensorFiles,
+    name: str,
+    marker: Marker | None,
+    *,
+    assume_rotated: bool,
+    sdnq: SdnqMethod | None = None,
 ) -> CheckpointLayer | None:
     """Find out what one weight is.
 
@@ -77,6 +83,7 @@ def classify_weight(
         name: of the layer.
         marker: of the layer, if it has one.
         assume_rotated: whether INT8 rows that do not say so are rotated.
+        sdnq: how SDNQ made the file's weights; None where it made none.
 
     Returns:
         None for a float weight that is not a matrix.
@@ -108,7 +115,13 @@ def classify_weight(
         )
     if storage_dtype == INT8:
         return parse_int8_layer(
-            files, info, name=name, keys=keys, marker=marker, assume_rotated=assume_rotated
+            files,
+            info,
+            name=name,
+            keys=keys,
+            marker=marker,
+            assume_rotated=assume_rotated,
+            sdnq=sdnq if has_sdnq_scale(files, name) else None,
         )
     return parse_fp8_layer(files, info, name=name, keys=keys, marker=marker)
 

@@ -15,6 +15,7 @@ from int8run.checkpoints.granularity import SCALE_DTYPES, Granularity, check_pos
 from int8run.checkpoints.layer import INT8, MAX_EXACT_GROUP_SIZE, CheckpointLayer, get_hadamard
 from int8run.checkpoints.quant_metadata import INT8RUN_FORMAT, Marker, is_power_of_4
 from int8run.checkpoints.reader import TensorFiles, TensorInfo
+from int8run.checkpoints.sdnq import SdnqMethod
 from int8run.errors import FileError
 from int8run.outlier.base import NONE
 
@@ -47,6 +48,7 @@ def parse_int8_layer(
     keys: Mapping[str, str],
     marker: Marker | None,
     assume_rotated: bool,
+    sdnq: SdnqMethod | None = None,
 ) -> CheckpointLayer:
     """An INT8 weight: which numbers share a scale, and what was done to it before it was rounded.
 
@@ -57,15 +59,18 @@ def parse_int8_layer(
         keys: what for -> key, of the tensors beside the weight.
         marker: of the layer, if it has one.
         assume_rotated: whether a weight with a scale for each row is rotated where it does not say so.
+        sdnq: how SDNQ made the weight, where it did.
 
     Raises:
         FileError: a weight that cannot be read.
     """
     check_int8_weight(info, name, keys)
-    granularity = read_granularity(files, info, keys["scale"], marker)
+    granularity = read_granularity(files, info, keys["scale"], marker, may_be_transposed=sdnq is not None)
     rows, columns = info.shape[::-1] if granularity.name == "transposed" else info.shape
     transform = parse_transform(files, info, name=name, keys=keys, marker=marker)
-    if assume_rotated and granularity.name == "row" and not is_transformed_by_tensors(keys):
+    if sdnq is not None:
+        transform = make_sdnq_transform(sdnq, columns)
+    elif assume_rotated and granularity.name == "row" and not is_transformed_by_tensors(keys):
         transform = assume_rotation(columns, transform)
     check_transform(info, name, keys, columns, granularity, transform)
     if quip.is_transformed(keys):
@@ -188,6 +193,14 @@ def identify_hadamard(files: TensorFiles, key: str) -> tuple[int, bool]:
 def is_transformed_by_tensors(keys: Mapping[str, str]) -> bool:
     """Whether tensors beside a weight say how it was transformed, so that it needs no marker."""
     return quip.is_transformed(keys) or bool(TOOLKIT_PARTS & set(keys))
+
+
+def make_sdnq_transform(sdnq: SdnqMethod, columns: int) -> TransformInfo:
+    """How SDNQ rotated a weight of so many columns."""
+    group_size, is_sylvester = sdnq.get_group_size(columns), sdnq.is_sylvester(columns)
+    if not group_size:
+        return TransformInfo()
+    return TransformInfo("quarot" if is_sylvester else "convrot", group_size, is_sylvester)
 
 
 def assume_rotation(columns: int, transform: TransformInfo) -> TransformInfo:

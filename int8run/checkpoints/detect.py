@@ -11,6 +11,7 @@ import logging
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from int8run.checkpoints import block_scaled, quip
 from int8run.checkpoints.block_scaled import BLOCK_FORMATS
@@ -21,11 +22,14 @@ from int8run.checkpoints.layer import FP8, INT8, CheckpointLayer
 from int8run.checkpoints.plain_casts import check_casts
 from int8run.checkpoints.quant_metadata import Marker, read_markers
 from int8run.checkpoints.reader import TensorFiles
+from int8run.checkpoints.rotation_evidence import warn_rotations
+from int8run.checkpoints.sdnq import find_sdnq_method
 from int8run.checkpoints.unsupported import check_supported, read_quant_method
 from int8run.errors import ConfigError, FileError
 
 log = logging.getLogger(__name__)
 AUTO = "auto"
+QUANTIZED_DTYPES = ("I8", "U8", "F8_E4M3", "F8_E5M2")  # of weights
 # ComfyUI's name for all INT8 layers with a scale for the layer or for each row comes first
 TENSORWISE = ("int8_tensorwise", "int8_rowwise", "int8_convrot")
 # a tensor of a whole file that says: the fp8 weights below its prefix have scales. lightx2v writes it into
@@ -37,7 +41,10 @@ SCALED_FP8_METHODS = ("fp8", "fbgemm_fp8", "bfl")
 
 
 def read_layers(
-    files: TensorFiles, prefix: str = "", requested: str | None = None
+    files: TensorFiles,
+    prefix: str = "",
+    requested: str | None = None,
+    sdnq: str | Mapping[str, Any] | None = None,
 ) -> dict[str, CheckpointLayer]:
     """Find out what every weight below a prefix is: all with 2 dimensions, and fp8 ones with any.
 
@@ -52,6 +59,8 @@ def read_layers(
             INT8 rows are rotated, where no INT8 layer of the file has a marker; of nvfp4 and mxfp8 whose they
             are, where neither markers nor shapes show it; `float8_e4m3fn_cast` that fp8 weights without a
             scale are casts, where their numbers deny it.
+
+        sdnq: `model.sdnq`, how SDNQ made INT8 weights without a config beside them.
 
     Returns:
         Layer name -> the layer, in the file's order.
@@ -69,14 +78,18 @@ def read_layers(
     has_int8_marker = any(files[f"{name}.weight"].dtype == "I8" for name in names if name in markers)
     assume_rotated = requested == CONVROT and not has_int8_marker
 
+    sdnq_method = find_sdnq_method(files, names, sdnq, requested)
     layers = {}
     for name in names:
-        layer = classify_weight(files, name, markers.get(name), assume_rotated=assume_rotated)
+        layer = classify_weight(
+            files, name, markers.get(name), assume_rotated=assume_rotated, sdnq=sdnq_method
+        )
         if layer is not None:
             layers[name] = layer
     layers |= resolve_block_layers(files, layers, markers, requested)
     check_consistency(files, prefix, layers, markers)
     layers |= check_casts(files, layers, requested)
+    warn_rotations(files, layers)
 
     warn_wrong_labels(files, layers, markers)
     n_scalars = sum("scalar" in layer.part_keys for layer in layers.values())
@@ -90,8 +103,20 @@ def read_layers(
     return layers
 
 
+def list_quantized_weights(files: TensorFiles) -> list[str]:
+    """The keys of weights with two dimensions and more that are not floats; no tensor is read."""
+    return [
+        key
+        for key, info in files.items()
+        if key.endswith(".weight") and len(info.shape) > 1 and info.dtype in QUANTIZED_DTYPES
+    ]
+
+
 def read_denoiser_layers(
-    files: TensorFiles, prefix: str, quant_format: str = AUTO
+    files: TensorFiles,
+    prefix: str,
+    quant_format: str = AUTO,
+    sdnq: str | Mapping[str, Any] | None = None,
 ) -> dict[str, CheckpointLayer]:
     """Find out what every weight of a denoiser is, as `read_layers` does.
 
@@ -99,13 +124,14 @@ def read_denoiser_layers(
         files: the checkpoint.
         prefix: of the denoiser's keys.
         quant_format: `model.quant_format`: `auto`, or the format name that decides what the file leaves open.
+        sdnq: `model.sdnq`, see `read_layers`.
 
     Raises:
         ConfigError: when no layer has that format.
         FileError: see `read_layers`.
     """
     requested = None if quant_format == AUTO else quant_format
-    layers = read_layers(files, prefix, requested)
+    layers = read_layers(files, prefix, requested, sdnq)
     if requested is None:
         return layers
     held = Counter(layer.format_name or layer.label for layer in layers.values())

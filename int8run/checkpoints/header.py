@@ -5,6 +5,7 @@ A file is 8 bytes with the length of the header, the header as JSON, and the byt
 `tasks/inspect_file.py` ask it for metadata. Nothing here knows what a tensor is for.
 """
 
+import logging
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 from int8run.errors import FileError
 from int8run.utils.untrusted_json import RepeatedNameError, parse_untrusted_json
 
+log = logging.getLogger(__name__)
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 # Four times what the largest known checkpoints have. A file may be made to be slow: with these limits, every
 # reader is done with the names of a file in two seconds.
@@ -79,8 +81,8 @@ def read_full_header(path: Path) -> Header:
     """Read the same, and where the data begins. Raises the same."""
     size, text = read_header_text(path)
     found = parse_header(path, text)
-    metadata = found.pop("__metadata__", {}) if isinstance(found, dict) else {}
-    if not is_header(found, metadata):
+    metadata = read_metadata(path, found) if isinstance(found, dict) else {}
+    if not is_header(found):
         raise FileError(
             f"{path} is not a safetensors file: its header is not a JSON object of tensors with dtype, "
             "shape and offsets"
@@ -226,11 +228,46 @@ def check_size(path: Path, key: str, entry: dict[str, Any]) -> None:
         )
 
 
-def is_header(found: object, metadata: object) -> bool:
-    """Whether parsed JSON is a header: metadata of text, and an entry for each tensor."""
-    if not isinstance(found, dict) or not isinstance(metadata, dict):
-        return False
-    return all(isinstance(text, str) for text in metadata.values()) and all(map(is_entry, found.values()))
+def read_metadata(path: Path, found: dict[str, Any]) -> dict[str, str]:
+    """Take the metadata out of a parsed header. The format allows text alone, and some writers put null.
+
+    Numbers, truth values and nulls in it are ignored with a warning: they cannot say how tensors are stored.
+
+    Raises:
+        FileError: for anything else that is not text.
+    """
+    metadata = found.pop("__metadata__", None)
+    if metadata is None:
+        return {}
+    if not isinstance(metadata, dict):
+        raise FileError(
+            f"{path} is not a safetensors file: __metadata__ in its header is {str(metadata)[:40]!r}, "
+            "not an object of texts"
+        )
+    texts, ignored = {}, []
+    for key, value in metadata.items():
+        if isinstance(value, str):
+            texts[key] = value
+        elif isinstance(value, dict | list):
+            raise FileError(
+                f"{path}: {key[:80]} in __metadata__ of its header is an object or a list, where the format "
+                "has texts; it may say how the tensors are stored, so the file cannot be read"
+            )
+        else:
+            ignored.append(key)
+    if ignored:
+        log.warning(
+            "%s: %d entries of __metadata__ in its header are not text and are ignored (first: %s)",
+            path,
+            len(ignored),
+            ignored[0][:80],
+        )
+    return texts
+
+
+def is_header(found: object) -> bool:
+    """Whether parsed JSON is a header without its metadata: an entry for each tensor."""
+    return isinstance(found, dict) and all(map(is_entry, found.values()))
 
 
 def is_entry(entry: object) -> bool:

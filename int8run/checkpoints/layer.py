@@ -96,6 +96,19 @@ class CheckpointLayer:
 
     @property
     def _is_beyond_kernels(self) -> bool:
+        """Whether no kernel can use the numbers, for their transform or for blocks that are cut off."""
+        return self._has_cut_blocks or self._is_transformed_beyond_kernels
+
+    @property
+    def _has_cut_blocks(self) -> bool:
+        """Whether blocks that share a scale do not divide the weight, so that the last ones are smaller."""
+        if self.granularity not in ("group", "grid", "block3d"):
+            return False
+        is_rows_cut = self.granularity == "grid" and self.rows % self.block_size != 0
+        return is_rows_cut or self.columns % self.block_size != 0
+
+    @property
+    def _is_transformed_beyond_kernels(self) -> bool:
         """Whether the weight was transformed in a way that no kernel can apply to the input of a layer."""
         return quip.is_transformed(self.part_keys) or self.rotation_group_size > MAX_EXACT_GROUP_SIZE
 
@@ -200,9 +213,11 @@ class CheckpointLayer:
         if not self.granularity:
             return qdata
         scales = self.read_scales(files, start, stop)  # [rows, blocks of a row]
-        n_blocks = scales.shape[1]
-        blocks = qdata.view(count, n_blocks, qdata.shape[1] // n_blocks)
-        return blocks.mul_(scales[..., None]).view(qdata.shape)
+        if self.block_size:
+            # of blocks that do not divide the columns the last one is smaller
+            blocks = torch.arange(qdata.shape[1]) // self.block_size
+            return qdata.mul_(scales[:, blocks])
+        return qdata.mul_(scales)
 
     def read_scales(self, files: TensorFiles, start: int, stop: int) -> Tensor:
         """Read the scales of some rows. Returns float32 [stop - start, blocks of a row]."""

@@ -25,6 +25,7 @@ READERS = {
     "modelopt": "diffusers with nvidia-modelopt",
     "quanto": "diffusers with optimum-quanto",
     "auto-round": "diffusers with auto-round",
+    "GPTQ": "transformers with GPTQModel",
     "gguf": "ComfyUI-GGUF, or diffusers with gguf",
 }
 # the last word of a key -> whose it is
@@ -50,8 +51,20 @@ FORMAT_BY_SUFFIX = {
     "svd_up": "SDNQ",
     "svd_down": "SDNQ",
     "scale_2": "SDNQ",
+    "qzeros": "GPTQ",
+    "g_idx": "GPTQ",
     "_scale": "modelopt",
     "_double_scale": "modelopt",  # of its quantizers, which diffusers keeps
+    "_data": "quanto",
+    "_shift": "quanto",
+}
+# the last word of a key that several programs use -> what stands beside it, and whose it is then
+SIBLINGS_BY_SUFFIX = {
+    "_scale": {"_data": "quanto"},
+    "_shift": {"_data": "quanto"},
+    "qweight": {"qzeros": "GPTQ", "g_idx": "GPTQ"},
+    "qzeros": {"qweight": "GPTQ"},
+    "g_idx": {"qweight": "GPTQ"},
 }
 # `quant_method` in a config.json beside the file -> whose it is; `fp8` and `bfl` are read, by their tensors
 FORMAT_BY_METHOD = {
@@ -66,9 +79,12 @@ FORMAT_BY_METHOD = {
     "quanto": "quanto",
     "auto-round": "auto-round",
     "gguf": "gguf",
+    "gptq": "GPTQ",
+    "awq": "GPTQ",
 }
-MODELOPT = "modelopt"
+MODELOPT, SDNQ = "modelopt", "SDNQ"
 MODELOPT_CONFIG = "hf_quant_config.json"  # stands beside the weights of transformers' models
+SDNQ_DTYPES = ("I8", "F8_E4M3", "F8_E5M2")  # of weights that could be read
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 PACKED_COPY = "weight_packed"  # beside an int8 weight: the INT8-Toolkit's transposed copy of it
 
@@ -91,7 +107,22 @@ def check_keys(files: TensorFiles, keys: list[str]) -> None:
             suffix == PACKED_COPY and f"{layer}.weight" in files and files[f"{layer}.weight"].dtype == "I8"
         )
         if not is_toolkit_copy:
-            raise make_unsupported_error(files, FORMAT_BY_SUFFIX[suffix], f"it has {key}")
+            raise make_unsupported_error(files, name_format(files, layer, suffix), f"it has {key}")
+
+
+def name_format(files: TensorFiles, layer: str, suffix: str) -> str:
+    """Whose a tensor is, where several programs use its name.
+
+    Args:
+        files: the checkpoint.
+        layer: the key without its last word.
+        suffix: that word, one of FORMAT_BY_SUFFIX.
+    """
+    beside = SIBLINGS_BY_SUFFIX.get(suffix, {})
+    for sibling, name in beside.items():
+        if f"{layer}.{sibling}" in files:
+            return name
+    return FORMAT_BY_SUFFIX[suffix]
 
 
 def check_metadata(files: TensorFiles, keys: list[str]) -> None:
@@ -117,6 +148,8 @@ def check_config(files: TensorFiles, keys: list[str]) -> None:
     name = FORMAT_BY_METHOD[method]
     if name == MODELOPT and is_readable_modelopt(files, keys):
         return
+    if name == SDNQ and is_readable_sdnq(files, keys):
+        return
     raise make_unsupported_error(files, name, f"the config beside it says quant_method {method}")
 
 
@@ -132,6 +165,31 @@ def is_readable_modelopt(files: TensorFiles, keys: list[str]) -> bool:
     return True
 
 
+def is_readable_sdnq(files: TensorFiles, keys: list[str]) -> bool:
+    """Whether SDNQ's weights are all float, or INT8 matrices whose scales are as it writes them."""
+    for key in keys:
+        info = files[key]
+        if not key.endswith(".weight") or info.dtype in FLOAT_DTYPES:
+            continue
+        is_matrix = info.dtype == "I8" and len(info.shape) == 2
+        if not is_matrix or not has_sdnq_scale(files, key.removesuffix(".weight")):
+            return False
+    return True
+
+
+def has_sdnq_scale(files: TensorFiles, name: str) -> bool:
+    """Whether a layer has a quantized weight with a scale by SDNQ: named `scale`, with as many dimensions.
+
+    Wan-INT8 takes scales of that name, too, with one dimension, or three beside a matrix.
+    """
+    scale_key, key = f"{name}.scale", f"{name}.weight"
+    if scale_key not in files or key not in files or files[key].dtype not in SDNQ_DTYPES:
+        return False
+    has_other_names = f"{name}.comfy_quant" in files or f"{name}.weight_scale" in files
+    num_dims = len(files[scale_key].shape)
+    return not has_other_names and num_dims in (0, len(files[key].shape))
+
+
 def is_modelopt(files: TensorFiles) -> bool:
     """Whether the folder of the file says that ModelOpt made it."""
     if read_quant_method(files) == MODELOPT:
@@ -142,13 +200,17 @@ def is_modelopt(files: TensorFiles) -> bool:
 
 def read_quant_method(files: TensorFiles) -> str:
     """The `quant_method` in the config of the file's folder; empty without one."""
+    return str(read_quant_config(files).get("quant_method", ""))
+
+
+def read_quant_config(files: TensorFiles) -> dict[str, Any]:
+    """How the folder of the file says that it was quantized; empty where it names no `quant_method`."""
     for name in ("config.json", "quantization_config.json"):
         config = read_sibling_json(files, name)
         settings = config.get("quantization_config", config)
-        method = settings.get("quant_method") if isinstance(settings, dict) else None
-        if isinstance(method, str):
-            return method
-    return ""
+        if isinstance(settings, dict) and isinstance(settings.get("quant_method"), str):
+            return settings
+    return {}
 
 
 def read_sibling_json(files: TensorFiles, name: str) -> dict[str, Any]:

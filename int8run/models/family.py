@@ -258,6 +258,8 @@ class ModelSource:
         parts: components that the repository lacks: by name, the class of transformers and where it is.
         quant_format: a format name of `clip=`, for what a file of quantized weights leaves open; `auto`: the
             file must say everything.
+        sdnq: how SDNQ made the INT8 weights of a file without its config.json: `none`, `hadamard` (it rotated
+            groups of 256 columns), `hadamard_<size>`, the path of a config.json, or its fields.
     """
 
     location: str | None
@@ -268,6 +270,7 @@ class ModelSource:
     base: str | None = None
     parts: Mapping[str, Sequence[str]] = field(default_factory=dict)
     quant_format: str = "auto"
+    sdnq: str | Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         check_choice("model.dtype", self.dtype, DTYPES)

@@ -3,6 +3,7 @@
 It must work without diffusers: the tasks that only convert a checkpoint have no use for its 150 MB.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +12,14 @@ from typing import Any
 from int8run.errors import ConfigError, FileError, suggest_similar
 from int8run.utils.untrusted_json import parse_untrusted_json
 
+log = logging.getLogger(__name__)
 ASSETS_FOLDER = Path(__file__).parents[1] / "assets"
 SHIPPED_PREFIX = "shipped:"
 SAFETENSORS = ".safetensors"
 # of pipelines; a single one is the denoiser, of two each has its own part of the steps
 DENOISER_COMPONENTS = ("transformer", "transformer_2", "unet")
+# what stands beside weights and may say how they were quantized
+QUANTIZATION_CONFIGS = ("config.json", "quantization_config.json", "hf_quant_config.json")
 CONFIG_NAME, MODEL_INDEX_NAME = "config.json", "model_index.json"
 # as diffusers names the weights in a folder
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
@@ -169,6 +173,44 @@ def resolve_on_hub(
     return ResolvedWeights(folder, read_denoiser_config(folder))
 
 
+def download_side_files(location: str, revision: str | None) -> None:
+    """Download the configs beside a file on the hub, which may say how its weights were quantized.
+
+    A config that is not there is left out. A location that is here, or names a whole repository, has all.
+
+    Args:
+        location: as of `resolve_weights`.
+        revision: on the hub.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    path_on_hub = location.split("/")
+    if is_local(location) or to_local_path(location).exists() or len(path_on_hub) < 3:
+        return
+    repository, folders = "/".join(path_on_hub[:2]), path_on_hub[2:-1]
+    for name in QUANTIZATION_CONFIGS:
+        try:
+            hf_hub_download(repository, "/".join([*folders, name]), revision=revision)
+        except EntryNotFoundError as error:
+            if isinstance(error, LocalEntryNotFoundError):
+                log.warning(
+                    "%s is quantized, and the hub cannot be reached for the %s beside it, which may say how; "
+                    "it is read without",
+                    location,
+                    name,
+                )
+                return
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())[:160]
+            log.warning(
+                "%s is quantized, and the %s beside it, which may say how, could not be downloaded: %s",
+                location,
+                name,
+                reason,
+            )
+
+
 def download_component(repository: str, name: str, revision: str | None) -> Path:
     """Return the folder of one component of a pipeline, downloaded without its half-size and EMA variants."""
     from huggingface_hub import snapshot_download
@@ -177,7 +219,7 @@ def download_component(repository: str, name: str, revision: str | None) -> Path
         repository,
         revision=revision,
         allow_patterns=[
-            f"{name}/{CONFIG_NAME}",
+            *(f"{name}/{config}" for config in QUANTIZATION_CONFIGS),
             f"{name}/*{SAFETENSORS}",
             f"{name}/*{SAFETENSORS}.index.json",
         ],

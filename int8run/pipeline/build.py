@@ -32,7 +32,6 @@ from int8run.lora.stack import Entry, LoraStack
 from int8run.metrics.layers import count_macs, count_module_bytes
 from int8run.models.dual_denoisers import set_denoiser, split_denoiser
 from int8run.models.family import ModelFamily
-from int8run.models.given_model import find_text_encoders
 from int8run.pipeline.load import LoadedModel, LoadSettings, load_model, replace_missing_linears, set_offload
 from int8run.pipeline.prequantized import PrequantizedLayers, PrequantizedRequest, find_prequantized
 from int8run.pipeline.provenance import build_cache_key, build_provenance, list_baked_loras
@@ -48,6 +47,7 @@ from int8run.pipeline.text_encoders import QuantizedEncoders, build_encoders
 from int8run.ptq.layer_costs import BranchCosts
 from int8run.ptq.mixed_precision import MixedPrecisionResult
 from int8run.report.console import Progress
+from int8run.text_encoders.base import find_text_encoders
 from int8run.utils.timing import read_clock, time_medians
 
 log = logging.getLogger(__name__)
@@ -71,6 +71,7 @@ class BuiltModel:
         text_encoders: by the names of `denoisers`, the components that differ between them.
         float_text_encoder_bytes: size of the float text encoders, whether they are in memory or not.
         text_strengths: of the LoRAs on the text encoders now.
+        num_dequantized_layers: Linears of the float model that are quantized numbers of its own file.
         mixed_precision: what keeping layers float for `quality_db` brought, where that was asked for.
         seconds: that loading and quantizing took.
         lora_overhead: time of a step with LoRA branches over its time without, once it was measured; it does
@@ -92,6 +93,7 @@ class BuiltModel:
     text_encoders: dict[str, dict[str, nn.Module]]
     float_text_encoder_bytes: int
     text_strengths: list[float]
+    num_dequantized_layers: int = 0
     mixed_precision: MixedPrecisionResult | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     lora_overhead: float | None = None
@@ -157,6 +159,7 @@ def build_model(
     entries = read_entries(spec, headers)
     prepare_save(spec)
     loaded = load_model(select_load_settings(spec), progress)
+    warn_dequantized_baseline(spec, loaded)
     text_encoders = find_text_encoders(loaded.pipe.components)
     loras = LoraStack(loaded.denoiser, text_encoders, spec.lora.mode, spec.lora.strict, spec.seed)
     matches = loras.match_entries(entries)
@@ -191,6 +194,7 @@ def build_model(
         text_encoders=select_text_encoders(spec, text_encoders, encoders),
         float_text_encoder_bytes=float_text_encoder_bytes,
         text_strengths=[0.0] * len(entries),
+        num_dequantized_layers=loaded.num_dequantized_layers,
     )
 
     started = time.perf_counter()
@@ -270,6 +274,18 @@ def prepare_save(spec: RunSpec) -> None:
     prepare_output_path(spec.save)
 
 
+def warn_dequantized_baseline(spec: RunSpec, loaded: LoadedModel) -> None:
+    """Warn of a comparison with a float model that was read from the same quantized file."""
+    if spec.metrics.baseline == "none" or not loaded.num_dequantized_layers:
+        return
+    log.warning(
+        "The float model has the quantized numbers of %s in %d layers: PSNR to float shows neither what they "
+        "lost when they were quantized, nor that the file is read as it was written",
+        spec.model.location,
+        loaded.num_dequantized_layers,
+    )
+
+
 def find_layer_sources(
     spec: RunSpec, loaded: LoadedModel, entries: Sequence[Entry], matches: Matches
 ) -> LayerSources:
@@ -297,7 +313,6 @@ def find_layer_sources(
         checkpoint=spec.int8.checkpoint,
         outlier=spec.outlier,
         baked_loras=list_baked_loras(spec.lora),
-        has_baseline=spec.metrics.baseline != "none",
         cache=spec.cache,
         cache_key=cache_key,
     )
@@ -465,7 +480,7 @@ def measure_lora_overhead(
     def run_step(has_branches: bool) -> None:
         # takes a few microseconds for each layer, both times the same
         for layer in built.loras.dynamic_layers:
-            layer.switch_branch(has_branches)
+            layer.attach(has_branches)
         for call in calls:
             denoiser(**call)
 

@@ -37,18 +37,26 @@ class FileWeights:
         model: the denoiser that the weights are for; only shapes and names of its parameters are used.
         is_partial: whether the file may lack parameters, as a file of INT8 layers alone.
         quant_format: what decides where the file leaves open how its layers are stored; `auto`: nothing.
+        sdnq: how SDNQ made INT8 weights without a config beside them.
 
     Raises:
         ConfigError: when no layer has the format that is asked for.
         FileError: when the file is damaged, contradicts itself, or is for another model.
     """
 
-    def __init__(self, path: Path, model: nn.Module, is_partial: bool = False, quant_format: str = AUTO):
+    def __init__(
+        self,
+        path: Path,
+        model: nn.Module,
+        is_partial: bool = False,
+        quant_format: str = AUTO,
+        sdnq: str | Mapping[str, Any] | None = None,
+    ):
         self.path = path
         self.class_name = type(model).__name__
         self.files = TensorFiles.open(path)
         self.prefix = find_prefix(self.files)
-        layers = read_denoiser_layers(self.files, self.prefix, quant_format)
+        layers = read_denoiser_layers(self.files, self.prefix, quant_format, sdnq)
         self.layers = {name.removeprefix(self.prefix): layer for name, layer in layers.items()}
         model_shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         self.shapes = self.read_shapes(model_shapes)

@@ -5,7 +5,7 @@ build.py and task=bench call `load_model`. Nothing is quantized here, and no LoR
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,11 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from int8run.backends.base import Backend
-from int8run.errors import BackendError, ConfigError
+from int8run.checkpoints.detect import AUTO, list_quantized_weights, read_layers
+from int8run.checkpoints.layer import FLOAT
+from int8run.checkpoints.reader import TensorFiles
+from int8run.checkpoints.unsupported import read_quant_config
+from int8run.errors import BackendError, ConfigError, FileError
 from int8run.generate.pipeline_call import find_unknown_arguments
 from int8run.layers.assemble import copy_sharing_tensors
 from int8run.layers.int8_linear import get_linear
@@ -23,6 +27,7 @@ from int8run.layers.plan import LayerPlan, plan_layers
 from int8run.models.dual_denoisers import DualDenoiser, split_denoiser
 from int8run.models.family import AutoFamily, ModelFamily, ModelSource
 from int8run.models.loader import list_block_prefixes, load_parts, load_pipeline, pick_device
+from int8run.models.resolve_weights import download_side_files
 from int8run.models.sampling import Sampling
 from int8run.models.schedulers import set_scheduler
 from int8run.models.source import ResolvedModel, resolve_model
@@ -112,9 +117,22 @@ class LoadedModel:
         tensors = [*self.denoiser.parameters(), *self.denoiser.buffers()]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
+    @property
+    def num_dequantized_layers(self) -> int:
+        """Linears of the float model whose weights are quantized numbers of its own file."""
+        if self.checkpoint is None:
+            return 0
+        return len(self.checkpoint.find_int8_layers()) + len(self.checkpoint.find_inexact_layers())
+
     def plan_layers(self) -> list[LayerPlan]:
         """Every Linear of the denoiser, with the family's reason where one stays float."""
-        return plan_layers(self.denoiser, make_skip_rule(self.family, self.denoiser))
+        is_single = "" in split_denoiser(self.denoiser)
+
+        def find_skip_reason(name: str) -> str | None:
+            # of two denoisers, the family describes the layers of each
+            return self.family.find_skip_reason(name if is_single else name.partition(".")[2])
+
+        return plan_layers(self.denoiser, find_skip_reason)
 
     def read_weight(self, name: str) -> Tensor:
         """The float weight of a Linear, on the device; read from the file where the model has none.
@@ -163,9 +181,10 @@ def load_model(settings: LoadSettings, progress: Progress) -> LoadedModel:
         source = resolve_model(settings.model)
         skeletons: dict[str, nn.Module] = {}
         checkpoint = None
-        if source.has_single_files or not settings.needs_float_denoiser:
+        if source.has_single_files or not settings.needs_float_denoiser or needs_own_reader(source, settings):
             skeletons = {d.component: d.build_skeleton(settings.dtype) for d in source.denoisers}
-            checkpoint = open_denoiser_weights(source, skeletons, settings.model.quant_format)
+            download_quantization_configs(source, settings.model)
+            checkpoint = open_denoiser_weights(source, skeletons, settings.model)
         encoders = open_encoders(settings.clip, source.folder, settings.model.parts, settings.dtype)
         pipe = load_float_parts(source, settings, skeletons, encoders, device)
         denoisers = {d.component: getattr(pipe, d.component) for d in source.denoisers}
@@ -210,21 +229,82 @@ def check_device(settings: LoadSettings, device: torch.device) -> None:
 
 
 def open_denoiser_weights(
-    source: ResolvedModel, skeletons: Mapping[str, nn.Module], quant_format: str
+    source: ResolvedModel, skeletons: Mapping[str, nn.Module], model: ModelSource
 ) -> DenoiserWeights:
     """Open the weights of every denoiser, by the prefix that its layers have beside those of another.
 
     Args:
         skeletons: of the denoisers, by component.
-        quant_format: `model.quant_format`.
+        model: what decides where the files leave open how their layers are stored.
     """
     files = {}
     for denoiser in source.denoisers:
         skeleton = skeletons[denoiser.component]
-        files[denoiser.component] = FileWeights(denoiser.weights, skeleton, quant_format=quant_format)
+        files[denoiser.component] = FileWeights(
+            denoiser.weights, skeleton, quant_format=model.quant_format, sdnq=model.sdnq
+        )
     if len(files) == 1:
         return DenoiserWeights({"": next(iter(files.values()))})
     return DenoiserWeights({f"{component}.": file for component, file in files.items()})
+
+
+def needs_own_reader(source: ResolvedModel, settings: LoadSettings) -> bool:
+    """Whether a pipeline's folder has denoisers with quantized weights, which diffusers takes for floats."""
+    if settings.model.quant_format != AUTO or settings.model.sdnq is not None:
+        return True
+    return any(has_quantized_weights(denoiser.weights) for denoiser in source.denoisers)
+
+
+def has_quantized_weights(path: Path) -> bool:
+    """Whether a safetensors file, or those of a folder, hold quantized weights."""
+    if path.is_dir() and not any(path.glob("*.safetensors")):
+        return False
+    with TensorFiles.open(path) as files:
+        return bool(list_quantized_weights(files))
+
+
+def download_quantization_configs(source: ResolvedModel, model: ModelSource) -> None:
+    """Download what may say how quantized files on the hub were made, where nothing is beside them yet."""
+    if not source.has_single_files:
+        return
+    for denoiser in source.denoisers:
+        location = model.location
+        if isinstance(location, Mapping):
+            location = location[denoiser.component]
+        if has_quantized_weights(denoiser.weights):
+            download_side_files(str(location), model.revision)
+
+
+def check_float_components(folder: Path, without: Collection[str]) -> None:
+    """Check that diffusers and transformers read the right numbers in the components of a pipeline.
+
+    They take quantized weights for floats and leave out scales that they do not know. Plain casts to fp8 are
+    floats. A component whose config names a method is left to the library of that method.
+
+    Args:
+        folder: of the pipeline.
+        without: components that are not loaded from there.
+
+    Raises:
+        FileError: naming the component and what reads it.
+    """
+    for part in sorted(folder.iterdir()):
+        if not part.is_dir() or part.name in without or not has_quantized_weights(part):
+            continue
+        with TensorFiles.open(part) as files:
+            if read_quant_config(files):
+                continue
+            layers = read_layers(files)
+        quantized = [layer for layer in layers.values() if layer.storage_dtype != FLOAT and layer.granularity]
+        if not quantized:
+            continue
+        how = "take a pipeline with its float weights"
+        if part.name.startswith("text_encoder"):
+            how = f"set clip=auto 'clip.path={{{part.name}: {part}}}' metrics.baseline=none, which reads them"
+        raise FileError(
+            f"{part} holds {len(quantized)} quantized weights ({quantized[0].label}), which diffusers would "
+            f"use without their scales; {how}"
+        )
 
 
 def load_float_parts(
@@ -244,6 +324,7 @@ def load_float_parts(
     empty_encoders: dict[str, nn.Module] = {}
     if not settings.needs_float_encoders:
         empty_encoders = {name: opened.skeleton for name, opened in encoders.items()}
+    check_float_components(source.folder, without={*skeletons, *empty_encoders})
     needed_parts = {n: part for n, part in settings.model.parts.items() if n not in empty_encoders}
     parts = load_parts(source.folder, needed_parts, settings.dtype)
     place = device if settings.offload == "none" else CPU
@@ -254,19 +335,6 @@ def resolve_family(model_type: ModelFamily | AutoFamily, denoiser: nn.Module) ->
     """The family of a denoiser; see `AutoFamily.resolve_family`."""
     linears = {name: m.in_features for name, m in denoiser.named_modules() if isinstance(m, nn.Linear)}
     return model_type.resolve_family(type(denoiser).__name__, list_block_prefixes(denoiser), linears)
-
-
-def make_skip_rule(family: ModelFamily, denoiser: nn.Module) -> Callable[[str], str | None]:
-    """Why a Linear of a denoiser stays float, by its name; None: it does not.
-
-    Of two denoisers, the family describes the layers of each.
-    """
-    is_single = "" in split_denoiser(denoiser)
-
-    def find_skip_reason(name: str) -> str | None:
-        return family.find_skip_reason(name if is_single else name.partition(".")[2])
-
-    return find_skip_reason
 
 
 def hash_model_files(source: ResolvedModel, cache: DiskCache) -> list[tuple[str, str]]:

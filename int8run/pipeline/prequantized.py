@@ -68,7 +68,6 @@ class PrequantizedRequest:
         checkpoint: `int8.checkpoint`: file or folder, or one for each denoiser; None: none is given.
         outlier: the outlier method that the layers should have.
         baked_loras: that the layers should have.
-        has_baseline: whether the run compares with the float model.
         cache: of earlier runs.
         cache_key: of these settings; None: the cache is not used.
     """
@@ -76,7 +75,6 @@ class PrequantizedRequest:
     checkpoint: str | Mapping[str, str] | None
     outlier: OutlierMethod | AutoOutlier
     baked_loras: BakedLoras
-    has_baseline: bool
     cache: DiskCache
     cache_key: str | None
 
@@ -192,12 +190,6 @@ def open_own_layers(
         ConfigError: when LoRAs are to be baked into them.
     """
     found = PrequantizedLayers(weights, weights.find_int8_layers(), weights.read_provenance())
-    if request.has_baseline:
-        log.warning(
-            "The float model has the dequantized INT8 weights of %s; what they lost when they were quantized "
-            "is not measured",
-            found.source,
-        )
     if found.provenance.get("loras"):
         log.info("LoRAs baked into it: %s", describe_loras(found.provenance["loras"]))
     integers = set(changed_layers) & set(found.layers)

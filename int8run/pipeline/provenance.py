@@ -84,6 +84,7 @@ def build_cache_key(
             configs,
             model.dtype,
             model.quant_format,
+            model.sdnq,
             loaded.family,
             settings.outlier,
             settings.rounding,

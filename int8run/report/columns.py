@@ -10,6 +10,8 @@ from dataclasses import dataclass
 STEP_MS = "speed/step_ms_p50"
 SPEED_RATIO = "speed/ratio_vs_float"
 PSNR_DB = "quality/psnr_db"
+# Linears of the float model that are quantized numbers of the file which is compared with it
+SAME_FILE_LAYERS = "quality/float_layers_from_same_file"
 DENOISER_BYTES = "memory/denoiser_bytes"
 DENOISER_RATIO = "memory/denoiser_ratio"
 LATENT_ERROR = "quality/latent_rel_err"

@@ -19,6 +19,7 @@ from int8run.report.columns import (
     DENOISER_BYTES,
     LATENT_ERROR,
     PSNR_DB,
+    SAME_FILE_LAYERS,
     SPEED_RATIO,
     STEP_MS,
     find_column,
@@ -27,6 +28,11 @@ from int8run.report.console import make_plain
 from int8run.report.formatting import format_decibels, format_megabytes, shorten_to_width
 from int8run.tracking.run_record import FINISHED, Record, shorten_keys, split_override
 from int8run.utils.text import make_visible
+
+SAME_FILE_NOTE = (
+    "float has numbers of the same quantized file: PSNR to it shows neither what the file lost when it was "
+    "made, nor that it is read as it was written"
+)
 
 Format = Callable[[float], str]
 Ratio = Callable[[float, float], float]
@@ -108,6 +114,9 @@ class ResultRows:
             return
         self.table.add_section()
         self.add_value("PSNR to float", "quality/psnr_db", format_decibels)
+        if SAME_FILE_LAYERS in self.metrics:
+            self.add_value("float layers of the same file", SAME_FILE_LAYERS, "{:.0f}".format)
+            self.table.caption = SAME_FILE_NOTE
         self.add_value("SSIM to float", "quality/ssim", "{:.4f}".format)
         self.add_value("MS-SSIM to float", "quality/ms_ssim", "{:.4f}".format)
         self.add_value("LPIPS to float", "quality/lpips", "{:.4f}".format)

@@ -14,6 +14,7 @@ from int8run.report.columns import (
     LATENT_ERROR,
     METRIC_COLUMNS,
     PSNR_DB,
+    SAME_FILE_LAYERS,
     SPEED_RATIO,
     STEP_MS,
 )
@@ -163,6 +164,12 @@ def list_warnings(comparison: SweepComparison) -> list[str]:
         )
     if not comparison.fastest:
         warnings.append("No run measured its speed.")
+    same_file = [run.tag for run in comparison.runs if run.get_metric(SAME_FILE_LAYERS)]
+    if same_file:
+        warnings.append(
+            f"The float model of {format_tags(same_file)} was read from the same quantized file: PSNR to "
+            "float shows neither what the file lost when it was made, nor that it is read as it was written."
+        )
     if not comparison.closest:
         warnings.append(
             "No run was compared with the float model's images (metrics.baseline=none), so nothing is known "

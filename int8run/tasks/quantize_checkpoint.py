@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from int8run.checkpoints.detect import get_logical_shapes, read_denoiser_layers
+from int8run.checkpoints.detect import get_logical_shapes, list_quantized_weights, read_denoiser_layers
 from int8run.checkpoints.layer import CheckpointLayer
 from int8run.checkpoints.output_path import prepare_output_path
 from int8run.checkpoints.reader import TensorFiles
@@ -33,7 +33,13 @@ from int8run.export.stream_quantizer import (
     write_targets,
 )
 from int8run.layers.plan import LayerPlan
-from int8run.models.resolve_weights import CONFIG_NAME, WEIGHTS_NAME, ResolvedWeights, resolve_weights
+from int8run.models.resolve_weights import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    ResolvedWeights,
+    download_side_files,
+    resolve_weights,
+)
 from int8run.models.state_dict_adapter import TensorPart, find_prefix, to_original
 from int8run.outlier.auto import AutoOutlier
 from int8run.outlier.base import OutlierMethod
@@ -82,8 +88,10 @@ def quantize_file(spec: RunSpec, job: Job, component: str | None) -> dict[str, f
     recipe = QuantizationRecipe(outlier, spec.rounding, getattr(torch, spec.model.dtype))
     started = time.perf_counter()
     with TensorFiles.open(source.path) as files:
+        if list_quantized_weights(files):
+            download_side_files(location, spec.model.revision)
         prefix = find_prefix(files)
-        layers = read_denoiser_layers(files, prefix, spec.model.quant_format)
+        layers = read_denoiser_layers(files, prefix, spec.model.quant_format, spec.model.sdnq)
         checkpoint = recognize_checkpoint(
             files, layers, prefix=prefix, source=source, model_type=spec.model_type
         )

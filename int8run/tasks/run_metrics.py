@@ -23,8 +23,8 @@ from int8run.metrics.layers import (
 )
 from int8run.metrics.quality import SampleQuality, average_frames, find_half_error_step
 from int8run.metrics.speed import compute_speed, list_step_times
-from int8run.models.given_model import find_text_encoders
 from int8run.pipeline.build import BuiltModel, measure_lora_overhead
+from int8run.text_encoders.base import find_text_encoders
 
 log = logging.getLogger(__name__)
 MAX_EMBEDDING_ERROR = 0.4  # twice that of nvfp4, the coarsest format
@@ -85,6 +85,8 @@ def measure_run(
             metrics[name.replace("speed/", "float/")] = value
     if comparison.baseline is not None and "int8" in built.denoisers:
         metrics["quality/half_error_step"] = find_half_error_step(comparison.latent_errors)
+    if comparison.baseline is not None and built.num_dequantized_layers:
+        metrics["quality/float_layers_from_same_file"] = built.num_dequantized_layers
     metrics |= measure_layers(spec, built, calls)
     if built.mixed_precision is not None:
         metrics |= built.mixed_precision.metrics

@@ -47,7 +47,11 @@ class LoadedTensors:
 
 
 def load_text_encoder(
-    path: str | Path, quant_format: str = "auto", kernel_backend: str = "auto", which: str | None = None
+    path: str | Path,
+    quant_format: str = "auto",
+    kernel_backend: str = "auto",
+    which: str | None = None,
+    config: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Load a text encoder as it is stored.
 
@@ -61,6 +65,8 @@ def load_text_encoder(
             open, such as the order of nibbles in nvfp4.
         kernel_backend: how the layers are to run, for `build_text_encoder`.
         which: of a checkpoint with several encoders the one that is meant, such as `clip_l`.
+        config: of the transformers model, as its config.json has it; None: the folder's own, else one that is
+            derived from the shapes. Pass it where an error says that a size cannot be derived.
 
     Returns:
         The tensors by the names of ComfyUI's stand-alone files: `L.weight` (quantized, or float),
@@ -75,9 +81,13 @@ def load_text_encoder(
     """
     check_choice("kernel_backend", kernel_backend, list_kernel_backends())
     folder = Path(path).expanduser()
-    config = dict(read_json(folder / CONFIG_NAME)) if (folder / CONFIG_NAME).is_file() else {}
-    class_name = find_class_name(config)
-    source = EncoderFile(folder, quant_format, which, class_name)
+    if config is not None:
+        config = dict(config)
+    elif (folder / CONFIG_NAME).is_file():
+        config = dict(read_json(folder / CONFIG_NAME))
+    class_name = find_class_name(config or {})
+    # a file that holds one encoder among others is looked through by names; a folder is of one class
+    source = EncoderFile(folder, quant_format, which, class_name if folder.is_dir() else "")
     # the class that the folder names comes first
     classes = sorted(source.encoder.classes, key=lambda name: name != class_name)
     with source.files:

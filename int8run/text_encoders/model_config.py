@@ -83,7 +83,8 @@ class SizeReader:
             key = value.get("rows") or value["columns"]
             raise FileError(
                 f"{key} has {size} rows, not a multiple of {divisor}: the {field} of this {self.name} "
-                "cannot be derived from the file; pass the config of its model"
+                "cannot be derived from the file; pass the config of its model: "
+                "load_text_encoder(path, config=…)"
             )
         return size // divisor
 

@@ -209,6 +209,7 @@ def draft_int8(
     draft.put(f"{LAYER}.bias", "BF16", draft.generator.normal(size=weight[0]))
     spread = {"tensor": lambda: s.reshape(1, 1), "row": lambda: s.reshape(-1, 1)}
     full = spread[granularity]() if granularity in spread else expand_blocks(s.reshape(s.shape[:2]), *block)
+    full = full[: weight[0], : weight[1]]  # the last blocks may be cut off
     words = f"{label}, {granularity}{f' {block[1]}' if granularity not in spread else ''}"
     return set_expected(draft, q * full, "int8", granularity, words, is_exact=exact, outlier_method="none")
 
@@ -329,7 +330,7 @@ def draft_older_quip(dense: bool) -> CheckpointDraft:
 def draft_transposed() -> CheckpointDraft:
     """[K, N] in the file."""
     draft = CheckpointDraft()
-    q, s = draft.put_int8(f"{LAYER}.weight", K, N), draft.put_scale(f"{LAYER}.scale", 1, N)
+    q, s = draft.put_int8(f"{LAYER}.weight", K, N), draft.put_scale(f"{LAYER}.weight_scale", 1, N)
     return set_expected(
         draft, (q * s).T, "int8", "transposed", "int8, transposed", is_exact=False, outlier_method="none"
     )
@@ -354,7 +355,7 @@ def draft_fp8(
     if shape is not None:
         s = draft.put_scale(f"{LAYER}.{name}", *shape)
         full = {"tensor": lambda: s.reshape(1, 1), "row": lambda: s.reshape(-1, 1)}.get(
-            granularity, lambda: expand_blocks(s.reshape(s.shape[:2]), *block)
+            granularity, lambda: expand_blocks(s.reshape(s.shape[:2]), *block)[:N, :K]
         )()
         real, label = real * full, f"{word} scaled, {granularity}{f' {block[1]}' if max(block) > 1 else ''}"
     if marker is not None:
@@ -619,6 +620,43 @@ DRAFTS: dict[str, Callable[[], CheckpointDraft]] = {
         make_regular(64),
         "convrot",
     ),
+    "grid, the last blocks cut off": lambda: draft_int8(
+        (3, 2), "grid", weight=(300, 250), block=(128, 128), label="int8", exact=False
+    ),
+    "grid, the last blocks cut off, marked": lambda: draft_int8(
+        (3, 13),
+        "grid",
+        {"format": "int8_blockwise", "group_size": 5},
+        block=(5, 5),
+        label="int8_blockwise",
+        exact=False,
+    ),
+    "grid of cut blocks that other blocks would fill": lambda: draft_int8(
+        (2, 2),
+        "grid",
+        {"format": "int8_blockwise", "group_size": 128},
+        weight=(192, 192),
+        block=(128, 128),
+        label="int8_blockwise",
+        exact=False,
+    ),
+    "block3d, the last block cut off": lambda: draft_int8(
+        (N, 2, 1),
+        "block3d",
+        {"format": "int8_blockwise", "group_size": 48},
+        block=(1, 48),
+        label="int8_blockwise",
+        exact=False,
+    ),
+    "group, the last one cut off": lambda: draft_int8(
+        (N, 3), "group", weight=(N, 130), block=(1, 64), label="int8", exact=False
+    ),
+    "fp8 grid, the last blocks cut off": lambda: draft_fp8(
+        (2, 7),
+        "grid",
+        marker={"format": "float8_e4m3fn_blockwise", "group_size": 10},
+        block=(10, 10),
+    ),
     "group": lambda: draft_int8((N, 8), "group", block=(1, 8), label="int8", exact=False),
     # Wan-INT8's names
     **{
@@ -756,6 +794,14 @@ def draft_with_tensor(
     return draft
 
 
+def draft_with_tensors(*suffixes: str) -> CheckpointDraft:
+    """A layer of floats alone, by names that another program gives them."""
+    draft = CheckpointDraft()
+    for suffix in suffixes:
+        draft.put(f"{LAYER}.{suffix}", "F32", np.ones((2, 2)))
+    return draft
+
+
 def draft_with_header(layers: object, draft: CheckpointDraft | None = None) -> CheckpointDraft:
     draft = draft or draft_rowwise()
     draft.metadata["_quantization_metadata"] = (
@@ -851,6 +897,27 @@ MISTAKES: dict[str, tuple[Callable[[], CheckpointDraft], str]] = {
     "3-D blocks of two": (
         lambda: apply_change(draft_rowwise(), lambda d: d.put_scale(f"{LAYER}.weight_scale", N, 4, 2)),
         r"has the shape \[12, 4, 2\], which does not fit",
+    ),
+    "blocks of two possible sizes": (
+        lambda: draft_int8((2, 2), "grid", weight=(192, 192), block=(96, 96)),
+        r"has the shape \[2, 2\], which does not fit a weight .* with blocks of one known size",
+    ),
+    "transposed and square": (
+        lambda: apply_change(
+            draft_int8((K, 1), "row", weight=(K, K)), lambda d: d.put_scale(f"{LAYER}.weight_scale", 1, K)
+        ),
+        r"has the shape \[1, 64\], and blocks.0.q.weight is square: it may belong to the rows of a weight",
+    ),
+    "transposed and square, marked": (
+        lambda: apply_change(
+            draft_int8((K, 1), "row", ROW, weight=(K, K)),
+            lambda d: d.put_scale(f"{LAYER}.weight_scale", 1, K),
+        ),
+        r"blocks.0.q.weight is square: it may belong to the rows",
+    ),
+    "transposed and marked": (
+        lambda: apply_change(draft_rowwise(), lambda d: d.put_scale(f"{LAYER}.weight_scale", 1, K)),
+        r"is ComfyUI's, whose weights are \[out, in\], and blocks.0.q.weight_scale has the shape \[1, 64\]",
     ),
     "transposed fp8": (
         lambda: apply_change(draft_fp8((), "tensor"), lambda d: d.put_scale(f"{LAYER}.weight_scale", 1, K)),
@@ -1569,6 +1636,19 @@ MISTAKES: dict[str, tuple[Callable[[], CheckpointDraft], str]] = {
     "modelopt's quantizers": (
         lambda: draft_with_tensor("weight_quantizer._scale"),
         "is a modelopt file .*, which diffusers with nvidia-modelopt",
+    ),
+    # optimum-quanto's QBytesTensor, and its scales of activations
+    "quanto": (
+        lambda: draft_with_tensors("weight._data", "weight._scale", "input_scale", "output_scale"),
+        "is a quanto file .it has blocks.0.q.weight._data., which diffusers with optimum-quanto can read",
+    ),
+    "quanto, scale first": (
+        lambda: draft_with_tensors("weight._scale", "weight._data"),
+        "is a quanto file .it has blocks.0.q.weight._scale.",
+    ),
+    "gptq": (
+        lambda: draft_with_tensors("qweight", "qzeros", "scales", "g_idx"),
+        "is a GPTQ file .it has blocks.0.q.qweight., which transformers with GPTQModel",
     ),
     "lightx2v nvfp4": (lambda: draft_with_tensor("weight_global_scale"), "is a lightx2v nvfp4 file"),
     "w4a4": (lambda: draft_with_marker({"format": "convrot_w4a4"}), "is a convrot_w4a4 file"),

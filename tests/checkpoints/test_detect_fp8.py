@@ -73,10 +73,14 @@ DRAFTS_BY_FORMAT = {
         "grid without its size",
         "grid of one column",
         "grid without a marker",
+        "grid, the last blocks cut off",
+        "grid, the last blocks cut off, marked",
+        "grid of cut blocks that other blocks would fill",
     ],
     "int8_block3d": [
         "block3d",
         "block3d of one block",
+        "block3d, the last block cut off",
         *(
             f"named {name}"
             for name in ("scale", "weight.scale", "weight.weight_scale", "scale_weight", "weight_scale_inv")
@@ -93,7 +97,11 @@ DRAFTS_BY_FORMAT = {
     "float8_e4m3fn_cast": ["fp8 cast"],
     "float8_e5m2_cast": ["fp8 cast e5m2"],
     "float8_e4m3fn_rowwise": ["fp8 row", "fp8 row [N, 1]"],
-    "float8_e4m3fn_blockwise": ["fp8 grid", "fp8 grid of transformers"],
+    "float8_e4m3fn_blockwise": [
+        "fp8 grid",
+        "fp8 grid of transformers",
+        "fp8 grid, the last blocks cut off",
+    ],
     "float8_e4m3fn_block3d": ["fp8 block3d", "fp8 block3d by its name"],
     "nvfp4": [
         "nvfp4",
@@ -120,6 +128,7 @@ DRAFTS_BY_FORMAT = {
         "quarot of 128",
         "block3d, rotated",
         "group",
+        "group, the last one cut off",
         "toolkit quarot",
         "toolkit quarot, one scale",
         "toolkit quarot in half precision",
@@ -137,6 +146,12 @@ DRAFTS_BY_FORMAT = {
     ],
 }
 NOT_PACKABLE = {
+    "group, the last one cut off",
+    "grid, the last blocks cut off",
+    "grid, the last blocks cut off, marked",
+    "grid of cut blocks that other blocks would fill",
+    "block3d, the last block cut off",
+    "fp8 grid, the last blocks cut off",
     "quip",
     "quip, padded",
     "quip, smoothed",

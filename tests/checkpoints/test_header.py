@@ -159,8 +159,6 @@ NOT_A_HEADER = {
     "negative offsets": {"a": make_entry(-1, 8)},
     "fractional offsets": {"a": {"dtype": "I8", "shape": [8], "data_offsets": [0, 8.0]}},
     "endless offsets": {"a": make_entry(0, 2**63)},
-    "metadata of numbers": {"__metadata__": {"a": 1}, **VALID},
-    "metadata of a list": {"__metadata__": [], **VALID},
 }
 
 
@@ -172,6 +170,35 @@ def test_json_that_is_not_a_header_raises(header: Any, tmp_path: Path) -> None:
         r"offsets",
     ):
         read_header(write_file(tmp_path, header))
+
+
+def test_metadata_may_be_null_and_numbers_in_it_are_ignored(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert read_header(write_file(tmp_path, {"__metadata__": None, **VALID})) == (VALID, {})
+    assert not caplog.records
+
+    metadata = {"a": "text", "b": 1, "c": None, "d": True}
+    assert read_header(write_file(tmp_path, {"__metadata__": metadata, **VALID})) == (VALID, {"a": "text"})
+    assert "3 entries of __metadata__ in its header are not text and are ignored (first: b)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ([], r"__metadata__ in its header is '\[\]', not an object of texts"),
+        (7, "__metadata__ in its header is '7', not an object of texts"),
+        ("x", "__metadata__ in its header is 'x', not an object of texts"),
+        (
+            {"q": {"layers": {}}},
+            "q in __metadata__ of its header is an object or a list, where the format has texts",
+        ),
+        ({"q": []}, "q in __metadata__ of its header is an object or a list, where the format has texts"),
+    ],
+)
+def test_metadata_that_may_say_something_is_an_error(metadata: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(FileError, match=message):
+        read_header(write_file(tmp_path, {"__metadata__": metadata, **VALID}))
 
 
 OTHER_FILES = {

@@ -8,7 +8,7 @@ import huggingface_hub
 import pytest
 
 from int8run.errors import ConfigError, FileError
-from int8run.models.resolve_weights import ASSETS_FOLDER, resolve_weights
+from int8run.models.resolve_weights import ASSETS_FOLDER, download_side_files, resolve_weights
 
 CONFIG = {"_class_name": "FluxTransformer2DModel", "num_layers": 1}
 
@@ -158,6 +158,39 @@ def hub(tmp_path, monkeypatch):
     return repository, asked
 
 
+def test_configs_beside_a_file_on_the_hub_are_downloaded(hub, monkeypatch, caplog):
+    repository, asked = hub
+    (repository / "split_files" / "quantization_config.json").write_text("{}")
+    offline = huggingface_hub.hf_hub_download
+
+    def online(name, path, revision=None):
+        try:
+            return offline(name, path, revision)
+        except huggingface_hub.errors.LocalEntryNotFoundError as error:
+            raise huggingface_hub.errors.EntryNotFoundError(str(error)) from error
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", online)
+    download_side_files("org/model/split_files/x.safetensors", "main")
+
+    assert asked == [
+        ("org/model", "split_files/config.json", "main"),
+        ("org/model", "split_files/quantization_config.json", "main"),
+        ("org/model", "split_files/hf_quant_config.json", "main"),
+    ]
+    assert not caplog.records
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
+    download_side_files("org/model/split_files/y.safetensors", None)
+    assert "the hub cannot be reached for the config.json beside it" in caplog.text
+
+
+@pytest.mark.parametrize("location", ["./x.safetensors", "/x/y/z.safetensors", "org/model", "shipped:tiny"])
+def test_nothing_is_downloaded_beside_other_locations(hub, location):
+    _, asked = hub
+    download_side_files(location, None)
+    assert asked == []
+
+
 def test_only_the_chosen_component_is_downloaded(hub):
     repository, asked = hub
     found = resolve_weights("org/model", "main", "transformer_2")
@@ -166,6 +199,8 @@ def test_only_the_chosen_component_is_downloaded(hub):
 
     wanted = (
         "transformer_2/config.json",
+        "transformer_2/quantization_config.json",
+        "transformer_2/hf_quant_config.json",
         "transformer_2/*.safetensors",
         "transformer_2/*.safetensors.index.json",
     )

@@ -16,7 +16,7 @@ from support.run_job import make_spec
 from support.tiny_pipeline import random_pipeline, save_random_pipeline
 from torch import Tensor, nn
 
-from int8run.errors import BackendError, ConfigError
+from int8run.errors import BackendError, ConfigError, FileError
 from int8run.generate.prompts import build_samples
 from int8run.layers.int8_linear import Int8Linear
 from int8run.models.source import ResolvedDenoiser, resolve_model
@@ -120,6 +120,73 @@ def test_a_single_file_is_the_same_model(folder: Path, tmp_path: Path) -> None:
     whole = load_model(select_load_settings(make_spec(single), needs_float_denoiser=True), QUIET)
     assert whole.checkpoint is not None
     assert_same(whole.denoiser, loaded(folder, whole=True).denoiser)
+
+
+def quantize_component(folder: Path, component: str, name: str, scaled: bool = True) -> dict[str, Tensor]:
+    """Rewrite the matrices of a component as fp8, with a scale for each or cast.
+
+    Returns:
+        What the numbers stand for, by key.
+    """
+    file = folder / component / name
+    tensors, real = load_file(file), {}
+    for key, weight in list(tensors.items()):
+        if not key.endswith(".weight") or weight.dim() != 2:
+            continue
+        scale = weight.abs().max() / 448 if scaled else torch.tensor(1.0)
+        tensors[key] = (weight / scale).to(torch.float8_e4m3fn)
+        if scaled:
+            tensors[f"{key}_scale"] = scale
+        real[key] = tensors[key].float() * scale
+    save_file(tensors, file, {"format": "pt"})
+    return real
+
+
+DENOISER_FILE = ("transformer", "diffusion_pytorch_model.safetensors")
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_quantized_weights_in_a_pipelines_folder_are_read_with_their_scales(
+    scaled: bool, tmp_path: Path
+) -> None:
+    """diffusers would take the numbers without their scales."""
+    folder = save_random_pipeline(tmp_path)
+    real = quantize_component(folder, *DENOISER_FILE, scaled=scaled)
+
+    found = loaded(folder, whole=True)
+
+    state = found.denoiser.state_dict()
+    assert real and all(torch.equal(state[key], weight) for key, weight in real.items())
+    assert found.num_dequantized_layers > 0
+
+
+def test_a_float_pipeline_has_no_dequantized_layers(folder: Path) -> None:
+    assert loaded(folder, whole=True).num_dequantized_layers == 0
+    assert loaded(folder).num_dequantized_layers == 0
+
+
+def test_a_layout_that_a_float_pipeline_does_not_have_is_refused(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model.quant_format=nvfp4, and .* has no such layer"):
+        loaded(folder, "model.quant_format=nvfp4", whole=True)
+
+
+def test_quantized_components_that_libraries_would_misread_are_refused(tmp_path: Path) -> None:
+    folder = save_random_pipeline(tmp_path)
+    quantize_component(folder, "text_encoder", "model.safetensors")
+
+    message = r"text_encoder holds \d+ quantized weights \(float8_e4m3fn scaled, tensor\), which .* without"
+    with pytest.raises(FileError, match=message):
+        loaded(folder, whole=True)
+    # clip= reads them
+    place = folder / "text_encoder"
+    found = loaded(folder, "clip=auto", f"+clip.path={{text_encoder: {place}}}")
+    assert set(found.encoders) == {"text_encoder"}
+
+
+def test_casts_in_other_components_are_floats(tmp_path: Path) -> None:
+    folder = save_random_pipeline(tmp_path)
+    quantize_component(folder, "text_encoder", "model.safetensors", scaled=False)
+    loaded(folder, whole=True)
 
 
 WAN = {

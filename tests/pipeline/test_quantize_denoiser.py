@@ -241,7 +241,6 @@ def make_request(
         checkpoint=checkpoint,
         outlier=NoOutlier(),
         baked_loras=list(baked_loras),
-        has_baseline=True,
         cache=cache or DiskCache(None, 0),
         cache_key=key,
     )

@@ -71,6 +71,17 @@ def test_what_was_not_measured_has_no_row():
     assert rows["step, median"] == ["–", "20.0 ms", ""]
 
 
+def test_a_baseline_of_the_same_file_is_said_beside_the_psnr():
+    metrics = METRICS | {"quality/float_layers_from_same_file": 38}
+    rows = read_result_rows(metrics)
+    table = build_result_table("tiny", metrics, "INT8")
+
+    assert list(rows)[list(rows).index("PSNR to float") + 1] == "float layers of the same file"
+    assert rows["float layers of the same file"] == ["", "38", ""]
+    assert "shows neither what the file lost when it was made, nor that it is read" in str(table.caption)
+    assert build_result_table("tiny", METRICS, "INT8").caption is None
+
+
 def test_the_psnr_of_identical_images_is_equal():
     rows = read_result_rows(METRICS | {"quality/psnr_db": math.inf})
 

@@ -206,3 +206,15 @@ def test_runs_with_different_prompts_are_summarized(tmp_path):
     found = recommend(write_runs(tmp_path, metrics, ("a", "b"), key="prompts"))
 
     assert "51.0 dB" in found.verdict
+
+
+def test_a_baseline_of_the_same_file_is_a_warning(tmp_path):
+    """A float model that was read from the file itself is as wrong as the file."""
+    runs = write_runs(
+        tmp_path, [make_metrics(), make_metrics() | {"quality/float_layers_from_same_file": 38}]
+    )
+    (warning,) = recommend(runs).warnings
+
+    assert warning.startswith(
+        "The float model of #1 was read from the same quantized file: PSNR to float shows"
+    )

@@ -235,8 +235,8 @@ DAMAGED = {
         "its header is not a JSON object of tensors",
     ),
     "metadata that is no text": (
-        container(b'{"__metadata__": {"steps": 3}}'),
-        "its header is not a JSON object of tensors",
+        container(b'{"__metadata__": {"steps": []}}'),
+        "steps in __metadata__ of its header is an object",
     ),
     "a lora half without a shape": (
         container(b'{"a.lora_A.weight": {"dtype": "F32", "shape": [], "data_offsets": [0, 4]}}', b"\x00" * 4),

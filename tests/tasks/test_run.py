@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support.cli_process import Command
 from support.helpers import CONF, without_vnni
 from support.run_job import make_spec, run_job, save_lora
@@ -290,6 +290,33 @@ def test_backend_that_cannot_run_here_says_why(
 
     with pytest.raises(BackendError, match="backend 'onednn' cannot run here: needs a CPU with avx512_vnni"):
         run_job([*small, "backend=onednn"], tmp_path)
+
+
+def test_a_baseline_that_comes_from_the_checked_file_is_said(
+    model: str, small: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """fp8 with scales: the float model has the same numbers, right or wrong."""
+    tensors = {}
+    for key, weight in load_file(f"{model}/transformer/diffusion_pytorch_model.safetensors").items():
+        tensors[key] = weight
+        if weight.dim() == 2:
+            scale = weight.abs().max() / 448
+            tensors |= {key: (weight / scale).to(torch.float8_e4m3fn), f"{key}_scale": scale}
+    file = tmp_path / "fp8.safetensors"
+    save_file(tensors, file)
+    words = [word for word in small if not word.startswith("model.location")]
+    words += [f"model.location={file}", f"++model.base={model}"]
+
+    found = run_job([*words, "metrics.baseline=run"], tmp_path / "a").metrics
+
+    num_matrices = sum(key.endswith("weight_scale") for key in tensors)
+    assert found["quality/float_layers_from_same_file"] == num_matrices
+    assert "quality/psnr_db" in found
+    assert f"The float model has the quantized numbers of {file} in {num_matrices} layers" in caplog.text
+    caplog.clear()
+    alone = run_job([*words, "metrics.baseline=none"], tmp_path / "b").metrics
+    assert "quality/float_layers_from_same_file" not in alone
+    assert "quantized numbers of" not in caplog.text
 
 
 def test_unknown_attention_backend(small: list[str], tmp_path: Path) -> None:

@@ -147,8 +147,11 @@ def tensors_of(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except (ValueError, RecursionError) as error:
         raise Unreadable("the header is no JSON") from error
     need(isinstance(header, dict), "the header is no object")
-    metadata = header.pop("__metadata__", {})
-    need(isinstance(metadata, dict) and all(isinstance(text, str) for text in metadata.values()), "metadata")
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
+    need(isinstance(metadata, dict), "metadata")
+    need(not any(isinstance(value, dict | list) for value in metadata.values()), "metadata")
+    metadata = {key: value for key, value in metadata.items() if isinstance(value, str)}
     found, data, end = {}, raw[8 + length :], 0
     for entry in header.values():
         need(isinstance(entry, dict) and {"dtype", "shape", "data_offsets"} <= set(entry), "an entry")
@@ -475,7 +478,7 @@ def reading_of(
                 word not in ("mxfp8", "hybrid_mxfp8") and "weight_scalar" not in beside,
                 f"{name} is mxfp8 and has no such scale",
             )
-            read = fp8(weight, scale, word)
+            read = fp8(weight, scale, word, fields)
             need(is_cast(tensors, name, scale) or not read, "fp8 that fills its range has lost its scale")
     if "pre_quant_scale" not in beside or read is None:
         return read
@@ -494,7 +497,7 @@ def int8(
     )
     need(not {"weight_scale_2", "weight_scalar"} & set(beside), "an int8 weight with a second scale")
     codes, group = numbers(weight), group_of(fields)
-    real, word = scaled(codes, positive(scale, "a scale"), "int8")
+    real, word = scaled(codes, positive(scale, "a scale"), "int8", fields or None)
     sylvester = group > 0 and group.bit_length() % 2 == 0
     if set(beside) & {*QUIP, *OLD_QUIP}:
         need(not group and not set(beside) & set(FACTORS), "transformed twice")
@@ -561,27 +564,52 @@ def unquip(real: Array, beside: Mapping[str, Tensor]) -> Array:
     return real
 
 
-def scaled(codes: Array, scale: Array, kind: str) -> tuple[Array, str]:
+def size_of_blocks(axes: list[tuple[int, int]], named: int | None) -> int:
+    """The one size of blocks that fills these numbers of blocks, the last ones perhaps in part."""
+
+    def fits(size: int) -> bool:
+        return all(math.ceil(numbers / size) == count for numbers, count in axes)
+
+    if named and fits(named):
+        return named
+    usual = [2**power for power in range(4, 10) if fits(2**power)]
+    exact = {numbers // count if numbers % count == 0 else 0 for numbers, count in axes}
+    if len(exact) == 1 and min(exact):
+        (size,) = exact
+        need(size.bit_count() == 1 or not usual, "blocks of two possible sizes")
+        return size
+    need(len(usual) == 1, "a scale's shape")
+    return usual[0]
+
+
+def scaled(
+    codes: Array, scale: Array, kind: str, fields: Mapping[str, Any] | None = None
+) -> tuple[Array, str]:
     """Codes times scales, told apart by the shapes of the two, and the format's word."""
     n, k = codes.shape
+    named = (fields or {}).get("group_size")
     if scale.size == 1:
         return codes * scale.item(), f"{kind}_tensorwise" if kind == "int8" else kind
     if scale.shape in ((n,), (n, 1)):
         return codes * scale.reshape(n, 1), f"{kind}_rowwise"
     need(0 not in scale.shape, "a scale of no numbers")
-    if scale.ndim == 3 and scale.shape[::2] == (n, 1) and k % scale.shape[1] == 0:
-        return codes * np.repeat(scale[:, :, 0], k // scale.shape[1], axis=1), f"{kind}_block3d"
+    if scale.ndim == 3 and scale.shape[::2] == (n, 1):
+        size = size_of_blocks([(k, scale.shape[1])], named)
+        return codes * np.repeat(scale[:, :, 0], size, axis=1)[:, :k], f"{kind}_block3d"
     need(scale.ndim == 2, "a scale's shape")
     a, b = scale.shape
     if kind == "int8" and (a, b) == (1, k):  # stored as [in, out]
+        need(n == 1 or (n != k and fields is None), "a scale of rows or of columns")
         return (codes * scale).T, TURNED
-    need(n % a == 0 and k % b == 0, "a scale's shape")
-    need((a == n and b < k) or n // a == k // b > 1, "a scale's shape")
-    word = "" if a == n else f"{kind}_blockwise"
-    return codes * np.repeat(np.repeat(scale, n // a, axis=0), k // b, axis=1), word
+    if a == n and b < k:
+        return codes * np.repeat(scale, size_of_blocks([(k, b)], named), axis=1)[:, :k], ""
+    size = size_of_blocks([(n, a), (k, b)], named)
+    need(size > 1, "a scale's shape")
+    spread = np.repeat(np.repeat(scale, size, axis=0), size, axis=1)
+    return codes * spread[:n, :k], f"{kind}_blockwise"
 
 
-def fp8(weight: Tensor, scale: Tensor | None, word: str) -> Reading | None:
+def fp8(weight: Tensor, scale: Tensor | None, word: str, fields: Mapping[str, Any] | None) -> Reading | None:
     """A plain cast, or times a scale. Weights of convolutions and norms are read as matrices by rows."""
     if not weight.shape:
         return None
@@ -591,7 +619,7 @@ def fp8(weight: Tensor, scale: Tensor | None, word: str) -> Reading | None:
         need(not word, "a scale was lost")
         return Reading(codes, f"{kind}_cast")
     if codes.ndim == 2:
-        real, found = scaled(codes, positive(scale, "a scale"), kind)
+        real, found = scaled(codes, positive(scale, "a scale"), kind, fields)
     else:
         values, ones = positive(scale, "a scale"), (1,) * (codes.ndim - 1)
         need(

@@ -240,6 +240,23 @@ def test_config_of_a_folder_is_used(tmp_path: Path) -> None:
     )
 
 
+def test_config_that_the_shapes_do_not_say_is_given_while_loading(tmp_path: Path) -> None:
+    """Heads of 48 in a width of 96 cannot be derived: CLIP-L's have 64, and 96 is no multiple of it."""
+    model = random_pipeline(text=128).text_encoder.eval()
+    config = model.config.to_dict() | {"hidden_size": 96, "num_attention_heads": 2}
+    odd = type(model)(type(model.config).from_dict(config)).eval()
+    path = write_file(file_of(odd, "int8_rowwise"), tmp_path)
+    with pytest.raises(FileError, match=r"pass the config of its model: load_text_encoder\(path, config=…\)"):
+        load_text_encoder(path)
+
+    own = odd.config.to_dict()
+    for given in (own, own | {"architectures": [type(odd).__name__]}):
+        state, metadata = load_text_encoder(path, kernel_backend="dequantize", config=given)
+        assert metadata["config"] == given
+    made = build_text_encoder(state, metadata, dtype=torch.float32)
+    assert_close("odd", answer(made), answer(changed(odd, file_of(odd, "int8_rowwise").real)), 1e-5)
+
+
 def test_given_config_is_used(tmp_path: Path) -> None:
     model = random_pipeline(text=128).text_encoder.eval()
     file = file_of(model, "int8_rowwise")

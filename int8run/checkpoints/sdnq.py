@@ -1,0 +1,160 @@
+"""INT8 weights by SDNQ (https://github.com/Disty0/sdnq), which says in a config.json alone how it made them.
+
+Its weights are told by the name of their scales, `L.scale`. No tensor says whether they are rotated: each
+group of columns is multiplied by a Hadamard matrix, the regular one where its size is a power of 4, else
+Sylvester's. `detect.py` finds out with this module. Other weights of SDNQ, of fewer bits, with low-rank parts
+or in groups, are refused.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from int8run.checkpoints.quant_metadata import is_power_of_4
+from int8run.checkpoints.reader import TensorFiles
+from int8run.checkpoints.unsupported import SDNQ, has_sdnq_scale, make_unsupported_error, read_quant_config
+from int8run.errors import ConfigError, FileError
+from int8run.utils.untrusted_json import parse_untrusted_json
+
+METHODS = ("sdnq", "sdnq_training")
+DEFAULT_GROUP_SIZE, MIN_GROUP_SIZE = 256, 4
+WORD = re.compile(r"hadamard(?:_(?P<size>[0-9]{1,5}))?")
+# `clip=` words of INT8 rows -> whether they are rotated
+ROTATED_BY_FORMAT = {"int8_tensorwise": False, "int8_rowwise": False, "int8_convrot": True}
+
+
+@dataclass(frozen=True)
+class SdnqMethod:
+    """How SDNQ made the INT8 weights of a file.
+
+    Args:
+        hadamard_group_size: columns that are rotated together in wide weights; 0: none are.
+    """
+
+    hadamard_group_size: int
+
+    def get_group_size(self, columns: int) -> int:
+        """Columns that are rotated together in a weight: a power of 2 that divides them; 0: none."""
+        if not self.hadamard_group_size:
+            return 0
+        limit = min(columns, self.hadamard_group_size)
+        group_size = 1 << (limit - 1).bit_length()
+        while columns % group_size:
+            group_size //= 2
+        return group_size if group_size >= MIN_GROUP_SIZE else 0
+
+    def is_sylvester(self, columns: int) -> bool:
+        """Whether a weight is rotated by Sylvester's matrix."""
+        group_size = self.get_group_size(columns)
+        return group_size > 0 and not is_power_of_4(group_size)
+
+
+def find_sdnq_method(
+    files: TensorFiles, names: list[str], word: str | Mapping[str, Any] | None, requested: str | None
+) -> SdnqMethod | None:
+    """How SDNQ made the weights of a file; None where it made none.
+
+    Args:
+        files: the checkpoint.
+        names: of the layers.
+        word: `model.sdnq`: what decides where no config is beside the file.
+        requested: a format name of `clip=` or `model.quant_format`, which decides likewise.
+
+    Raises:
+        ConfigError: for a word that says nothing.
+        FileError: where nothing says how the weights were made, or a config that cannot be read.
+    """
+    weights = [name for name in names if has_sdnq_scale(files, name)]
+    if not weights:
+        return None
+    config = read_quant_config(files)
+    if word is not None:
+        method = parse_word(word)
+    elif requested in ROTATED_BY_FORMAT:
+        method = SdnqMethod(DEFAULT_GROUP_SIZE if ROTATED_BY_FORMAT[requested] else 0)
+    elif config.get("quant_method") in METHODS:
+        method = parse_config(config, f"the config beside {files.path}")
+    else:
+        raise make_lost_config_error(files, weights)
+    check_readable(files, weights, method)
+    return method
+
+
+def make_lost_config_error(files: TensorFiles, weights: list[str]) -> FileError:
+    """The error for weights of SDNQ without its config; `weights` are their layers."""
+    return FileError(
+        f"{files.path}: {len(weights)} weights have their scale in `scale`, as SDNQ writes it (first: "
+        f"{weights[0]}), and its config.json alone says whether they are rotated; put that file beside it, "
+        "or set model.sdnq=<config.json>, model.sdnq=none or model.sdnq=hadamard (clip=int8_rowwise or "
+        "clip=int8_convrot for a text encoder)"
+    )
+
+
+def parse_word(word: str | Mapping[str, Any]) -> SdnqMethod:
+    """What `model.sdnq` says: `none`, `hadamard`, `hadamard_128`, a config.json, or the fields of one.
+
+    Raises:
+        ConfigError: for anything else.
+        FileError: for a config.json that cannot be read.
+    """
+    if isinstance(word, Mapping):
+        return parse_config(word, "model.sdnq")
+    if word == "none":
+        return SdnqMethod(0)
+    match = WORD.fullmatch(word)
+    if match is not None:
+        return SdnqMethod(check_group_size(int(match["size"] or DEFAULT_GROUP_SIZE), "model.sdnq"))
+    if not word.endswith(".json"):
+        raise ConfigError(
+            f"model.sdnq={word} is none of none, hadamard (groups of {DEFAULT_GROUP_SIZE} columns), "
+            "hadamard_<size>, and no config.json"
+        )
+    path = Path(word).expanduser()
+    try:
+        found = parse_untrusted_json(path.read_bytes(), allows_repeats=True)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise FileError(f"model.sdnq={word} cannot be read: {reason}") from error
+    config = found.get("quantization_config", found) if isinstance(found, dict) else {}
+    if not isinstance(config, dict) or config.get("quant_method") not in METHODS:
+        raise FileError(f"model.sdnq={word} is no config of SDNQ: it names no quant_method {METHODS[0]}")
+    return parse_config(config, f"model.sdnq={word}")
+
+
+def parse_config(config: Mapping[str, Any], where: str) -> SdnqMethod:
+    """What SDNQ's own `quantization_config` says.
+
+    Args:
+        config: its fields.
+        where: it comes from, for messages.
+
+    Raises:
+        FileError: for layers that are rotated each in its own way, or a size that no matrix has.
+    """
+    per_layer = config.get("modules_quant_config") or {}
+    for name, settings in per_layer.items() if isinstance(per_layer, dict) else ():
+        if isinstance(settings, dict) and {"use_hadamard", "hadamard_group_size"} & set(settings):
+            raise FileError(
+                f"{where} rotates {name} in its own way, which int8run does not read; "
+                "diffusers with sdnq does"
+            )
+    if not config.get("use_hadamard", False):
+        return SdnqMethod(0)
+    return SdnqMethod(check_group_size(config.get("hadamard_group_size", DEFAULT_GROUP_SIZE), where))
+
+
+def check_group_size(size: Any, where: str) -> int:
+    """Return the size of rotated groups; raise FileError where SDNQ cannot have it."""
+    if type(size) is not int or not MIN_GROUP_SIZE <= size <= 4096:
+        raise FileError(f"{where} names groups of {size!r} columns; SDNQ rotates 4 to 4096")
+    return size
+
+
+def check_readable(files: TensorFiles, names: list[str], method: SdnqMethod) -> None:
+    """Raise FileError for weights of SDNQ that are not matrices, or rotated and not INT8."""
+    for name in names:
+        info = files[f"{name}.weight"]
+        if len(info.shape) != 2 or (info.dtype != "I8" and method.hadamard_group_size):
+            raise make_unsupported_error(files, SDNQ, f"{info.key} is {info.dtype} {list(info.shape)}")
