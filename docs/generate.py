@@ -17,7 +17,7 @@ from int8run.config.help import LAUNCHER, parse_key_comments, read_description, 
 DOCS = Path(__file__).parent
 GENERATED = "<!-- Written by docs/generate.py. Change the {source} instead of this page. -->"
 # classes have further methods, which the run uses; these are for programs of users
-METHODS = {"LoraStack": ("add", "set_strength", "clear")}
+METHODS = {"LoraStack": ("add", "set_strength", "remove", "clear", "of")}
 SHORT_TYPES = {
     "torch.nn.modules.module.Module": "nn.Module",
     "collections.abc.": "",

@@ -26,8 +26,11 @@ from int8run.errors import ConfigError, check_range
 from int8run.layers.assemble import assemble_int8_model
 from int8run.layers.int8_linear import Int8Linear
 from int8run.layers.plan import LayerPlan, plan_layers
+from int8run.lora.installed import find_marks, format_names
 from int8run.lora.stack import LoraStack
-from int8run.pipeline.load import resolve_family
+from int8run.models.dual_denoisers import split_denoiser
+from int8run.models.given_model import GivenModel, take_denoiser
+from int8run.pipeline.load import make_skip_rule, resolve_family
 from int8run.pipeline.quantize_denoiser import (
     choose_fixed_method,
     describe_skip_reasons,
@@ -41,7 +44,7 @@ __all__ = ["LoraStack", "quantize_"]
 
 @torch.no_grad()
 def quantize_(
-    model: nn.Module,
+    model: GivenModel,
     outlier: str = "none",
     backend: str = "auto",
     rounding: str = "absmax",
@@ -52,7 +55,8 @@ def quantize_(
     """Replace the Linears of a denoiser by INT8 layers, with options named as on the command line.
 
     Args:
-        model: a diffusers denoiser. It is changed in place, and its float weights are dropped.
+        model: a diffusers denoiser, compiled or not, or its pipeline. It is changed in place, and its float
+            weights are dropped.
         outlier: option of `outlier=`; those that need a calibration need the command.
         backend: option of `backend=`.
         rounding: option of `rounding=`; those that need a calibration need the command.
@@ -64,23 +68,27 @@ def quantize_(
         What happened to each Linear.
 
     Raises:
-        ConfigError: for an option that does not exist or needs a calibration, or when no layer becomes INT8.
+        ConfigError: for an option that does not exist or needs a calibration, for a model that has LoRAs on
+            it, or when no layer becomes INT8.
         BackendError: for a backend that cannot run here.
     """
     check_range("rows", rows, 1, 2**31, whole=True)
     options = {"outlier": outlier, "backend": backend, "rounding": rounding, "model_type": model_type}
     spec = compose_run_spec([*(f"{group}={option}" for group, option in options.items()), *overrides])
     check_settings(spec, options)
-    family = resolve_family(spec.model_type, model)
-    plans = plan_layers(model, family.find_skip_reason)
+    denoiser = take_denoiser(model, "quantize_")
+    check_no_loras(denoiser)
+    parts = split_denoiser(denoiser)
+    family = resolve_family(spec.model_type, next(iter(parts.values())))
+    plans = plan_layers(denoiser, make_skip_rule(family, denoiser))
     chosen = select_int8_plans(plans)
-    check_model(model, plans, chosen)
+    check_model(denoiser, plans, chosen)
 
-    check_backend(spec.backend, next(model.parameters()).device, chosen)
+    check_backend(spec.backend, next(denoiser.parameters()).device, chosen)
     layers = build_int8_layers(
-        model,
+        denoiser,
         quantize_layers(
-            model,
+            denoiser,
             chosen,
             methods=choose_fixed_method(chosen, spec.outlier),
             rounding=spec.rounding,
@@ -90,9 +98,11 @@ def quantize_(
         settings=spec.int8,
         rows=dict.fromkeys((plan.name for plan in chosen), rows),
     )
-    int8_model = assemble_int8_model(model, layers, family)
-    for name, child in int8_model.named_children():  # into the object that the caller holds
-        setattr(model, name, child)
+    int8_parts = split_denoiser(assemble_int8_model(denoiser, layers, family))
+    warn_compiled_blocks(denoiser)
+    for prefix, part in parts.items():
+        for name, child in int8_parts[prefix].named_children():  # into the object that the caller holds
+            setattr(part, name, child)
     log.info("%d of %d Linears are INT8", len(chosen), len(plans))
     return plans
 
@@ -129,6 +139,40 @@ def check_settings(spec: RunSpec, options: Mapping[str, str]) -> None:
             )
 
 
+def check_no_loras(model: nn.Module) -> None:
+    """Check that a model has no LoRAs on it: they would be in its integers for ever, or lose their layers.
+
+    Args:
+        model: the denoiser.
+
+    Raises:
+        ConfigError: when it has.
+    """
+    name = type(model).__name__
+    marks = find_marks([model])
+    if marks:
+        raise ConfigError(
+            f"{name} has LoRAs on it ({format_names(marks)}); call clear() of their LoraStack first, or "
+            "LoraStack(model).clear() if it is gone, and put them on after quantize_"
+        )
+    if any("base_layer" in module._modules for module in model.modules()):
+        raise ConfigError(
+            f"{name} has adapters of PEFT in it (load_lora_weights, add_adapter); take them off first "
+            "(unload_lora_weights, delete_adapters), and put LoRAs on with a LoraStack after quantize_"
+        )
+
+
+def warn_compiled_blocks(model: nn.Module) -> None:
+    """Warn where blocks were compiled one by one: the INT8 blocks that take their place are not."""
+    parts = {*split_denoiser(model).values(), model}
+    if any(module._compiled_call_impl is not None for module in model.modules() if module not in parts):
+        log.warning(
+            "the compiled blocks of %s are replaced by INT8 blocks that are not compiled; call "
+            "compile_repeated_blocks() after quantize_",
+            type(model).__name__,
+        )
+
+
 def check_model(model: nn.Module, plans: Sequence[LayerPlan], chosen: Sequence[LayerPlan]) -> None:
     """Check that a model has layers to quantize, and none that are quantized.
 
@@ -141,6 +185,11 @@ def check_model(model: nn.Module, plans: Sequence[LayerPlan], chosen: Sequence[L
         ConfigError: when it does not.
     """
     name = type(model).__name__
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ConfigError(
+            f"{name} has weights that are not in memory, but on the meta device; call quantize_ before "
+            "enable_sequential_cpu_offload, or use another offloading"
+        )
     if any(isinstance(module, Int8Linear) for module in model.modules()):
         raise ConfigError(f"{name} has INT8 layers already; load it anew to quantize it otherwise")
     if not chosen:

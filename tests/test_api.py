@@ -1,12 +1,16 @@
 """int8run as a library: quantize a loaded model, put LoRAs on it, leave the rest of the program alone."""
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from hydra import compose, initialize_config_dir, version
 from hydra.core.global_hydra import GlobalHydra
+from peft import LoraConfig
 from support.compare import assert_close
+from support.helpers import TinyModel, randn
 from support.run_job import make_spec, save_lora
 from support.tiny_pipeline import random_pipeline, save_random_pipeline
 from torch import Tensor, nn
@@ -105,6 +109,114 @@ def test_a_lora_goes_onto_a_quantized_model_and_off_again(tmp_path: Path) -> Non
     assert_close("weaker", predict(model, call), predict(reference.denoiser, call), 0.05)
     stack.set_strength("style", 0)
     assert torch.equal(predict(model, call), plain)
+
+
+def test_a_pipeline_can_be_given(tmp_path: Path) -> None:
+    pipe, plain = random_pipeline(), random_pipeline()
+    (call,) = capture_step(pipe, "transformer", pipe.transformer, PROBE, SMALL)
+    file = save_lora(tmp_path / "style.safetensors", pipe.transformer)
+
+    plans = quantize_(pipe, backend="reference")
+
+    assert plans == quantize_(plain.transformer, backend="reference")
+    assert torch.equal(predict(pipe.transformer, call), predict(plain.transformer, call))
+    stack = LoraStack(pipe).add(file, 0.8)
+    assert list(stack.parts) == ["denoiser", "text_encoder", "text_encoder_2"]
+    LoraStack(plain.transformer).add(file, 0.8)
+    assert torch.equal(predict(pipe.transformer, call), predict(plain.transformer, call))
+
+
+@pytest.mark.parametrize("how", ["wrapped", "in place"])
+def test_a_compiled_model_can_be_given(tmp_path: Path, how: str) -> None:
+    torch._dynamo.reset()
+    model, plain = TinyModel(), TinyModel()
+    compiled = model
+    if how == "wrapped":
+        compiled = torch.compile(model, backend="eager")
+    else:
+        model.compile(backend="eager")
+    file = save_lora(tmp_path / "style.safetensors", model, only="proj", prefix="")
+    x = randn(9, 7)
+
+    def assert_alike() -> None:
+        assert torch.equal(compiled(x), plain(x))
+
+    assert_alike()
+    stack, reference = LoraStack(compiled).add(file, 0.8), LoraStack(plain).add(file, 0.8)
+    assert_alike()
+    stack.clear()
+    reference.clear()
+    for target in (compiled, plain):
+        quantize_(target, backend="reference", model_type="none", overrides=[NEVER])
+    assert len(list_int8_layers(model)) == 6
+    assert_alike()
+    stack, reference = LoraStack(compiled).add(file, 0.8), LoraStack(plain).add(file, 0.8)
+    with_lora = plain(x)
+    assert_alike()
+    stack.set_strength("style", 0.3)
+    reference.set_strength("style", 0.3)
+    assert_alike()
+    assert not torch.equal(plain(x), with_lora)
+
+
+def test_both_denoisers_of_a_pipeline_are_quantized() -> None:
+    class Dual(DiffusionPipeline):
+        def __init__(self, transformer: nn.Module, transformer_2: nn.Module):
+            super().__init__()
+            self.register_modules(transformer=transformer, transformer_2=transformer_2)
+
+    parts = random_pipeline().transformer, random_pipeline(seed=1).transformer
+    alone = [random_pipeline(seed=seed).transformer for seed in (0, 1)]
+    plans = quantize_(Dual(*parts), backend="reference", model_type="flux")
+
+    for model, expected in zip(parts, alone, strict=True):
+        quantize_(expected, backend="reference", model_type="flux")
+        names = list_int8_layers(model)
+        assert names == list_int8_layers(expected) and len(names) == 34
+        assert torch.equal(model.get_submodule(names[0]).packed, expected.get_submodule(names[0]).packed)
+    assert sum(plan.skip_reason is None for plan in plans) == 68
+
+
+def test_blocks_that_were_compiled_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    model = random_pipeline().transformer
+    model.compile_repeated_blocks(backend="eager")
+    quantize_(model, backend="reference")
+    assert [line for line in caplog.messages if "compiled" in line] == [
+        "the compiled blocks of FluxTransformer2DModel are replaced by INT8 blocks that are not compiled; "
+        "call compile_repeated_blocks() after quantize_"
+    ]
+
+
+def test_a_model_with_loras_is_not_quantized(tmp_path: Path) -> None:
+    pipe = random_pipeline()
+    model = pipe.transformer
+    file = save_lora(tmp_path / "style.safetensors", model)
+    stack = LoraStack(model).add(file)
+    on_text = (
+        r"^FluxTransformer2DModel has LoRAs on it \('style'\); call clear\(\) of their LoraStack first, "
+    )
+
+    for given in (model, pipe, copy.deepcopy(model)):
+        with pytest.raises(ConfigError, match=on_text):
+            quantize_(given, backend="reference")
+    with pytest.raises(ConfigError, match=on_text):
+        del stack
+        quantize_(model, backend="reference")
+
+    LoraStack(model).clear()
+    quantize_(model, backend="reference")
+    assert len(list_int8_layers(model)) == 34
+
+
+def test_other_programs_changes_are_named() -> None:
+    model = random_pipeline().transformer
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    with pytest.raises(ConfigError, match=r"^FluxTransformer2DModel has adapters of PEFT in it .*; take"):
+        quantize_(model, backend="reference")
+    with pytest.raises(ConfigError, match=r"^FluxTransformer2DModel has weights that are not in memory"):
+        quantize_(random_pipeline().transformer.to("meta"), backend="reference")
+    with pytest.raises(ConfigError, match=r"^quantize_ takes a denoiser, .*, or its pipeline, not a str$"):
+        quantize_("flux", backend="reference")
 
 
 CALIBRATED = {"outlier": ["smoothquant", "auto"], "rounding": ["gptq"]}

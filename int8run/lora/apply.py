@@ -1,16 +1,16 @@
-"""How LoRAs get to the weights: added in float, beside an INT8 layer, or written into its integers.
+"""How LoRAs get to an INT8 layer: beside it, or written into its integers.
 
-`LoraStack` makes one of these objects for each float model and each INT8 layer, and calls `set_strengths` on
-all of them. Each keeps what it needs to come back to the untouched weight exactly. Nothing here knows files
-or names.
+`LoraStack` makes one of these objects for each INT8 layer, attaches them all, and calls `set_strengths` on
+all of them. Each keeps what it needs to come back to the untouched layer exactly. Float weights are changed
+by `int8run.lora.float_merge`. Nothing here knows files or names.
 """
 
+import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from int8run.layers.int8_linear import Int8Linear, LowRankBranch
 from int8run.lora.adapters.base import LoraDelta, RuntimeBranch
@@ -22,7 +22,6 @@ from int8run.quant.weight import QuantizedWeight
 # of one module: (index of the LoRA in the stack, what it does)
 IndexedChanges = Sequence[tuple[int, LoraChange]]
 IndexedDeltas = Sequence[tuple[int, LoraDelta]]
-IndexedBiases = Sequence[tuple[int, Tensor]]
 IndexedBranches = Sequence[tuple[int, RuntimeBranch]]
 
 
@@ -52,128 +51,88 @@ def add_deltas(start: Tensor, deltas: IndexedDeltas, strengths: Sequence[float],
     return total
 
 
-# -- float weights -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class MergedWeight:
-    """A float weight of a model, as it was, and what LoRAs add to it."""
-
-    parameter: nn.Parameter
-    original: Tensor
-    deltas: IndexedDeltas
-
-    def merge(self, strengths: Sequence[float]) -> None:
-        """Write the weight for these strengths."""
-        self.parameter.copy_(add_deltas(self.original, self.deltas, strengths, self.original))
-
-
-@dataclass(frozen=True)
-class MergedBias:
-    """A float bias of a model, as it was, and what LoRAs add to it."""
-
-    parameter: nn.Parameter
-    original: Tensor
-    deltas: IndexedBiases
-
-    def merge(self, strengths: Sequence[float]) -> None:
-        """Write the bias for these strengths."""
-        merged = self.original.float()
-        for index, delta in self.deltas:
-            merged = merged + strengths[index] * delta.to(merged)
-        self.parameter.copy_(merged)
-
-
-class FloatMerge:
-    """LoRAs added to float weights and biases, with the originals kept: every strength starts from them.
-
-    Weights that are not in memory are deferred to `merge_weight`, which adds to them when they are read.
-
-    Args:
-        model: a denoiser or text encoder; its INT8 layers are left alone.
-        changes: module -> what the LoRAs of the stack do to it.
-    """
-
-    def __init__(self, model: nn.Module, changes: Mapping[str, IndexedChanges]):
-        self.strengths: list[float] | None = None
-        self.weights: dict[str, MergedWeight] = {}
-        self.biases: dict[str, MergedBias] = {}
-        self.deferred: dict[str, IndexedDeltas] = {}
-        device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
-        for name, module_changes in changes.items():
-            module = model.get_submodule(name)
-            if not isinstance(module, Int8Linear):
-                self.add_module(name, module, module_changes, device)
-
-    def add_module(self, name: str, module: nn.Module, changes: IndexedChanges, device: torch.device) -> None:
-        """Keep the originals of one module."""
-        deltas, bias_deltas, weight = get_weight_deltas(changes), get_bias_deltas(changes), module.weight
-        if deltas and isinstance(weight, nn.Parameter):
-            if weight.is_meta:
-                self.deferred[name] = deltas
-            else:
-                self.weights[name] = MergedWeight(weight, weight.detach().clone(), deltas)
-        if bias_deltas:
-            bias = get_or_create_bias(module, device)
-            self.biases[name] = MergedBias(bias, bias.detach().clone(), bias_deltas)
-
-    def get_original(self, name: str) -> Tensor:
-        """The weight of a module without any LoRA."""
-        return self.weights[name].original
-
-    @torch.no_grad()
-    def merge_weight(self, name: str, weight: Tensor) -> Tensor:
-        """A weight that was just read, with the LoRAs added at the present strengths."""
-        deltas, strengths = self.deferred.get(name, []), self.strengths or []
-        if not deltas or not any(strengths):
-            return weight
-        return add_deltas(weight, deltas, strengths, weight).to(weight.dtype)
-
-    @torch.no_grad()
-    def set_strengths(self, strengths: Sequence[float]) -> None:
-        """`W = W0 + sum of strength * delta(W0)`, summed in float32 and rounded once."""
-        if list(strengths) == self.strengths:
-            return
-        self.strengths = list(strengths)
-        for weight in self.weights.values():
-            weight.merge(strengths)
-        for bias in self.biases.values():
-            bias.merge(strengths)
-
-
-def get_or_create_bias(module: nn.Module, device: torch.device) -> nn.Parameter:
-    """The bias of a module; where it has none, one of zeros on the device."""
-    if module.bias is None:
-        weight = module.weight
-        assert isinstance(weight, Tensor)
-        zeros = torch.zeros(weight.shape[0], dtype=weight.dtype, device=device)
-        module.bias = nn.Parameter(zeros, requires_grad=False)
-    assert isinstance(module.bias, nn.Parameter)
-    return module.bias
-
-
 # -- INT8 layers -------------------------------------------------------------------------------------------
 
 
 class Int8BiasMerge:
-    """The bias of one INT8 layer, to which LoRAs are added in float, whatever the mode."""
+    """The bias of one INT8 layer, to which LoRAs are added in float, whatever the mode.
+
+    Args:
+        layer: only read here.
+        changes: of the layer.
+    """
 
     def __init__(self, layer: Int8Linear, changes: IndexedChanges):
         self.deltas = [(index, delta.to(layer.scale)) for index, delta in get_bias_deltas(changes)]
-        self.original = torch.zeros_like(layer.scale) if layer.bias is None else layer.bias.clone()
+        self.original = None if layer.bias is None else layer.bias.clone()
+
+    def attach(self, layer: Int8Linear) -> None:
+        """Give the layer a bias of zeros, where it has none and needs one."""
         if self.deltas and layer.bias is None:
-            layer.bias = self.original.clone()
-        self.bias = layer.bias
+            layer.bias = torch.zeros_like(layer.scale)
 
-    def set_strengths(self, strengths: Sequence[float]) -> None:
+    def restore(self, layer: Int8Linear) -> None:
+        """Bring back the bias as it was; a layer that had none has none again."""
+        if not self.deltas or layer.bias is None:
+            return
+        if self.original is None:
+            layer.bias = None
+        else:
+            layer.bias.copy_(self.original)
+
+    def set_strengths(self, layer: Int8Linear, strengths: Sequence[float]) -> None:
         """Write the bias for these strengths."""
-        if self.deltas and self.bias is not None:
-            self.bias.copy_(self.original)
-            for index, delta in self.deltas:
-                self.bias.add_(delta, alpha=strengths[index])
+        if not self.deltas or layer.bias is None:
+            return
+        # asked anew each time: moving a model to another device gives its layers other tensors
+        bias = layer.bias
+        if self.original is None:
+            bias.zero_()
+        else:
+            bias.copy_(self.original)
+        for index, delta in self.deltas:
+            bias.add_(delta.to(bias.device), alpha=strengths[index])
 
 
-class DynamicLayer:
+class Int8LoraLayer(ABC):
+    """LoRAs on one INT8 layer. Nothing is changed before `attach`.
+
+    Args:
+        layer: the one to be changed.
+        changes: of the layer.
+    """
+
+    def __init__(self, layer: Int8Linear, changes: IndexedChanges):
+        # weak, because the layer's model holds this object: a circle would keep a dropped model in memory
+        self._layer = weakref.ref(layer)
+        self.bias = Int8BiasMerge(layer, changes)
+
+    def find_layer(self) -> Int8Linear | None:
+        """The layer; None where it does not exist any more."""
+        return self._layer()
+
+    @property
+    def layer(self) -> Int8Linear:
+        """The layer, which must still exist."""
+        layer = self.find_layer()
+        if layer is None:
+            raise RuntimeError("the INT8 model of these LoRAs does not exist any more")
+        return layer
+
+    @abstractmethod
+    def attach(self) -> None:
+        """Make the layer ready for strengths; they are 0."""
+
+    @abstractmethod
+    def set_strengths(self, strengths: Sequence[float]) -> None:
+        """Bring the layer to these strengths, one for each LoRA of the stack."""
+
+    @abstractmethod
+    def restore(self) -> None:
+        """Leave the layer as it was found, to the bit."""
+
+
+class DynamicLayer(Int8LoraLayer):
     """LoRAs beside one INT8 layer: a low-rank branch, and row factors of adapters that have them (DoRA, IA3).
 
     Args:
@@ -183,8 +142,8 @@ class DynamicLayer:
     """
 
     def __init__(self, layer: Int8Linear, changes: IndexedChanges, branches: IndexedBranches):
-        self.layer, self.float_weight = layer, layer.float_weight
-        self.bias = Int8BiasMerge(layer, changes)
+        super().__init__(layer, changes)
+        self.float_weight = layer.float_weight
         self.scale = layer.scale.clone()
         self.row_factors = [
             (index, branch.row_factor.to(layer.scale))
@@ -201,27 +160,44 @@ class DynamicLayer:
         if pairs:
             self.branch = LowRankBranch(pairs, layer.dtype, layer.scale.device)
             self.branch.fuse_into_backend(layer.backend, layer.transform)
-        self.attach(True)
-        if self.branch is not None and self.branch.fused is not None and layer.float_weight is None:
-            self.branch.drop_float_factors()
+            has_float_fallback = layer.float_weight is not None and not self.row_factors
+            if self.branch.fused is not None and not has_float_fallback:
+                self.branch.drop_float_factors()
 
-    def attach(self, on: bool) -> None:
+    def attach(self) -> None:
+        self.bias.attach(self.layer)
+        self.switch_branch(True)
+
+    def switch_branch(self, on: bool) -> None:
         """Put the branch beside its layer, or take it off."""
-        self.layer.adapter = self.branch if on else None
+        layer = self.layer
+        layer.adapter = self.branch if on else None
+        if not self.row_factors or self.float_weight is None:
+            return
         # a float copy of the weight would have to follow every strength of an adapter that scales rows
-        self.layer.float_weight = None if on and self.row_factors else self.float_weight
+        layer.float_weight = None if on else self.float_weight.to(layer.scale.device)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        layer = self.layer
+        if self.branch is not None:
+            self.branch.set_strengths([0.0] * len(self.indices))
+        if self.row_factors:
+            layer.scale.copy_(self.scale)
+        self.switch_branch(False)
+        self.bias.restore(layer)
 
     @torch.no_grad()
     def set_strengths(self, strengths: Sequence[float]) -> None:
-        """Write the strengths of the branch, the bias, and the scales where an adapter changes them."""
+        layer = self.layer
         if self.branch is not None:
             self.branch.set_strengths([strengths[index] for index in self.indices])
         if self.row_factors:
             total_factor = torch.ones_like(self.scale)
             for index, factor in self.row_factors:
                 total_factor.add_(factor, alpha=strengths[index])
-            self.layer.scale.copy_(self.scale * total_factor)
-        self.bias.set_strengths(strengths)
+            layer.scale.copy_(self.scale * total_factor)
+        self.bias.set_strengths(layer, strengths)
 
 
 def balance_factors(lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -244,26 +220,41 @@ def balance_factors(lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
     return rotation.T @ (s[:, None] * v) @ q.T, u @ rotation
 
 
-class MergedLayer(ABC):
+class MergedLayer(Int8LoraLayer):
     """LoRAs written into the weight of one INT8 layer; every strength starts from the weight as it was."""
 
     def __init__(self, layer: Int8Linear, changes: IndexedChanges):
-        self.layer, self.deltas = layer, get_weight_deltas(changes)
-        self.bias = Int8BiasMerge(layer, changes)
+        super().__init__(layer, changes)
+        self.deltas = get_weight_deltas(changes)
         self.original = layer.read_quantized_weight()
-        self.written_strengths: list[float] = [0.0 for _ in self.deltas]
+        # None while the weight is being written: whatever stops that half-way, it is written anew
+        self.written_strengths: list[float] | None = [0.0 for _ in self.deltas]
         self.clipped_share = 0.0
+
+    def attach(self) -> None:
+        self.bias.attach(self.layer)
+
+    def restore(self) -> None:
+        self.write_weight([0.0 for _ in self.deltas], self.original)
+        self.bias.restore(self.layer)
 
     def set_strengths(self, strengths: Sequence[float]) -> None:
         """Write the weight for these strengths, unless the layer has it; at 0 it is the original exactly."""
         own_strengths = [strengths[index] for index, _ in self.deltas]
         if own_strengths != self.written_strengths:
             weight = self.compute_weight(strengths) if any(own_strengths) else self.original
-            self.layer.set_weight(weight)
+            self.write_weight(own_strengths, weight)
+        self.bias.set_strengths(self.layer, strengths)
+
+    def write_weight(self, own_strengths: list[float], weight: QuantizedWeight) -> None:
+        """Give the layer the weight of these strengths, unless it has it."""
+        if own_strengths != self.written_strengths:
+            device = self.layer.scale.device
+            self.written_strengths = None
+            self.layer.set_weight(QuantizedWeight(weight.qdata.to(device), weight.scale.to(device)))
             self.written_strengths = own_strengths
         if not any(own_strengths):
             self.clipped_share = 0.0
-        self.bias.set_strengths(strengths)
 
     @abstractmethod
     def compute_weight(self, strengths: Sequence[float]) -> QuantizedWeight:
@@ -320,6 +311,3 @@ class StochasticLayer(MergedLayer):
         )
         self.clipped_share = rounded.clipped_share
         return rounded.weight
-
-
-Int8LoraLayer = DynamicLayer | BakedLayer | StochasticLayer

@@ -14,26 +14,21 @@ from torch import Tensor, nn
 
 from int8run.errors import ConfigError, LoraError, check_choice
 from int8run.layers.int8_linear import Int8Linear
-from int8run.lora.apply import (
-    BakedLayer,
-    DynamicLayer,
-    FloatMerge,
-    IndexedChanges,
-    Int8LoraLayer,
-    StochasticLayer,
-)
+from int8run.lora.apply import BakedLayer, DynamicLayer, IndexedChanges, Int8LoraLayer, StochasticLayer
 from int8run.lora.change_size import ChangeSize, compute_median_steps, format_sizes, measure_change
 from int8run.lora.config import MODES, check_strength
 from int8run.lora.find import find_lora, get_default_name
+from int8run.lora.float_merge import FloatMerge
+from int8run.lora.installed import InstalledLoras, find_marks, format_names
 from int8run.lora.key_parsing import DENOISER
 from int8run.lora.load import LoraFile, read_lora
 from int8run.lora.match import Matches, MatchRequest, match_loras
 from int8run.lora.modes import ModeChoice, ModeChooser, Overhead
+from int8run.lora.weight_reader import WeightReader
+from int8run.models.given_model import GivenModel, take_denoiser, take_text_encoders, unwrap
 from int8run.quant.rounding import AbsMax, Rounding
 
 log = logging.getLogger(__name__)
-# attribute of a denoiser that has the id of the stack that changes it
-OWNER_ATTRIBUTE = "_int8run_loras"
 
 
 @dataclass
@@ -65,10 +60,13 @@ class LoraStack:
     `LoraSettings`). Whatever the mode, every strength starts from the untouched model, so that 0 is the model
     itself.
 
+    A model has one stack at a time. Its LoRAs stay on it until `clear`, or until another stack takes the
+    place of one that the program does not hold any more.
+
     Args:
-        denoiser: with or without INT8 layers in it.
+        denoiser: with or without INT8 layers in it, compiled or not; or its pipeline.
         text_encoders: by component name (`text_encoder`, `text_encoder_2`, …), where the parts of LoRAs for
-            text encoders are to be applied.
+            text encoders are to be applied; None: those of the pipeline, if one was given.
         mode: `auto`, `dynamic`, `bake`, `stochastic`.
         strict: keys that do not match the model are an error.
         seed: of the stochastic rounding.
@@ -77,7 +75,7 @@ class LoraStack:
 
     def __init__(
         self,
-        denoiser: nn.Module,
+        denoiser: GivenModel,
         text_encoders: Mapping[str, nn.Module] | None = None,
         mode: str = "auto",
         strict: bool = True,
@@ -85,18 +83,28 @@ class LoraStack:
         folder: Path | None = None,
     ):
         check_choice("lora.mode", mode, MODES)
-        if not isinstance(denoiser, nn.Module):
-            raise ConfigError(
-                "a LoraStack is put on a denoiser, such as pipe.transformer or pipe.unet, "
-                f"not on a {type(denoiser).__name__}"
-            )
-        self.denoiser, self.parts = denoiser, {DENOISER: denoiser, **(text_encoders or {})}
+        self.denoiser = take_denoiser(denoiser, "a LoraStack")
+        if text_encoders is None:
+            text_encoders = take_text_encoders(denoiser)
+        encoders = {name: unwrap(encoder) for name, encoder in text_encoders.items()}
+        self.parts = {DENOISER: self.denoiser, **encoders}
         self.mode, self.strict, self.seed, self.folder = mode, strict, seed, folder
         self.entries: list[Entry] = []
         self.matches = Matches({}, ())
-        self.merges: dict[str, FloatMerge] = {}  # by component
-        self.layers: dict[str, Int8LoraLayer] = {}  # INT8 layers by name
+        self.installed = InstalledLoras()
         self.sizes: dict[int, list[ChangeSize]] = {}  # of each LoRA, one for each INT8 layer
+
+    @staticmethod
+    def of(denoiser: GivenModel) -> "LoraStack | None":
+        """The stack that changes a model or a part of it; None: there is none, or it is gone.
+
+        Args:
+            denoiser: or its pipeline.
+        """
+        for mark in find_marks([take_denoiser(denoiser, "LoraStack.of")]):
+            if isinstance(mark, InstalledLoras) and isinstance(mark.owner, LoraStack):
+                return mark.owner
+        return None
 
     # -- the public part -----------------------------------------------------------------------------------
 
@@ -119,8 +127,10 @@ class LoraStack:
             weight_name: the file in a hub repository.
 
         Raises:
-            ConfigError: when the name is taken already, or a strength is out of range.
-            LoraError: when the file cannot be read or does not fit; the model is as it was.
+            ConfigError: when the name is taken already, a strength is out of range, or another stack changes
+                the model.
+            LoraError: when the file cannot be read or does not fit. Whatever the error, model and stack are
+                as they were.
         """
         path = find_lora(str(source), weight_name, self.folder)
         name = name or get_default_name(str(source), path)
@@ -136,27 +146,36 @@ class LoraStack:
             strength=strength,
             text_strength=strength if text_strength is None else text_strength,
         )
-        entries_before, matches_before = self.entries, self.matches
-        entries = [*entries_before, entry]
-        matches = self.match_entries(entries)
-        self.uninstall()
-        self.install(entries, matches)
-        try:
-            self.attach(self.denoiser)
-        except LoraError:
-            self.uninstall()
-            self.install(entries_before, matches_before)
-            self.attach(self.denoiser)
-            self.apply()
-            raise
-        self.apply()
+        self.replace_entries([*self.entries, entry])
         return self
 
+    def remove(self, name: str) -> None:
+        """Take one LoRA off the model; the others stay as they are.
+
+        Args:
+            name: of the LoRA, see `names`.
+
+        Raises:
+            ConfigError: when the stack has no such LoRA.
+        """
+        entry = self.find_entry(name)
+        self.replace_entries([other for other in self.entries if other is not entry])
+
     def clear(self) -> None:
-        """Remove all LoRAs; the model is as it was found, and free for another stack."""
-        self.uninstall()
+        """Remove all LoRAs; the model is as it was found, to the bit, and free for another stack.
+
+        What a stack that is gone left on the model is removed, too.
+        """
+        changed = self.installed.find_outside_changes(self.parts)
+        if changed:
+            log.warning(
+                "%s: replaced or written to since the LoRAs were put on; left as found now",
+                format_some(changed),
+            )
+        for installed in (self.installed, *self.find_left_behind()):
+            installed.restore()
         self.entries, self.matches = [], Matches({}, ())
-        self.denoiser.__dict__.pop(OWNER_ATTRIBUTE, None)
+        self.installed, self.sizes = InstalledLoras(), {}
 
     def set_strength(self, name: str, strength: float, text_strength: float | None = None) -> None:
         """Change the strength of one LoRA; in dynamic mode that writes a few numbers per layer.
@@ -167,22 +186,138 @@ class LoraStack:
             text_strength: of its part for text encoders; None: `strength`.
 
         Raises:
-            ConfigError: when the stack has no such LoRA, or a strength is out of range.
+            ConfigError: when the stack has no such LoRA, a strength is out of range, or layers that the stack
+                changed are not there any more.
         """
-        if name not in self.names:
-            raise ConfigError(
-                f"the stack has no LoRA called {name!r}; it has {', '.join(self.names) or 'none'}"
-            )
+        entry = self.find_entry(name)
         check_strengths(name, strength, text_strength)
-        entry = self.entries[self.names.index(name)]
+        self.check_unchanged_outside()
+        before = entry.strength, entry.text_strength
         entry.strength = strength
         entry.text_strength = strength if text_strength is None else text_strength
-        self.apply()
+        try:
+            self.apply()
+        except BaseException:  # an interrupt, too
+            entry.strength, entry.text_strength = before
+            self.apply()
+            raise
+
+    @property
+    def merges(self) -> Mapping[str, FloatMerge]:
+        """The float models that are changed, by component."""
+        return self.installed.merges
+
+    @property
+    def layers(self) -> Mapping[str, Int8LoraLayer]:
+        """The INT8 layers that are changed, by name."""
+        return self.installed.layers
 
     @property
     def names(self) -> list[str]:
         """Names of the LoRAs, in order."""
         return [entry.name for entry in self.entries]
+
+    # -- from one set of LoRAs to another -----------------------------------------------------------------
+
+    def replace_entries(self, entries: Sequence[Entry]) -> None:
+        """Make these the LoRAs of the stack; whatever goes wrong, model and stack are as they were.
+
+        Raises:
+            ConfigError: when another stack changes the model, or layers are not there any more.
+            LoraError: when a LoRA does not fit.
+        """
+        self.check_unchanged_outside()
+        left_behind = self.find_left_behind()
+        matches = self.match_entries(entries)
+        before = self.entries, self.matches, self.installed, self.sizes
+        taken_off = [self.installed, *left_behind]
+        try:
+            for installed in taken_off:
+                installed.restore()
+            self.install(entries, matches)
+            self.check_weights_in_memory()
+            self.attach(self.denoiser)
+            self.apply()
+        except BaseException:  # an interrupt, too
+            self.installed.restore()
+            self.entries, self.matches, self.installed, self.sizes = before
+            for installed in taken_off:
+                installed.put_back()
+            raise
+        for component, modules in matches.by_component.items():
+            self.installed.mark(self.parts[component].get_submodule(name) for name in modules)
+        if left_behind:
+            log.warning(
+                "taken off the model: %s, of a LoraStack that is gone; keep the stack in a variable, and add "
+                "to it, to have all of them",
+                format_names(left_behind),
+            )
+
+    def find_entry(self, name: str) -> Entry:
+        """The LoRA of that name.
+
+        Raises:
+            ConfigError: when there is none.
+        """
+        if name not in self.names:
+            raise ConfigError(
+                f"the stack has no LoRA called {name!r}; it has {', '.join(self.names) or 'none'}"
+            )
+        return self.entries[self.names.index(name)]
+
+    def find_left_behind(self) -> list[InstalledLoras]:
+        """What stacks that are gone left on the model.
+
+        Raises:
+            ConfigError: when a stack that is not gone changes the model: each would undo the other's changes.
+        """
+        left_behind = []
+        for mark in find_marks(self.parts.values()):
+            if not isinstance(mark, InstalledLoras):
+                raise ConfigError(
+                    f"this model is a copy of one with LoRAs on it ({format_names([mark])}), and they cannot "
+                    "be taken off the copy; copy a model before it gets LoRAs, or after clear()"
+                )
+            if mark is self.installed:
+                continue
+            if mark.owner is not None:
+                raise ConfigError(
+                    f"this model has a LoraStack already, with {format_names([mark])}; add the LoRA to that "
+                    "one, or clear() it first (LoraStack.of(model) returns it)"
+                )
+            left_behind.append(mark)
+        return left_behind
+
+    def check_unchanged_outside(self) -> None:
+        """Check that what the stack changed is still there, as the stack left it.
+
+        Raises:
+            ConfigError: when another part of the program replaced it, or wrote to it.
+        """
+        changed = self.installed.find_outside_changes(self.parts)
+        if changed:
+            raise ConfigError(
+                f"{format_some(changed)}: replaced or written to by another part of the program since the "
+                "LoRAs were put on; call clear(), then add them again"
+            )
+
+    def check_weights_in_memory(self) -> None:
+        """Check that every float weight that a LoRA changes can be written to now.
+
+        Raises:
+            LoraError: when it cannot.
+        """
+        for merge in self.installed.merges.values():
+            if merge.deferred:
+                raise LoraError(
+                    f"{format_some(list(merge.deferred))}: the weight is not in memory, but on the meta "
+                    "device; put LoRAs on before enable_sequential_cpu_offload, or use another offloading"
+                )
+            if merge.unreachable:
+                raise LoraError(
+                    f"{format_some(merge.unreachable)}: the weight is no parameter of its module, so no LoRA "
+                    "can be added to it; put LoRAs on before the model is changed by other programs"
+                )
 
     # -- the steps of a run, in their order ------------------------------------------------------------------
 
@@ -205,17 +340,17 @@ class LoraStack:
             leave: components whose weights somebody else changes.
 
         Raises:
-            ConfigError: when another stack is installed on the model: each would undo the other's changes.
+            LoraError: when a module has no weight or bias that could be changed.
         """
-        # a number, because a copy of the model must not copy the stack with it
-        if entries and self.denoiser.__dict__.setdefault(OWNER_ATTRIBUTE, id(self)) != id(self):
-            raise ConfigError("this model has a LoraStack already; add the LoRA to that one")
-        self.entries, self.matches = list(entries), matches
-        self.merges = {
-            component: FloatMerge(self.parts[component], changes)
-            for component, changes in matches.by_component.items()
-            if changes and component not in leave
-        }
+        earlier = self.installed.merges
+        self.installed = InstalledLoras(self, [entry.name for entry in entries])
+        self.entries, self.matches, self.sizes = list(entries), matches, {}
+        for component, changes in matches.by_component.items():
+            if changes and component not in leave:
+                merge = FloatMerge(self.parts[component], changes, earlier.get(component))
+                self.installed.merges[component] = merge
+        for merge in self.installed.merges.values():
+            merge.attach()
 
     def attach(
         self,
@@ -247,11 +382,12 @@ class LoraStack:
             max_overhead=max_overhead,
         )
         reasons: Counter[str] = Counter()
+        layers: dict[str, Int8LoraLayer] = {}
         for name, changes in self.matches.denoiser.items():
             layer = int8.get_submodule(name)
             if not isinstance(layer, Int8Linear):
                 continue  # its float weight has the LoRAs added
-            read_weight = self.make_weight_reader(name, layer, float_weights)
+            read_weight = WeightReader(name, layer, self.merges[DENOISER] if float_weights else None)
             if float_weights:  # reading integers back only for a log line would take long
                 self.record_sizes(layer, changes, read_weight)
             choice = chooser.choose(name, layer, changes, read_weight)
@@ -260,7 +396,10 @@ class LoraStack:
             if choice.mode == "bake" and rounding is not None and rounding.needs_calibration:
                 baked = f"rounded by {AbsMax().name}, because {rounding.name} needs calibration"
                 reasons[f"bake: {baked}"] += 1
-            self.layers[name] = self.make_layer(name, layer, changes, choice, read_weight, rounding)
+            layers[name] = self.make_layer(name, layer, changes, choice, read_weight, rounding)
+        self.installed.layers = layers
+        for lora_layer in layers.values():
+            lora_layer.attach()
         for reason, count in reasons.items():
             log.info("LoRAs on %d layers by lora.mode=%s", count, reason)
 
@@ -273,11 +412,11 @@ class LoraStack:
         read_weight: Callable[[], Tensor],
         rounding: Rounding | None,
     ) -> Int8LoraLayer:
-        """Bring the LoRAs to one INT8 layer by the mode that was chosen for it, at strength 0.
+        """Prepare one INT8 layer for its LoRAs, by the mode that was chosen for it; it is not changed yet.
 
         Args:
             name: of the layer.
-            layer: is changed.
+            layer: the one to be changed.
             changes: of the layer.
             choice: of the mode.
             read_weight: the weight without any LoRA.
@@ -291,19 +430,6 @@ class LoraStack:
             return BakedLayer(layer, changes, read_weight(), rounding)
         files = [self.entries[index].file.identity for index, _ in changes]
         return StochasticLayer(layer, changes, read_weight, seed=(self.seed, name, "lora", *files))
-
-    def make_weight_reader(self, name: str, layer: Int8Linear, float_weights: bool) -> Callable[[], Tensor]:
-        """A function that returns the weight that an INT8 layer stands for, computed at its first call."""
-        if float_weights:
-            return lambda: self.merges[DENOISER].get_original(name)
-        known: list[Tensor] = []
-
-        def read() -> Tensor:
-            if not known:
-                known.append(layer.transform.restore_weight(layer.read_quantized_weight().dequantize()))
-            return known[0]
-
-        return read
 
     def merge_weight(self, name: str, weight: Tensor) -> Tensor:
         """A weight of the denoiser that was just read, with the LoRAs added at the present strengths."""
@@ -327,21 +453,7 @@ class LoraStack:
             strengths: of the denoiser.
             text_strengths: of the text encoders; None: they stay as they are.
         """
-        for component, merge in self.merges.items():
-            if component == DENOISER:
-                merge.set_strengths(strengths)
-            elif text_strengths is not None:
-                merge.set_strengths(text_strengths)
-        for layer in self.layers.values():
-            layer.set_strengths(strengths)
-
-    def uninstall(self) -> None:
-        """Leave the model as it was found."""
-        zeros = [0.0] * len(self.entries)
-        self.set_strengths(zeros, zeros)
-        for layer in self.dynamic_layers:
-            layer.attach(False)
-        self.layers, self.merges, self.sizes = {}, {}, {}
+        self.installed.set_strengths(strengths, text_strengths)
 
     # -- what a run reports ----------------------------------------------------------------------------------
 
@@ -423,6 +535,12 @@ def format_contents(file: LoraFile) -> str:
         elif counts:
             parts.append(f"{name} {min(counts):g} to {max(counts):g}")
     return ", ".join(parts)
+
+
+def format_some(names: Sequence[str]) -> str:
+    """The first of several names, and how many more there are."""
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"{names[0]}{more}"
 
 
 def check_strengths(name: str, strength: float, text_strength: float | None) -> None:

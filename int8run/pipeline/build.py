@@ -32,6 +32,7 @@ from int8run.lora.stack import Entry, LoraStack
 from int8run.metrics.layers import count_macs, count_module_bytes
 from int8run.models.dual_denoisers import set_denoiser, split_denoiser
 from int8run.models.family import ModelFamily
+from int8run.models.given_model import find_text_encoders
 from int8run.pipeline.load import LoadedModel, LoadSettings, load_model, replace_missing_linears, set_offload
 from int8run.pipeline.prequantized import PrequantizedLayers, PrequantizedRequest, find_prequantized
 from int8run.pipeline.provenance import build_cache_key, build_provenance, list_baked_loras
@@ -47,7 +48,6 @@ from int8run.pipeline.text_encoders import QuantizedEncoders, build_encoders
 from int8run.ptq.layer_costs import BranchCosts
 from int8run.ptq.mixed_precision import MixedPrecisionResult
 from int8run.report.console import Progress
-from int8run.text_encoders.base import find_text_encoders
 from int8run.utils.timing import read_clock, time_medians
 
 log = logging.getLogger(__name__)
@@ -480,7 +480,7 @@ def measure_lora_overhead(
     def run_step(has_branches: bool) -> None:
         # takes a few microseconds for each layer, both times the same
         for layer in built.loras.dynamic_layers:
-            layer.attach(has_branches)
+            layer.switch_branch(has_branches)
         for call in calls:
             denoiser(**call)
 

@@ -5,7 +5,7 @@ build.py and task=bench call `load_model`. Nothing is quantized here, and no LoR
 
 import logging
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,13 +126,7 @@ class LoadedModel:
 
     def plan_layers(self) -> list[LayerPlan]:
         """Every Linear of the denoiser, with the family's reason where one stays float."""
-        is_single = "" in split_denoiser(self.denoiser)
-
-        def find_skip_reason(name: str) -> str | None:
-            # of two denoisers, the family describes the layers of each
-            return self.family.find_skip_reason(name if is_single else name.partition(".")[2])
-
-        return plan_layers(self.denoiser, find_skip_reason)
+        return plan_layers(self.denoiser, make_skip_rule(self.family, self.denoiser))
 
     def read_weight(self, name: str) -> Tensor:
         """The float weight of a Linear, on the device; read from the file where the model has none.
@@ -335,6 +329,19 @@ def resolve_family(model_type: ModelFamily | AutoFamily, denoiser: nn.Module) ->
     """The family of a denoiser; see `AutoFamily.resolve_family`."""
     linears = {name: m.in_features for name, m in denoiser.named_modules() if isinstance(m, nn.Linear)}
     return model_type.resolve_family(type(denoiser).__name__, list_block_prefixes(denoiser), linears)
+
+
+def make_skip_rule(family: ModelFamily, denoiser: nn.Module) -> Callable[[str], str | None]:
+    """Why a Linear of a denoiser stays float, by its name; None: it does not.
+
+    Of two denoisers, the family describes the layers of each.
+    """
+    is_single = "" in split_denoiser(denoiser)
+
+    def find_skip_reason(name: str) -> str | None:
+        return family.find_skip_reason(name if is_single else name.partition(".")[2])
+
+    return find_skip_reason
 
 
 def hash_model_files(source: ResolvedModel, cache: DiskCache) -> list[tuple[str, str]]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from int8run.checkpoints.reader import TensorFiles
 from int8run.errors import ConfigError, FileError, suggest_similar
 from int8run.layers.plan import LayerPlan
-from int8run.lora.apply import FloatMerge
+from int8run.lora.float_merge import FloatMerge
 from int8run.lora.match import Matches
 from int8run.models.resolve_weights import to_local_path
 from int8run.models.sampling import Sampling
@@ -259,6 +259,7 @@ def build_encoders(
             if not changes:
                 return lambda name, read: None
             made.merges[component] = FloatMerge(model, changes)
+            made.merges[component].attach()
             return make_merge_reader(made.merges[component])
 
         with (

@@ -4,8 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import nn
-
 from int8run.backends.registry import list_backend_names
 from int8run.errors import ConfigError, check_choice
 from int8run.quant.formats import FORMATS
@@ -98,12 +96,3 @@ class TextEncoders:
 def list_kernel_backends() -> tuple[str, ...]:
     """Return what `clip.kernel_backend` may be."""
     return (*sorted(list_backend_names()), DEQUANTIZE, SCALED_MM)
-
-
-def find_text_encoders(components: Mapping[str, object]) -> dict[str, nn.Module]:
-    """Return a pipeline's text encoders by component name."""
-    return {
-        name: component
-        for name, component in components.items()
-        if name.startswith("text_encoder") and isinstance(component, nn.Module)
-    }

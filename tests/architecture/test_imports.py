@@ -19,7 +19,7 @@ RULES = {
     # modules in the root
     "__init__": {"api", "text_encoders"},  # when one of its names is asked for
     "__main__": {"cli"},
-    "api": {"config", "layers", "lora", "pipeline", "ptq"},
+    "api": {"config", "layers", "lora", "models", "pipeline", "ptq"},
     "cli": {"__init__", "config", "jobs", "report", "utils"},
     "errors": set(),
     # beside the package

@@ -344,7 +344,8 @@ def test_rounding_that_needs_calibration_is_replaced_and_logged(caplog: pytest.L
     changes = {"blocks.0.1": make_adapters(96, 64)["diff"]}
     for rounding, said in ((Mse(), False), (Gptq(), True)):
         caplog.clear()
-        on_int8(model, to_int8(model)[0], [changes], "auto", rounding=rounding).set_strengths([1.0])
+        int8, _ = to_int8(model)
+        on_int8(model, int8, [changes], "auto", rounding=rounding).set_strengths([1.0])
         line = "LoRAs on 1 layers by lora.mode=bake: rounded by absmax, because gptq needs calibration"
         assert (line in caplog.messages) == said
 
@@ -533,8 +534,13 @@ def test_model_has_one_stack_until_it_is_cleared(files: list[Path], quantized: b
 
     with_first = target(X)
 
-    with pytest.raises(ConfigError, match=r"^this model has a LoraStack already; add the LoRA to that one$"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^this model has a LoraStack already, with 'style'; add the LoRA to that one, or clear\(\) it "
+        r"first \(LoraStack\.of\(model\) returns it\)$",
+    ):
         second.add(files[1])
+    assert LoraStack.of(target) is first
     assert second.names == [] and torch.equal(target(X), with_first)
 
     first.clear()
@@ -565,10 +571,11 @@ def test_layer_gets_its_float_fallback_back() -> None:
     assert layer.float_weight is not None and torch.equal(int8(X), plain)
 
 
-def test_pipeline_is_rejected_as_denoiser() -> None:
+def test_what_is_no_model_is_rejected() -> None:
     with pytest.raises(
         ConfigError,
-        match=r"^a LoraStack is put on a denoiser, such as pipe\.transformer or pipe\.unet, not on a dict$",
+        match=r"^a LoraStack takes a denoiser, such as pipe\.transformer or pipe\.unet, or its pipeline, "
+        r"not a dict$",
     ):
         LoraStack({})
 

@@ -17,7 +17,7 @@ from int8run.layers.plan import Int8Settings, LayerPlan, plan_layers
 from int8run.lora.adapters.change import LoraChange
 from int8run.lora.key_parsing import DENOISER
 from int8run.lora.load import LoraFile
-from int8run.lora.stack import OWNER_ATTRIBUTE, Entry, LoraStack
+from int8run.lora.stack import Entry, LoraStack
 from int8run.models.family import ModelFamily
 from int8run.outlier.base import LayerStatistics, OutlierMethod
 from int8run.outlier.none import NoOutlier
@@ -123,9 +123,6 @@ def on_int8(
     **options: Any,
 ) -> LoraStack:
     """LoRAs on a float model and on its INT8 copy, at strength 0; options are those of `LoraStack.attach`."""
-    model.__dict__.pop(
-        OWNER_ATTRIBUTE, None
-    )  # tests put one stack after another on a model, each at strength 0 by then
     loras = LoraStack(model, mode=mode)
     entries = [Entry(f"lora{i}", lora_file(changes, f"lora{i}")) for i, changes in enumerate(stack)]
     loras.install(entries, loras.match_entries(entries))

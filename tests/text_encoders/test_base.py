@@ -6,8 +6,9 @@ import pytest
 from torch import nn
 
 from int8run.errors import ConfigError
+from int8run.models.given_model import find_text_encoders
 from int8run.quant.formats import FORMATS
-from int8run.text_encoders.base import TextEncoders, find_text_encoders, list_kernel_backends
+from int8run.text_encoders.base import TextEncoders, list_kernel_backends
 
 
 def test_is_quantized_unless_encoders_stay_as_they_are() -> None:

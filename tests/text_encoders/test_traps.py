@@ -30,7 +30,7 @@ from text_encoders.probes import load_weights, probe_weights, strip_root
 from torch import nn
 
 from int8run.errors import ConfigError, FileError
-from int8run.lora.apply import FloatMerge
+from int8run.lora.float_merge import FloatMerge
 from int8run.lora.load import read_lora
 from int8run.lora.stack import Entry, LoraStack
 from int8run.pipeline.text_encoders import make_merge_reader

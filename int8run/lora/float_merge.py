@@ -1,0 +1,263 @@
+"""LoRAs added to float weights and biases, with the originals kept: every strength starts from them.
+
+`LoraStack` makes one `FloatMerge` for each float model, the denoiser and each text encoder. Making one
+changes nothing; `attach`, `set_strengths` and `restore` do.
+"""
+
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from int8run.errors import LoraError
+from int8run.layers.int8_linear import NO_VERSION, Int8Linear, get_tensor_version
+from int8run.lora.adapters.diff import Diff
+from int8run.lora.apply import (
+    IndexedChanges,
+    IndexedDeltas,
+    add_deltas,
+    get_bias_deltas,
+    get_weight_deltas,
+)
+
+
+class MergedParameter:
+    """A float weight or bias of a module, as it was, and what LoRAs add to it.
+
+    Args:
+        module: the one that it belongs to.
+        name: `weight` or `bias`.
+        deltas: what is added to it.
+        known_original: its value without any LoRA, where that is in memory already; None: it is copied here.
+    """
+
+    def __init__(
+        self, module: nn.Module, name: str, deltas: IndexedDeltas, known_original: Tensor | None = None
+    ):
+        # weak, because the module holds this object: a circle would keep a dropped model in memory
+        self._module = weakref.ref(module)
+        self.name, self.deltas = name, deltas
+        self.parameter: Tensor | None = getattr(module, name)
+        self.is_registered = name in module._parameters  # some norms hold a bias of None as an attribute
+        self.original = known_original
+        if known_original is None and self.parameter is not None:
+            self.original = self.parameter.detach().clone()
+        self.version = NO_VERSION  # of the parameter when it was last written here
+        self.strengths: Sequence[float] = ()
+
+    def find_module(self) -> nn.Module | None:
+        """The module; None where it does not exist any more."""
+        return self._module()
+
+    def create_if_missing(self, device: torch.device) -> None:
+        """A bias of zeros, where the module has none.
+
+        Raises:
+            LoraError: when the module cannot take one.
+        """
+        module = self.find_module()
+        if self.original is not None or module is None:
+            return
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        zeros = torch.zeros(weight.shape[0], dtype=weight.dtype, device=device)
+        self.parameter = nn.Parameter(zeros, requires_grad=False)
+        setattr(module, self.name, self.parameter)
+        if getattr(module, self.name) is not self.parameter:
+            raise LoraError(
+                f"a {type(module).__name__} cannot be given a {self.name}, which the LoRA changes"
+            )
+
+    def merge(self, strengths: Sequence[float]) -> None:
+        """Write the parameter for these strengths; where all are 0, it is the original to the bit."""
+        if self.parameter is None:
+            return
+        self.parameter.copy_(self.compute_value(strengths))
+        self.version, self.strengths = get_tensor_version(self.parameter), strengths
+
+    def compute_value(self, strengths: Sequence[float]) -> Tensor:
+        """The value for these strengths, in float32 unless it is the original."""
+        assert self.parameter is not None
+        original = torch.zeros_like(self.parameter) if self.original is None else self.original
+        original = original.to(self.parameter.device)  # the model may have moved since
+        if not any(strengths[index] for index, _ in self.deltas):
+            return original
+        return add_deltas(original, self.deltas, strengths, original)
+
+    def restore(self) -> None:
+        """Bring back what was there, unless somebody else has put something else there since."""
+        module = self.find_module()
+        if module is None or self.parameter is None or self.is_changed_outside():
+            return
+        if self.original is not None:
+            self.parameter.copy_(self.original)
+            return
+        if not self.is_registered:
+            delattr(module, self.name)
+        setattr(module, self.name, None)
+        self.parameter = None
+
+    def is_changed_outside(self) -> bool:
+        """Whether the parameter was replaced, or written to by somebody else, since it was written here.
+
+        Equal values are no change. Moving a model to another device or dtype is none either.
+        """
+        module = self.find_module()
+        parameter = self.parameter
+        if module is None or parameter is None:
+            return False
+        is_replaced = getattr(module, self.name, None) is not parameter
+        if is_replaced:
+            return True
+        if self.version in (NO_VERSION, get_tensor_version(parameter)):
+            return False
+        known = [self.compute_value(self.strengths)]
+        if self.original is not None:
+            known.append(self.original)
+        return not any(torch.equal(parameter, value.to(parameter)) for value in known)
+
+
+class FloatMerge:
+    """LoRAs added to the float weights and biases of one model.
+
+    Weights that are not in memory are deferred to `merge_weight`, which adds to them when they are read.
+
+    Args:
+        model: a denoiser or text encoder; its INT8 layers are left alone.
+        changes: module -> what the LoRAs of the stack do to it.
+        earlier: the one before on the same model, whose originals are taken over; None: there was none.
+
+    Raises:
+        LoraError: for a module that has no such weight or bias to add to.
+    """
+
+    def __init__(
+        self, model: nn.Module, changes: Mapping[str, IndexedChanges], earlier: "FloatMerge | None" = None
+    ):
+        self._model = weakref.ref(model)
+        self.strengths: list[float] | None = None
+        self.weights: dict[str, MergedParameter] = {}
+        self.biases: dict[str, MergedParameter] = {}
+        self.deferred: dict[str, IndexedDeltas] = {}
+        self.unreachable: list[str] = []  # modules whose weight is no parameter that could be written to
+        self.device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+        for name, module_changes in changes.items():
+            module = model.get_submodule(name)
+            if not isinstance(module, Int8Linear):
+                self.add_module(name, module, module_changes, earlier)
+        self.check_tied_weights()
+
+    def add_module(
+        self, name: str, module: nn.Module, changes: IndexedChanges, earlier: "FloatMerge | None"
+    ) -> None:
+        """Keep the originals of one module."""
+        deltas, bias_deltas = get_weight_deltas(changes), get_bias_deltas(changes)
+        weight: Any = module.weight
+        bias = getattr(module, "bias", None)
+        known_weights = {} if earlier is None else earlier.weights
+        known_biases = {} if earlier is None else earlier.biases
+        if deltas and not isinstance(weight, nn.Parameter):
+            self.unreachable.append(name)
+        elif deltas and weight.is_meta:
+            self.deferred[name] = deltas
+        elif deltas:
+            check_is_float(name, weight.dtype)
+            known = get_original(known_weights, name, weight)
+            self.weights[name] = MergedParameter(module, "weight", deltas, known)
+        if bias_deltas:
+            if not hasattr(module, "bias"):
+                raise LoraError(
+                    f"{name} gets a change of its bias, and a {type(module).__name__} has no bias; "
+                    "the LoRA was made for another architecture"
+                )
+            known = get_original(known_biases, name, bias)
+            as_deltas = [(index, Diff(delta)) for index, delta in bias_deltas]
+            self.biases[name] = MergedParameter(module, "bias", as_deltas, known)
+
+    def check_tied_weights(self) -> None:
+        """Check that no weight is changed under two names: one change would undo the other.
+
+        Raises:
+            LoraError: with both names.
+        """
+        names: dict[int, str] = {}
+        for name, weight in self.weights.items():
+            first = names.setdefault(id(weight.parameter), name)
+            if first != name:
+                raise LoraError(
+                    f"{first} and {name} share one weight, and the LoRA changes each of them otherwise; "
+                    "it was made for a model in which they are two"
+                )
+
+    @property
+    def parameters(self) -> list[MergedParameter]:
+        """Everything that is written."""
+        return [*self.weights.values(), *self.biases.values()]
+
+    def get_original(self, name: str) -> Tensor:
+        """The weight of a module without any LoRA."""
+        original = self.weights[name].original
+        assert original is not None
+        return original
+
+    def attach(self) -> None:
+        """Give modules without a bias one of zeros where LoRAs add to it."""
+        for bias in self.biases.values():
+            bias.create_if_missing(self.device)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Leave the model as it was found, to the bit, but for what somebody else changed since."""
+        for parameter in self.parameters:
+            parameter.restore()
+        self.strengths = None
+
+    def find_outside_changes(self) -> list[str]:
+        """Modules that were replaced, or whose parameters somebody else wrote to, since they were written."""
+        model = self._model()
+        modules = {} if model is None else dict(model.named_modules())
+        changed = []
+        for name, parameter in [*self.weights.items(), *self.biases.items()]:
+            if modules.get(name) is not parameter.find_module() or parameter.is_changed_outside():
+                changed.append(name)
+        return list(dict.fromkeys(changed))
+
+    @torch.no_grad()
+    def merge_weight(self, name: str, weight: Tensor) -> Tensor:
+        """A weight that was just read, with the LoRAs added at the present strengths."""
+        deltas, strengths = self.deferred.get(name, []), self.strengths or []
+        if not deltas or not any(strengths):
+            return weight
+        return add_deltas(weight, deltas, strengths, weight).to(weight.dtype)
+
+    @torch.no_grad()
+    def set_strengths(self, strengths: Sequence[float]) -> None:
+        """`W = W0 + sum of strength * delta(W0)`, summed in float32 and rounded once."""
+        if list(strengths) == self.strengths:
+            return
+        self.strengths = None  # whatever stops this half-way, the next call writes everything
+        for parameter in self.parameters:
+            parameter.merge(strengths)
+        self.strengths = list(strengths)
+
+
+def get_original(known: Mapping[str, MergedParameter], name: str, parameter: object) -> Tensor | None:
+    """The original of a parameter that was kept before, where it is the same parameter still."""
+    if name not in known or parameter is None or known[name].parameter is not parameter:
+        return None
+    return known[name].original
+
+
+def check_is_float(name: str, dtype: torch.dtype) -> None:
+    """Check that a weight holds numbers that can be added to.
+
+    Raises:
+        LoraError: for integers, which other programs pack their quantized weights into.
+    """
+    if not dtype.is_floating_point:
+        raise LoraError(
+            f"the weight of {name} is {str(dtype).removeprefix('torch.')}: another program has "
+            "quantized the model; put LoRAs on the float model, and quantize it with quantize_"
+        )

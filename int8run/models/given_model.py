@@ -1,0 +1,74 @@
+"""What a program hands over as its model: the denoiser itself, one inside a wrapper, or a whole pipeline."""
+
+from collections.abc import Mapping
+
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from int8run.errors import ConfigError
+from int8run.models.dual_denoisers import DualDenoiser
+from int8run.models.resolve_weights import DENOISER_COMPONENTS
+
+GivenModel = nn.Module | DiffusionPipeline
+
+# children that are all of a wrapper: of torch.compile, of DataParallel and DistributedDataParallel
+WRAPPED_CHILDREN = ("_orig_mod", "module")
+
+
+def take_denoiser(given: object, what: str) -> nn.Module:
+    """The denoiser that was meant; of a pipeline with two of them both as one.
+
+    Args:
+        given: a denoiser, compiled or not, or a pipeline.
+        what: takes it, for the message: `quantize_` or `a LoraStack`.
+
+    Raises:
+        ConfigError: when it is neither, or the pipeline has no denoiser.
+    """
+    if isinstance(given, DiffusionPipeline):
+        return find_pipeline_denoiser(given)
+    if isinstance(given, nn.Module):
+        return unwrap(given)
+    raise ConfigError(
+        f"{what} takes a denoiser, such as pipe.transformer or pipe.unet, or its pipeline, "
+        f"not a {type(given).__name__}"
+    )
+
+
+def find_pipeline_denoiser(pipe: DiffusionPipeline) -> nn.Module:
+    """The denoiser of a pipeline.
+
+    Raises:
+        ConfigError: when it has none.
+    """
+    parts = {name: pipe.components.get(name) for name in DENOISER_COMPONENTS}
+    denoisers = {name: unwrap(part) for name, part in parts.items() if isinstance(part, nn.Module)}
+    if not denoisers:
+        raise ConfigError(
+            f"{type(pipe).__name__} has no {' or '.join(DENOISER_COMPONENTS)}; "
+            "give the module that removes the noise itself"
+        )
+    return next(iter(denoisers.values())) if len(denoisers) == 1 else DualDenoiser(denoisers)
+
+
+def take_text_encoders(given: object) -> dict[str, nn.Module]:
+    """The text encoders of a pipeline by component name; none of anything else."""
+    return find_text_encoders(given.components) if isinstance(given, DiffusionPipeline) else {}
+
+
+def find_text_encoders(components: Mapping[str, object]) -> dict[str, nn.Module]:
+    """Return a pipeline's text encoders by component name."""
+    return {
+        name: component
+        for name, component in components.items()
+        if name.startswith("text_encoder") and isinstance(component, nn.Module)
+    }
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside torch.compile's or a data-parallel wrapper, whose tensors are the same."""
+    for child in WRAPPED_CHILDREN:
+        inner = model._modules.get(child)
+        if inner is not None and len(model._modules) == 1:
+            return unwrap(inner)
+    return model
