@@ -40,6 +40,7 @@ from int8run.lora.part_dtypes import check_dtype
 from int8run.lora.peft_config import check_parts, check_settings, find_relative_initialization
 from int8run.lora.sanity_checks import SanityChecks
 from int8run.lora.scale import ModuleNames, Scales
+from int8run.lora.size_limits import check_size
 from int8run.lora.written_settings import (
     ADAPTER_CONFIG,
     PEFT_PREFIX,
@@ -153,7 +154,8 @@ def open_lora(path: Path) -> Iterator[OpenLora]:
     except LoraError:
         raise
     except (SafetensorError, OSError, FileError) as error:
-        raise LoraError(f"{path} is not a readable safetensors file: {error}") from error
+        reason = str(error).removeprefix(f"{path} ")
+        raise LoraError(f"{path} is not a readable safetensors file: {reason}") from error
 
 
 def read_lora(path: Path) -> LoraFile:
@@ -297,6 +299,7 @@ def read_module(
     peaks = compute_peaks(floats)
     names = ModuleNames(name, find_full_name(name, next(iter(key_by_part.values()))))
     change = build_change(floats, partial(scales.get_scale, component, names, floats.get("alpha")))
+    check_size(peaks, change)
     return change, peaks
 
 

@@ -36,4 +36,4 @@ def check_dtype(part: str, title: str, dtype: str) -> None:
     """
     allowed = DTYPES_BY_PART.get(part, FACTOR_DTYPES)
     if dtype not in allowed:
-        raise LoraError(f"has a {title} of dtype {dtype}; it may be {', '.join(allowed)}")
+        raise LoraError(f"has {dtype} numbers in its {title}; they may be {', '.join(allowed)}")

@@ -279,7 +279,7 @@ def test_module_with_an_unknown_part_is_skipped_whole(write, suffix, part, spell
 
 
 def test_hostile_name_of_an_unknown_part_is_cut(write):
-    file = read_lora(write(PEFT | {"transformer.x.\x1b[31m" + "a" * 5000: torch.ones(1)}))
+    file = read_lora(write(PEFT | {"transformer.x.\x1b[31m" + "a" * 400: torch.ones(1)}))
 
     reasons = {reason for _, reason in file.skipped_keys}
 
@@ -561,7 +561,7 @@ REFUSED = {
     ),
     "complex": (
         {"x.lora_A.weight": A.to(torch.complex64), "x.lora_B.weight": B},
-        r"x has a lora_A \(down\) of dtype C64; it may be F64, F32, F16, BF16, F8_E4M3, ",
+        r"x has C64 numbers in its lora_A \(down\); they may be F64, F32, F16, BF16, F8",
     ),
     "NaN": (
         {"x.lora_A.weight": A, "x.lora_B.weight": B * float("nan")},

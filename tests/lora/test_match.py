@@ -506,3 +506,55 @@ def test_part_of_a_fused_module_changes_its_rows_only() -> None:
         and not made[:16].any()
         and not made[32:].any()
     )
+
+
+# -- one matrix under two names ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("transformer_blocks.0.attn.to_out.0", "double_blocks.0.img_attn.proj"),
+        ("double_blocks.0.img_attn.qkv", "transformer_blocks.0.attn.to_k"),
+        ("transformer_blocks.0.attn.to_k", "double_blocks.0.img_attn.qkv"),
+        ("transformer_blocks.0.attn.to_k", "transformer_blocks_0_attn_to_k"),
+    ],
+)
+@pytest.mark.parametrize("is_fused_in_model", [False, True])
+def test_a_matrix_under_two_names_is_refused(first: str, second: str, is_fused_in_model: bool) -> None:
+    models = make_tiny_models()["flux"]
+    if is_fused_in_model:
+        models["denoiser"].fuse_qkv_projections()
+    rows = {name: 48 if "qkv" in name else 16 for name in (first, second)}
+    changes = {name: make_change(rows[name], 16, seed) for seed, name in enumerate(rows)}
+
+    with pytest.raises(
+        LoraError, match=f" is in the file twice, as {first} and {second}; which one is meant"
+    ):
+        match_loras(models, [make_request({"denoiser": changes})], strict=False)
+
+
+def test_other_rows_and_other_parameters_are_not_twice() -> None:
+    models = make_tiny_models()["flux"]
+    models["denoiser"].fuse_qkv_projections()
+    bias = LoraChange(None, randn(16, seed=3))
+    changes = {f"transformer_blocks.0.attn.to_{letter}": make_change(16, 16) for letter in "qkv"}
+    changes |= {
+        "transformer_blocks.0.attn.to_out.0": make_change(16, 16),
+        "double_blocks.0.img_attn.proj": bias,
+    }
+
+    found = match_loras(models, [make_request({"denoiser": changes})], strict=True)
+
+    assert len(found.denoiser["transformer_blocks.0.attn.to_qkv"]) == 3
+    assert len(found.denoiser["transformer_blocks.0.attn.to_out.0"]) == 2
+
+
+def test_two_files_may_change_the_same_matrix() -> None:
+    models = make_tiny_models()["flux"]
+    names = ("transformer_blocks.0.attn.to_out.0", "double_blocks.0.img_attn.proj")
+    stack = [make_request({"denoiser": {name: make_change(16, 16)}}) for name in names]
+
+    found = match_loras(models, stack, strict=True)
+
+    assert [index for index, _ in found.denoiser["transformer_blocks.0.attn.to_out.0"]] == [0, 1]

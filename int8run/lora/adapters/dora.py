@@ -12,6 +12,8 @@ from int8run.lora.adapters.row_selection import SelectedRows, WrappedDelta, sele
 
 # rows of a weight that are converted to float32 at a time when their norms are computed
 NORM_CHUNK_ROWS = 1024
+# rows with a smaller norm count as zeros; what is divided by it stays finite
+SMALLEST_NORM = 1e-30
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,8 +90,8 @@ class DoRA(WrappedDelta):
 
     def compute_ratio(self, norms: Tensor) -> Tensor:
         """g for the norms of `W + dW`; a row of zeros stays zero."""
-        smallest = torch.finfo(torch.float32).tiny
-        return self.magnitude.float().to(norms.device) / norms.clamp_min(smallest)
+        ratio = self.magnitude.float().to(norms.device) / norms.clamp_min(SMALLEST_NORM)
+        return torch.where(norms < SMALLEST_NORM, 0.0, ratio)
 
     def select_rows(self, index: Tensor) -> LoraDelta:
         if self.on_input and self.joined is None and not self.has_all_rows(index):
