@@ -21,6 +21,7 @@ from int8run.lora.apply import (
     get_bias_deltas,
     get_weight_deltas,
 )
+from int8run.lora.module_names import find_target
 
 
 class MergedParameter:
@@ -28,7 +29,7 @@ class MergedParameter:
 
     Args:
         module: the one that it belongs to.
-        name: `weight` or `bias`.
+        name: `weight`, `bias`, or that of another parameter.
         deltas: what is added to it.
         known_original: its value without any LoRA, where that is in memory already; None: it is copied here.
     """
@@ -144,17 +145,30 @@ class FloatMerge:
         self.unreachable: list[str] = []  # modules whose weight is no parameter that could be written to
         self.device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
         for name, module_changes in changes.items():
-            module = model.get_submodule(name)
+            module, attribute = find_target(model, name)
             if not isinstance(module, Int8Linear):
-                self.add_module(name, module, module_changes, earlier)
+                self.add_module(name, module, attribute, module_changes, earlier)
         self.check_tied_weights()
 
     def add_module(
-        self, name: str, module: nn.Module, changes: IndexedChanges, earlier: "FloatMerge | None"
+        self,
+        name: str,
+        module: nn.Module,
+        attribute: str,
+        changes: IndexedChanges,
+        earlier: "FloatMerge | None",
     ) -> None:
-        """Keep the originals of one module."""
+        """Keep the originals of one module.
+
+        Args:
+            name: what the changes are known by, see `find_target`.
+            module: that is changed.
+            attribute: of the module: `weight`, or a parameter of another name.
+            changes: of the LoRAs.
+            earlier: see above.
+        """
         deltas, bias_deltas = get_weight_deltas(changes), get_bias_deltas(changes)
-        weight: Any = module.weight
+        weight: Any = getattr(module, attribute)
         bias = getattr(module, "bias", None)
         known_weights = {} if earlier is None else earlier.weights
         known_biases = {} if earlier is None else earlier.biases
@@ -165,7 +179,7 @@ class FloatMerge:
         elif deltas:
             check_is_float(name, weight.dtype)
             known = get_original(known_weights, name, weight)
-            self.weights[name] = MergedParameter(module, "weight", deltas, known)
+            self.weights[name] = MergedParameter(module, attribute, deltas, known)
         if bias_deltas:
             if not hasattr(module, "bias"):
                 raise LoraError(
@@ -202,6 +216,10 @@ class FloatMerge:
         assert original is not None
         return original
 
+    def find_original(self, name: str) -> Tensor | None:
+        """The weight of a module without any LoRA; None where it is not in memory."""
+        return self.weights[name].original if name in self.weights else None
+
     def attach(self) -> None:
         """Give modules without a bias one of zeros where LoRAs add to it."""
         for bias in self.biases.values():
@@ -220,7 +238,8 @@ class FloatMerge:
         modules = {} if model is None else dict(model.named_modules())
         changed = []
         for name, parameter in [*self.weights.items(), *self.biases.items()]:
-            if modules.get(name) is not parameter.find_module() or parameter.is_changed_outside():
+            module = modules.get(name) or modules.get(name.rpartition(".")[0])
+            if module is not parameter.find_module() or parameter.is_changed_outside():
                 changed.append(name)
         return list(dict.fromkeys(changed))
 

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from int8run.errors import LoraError
-from int8run.lora.key_parsing import UNKNOWN_SUFFIX, find_suffix, parse_key, remove_adapter_name
+from int8run.lora.key_parsing import (
+    NEW_NORM,
+    UNKNOWN_SUFFIX,
+    find_suffix,
+    normalize_key,
+    parse_key,
+    remove_adapter_name,
+)
 from int8run.lora.module_names import flatten_name
 from int8run.lora.untrusted_text import sanitize_text
 
@@ -49,6 +56,11 @@ class ModuleKeys:
         """Whether it is a weight of a model, and nothing that changes one."""
         return set(self.by_part) == {"weight"}
 
+    @property
+    def is_lora(self) -> bool:
+        """Whether a model's own file cannot have it."""
+        return not self.by_part.keys() <= {"weight", NEW_NORM}
+
 
 @dataclass
 class KeyGroups:
@@ -81,6 +93,9 @@ def group_keys(path: Path, keys: Iterable[str]) -> KeyGroups:
             module = modules.setdefault((component, flatten_name(name)), ModuleKeys(component, name))
             module.by_part.setdefault(part, []).append(key)
 
+    if not any(module.is_lora for module in modules.values()):  # the norms of a whole model are no change
+        for module in modules.values():
+            module.by_part = {"weight": module.keys}
     incomplete = find_incomplete_modules(modules, skipped)
     for module_name, module in modules.items():
         skip_reason = incomplete.get(module_name) or find_skip_reason(module)
@@ -225,5 +240,5 @@ def list_parts(module: ModuleKeys, stem: str) -> list[str]:
 
 def get_stem(key: str) -> str:
     """The module in a key as it is spelled there, prefixes included: `a.b.lora_A.weight` -> `a.b`."""
-    plain_key, _ = remove_adapter_name(key)
+    plain_key = normalize_key(key)
     return plain_key.removesuffix(find_suffix(plain_key))

@@ -23,6 +23,9 @@ LOHA_PARTS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "ha
 LOKR_PARTS = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
 OTHER_LYCORIS_PARTS = ("alpha", "dora_scale", "diff", "diff_b", "w_norm", "b_norm", "on_input")
 
+# the trained value of a norm, which takes the place of the model's own
+NEW_NORM = "new_norm"
+
 # suffix -> part of an adapter; the first that ends a key counts
 PART_BY_SUFFIX = {
     # a low-rank pair: PEFT, diffusers
@@ -54,6 +57,7 @@ PART_BY_SUFFIX = {
     ".lora_A": "down",
     ".lora_B": "up",
     **{f".{part}": part for part in (*LOHA_PARTS, *LOKR_PARTS, *OTHER_LYCORIS_PARTS)},
+    f".{NEW_NORM}": NEW_NORM,
 }
 # pieces of a key after which PEFT puts the adapter's name, unless a file was saved without it
 NAMED_PARTS = {
@@ -71,6 +75,23 @@ TENSOR_NAMES = ("weight", "bias", "scale_weight", "weight_scale")
 # an adapter inside another one has two names (`default_0.default`)
 MAX_ADAPTER_PIECES = 2
 UNKNOWN_SUFFIX = "unknown suffix"
+# end of a key -> the same in the spelling of `PART_BY_SUFFIX`
+OTHER_SPELLINGS = {
+    # Wan's modulation is a parameter of its block, and not of a module
+    ".diff_m": ".modulation.diff",
+    # ComfyUI's names of parameters that are not the weight of a module
+    ".weight.diff": ".diff",
+    ".bias.diff": ".diff_b",
+    ".query_norm.scale.diff": ".query_norm.diff",
+    ".key_norm.scale.diff": ".key_norm.diff",
+    # control LoRAs of BFL hold the norms of q and k whole
+    ".query_norm.scale": f".query_norm.{NEW_NORM}",
+    ".key_norm.scale": f".key_norm.{NEW_NORM}",
+    ".norm_q.weight": f".norm_q.{NEW_NORM}",
+    ".norm_k.weight": f".norm_k.{NEW_NORM}",
+    ".norm_added_q.weight": f".norm_added_q.{NEW_NORM}",
+    ".norm_added_k.weight": f".norm_added_k.{NEW_NORM}",
+}
 
 # attention processors of xlabs have q, k and v in one pair; their names stay, because no model has such
 # modules
@@ -145,7 +166,7 @@ def parse_key(key: str) -> ParsedKey:
         block, processor, half = xlabs.groups()
         return ParsedKey(*split_component(f"{block}.{processor}"), half)
 
-    plain_key = remove_adapter_name(key)[0]
+    plain_key = normalize_key(key)
     found = find_unread_type(plain_key)
     if found is not None:
         unread, name = found
@@ -163,11 +184,20 @@ def parse_key(key: str) -> ParsedKey:
     return ParsedKey(*split_component(key), None, UNKNOWN_SUFFIX)
 
 
+def normalize_key(key: str) -> str:
+    """A key without an adapter's name, its end in the spelling of `PART_BY_SUFFIX`."""
+    plain_key, _ = remove_adapter_name(key)
+    for ending, spelling in OTHER_SPELLINGS.items():
+        if plain_key.endswith(ending):
+            return plain_key.removesuffix(ending) + spelling
+    return plain_key
+
+
 def find_suffix(plain_key: str) -> str:
     """The end of a key that tells its part, one of `PART_BY_SUFFIX`; empty where none does.
 
     Args:
-        plain_key: without an adapter's name.
+        plain_key: see `normalize_key`.
     """
     return next((suffix for suffix in PART_BY_SUFFIX if plain_key.endswith(suffix)), "")
 

@@ -23,7 +23,7 @@ from int8run.lora.module_names import (
     ModuleTargets,
     NameTable,
     count_source_rows,
-    get_weight_shape,
+    get_target_shape,
 )
 from int8run.lora.unread_types import UnreadType, describe_unread_types, list_unread_types
 from int8run.models.dual_denoisers import split_denoiser
@@ -210,7 +210,7 @@ class ModelComponent:
 
     def get_weight_shape(self, target: ModuleTarget) -> tuple[int, ...]:
         """Shape of the weight of a target."""
-        return get_weight_shape(self.model.get_submodule(target.module))
+        return get_target_shape(self.model, target.module)
 
 
 def match_loras(parts: Mapping[str, nn.Module], stack: Sequence[MatchRequest], strict: bool) -> Matches:

@@ -81,10 +81,18 @@ class NameTable:
     Args:
         modules: the model's modules by name; those without a weight are passed over.
         mappings: of the names that the model's authors use.
+        parameters: those that are not the weight or bias of a module, such as tables of modulations; each
+            is looked up like a module.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module], mappings: Iterable[KeyMapping]):
-        shapes = {name: get_weight_shape(module) for name, module in modules.items()}
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        mappings: Iterable[KeyMapping],
+        parameters: Mapping[str, Tensor] | None = None,
+    ):
+        shapes = {name: tuple(parameter.shape) for name, parameter in (parameters or {}).items()}
+        shapes |= {name: get_weight_shape(module) for name, module in modules.items()}
         row_counts = {name: shape[0] for name, shape in shapes.items() if shape}
         mappings = tuple(mappings)
         slices_by_name = expand_names(map_modules_to_rows(row_counts, mappings), mappings)
@@ -101,7 +109,8 @@ class NameTable:
     @classmethod
     def from_model(cls, model: nn.Module) -> "NameTable":
         """The table of a model, with the mappings of its class; without any it has its own names only."""
-        return cls(dict(model.named_modules()), load_lora_mappings(type(model).__name__))
+        mappings = load_lora_mappings(type(model).__name__)
+        return cls(dict(model.named_modules()), mappings, find_own_parameters(model))
 
     def find_targets(self, name: str) -> ModuleTargets | None:
         """The modules that a name in a file stands for.
@@ -130,6 +139,31 @@ class NameTable:
     def find_all_targets(self, names: Iterable[str]) -> dict[str, ModuleTargets | None]:
         """The targets of several names, see `find_targets`."""
         return {name: self.find_targets(name) for name in names}
+
+
+def find_own_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters of modules that have no weight, such as tables of modulations."""
+    parameters = {}
+    for module_name, module in model.named_modules():
+        if get_weight_shape(module):
+            continue
+        for name, parameter in module.named_parameters(prefix=module_name, recurse=False):
+            parameters[name] = parameter
+    return parameters
+
+
+def find_target(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """What a name of `NameTable` stands for: a module and `weight`, or a module and another parameter."""
+    owner_name, _, attribute = name.rpartition(".")
+    owner = model.get_submodule(owner_name)
+    target = getattr(owner, attribute)
+    return (target, "weight") if isinstance(target, nn.Module) else (owner, attribute)
+
+
+def get_target_shape(model: nn.Module, name: str) -> tuple[int, ...]:
+    """Shape of what a name of `NameTable` stands for."""
+    module, attribute = find_target(model, name)
+    return get_weight_shape(module) if attribute == "weight" else tuple(getattr(module, attribute).shape)
 
 
 def iter_flat_names(name: str) -> Iterator[str]:

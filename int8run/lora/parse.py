@@ -15,14 +15,14 @@ from torch import Tensor
 from int8run.errors import LoraError
 from int8run.lora.adapters.base import LoraDelta
 from int8run.lora.adapters.change import LoraChange
-from int8run.lora.adapters.diff import Diff
+from int8run.lora.adapters.diff import Diff, Replacement
 from int8run.lora.adapters.dora import DoRA
 from int8run.lora.adapters.ia3 import IA3
 from int8run.lora.adapters.loha import LoHa
 from int8run.lora.adapters.lokr import LoKr
 from int8run.lora.adapters.lora import LoRA
 from int8run.lora.adapters.low_rank import LowRankPair
-from int8run.lora.key_parsing import LOHA_PARTS, LOKR_PARTS
+from int8run.lora.key_parsing import LOHA_PARTS, LOKR_PARTS, NEW_NORM
 
 # part -> tensor, of one module
 AdapterTensors = Mapping[str, Tensor]
@@ -249,6 +249,11 @@ def build_norm_diff(tensors: AdapterTensors, get_scale: GetScale) -> Diff:
     return Diff(tensors["w_norm"], adapter_type="norm")
 
 
+def build_new_norm(tensors: AdapterTensors, get_scale: GetScale) -> Replacement:
+    """The value of a norm's weight, in place of the model's."""
+    return Replacement(tensors[NEW_NORM])
+
+
 def build_ia3(tensors: AdapterTensors, get_scale: GetScale) -> IA3:
     """A factor for each row or column; convolutions store it with dimensions of 1."""
     weight, on_input = require_parts(tensors, "weight", "on_input")
@@ -262,6 +267,7 @@ ADAPTER_BUILDERS: tuple[tuple[set[str], Callable[[AdapterTensors, GetScale], Lor
     (set(LOKR_PARTS), build_lokr),
     ({"diff"}, build_diff),
     ({"w_norm"}, build_norm_diff),
+    ({NEW_NORM}, build_new_norm),
     ({"weight", "on_input"}, build_ia3),
 )
 

@@ -8,6 +8,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -20,10 +21,12 @@ from int8run.lora.config import MODES, check_strength
 from int8run.lora.find import find_lora, get_default_name
 from int8run.lora.float_merge import FloatMerge
 from int8run.lora.installed import InstalledLoras, find_marks, format_names
+from int8run.lora.joined_norms import read_joined_norms
 from int8run.lora.key_parsing import DENOISER
 from int8run.lora.load import LoraFile, read_lora
 from int8run.lora.match import Matches, MatchRequest, match_loras
 from int8run.lora.modes import ModeChoice, ModeChooser, Overhead
+from int8run.lora.module_names import find_target
 from int8run.lora.weight_reader import WeightReader
 from int8run.models.given_model import GivenModel, take_denoiser, take_text_encoders, unwrap
 from int8run.quant.rounding import AbsMax, Rounding
@@ -245,7 +248,7 @@ class LoraStack:
                 installed.put_back()
             raise
         for component, modules in matches.by_component.items():
-            self.installed.mark(self.parts[component].get_submodule(name) for name in modules)
+            self.installed.mark(find_target(self.parts[component], name)[0] for name in modules)
         if left_behind:
             log.warning(
                 "taken off the model: %s, of a LoraStack that is gone; keep the stack in a variable, and add "
@@ -349,7 +352,8 @@ class LoraStack:
             if changes and component not in leave:
                 merge = FloatMerge(self.parts[component], changes, earlier.get(component))
                 self.installed.merges[component] = merge
-        for merge in self.installed.merges.values():
+        for component, merge in self.installed.merges.items():
+            read_joined_norms(matches.by_component[component], merge.find_original)
             merge.attach()
 
     def attach(
@@ -381,10 +385,11 @@ class LoraStack:
             overhead=overhead,
             max_overhead=max_overhead,
         )
+        read_joined_norms(self.matches.denoiser, partial(self.find_int8_weight, int8))
         reasons: Counter[str] = Counter()
         layers: dict[str, Int8LoraLayer] = {}
         for name, changes in self.matches.denoiser.items():
-            layer = int8.get_submodule(name)
+            layer, _ = find_target(int8, name)
             if not isinstance(layer, Int8Linear):
                 continue  # its float weight has the LoRAs added
             read_weight = WeightReader(name, layer, self.merges[DENOISER] if float_weights else None)
@@ -402,6 +407,21 @@ class LoraStack:
             lora_layer.attach()
         for reason, count in reasons.items():
             log.info("LoRAs on %d layers by lora.mode=%s", count, reason)
+
+    def find_int8_weight(self, int8: nn.Module, name: str) -> Tensor | None:
+        """The weight of a module without any LoRA, read back from integers where it is INT8.
+
+        Args:
+            int8: the denoiser with the INT8 layers, without LoRAs.
+            name: of the module.
+
+        Returns:
+            None where it is not in memory.
+        """
+        layer, _ = find_target(int8, name)
+        if isinstance(layer, Int8Linear):
+            return WeightReader(name, layer, None)()
+        return self.merges[DENOISER].find_original(name) if DENOISER in self.merges else None
 
     def make_layer(
         self,

@@ -45,7 +45,7 @@ for a module gives the name that is written.
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -127,14 +127,28 @@ class KeyMappingSet:
 def load_lora_mappings(class_name: str, folder: Path = MAPPING_FOLDER) -> tuple[KeyMapping, ...]:
     """Return the mappings of modules that LoRA files may use.
 
-    These are the class's own, those that only LoRA files use, and those of all classes.
+    These are the class's own, those that only LoRA files use, those of parameters that are not the weight or
+    bias of a module, and those of all classes.
 
     Raises:
         ConfigError: for a malformed file of key mappings.
     """
     own = load_mappings(class_name, folder)
     common = load_mappings(ANY_CLASS, folder)
-    return own.names + own.lora_names + common.names
+    parameters = tuple(
+        # the weight of one of the authors' modules is called like that module
+        replace(mapping, original=mapping.original.removesuffix(".weight"))
+        for mapping in own.parameters
+        if is_own_parameter(mapping)
+    )
+    return own.names + own.lora_names + parameters + common.names
+
+
+def is_own_parameter(mapping: KeyMapping) -> bool:
+    """Return whether a mapping renames a parameter that is not a module's, and leaves its values alone."""
+    attribute = mapping.targets[0].rpartition(".")[2]
+    is_plain = len(mapping.targets) == 1 and mapping.shape is None and not mapping.transposed
+    return is_plain and attribute not in ("weight", "bias", "**")
 
 
 def load_mappings(class_name: str, folder: Path = MAPPING_FOLDER) -> KeyMappingSet:

@@ -215,10 +215,11 @@ def test_unknown_keys_are_listed_with_reasons(write):
 
 
 def test_plain_weights_are_skipped(write):
-    file = read_lora(write({"x.weight": A, "x.bias": torch.ones(4)}))
+    file = read_lora(write({"x.weight": A, "x.bias": torch.ones(4), "x.norm_q.weight": torch.ones(4)}))
 
     assert set(file.skipped_keys) == {
         ("x.weight", "a weight of a model, not a change of one"),
+        ("x.norm_q.weight", "a weight of a model, not a change of one"),
         ("x.bias", "unknown suffix"),
     }
     assert file.changes == {} and file.notes == ()
@@ -252,6 +253,15 @@ def test_module_with_an_unsupported_part_is_skipped_whole(write, suffix):
     assert list(file.changes["denoiser"]) == ["y"]
     assert {key for key, _ in file.skipped_keys} == {*PEFT, f"transformer.x.{suffix}"}
     assert {reason.partition(":")[0] for _, reason in file.skipped_keys} == {"unsupported adapter type"}
+
+
+@pytest.mark.parametrize("key", ["a.norm.query_norm.scale", "diffusion_model.a.norm.query_norm.scale"])
+def test_whole_norm_beside_a_lora_takes_the_place_of_the_models(write, key):
+    value, own = randn(IN, seed=3), randn(IN, seed=4)
+    file = read_lora(write(PEFT | {key: value}))
+    delta = file.changes["denoiser"]["a.norm.query_norm"].weight_delta
+
+    assert_close("norm", own + delta.compute_delta(own), value, 1e-6)
 
 
 UNKNOWN_PARTS = {

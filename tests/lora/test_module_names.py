@@ -18,7 +18,9 @@ from int8run.lora.module_names import (
     ModuleTarget,
     NameTable,
     count_source_rows,
+    find_target,
     flatten_name,
+    get_target_shape,
     get_weight_shape,
 )
 from int8run.models.key_mapping import KeyMapping
@@ -42,6 +44,14 @@ def make_tiny_flux() -> FluxTransformer2DModel:
 @pytest.fixture(scope="module")
 def flux() -> NameTable:
     return NameTable.from_model(make_tiny_flux())
+
+
+def make_tiny_wan() -> WanTransformer3DModel:
+    """Two blocks; on the meta device."""
+    with torch.device("meta"):
+        return WanTransformer3DModel(
+            in_channels=4, num_layers=2, attention_head_dim=12, num_attention_heads=1, ffn_dim=8
+        )
 
 
 def make_target(module: str, first: int, end: int) -> ModuleTarget:
@@ -161,6 +171,32 @@ def test_module_that_is_called_like_a_wrapper_is_itself():
     assert table.find_targets("model.x") == (ModuleTarget("model.x"),)
     assert table.find_targets("net.x") == (ModuleTarget("net.x"),)
     assert table.find_targets("x") == (ModuleTarget("x"),)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameter"),
+    [
+        ("blocks.1.modulation", "blocks.1.scale_shift_table"),
+        ("blocks_1_modulation", "blocks.1.scale_shift_table"),
+        ("blocks.1.scale_shift_table", "blocks.1.scale_shift_table"),
+        ("head.modulation", "scale_shift_table"),
+    ],
+)
+def test_parameters_without_a_module_of_their_own_have_names(name, parameter):
+    model = make_tiny_wan()
+    (target,) = NameTable.from_model(model).find_targets(name)
+    module, attribute = find_target(model, target.module)
+
+    assert target == ModuleTarget(parameter)
+    assert getattr(module, attribute) is model.get_parameter(parameter)
+    assert get_target_shape(model, target.module) == tuple(model.get_parameter(parameter).shape)
+
+
+def test_module_is_changed_in_its_weight():
+    model = make_tiny_flux()
+
+    assert find_target(model, Q) == (model.get_submodule(Q), "weight")
+    assert get_target_shape(model, Q) == (8, 8)
 
 
 def test_source_rows_are_counted(flux):

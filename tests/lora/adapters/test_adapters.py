@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from int8run.errors import LoraError
 from int8run.lora.adapters.base import LoraDelta
 from int8run.lora.adapters.change import LoraChange, is_same
-from int8run.lora.adapters.diff import Diff
+from int8run.lora.adapters.diff import Diff, Replacement
 from int8run.lora.adapters.dora import DoRA
 from int8run.lora.adapters.ia3 import IA3
 from int8run.lora.adapters.joined_columns import JoinedColumns, JoinedPart
@@ -95,6 +95,13 @@ CASES = {
         LoRA(DOWN5[..., None, None], CONV_B, 0.25, MID),
         KERNEL,
         lambda w: multiply_tucker(MID, CONV_B[..., 0, 0], DOWN5) / 4,
+        has_branch=False,
+    ),
+    "new value": Case(
+        Replacement(randn(N, K, seed=40)),
+        (N, K),
+        lambda w: randn(N, K, seed=40) - w,
+        rank=None,
         has_branch=False,
     ),
     "LoHa": Case(
