@@ -22,6 +22,7 @@ from int8run.models.sampling import Sampling
 from int8run.utils.timing import read_clock
 
 SAME_ENCODERS: Mapping[str, Mapping[str, nn.Module]] = MappingProxyType({})
+SAME_SAMPLING: Mapping[str, Sampling] = MappingProxyType({})
 
 # Called before each step with the fraction of the steps that is done.
 OnFraction = Callable[[float], None]
@@ -113,6 +114,7 @@ def generate(
     on_batch: Callable[[str, Sequence[Sample], Generation], None] = lambda name, batch, generation: None,
     on_fraction: OnFraction = lambda fraction: None,
     text_encoders: Mapping[str, Mapping[str, nn.Module]] = SAME_ENCODERS,
+    other_samplings: Mapping[str, Sampling] = SAME_SAMPLING,
 ) -> dict[str, Generation]:
     """Run every batch of samples through each denoiser in turn, so that both meet the same machine.
     The order alternates from batch to batch. The pipeline keeps the last denoiser.
@@ -128,6 +130,7 @@ def generate(
         on_batch: called after each batch with the denoiser's name, the samples and the Generation so far.
         on_fraction: called before each step with the fraction of the steps that is done.
         text_encoders: by the name of a denoiser, the components that belong to it, where not all share them.
+        other_samplings: by the name of a denoiser, how it generates, where it does not as `sampling` says.
 
     Returns:
         A Generation for each denoiser, by its name.
@@ -142,7 +145,7 @@ def generate(
             set_text_encoders(pipe, name, text_encoders.get(name, {}))
             before_batch(name)
             clock = StepClock(device, on_fraction)
-            generate_batch(pipe, batch, sampling, clock, generations[name])
+            generate_batch(pipe, batch, other_samplings.get(name, sampling), clock, generations[name])
             on_batch(name, batch, generations[name])
     return generations
 

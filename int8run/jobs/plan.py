@@ -69,12 +69,13 @@ def plan_jobs(
     used_folders = {record.folder for record in earlier_records}
     by_config_hash = {record.config_hash: record for record in earlier_records}
     planned = []
+    next_number = 0
     for config, spec in zip(configs, specs, strict=True):
         earlier = by_config_hash.pop(hash_config(get_plain_config(config)), None)
         if earlier is not None:
             config.hydra.job.num = earlier.number
         else:
-            choose_free_number(config, used_folders)
+            next_number = choose_free_number(config, used_folders, next_number)
         origin = make_job(config, config.hydra, get_job_folder(config))
         used_folders.add(origin.output_dir)
         status = build_status(spec, origin)
@@ -95,15 +96,25 @@ def get_job_folder(config: DictConfig) -> Path:
     return Path(str(config.hydra.sweep.dir)) / str(OmegaConf.select(config, "hydra.sweep.subdir"))
 
 
-def choose_free_number(config: DictConfig, used_folders: Collection[Path]) -> None:
+def choose_free_number(config: DictConfig, used_folders: Collection[Path], next_number: int) -> int:
     """Count a job's number up until no other job has its folder.
+
+    Args:
+        config: of the job.
+        used_folders: of other jobs.
+        next_number: what an earlier call returned: the numbers that it tried are not tried again.
+
+    Returns:
+        The number after the one that was found, or `next_number` where the job's own was free.
 
     Raises:
         ConfigError: for a `hydra.sweep.subdir` that does not depend on the number.
     """
     folder = get_job_folder(config)
+    if folder not in used_folders:
+        return next_number
     while folder in used_folders:
-        config.hydra.job.num += 1
+        config.hydra.job.num = max(config.hydra.job.num + 1, next_number)
         next_folder = get_job_folder(config)
         if next_folder == folder:
             raise ConfigError(
@@ -111,6 +122,7 @@ def choose_free_number(config: DictConfig, used_folders: Collection[Path]) -> No
                 "let it depend on the job's number, as its default does: ${hydra.job.num}"
             )
         folder = next_folder
+    return config.hydra.job.num + 1
 
 
 def find_finished_jobs(manifest: SweepManifest, planned: Sequence[PlannedJob]) -> dict[int, Record]:

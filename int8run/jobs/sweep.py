@@ -39,6 +39,7 @@ from int8run.tracking.run_record import (
     Record,
     create_record,
     end_record,
+    shorten_value,
     start_record,
     try_read_record,
 )
@@ -218,7 +219,8 @@ class SweepRun:
             number = planned.job.number
             outcome = self.outcomes[number]
             if outcome.state != FINISHED:
-                lines.append(f"  job {number} ({planned.origin.name}) {outcome.state}: {outcome.error}")
+                name = shorten_value(planned.origin.name)
+                lines.append(f"  job {number} ({name}) {outcome.state}: {outcome.error}")
                 exit_codes.add(outcome.exit_code)
         if not lines:
             return

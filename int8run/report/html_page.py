@@ -29,6 +29,7 @@ from int8run.report.runs_table import build_runs_table
 from int8run.report.strength_curves import build_strength_curves
 from int8run.report.verdict import explain_incomparable_speeds, recommend
 from int8run.tracking.run_record import Record
+from int8run.utils.text import make_lines_visible
 
 TEMPLATE_FOLDER = Path(__file__).parent
 
@@ -99,11 +100,22 @@ def load_template(name: str) -> Template:
     environment = Environment(
         loader=FileSystemLoader(TEMPLATE_FOLDER),
         autoescape=True,
+        finalize=show_text,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     return environment.get_template(name)
+
+
+def show_text(value: object) -> object:
+    """What an expression of the template prints: what a page would obey in a text of a user is shown.
+
+    Marks that turn the direction of writing reach beyond their own cell. What the template marks as safe
+    stays as it is: plots and images.
+    """
+    is_text = isinstance(value, str) and not hasattr(value, "__html__")
+    return make_lines_visible(str(value)) if is_text else value
 
 
 def read_asset(name: str) -> str:

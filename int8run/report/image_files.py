@@ -12,6 +12,7 @@ from int8run.utils.text import find_longest, make_visible
 DIFFERENCE_GAIN = 8
 
 GRID_MIN_SIDE = 192  # px; smaller images are enlarged in a grid, by a whole factor and without smoothing
+MAX_GRID_PIXELS = 120_000_000  # a larger PNG is refused by viewers, and takes gigabytes to write
 GRID_GAP = 12  # px between images
 MIN_FONT_SIZE = 16
 CAPTION_COLOR = "#555"
@@ -43,9 +44,11 @@ def make_image_grid(rows: Sequence[GridRow], columns: Sequence[str]) -> Image.Im
     font_size = max(MIN_FONT_SIZE, width // 24)
     font = ImageFont.load_default(size=font_size)
     line_height = font_size + 8
+    grid_width = len(columns) * (width + GRID_GAP) + GRID_GAP
+    rows = limit_rows(rows, MAX_GRID_PIXELS // (grid_width * (line_height + height + GRID_GAP)))
     row_heights = [line_height + (height + GRID_GAP if images else 0) for _, images in rows]
 
-    grid_size = len(columns) * (width + GRID_GAP) + GRID_GAP, line_height + sum(row_heights) + GRID_GAP
+    grid_size = grid_width, line_height + sum(row_heights) + GRID_GAP
     grid = Image.new("RGB", grid_size, "white")
     draw = ImageDraw.Draw(grid)
     lefts = [GRID_GAP + column * (width + GRID_GAP) for column in range(len(columns))]
@@ -60,6 +63,15 @@ def make_image_grid(rows: Sequence[GridRow], columns: Sequence[str]) -> Image.Im
             resized = image.convert("RGB").resize((width, height), Image.Resampling.NEAREST)
             grid.paste(resized, (left, top + line_height - 4))
     return grid
+
+
+def limit_rows(rows: Sequence[GridRow], max_rows: int) -> Sequence[GridRow]:
+    """The first rows, and a caption that says how many are left out; at least one row."""
+    max_rows = max(1, max_rows)
+    num_left_out = len(rows) - max_rows
+    if num_left_out <= 0:
+        return rows
+    return [*rows[:max_rows], (f"{num_left_out} more rows have no room here: see images/", [])]
 
 
 def choose_cell_size(rows: Sequence[GridRow]) -> tuple[int, int]:

@@ -9,6 +9,7 @@ import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -114,12 +115,8 @@ class EmbeddedImages:
 
     uris: dict[str, str] = field(default_factory=dict)
     has_thumbnails: bool = False
+    nbytes: int = 0  # length of all data URIs
     _ids: dict[bytes, str] = field(default_factory=dict)
-
-    @property
-    def nbytes(self) -> int:
-        """Length of all data URIs."""
-        return sum(map(len, self.uris.values()))
 
     def add(self, image: Image.Image) -> str:
         """Embed an image where it is new.
@@ -131,7 +128,9 @@ class EmbeddedImages:
         digest = hashlib.sha256(repr(image.size).encode() + image.tobytes()).digest()
         if digest not in self._ids:
             self._ids[digest] = f"p{len(self._ids)}"
-            self.uris[self._ids[digest]] = self.encode(image)
+            uri = self.encode(image)
+            self.uris[self._ids[digest]] = uri
+            self.nbytes += len(uri)
         return self._ids[digest]
 
     def encode(self, image: Image.Image) -> str:
@@ -166,11 +165,11 @@ def build_gallery(runs: Sequence[Run], *, max_bytes: int = MAX_BYTES, max_cells:
         is_full = images.nbytes >= max_bytes or (len(rows) + 1) * len(columns) > max_cells
         if rows and is_full:
             break
-        uris_before = dict(images.uris)
+        num_before = len(images.uris)
         files = [files_by_tag[run.tag].get(key) for run in columns]
         row = GalleryRow(format_caption(key), build_row(columns, files, images, max_bytes))
         if rows and images.nbytes > max_bytes:
-            images.uris = uris_before
+            images.uris = dict(islice(images.uris.items(), num_before))
             break
         rows.append(row)
 

@@ -3,7 +3,7 @@
 Each is drawn twice, for a screen and for a phone. Chooses what is drawn; `plots` draws it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -13,6 +13,7 @@ from int8run.report.ranking import choose_speed_metric, find_pareto_front, list_
 from int8run.report.runs import Run, find_varying_settings, format_tags, parse_number
 from int8run.report.strength_curves import StrengthCurves
 from int8run.tracking.run_record import shorten_keys
+from int8run.utils.text import make_visible
 
 HALF = 500  # px; two plots beside each other
 MAX_LINES = 16  # of curves in one plot
@@ -20,6 +21,8 @@ MAX_PLOTS = 2  # for each strength
 
 # More points, or one with a longer label, and all are labelled with their tag alone.
 MAX_LABELS = 14
+# With more points only those of the Pareto front are labelled, so many at most; the others have a title.
+MAX_TAGS = 60
 MAX_LABEL_LENGTH = 30
 
 CURVE_METRICS = (
@@ -77,15 +80,18 @@ def build_speed_quality_plot(runs: Sequence[Run]) -> ResponsivePlot | None:
     if metric is None or len(shown) < 2:
         return None
 
-    front = find_pareto_front(positions)
+    front = set(find_pareto_front(positions))
     shown_runs = [runs[index] for index in shown]
     keys = find_varying_settings(shown_runs)
     has_room = len(shown) <= MAX_LABELS and all(len(run.label) <= MAX_LABEL_LENGTH for run in shown_runs)
+    labelled = choose_labelled(shown, front)
     points = []
     for index in shown:
         run = runs[index]
         label = f"{run.tag} {label_run(run, keys)}" if has_room else run.tag
-        points.append(build_point(run, metric, label, is_on_front=index in front))
+        points.append(
+            build_point(run, metric, label if index in labelled else "", is_on_front=index in front)
+        )
 
     faster_is_less = metric == STEP_MS
     x_label = "step time, ms (faster to the right)" if faster_is_less else "speed, × the float model's"
@@ -98,6 +104,13 @@ def build_speed_quality_plot(runs: Sequence[Run]) -> ResponsivePlot | None:
     )
 
 
+def choose_labelled(shown: Sequence[int], front: Collection[int]) -> set[int]:
+    """The points that have a label: all, or where they are too many some of the Pareto front."""
+    if len(shown) <= MAX_TAGS:
+        return set(shown)
+    return set([index for index in shown if index in front][:MAX_TAGS])
+
+
 def build_point(run: Run, speed_metric: str, label: str, *, is_on_front: bool) -> Point:
     """The point of a run that has a speed and a PSNR."""
     speed, psnr = run.get_metric(speed_metric) or 0.0, run.get_metric(PSNR_DB) or 0.0
@@ -105,8 +118,8 @@ def build_point(run: Run, speed_metric: str, label: str, *, is_on_front: bool) -
     return Point(
         x=speed,
         y=psnr,
-        label=label,
-        description=f"{run.name}: {speed:.3g} {unit}, PSNR {format_psnr(psnr)}",
+        label=make_visible(label),
+        description=f"{make_visible(run.name)}: {speed:.3g} {unit}, PSNR {format_psnr(psnr)}",
         is_on_front=is_on_front,
     )
 
@@ -129,6 +142,7 @@ def build_curve_plots(curves: StrengthCurves, number: int) -> CurvePlots:
         number: of the strength on the page; keeps the ids of the plots apart.
     """
     lines = dict(islice(curves.lines.items(), MAX_LINES))
+    x_label = make_visible(curves.key)
     plots: list[ResponsivePlot] = []
     for metric, y_label in CURVE_METRICS:
         points = [
@@ -138,7 +152,13 @@ def build_curve_plots(curves: StrengthCurves, number: int) -> CurvePlots:
         if any(points) and len(plots) < MAX_PLOTS:
             name = f"curve-{number}-{metric.rpartition('/')[2]}"
             wide, narrow = (
-                draw_curves(points, x_label=curves.key, y_label=y_label, name=f"{name}-{size}", width=width)
+                draw_curves(
+                    points,
+                    x_label=x_label,
+                    y_label=y_label,
+                    name=f"{name}-{size}",
+                    width=width,
+                )
                 for size, width in (("half", HALF), ("narrow", NARROW))
             )
             plots.append(ResponsivePlot(wide, narrow))

@@ -75,7 +75,7 @@ class Point:
     Args:
         x: speed.
         y: PSNR in dB; infinite for identical images.
-        label: stands beside the point.
+        label: stands beside the point; empty: none.
         description: shown when the pointer rests on the point.
         is_on_front: whether it is on the Pareto front.
     """
@@ -274,11 +274,14 @@ def label_points(
     frame = (window.x0, window.y0, window.x1 + 8, window.y1 + 8)
 
     to_pixels = axes.transData.transform
-    spots = [tuple(to_pixels((point.x, y))) for point, y in zip(points, heights, strict=True)]
-    sizes = [measure_label(figure, point.label, renderer) for point in points]
+    all_spots = [tuple(to_pixels((point.x, y))) for point, y in zip(points, heights, strict=True)]
+    labelled = [(point, spot) for point, spot in zip(points, all_spots, strict=True) if point.label]
+    sizes = [measure_label(figure, point.label, renderer) for point, _ in labelled]
     line_boxes = surround_step_line([tuple(to_pixels(corner)) for corner in corners])
-    boxes = place_labels(spots, sizes, frame, line_boxes)
-    for point, spot, box in zip(points, spots, boxes, strict=True):
+    other_dots = [surround_dot(s) for point, s in zip(points, all_spots, strict=True) if not point.label]
+    taken = [*other_dots, *line_boxes]
+    boxes = place_labels([spot for _, spot in labelled], sizes, frame, taken)
+    for (point, spot), box in zip(labelled, boxes, strict=True):
         draw_label(axes, point, spot, box)
 
 
@@ -340,7 +343,7 @@ def place_labels(
         frame: where labels may be.
         taken: further boxes to keep clear of.
     """
-    dots = [(x - DOT_RADIUS, y - DOT_RADIUS, x + DOT_RADIUS, y + DOT_RADIUS) for x, y in spots]
+    dots = list(map(surround_dot, spots))
     placed: list[Box] = []
     for spot, size in zip(spots, sizes, strict=True):
         obstacles = [*placed, *dots, *taken]
@@ -348,6 +351,12 @@ def place_labels(
         # `min` takes the first of the clearest: options come in the order of preference.
         placed.append(min(options, key=lambda box: sum(compute_overlap(box, other) for other in obstacles)))
     return placed
+
+
+def surround_dot(spot: Position) -> Box:
+    """The box around a point that labels keep clear of."""
+    x, y = spot
+    return x - DOT_RADIUS, y - DOT_RADIUS, x + DOT_RADIUS, y + DOT_RADIUS
 
 
 def list_label_boxes(spot: Position, size: Position, frame: Box) -> list[Box]:
@@ -382,6 +391,13 @@ def compute_overlap(a: Box, b: Box) -> float:
 # -- SVG -----------------------------------------------------------------------------------------------------
 
 
+def adapt_tag(tag: str, name: str) -> str:
+    """A tag of the SVG with the page's font and colors, and with ids of this plot."""
+    tag = re.sub(r" font-family: [^;]*;", "", tag)
+    tag = re.sub("|".join(PAGE_COLORS), lambda match: PAGE_COLORS[match.group()], tag)
+    return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", tag)
+
+
 def to_svg(figure: Figure, name: str, description: str, titles: Mapping[str, str]) -> str:
     """The figure as an SVG element for the page.
 
@@ -398,12 +414,14 @@ def to_svg(figure: Figure, name: str, description: str, titles: Mapping[str, str
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<defs>\s*<style.*?</style>\s*</defs>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r" font-family: [^;]*;", "", svg)  # the page's font is used
-    svg = re.sub("|".join(PAGE_COLORS), lambda match: PAGE_COLORS[match.group()], svg)
-    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
-    for key, title in titles.items():
-        group = f'<g id="{name}-{key}">'
-        svg = svg.replace(group, f"{group}<title>{escape(title)}</title>")
+    # In tags alone: a label is free to say `#010101` or `id="x"`.
+    svg = re.sub(r"<[^>]+>", lambda match: adapt_tag(match.group(), name), svg)
+
+    def add_title(match: re.Match[str]) -> str:
+        title = titles.get(match[1])
+        return match.group() if title is None else f"{match.group()}<title>{escape(title)}</title>"
+
+    svg = re.sub(rf'<g id="{name}-([^"]*)">', add_title, svg)
 
     width, height = (72 * inches for inches in figure.get_size_inches())
     opening = (

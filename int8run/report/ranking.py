@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from int8run.report.columns import PSNR_DB, SPEED_RATIO, STEP_MS
-from int8run.report.runs import Run, find_varying_settings, format_tags, select_measured
+from int8run.report.runs import Run, find_varying_settings, format_setting, format_tags, select_measured
 from int8run.tracking.run_record import shorten_keys
 
 # Settings that are chosen for the image that one wants. Runs that differ in them have different float images,
@@ -83,7 +83,9 @@ def group_candidates(runs: Sequence[Run]) -> CandidateSet:
     short_keys = shorten_keys(keys)
     candidates = []
     for choice, run_by_content in groups.items():
-        name = " ".join(f"{short_keys[key]}={value}" for key, value in zip(choice_keys, choice, strict=True))
+        name = " ".join(
+            format_setting(short_keys[key], value) for key, value in zip(choice_keys, choice, strict=True)
+        )
         members = tuple(run for content, run in run_by_content.items() if content in common)
         candidates.append(Candidate(name, members))
     return CandidateSet(candidates, content_keys)
@@ -132,17 +134,17 @@ def find_pareto_front(points: Sequence[tuple[float, float] | None]) -> list[int]
     Returns:
         indices into `points`.
     """
-    known = [point for point in points if point is not None]
-    return [
-        index
-        for index, point in enumerate(points)
-        if point is not None and not any(dominates(other, point) for other in known)
-    ]
-
-
-def dominates(a: tuple[float, float], b: tuple[float, float]) -> bool:
-    """Whether `a` is at least as good as `b` in both numbers, and better in one."""
-    return a[0] >= b[0] and a[1] >= b[1] and a != b
+    known = [(point, index) for index, point in enumerate(points) if point is not None]
+    front = []
+    # The largest first number first, and of equal ones the largest second: a point is on the front if its
+    # second number is larger than that of all before it, or if it is the same point again.
+    known.sort(key=lambda pair: pair[0], reverse=True)
+    last: tuple[float, float] | None = None
+    for point, index in known:
+        if last is None or point[1] > last[1] or point == last:
+            front.append(index)
+            last = point
+    return sorted(front)
 
 
 def find_best(candidates: Sequence[Candidate], metric: str, direction: int) -> list[Candidate]:

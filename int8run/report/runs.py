@@ -14,11 +14,15 @@ from int8run.tracking.run_record import (
     Record,
     find_varying_keys,
     shorten_keys,
+    shorten_value,
     split_override,
 )
 
 # Settings that change neither the images nor the speed.
 IRRELEVANT_SETTINGS = re.compile(r"(resume|progress|tracker|cache|save)([.]|$)")
+
+
+MAX_VALUE_LENGTH = 60  # characters of a setting's value in a name; the tables have it whole
 
 
 @dataclass(frozen=True)
@@ -71,9 +75,14 @@ def name_runs(records: Sequence[Record]) -> list[Run]:
     runs = []
     for number, record, values in zip(numbers, records, settings, strict=True):
         varied_settings = {key: values.get(key, MISSING) for key in keys}
-        label = " ".join(f"{short_keys[key]}={varied_settings[key]}" for key in label_keys)
+        label = " ".join(format_setting(short_keys[key], varied_settings[key]) for key in label_keys)
         runs.append(Run(record=record, tag=f"#{number}", varied_settings=varied_settings, label=label))
     return runs
+
+
+def format_setting(short_key: str, value: str) -> str:
+    """A setting in the name of a run or a line: `strength=0.5`; a long value is shortened."""
+    return f"{short_key}={shorten_value(value, MAX_VALUE_LENGTH)}"
 
 
 def choose_label_keys(

@@ -54,7 +54,7 @@ def build_runs_table(runs: Sequence[Run]) -> RunsTable:
     """Lay out the metrics of the runs, and mark the best of each column and the Pareto front."""
     columns = choose_columns(runs)
     cells_by_column = [build_column_cells(column, runs) for column in columns]
-    front = find_pareto_front(list_speed_quality(runs)) if len(runs) > 1 else []
+    front = set(find_pareto_front(list_speed_quality(runs))) if len(runs) > 1 else set()
     rows = [
         TableRow(run=run, is_on_front=index in front, cells=[cells[index] for cells in cells_by_column])
         for index, run in enumerate(runs)

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from int8run.report.runs import Run, find_varying_settings, parse_number, select_measured
+from int8run.report.runs import Run, find_varying_settings, format_setting, parse_number, select_measured
 from int8run.tracking.run_record import shorten_keys
 
 STRENGTH_KEY = re.compile(r"lora[.](adapters[.]\d+[.])?strength")
@@ -49,7 +49,9 @@ def group_by_strength(runs: Sequence[Run], strength_key: str, keys: Sequence[str
         if strength is None:
             excluded.append(run.tag)
             continue
-        others = [f"{short_keys[key]}={run.varied_settings[key]}" for key in keys if key != strength_key]
+        others = [
+            format_setting(short_keys[key], run.varied_settings[key]) for key in keys if key != strength_key
+        ]
         lines.setdefault(" ".join(others) or "all runs", []).append((strength, run))
     for line in lines.values():
         line.sort(key=lambda point: point[0])

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from int8run.report.console import is_interactive, make_bold, make_plain, print_lines
 from int8run.report.formatting import format_decibels, format_duration
-from int8run.tracking.run_record import FINISHED, Record
+from int8run.tracking.run_record import FINISHED, Record, shorten_value
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class SweepProgress:
     def report_start(self, number: int, name: str) -> None:
         """Name a job above its own bars; elsewhere than on a terminal it has none."""
         if self.enabled and is_interactive():
-            print_lines(Text.assemble(make_bold(f"Job {number}"), make_plain(f" {name} …")))
+            print_lines(Text.assemble(make_bold(f"Job {number}"), make_plain(f" {shorten_value(name)} …")))
 
     def report_end(self, record: Record) -> None:
         """Tell how a job ended, how much is left, and which job is the best so far."""
@@ -68,7 +68,7 @@ class SweepProgress:
 
         line = " · ".join(
             [
-                f"Job {record.number} ({record.name}): {describe_outcome(record)}",
+                f"Job {record.number} ({shorten_value(record.name)}): {describe_outcome(record)}",
                 self.describe_remaining(),
                 *self.describe_best(),
             ]
@@ -91,7 +91,10 @@ class SweepProgress:
         """The best job so far, once there are two to choose from."""
         if self.best is None or self.num_ended < 2:
             return []
-        return [f"best {self.objective} so far {format_metric(self.best, self.objective)}: {self.best.label}"]
+        return [
+            f"best {self.objective} so far {format_metric(self.best, self.objective)}: "
+            f"{shorten_value(self.best.label)}"
+        ]
 
 
 def describe_outcome(record: Record) -> str:

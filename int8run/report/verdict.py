@@ -36,6 +36,7 @@ from int8run.report.runs import (
     pluralize,
     select_measured,
 )
+from int8run.report.step_times import has_scattered_times
 
 # Settings that decide which images the float model generates, LoRAs aside.
 IMAGE_SETTINGS = re.compile(r"(model|sampler|prompts|seed)\b")
@@ -104,7 +105,7 @@ class SweepComparison:
     @property
     def has_comparable_speeds(self) -> bool:
         """Whether one may say which candidate is the fastest: not where half of the timed runs scatter."""
-        num_timed = sum(run.get_metric(STEP_MS) is not None for run in self.runs)
+        num_timed = len(find_timed(self.runs))
         mostly_scattered = num_timed > 0 and 2 * len(self.scattered_tags) >= num_timed
         return not self.speed_problems and not mostly_scattered
 
@@ -146,7 +147,7 @@ def compare_runs(runs: Sequence[Run]) -> SweepComparison:
         closest=find_best(candidates, PSNR_DB, direction=1),
         smallest=find_best(candidates, DENOISER_BYTES, direction=-1),
         speed_problems=explain_incomparable_speeds(runs),
-        scattered_tags=[run.tag for run in runs if has_scattered_steps(run)],
+        scattered_tags=[run.tag for run in find_timed(runs) if has_scattered_times(run.record.metrics)],
     )
 
 
@@ -159,11 +160,14 @@ def list_warnings(comparison: SweepComparison) -> list[str]:
     if comparison.scattered_tags:
         tags = format_tags(comparison.scattered_tags)
         warnings.append(
-            f"Step times of {tags} vary by more than a factor of two: other programs used the machine, and "
-            "these speeds are unreliable."
+            f"Step times of {tags} scatter by more than twice: other work ran on the machine, so these "
+            "speeds say little."
         )
+    measured = select_measured(comparison.runs)
     if not comparison.fastest:
         warnings.append("No run measured its speed.")
+    elif untimed := [run.tag for run in measured if run.get_metric(STEP_MS) is None]:
+        warnings.append(f"The speed of {format_tags(untimed)} was not measured.")
     same_file = [run.tag for run in comparison.runs if run.get_metric(SAME_FILE_LAYERS)]
     if same_file:
         warnings.append(
@@ -172,15 +176,17 @@ def list_warnings(comparison: SweepComparison) -> list[str]:
         )
     if not comparison.closest:
         warnings.append(
-            "No run was compared with the float model's images (metrics.baseline=none), so nothing is known "
-            "about quality."
+            "No run generated the float model's images (metrics.baseline=none), so nothing is known about "
+            "quality."
         )
+    elif unjudged := [run.tag for run in measured if run.get_metric(PSNR_DB) is None]:
+        warnings.append(f"The quality of {format_tags(unjudged)} was not measured.")
     return warnings
 
 
 def explain_incomparable_speeds(runs: Sequence[Run]) -> list[str]:
     """Why the speeds of these runs cannot be compared; empty when they can."""
-    timed = [run for run in runs if run.get_metric(STEP_MS) is not None]
+    timed = find_timed(runs)
     reasons = []
     jobs_at_once = max((run.record.jobs_at_once for run in timed), default=1)
     if jobs_at_once > 1:
@@ -196,21 +202,23 @@ def explain_incomparable_speeds(runs: Sequence[Run]) -> list[str]:
     return reasons
 
 
+def find_timed(runs: Sequence[Run]) -> list[Run]:
+    """The runs that measured their speed."""
+    return [run for run in runs if run.get_metric(STEP_MS) is not None]
+
+
 def explain_incomparable_quality(runs: Sequence[Run]) -> str | None:
     """Why the quality of these runs cannot be compared; None when it can."""
-    keys = [key for key in find_varying_settings(select_measured(runs)) if IMAGE_SETTINGS.match(key)]
+    measured = select_measured(runs)
+    keys = [key for key in find_varying_settings(measured) if IMAGE_SETTINGS.match(key)]
     if not keys:
         return None
+    if all(run.get_metric(PSNR_DB) is None for run in measured):
+        return f"The runs differ in {', '.join(keys)}, so each generated other images."
     return (
         f"Quality is not comparable: the runs differ in {', '.join(keys)}, so each was compared with "
         "different images of the float model."
     )
-
-
-def has_scattered_steps(run: Run) -> bool:
-    """Whether one step in ten took more than twice the median."""
-    p50, p90 = run.get_metric(STEP_MS), run.get_metric("speed/step_ms_p90")
-    return p50 is not None and p90 is not None and p90 > 2 * p50
 
 
 # -- one candidate -------------------------------------------------------------------------------------------
@@ -283,11 +291,17 @@ def write_verdict(comparison: SweepComparison) -> str:
 def weigh_speed_and_quality(comparison: SweepComparison) -> str:
     """The sentence that chooses between the fastest and the closest, or leaves the choice to the reader."""
     fastest, closest = comparison.fastest, comparison.closest
-    both = [candidate for candidate in fastest if candidate in closest]
+    closest_names = {candidate.name for candidate in closest}
+    both = [candidate for candidate in fastest if candidate.name in closest_names]
     if both:
         return f"Use {format_names(both)}: both the fastest and the closest to float."
 
     speed_loss = compute_speed_loss(comparison)
+    if speed_loss is None:
+        return (
+            f"Choose: {format_names(fastest)} is the fastest that was timed; {format_names(closest)} is the "
+            "closest to float, and its speed was not measured."
+        )
     if speed_loss <= SPEED_NOISE:
         within = f"{100 * SPEED_NOISE:.0f} %"
         return f"Use {format_names(closest)}: the closest to float, and within {within} of the fastest."
@@ -309,16 +323,20 @@ def weigh_speed_and_quality(comparison: SweepComparison) -> str:
     )
 
 
-def compute_speed_loss(comparison: SweepComparison) -> float:
-    """How much slower the closest candidate is than the fastest, as a share of the fastest one's speed."""
-    if comparison.speed_metric is None:
-        return math.nan
-    speeds = [
-        candidate.get_metric(comparison.speed_metric) or math.nan
-        for candidate in (comparison.fastest[0], comparison.closest[0])
-    ]
+def compute_speed_loss(comparison: SweepComparison) -> float | None:
+    """How much slower the closest candidate is than the fastest, as a share of the fastest one's speed.
+
+    Returns:
+        None where the closest one was not timed.
+    """
+    metric = comparison.speed_metric
+    if metric is None:
+        return None
+    fastest, closest = (best[0].get_metric(metric) for best in (comparison.fastest, comparison.closest))
+    if not fastest or not closest:
+        return None
     # The same for step times and for ratios to float.
-    return 1 - min(speeds) / max(speeds)
+    return 1 - min(fastest, closest) / max(fastest, closest)
 
 
 def compute_psnr_gain(comparison: SweepComparison) -> float | None:
@@ -363,8 +381,9 @@ def list_facts(comparison: SweepComparison) -> list[tuple[str, str]]:
 def list_between(comparison: SweepComparison) -> list[Candidate]:
     """The candidates of the Pareto front that are neither the fastest nor the closest."""
     front = find_pareto_front(list_speed_quality(comparison.candidates))
-    extremes = [*comparison.fastest, *comparison.closest]
-    return [comparison.candidates[index] for index in front if comparison.candidates[index] not in extremes]
+    extremes = {candidate.name for candidate in (*comparison.fastest, *comparison.closest)}
+    candidates = [comparison.candidates[index] for index in front]
+    return [candidate for candidate in candidates if candidate.name not in extremes]
 
 
 # -- phrases -------------------------------------------------------------------------------------------------
@@ -394,4 +413,5 @@ def describe_metrics(candidate: Candidate, metrics: Sequence[str]) -> str:
 def describe_medians(comparison: SweepComparison, num_runs: str) -> str:
     """Over what the candidates' metrics are medians, and why."""
     keys = ", ".join(comparison.content_keys)
-    return f"{keys} ({num_runs}): chosen for the image, so INT8 is compared with float at each value"
+    compared = "INT8 is compared with float" if comparison.closest else "speeds are compared"
+    return f"{keys} ({num_runs}): chosen for the image, so {compared} at each value"

@@ -88,8 +88,11 @@ def sync_runs(tracker: Tracker, folder: Path) -> None:
     warn_other_stores(tracker, missing)
     results = [upload_record(tracker, record) for record in missing]
     uploaded = [record for record in results if record.uploaded]
+    records_by_sweep: dict[str | None, list[Record]] = {}
+    for record in records:
+        records_by_sweep.setdefault(record.sweep, []).append(record)
     for sweep in dict.fromkeys(record.sweep for record in uploaded if record.sweep):
-        view_hint = tracker.share_sweep(sweep, [record for record in records if record.sweep == sweep])
+        view_hint = tracker.share_sweep(sweep, records_by_sweep[sweep])
         if view_hint:
             print_lines(f"runs:     {view_hint}")
     present = len(records) - len(missing)

@@ -25,7 +25,7 @@ from int8run.lora.header_info import (
 )
 from int8run.metrics.memory import read_peak_bytes, reset_peak_memory
 from int8run.metrics.quality import average_quality, compare_generations, compute_trajectory_error
-from int8run.models.sampling import SCHEDULE_ARGUMENTS
+from int8run.models.sampling import SCHEDULE_ARGUMENTS, Sampling
 from int8run.models.schedulers import set_scheduler
 from int8run.pipeline import process_cache
 from int8run.pipeline.build import BuiltModel, build_model
@@ -33,13 +33,16 @@ from int8run.pipeline.float_baseline import get_float_baseline
 from int8run.report.console import Progress, print_lines
 from int8run.report.formatting import format_pairs
 from int8run.report.result_tables import build_result_table
+from int8run.report.step_times import has_scattered_times
 from int8run.tasks.image_writer import ImageWriter
-from int8run.tasks.run_metrics import RunComparison, has_scattered_times, measure_run
+from int8run.tasks.run_metrics import RunComparison, measure_run
 from int8run.tasks.run_outputs import describe_build, name_candidate, write_outputs
 from int8run.utils.hardware import get_device_name
 
 log = logging.getLogger(__name__)
 WARM_UP_STEPS = 2
+FLOAT_TIMING = "float_timing"  # name of a generation that only times the float model
+TIMING_STEPS = 4  # of each batch; the first one is not counted
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,7 @@ def generate_and_measure(
         baseline=baseline,
         is_baseline_fresh=is_fresh,
         latent_errors=compute_trajectory_error(candidate, baseline) if baseline else [],
+        float_timing=generations.get(FLOAT_TIMING),
     )
     metrics = measure_run(spec, built, comparison, calls, is_reused=is_reused)
     if spec.lora.adapters:
@@ -222,7 +226,8 @@ def generate_all(
         progress: shows the images.
 
     Returns:
-        Generations by the same names, `float` included with `metrics.baseline=run`.
+        Generations by the same names, `float` included with `metrics.baseline=run`. Where the float images
+        are those of an earlier job there is FLOAT_TIMING, too: a few steps of the float model now.
     """
     samples = writer.samples
     needs_float = spec.metrics.baseline == "run" and candidate != "float"
@@ -231,10 +236,11 @@ def generate_all(
     if known_float is not None:
         log.info(
             "the float images are those of an earlier job with the same settings; "
-            "the speed ratio compares two moments"
+            "its speed is measured again, with a few steps beside each batch"
         )
-    names = ["float", candidate] if needs_float and known_float is None else [candidate]
+    names = ["float", candidate] if needs_float else [candidate]
     denoisers = {name: built.denoisers[name] for name in names}
+    num_drawing = 1 if known_float is not None else len(denoisers)
     run_warm_up(spec, built, denoisers, samples[: spec.sampling.batch])
 
     def set_scheduled_strengths(fraction: float) -> None:
@@ -244,10 +250,12 @@ def generate_all(
     def reset_peak(name: str) -> None:
         reset_peak_memory(built.device)
 
-    with progress.track_loop("Generating", len(samples) * len(denoisers), line_each=True) as advance:
+    with progress.track_loop("Generating", len(samples) * num_drawing, line_each=True) as advance:
 
         def keep_batch(name: str, batch: Sequence[Sample], generation: Generation) -> None:
             generation.peak_bytes = max(generation.peak_bytes, read_peak_bytes(built.device))
+            if known_float is not None and name == "float":
+                return  # a few steps make no image
             writer.write_batch(name, batch, generation, built.pipe)
             advance(len(batch))
 
@@ -261,10 +269,11 @@ def generate_all(
             on_batch=keep_batch,
             on_fraction=set_scheduled_strengths,
             text_encoders=built.text_encoders,
+            other_samplings={} if known_float is None else {"float": shorten_for_timing(spec.sampling)},
         )
     built.set_strengths(spec.lora.strengths, spec.lora.text_strengths)
     if known_float is not None:
-        return {"float": known_float, **generations}
+        return {"float": known_float, FLOAT_TIMING: generations["float"], candidate: generations[candidate]}
     if "float" in generations:
         process_cache.put(float_key, generations["float"], generations["float"].nbytes)
     return generations
@@ -282,15 +291,27 @@ def run_warm_up(
         batch: samples of one batch.
     """
     PromptCache.for_pipeline(built.pipe).requested.clear()  # of earlier jobs
-    extra = {name: value for name, value in spec.sampling.extra.items() if name not in SCHEDULE_ARGUMENTS}
     generate(
         built.pipe,
         built.component,
         denoisers,
         batch,
-        replace(spec.sampling, steps=WARM_UP_STEPS, extra=extra),
+        shorten_sampling(spec.sampling, WARM_UP_STEPS),
         text_encoders=built.text_encoders,
     )
+
+
+def shorten_sampling(sampling: Sampling, steps: int) -> Sampling:
+    """The same sampling with fewer steps, without a schedule for each of the others."""
+    extra = {name: value for name, value in sampling.extra.items() if name not in SCHEDULE_ARGUMENTS}
+    return replace(sampling, steps=steps, extra=extra)
+
+
+def shorten_for_timing(sampling: Sampling) -> Sampling:
+    """A sampling of a few steps that time a model and make no image."""
+    steps = min(sampling.steps or TIMING_STEPS, TIMING_STEPS)
+    shortened = shorten_sampling(sampling, steps)
+    return replace(shortened, extra={**shortened.extra, "output_type": "latent"})
 
 
 def check_images(generation: Generation, name: str) -> None:

@@ -28,7 +28,6 @@ from int8run.pipeline.build import BuiltModel, measure_lora_overhead
 
 log = logging.getLogger(__name__)
 MAX_EMBEDDING_ERROR = 0.4  # twice that of nvfp4, the coarsest format
-MAX_STEP_TIME_SPREAD = 2.0  # of the 90th percentile over the median
 # the denoiser's keyword arguments in one step, as `generate.capture` records them
 DenoiserCalls = Sequence[Mapping[str, Any]]
 
@@ -41,7 +40,9 @@ class RunComparison:
         samples: prompts and seeds, one per image or video.
         candidate: what the model that the run is about generated.
         baseline: what the float model generated; None when it did not run.
-        is_baseline_fresh: whether it did so in this run: speeds of another day are not compared.
+        is_baseline_fresh: whether it did so in this run: speeds of another moment are not compared.
+        float_timing: a few steps of the float model in turn with the candidate, where its images are those
+            of an earlier job.
         latent_errors: relative error of the latents after each step; empty without a baseline.
         quality: one per sample; empty without a baseline, and until it is measured.
     """
@@ -52,6 +53,14 @@ class RunComparison:
     is_baseline_fresh: bool
     latent_errors: Sequence[float]
     quality: Sequence[SampleQuality] = ()
+    float_timing: Generation | None = None
+
+    @property
+    def timed_float(self) -> Generation | None:
+        """The generation that has the float model's times in this run; None where it did not run."""
+        if self.float_timing is not None:
+            return self.float_timing
+        return self.baseline if self.is_baseline_fresh else None
 
 
 def measure_run(
@@ -69,7 +78,7 @@ def measure_run(
     Returns:
         Metrics by their public names.
     """
-    comparable = comparison.baseline if comparison.is_baseline_fresh else None
+    comparable = comparison.timed_float
     metrics = compute_speed(comparison.candidate, comparable)
     metrics["memory/peak_bytes"] = comparison.candidate.peak_bytes
     if comparable is not None and comparable.peak_bytes:  # those that an earlier job generated have none
@@ -81,8 +90,7 @@ def measure_run(
     metrics["build/quantize_s"] = 0.0 if is_reused else built.seconds["quantize"]
     metrics["float/denoiser_bytes"] = built.float_bytes
     if comparable is not None:
-        for name, value in compute_speed(comparable, None).items():
-            metrics[name.replace("speed/", "float/")] = value
+        metrics |= measure_float_speed(comparable)
     if comparison.baseline is not None and "int8" in built.denoisers:
         metrics["quality/half_error_step"] = find_half_error_step(comparison.latent_errors)
     if comparison.baseline is not None and built.num_dequantized_layers:
@@ -93,6 +101,15 @@ def measure_run(
     if spec.lora.adapters:
         metrics |= measure_loras(spec, built, calls)
     return metrics
+
+
+def measure_float_speed(generation: Generation) -> dict[str, float]:
+    """The times and rates of the float model. A few steps without images have no rates."""
+    names = {}
+    for name, value in compute_speed(generation, None).items():
+        if generation.frames or "step_ms" in name:
+            names[name.replace("speed/", "float/")] = value
+    return names
 
 
 def measure_text_encoders(spec: RunSpec, built: BuiltModel) -> dict[str, float]:
@@ -181,21 +198,13 @@ def measure_loras(spec: RunSpec, built: BuiltModel, calls: DenoiserCalls) -> dic
 
 def collect_series(comparison: RunComparison) -> dict[str, list[float]]:
     """Collect what has one value per step or frame."""
-    candidate, baseline = comparison.candidate, comparison.baseline
+    candidate = comparison.candidate
     series = {"series/step_ms": list_step_times(candidate)}
-    if baseline is None:
+    if comparison.timed_float is not None:
+        series["series/float_step_ms"] = list_step_times(comparison.timed_float)
+    if comparison.baseline is None:
         return series
-    series["series/float_step_ms"] = list_step_times(baseline)
     series["series/latent_rel_err"] = list(comparison.latent_errors)
     if candidate.is_video:
         series["series/frame_psnr_db"] = average_frames(comparison.quality, "psnr_db")
     return series
-
-
-def has_scattered_times(metrics: Mapping[str, float]) -> bool:
-    """Whether one step in ten took more than twice the median, as on a busy machine."""
-    for model in ("speed", "float"):
-        median = metrics.get(f"{model}/step_ms_p50", 0)
-        if metrics.get(f"{model}/step_ms_p90", 0) > MAX_STEP_TIME_SPREAD * median:
-            return True
-    return False

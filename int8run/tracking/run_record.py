@@ -187,7 +187,10 @@ class Record:
     def layers(self) -> list[dict[str, str]]:
         """Rows of layers.csv."""
         path = self.folder / "layers.csv"
-        return list(csv.DictReader(path.read_text().splitlines())) if path.is_file() else []
+        if not path.is_file():
+            return []
+        with path.open(newline="") as file:
+            return list(csv.DictReader(file))
 
     @cached_property
     def environment(self) -> dict[str, Any]:

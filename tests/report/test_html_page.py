@@ -13,10 +13,15 @@ from report.run_folders import (
     write_run,
     write_sample,
 )
+from support.hostile_texts import HOSTILE_TEXTS
 
 from int8run.errors import ConfigError
+from int8run.report import plots
 from int8run.report.html_page import write_report
+from int8run.report.page_plots import build_speed_quality_plot
+from int8run.report.runs import name_runs
 from int8run.tracking.run_record import find_records
+from int8run.utils.text import UNSAFE_BUT_LINES, make_visible
 
 HOSTILE_PROMPT = "a fox </script><script>alert(1)</script>"
 
@@ -272,3 +277,76 @@ def test_the_heatmap_names_the_runs_that_show_weights(tmp_path):
 
     hints = [paragraph["text"] for paragraph in page.find_all("p")]
     assert any("of each layer's output; of its weight in #1" in hint for hint in hints)
+
+
+@pytest.mark.parametrize("text", HOSTILE_TEXTS, ids=repr)
+def test_hostile_texts_are_shown_and_obeyed_by_nothing(tmp_path, text):
+    for number in range(2):
+        sample = write_sample(tmp_path / str(number), "000", f"prompt {text}", make_noise_image(number))
+        write_run(
+            tmp_path,
+            number,
+            [f"model.location={text}{number}", "lora.strength=1"],
+            metrics=make_metrics(10 + number, 2, 50),
+            images=[sample],
+            layers=[make_layer_row(f"layer {text}".encode(errors="replace").decode(), 30)],
+            error=f"error {text}",
+            host=f"host {text}",
+        )
+
+    page, html = render_report(find_records(tmp_path), tmp_path, f"sweep {text}")
+
+    shown = make_visible(text)
+    body = next(element for element in page.elements if element["tag"] == "body")["text"]
+    for what in ("sweep", "host"):
+        assert f"{what} {shown}" in body
+    assert f"layer {shown}" in body or "\udce4" in text, "no layer has such a name"
+    assert any(tile.get("data-caption") == f"prompt {shown} · seed 0" for tile in page.find_all("button"))
+    assert not UNSAFE_BUT_LINES.search(html)
+    assert page.unbalanced == []
+    assert not any("alert" in script["text"] for script in page.find_all("script"))
+
+
+def test_a_page_without_float_images_says_nothing_of_a_comparison_with_float(tmp_path):
+    for number in range(2):
+        sample = write_sample(tmp_path / str(number), "000", "fox", make_noise_image(number))
+        metrics = make_metrics(10 + number, None, None, None)
+        write_run(tmp_path, number, [f"lora.strength={number}"], metrics=metrics, images=[sample])
+
+    page, _ = render_report(find_records(tmp_path), tmp_path)
+
+    body = next(element for element in page.elements if element["tag"] == "body")["text"]
+    for claim in ("compared with float", "PSNR to float", "shows float images", "closer to float"):
+        assert claim not in body
+
+
+def test_the_work_of_a_page_grows_with_its_runs(tmp_path, monkeypatch):
+    calls = []
+    compute_overlap = plots.compute_overlap
+
+    def count(a, b):
+        calls.append(1)
+        return compute_overlap(a, b)
+
+    monkeypatch.setattr(plots, "compute_overlap", count)
+    runs = []
+    for number in range(150):
+        metrics = make_metrics(10 + number, 2 + number / 100, 90 - number / 4)
+        runs.append(write_run(tmp_path, number, [f"seed={number}"], metrics=metrics))
+
+    def count_overlaps(num_runs):
+        calls.clear()
+        build_speed_quality_plot(name_runs(runs[:num_runs]))
+        return len(calls)
+
+    assert count_overlaps(150) < 3 * count_overlaps(75)
+
+
+def test_long_values_are_whole_in_the_tables_and_short_in_names(tmp_path):
+    for number in range(2):
+        write_run(tmp_path, number, [f"prompt={'x' * 3000}{number}"], metrics=make_metrics(10 + number))
+
+    runs = name_runs(find_records(tmp_path))
+
+    assert len({run.label for run in runs}) == 2 and max(len(run.label) for run in runs) < 80
+    assert runs[1].varied_settings["prompt"] == "x" * 3000 + "1"

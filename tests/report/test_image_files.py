@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from int8run.report import image_files
 from int8run.report.image_files import (
     DIFFERENCE_GAIN,
     GRID_MIN_SIDE,
+    limit_rows,
     make_difference_image,
     make_image_grid,
     save_sample,
@@ -163,6 +165,17 @@ def test_shortening_a_long_caption_measures_it_a_few_times(num_characters):
     assert len(shortened) == 400
     assert len(measured) <= 20, "halving needs one try for each doubling of the length"
     assert sum(measured) <= 4 * num_characters, "the work grows with the length, not with its square"
+
+
+def test_a_grid_has_no_more_rows_than_viewers_open(monkeypatch):
+    monkeypatch.setattr(image_files, "MAX_GRID_PIXELS", 250 * 250 * 3)
+    rows = [(f"prompt {number}", [make_flat_image(RED)]) for number in range(2000)]
+
+    grid = make_image_grid(rows, [""])
+
+    assert find_color(grid, RED)[0] == 3 * GRID_MIN_SIDE**2
+    assert grid.width * grid.height < 250 * 250 * 4
+    assert limit_rows(rows, 3)[3:] == [("1997 more rows have no room here: see images/", [])]
 
 
 def test_a_caption_is_one_line_whatever_its_prompt_has():

@@ -36,6 +36,35 @@ def test_the_front_of_many_points_matches_its_definition():
     assert [points[index] for index in find_pareto_front(points)] == expected
 
 
+class CountedNumber(float):
+    """A number that counts how often it is compared."""
+
+    comparisons = 0
+
+    def __lt__(self, other):
+        CountedNumber.comparisons += 1
+        return float(self) < float(other)
+
+    def __gt__(self, other):
+        CountedNumber.comparisons += 1
+        return float(self) > float(other)
+
+    def __eq__(self, other):
+        CountedNumber.comparisons += 1
+        return float(self) == float(other)
+
+    __hash__ = float.__hash__
+
+
+def test_the_front_of_a_thousand_runs_is_found_by_sorting():
+    numbers = np.random.default_rng(0).random((1000, 2)).tolist()
+    CountedNumber.comparisons = 0
+
+    find_pareto_front([(CountedNumber(a), CountedNumber(b)) for a, b in numbers])
+
+    assert CountedNumber.comparisons < 1000 * 50, "not each with each other"
+
+
 def test_speeds_are_compared_by_ratio_where_all_runs_have_one(tmp_path):
     all_ratios = write_runs(tmp_path / "a", [make_metrics(), make_metrics()])
     one_ratio = write_runs(tmp_path / "b", [make_metrics(), make_metrics(ratio=None)])

@@ -12,6 +12,7 @@ from report.run_folders import (
 )
 
 from int8run.report.runs import name_runs
+from int8run.report.step_times import has_scattered_times
 from int8run.report.verdict import recommend
 from int8run.tracking.run_record import find_records
 
@@ -157,8 +158,8 @@ def test_scattered_step_times_are_a_warning(tmp_path):
     found = recommend(write_runs(tmp_path, [scattered, make_metrics(10, 2, 50)]))
 
     assert found.warnings == [
-        "Step times of #0 vary by more than a factor of two: other programs used the machine, "
-        "and these speeds are unreliable."
+        "Step times of #0 scatter by more than twice: other work ran on the machine, "
+        "so these speeds say little."
     ]
 
 
@@ -218,3 +219,42 @@ def test_a_baseline_of_the_same_file_is_a_warning(tmp_path):
     assert warning.startswith(
         "The float model of #1 was read from the same quantized file: PSNR to float shows"
     )
+
+
+def test_a_candidate_that_was_not_timed_is_not_called_almost_as_fast(tmp_path):
+    found = recommend(write_runs(tmp_path, [make_metrics(10, 2.0, 40), make_metrics(None, None, 50)]))
+
+    assert found.verdict == (
+        "Choose: #0 outlier=none is the fastest that was timed; #1 outlier=convrot is the closest to float, "
+        "and its speed was not measured."
+    )
+    assert found.warnings == ["The speed of #1 was not measured."]
+
+
+@pytest.mark.parametrize("missing", [None, math.nan])
+def test_a_candidate_whose_quality_is_not_known_is_named(tmp_path, missing):
+    runs = write_runs(tmp_path, [make_metrics(10, 2.0, missing), make_metrics(20, 1.0, 50)])
+
+    assert recommend(runs).warnings == ["The quality of #0 was not measured."]
+
+
+@pytest.mark.parametrize("key", ["lora.strength", "seed", "outlier", "sampler.steps"])
+def test_without_float_images_nothing_is_said_of_a_comparison_with_float(tmp_path, key):
+    metrics = [make_metrics(10, None, None, None), make_metrics(11, None, None, None)]
+
+    found = recommend(write_runs(tmp_path, metrics, options=("1", "2"), key=key))
+
+    said = " ".join([found.verdict, *found.warnings, *(f"{term} {text}" for term, text in found.facts)])
+    assert "compared with float" not in said and "different images of the float model" not in said
+    assert "metrics.baseline=none" in said
+
+
+@pytest.mark.parametrize("metric", ["speed/step_ms_p90", "float/step_ms_p90"])
+def test_the_report_and_the_run_call_the_same_jobs_scattered(tmp_path, metric):
+    steady = make_metrics(10, 2, 50, **{"float/step_ms_p50": 20.0, "float/step_ms_p90": 21.0})
+    scattered = steady | {metric: 45.0}
+
+    found = recommend(write_runs(tmp_path, [scattered, steady]))
+
+    assert has_scattered_times(scattered) and not has_scattered_times(steady)
+    assert found.warnings[0].startswith("Step times of #0 scatter by more than twice")

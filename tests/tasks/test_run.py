@@ -25,8 +25,8 @@ from int8run.models.resolve_weights import list_denoisers
 from int8run.pipeline import process_cache
 from int8run.pipeline.build import build_model
 from int8run.report.console import Progress
+from int8run.report.step_times import has_scattered_times
 from int8run.tasks.run import check_images
-from int8run.tasks.run_metrics import has_scattered_times
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
