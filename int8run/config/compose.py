@@ -21,8 +21,9 @@ from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from int8run.config.named_files import check_named_files
 from int8run.config.renamed import old_names_in_files
-from int8run.errors import ConfigError, Int8RunError, find_int8run_error, suggest_similar
+from int8run.errors import ConfigError, FileError, Int8RunError, find_int8run_error, suggest_similar
 
 # called with the number of jobs and the choices of the first
 Announce = Callable[[int, dict[str, str]], None]
@@ -99,7 +100,9 @@ def check_command(
         raise ConfigError(
             "resume=true goes on with a sweep, and this is a single run; add -m, or leave resume out"
         )
-    return shared, create_run_spec(shared)
+    spec = create_run_spec(shared)
+    check_named_files(get_plain_config(shared))
+    return shared, spec
 
 
 def check_jobs(jobs: Sequence[Sequence[str]], configs: Sequence[DictConfig]) -> list[Any]:
@@ -126,13 +129,44 @@ def check_jobs(jobs: Sequence[Sequence[str]], configs: Sequence[DictConfig]) -> 
     if problems and len(jobs) == 1:
         raise problems[0][1]
     if problems:
-        common = set.intersection(*(set(job) for job in jobs))
-        names = [" ".join(word for word in job if word not in common) for job in jobs]
-        lines = [f"  job {number} ({names[number]}): {error}" for number, error in problems]
-        raise ConfigError(
-            "\n".join([f"{len(problems)} of {len(jobs)} jobs cannot run; none was started", *lines])
-        )
+        raise ConfigError(list_problems(jobs, problems))
     return specs
+
+
+def check_files_of_jobs(jobs: Sequence[Sequence[str]], configs: Sequence[DictConfig]) -> None:
+    """Refuse a sweep of which no job can find its files. One that can runs; the others fail as they start.
+
+    Args:
+        jobs: the overrides of each.
+        configs: composed from them.
+
+    Raises:
+        FileError: where each job names a file that is missing.
+    """
+    problems: list[tuple[int, Int8RunError]] = []
+    for number, config in enumerate(configs):
+        try:
+            check_named_files(get_plain_config(config))
+        except FileError as error:
+            problems.append((number, error))
+        else:
+            return
+    if len({str(error) for _, error in problems}) == 1:
+        raise problems[0][1]
+    raise FileError(list_problems(jobs, problems))
+
+
+def list_problems(jobs: Sequence[Sequence[str]], problems: Sequence[tuple[int, Int8RunError]]) -> str:
+    """The message for a sweep that is not started: a line for each job that cannot run.
+
+    Args:
+        jobs: the overrides of each.
+        problems: numbers of jobs, and why they cannot run.
+    """
+    common = set.intersection(*(set(job) for job in jobs))
+    names = [" ".join(word for word in job if word not in common) for job in jobs]
+    lines = [f"  job {number} ({names[number]}): {error}" for number, error in problems]
+    return "\n".join([f"{len(problems)} of {len(jobs)} jobs cannot run; none was started", *lines])
 
 
 def compose_jobs(

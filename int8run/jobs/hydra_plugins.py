@@ -18,7 +18,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from int8run.config.compose import check_jobs
+from int8run.config.compose import check_files_of_jobs, check_jobs
 from int8run.jobs.base import Pool
 from int8run.jobs.folders import claim_sweep_folder
 from int8run.jobs.launchers.in_process import InProcess
@@ -64,6 +64,8 @@ class SweepLauncher(Launcher):
             for number, overrides in enumerate(job_overrides, start=initial_job_idx)
         ]
         specs = check_jobs(job_overrides, configs)
+        if isinstance(self.pool, InProcess | Processes):  # another machine may have other files
+            check_files_of_jobs(job_overrides, configs)
         # imported after the check: it imports what jobs import
         from int8run.jobs.sweep import run_sweep
 

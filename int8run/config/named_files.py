@@ -1,0 +1,128 @@
+"""Whether the files that settings name are here: asked once all are checked, before a model is loaded.
+
+Knows paths alone. What may be on the hub is left to the code that downloads it, and what is in a file to the
+code that reads it.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from int8run.errors import FileError
+from int8run.lora.find import find_lora
+from int8run.models.resolve_weights import MODEL_INDEX_NAME, SAFETENSORS, is_local, to_local_path
+
+# by task class: the settings whose files it opens only after seconds
+FILES_OF_TASKS = {"Run": ("prompts", "lora", "model", "clip", "int8"), "Bench": ("model",)}
+
+
+def check_named_files(settings: Mapping[str, Any]) -> None:
+    """Check that the files and folders are there that the settings of a job name.
+
+    Args:
+        settings: the composed config as plain containers, whose values are checked.
+
+    Raises:
+        FileError: for the first one that is missing.
+        LoraError: for a LoRA.
+    """
+    task = str(settings["task"]["_target_"]).rpartition(".")[2]
+    for group in FILES_OF_TASKS.get(task, ()):
+        CHECKS[group](settings)
+
+
+def check_prompt_file(settings: Mapping[str, Any]) -> None:
+    """Raise FileError where the file of prompts is missing."""
+    location = settings["prompts"].get("path")
+    if location:
+        check_exists("prompts.path", str(location))
+
+
+def check_lora_files(settings: Mapping[str, Any]) -> None:
+    """Raise LoraError where a LoRA is neither here nor can be on the hub."""
+    folder = settings.get("lora_dir")
+    home = None if folder is None else Path(str(folder)).expanduser()
+    for adapter in settings["lora"].get("adapters") or ():
+        if not adapter.get("enabled", True):
+            continue
+        location = adapter.get("path")
+        # of a mapping the model's base chooses an entry, which is not known yet
+        if isinstance(location, str) and location and adapter.get("weight_name") is None:
+            find_lora(location, None, home)
+
+
+def check_model_files(settings: Mapping[str, Any]) -> None:
+    """Raise FileError where a model, or a part of it, is named by a path that is not there."""
+    model = settings["model"]
+    location = model.get("location")
+    files = location.values() if isinstance(location, Mapping) else [location]
+    for file in files:
+        check_location("model.location", file)
+    check_location("model.base", model.get("base"))
+    for name, part in (model.get("parts") or {}).items():
+        check_location(f"model.parts.{name}", part)
+
+
+def check_location(key: str, location: object) -> None:
+    """Raise FileError for a path that is not there; what may be a hub id passes.
+
+    Args:
+        key: the setting.
+        location: a path, a hub id, or a file on the hub; None passes.
+    """
+    if not isinstance(location, str) or not location:
+        return
+    path = to_local_path(location)
+    is_file = path.suffix.lower() == SAFETENSORS
+    # on the hub a model is org/name, and a file org/name/file
+    may_be_on_hub = not is_local(location) and len(location.split("/")) >= (3 if is_file else 2)
+    if may_be_on_hub or path.exists():
+        return
+    if is_file:
+        raise FileError(
+            f"{key}={location}: {path.absolute()}: no such file; on the hub a file is "
+            f"org/repository/name{SAFETENSORS}"
+        )
+    raise FileError(
+        f"{key}={location}: {path.absolute()} is not a diffusers folder: it has no {MODEL_INDEX_NAME}, and "
+        "does not exist; on the hub a model is org/name"
+    )
+
+
+def check_clip_files(settings: Mapping[str, Any]) -> None:
+    """Raise FileError where a text encoder's file is missing."""
+    check_paths("clip.path", settings["clip"].get("path"))
+
+
+def check_int8_files(settings: Mapping[str, Any]) -> None:
+    """Raise FileError where the file of INT8 layers is missing."""
+    check_paths("int8.checkpoint", settings["int8"].get("checkpoint"))
+
+
+def check_paths(key: str, paths: object) -> None:
+    """Raise FileError where one of the paths of a setting is missing.
+
+    Args:
+        key: the setting.
+        paths: one, or a mapping from components to one each; None passes.
+    """
+    by_component = paths if isinstance(paths, Mapping) else {None: paths}
+    for component, path in by_component.items():
+        if isinstance(path, str) and path:
+            check_exists(key if component is None else f"{key}.{component}", path)
+
+
+def check_exists(key: str, location: str) -> None:
+    """Raise FileError for a path that is not there."""
+    path = Path(location).expanduser()
+    if not path.exists():
+        raise FileError(f"{key}={location}: no such file (looked for {path.absolute()})")
+
+
+CHECKS: Mapping[str, Callable[[Mapping[str, Any]], None]] = {
+    "prompts": check_prompt_file,
+    "lora": check_lora_files,
+    "model": check_model_files,
+    "clip": check_clip_files,
+    "int8": check_int8_files,
+}
