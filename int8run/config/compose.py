@@ -130,7 +130,23 @@ def check_jobs(jobs: Sequence[Sequence[str]], configs: Sequence[DictConfig]) -> 
         raise problems[0][1]
     if problems:
         raise ConfigError(list_problems(jobs, problems))
+    check_saved_files(specs)
     return specs
+
+
+def check_saved_files(specs: Sequence[Any]) -> None:
+    """Raise ConfigError where jobs of a sweep would write different weights to one file, `save=`."""
+    build_keys: dict[Path, set[str]] = {}
+    for spec in specs:
+        if spec.save is not None:
+            path = Path(spec.save).expanduser().absolute()
+            build_keys.setdefault(path, set()).add(spec.build_key)
+    for path, keys in build_keys.items():
+        if len(keys) > 1:
+            raise ConfigError(
+                f"save={path} is one file for {len(keys)} models that this sweep makes, and the last would "
+                "replace the others; run a command for each, with a file of its own"
+            )
 
 
 def check_files_of_jobs(jobs: Sequence[Sequence[str]], configs: Sequence[DictConfig]) -> None:

@@ -243,6 +243,20 @@ def test_a_constant_subfolder_starts_no_job(command: Command, model: str) -> Non
     assert find_records(command.folder) == []
 
 
+def test_models_of_a_sweep_do_not_replace_each_other_in_a_file(command: Command, model: str) -> None:
+    outcome = command("-m", "outlier=none,convrot", model, *UNTRACKED, "save=out.safetensors")
+
+    assert outcome.code == 2
+    assert outcome.message.startswith(f"save={command.folder}/out.safetensors is one file for 2 models that")
+    assert command.made() == []
+
+
+def test_jobs_of_one_model_may_save_it_to_one_file(command: Command, model: str) -> None:
+    outcome = command("-m", "prompts.seeds_per_prompt=1,2", model, *UNTRACKED, "save=out.safetensors")
+
+    assert outcome.code == 0, outcome.err
+
+
 def test_a_job_that_runs_again_starts_with_an_empty_folder(command: Command, model: str) -> None:
     arguments = ["-m", "seed=0,1", model, *UNTRACKED, "hydra.sweep.dir=here"]
     assert command(*arguments).code == 0
