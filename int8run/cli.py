@@ -216,6 +216,8 @@ def run_single(hydra_main: Any) -> None:
     Args:
         hydra_main: hydra's decorator.
     """
+    from int8run.jobs.hydra_files import masked_hydra_files
+
     errors: list[Int8RunError] = []
 
     def run_single_job(config: Any) -> float | None:
@@ -226,7 +228,8 @@ def run_single(hydra_main: Any) -> None:
             errors.append(error)
             return None
 
-    hydra_main(**HYDRA_MAIN)(run_single_job)()
+    with masked_hydra_files():
+        hydra_main(**HYDRA_MAIN)(run_single_job)()
     if errors:
         raise errors[0]
 

@@ -398,10 +398,10 @@ def test_a_sweep_written_in_a_file_is_checked_as_well(command):
     folder = command.folder / "mine" / "sweep"
     folder.mkdir(parents=True)
     (folder / "seeds.yaml").write_text(
-        "# @package _global_\n# seeds\nhydra: {mode: MULTIRUN, sweeper: {params: {seed: '0,-1'}}}\n"
+        "# @package _global_\n# seeds\nhydra: {sweeper: {params: {seed: '0,-1'}}}\n"
     )
 
-    outcome = command("--config-dir", "mine", "+sweep=seeds", *NOTHING_TO_DO)
+    outcome = command("-m", "--config-dir", "mine", "+sweep=seeds", *NOTHING_TO_DO)
 
     message = r"1 of 2 jobs cannot run; none was started\n  job 1 \(.*seed=-1.*\): seed is -1; "
     assert re.match(message, outcome.message)

@@ -21,8 +21,16 @@ from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from int8run.config.allowed_classes import (
+    check_classes,
+    check_keys_of_hydra,
+    list_option_classes,
+    list_own_classes,
+)
 from int8run.config.named_files import check_named_files
+from int8run.config.open_mappings import open_mappings
 from int8run.config.renamed import old_names_in_files
+from int8run.config.shared_files import checked_files
 from int8run.errors import ConfigError, FileError, Int8RunError, find_int8run_error, suggest_similar
 
 # called with the number of jobs and the choices of the first
@@ -45,7 +53,6 @@ GROUPS = (
 RESOLVER = re.compile(r"\$\{\s*([\w.]+)\s*:")
 NESTED = re.compile(r"\$\{[^{}:]*\$\{")  # a name put together at run time
 RESOLVERS = {"oc.env", "now", "hydra"}
-TARGET = re.compile(r"_target_: *([\w.]+)")
 # our sweeper and launchers, under the names that hydra wants
 HYDRA_TARGETS = (
     "hydra_plugins.int8run.Grid",
@@ -62,6 +69,7 @@ LOG_CLASSES = (
     "rich.logging.RichHandler",
     "int8run.report.console.ConsoleHandler",
     "int8run.report.console.FileFormatter",
+    "int8run.report.console.MaskingFormatter",
 )
 LOG_FILE = re.compile(r"\$\{hydra\.runtime\.output_dir\}/(\$\{hydra\.job\.name\}|[\w-]+)\.log")
 LOG_STREAMS = ("ext://sys.stdout", "ext://sys.stderr")
@@ -236,7 +244,7 @@ def int8run_options() -> Iterator[None]:
             if file.name in groups.get(group, {}):
                 taken.append((group, file.name, groups[group].pop(file.name)))
     try:
-        with old_names_in_files():
+        with checked_files(), open_mappings(), old_names_in_files():
             yield
     finally:
         for group, name, node in taken:
@@ -275,6 +283,9 @@ def create_run_spec(config: DictConfig) -> Any:
     """The RunSpec of a composed config; checks of ours come out as they were raised."""
     own = drop_hydra_settings(config)
     check_groups(own)
+    settings: Any = OmegaConf.to_container(own, resolve=True)
+    check_keys_of_hydra(settings)
+    check_classes(settings)
     try:
         return instantiate(own, _convert_="all")
     except InstantiationException as error:
@@ -299,7 +310,7 @@ def check_groups(config: DictConfig) -> None:
 def describe_missing_option(group: str, value: object) -> str:
     """The message for a group without an option."""
     there = sorted((Path(str(files("int8run.conf"))) / group).glob("*.yaml"))
-    classes = sorted({target for p in there for target in TARGET.findall(p.read_text())[:1]})
+    classes = list_option_classes(group)
     choices = f"; choose from {', '.join(p.stem for p in there)}" if there else ""
     own = (
         f"; an option of yours begins with _target_: {' or '.join(classes)}"
@@ -345,7 +356,7 @@ def check_targets(config: DictConfig) -> None:
         ConfigError: naming the key, the value and the rule.
     """
     tree = OmegaConf.to_container(config, resolve=False)
-    own = find_own_targets()
+    own = list_own_classes()
     for path, key, value in iterate_leaves(tree, ""):
         where = f"{path}{key}"
         # the dot makes `hydra.job_logging` itself, set to a reference, a part of it
@@ -389,17 +400,6 @@ def check_targets(config: DictConfig) -> None:
                 f"{where} sets an environment variable; set it in your "
                 f"shell, so that a shared file cannot change programs"
             )
-
-
-def find_own_targets() -> frozenset[str]:
-    """Every class that the shipped YAML names. A prefix would not do: `int8run.cli.os.system` has it too."""
-    conf = Path(str(files("int8run.conf")))
-    return frozenset(
-        t
-        for file in conf.rglob("*.yaml")
-        for t in TARGET.findall(file.read_text())
-        if t.startswith("int8run.")
-    )
 
 
 def iterate_leaves(node: Any, path: str) -> Iterator[tuple[str, str, Any]]:

@@ -6,10 +6,20 @@ cli.py and api.py call it. It knows the errors of hydra, omegaconf and YAML besi
 import re
 
 from int8run.errors import as_disk_full_error, as_not_writable_error, find_int8run_error, suggest_similar
+from int8run.tracking.secrets import mask_secrets
 
 
 def explain_error(error: BaseException) -> tuple[str | None, int]:
-    """One line and an exit code for an error; None for one that no user should meet, which is shown whole."""
+    """One line and an exit code for an error; None for one that no user should meet, which is shown whole.
+
+    The line holds no passwords, which settings and addresses in it may have.
+    """
+    message, exit_code = describe_error(error)
+    return None if message is None else mask_secrets(message), exit_code
+
+
+def describe_error(error: BaseException) -> tuple[str | None, int]:
+    """The line and the exit code of `explain_error`, as they come."""
     from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
     from omegaconf import ListConfig
     from omegaconf.errors import (
@@ -70,6 +80,11 @@ def explain_error(error: BaseException) -> tuple[str | None, int]:
         error
     ):  # omegaconf's, for a name where a list wants a number
         return f"{error}: entries of a list are counted from 0, such as lora.adapters.0.strength=0.5", 2
+    if isinstance(error, RecursionError):
+        return (
+            "the config never ends: a file names itself in its defaults list, or a value is nested too deep",
+            2,
+        )
     if isinstance(error, YAMLError):
         return f"a YAML file of the config is damaged: {' '.join(str(error).split())}", 2
     return None, 1

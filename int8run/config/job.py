@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from int8run.tracking.run_record import UNHASHED_SETTINGS, remove_login, shorten_value, split_override
+from int8run.tracking.run_record import UNHASHED_SETTINGS, shorten_value, split_override
+from int8run.tracking.secrets import mask_secrets
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,9 @@ class Job:
 
     @property
     def name(self) -> str:
-        """The overrides that differ between the jobs of the sweep, else all overrides."""
+        """The overrides that differ between the jobs of the sweep, else all overrides; without passwords."""
         differing = [word for word in self.overrides if split_override(word)[0] in self.varying]
-        return " ".join(differing or self.overrides) or "defaults"
+        return mask_secrets(" ".join(differing or self.overrides)) or "defaults"
 
 
 def flatten_settings(prefix: str, value: object, into: dict[str, str]) -> None:
@@ -44,9 +45,9 @@ def flatten_settings(prefix: str, value: object, into: dict[str, str]) -> None:
             flatten_settings(f"{prefix}{key}.", inner, into)
     elif name.endswith(".ignore"):
         # dozens of rules for a family: one param tells whether they differ
-        into.setdefault(name, shorten_value(remove_login(str(value))))
+        into.setdefault(name, shorten_value(mask_secrets(str(value))))
     elif isinstance(value, list) and any(isinstance(v, Mapping) for v in value):
         for index, inner in enumerate(value):
             flatten_settings(f"{prefix}{index}.", inner, into)
     elif not name.endswith("_target_"):
-        into.setdefault(name, shorten_value(remove_login(str(value))))
+        into.setdefault(name, shorten_value(mask_secrets(str(value))))

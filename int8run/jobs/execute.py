@@ -4,10 +4,9 @@ Called by `cli` in every process that runs a job. Also holds what the parent of 
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from int8run.config.job import Job
 from int8run.config.run_spec import RunSpec
@@ -24,10 +23,10 @@ from int8run.tracking.run_record import (
     end_record,
     hash_config,
     hash_text,
-    remove_login,
     start_record,
     update_record,
 )
+from int8run.tracking.secrets import mask_secrets, mask_settings
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +54,7 @@ def execute_job(spec: RunSpec, job: Job) -> float | None:
             collect_warnings(warnings),
             SystemSampler(job.output_dir / "system.csv", spec.metrics.system_s),
         ):
-            write_yaml(strip_passwords(job.settings), job.output_dir / "config.yaml")
+            write_yaml(mask_settings(job.settings), job.output_dir / "config.yaml")
             if task.tracked:
                 if job.sweep is None:  # else the parent of the sweep has done it
                     prepare_tracker(spec.tracker)
@@ -90,7 +89,7 @@ def end_failed_record(
     """
     # an interrupt, and an exit that hydra or a worker asks for, are no fault of the job
     state = FAILED if isinstance(error, Exception) else KILLED
-    message = " ".join(str(disk_full or error).split())
+    message = mask_secrets(" ".join(str(disk_full or error).split()))
     if isinstance(error, KeyboardInterrupt) and not message:
         message = "interrupted by Ctrl-C"
     return end_record(record, state, message or type(error).__name__, warnings)
@@ -100,10 +99,10 @@ def build_status(spec: RunSpec, job: Job) -> dict[str, object]:
     """Return what status.json says of a job from its start on."""
     return {
         "task": type(spec.task).__name__.lower(),
-        "name": strip_passwords(job.name),
-        "overrides": strip_passwords(list(job.overrides)),
+        "name": mask_settings(job.name),
+        "overrides": mask_settings(list(job.overrides)),
         "choices": dict(job.choices),
-        "params": strip_passwords(job.get_params()),
+        "params": mask_settings(job.get_params()),
         "sweep": job.sweep,
         "number": job.number,
         "config_hash": hash_config(job.settings),
@@ -111,17 +110,6 @@ def build_status(spec: RunSpec, job: Job) -> dict[str, object]:
         "objective": spec.metrics.objective,
         "jobs_at_once": job.jobs_at_once,
     }
-
-
-def strip_passwords(value: Any) -> Any:
-    """Return settings as they may be shown and sent: addresses without user and password."""
-    if isinstance(value, Mapping):
-        return {key: strip_passwords(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [strip_passwords(inner) for inner in value]
-    if isinstance(value, str):
-        return remove_login(value)
-    return value
 
 
 class WarningCollector(logging.Handler):
@@ -132,7 +120,7 @@ class WarningCollector(logging.Handler):
         self.lines = lines
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
+        self.lines.append(mask_secrets(record.getMessage()))
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from int8run.config.compose import check_files_of_jobs, check_jobs
 from int8run.jobs.base import Pool
 from int8run.jobs.folders import claim_sweep_folder
+from int8run.jobs.hydra_files import mask_config
 from int8run.jobs.launchers.in_process import InProcess
 from int8run.jobs.launchers.joblib_launcher import Processes
 from int8run.jobs.launchers.ray_launcher import RayCluster
@@ -76,7 +77,7 @@ class SweepLauncher(Launcher):
             log.warning,
             resume=bool(configs[0].get("resume")),
         ) as folder:
-            OmegaConf.save(self.config, folder / "multirun.yaml")
+            OmegaConf.save(mask_config(self.config), folder / "multirun.yaml")
             for config in configs:
                 config.hydra.sweep.dir = str(folder)
             values = run_sweep(

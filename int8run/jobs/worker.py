@@ -21,6 +21,7 @@ from omegaconf import open_dict
 
 from int8run.config.error_messages import explain_error
 from int8run.jobs.base import Outcome, SweepJob
+from int8run.jobs.hydra_files import masked_hydra_files
 from int8run.jobs.manifest import SweepManifest, read_manifest, write_manifest
 from int8run.tracking.run_record import FAILED, FINISHED
 
@@ -85,13 +86,14 @@ def run_hydra_job(parent: ParentProcess, job: SweepJob) -> Outcome:
     """Run one job through hydra and return how it ended."""
     HydraConfig.instance().set_config(job.config)
     try:
-        result = run_job(
-            hydra_context=parent.hydra_context,
-            task_function=parent.task_function,
-            config=job.config,
-            job_dir_key="hydra.sweep.dir",
-            job_subdir_key="hydra.sweep.subdir",
-        )
+        with masked_hydra_files():
+            result = run_job(
+                hydra_context=parent.hydra_context,
+                task_function=parent.task_function,
+                config=job.config,
+                job_dir_key="hydra.sweep.dir",
+                job_subdir_key="hydra.sweep.subdir",
+            )
     except OSError as error:
         # before the job starts, hydra makes the folder, the log file and its own notes
         return make_failed_outcome(job, error)

@@ -31,6 +31,16 @@ VERSIONED_LIBRARIES = (
     "mlflow",
     "numpy",
 )
+# what a component outside the pipeline's folder may be; other classes may open pickled files
+PART_CLASSES = (
+    transformers.PreTrainedModel,
+    transformers.PreTrainedTokenizerBase,
+    transformers.ProcessorMixin,
+    transformers.ImageProcessingMixin,
+    transformers.FeatureExtractionMixin,
+)
+# where the classes of a pipeline's components come from; diffusers imports whatever library a folder names
+COMPONENT_LIBRARIES = ("diffusers", "transformers")
 
 
 def pick_device(name: str) -> torch.device:
@@ -100,13 +110,18 @@ def load_part(name: str, class_name: str, location: str, dtype: torch.dtype) -> 
 
     Raises:
         FileError: when it cannot be loaded.
-        ConfigError: for a class that transformers does not have.
+        ConfigError: for a class that transformers does not have, or that is no model, tokenizer or processor.
     """
     named = getattr(transformers, class_name, None)
     if not isinstance(named, type):
         raise ConfigError(
             f"model.parts.{name} is of class {class_name}, "
             f"which transformers {transformers.__version__} does not have"
+        )
+    if not issubclass(named, PART_CLASSES):
+        raise ConfigError(
+            f"model.parts.{name} is of class {class_name}; allowed are models, tokenizers and processors of "
+            "transformers"
         )
     options = {"dtype": dtype, "use_safetensors": True} if issubclass(named, nn.Module) else {}
     cls: Any = named
@@ -146,6 +161,7 @@ def load_pipeline(
     # the progress bars of the libraries write over ours
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
+    check_component_libraries(folder)
     cls = get_pipeline_class(folder)
     try:
         pipeline = cls.from_pretrained(
@@ -165,6 +181,19 @@ def load_pipeline(
         if isinstance(module, nn.Module) and name not in denoisers:
             module.to(device)
     return pipeline
+
+
+def check_component_libraries(folder: Path) -> None:
+    """Raise FileError for a pipeline's folder with a component of another library: it would be imported."""
+    for name, entry in read_model_index(folder, str(folder)).items():
+        is_component = isinstance(entry, list) and len(entry) == 2 and not name.startswith("_")
+        library = entry[0] if is_component else None
+        is_known = library in (None, *COMPONENT_LIBRARIES) or hasattr(diffusers.pipelines, str(library))
+        is_own_code = (folder / name / f"{library}.py").is_file()
+        if not is_known and not is_own_code:  # own code is refused by diffusers, with its reason
+            libraries = " and ".join(COMPONENT_LIBRARIES)
+            reason = f"the {name} is of the library {library}, and components come from {libraries} alone"
+            raise make_load_error(str(folder), FileError(reason))
 
 
 def get_pipeline_class(folder: Path) -> Any:

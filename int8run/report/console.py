@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from int8run.report.formatting import format_duration
+from int8run.tracking.secrets import mask_secrets
 from int8run.utils.text import make_lines_visible, make_visible
 
 log = logging.getLogger(__name__)
@@ -50,7 +51,15 @@ class ConsoleHandler(logging.Handler):
             self.handleError(record)
 
 
-class FileFormatter(logging.Formatter):
+class MaskingFormatter(logging.Formatter):
+    """Leaves passwords and tokens out of every line, whatever library logged it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One record as text."""
+        return mask_secrets(super().format(record))
+
+
+class FileFormatter(MaskingFormatter):
     """Formats records for a job's log file. Further lines of a message are indented: none looks like a record
     of its own, whatever a prompt or the name of a file says.
     """

@@ -20,10 +20,10 @@ from int8run.generate.generated_sampling import read_generated_sampling
 from int8run.generate.image_parameters import describe_sampling, format_parameters
 from int8run.generate.pipeline_call import get_call_default, get_frame_rate
 from int8run.generate.prompts import Sample
-from int8run.jobs.execute import strip_passwords
 from int8run.metrics.quality import select_key_frames
 from int8run.models.sampling import Sampling
 from int8run.report.image_files import save_sample
+from int8run.tracking.secrets import mask_settings
 
 log = logging.getLogger(__name__)
 IMAGES = "images"
@@ -107,7 +107,7 @@ class ImageWriter:
             "prompt": sample.prompt,
             "seed": sample.seed,
             "model": name,
-            "sampling": strip_passwords(describe_sampling(sampling, scheduler)),
+            "sampling": mask_settings(describe_sampling(sampling, scheduler)),
             **{key.lower().replace(" ", "_"): value for key, value in details.items() if value is not None},
         }
         return {"parameters": parameters, "int8run": json.dumps(facts, ensure_ascii=False, default=str)}

@@ -143,7 +143,7 @@ def load_tokenizer(tokenizer: Mapping[str, str]) -> Any:
 
     location, subfolder = tokenizer["location"], tokenizer.get("subfolder", "")
     try:
-        return AutoTokenizer.from_pretrained(location, subfolder=subfolder)
+        return AutoTokenizer.from_pretrained(location, subfolder=subfolder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:160]
         name = f"{location} ({subfolder})" if subfolder else location

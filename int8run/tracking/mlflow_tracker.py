@@ -41,9 +41,9 @@ from int8run.tracking.run_record import (
     describe_process,
     is_process_gone,
     read_record,
-    remove_login,
     update_record,
 )
+from int8run.tracking.secrets import remove_login
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from int8run.errors import ConfigError, TrackingError
-from int8run.tracking.run_record import remove_login
+from int8run.tracking.secrets import mask_secrets
 
 T = TypeVar("T")
 
@@ -131,7 +131,7 @@ def is_unreachable(error: BaseException, store: str) -> bool:
 
 def explain_error(error: BaseException) -> str:
     """What went wrong, in one line without passwords and without the names of libraries."""
-    text = remove_login(" ".join(str(error).split()))
+    text = mask_secrets(" ".join(str(error).split()))
     system_error = re.search(r"\[Errno -?\d+\] ([^'\")\]:]+)", text)
     if system_error and ("Max retries" in text or "Connection" in text):
         return system_error[1].strip().lower()

@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import socket
 import time
 from collections import Counter
@@ -31,7 +30,6 @@ STATUS = "status.json"
 EARLIER_ATTEMPTS = "earlier_attempts"  # of a sweep's jobs that ran again; a folder in that of the sweep
 RUNNING, FINISHED, FAILED, KILLED = "RUNNING", "FINISHED", "FAILED", "KILLED"
 KILLED_MESSAGE = "the process ended without an error message: killed, out of memory, or the machine went down"
-LOGIN = re.compile(r"://[^/@\s]*@")
 MAX_VALUE_LENGTH = 250  # characters of a setting in status.json, in MLflow and in tables
 TEXT_KEYS = ("prompt", "key")  # of metrics.json: a prompt may be `nan` and is not a number
 # Settings that only decide how a job is shown and kept, and do not change its result.
@@ -314,11 +312,6 @@ def list_ends(key: str) -> list[str]:
     """The ends of a dotted key, the shortest first: `strength`, `lora.strength`."""
     parts = key.split(".")
     return [".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1)]
-
-
-def remove_login(text: str) -> str:
-    """An address, or a text with addresses, without users and passwords."""
-    return LOGIN.sub("://", text)
 
 
 def hash_text(text: str) -> str:

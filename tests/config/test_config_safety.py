@@ -5,6 +5,7 @@ Every attack here would create a file if it got through, with functions that hyd
 """
 
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -120,16 +121,13 @@ FOREIGN = {
     ),
     "override in a sweep file": (
         "x/x.yaml",
-        globally(f'hydra: {{mode: MULTIRUN, sweeper: {{params: {{+sampler.extra.a: "{TOUCH}"}}}}}}'),
-        ["+x=x"],
+        globally(f'hydra: {{sweeper: {{params: {{+sampler.extra.a: "{TOUCH}"}}}}}}'),
+        ["+x=x", "-m"],
     ),
     "target in a sweep file": (
         "x/x.yaml",
-        globally(
-            "hydra: {mode: MULTIRUN, sweeper: {params: "
-            "{task._target_: os.system, +task.command: touch pwned}}}"
-        ),
-        ["+x=x"],
+        globally("hydra: {sweeper: {params: {task._target_: os.system, +task.command: touch pwned}}}"),
+        ["+x=x", "-m"],
     ),
 }
 
@@ -137,7 +135,8 @@ FOREIGN = {
 @pytest.mark.parametrize(("file", "text", "arguments"), FOREIGN.values(), ids=FOREIGN)
 def test_a_foreign_target_is_refused_before_anything_starts(attack, file, text, arguments):
     outcome, made = attack(file, text, *arguments)
-    assert outcome.code == 2 and "a config may only name classes of int8run" in outcome.message
+    rules = "a config may only name classes of int8run|it comes from the command line alone"
+    assert outcome.code == 2 and re.search(rules, outcome.message)
     assert made == [], "a job was started"
 
 
@@ -173,7 +172,7 @@ def test_a_whole_logging_section_from_elsewhere_is_refused(attack, part):
         globally(f"sampler: {{extra: {{log: {section}}}}}\nhydra: {{{part}: '${{sampler.extra.log}}'}}"),
         "+x=x",
     )
-    assert outcome.code == 2 and f"hydra.{part} is " in outcome.message and made == []
+    assert outcome.code == 2 and f"sets hydra.{part}; " in outcome.message and made == []
 
 
 # git, which a run asks for the revision, runs whatever GIT_CONFIG_* names

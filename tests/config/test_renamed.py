@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_module
 
+from int8run.config.allowed_classes import list_own_classes
 from int8run.config.compose import (
     check_command,
     compose_jobs,
     create_run_spec,
-    find_own_targets,
     int8run_options,
 )
 from int8run.config.renamed import RENAMED_KEYS, RENAMED_TARGETS, rename_override, report_once
@@ -71,13 +71,13 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 @pytest.mark.parametrize("target", RELEASED_TARGETS)
 def test_a_released_class_is_known_by_its_name_or_is_renamed(target):
-    own = find_own_targets()
+    own = list_own_classes()
 
     assert target in own or RENAMED_TARGETS[target] in own
 
 
 def test_no_class_of_today_is_taken_for_an_old_one():
-    assert not set(RENAMED_TARGETS) & find_own_targets()
+    assert not set(RENAMED_TARGETS) & list_own_classes()
 
 
 def test_a_rule_renames_the_last_part_of_a_path():
@@ -218,10 +218,10 @@ def test_settings_of_a_file_for_the_whole_config(tmp_path):
 
 
 def test_a_sweep_that_is_written_in_a_file(tmp_path):
-    sweep = "hydra: {mode: MULTIRUN, sweeper: {params: {calibration.moments: '1,2', seed: 1}}}\n"
+    sweep = "hydra: {sweeper: {params: {calibration.moments: '1,2', seed: 1}}}\n"
     write(tmp_path, "sweep/mine.yaml", "# @package _global_\n" + sweep)
 
-    jobs, configs = compose_jobs(str(tmp_path), "config", ["device=cpu", "+sweep=mine"], False)
+    jobs, configs = compose_jobs(str(tmp_path), "config", ["device=cpu", "+sweep=mine"], True)
 
     assert [job[:2] for job in jobs] == [
         ["calibration.num_timesteps=1", "seed=1"],

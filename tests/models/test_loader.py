@@ -48,6 +48,7 @@ BROKEN = {
     "component without a folder": INDEX,
     "unknown component class": INDEX | {"transformer": ["diffusers", "NoSuchModel"]},
     "unknown component library": INDEX | {"transformer": ["nosuchlibrary", "X"]},
+    "a library that is there, and would run": INDEX | {"transformer": ["antigravity", "X"]},
 }
 
 
@@ -199,6 +200,10 @@ def test_part_that_cannot_be_loaded_is_an_error_with_the_setting(tmp_path):
         ConfigError, match=r"model\.parts\.tokenizer is of class NoSuch, which transformers .* does not have"
     ):
         load_parts(folder, {"tokenizer": ["NoSuch", "x/y"]}, torch.float32)
+    with pytest.raises(
+        ConfigError, match=r"model\.parts\.tokenizer is of class RagRetriever; allowed are models"
+    ):
+        load_parts(folder, {"tokenizer": ["RagRetriever", "x/y"]}, torch.float32)
     with pytest.raises(
         ConfigError, match=r"model\.parts\.a is 'x'; it takes \[class of transformers, hub id or folder\]"
     ):

@@ -134,7 +134,10 @@ class Slurm:
     def start(self) -> Worker:
         from submitit import SlurmExecutor
 
-        executor = SlurmExecutor(folder=Path(self.folder).absolute(), max_num_timeout=0)
+        folder = Path(self.folder).absolute()
+        # submitit pickles a job with all of its settings there, passwords included
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        executor = SlurmExecutor(folder=folder, max_num_timeout=0)
         executor.update_parameters(**self.make_parameters())
         return SlurmWorker(executor, self.watcher)
 
