@@ -5,7 +5,6 @@ the costs of outlier methods and LoRA branches share one file; each brings keys 
 """
 
 import importlib.metadata
-import json
 import logging
 import time
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 
+from int8run.utils.content_hash import format_checked_json, read_checked_json
 from int8run.utils.hardware import get_device_name
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ class AutotuneCache:
             # several jobs of a sweep may write at once: each keeps the entries of the others
             with FileLock(f"{self.path}.lock"):
                 entries = read_entries(self.path) | entry
-                unfinished.write_text(json.dumps(entries, indent=1, sort_keys=True))
+                unfinished.write_text(format_checked_json(entries))
                 unfinished.replace(self.path)
         except OSError as error:
             if self.is_writable:
@@ -86,11 +86,6 @@ def library_versions(device: torch.device) -> list[str]:
 
 
 def read_entries(path: Path) -> dict[str, str]:
-    """The entries of a file; one that cannot be read counts as empty and is written anew."""
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    if not isinstance(found, dict):
-        return {}
+    """The entries of a file; one that cannot be read, or is damaged, counts as empty and is written anew."""
+    found = read_checked_json(path)
     return {key: value for key, value in found.items() if isinstance(value, str)}

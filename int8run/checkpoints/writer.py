@@ -20,8 +20,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from int8run.checkpoints.data_hash import PLACEHOLDER, join_hashes
 from int8run.checkpoints.header import DTYPES, MAX_HEADER_BYTES
 from int8run.errors import FileError
+from int8run.utils.content_hash import new_hash
 
 try:
     import fcntl
@@ -46,6 +48,8 @@ class StreamWriter:
 
     A context manager: left without `finish`, it removes what it wrote.
 
+    Where the metadata holds the placeholder of `data_hash`, the hash of the tensors takes its place.
+
     Tensors may be written in any order and each in any number of pieces. In the file they are sorted by
     falling size of their numbers, so that each starts at a multiple of that size, which readers that map the
     file need.
@@ -67,6 +71,10 @@ class StreamWriter:
         header, self.places = plan_layout(largest_numbers_first, metadata, path)
         self.nbytes = len(header) + sum(stop - start for start, stop in self.places.values())
         self.written = dict.fromkeys(self.places, 0)  # key -> bytes
+        self.entries = largest_numbers_first
+        # where the hash of the tensors goes, and key -> that of its bytes so far; -1: nobody asked for it
+        self.hash_offset = header.find(PLACEHOLDER.encode())
+        self.hashes = {key: new_hash() for key in self.places} if self.hash_offset >= 0 else {}
         self.unsent = 0  # bytes that the system may still hold in memory
         self.finished = False
 
@@ -101,6 +109,8 @@ class StreamWriter:
             )
         self._write_at(offset, view)
         self.written[key] += len(view)
+        if key in self.hashes:
+            self.hashes[key].update(view)
 
     def finish(self) -> Path:
         """Bring everything to the disk and give the file its name.
@@ -112,6 +122,12 @@ class StreamWriter:
         missing = [key for key, (start, stop) in self.places.items() if self.written[key] != stop - start]
         if missing:
             raise ValueError(f"{len(missing)} tensors are not complete (first: {missing[0]})")
+        if self.hashes:
+            data_hash = join_hashes(
+                (entry.key, entry.dtype, entry.shape, self.hashes[entry.key].digest())
+                for entry in self.entries
+            )
+            self._write_at(self.hash_offset, data_hash.encode())
         try:
             os.fsync(self.descriptor)
             # while it is still locked: a part whose lock is free may be removed by anybody

@@ -17,6 +17,7 @@ from int8run.checkpoints.comfy_int8 import (
     plan_int8_entries,
     sibling_key,
 )
+from int8run.checkpoints.data_hash import add_placeholder
 from int8run.checkpoints.provenance import PROVENANCE_KEY
 from int8run.checkpoints.quant_metadata import MARKER
 from int8run.checkpoints.writer import StreamWriter, TensorEntry
@@ -125,7 +126,8 @@ def write_tensors(
                     key, DTYPE_NAMES[get_joined_dtype(parts, state)], join_shapes(parts, shapes) or ()
                 )
             )
-    with StreamWriter(path, entries, {"format": "pt", PROVENANCE_KEY: json.dumps(note)}) as writer:
+    metadata = {"format": "pt", PROVENANCE_KEY: json.dumps(add_placeholder(note))}
+    with StreamWriter(path, entries, metadata) as writer:
         for key, parts in names.items():
             for name, data in iterate_pieces(key, parts, layers, state):
                 writer.write(name, data)

@@ -1,8 +1,8 @@
 """`task=inspect`: what a safetensors file is, from its header.
 
 Tensors are read only where the header leaves the layers open: the small ones that describe them, and fp8
-weights without a scale. What is wrong with a file is shown in
-its table, if the header can be read at all.
+weights without a scale. All tensors of a file that int8run made are read, and compared with the hash in its
+note. What is wrong with a file is shown in its table, if the header can be read at all.
 """
 
 import time
@@ -12,6 +12,7 @@ from pathlib import Path
 
 from rich.table import Table
 
+from int8run.checkpoints.data_hash import check_data
 from int8run.checkpoints.detect import get_logical_shapes, read_layers
 from int8run.checkpoints.header import read_header
 from int8run.checkpoints.layer import CheckpointLayer
@@ -242,6 +243,7 @@ def describe_provenance(files: TensorFiles) -> Iterator[Row]:
     if not provenance:
         return
     yield "made by", f"int8run {provenance.get('int8run')} from {provenance.get('model')}"
+    yield "tensors", describe_data(files)
     settings = []
     for name in ("outlier", "rounding", "loras", "seed"):
         value = provenance.get(name)
@@ -251,6 +253,15 @@ def describe_provenance(files: TensorFiles) -> Iterator[Row]:
     kept_float = provenance.get("kept_float")
     reasons = Counter(map(str, kept_float.values())) if isinstance(kept_float, dict) else Counter()
     yield "kept float", "; ".join(f"{count} × {reason}" for reason, count in reasons.items()) or "none"
+
+
+def describe_data(files: TensorFiles) -> str:
+    """Say whether a checkpoint of ours holds what was written; all of its tensors are read."""
+    try:
+        has_hash = check_data(files)
+    except FileError as error:
+        return str(error)
+    return "as int8run wrote them, by their hash" if has_hash else "not checked: the file has no hash of them"
 
 
 def describe_lora(path: Path, header: Header, metadata: Mapping[str, str]) -> Iterator[Row]:

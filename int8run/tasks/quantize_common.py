@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from rich.text import Text
 
+from int8run.checkpoints.data_hash import add_placeholder
 from int8run.checkpoints.provenance import PROVENANCE_KEY
 from int8run.checkpoints.quant_metadata import METADATA_KEY
 from int8run.checkpoints.reader import TensorFiles
@@ -90,7 +91,7 @@ def merge_metadata(source: Mapping[str, str], provenance: Mapping[str, object]) 
     longer holds.
     """
     kept = {key: text for key, text in source.items() if key not in (PROVENANCE_KEY, METADATA_KEY)}
-    return {"format": "pt", **kept, PROVENANCE_KEY: json.dumps(provenance)}
+    return {"format": "pt", **kept, PROVENANCE_KEY: json.dumps(add_placeholder(provenance))}
 
 
 def count_skip_reasons(plans: Sequence[LayerPlan]) -> Counter[str]:

@@ -1,11 +1,11 @@
 """What is kept on disk for the next run: INT8 layers and float images, under a hash of all that made them.
 
 `int8run.pipeline` reads and writes it, the config group `cache` sets its folder and limit, and `task=inspect`
-lists it. The cache knows files and sizes, not what is in them.
+lists it. The cache knows files and sizes, not what is in them. Each file has a hash of its content beside it,
+which is checked when the file is asked for.
 """
 
 import hashlib
-import json
 import logging
 import os
 import time
@@ -16,6 +16,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from int8run.errors import FileError, check_range
+from int8run.utils.content_hash import (
+    describe_damage,
+    format_checked_json,
+    get_hash_path,
+    hash_content,
+    read_checked_json,
+    remove_with_hash,
+)
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +74,7 @@ class DiskCache:
         return Path(self.folder).expanduser()
 
     def get(self, kind: str, key: str) -> Path | None:
-        """The file of a key, or None; counts as a use of the file.
+        """The file of a key, or None; counts as a use of the file. A damaged one is removed, with a warning.
 
         Args:
             kind: the folder inside the cache: `int8`, `float`.
@@ -74,6 +82,10 @@ class DiskCache:
         """
         path = self.path / kind / f"{key}{SUFFIX}"
         if not self.limit_gb or not path.is_file():
+            return None
+        damage = describe_damage(path)
+        if damage is not None:
+            self.remove(path, damage)
             return None
         os.utime(path)
         return path
@@ -102,26 +114,28 @@ class DiskCache:
         path = self.path / kind / f"{key}{SUFFIX}"
         # two processes may write the same file at once, each under a name of its own
         unfinished = path.with_name(f"{UNFINISHED_PREFIX}{os.getpid()}-{path.name}")
+        unfinished_hash = get_hash_path(unfinished)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self.make_room(limit - size)
             write(unfinished)
+            # the hash first: a process that is killed in between leaves an old file that does not match
+            unfinished_hash.write_text(hash_content(unfinished))
+            unfinished_hash.replace(get_hash_path(path))
             unfinished.replace(path)
         except (OSError, FileError) as error:
             reason = getattr(error, "strerror", None) or error
             log.warning("%s cannot be written (%s); not kept for the next run", path, reason)
             return None
         finally:
-            with suppress(OSError):
-                unfinished.unlink(missing_ok=True)
+            remove_with_hash(unfinished)
         log.info("kept for the next run: %s (%.1f MB)", path, path.stat().st_size / 1e6)
         return path
 
     def remove(self, path: Path, reason: object) -> None:
         """Remove a file that cannot be used."""
         log.warning("%s is not used and removed from the cache: %s", path, reason)
-        with suppress(OSError):
-            path.unlink(missing_ok=True)
+        remove_with_hash(path)
 
     def list_files(self) -> list[CachedFile]:
         """Every file, the longest unused first. Removes what killed processes left unfinished."""
@@ -132,7 +146,7 @@ class DiskCache:
                 if not path.name.startswith(UNFINISHED_PREFIX):
                     files.append(CachedFile(path=path, bytes=stat.st_size, used=stat.st_mtime))
                 elif stat.st_mtime < time.time() - ABANDONED_AFTER_SECONDS:
-                    path.unlink()
+                    remove_with_hash(path)
         return sorted(files, key=lambda file: file.used)
 
     def make_room(self, limit: float) -> None:
@@ -145,7 +159,7 @@ class DiskCache:
             last_used = time.strftime("%Y-%m-%d", time.localtime(file.used))
             size_mb = file.bytes / 1e6
             log.info("cache: %s (%.1f MB, last used %s) makes room", file.path, size_mb, last_used)
-            file.path.unlink(missing_ok=True)
+            remove_with_hash(file.path)
             total -= file.bytes
 
     def hash_file(self, path: Path) -> str:
@@ -176,12 +190,7 @@ def read_hashes(path: Path) -> dict[str, list[object]]:
 
     A file that cannot be read holds none.
     """
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    if not isinstance(found, dict):
-        return {}
+    found = read_checked_json(path)
     return {name: entry for name, entry in found.items() if isinstance(entry, list) and len(entry) == 4}
 
 
@@ -190,7 +199,7 @@ def write_hashes(path: Path, known: dict[str, list[object]]) -> None:
     unfinished = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(json.dumps(known))
+        unfinished.write_text(format_checked_json(known))
         unfinished.replace(path)
     except OSError as error:
         log.debug("%s cannot be written: %s", path, error)

@@ -128,7 +128,7 @@ def build_library(cache: Path, source: Path = VNNI, flags: tuple[str, ...] = VNN
     command = [compiler, *FLAGS, *flags, str(source), *find_openmp_runtime(), "-Wl,--as-needed"]
     digest = hashlib.sha256("\0".join([source.read_text(), version, *command]).encode()).hexdigest()[:16]
     target = cache / f"{source.stem}-{digest}.so"
-    if target.exists():
+    if target.exists() and is_as_built(target):
         return target
 
     # renamed when it is complete: another process may build at the same time
@@ -143,8 +143,39 @@ def build_library(cache: Path, source: Path = VNNI, flags: tuple[str, ...] = VNN
     if done.returncode:
         unfinished.unlink(missing_ok=True)
         raise BuildError(f"{compiler} could not build {source.name}: {find_reason(done.stderr)}")
+    write_hash(unfinished, target)
     unfinished.replace(target)
     return target
+
+
+def is_as_built(library: Path) -> bool:
+    """Whether a library holds what the compiler wrote; with a flipped bit it would compute anything."""
+    try:
+        expected = library.with_suffix(".blake2b").read_text(errors="replace")
+        is_same = hash_file(library) == expected
+    except OSError:
+        return False
+    if not is_same:
+        log.warning("%s is damaged and is built again", library)
+    return is_same
+
+
+def write_hash(built: Path, target: Path) -> None:
+    """Write the hash of a library beside its place, before it gets there.
+
+    Args:
+        built: the library under its temporary name.
+        target: its place.
+    """
+    unfinished = built.with_suffix(f".{os.getpid()}-blake2b")
+    unfinished.write_text(hash_file(built))
+    unfinished.replace(target.with_suffix(".blake2b"))
+
+
+def hash_file(path: Path) -> str:
+    """BLAKE2b of a file, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()
 
 
 def find_reason(output: str) -> str:

@@ -15,6 +15,8 @@ from support.helpers import randn, shipped, to_int8
 from support.tiny_pipeline import random_pipeline
 from torch import nn
 
+from int8run.checkpoints.data_hash import DATA_HASH, check_data
+from int8run.checkpoints.reader import TensorFiles
 from int8run.errors import ConfigError, FileError
 from int8run.export.save_denoiser import keep_own_names, save_denoiser, write_tensors
 from int8run.layers.int8_linear import Int8Linear
@@ -165,7 +167,10 @@ def test_a_folder_means_the_models_weights(name: str, tmp_path: Path) -> None:
         n: p.shape for n, p in model.named_parameters()
     }
     with safe_open(path, "pt") as file:
-        assert json.loads(file.metadata()["int8run"]) == {"a": 1} and file.metadata()["format"] == "pt"
+        note = json.loads(file.metadata()["int8run"])
+        assert note == {"a": 1, DATA_HASH: note[DATA_HASH]} and file.metadata()["format"] == "pt"
+    with TensorFiles.open(path) as files:
+        assert check_data(files)
 
 
 def test_the_home_folder_may_stand_in_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -131,7 +131,28 @@ def test_built_library_is_reused(compiler_path, tmp_path):
 
     assert build_library(tmp_path / "cache") == first
     assert len(calls()) == 1
-    assert [f.name for f in (tmp_path / "cache").iterdir()] == [first.name]
+    hash_path = first.with_suffix(".blake2b")
+    assert sorted(f.name for f in (tmp_path / "cache").iterdir()) == [hash_path.name, first.name]
+
+
+def test_library_with_a_flipped_bit_is_built_again(compiler_path, tmp_path, caplog):
+    calls = write_fake_compiler(compiler_path)
+    library = build_library(tmp_path / "cache")
+    library.write_text("whale\n")
+
+    assert build_library(tmp_path / "cache") == library
+    assert library.read_text() == "whole\n"
+    assert len(calls()) == 2
+    assert f"{library} is damaged and is built again" in caplog.text
+
+
+def test_library_without_a_hash_is_built_again(compiler_path, tmp_path):
+    calls = write_fake_compiler(compiler_path)
+    library = build_library(tmp_path / "cache")
+    library.with_suffix(".blake2b").unlink()
+
+    assert build_library(tmp_path / "cache") == library
+    assert len(calls()) == 2
 
 
 def test_library_name_depends_on_compiler_source_and_runtime(compiler_path, tmp_path, monkeypatch):
@@ -186,7 +207,7 @@ def test_rows_library_uses_the_instructions_of_the_cpu(
     assert "-ffp-contract=off" in calls()[0]
     assert "-ffast-math" not in calls()[0]
     assert "-march=native" not in calls()[0]
-    assert [f.name[:5] for f in (tmp_path / "cache").iterdir()] == ["rows-"]
+    assert [f.name[:5] for f in (tmp_path / "cache").glob("*.so")] == ["rows-"]
 
 
 def test_unfinished_build_never_has_the_final_name(compiler_path, tmp_path):
@@ -231,4 +252,5 @@ def test_default_cache_is_in_the_users_home(compiler_path, tmp_path):
     # the fake library cannot be loaded
     with pytest.raises(OSError, match="vnni-"):
         load_vnni_library()
-    assert [f.suffix for f in (tmp_path / "home" / ".cache" / "int8run").iterdir()] == [".so"]
+    files = (tmp_path / "home" / ".cache" / "int8run").iterdir()
+    assert sorted(file.suffix for file in files) == [".blake2b", ".so"]

@@ -20,6 +20,7 @@ from int8run.pipeline import build, process_cache, quantize_denoiser
 from int8run.pipeline.load import LoadedModel, LoadSettings
 from int8run.report.console import Progress
 from int8run.tasks.run import RunResult
+from int8run.utils.content_hash import get_hash_path, hash_content
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WEIGHTS = Path("transformer") / "diffusion_pytorch_model.safetensors"
@@ -235,7 +236,26 @@ def one_less(path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("damage", [cut, no_scale, empty, one_less], ids=lambda d: d.__name__)
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 16
+    path.write_bytes(data)
+
+
+def with_its_hash(damage: Callable[[Path], None]) -> Callable[[Path], None]:
+    """A file that was wrong when it was written."""
+
+    def write(path: Path) -> None:
+        damage(path)
+        get_hash_path(path).write_text(hash_content(path))
+
+    write.__name__ = f"{damage.__name__}, as written"
+    return write
+
+
+@pytest.mark.parametrize(
+    "damage", [flip, *map(with_its_hash, [cut, no_scale, empty, one_less])], ids=lambda d: d.__name__
+)
 def test_a_damaged_file_is_made_anew(
     damage: Callable[[Path], None],
     model: Path,
@@ -382,7 +402,7 @@ def test_a_damaged_drawing_is_drawn_again(
 ) -> None:
     first = job(model, CACHED)
     (file,) = kept(tmp_path, "float")
-    for damage in (cut, empty):
+    for damage in (flip, cut, empty, with_its_hash(cut), with_its_hash(empty)):
         damage(file)
         drawn.clear()
 

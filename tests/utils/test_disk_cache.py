@@ -11,6 +11,7 @@ import pytest
 from support.run_job import make_spec
 
 from int8run.errors import ConfigError, FileError
+from int8run.utils.content_hash import BLOCK_BYTES, get_hash_path
 from int8run.utils.disk_cache import GB, HASHES_FILE, UNFINISHED_PREFIX, DiskCache, hash_parts
 
 
@@ -152,7 +153,10 @@ def test_a_write_that_breaks_off_leaves_what_was_there(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         kept.put("int8", "a", 3, half)
 
-    assert old.read_bytes() == b"xxx" and [p.name for p in old.parent.iterdir()] == ["a.safetensors"]
+    assert old.read_bytes() == b"xxx" and sorted(p.name for p in old.parent.iterdir()) == [
+        "a.blake2b",
+        "a.safetensors",
+    ]
 
 
 def test_an_error_of_ours_while_writing_is_a_warning(
@@ -173,7 +177,9 @@ def test_writers_of_one_key_leave_one_whole_file(tmp_path: Path) -> None:
         path.write_bytes(b"outer")
 
     assert kept.put("int8", "a", 1, slowly) is not None
-    assert [p.read_bytes() for p in (tmp_path / "int8").iterdir()] == [b"outer"]
+    assert sorted(p.name for p in (tmp_path / "int8").iterdir()) == ["a.blake2b", "a.safetensors"]
+    path = kept.get("int8", "a")
+    assert path is not None and path.read_bytes() == b"outer"
 
 
 def test_what_a_killed_process_left_goes_after_a_day_and_counts_for_nothing(tmp_path: Path) -> None:
@@ -198,6 +204,51 @@ def test_a_file_that_cannot_be_used_is_dropped_with_the_reason(
     assert not path.exists() and f"{path} is not used and removed from the cache: is cut off" in caplog.text
 
     kept.remove(path, "gone already")
+
+
+@pytest.mark.parametrize("place", [0, 1, 1000, BLOCK_BYTES - 1, BLOCK_BYTES, BLOCK_BYTES + 9])
+def test_a_flipped_bit_is_noticed_said_and_thrown_away(
+    place: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    kept = store(tmp_path)
+    path = put(kept, "a", BLOCK_BYTES + 10, 1.0)
+    flip_bit(path, place)
+
+    assert kept.get("int8", "a") is None
+    assert f"{path} is not used and removed from the cache: it is damaged" in caplog.text
+    assert list(path.parent.iterdir()) == []
+    assert put(kept, "a", BLOCK_BYTES + 10, 1.0) == kept.get("int8", "a")
+
+
+def flip_bit(path: Path, place: int) -> None:
+    """Flip the lowest bit of one byte."""
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", ["flipped", "gone", "not text"])
+def test_a_file_without_its_own_hash_is_thrown_away(
+    damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    kept = store(tmp_path)
+    hash_path = get_hash_path(put(kept, "a", 3, 1.0))
+    if damage == "flipped":
+        flip_bit(hash_path, 5)
+    elif damage == "gone":
+        hash_path.unlink()
+    else:
+        hash_path.write_bytes(b"\xff\xfe")
+
+    assert kept.get("int8", "a") is None and list(hash_path.parent.iterdir()) == []
+    assert "is not used and removed from the cache" in caplog.text
+
+
+def test_hashes_go_with_their_files(tmp_path: Path) -> None:
+    kept = store(tmp_path, 10 / GB)
+    put(kept, "a", 6, 1.0)
+    put(kept, "b", 6, 2.0)
+    assert sorted(p.name for p in (tmp_path / "int8").iterdir()) == ["b.blake2b", "b.safetensors"]
 
 
 # -- hashes ----------------------------------------------------------------------------------------
@@ -265,7 +316,7 @@ def test_a_damaged_table_of_hashes_holds_none(damage: str, tmp_path: Path) -> No
     (tmp_path / HASHES_FILE).write_text(damage)
 
     assert kept.hash_file(file) == hashlib.sha256(b"one").hexdigest()
-    assert list(json.loads((tmp_path / HASHES_FILE).read_text())) == [str(file.resolve())]
+    assert list(json.loads((tmp_path / HASHES_FILE).read_text())["content"]) == [str(file.resolve())]
 
 
 def test_writers_at_the_same_time_leave_a_table_that_can_be_read(tmp_path: Path) -> None:
@@ -332,6 +383,6 @@ def test_no_test_writes_into_the_users_cache(
         assert command(*size, "sampler.height=16", "sampler.width=16").code == 0
 
     assert (
-        len(list((tmp_path / "work-cache" / "int8").iterdir())) == 1
+        len(list((tmp_path / "work-cache" / "int8").glob("*.safetensors"))) == 1
         and not (tmp_path / "home" / ".cache" / "int8run").exists()
     )
