@@ -63,23 +63,40 @@ def find_sdnq_method(
         requested: a format name of `clip=` or `model.quant_format`, which decides likewise.
 
     Raises:
-        ConfigError: for a word that says nothing.
-        FileError: where nothing says how the weights were made, or a config that cannot be read.
+        ConfigError: for a word that says nothing, or without a weight of SDNQ.
+        FileError: where nothing says how the weights were made, a config that cannot be read, or a word and a
+            config that contradict each other.
     """
     weights = [name for name in names if has_sdnq_scale(files, name)]
+    named = None if word is None else parse_word(word)
     if not weights:
+        if named is not None:
+            raise ConfigError(
+                f"model.sdnq={word}, and {files.path} has no weight whose scale is in `scale`, as SDNQ "
+                "writes it; leave it out: model.sdnq=null"
+            )
         return None
     config = read_quant_config(files)
-    if word is not None:
-        method = parse_word(word)
+    if config.get("quant_method") in METHODS:
+        method = parse_config(config, f"the config beside {files.path}")
+        if named not in (None, method):
+            raise FileError(
+                f"model.sdnq={word}, and the config beside {files.path} says "
+                f"{describe_method(method)}; they contradict each other"
+            )
+    elif named is not None:
+        method = named
     elif requested in ROTATED_BY_FORMAT:
         method = SdnqMethod(DEFAULT_GROUP_SIZE if ROTATED_BY_FORMAT[requested] else 0)
-    elif config.get("quant_method") in METHODS:
-        method = parse_config(config, f"the config beside {files.path}")
     else:
         raise make_lost_config_error(files, weights)
     check_readable(files, weights, method)
     return method
+
+
+def describe_method(method: SdnqMethod) -> str:
+    """The word of `model.sdnq` for a method."""
+    return f"hadamard_{method.hadamard_group_size}" if method.hadamard_group_size else "none"
 
 
 def make_lost_config_error(files: TensorFiles, weights: list[str]) -> FileError:

@@ -7,7 +7,7 @@ functions that it calls take the settings that they use.
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from int8run.checkpoints.detect import AUTO
 from int8run.checkpoints.output_path import prepare_output_path
 from int8run.config.run_spec import RunSpec
 from int8run.generate.capture import capture_step
@@ -224,8 +225,11 @@ def select_load_settings(spec: RunSpec, *, needs_float_denoiser: bool | None = N
     """
     if needs_float_denoiser is None:
         needs_float_denoiser = spec.needs_float_denoiser
+    model = spec.model
+    if spec.int8.checkpoint is not None:  # of which these two speak then
+        model = replace(model, quant_format=AUTO, sdnq=None)
     return LoadSettings(
-        model=spec.model,
+        model=model,
         model_type=spec.model_type,
         sampling=spec.sampling,
         clip=spec.clip,
@@ -315,6 +319,8 @@ def find_layer_sources(
         baked_loras=list_baked_loras(spec.lora),
         cache=spec.cache,
         cache_key=cache_key,
+        quant_format=spec.model.quant_format,
+        sdnq=spec.model.sdnq,
     )
     prequantized = find_prequantized(loaded, plans, request, changed_layers=set(matches.denoiser))
     return LayerSources(plans, prequantized, cache_key)

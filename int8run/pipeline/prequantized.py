@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from int8run.checkpoints.detect import AUTO
 from int8run.checkpoints.layer import CheckpointLayer
 from int8run.errors import ConfigError, FileError
 from int8run.layers.int8_linear import QuantizedLayer, get_linear
@@ -68,6 +69,7 @@ class PrequantizedRequest:
         checkpoint: `int8.checkpoint`: file or folder, or one for each denoiser; None: none is given.
         outlier: the outlier method that the layers should have.
         baked_loras: that the layers should have.
+        quant_format, sdnq: of `model`, which decide what the file of `checkpoint` leaves open.
         cache: of earlier runs.
         cache_key: of these settings; None: the cache is not used.
     """
@@ -77,6 +79,8 @@ class PrequantizedRequest:
     baked_loras: BakedLoras
     cache: DiskCache
     cache_key: str | None
+    quant_format: str = AUTO
+    sdnq: str | Mapping[str, Any] | None = None
 
 
 # -- finding them ----------------------------------------------------------------------------------
@@ -104,7 +108,7 @@ def find_prequantized(
     """
     found: PrequantizedLayers | None
     if request.checkpoint is not None:
-        found = open_given_checkpoint(loaded, request.checkpoint)
+        found = open_given_checkpoint(loaded, request.checkpoint, request)
     elif loaded.checkpoint is not None and loaded.checkpoint.find_int8_layers():
         found = open_own_layers(loaded.checkpoint, request, changed_layers)
     else:
@@ -121,14 +125,20 @@ def find_prequantized(
     return found
 
 
-def open_given_checkpoint(loaded: LoadedModel, checkpoint: str | Mapping[str, str]) -> PrequantizedLayers:
+def open_given_checkpoint(
+    loaded: LoadedModel, checkpoint: str | Mapping[str, str], request: PrequantizedRequest
+) -> PrequantizedLayers:
     """Open the layers of `int8.checkpoint`.
+
+    Args:
+        checkpoint: a file or folder, or one for each denoiser.
+        request: says what the file leaves open.
 
     Raises:
         FileError: when there are none.
     """
     components = [denoiser.component for denoiser in loaded.source.denoisers]
-    found = open_checkpoint(loaded, resolve_checkpoint_paths(checkpoint, components))
+    found = open_checkpoint(loaded, resolve_checkpoint_paths(checkpoint, components), request)
     if not found.layers:
         raise FileError(
             f"{checkpoint} holds no INT8 layer that can be used as it is; set model.location to it, or "
@@ -167,16 +177,25 @@ def resolve_checkpoint_paths(
     return {components[0]: path}
 
 
-def open_checkpoint(loaded: LoadedModel, paths: Mapping[str, Path]) -> PrequantizedLayers:
+def open_checkpoint(
+    loaded: LoadedModel, paths: Mapping[str, Path], request: PrequantizedRequest
+) -> PrequantizedLayers:
     """Open files of INT8 layers; nothing else in them is used.
 
     Args:
         paths: by component.
+        request: says what the files leave open.
     """
     files = {}
     for prefix, denoiser in split_denoiser(loaded.denoiser).items():
         component = prefix.removesuffix(".") or next(iter(paths))
-        files[prefix] = FileWeights(paths[component], denoiser, is_partial=True)
+        files[prefix] = FileWeights(
+            paths[component],
+            denoiser,
+            is_partial=True,
+            quant_format=request.quant_format,
+            sdnq=request.sdnq,
+        )
     weights = DenoiserWeights(files)
     return PrequantizedLayers(weights, weights.find_int8_layers(), weights.read_provenance())
 

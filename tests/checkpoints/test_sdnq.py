@@ -141,6 +141,24 @@ def test_words_that_say_nothing(word: Any, error: type[Exception], message: str,
         assert_is_read(draft_sdnq(), tmp_path, sdnq=word)
 
 
+def test_a_word_that_the_config_denies_is_refused(tmp_path: Path) -> None:
+    write_config(tmp_path, HADAMARD)
+    assert_is_read(draft_sdnq(group_size=64), tmp_path, sdnq="hadamard")
+    # of a text encoder the config counts, and the format is compared with what was found
+    assert_is_read(draft_sdnq(group_size=64), tmp_path, requested="int8_rowwise")
+    for word in ("none", "hadamard_64"):
+        message = (
+            rf"model.sdnq={word}, and the config beside .* says hadamard_256; they contradict each other"
+        )
+        with pytest.raises(FileError, match=message):
+            assert_is_read(draft_sdnq(group_size=64), tmp_path, sdnq=word)
+
+
+def test_a_word_for_a_file_of_another_program_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model.sdnq=none, and .* has no weight whose scale is in `scale`"):
+        assert_is_read(draft_rowwise(), tmp_path, sdnq="none")
+
+
 @pytest.mark.parametrize("text", ["{}", "[1]", '{"quant_method": "fp8"}', "{"])
 def test_a_config_of_another_program_is_no_word(text: str, tmp_path: Path) -> None:
     (tmp_path / "c.json").write_text(text)

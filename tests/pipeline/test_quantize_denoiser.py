@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from support.helpers import CPU, NEVER_FLOAT, TinyModel, randn, shipped
 from support.tiny_pipeline import random_pipeline
 from torch import Tensor, nn
@@ -63,6 +64,7 @@ from int8run.ptq.mixed_precision import (
 )
 from int8run.ptq.quantize import build_int8_layers, quantize_layers
 from int8run.quant.rounding import AbsMax, Mse
+from int8run.quant.weight import quantize_weight
 from int8run.report.console import Progress
 from int8run.utils.disk_cache import DiskCache
 
@@ -264,6 +266,24 @@ def test_a_checkpoint_goes_before_the_models_own_file_and_that_before_the_cache(
     )
     assert found(make_request(cache=cache, key="other")) is None
     assert found(make_request(cache=cache, key=None)) is None
+
+
+def test_settings_name_what_a_given_checkpoint_leaves_open(tmp_path: Path) -> None:
+    """INT8 rows by SDNQ, which says in its config alone that they are not rotated."""
+    tensors = {}
+    for name, module in TinyModel().named_modules():
+        if isinstance(module, nn.Linear):
+            quantized = quantize_weight(module.weight.detach())
+            tensors[f"{name}.weight"] = quantized.qdata
+            tensors[f"{name}.scale"] = quantized.scale
+    path = tmp_path / "m.safetensors"
+    save_file(tensors, path)
+
+    with pytest.raises(FileError, match=r"model.sdnq=none or model.sdnq=hadamard"):
+        found(make_request(str(path)))
+    for words in ({"sdnq": "none"}, {"quant_format": "int8_rowwise"}):
+        given = found(replace(make_request(str(path)), **words))
+        assert given is not None and given.layers
 
 
 def test_a_file_of_floats_alone_holds_nothing_to_take(tmp_path: Path) -> None:
