@@ -8,9 +8,10 @@ Fields as in PEFT 0.21.
 from collections.abc import Collection, Mapping
 
 from int8run.errors import LoraError
-from int8run.lora.untrusted_text import as_list
+from int8run.lora.untrusted_text import as_list, sanitize_text
 from int8run.lora.written_settings import Place, Settings
 
+MAX_TEXT_CHARS = 40
 # types whose tensors are read; what any other type means is not known
 READ_TYPES = ("LORA", "LOHA", "LOKR", "OFT", "BOFT", "IA3")
 # setting -> what the tensors are because of it
@@ -81,8 +82,8 @@ def check_settings(place: Place, component: str) -> list[str]:
     peft_type = str(settings.get("peft_type", "LORA")).rpartition(".")[2].upper()
     if peft_type not in READ_TYPES:
         raise LoraError(
-            f"{place.name} says peft_type {peft_type[:40]}, which is not read; read are "
-            f"{', '.join(READ_TYPES)}. Merge it into the model with PEFT, or take another file"
+            f"{place.name} says peft_type {sanitize_text(peft_type, MAX_TEXT_CHARS)}, which is not read; "
+            f"read are {', '.join(READ_TYPES)}. Merge it into the model with PEFT, or take another file"
         )
     for setting, consequence in REFUSED_SETTINGS.items():
         if settings.get(setting):
@@ -101,33 +102,39 @@ def list_setting_warnings(place: str, settings: Settings) -> list[str]:
     whole_modules = [str(name) for name in as_list(settings.get("modules_to_save"))]
     if whole_modules:
         warnings.append(
-            f"{place} has modules_to_save: {', '.join(whole_modules)[:80]} were trained whole beside the "
-            "adapter; whole weights are not applied"
+            f"{place} has modules_to_save: {sanitize_text(', '.join(whole_modules), MAX_TEXT_CHARS)} were "
+            "trained whole beside the adapter; whole weights are not applied"
         )
     if settings.get("bias") not in (None, "", "none"):
         warnings.append(
-            f"{place} has bias {str(settings['bias'])[:20]!r}: biases of the model were trained beside the "
-            "adapter; they are not applied"
+            f"{place} has bias {str(settings['bias'])[:MAX_TEXT_CHARS]!r}: biases of the model were trained "
+            "beside the adapter; they are not applied"
         )
     unknown = [key for key, value in settings.items() if value and key not in KNOWN_SETTINGS]
     unknown = [key for key in unknown if key not in REFUSED_SETTINGS]
     if unknown:
-        names = ", ".join(key[:40] for key in unknown[:5])
+        names = ", ".join(sanitize_text(key, MAX_TEXT_CHARS) for key in unknown[:5])
         warnings.append(f"{place} has settings that are not known and are ignored: {names}")
     return warnings
 
 
 def check_parts(settings: Mapping[str, object], place: str, parts: Collection[str]) -> None:
-    """Check that a low-rank pair has the further parts that the settings promise.
+    """Check that a low-rank pair has the further parts that the settings promise, and no others.
 
     Raises:
-        LoraError: when one is missing: the rest would be another change.
+        LoraError: when one is missing, so that the rest would be another change, or there in spite of them.
     """
     if "down" not in parts:
         return
     for setting, promised in PARTS_BY_SETTING.items():
-        if settings.get(setting) and not any(part in parts for part in promised):
+        found = [part for part in promised if part in parts]
+        if settings.get(setting) and not found:
             raise LoraError(f"has no {promised[0]}, and {place} has {setting}; the file is incomplete")
+        if found and settings.get(setting) is False:
+            raise LoraError(
+                f"has a {found[0]}, and {place} says {setting} false; which one is meant cannot be told: ask "
+                "its author"
+            )
 
 
 def find_relative_initialization(place: Place, component: str) -> str | None:
@@ -141,11 +148,11 @@ def find_relative_initialization(place: Place, component: str) -> str | None:
     name = str(value).lower()
     for prefix, title in RELATIVE_INITIALIZATIONS.items():
         if name.startswith(prefix):
-            return f"{str(value)[:40]} ({title})"
+            return f"{sanitize_text(value, MAX_TEXT_CHARS)} ({title})"
     if name not in PLAIN_INITIALIZATIONS:
         known = (*PLAIN_INITIALIZATIONS, *RELATIVE_INITIALIZATIONS)
         raise LoraError(
-            f"{place.name} says init_lora_weights {str(value)[:40]!r}, and whether that changed the base "
-            f"weights is not known; known are {', '.join(known)}"
+            f"{place.name} says init_lora_weights {str(value)[:MAX_TEXT_CHARS]!r}, and whether that changed "
+            f"the base weights is not known; known are {', '.join(known)}"
         )
     return None

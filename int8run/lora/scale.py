@@ -164,7 +164,7 @@ class PlaceScale:
             if unused:
                 warnings.append(
                     f"{key} of {self.place} has {len(unused)} entries that fit no module of the file "
-                    f"(first: {unused[0][:80]})"
+                    f"(first: {unused[0][:80]!r})"
                 )
         return warnings
 

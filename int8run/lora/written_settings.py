@@ -13,7 +13,7 @@ from typing import Any
 
 from int8run.errors import LoraError
 from int8run.lora.key_parsing import DENOISER, TEXT_ENCODER, TEXT_ENCODER_2, TEXT_ENCODER_3
-from int8run.lora.untrusted_text import MAX_SIDECAR_BYTES, parse_json, read_optional_text
+from int8run.lora.untrusted_text import MAX_SIDECAR_BYTES, parse_json, read_optional_text, sanitize_text
 
 ADAPTER_CONFIG = "adapter_config.json"
 PEFT_FILE = "adapter_model.safetensors"
@@ -43,6 +43,7 @@ TRAINING_ALPHA_KEY, TRAINING_RANK_KEY = "ss_network_alpha", "ss_network_dim"
 RECORD_PREFIXES = ("ss_", "modelspec.", "sshs_")
 # keys that are a factor of the change for some writer, and whose meaning is not known here
 SCALE_WORDS = ("scale", "scaling", "scaling_factor", "lora_scale", "lora_scaling")
+MAX_TEXT_CHARS = 40
 # in a JSON text that is not read
 QUOTED_ALPHA_WORDS = ('"lora_alpha"', '"network_alpha"', '"linear_alpha"')
 
@@ -179,7 +180,8 @@ def read_plain_keys(metadata: Mapping[str, str]) -> tuple[dict[str | None, dict[
         if setting in (*ALPHA_KEYS, *RANK_KEYS) and value is not None:
             by_component.setdefault(component, {})[setting] = value
         elif is_unread_scale(key, text):
-            warnings.append(f"{key} in its header is {text[:40]!r}, which is not understood and is ignored")
+            shown = f"{sanitize_text(key, MAX_TEXT_CHARS)} in its header is {text[:MAX_TEXT_CHARS]!r}"
+            warnings.append(f"{shown}, which is not understood and is ignored")
     with_alpha = {c: s for c, s in by_component.items() if any(key in s for key in ALPHA_KEYS)}
     return with_alpha, warnings
 
@@ -222,12 +224,15 @@ def list_unread_alphas(metadata: Mapping[str, str]) -> list[str]:
     if alpha is not None and alpha != parse_number(rank):
         lines.append(
             f"its header says that it was trained with alpha {alpha:g} ({TRAINING_ALPHA_KEY}) and rank "
-            f"{rank[:20] or 'unknown'}, and no tensor says so: alpha / rank is taken as 1, as converters "
-            "multiply it into the tensors; if it was lost instead, multiply the strength by alpha / rank"
+            f"{sanitize_text(rank, MAX_TEXT_CHARS) or 'unknown'}, and no tensor says so: alpha / rank is "
+            "taken as 1, as converters multiply it into the tensors; if it was lost instead, multiply the "
+            "strength by alpha / rank"
         )
     for key, text in metadata.items():
         if key not in JSON_KEYS and any(word in text for word in QUOTED_ALPHA_WORDS):
-            lines.append(f"{key[:40]} in its header has an alpha, which is not understood and is ignored")
+            lines.append(
+                f"{sanitize_text(key, 40)} in its header has an alpha, which is not understood and is ignored"
+            )
     return lines
 
 

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import math
+import random
 import re
 
 import pytest
@@ -16,6 +18,8 @@ from int8run.lora.find import find_lora
 from int8run.lora.load import read_lora
 from int8run.lora.metadata import describe_header
 from int8run.lora.peft_config import list_setting_warnings
+from int8run.lora.stack import LoraStack
+from int8run.tasks.inspect_file import inspect_file
 
 RANK, IN, OUT = 8, 12, 10
 PAIR = {"lora_A.weight": randn(RANK, IN), "lora_B.weight": randn(OUT, RANK, seed=1)}
@@ -95,12 +99,28 @@ def assert_same_as_peft(folder, original, merged):
     ],
     ids=json.dumps,
 )
-def test_lora_changes_weights_as_peft_does(tmp_path, settings):
+@pytest.mark.parametrize("place", ["beside", "in the header"])
+def test_lora_changes_weights_as_peft_does(tmp_path, settings, place):
     peft = pytest.importorskip("peft")
 
     saved = save_with_peft(tmp_path, peft.LoraConfig(r=4, target_modules=["to_q", "to_k"], **settings))
+    if place == "in the header":
+        move_settings_into_header(tmp_path)
 
     assert_same_as_peft(tmp_path, *saved)
+
+
+def move_settings_into_header(folder):
+    """The same adapter as diffusers writes it."""
+    config_path, path = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    config = {f"transformer.{key}": value for key, value in json.loads(config_path.read_text()).items()}
+    config_path.unlink()
+    tensors = {
+        key.replace("base_model.model.", "transformer."): tensor for key, tensor in load_file(path).items()
+    }
+    path.unlink()
+    metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(config)}
+    save_file(tensors, folder / "pytorch_lora_weights.safetensors", metadata)
 
 
 @pytest.mark.parametrize("kind", ["LoHaConfig", "LoKrConfig"])
@@ -311,7 +331,7 @@ def test_an_alpha_tensor_may_say_the_same_as_the_header(write):
         ({"config": CONFIG}, "adapter_config.json has no alpha; PEFT's default of 8 is used"),
         (
             {"config": CONFIG | {"alpha_pattern": {"y": 2}}},
-            "alpha_pattern of adapter_config.json has 1 entries that fit no module of the file .first: y",
+            "alpha_pattern of adapter_config.json has 1 entries that fit no module of the file .first: 'y'",
         ),
         ({"config": CONFIG | {"fan_in_fan_out": True}}, "has fan_in_fan_out, which is ignored, as PEFT"),
         ({"config": CONFIG | {"modules_to_save": ["y"]}}, "has modules_to_save: y were trained whole"),
@@ -406,11 +426,13 @@ def test_settings_beside_several_loras_are_of_the_one_with_their_name(write, cap
 )
 @pytest.mark.parametrize("place", ["beside", "in the header"])
 def test_another_change_is_refused_by_name(write, config, words, place):
+    parts = config.get("parts", PAIR)
+    config = {key: value for key, value in config.items() if key != "parts"}
     if place == "beside":
-        path = write(config=CONFIG | config)
+        path = write(config=CONFIG | config, parts=parts)
     else:
         settings = {f"transformer.{key}": value for key, value in (CONFIG | config).items()}
-        path = write({"lora_adapter_metadata": json.dumps(settings)}, prefix="transformer.")
+        path = write({"lora_adapter_metadata": json.dumps(settings)}, parts=parts, prefix="transformer.")
         words = words.replace("adapter_config.json", "lora_adapter_metadata in its header")
 
     with pytest.raises(LoraError, match=words):
@@ -448,3 +470,57 @@ def test_inspect_shows_what_is_beside_the_file(write):
 
     (path.parent / "adapter_config.json").write_text("{")
     assert "adapter_config.json is not a JSON object" in describe_header(path, {}, [])["rank and alpha"]
+
+
+def test_hostile_text_is_shown_without_control_characters(write, caplog):
+    escape = "\x1b[31m"
+    path = write(
+        {f"{escape}.alpha": escape, f"{escape}job": f'{{"lora_alpha": {escape}'},
+        CONFIG | {"modules_to_save": [escape], escape: 1, "alpha_pattern": {"y": 1}, "bias": escape},
+    )
+
+    read_lora(path)
+
+    assert len(caplog.records) >= 5 and "\x1b" not in caplog.text
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_settings_are_read_or_refused(write, seed):
+    generator = random.Random(seed)
+    keys = ["r", "lora_alpha", "alpha", "alpha_pattern", "rank_pattern", "use_rslora", "peft_type"]
+    keys += ["use_dora", "init_lora_weights", "modules_to_save", "bias", "transformer", "x.alpha"]
+    values = [None, 0, 1, -3, 8.5, 1e308, 10**400, True, "8", "\0", "pissa", [], [1], {}, {"x": 1}, {"(": {}}]
+    for _ in range(20):
+        settings = {generator.choice(keys): generator.choice(values) for _ in range(4)}
+        plain = {key: str(value) for key, value in settings.items()}
+        as_json = {"lora_adapter_metadata": json.dumps(settings)}
+        options = generator.choice([{"config": settings}, {"metadata": plain}, {"metadata": as_json}])
+        try:
+            (change,) = read_lora(write(**options)).all_changes
+        except LoraError:
+            continue
+        assert math.isfinite(change.weight_delta.scale)
+
+
+def test_a_folder_of_peft_is_inspected(write):
+    path = write(config=CONFIG | {"lora_alpha": 16})
+
+    table = inspect_file(str(path.parent))
+
+    assert table.title == "adapter_model.safetensors"
+    assert "rank 8, alpha 16" in list(table.columns[1].cells)
+
+
+def test_a_folder_of_peft_is_put_on_a_model(tmp_path):
+    model = nn.ModuleDict({"x": nn.Linear(IN, OUT)})
+    (tmp_path / "style").mkdir()
+    pair = {f"base_model.model.x.{part}": tensor.clone() for part, tensor in PAIR.items()}
+    save_file(pair, tmp_path / "style" / "adapter_model.safetensors")
+    (tmp_path / "style" / "adapter_config.json").write_text(json.dumps(CONFIG | {"lora_alpha": 32}))
+    before = model["x"].weight.detach().clone()
+
+    stack = LoraStack(model).add(tmp_path / "style", 0.5)
+
+    assert stack.names == ["style"]
+    expected = 0.5 * 4 * PAIR["lora_B.weight"] @ PAIR["lora_A.weight"]
+    assert_close("x", model["x"].weight.detach() - before, expected, 1e-5)
