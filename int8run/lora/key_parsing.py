@@ -22,6 +22,11 @@ TEXT_ENCODER_3 = "text_encoder_3"
 LOHA_PARTS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
 LOKR_PARTS = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
 OTHER_LYCORIS_PARTS = ("alpha", "dora_scale", "diff", "diff_b", "w_norm", "b_norm", "on_input")
+# of OFT and BOFT: by LyCORIS, by PEFT, and by kohya, which cuts a fused matrix into up to four parts
+OFT_SUFFIXES = {".oft_blocks": "oft_blocks", ".rescale": "rescale"}
+PEFT_OFT_SUFFIXES = {".oft_R.weight": "oft_R", ".boft_R": "boft_R", ".boft_s": "boft_s"}
+KOHYA_OFT_PARTS = tuple(f"kohya_oft_blocks_{i}" for i in range(4))
+KOHYA_OFT_PREFIX = "oft_"
 
 # the trained value of a norm, which takes the place of the model's own
 NEW_NORM = "new_norm"
@@ -58,6 +63,9 @@ PART_BY_SUFFIX = {
     ".lora_B": "up",
     **{f".{part}": part for part in (*LOHA_PARTS, *LOKR_PARTS, *OTHER_LYCORIS_PARTS)},
     f".{NEW_NORM}": NEW_NORM,
+    **OFT_SUFFIXES,
+    **PEFT_OFT_SUFFIXES,
+    **{f".oft_blocks.{i}": part for i, part in enumerate(KOHYA_OFT_PARTS)},
 }
 # pieces of a key after which PEFT puts the adapter's name, unless a file was saved without it
 NAMED_PARTS = {
@@ -69,6 +77,7 @@ NAMED_PARTS = {
     "lora_mid",
     *LOHA_PARTS,
     *LOKR_PARTS,
+    *PEFT_OFT_SUFFIXES.values(),
 }
 # what may stand behind the adapter's name
 TENSOR_NAMES = ("weight", "bias", "scale_weight", "weight_scale")
@@ -174,7 +183,10 @@ def parse_key(key: str) -> ParsedKey:
 
     suffix = find_suffix(plain_key)
     if suffix:
-        return ParsedKey(*split_component(plain_key.removesuffix(suffix)), PART_BY_SUFFIX[suffix])
+        part = PART_BY_SUFFIX[suffix]
+        if part == "oft_blocks" and key.startswith(KOHYA_OFT_PREFIX):  # bounded otherwise than LyCORIS's
+            part = KOHYA_OFT_PARTS[0]
+        return ParsedKey(*split_component(plain_key.removesuffix(suffix)), part)
 
     unread_weight = find_unread_weight(key)
     if unread_weight is not None:

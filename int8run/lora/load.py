@@ -298,7 +298,8 @@ def read_module(
     floats = dequantize_factors(tensors)
     peaks = compute_peaks(floats)
     names = ModuleNames(name, find_full_name(name, next(iter(key_by_part.values()))))
-    change = build_change(floats, partial(scales.get_scale, component, names, floats.get("alpha")))
+    get_scale = partial(scales.get_scale, component, names, floats.get("alpha"))
+    change = build_change(floats, get_scale, opened.written.get_peft_settings(component))
     check_size(peaks, change)
     return change, peaks
 

@@ -8,6 +8,7 @@ file and module in front.
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from int8run.lora.adapters.loha import LoHa
 from int8run.lora.adapters.lokr import LoKr
 from int8run.lora.adapters.lora import LoRA
 from int8run.lora.adapters.low_rank import LowRankPair
+from int8run.lora.build_oft import OFT_PARTS, build_oft
 from int8run.lora.key_parsing import LOHA_PARTS, LOKR_PARTS, NEW_NORM
 
 # part -> tensor, of one module
@@ -123,17 +125,20 @@ def format_dtype(tensor: Tensor) -> str:
 # -- the change of a module ----------------------------------------------------------------------------------
 
 
-def build_change(tensors: AdapterTensors, get_scale: GetScale) -> LoraChange:
+def build_change(
+    tensors: AdapterTensors, get_scale: GetScale, settings: Mapping[str, Any] | None = None
+) -> LoraChange:
     """The change that the tensors of a module make together.
 
     Args:
         tensors: floats, see `dequantize_factors`.
         get_scale: rank -> alpha / rank.
+        settings: PEFT's, without which its OFT cannot be read; None: there are none.
 
     Raises:
         LoraError: when parts are missing, belong to several adapter types, or do not fit each other.
     """
-    adapter = build_adapter(tensors, get_scale)
+    adapter = build_adapter(tensors, get_scale, settings or {})
     biases = [tensors[part].float().flatten() for part in ("diff_b", "b_norm") if part in tensors]
     if adapter is not None and "up_bias" in tensors:
         biases.append(adapter.scale * tensors["up_bias"].float().flatten())
@@ -151,13 +156,17 @@ def build_change(tensors: AdapterTensors, get_scale: GetScale) -> LoraChange:
     return LoraChange(adapter, sum(biases[1:], biases[0]) if biases else None)
 
 
-def build_adapter(tensors: AdapterTensors, get_scale: GetScale) -> LoraDelta | None:
+def build_adapter(
+    tensors: AdapterTensors, get_scale: GetScale, settings: Mapping[str, Any]
+) -> LoraDelta | None:
     """The adapter that the tensors belong to, without DoRA's norms; None: only a bias is changed.
 
     Raises:
         LoraError: when they belong to several adapter types, are incomplete, or do not fit each other.
     """
     builders = [builder for own_parts, builder in ADAPTER_BUILDERS if own_parts & tensors.keys()]
+    if tensors.keys() & set(OFT_PARTS):
+        builders.append(lambda tensors, _: build_oft(tensors, settings))
     if len(builders) > 1:
         parts = ", ".join(sorted(tensors.keys() - AUXILIARY_PARTS))
         raise LoraError(f"has parts of several adapter types: {parts}; a module can have one")

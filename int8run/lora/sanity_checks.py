@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from int8run.lora.adapters.change import LoraChange
 from int8run.lora.adapters.dora import DoRA
+from int8run.lora.adapters.oft import OFT, StackedRows
 from int8run.lora.parse import AUXILIARY_PARTS
 
 # alpha / rank outside of this range is often a mistake
@@ -82,6 +83,8 @@ def has_effect(peaks: Mapping[str, float], change: LoraChange) -> bool:
     """Whether a module changes anything: a product with a factor of zeros is zero."""
     if isinstance(change.weight_delta, DoRA):
         return True  # its norms change a weight even then
+    if isinstance(change.weight_delta, OFT | StackedRows):
+        return not change.weight_delta.is_identity
     if any(peaks.get(part) for part in BIAS_PARTS):
         return True
     factors = [peak for part, peak in peaks.items() if part not in BIAS_PARTS]

@@ -81,6 +81,14 @@ class WrittenSettings:
     places: tuple[Place, ...] = ()
     warnings: tuple[str, ...] = field(default=())
 
+    def get_peft_settings(self, component: str) -> dict[str, Any]:
+        """What PEFT's configurations say about a component, in any place."""
+        settings: dict[str, Any] = {}
+        for place in self.places:
+            if place.is_peft:
+                settings |= place.get_settings(component)
+        return settings
+
     @property
     def has_adapter_config(self) -> bool:
         """Whether PEFT's file is beside the LoRA."""

@@ -142,6 +142,14 @@ from int8run.lora.unread_types import load_signatures
             "up",
         ),
         ("text_encoders.transformer.model.layers.0.lora_up.weight", "text_encoder", "model.layers.0", "up"),
+        ("lycoris_x.oft_blocks", "denoiser", "x", "oft_blocks"),
+        ("lora_unet_x.rescale", "denoiser", "x", "rescale"),
+        ("oft_unet_x.oft_blocks", "denoiser", "x", "kohya_oft_blocks_0"),
+        ("oft_unet_x.oft_blocks.2", "denoiser", "x", "kohya_oft_blocks_2"),
+        ("base_model.model.x.oft_R.weight", "denoiser", "x", "oft_R"),
+        ("base_model.model.x.oft_R.my_style.weight", "denoiser", "x", "oft_R"),
+        ("base_model.model.x.boft_R", "denoiser", "x", "boft_R"),
+        ("base_model.model.x.boft_s.default", "denoiser", "x", "boft_s"),
     ],
 )
 def test_key_is_parsed_into_component_name_and_part(key, component, name, part):
@@ -153,8 +161,8 @@ def test_key_is_parsed_into_component_name_and_part(key, component, name, part):
     [
         ("transformer.x.a1.weight", "x", "unsupported adapter type: GLoRA"),
         ("lora_unet_x.b2.weight", "x", "unsupported adapter type: GLoRA"),
-        ("lora_unet_x.oft_blocks", "x", "unsupported adapter type: OFT or BOFT"),
-        ("lora_unet_x.rescale", "x", "unsupported adapter type: OFT or BOFT"),
+        ("base_model.model.x.oft_r", "x", "unsupported adapter type: OFT of PEFT before 0.14"),
+        ("base_model.model.x.oft_embedding_R.weight", "x", "unsupported adapter type: OFT of an embedding"),
         ("diffusion_model.x.set_weight", "x", "unsupported adapter type: whole replacement (set_weight)"),
         (
             "diffusion_model.x.reshape_weight",
@@ -166,7 +174,6 @@ def test_key_is_parsed_into_component_name_and_part(key, component, name, part):
         ("transformer.x.lora_A.something", "x.lora_A.something", "unknown suffix"),
         ("transformer.x.lora_A.default.something", "x.lora_A.default.something", "unknown suffix"),
         ("transformer.x.lora_A.a.b.c.weight", "x.lora_A.a.b.c", None),  # a plain weight
-        ("oft_unet_x.oft_blocks.0", "x", "unsupported adapter type: OFT or BOFT"),
         ("x.lambda_layer", "x", "unsupported adapter type: T-LoRA"),
         ("x.lora_E.default", "x", "unsupported adapter type: AdaLoRA"),
         ("x.norm.ln_tuning_layers.weight", "x.norm", "unsupported adapter type: LN tuning"),

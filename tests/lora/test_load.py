@@ -229,7 +229,7 @@ def test_plain_weights_are_skipped(write):
     "suffix",
     [
         "a1.weight",
-        "oft_blocks",
+        "oft_r",
         "bias_indices",
         "set_weight",
         "reshape_weight",

@@ -21,6 +21,7 @@ from int8run.lora.adapters.loha import LoHa
 from int8run.lora.adapters.lokr import LoKr
 from int8run.lora.adapters.lora import LoRA
 from int8run.lora.adapters.low_rank import LowRankPair
+from int8run.lora.adapters.oft import OFT, RotationStage
 from int8run.lora.apply import balance_factors
 from int8run.lora.stack import Entry, LoraStack
 from int8run.outlier.base import OutlierMethod
@@ -219,6 +220,16 @@ def test_float_layers_are_merged() -> None:
         assert_close(f"strength {strength}", int8(X), model(X), 0.04)
 
 
+FULL_KINDS = ("diff", "IA3 on inputs", "DoRA by columns", "OFT", "OFT on inputs")
+
+
+def rotate_blocks(num_features: int, on_input: bool) -> OFT:
+    """A rotation of blocks of 4 rows or inputs."""
+    skew = 0.2 * randn(num_features // 4, 4, 4, seed=16)
+    angles = torch.matrix_exp(skew - skew.mT)
+    return OFT((RotationStage(angles),), num_features, on_input=on_input)
+
+
 def make_adapters(n: int, k: int) -> dict[str, LoraChange]:
     """One change of each kind for an [n, k] weight."""
     pair = lambda rank, seed: LowRankPair(randn(n, rank, seed=seed), randn(rank, k, seed=seed + 1) * 0.05)  # noqa: E731
@@ -235,6 +246,8 @@ def make_adapters(n: int, k: int) -> dict[str, LoraChange]:
         "IA3 on inputs": IA3(randn(k, seed=12) * 0.3, on_input=True),
         "DoRA": DoRA(plain, randn(n, seed=13).abs() + 0.3),
         "DoRA by columns": DoRA(plain, randn(k, seed=14).abs() + 0.3, on_input=True),
+        "OFT": rotate_blocks(n, on_input=False),
+        "OFT on inputs": rotate_blocks(k, on_input=True),
     }
     return {name: LoraChange(core, randn(n, seed=15) * 0.1) for name, core in cores.items()}
 
@@ -262,12 +275,12 @@ def test_every_adapter_type_changes_int8_layers(mode: str, kind: str, strength: 
 
     assert torch.equal(int8(X), plain_int8)
 
-    full = kind in ("diff", "IA3 on inputs", "DoRA by columns")
+    full = kind in FULL_KINDS
 
     assert loras.layers_by_mode == ({mode: 2} if mode != "auto" else {"bake": 2} if full else {"dynamic": 2})
 
 
-@pytest.mark.parametrize("kind", ["diff", "IA3 on inputs", "DoRA by columns"])
+@pytest.mark.parametrize("kind", FULL_KINDS)
 def test_dynamic_rejects_adapters_without_a_low_rank_form(kind: str) -> None:
     model = TinyModel()
     int8, _ = to_int8(model)

@@ -35,7 +35,7 @@ class LoraDelta(Protocol):
 
     @property
     def adapter_type(self) -> str:
-        """The name for people: LoRA, LoCon, LoHa, LoKr, diff, norm, IA3, DoRA."""
+        """The name for people: LoRA, LoCon, LoHa, LoKr, diff, norm, IA3, DoRA, OFT, BOFT."""
 
     @property
     def rank(self) -> int | None:

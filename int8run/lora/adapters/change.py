@@ -95,8 +95,8 @@ class LoraChange:
         num_rows = self.out_features
         if num_rows is None:
             raise LoraError(
-                "is an IA3 on inputs, which does not say how many rows of the model's fused matrix it "
-                "changes; load the model without fused projections"
+                f"is an {self.adapter_type} on inputs, which does not say how many rows of the model's fused "
+                "matrix it changes; load the model without fused projections"
             )
         if start < 0 or start + num_rows > total:
             raise LoraError(
