@@ -28,6 +28,8 @@ PEFT_OFT_SUFFIXES = {".oft_R.weight": "oft_R", ".boft_R": "boft_R", ".boft_s": "
 KOHYA_OFT_PARTS = tuple(f"kohya_oft_blocks_{i}" for i in range(4))
 KOHYA_OFT_PREFIX = "oft_"
 
+# PEFT's norms of a DoRA: one tensor, in its own module or not
+MAGNITUDE_VECTOR = "lora_magnitude_vector"
 # the trained value of a norm, which takes the place of the model's own
 NEW_NORM = "new_norm"
 
@@ -37,8 +39,8 @@ PART_BY_SUFFIX = {
     ".lora_A.weight": "down",
     ".lora_B.weight": "up",
     ".lora_B.bias": "up_bias",
-    ".lora_magnitude_vector.weight": "magnitude",
-    ".lora_magnitude_vector": "magnitude",
+    f".{MAGNITUDE_VECTOR}.weight": "magnitude",
+    f".{MAGNITUDE_VECTOR}": "magnitude",
     # kohya, ComfyUI, OneTrainer, LyCORIS
     ".lora_down.weight": "down",
     ".lora_up.weight": "up",
@@ -71,7 +73,7 @@ PART_BY_SUFFIX = {
 NAMED_PARTS = {
     "lora_A",
     "lora_B",
-    "lora_magnitude_vector",
+    MAGNITUDE_VECTOR,
     "lora_down",
     "lora_up",
     "lora_mid",
@@ -217,8 +219,8 @@ def find_suffix(plain_key: str) -> str:
 def remove_adapter_name(key: str) -> tuple[str, str]:
     """`a.lora_A.my_style.weight` -> `a.lora_A.weight`, and `my_style`; an empty one where the key has none.
 
-    A name without anything behind it counts only if it begins with `default`: else it could be any part of
-    an adapter.
+    A name without anything behind it counts only if it begins with `default`, or where nothing else can
+    stand: else it could be any part of an adapter.
     """
     pieces = key.split(".")
     last_pieces = range(max(len(pieces) - MAX_ADAPTER_PIECES - 2, 0), len(pieces))
@@ -228,7 +230,8 @@ def remove_adapter_name(key: str) -> tuple[str, str]:
 
     part, rest = pieces[: position + 1], pieces[position + 1 :]
     tensor_name = [rest.pop()] if rest and rest[-1] in TENSOR_NAMES else []
-    is_name = bool(tensor_name) or all(piece.startswith("default") for piece in rest)
+    is_alone = pieces[position] == MAGNITUDE_VECTOR or all(piece.startswith("default") for piece in rest)
+    is_name = bool(tensor_name) or is_alone
     if not is_name or len(rest) > MAX_ADAPTER_PIECES or "base_layer" in rest:
         return key, ""
     return ".".join([*part, *tensor_name]), ".".join(rest)

@@ -22,9 +22,11 @@ from int8run.errors import ConfigError, FileError
 from int8run.lora import few_step
 from int8run.lora.base_model import detect_lora_base
 from int8run.lora.find import find_lora_of_folder
+from int8run.lora.key_groups import group_keys
 from int8run.lora.key_parsing import parse_key
 from int8run.lora.metadata import describe_header
 from int8run.lora.trigger_words import iter_trigger_words
+from int8run.lora.unread_types import ADAPTER_REASON, describe_unread_types, list_unread_types
 from int8run.models.detect_family import detect_denoiser
 from int8run.models.family import load_families
 from int8run.models.state_dict_adapter import find_denoiser_keys, find_prefix
@@ -164,8 +166,10 @@ def format_counts(counts: Counter[str], separator: str = ", ") -> str:
 def classify_file(header: Header) -> str:
     """Tell a LoRA, a quantized checkpoint and plain weights apart, by key suffixes and dtypes."""
     parsed_keys = [parse_key(key) for key in header]
-    for parsed in parsed_keys:
-        if parsed.part in ADAPTER_TYPES or parsed.reason.startswith("unsupported adapter type"):
+    # checkpoints of nunchaku have low-rank halves beside their packed weights
+    is_packed = any(key.endswith(".qweight") for key in header)
+    for parsed in parsed_keys if not is_packed else ():
+        if parsed.part in ADAPTER_TYPES or parsed.reason.startswith(ADAPTER_REASON):
             return "LoRA"
     if any(key.endswith(".comfy_quant") for key in header):
         return "quantized checkpoint with ComfyUI markers"
@@ -181,6 +185,9 @@ def describe_checkpoint(files: TensorFiles) -> Iterator[Row]:
     encoder = find_text_encoder(files)
     prefix = encoder.prefix if encoder is not None else find_prefix(files)
     yield "prefix", prefix or "none"
+    unread = list_unread_types({parse_key(key).reason for key in files})
+    if unread and encoder is None:
+        yield "looks like", describe_unread_types(unread)
     try:
         layers = read_layers(files, prefix)
     except FileError as error:
@@ -274,21 +281,25 @@ def describe_lora(path: Path, header: Header, metadata: Mapping[str, str]) -> It
 
     Raises:
         FileError: for a shape that no LoRA has.
+        LoraError: for several adapters in one file.
     """
-    parsed_keys = [parse_key(key) for key in header]
-    applied = [parsed for parsed in parsed_keys if parsed.part is not None]
-    modules = Counter(component for component, _ in dict.fromkeys((k.component, k.name) for k in applied))
+    groups = group_keys(path, header)
+    modules = Counter(module.component for module in groups.modules)
     module_counts = ", ".join(f"{component} {count} modules" for component, count in modules.items())
     ranks = find_ranks(path, header)
     yield "LoRA", f"{module_counts}, rank {', '.join(map(str, ranks))}" if ranks else module_counts
 
-    types = Counter(ADAPTER_TYPES[key.part] for key in applied if key.part in ADAPTER_TYPES)
+    parts = [part for module in groups.modules for part in module.by_part]
+    types = Counter(ADAPTER_TYPES[part] for part in parts if part in ADAPTER_TYPES)
     type_counts = ", ".join(f"{count} × {name}" for name, count in types.items())
     yield "adapter types", type_counts or "none that can be applied"
-    reasons = Counter(parsed.reason for parsed in parsed_keys if parsed.part is None)
+    reasons = Counter(groups.skipped.values())
     if reasons:
         yield "cannot be applied", "; ".join(f"{count} keys: {reason}" for reason, count in reasons.items())
-    yield "first module", parsed_keys[0].name
+    unread = list_unread_types(reasons)
+    if unread:
+        yield "what to do", describe_unread_types(unread)
+    yield "first module", parse_key(next(iter(header))).name
 
     base = detect_lora_base(header, metadata)
     if base is not None:

@@ -1140,12 +1140,6 @@ MISTAKES = {
         "matching",
         "textual inversion, not a LoRA",
     ),
-    "column norms of a fused matrix": Mistake(
-        "dora_rows",
-        replace_tensor(QKV, "dora_scale", change=lambda t: torch.ones(1, 16)),
-        "matching",
-        "DoRA norms .* run over all rows",
-    ),
 }
 
 

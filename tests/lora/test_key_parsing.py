@@ -19,6 +19,7 @@ from int8run.lora.unread_types import load_signatures
         ("transformer.a.b.lora_B.my_style.bias", "denoiser", "a.b", "up_bias"),
         ("transformer.a.b.lora_A.default", "denoiser", "a.b", "down"),
         ("transformer.a.b.hada_w1_a.default", "denoiser", "a.b", "hada_w1_a"),
+        ("transformer.a.b.lora_magnitude_vector.my_style", "denoiser", "a.b", "magnitude"),
         ("transformer.a.b.magnitude", "denoiser", "a.b", "magnitude"),
         ("lora_unet_a_b.lora_up.bias", "denoiser", "a_b", "up_bias"),
         ("transformer.a.b.lora_magnitude_vector", "denoiser", "a.b", "magnitude"),

@@ -132,6 +132,39 @@ def test_kinds(command: Command, tensors: dict[str, torch.Tensor], kind: str) ->
     assert inspect(command, "m.safetensors")["kind"] == kind
 
 
+def test_loras_that_are_not_read_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "lora.safetensors"
+    pair = {"x.lora_A.weight": torch.ones(2, 4), "x.lora_B.weight": torch.ones(4, 2)}
+    vera = {"y.vera_lambda_b": torch.ones(4), "y.vera_lambda_d": torch.ones(4)}
+    save_file(pair | {"x.gate": torch.ones(4)} | vera, path)
+    rows = read_table(path)
+
+    assert rows["kind"] == "LoRA"
+    assert rows["adapter types"] == "none that can be applied"
+    assert "3 keys: modules with a part that is not known (gate)" in rows["cannot be applied"]
+    assert "2 keys: unsupported adapter type: VeRA" in rows["cannot be applied"]
+    assert rows["what to do"].startswith("VeRA is not applied: merge it into its base model with PEFT")
+
+
+def test_other_files_for_a_model_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "ip.safetensors"
+    save_file(
+        {"image_proj.norm.weight": torch.ones(4), "ip_adapter.1.to_k_ip.weight": torch.ones(4, 4)}, path
+    )
+    rows = read_table(path)
+
+    assert rows["kind"] == "plain weights"
+    assert rows["looks like"].startswith("IP-Adapter is not applied: load it with load_ip_adapter")
+
+
+def test_low_rank_halves_of_a_packed_checkpoint_are_no_lora(tmp_path: Path) -> None:
+    path = tmp_path / "nunchaku.safetensors"
+    halves = {"a.lora_down": torch.ones(4, 2), "a.lora_up": torch.ones(4, 2)}
+    save_file(halves | {"a.qweight": torch.ones(4, 2, dtype=torch.int8)}, path)
+
+    assert read_table(path)["kind"] != "LoRA"
+
+
 def test_casts_and_lost_scales(tmp_path: Path) -> None:
     """448 is reached only by numbers that were divided by a scale."""
     path, cast = tmp_path / "m.safetensors", torch.full((8, 8), 0.75).to(torch.float8_e4m3fn)
