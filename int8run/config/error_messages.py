@@ -7,6 +7,7 @@ import re
 
 from int8run.errors import as_disk_full_error, as_not_writable_error, find_int8run_error, suggest_similar
 from int8run.tracking.secrets import mask_secrets
+from int8run.utils.plurals import count_noun
 
 
 def explain_error(error: BaseException) -> tuple[str | None, int]:
@@ -71,7 +72,7 @@ def describe_error(error: BaseException) -> tuple[str | None, int]:
         key = str(cause.full_key)
         there = len(cause.parent_node) if isinstance(cause.parent_node, list | ListConfig) else 0
         stack = "; choose a stack that has it, such as lora=stack_a" if key.startswith("lora.") else ""
-        return f"no setting called {key!r}: the list has {there} entries{stack}", 2
+        return f"no setting called {key!r}: the list has {count_noun(there, 'entry')}{stack}", 2
     if isinstance(error, HydraException | OmegaConfBaseException):
         source = cause if isinstance(cause, OmegaConfBaseException) else error
         # omegaconf appends the key and the container's type, each on a line of its own

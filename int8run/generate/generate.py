@@ -19,6 +19,7 @@ from int8run.generate.prompt_cache import PromptCache
 from int8run.generate.prompts import Sample
 from int8run.models.dual_denoisers import set_denoiser
 from int8run.models.sampling import Sampling
+from int8run.utils.plurals import count_noun
 from int8run.utils.timing import read_clock
 
 SAME_ENCODERS: Mapping[str, Mapping[str, nn.Module]] = MappingProxyType({})
@@ -197,8 +198,9 @@ def check_count(num_images: int, num_samples: int, sampling: Sampling) -> None:
     """
     if num_images != num_samples:
         extra = ", ".join(sampling.extra) or "nothing"
+        images, prompts = count_noun(num_images, "image"), count_noun(num_samples, "prompt")
         raise ConfigError(
-            f"the pipeline made {num_images} images of {num_samples} prompts (sampler.extra sets {extra}); "
+            f"the pipeline made {images} of {prompts} (sampler.extra sets {extra}); "
             "one image per prompt is compared: prompts.seeds_per_prompt=2 makes two of each prompt"
         )
 

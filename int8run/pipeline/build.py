@@ -49,6 +49,7 @@ from int8run.pipeline.text_encoders import QuantizedEncoders, build_encoders
 from int8run.ptq.layer_costs import BranchCosts
 from int8run.ptq.mixed_precision import MixedPrecisionResult
 from int8run.report.console import Progress
+from int8run.utils.plurals import count_noun
 from int8run.utils.timing import read_clock, time_medians
 
 log = logging.getLogger(__name__)
@@ -283,10 +284,10 @@ def warn_dequantized_baseline(spec: RunSpec, loaded: LoadedModel) -> None:
     if spec.metrics.baseline == "none" or not loaded.num_dequantized_layers:
         return
     log.warning(
-        "The float model has the quantized numbers of %s in %d layers: PSNR to float shows neither what they "
+        "The float model has the quantized numbers of %s in %s: PSNR to float shows neither what they "
         "lost when they were quantized, nor that the file is read as it was written",
         spec.model.location,
-        loaded.num_dequantized_layers,
+        count_noun(loaded.num_dequantized_layers, "layer"),
     )
 
 

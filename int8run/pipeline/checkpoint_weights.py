@@ -25,6 +25,7 @@ from int8run.models.detect_family import detect_denoiser
 from int8run.models.family import load_families
 from int8run.models.state_dict_adapter import Shape, TensorPart, find_prefix, find_targets, to_model
 from int8run.quant.weight import QuantizedWeight
+from int8run.utils.plurals import count_noun
 
 log = logging.getLogger(__name__)
 
@@ -143,17 +144,17 @@ class FileWeights:
         other_keys = [key for key in self.list_plain_keys() if not key.startswith(self.prefix)]
         if other_keys:
             log.warning(
-                "%s: %d tensors of other components are not used (first: %s); these come from model.base",
+                "%s: %s of other components not used (first: %s); these come from model.base",
                 self.path,
-                len(other_keys),
+                count_noun(len(other_keys), "tensor"),
                 other_keys[0],
             )
         unused = self.layout.unused
         if unused:
             log.warning(
-                "%s: %d tensors have no place in %s and are not used (first: %s)",
+                "%s: %s no place in %s, not used (first: %s)",
                 self.path,
-                len(unused),
+                count_noun(len(unused), "tensor", "have"),
                 self.class_name,
                 unused[0],
             )

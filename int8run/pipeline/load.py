@@ -37,6 +37,7 @@ from int8run.ptq.quantize import check_backend
 from int8run.report.console import Progress
 from int8run.text_encoders.base import TextEncoders
 from int8run.utils.disk_cache import DiskCache
+from int8run.utils.plurals import count_noun
 
 log = logging.getLogger(__name__)
 CPU = torch.device("cpu")
@@ -295,8 +296,9 @@ def check_float_components(folder: Path, without: Collection[str]) -> None:
         how = "take a pipeline with its float weights"
         if part.name.startswith("text_encoder"):
             how = f"set clip=auto 'clip.path={{{part.name}: {part}}}' metrics.baseline=none, which reads them"
+        weights = count_noun(len(quantized), "quantized weight")
         raise FileError(
-            f"{part} holds {len(quantized)} quantized weights ({quantized[0].label}), which diffusers would "
+            f"{part} holds {weights} ({quantized[0].label}), which diffusers would "
             f"use without their scales; {how}"
         )
 

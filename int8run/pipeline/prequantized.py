@@ -24,6 +24,7 @@ from int8run.pipeline.load import LoadedModel
 from int8run.ptq.quantize import check_weight
 from int8run.quant.weight import QuantizedWeight, quantize_weight, sqnr_db
 from int8run.utils.disk_cache import DiskCache
+from int8run.utils.plurals import count_noun
 
 log = logging.getLogger(__name__)
 # an INT8 weight has 30 dB and more; another model's weight 0
@@ -118,10 +119,11 @@ def find_prequantized(
     apply_to_plans(found, plans, request.outlier)
     if request.checkpoint is not None:
         check_baked_loras(found, request.baked_loras)
+    layers = count_noun(len(found.layers), "INT8 layer", "come")
     if found.is_cached:
-        log.info("%d INT8 layers come from %s, which an earlier run wrote", len(found.layers), found.source)
+        log.info("%s from %s, which an earlier run wrote", layers, found.source)
     else:
-        log.info("%d INT8 layers come from %s; rounding= is ignored", len(found.layers), found.source)
+        log.info("%s from %s; rounding= is ignored", layers, found.source)
     return found
 
 

@@ -13,6 +13,7 @@ from int8run.layers.int8_linear import Int8Linear
 from int8run.models.dual_denoisers import split_denoiser
 from int8run.pipeline.load import LoadedModel
 from int8run.utils.disk_cache import DiskCache
+from int8run.utils.plurals import count_noun
 
 log = logging.getLogger(__name__)
 HEADER_BYTES_PER_LAYER = 512  # about
@@ -67,7 +68,7 @@ def save_layers(
             denoiser.config,
         )
         megabytes = path.stat().st_size / 1e6
-        log.info("Saved %d INT8 layers to %s (%.1f MB)", len(own_layers), path, megabytes)
+        log.info("Saved %s to %s (%.1f MB)", count_noun(len(own_layers), "INT8 layer"), path, megabytes)
 
 
 def get_save_location(save: str, component: str) -> str:

@@ -21,6 +21,7 @@ from int8run.layers.plan import LayerPlan
 from int8run.models.sampling import Sampling
 from int8run.outlier.base import LayerStatistics
 from int8run.report.console import Progress
+from int8run.utils.plurals import count_noun
 
 log = logging.getLogger(__name__)
 
@@ -182,9 +183,9 @@ def warn_constant_channels(statistics: Mapping[str, LayerStatistics]) -> None:
         return
     worst = max(found, key=found.__getitem__)
     log.warning(
-        "calibration: %d layers have input channels that never change (%s: %d of %d); what is fitted to them "
+        "calibration: %s input channels that never change (%s: %d of %d); what is fitted to them "
         "is a guess; more calibration.prompts or a larger calibration.num_timesteps may show them changing",
-        len(found),
+        count_noun(len(found), "layer", "have"),
         worst,
         found[worst],
         statistics[worst].sample.shape[-1],

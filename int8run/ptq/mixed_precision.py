@@ -24,6 +24,7 @@ from int8run.metrics.layers import count_module_bytes
 from int8run.metrics.quality import compute_relative_error
 from int8run.models.sampling import Sampling
 from int8run.report.console import Progress
+from int8run.utils.plurals import count_noun
 from int8run.utils.timing import time_medians
 
 log = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ class MixedPrecisionResult:
         start = f"quality budget {self.asked_db:g} dB"
         if not self.kept:
             return f"{start}: met at {self.reached_db:.1f} dB with no layer kept for it"
-        reached = f"{self.reached_db:.1f} dB with {len(self.kept)} layers kept float"
+        reached = f"{self.reached_db:.1f} dB with {count_noun(len(self.kept), 'layer')} kept float"
         price = f"{self.step_ratio:.2f}× the time, the denoiser {self.memory_ratio:.2f}× the memory"
         return f"{start}: {reached}, {self.without_db:.1f} dB without; a step takes {price}"
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from PIL import ExifTags, Image, ImageChops, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
+from int8run.utils.plurals import count_noun
 from int8run.utils.text import find_longest, make_visible
 
 DIFFERENCE_GAIN = 8
@@ -71,7 +72,10 @@ def limit_rows(rows: Sequence[GridRow], max_rows: int) -> Sequence[GridRow]:
     num_left_out = len(rows) - max_rows
     if num_left_out <= 0:
         return rows
-    return [*rows[:max_rows], (f"{num_left_out} more rows have no room here: see images/", [])]
+    return [
+        *rows[:max_rows],
+        (f"{count_noun(num_left_out, 'more row', 'have')} no room here: see images/", []),
+    ]
 
 
 def choose_cell_size(rows: Sequence[GridRow]) -> tuple[int, int]:

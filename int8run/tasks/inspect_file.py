@@ -32,6 +32,7 @@ from int8run.models.family import load_families
 from int8run.models.state_dict_adapter import find_denoiser_keys, find_prefix
 from int8run.text_encoders.detect import DetectedEncoder, detect_encoder
 from int8run.utils.disk_cache import DiskCache
+from int8run.utils.plurals import count_noun
 
 MAX_KEY_LENGTH = 60  # of a header's entry
 MAX_VALUE_LENGTH = 200
@@ -87,7 +88,7 @@ def describe_cache_file(path: Path) -> str:
         return path.name
     facts = [provenance.get(name) for name in ("model", "family", "outlier", "rounding")]
     if "drawings" in provenance:
-        facts.append(f"{provenance['drawings']} images")
+        facts.append(count_noun(int(provenance["drawings"]), "image"))
     facts += [name for name, *_ in provenance.get("loras", [])]
     return ", ".join(str(fact) for fact in facts if fact)
 
@@ -116,7 +117,7 @@ def inspect_file(location: str) -> Table:
     dtypes = Counter(entry["dtype"] for entry in header.values())
     rows: list[Row] = [
         ("kind", kind),
-        ("size", f"{path.stat().st_size / 1e6:.1f} MB, {len(header)} tensors"),
+        ("size", f"{path.stat().st_size / 1e6:.1f} MB, {count_noun(len(header), 'tensor')}"),
         ("dtypes", format_counts(dtypes)),
     ]
     shown: set[str] = set()
@@ -137,7 +138,8 @@ def inspect_folder(path: Path) -> Table:
     """Describe a checkpoint in several files."""
     with TensorFiles.open(path) as files:
         nbytes = sum(info.nbytes for info in files.values())
-        size = f"{nbytes / 1e6:.1f} MB, {len(files)} tensors in {len(files.files)} files"
+        tensors, num_files = count_noun(len(files), "tensor"), count_noun(len(files.files), "file")
+        size = f"{nbytes / 1e6:.1f} MB, {tensors} in {num_files}"
         return build_table(str(path), [("size", size), *describe_checkpoint(files)])
 
 
@@ -203,7 +205,10 @@ def describe_checkpoint(files: TensorFiles) -> Iterator[Row]:
         yield "layers", f"{count} × {label}"
     casts = [layer.largest for layer in layers.values() if layer.largest is not None]
     if casts:
-        yield "no scale", f"{len(casts)} fp8 weights, casts by their numbers: they reach {max(casts):g}"
+        yield (
+            "no scale",
+            f"{count_noun(len(casts), 'fp8 weight')}, casts by their numbers: they reach {max(casts):g}",
+        )
     yield from describe_provenance(files)
 
 
@@ -285,7 +290,8 @@ def describe_lora(path: Path, header: Header, metadata: Mapping[str, str]) -> It
     """
     groups = group_keys(path, header)
     modules = Counter(module.component for module in groups.modules)
-    module_counts = ", ".join(f"{component} {count} modules" for component, count in modules.items())
+    counts = [f"{component} {count_noun(count, 'module')}" for component, count in modules.items()]
+    module_counts = ", ".join(counts)
     ranks = find_ranks(path, header)
     yield "LoRA", f"{module_counts}, rank {', '.join(map(str, ranks))}" if ranks else module_counts
 
@@ -295,7 +301,8 @@ def describe_lora(path: Path, header: Header, metadata: Mapping[str, str]) -> It
     yield "adapter types", type_counts or "none that can be applied"
     reasons = Counter(groups.skipped.values())
     if reasons:
-        yield "cannot be applied", "; ".join(f"{count} keys: {reason}" for reason, count in reasons.items())
+        left_out = [f"{count_noun(count, 'key')}: {reason}" for reason, count in reasons.items()]
+        yield "cannot be applied", "; ".join(left_out)
     unread = list_unread_types(reasons)
     if unread:
         yield "what to do", describe_unread_types(unread)

@@ -59,6 +59,7 @@ from int8run.tasks.quantize_common import (
     report_result,
     resolve_new_file,
 )
+from int8run.utils.plurals import count_noun
 
 log = logging.getLogger(__name__)
 
@@ -278,9 +279,8 @@ def check_targets(targets: Sequence[Target], outlier: OutlierMethod) -> None:
     if copied:
         labels = Counter(target.transform.label for target in copied)
         log.info(
-            "%d layers are INT8 in the source and are copied as they are (%s); "
-            "outlier= and rounding= do not change them",
-            len(copied),
+            "%s INT8 in the source, copied as they are (%s); outlier= and rounding= do not change them",
+            count_noun(len(copied), "layer", "are"),
             ", ".join(f"{count} × {label}" for label, count in labels.items()),
         )
     if quantized:

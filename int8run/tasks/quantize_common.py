@@ -23,6 +23,7 @@ from int8run.metrics.memory import read_peak_bytes
 from int8run.report.console import print_lines
 from int8run.report.formatting import format_megabytes, format_pairs
 from int8run.report.run_files import write_json, write_layers_csv
+from int8run.utils.plurals import count_noun
 
 MEGABYTE = 10**6
 HASHED_BYTES = 4096  # of each tensor: they tell checkpoints of the same shapes apart
@@ -176,7 +177,7 @@ def format_summary(
     num_float = len(plans) - num_quantized
     reasons = "; ".join(f"{count} × {reason}" for reason, count in count_skip_reasons(plans).items())
     layers: list[tuple[str, object]] = [
-        (quantized, f"{num_quantized} layers"),
+        (quantized, count_noun(num_quantized, "layer")),
         ("float", f"{num_float} ({reasons})" if reasons else num_float),
     ]
     sqnr = {name.rpartition("_")[2]: value for name, value in metrics.items() if "weight_sqnr_db" in name}

@@ -53,6 +53,7 @@ from int8run.text_encoders.quantized_layers import quantize_weight
 from int8run.text_encoders.skeleton import build_skeleton
 from int8run.text_encoders.state_dict_adapter import map_canonical_names
 from int8run.text_encoders.weights import EncoderFile, check_finite
+from int8run.utils.plurals import count_noun
 
 log = logging.getLogger(__name__)
 BYTES = "U8"  # the dtype of tokenizers and other data that is no number of the model
@@ -344,9 +345,9 @@ def check_targets(
     )
     if unsupported:
         log.warning(
-            "%s: %d layers cannot be %s: %s",
+            "%s: %s cannot be %s: %s",
             weights.where,
-            unsupported.total(),
+            count_noun(unsupported.total(), "layer"),
             weight_format.name,
             format_counts(unsupported),
         )

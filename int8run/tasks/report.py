@@ -13,6 +13,7 @@ from int8run.report.console import print_lines
 from int8run.report.html_page import write_report
 from int8run.tracking.base import Tracker
 from int8run.tracking.run_record import FINISHED, RUNNING, Record, find_records
+from int8run.utils.plurals import count_noun
 
 log = logging.getLogger(__name__)
 SWEEPS_FOLDER = "multirun"  # hydra.sweep.dir begins with it
@@ -96,11 +97,14 @@ def sync_runs(tracker: Tracker, folder: Path) -> None:
         if view_hint:
             print_lines(f"runs:     {view_hint}")
     present = len(records) - len(missing)
-    print_lines(f"{len(uploaded)} of {len(records)} runs uploaded, {present} were there already")
+    print_lines(
+        f"{len(uploaded)} of {count_noun(len(records), 'run')} uploaded, {present} were there already"
+    )
     failed = len(missing) - len(uploaded)
     if failed:
         raise TrackingError(
-            f"{failed} of {len(missing)} runs could not be uploaded; the same command tries again"
+            f"{failed} of {count_noun(len(missing), 'run')} could not be uploaded; "
+            "the same command tries again"
         )
 
 
@@ -110,7 +114,8 @@ def warn_other_stores(tracker: Tracker, records: Sequence[Record]) -> None:
     others = Counter(record.tracking["store"] for record in records if record.tracking)
     for other, count in others.items():
         if other != store:
-            log.warning("%d runs were meant for %s and go to %s; tracker.uri= chooses", count, other, store)
+            runs = count_noun(count, "run", "were")
+            log.warning("%s meant for %s; the upload goes to %s; tracker.uri= chooses", runs, other, store)
 
 
 def is_in_tracker(tracker: Tracker, record: Record) -> bool:
@@ -151,11 +156,11 @@ def format_title(records: Sequence[Record], folder: Path) -> str:
         if finished >= manifest.jobs:
             return f"sweep {manifest.id}"
         return (
-            f"sweep {manifest.id}, {finished} of {manifest.jobs} jobs; "
+            f"sweep {manifest.id}, {finished} of {count_noun(manifest.jobs, 'job')}; "
             "its command with resume=true runs the rest"
         )
     sweep = next(iter(sweeps))
     name = folder.name or "runs"
     if len(sweeps) == 1 and sweep:
         name = f"sweep {sweep}"
-    return f"{name}, {len(records)} runs"
+    return f"{name}, {count_noun(len(records), 'run')}"

@@ -38,6 +38,7 @@ from int8run.tasks.image_writer import ImageWriter
 from int8run.tasks.run_metrics import RunComparison, measure_run
 from int8run.tasks.run_outputs import describe_build, name_candidate, write_outputs
 from int8run.utils.hardware import get_device_name
+from int8run.utils.plurals import count_noun
 
 log = logging.getLogger(__name__)
 WARM_UP_STEPS = 2
@@ -327,8 +328,9 @@ def check_images(generation: Generation, name: str) -> None:
     is_finite = [bool(torch.isfinite(latents).all()) for latents in generation.trajectories]
     broken = is_finite.count(False)
     if broken:
+        samples = count_noun(len(is_finite), "sample")
         raise FileError(
-            f"the latents of {broken} of {len(is_finite)} samples of the {name} model are NaN or infinite; "
+            f"the latents of {broken} of {samples} of the {name} model are NaN or infinite; "
             "its weights are damaged, or model.dtype=float16 is too narrow for them"
         )
 

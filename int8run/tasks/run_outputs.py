@@ -23,6 +23,7 @@ from int8run.report.image_files import DIFFERENCE_GAIN, make_difference_image, m
 from int8run.report.run_files import collect_environment, write_json, write_layers_csv
 from int8run.tasks.image_writer import ImageWriter
 from int8run.tasks.run_metrics import RunComparison, collect_series
+from int8run.utils.plurals import count_noun
 
 log = logging.getLogger(__name__)
 # a caption, and the images below it
@@ -192,7 +193,9 @@ def describe_build(spec: RunSpec, built: BuiltModel, *, is_reused: bool) -> list
     preset = spec.lora.find_preset(spec.model.lora_base, spec.sampler.steps)
     if preset is not None:
         scheduler = type(built.pipe.scheduler).__name__
-        facts.append(("few steps", f"{preset.name}: {spec.sampling.steps} steps, {scheduler}"))
+        facts.append(
+            ("few steps", f"{preset.name}: {count_noun(spec.sampling.steps or 0, 'step')}, {scheduler}")
+        )
     if spec.compile != "none":
         facts.append(("compile", spec.compile))
     if is_reused:

@@ -1,14 +1,21 @@
 """Numbers with the word that they count."""
 
+# a verb of several things -> the same of one
+SINGULAR_VERBS = {"are": "is", "come": "comes", "have": "has", "reach": "reaches", "were": "was"}
 
-def count_noun(number: int, noun: str) -> str:
-    """`1 thread`, `2 threads`, `1 entry`, `0 entries`.
+
+def count_noun(number: int, noun: str, verb: str | None = None) -> str:
+    """`1 thread`, `2 threads`, `1 entry`, `0 entries`; with a verb `1 layer is`, `2 layers are`.
 
     Args:
         number: how many.
         noun: one of them, with an English plural by rule.
+        verb: of several, a key of SINGULAR_VERBS.
     """
-    return f"{number} {noun if number == 1 else pluralize(noun)}"
+    if number == 1:
+        return f"1 {noun}" if verb is None else f"1 {noun} {SINGULAR_VERBS[verb]}"
+    text = f"{number} {pluralize(noun)}"
+    return text if verb is None else f"{text} {verb}"
 
 
 def pluralize(noun: str) -> str:

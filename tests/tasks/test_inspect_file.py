@@ -59,7 +59,7 @@ def test_a_lora_whose_header_says_nothing(command: Command) -> None:
     save_file(pair, command.folder / "a.safetensors")
     shown = inspect(command, "a.safetensors")
 
-    assert (shown["LoRA"], shown["first module"]) == ("denoiser 1 modules, rank 4", "x")
+    assert (shown["LoRA"], shown["first module"]) == ("denoiser 1 module, rank 4", "x")
     assert (shown["base model"], shown["trigger words"]) == (
         "unknown from names, shapes and tags",
         "not named",
@@ -171,7 +171,7 @@ def test_casts_and_lost_scales(tmp_path: Path) -> None:
     save_file({"a.weight": cast}, path)
     rows = read_table(path)
     assert rows["layers"] == "1 × float8_e4m3fn cast"
-    assert rows["no scale"] == "1 fp8 weights, casts by their numbers: they reach 0.75"
+    assert rows["no scale"] == "1 fp8 weight, casts by their numbers: they reach 0.75"
 
     save_file({"a.weight": torch.full((8, 8), 448.0).to(torch.float8_e4m3fn)}, path)
     assert "a.weight, which reaches 448" in read_table(path)["cannot be read"]

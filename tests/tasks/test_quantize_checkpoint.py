@@ -262,7 +262,7 @@ def test_an_int8_file_is_renamed_without_a_change(tmp_path, tiny, caplog):
     messages = [r.getMessage() for r in caplog.records if "copied as they are" in r.getMessage()]
 
     assert messages == [
-        "16 layers are INT8 in the source and are copied as they are "
+        "16 layers are INT8 in the source, copied as they are "
         "(14 × convrot group_size=64, 2 × convrot group_size=256); "
         "outlier= and rounding= do not change them"
     ]

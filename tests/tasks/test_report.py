@@ -105,7 +105,9 @@ def test_runs_that_were_meant_for_another_tracker_are_said(
     here = command("task=report", "sync=outputs")
 
     assert here.code == 0
-    assert "1 runs were meant for http://127.0.0.1:9 and go to sqlite:///" in " ".join(here.out.split())
+    assert "1 run was meant for http://127.0.0.1:9; the upload goes to sqlite:///" in " ".join(
+        here.out.split()
+    )
     assert len(uploaded(command)) == 1
 
 

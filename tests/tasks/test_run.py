@@ -623,7 +623,7 @@ def test_a_checkpoint_that_is_not_there_is_one_line_and_code_3(least: list[str],
     outcome = command(*least, "int8.checkpoint=absent.safetensors")
 
     assert outcome.code == 3
-    assert outcome.message.startswith("absent.safetensors: no such file (looked for /")
+    assert outcome.message.startswith("int8.checkpoint=absent.safetensors: no such file (looked for /")
 
 
 def test_a_place_that_cannot_be_written_is_one_line_and_code_3(least: list[str], command: Command) -> None:
