@@ -28,7 +28,7 @@ from int8run.report.runs import name_runs
 from int8run.report.runs_table import build_runs_table
 from int8run.report.strength_curves import build_strength_curves
 from int8run.report.verdict import explain_incomparable_speeds, recommend
-from int8run.tracking.run_record import Record
+from int8run.tracking.run_record import Record, shorten_value
 from int8run.utils.text import make_lines_visible
 
 TEMPLATE_FOLDER = Path(__file__).parent
@@ -86,6 +86,7 @@ def render_page(records: Sequence[Record], page_folder: Path, title: str) -> str
         deferred_images=select_deferred_images(gallery),
         difference_gain=DIFFERENCE_GAIN,
         format_psnr=format_psnr,
+        shorten_value=shorten_value,
         heatmap=heatmap,
         heatmap_metric=describe_heatmap_metric(heatmap),
         num_colors=NUM_COLORS,

@@ -63,7 +63,13 @@ def sanitize_name(name: str) -> str:
 
 def truncate(text: str, max_length: int) -> str:
     """A text of at most so many characters; `…` shows that it was longer."""
+    text = make_storable(text)
     return text if len(text) <= max_length else text[: max_length - 1] + "…"
+
+
+def make_storable(text: str) -> str:
+    """A text that every database keeps: zeros and the bytes of a name that is not UTF-8 are spelled out."""
+    return text.encode(errors="backslashreplace").decode().replace("\0", "\\x00")
 
 
 def make_unique_names(names: Iterable[str]) -> dict[str, str]:
@@ -104,12 +110,15 @@ def build_params(record: Record) -> dict[str, str]:
     """The settings; a long value is its beginning and a hash, and config.yaml has it whole."""
     params = record.params
     names = make_unique_names(params)
-    return {names[name]: shorten_value(str(value), MAX_PARAM_LENGTH) for name, value in params.items()}
+    return {
+        names[name]: shorten_value(make_storable(str(value)), MAX_PARAM_LENGTH)
+        for name, value in params.items()
+    }
 
 
 def name_run(record: Record) -> str:
     """The name of a run, no longer than every store takes."""
-    return shorten_value(record.label, MAX_NAME_LENGTH)
+    return shorten_value(make_storable(record.label), MAX_NAME_LENGTH)
 
 
 def build_start_tags(record: Record) -> dict[str, str]:

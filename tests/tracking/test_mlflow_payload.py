@@ -44,6 +44,27 @@ def test_two_names_that_would_become_the_same_keep_their_values(tmp_path: Path) 
     assert max(map(len, params)) == 250
 
 
+@pytest.mark.parametrize("text", ["not UTF-8 \udce4", "a zero \0", "\x1b[31m", "\u202e"])
+def test_texts_that_no_database_keeps_are_spelled_out(tmp_path: Path, text: str) -> None:
+    record = make_record(
+        tmp_path, name=f"a={text}", params={"a": text, "prompts": text}, error=text, state="FAILED"
+    )
+    dataset = mlflow_payload.build_dataset(record)
+    assert dataset is not None
+
+    kept = [
+        *mlflow_payload.build_params(record).values(),
+        *mlflow_payload.build_end_tags(record).values(),
+        mlflow_payload.name_run(record),
+        dataset.dataset.name,
+        dataset.dataset.source,
+        dataset.dataset.profile,
+    ]
+    for value in kept:
+        assert "\0" not in value
+        value.encode()
+
+
 @pytest.mark.parametrize("length", [10, 300, 7000])
 def test_the_name_of_a_run_fits_every_store(tmp_path: Path, length: int) -> None:
     record = make_record(tmp_path, files=False, name=f"prompt={'y' * length}")
