@@ -17,6 +17,7 @@ from int8run.lora import few_step
 from int8run.lora.base_model import LoraBase, check_lora_base, detect_lora_base
 from int8run.lora.config import Adapter, LoraSettings
 from int8run.lora.find import find_lora
+from int8run.lora.side_files import list_side_files
 from int8run.lora.trigger_words import (
     TriggerWords,
     append_triggers,
@@ -47,6 +48,11 @@ class LoraHeader:
     metadata: Mapping[str, str]
     base: LoraBase | None
     triggers: TriggerWords | None
+
+    @property
+    def files(self) -> list[Path]:
+        """Every file that decides what the LoRA does: its own, and those beside it that are read."""
+        return [self.path, *list_side_files(self.path, self.metadata)]
 
 
 def read_lora_headers(stack: LoraSettings, lora_base: str, lora_dir: Path | None = None) -> list[LoraHeader]:

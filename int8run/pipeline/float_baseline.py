@@ -84,7 +84,7 @@ def build_baseline_key(
         name: version for name, version in read_library_versions().items() if name in HASHED_LIBRARIES
     }
     device_name = get_device_name(pick_device(device))
-    lora_hashes = [cache.hash_file(header.path) for header in headers]
+    lora_hashes = [[cache.hash_file(file) for file in header.files] for header in headers]
     return hash_parts([file_hashes, versions, device_name, settings_key, lora_hashes, list(samples)])
 
 

@@ -1,0 +1,49 @@
+"""The key of the float model's images in the cache."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from int8run.lora.config import Adapter, LoraSettings
+from int8run.lora.header_info import read_lora_headers
+from int8run.models.family import ModelSource
+from int8run.models.sampling import Sampling
+from int8run.pipeline.float_baseline import build_baseline_key
+from int8run.utils.disk_cache import DiskCache
+
+
+def write_pair(path: Path) -> None:
+    """A LoRA of one module, as PEFT writes it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pair = {f"base_model.model.x.lora_{half}.weight": torch.ones(2, 2) for half in "AB"}
+    save_file(pair, path)
+
+
+def make_key(folder: Path) -> str:
+    """The key of a run with the LoRA in a folder."""
+    headers = read_lora_headers(LoraSettings([Adapter("style", str(folder))]), "tiny")
+    model = ModelSource("shipped:tiny", "tiny", Sampling())
+    return build_baseline_key(model, headers, [], settings_key="", device="cpu", cache=DiskCache(None, 0))
+
+
+def test_files_beside_a_lora_count(tmp_path: Path) -> None:
+    folder = tmp_path / "style"
+    write_pair(folder / "adapter_model.safetensors")
+    keys = [make_key(folder)]
+
+    for alpha in (1, 2):
+        config = {"peft_type": "LORA", "r": 2, "lora_alpha": alpha, "init_lora_weights": "pissa"}
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        keys.append(make_key(folder))
+    write_pair(folder / "initial" / "adapter_model.safetensors")
+    keys.append(make_key(folder))
+    (folder / "initial" / "adapter_config.json").write_text(json.dumps({"r": 2, "lora_alpha": 1}))
+    keys.append(make_key(folder))
+
+    assert len(set(keys)) == 5
+    assert make_key(folder) == keys[-1]
+
+    write_pair(folder / "other" / "adapter_model.safetensors")
+    assert make_key(folder) == keys[-1]
