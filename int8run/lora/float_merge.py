@@ -23,6 +23,11 @@ from int8run.lora.apply import (
 )
 from int8run.lora.module_names import find_target
 
+# dtypes that a model may have been moved to and back, which leaves its weights rounded
+ROUNDING_DTYPES = (torch.float16, torch.bfloat16, torch.float8_e4m3fn)
+# bytes of a number -> integers of that size
+INTEGERS_BY_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 
 class MergedParameter:
     """A float weight or bias of a module, as it was, and what LoRAs add to it.
@@ -46,7 +51,13 @@ class MergedParameter:
         if known_original is None and self.parameter is not None:
             self.original = self.parameter.detach().clone()
         self.version = NO_VERSION  # of the parameter when it was last written here
+        self.checksum: int | None = None  # of its bits then; None: not computed
         self.strengths: Sequence[float] = ()
+
+    @property
+    def is_float8(self) -> bool:
+        """Whether what is written is rounded to 8 bits."""
+        return self.parameter is not None and self.parameter.element_size() == 1
 
     def find_module(self) -> nn.Module | None:
         """The module; None where it does not exist any more."""
@@ -77,6 +88,12 @@ class MergedParameter:
             return
         self.parameter.copy_(self.compute_value(strengths))
         self.version, self.strengths = get_tensor_version(self.parameter), strengths
+        self.checksum = None
+
+    def remember(self) -> None:
+        """Note what the parameter holds, so that writes through `.data` are noticed, too."""
+        if self.parameter is not None:
+            self.checksum = compute_checksum(self.parameter)
 
     def compute_value(self, strengths: Sequence[float]) -> Tensor:
         """The value for these strengths, in float32 unless it is the original."""
@@ -103,7 +120,7 @@ class MergedParameter:
     def is_changed_outside(self) -> bool:
         """Whether the parameter was replaced, or written to by somebody else, since it was written here.
 
-        Equal values are no change. Moving a model to another device or dtype is none either.
+        Equal values are no change. Moving a model to another device or dtype is none either, nor back again.
         """
         module = self.find_module()
         parameter = self.parameter
@@ -112,12 +129,17 @@ class MergedParameter:
         is_replaced = getattr(module, self.name, None) is not parameter
         if is_replaced:
             return True
-        if self.version in (NO_VERSION, get_tensor_version(parameter)):
+        has_version = self.version in (NO_VERSION, get_tensor_version(parameter))
+        if has_version and self.checksum in (None, compute_checksum(parameter)):
             return False
         known = [self.compute_value(self.strengths)]
         if self.original is not None:
             known.append(self.original)
-        return not any(torch.equal(parameter, value.to(parameter)) for value in known)
+        return not any(
+            torch.equal(parameter, value.to(dtype).to(parameter))
+            for value in known
+            for dtype in (parameter.dtype, *ROUNDING_DTYPES)
+        )
 
 
 class FloatMerge:
@@ -226,12 +248,19 @@ class FloatMerge:
             bias.create_if_missing(self.device)
 
     @torch.no_grad()
+    def remember(self) -> None:
+        """Note what every parameter holds, for `find_outside_changes`."""
+        for parameter in self.parameters:
+            parameter.remember()
+
+    @torch.no_grad()
     def restore(self) -> None:
         """Leave the model as it was found, to the bit, but for what somebody else changed since."""
         for parameter in self.parameters:
             parameter.restore()
         self.strengths = None
 
+    @torch.no_grad()
     def find_outside_changes(self) -> list[str]:
         """Modules that were replaced, or whose parameters somebody else wrote to, since they were written."""
         model = self._model()
@@ -260,6 +289,14 @@ class FloatMerge:
         for parameter in self.parameters:
             parameter.merge(strengths)
         self.strengths = list(strengths)
+
+
+def compute_checksum(tensor: Tensor) -> int:
+    """The sum of a tensor's bits as integers; 0 where it is not in memory."""
+    if tensor.is_meta:
+        return 0
+    integers = tensor.detach().contiguous().view(INTEGERS_BY_SIZE[tensor.element_size()])
+    return int(integers.sum(dtype=torch.int64))
 
 
 def get_original(known: Mapping[str, MergedParameter], name: str, parameter: object) -> Tensor | None:

@@ -67,6 +67,11 @@ class InstalledLoras:
         for layer in self.layers.values():
             layer.set_strengths(strengths)
 
+    def remember(self) -> None:
+        """Note what the float weights hold, for `find_outside_changes`."""
+        for merge in self.merges.values():
+            merge.remember()
+
     def find_outside_changes(self, parts: Mapping[str, nn.Module]) -> list[str]:
         """Modules that somebody else replaced or wrote to since the LoRAs were put on them.
 
@@ -102,6 +107,7 @@ class InstalledLoras:
         modules = [reference() for reference in self.marked]
         self.marked = []
         self.mark(module for module in modules if module is not None)
+        self.remember()
 
 
 def find_marks(models: Iterable[nn.Module]) -> list[InstalledLoras | tuple[str, ...]]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 from torch import Tensor, nn
 
@@ -109,6 +110,17 @@ class LoraStack:
                 return mark.owner
         return None
 
+    def __reduce__(self) -> NoReturn:
+        """A copy would undo what the stack does.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(
+            "a LoraStack cannot be copied or saved, as it belongs to its model; copy the model after "
+            "clear(), and put a new stack on the copy"
+        )
+
     # -- the public part -----------------------------------------------------------------------------------
 
     def add(
@@ -172,7 +184,8 @@ class LoraStack:
         changed = self.installed.find_outside_changes(self.parts)
         if changed:
             log.warning(
-                "%s: replaced or written to since the LoRAs were put on; left as found now",
+                "%s: replaced or written to by another part of the program since the LoRAs were put on; what "
+                "it put there is left as it is",
                 format_some(changed),
             )
         for installed in (self.installed, *self.find_left_behind()):
@@ -204,6 +217,7 @@ class LoraStack:
             entry.strength, entry.text_strength = before
             self.apply()
             raise
+        self.installed.remember()
 
     @property
     def merges(self) -> Mapping[str, FloatMerge]:
@@ -249,11 +263,25 @@ class LoraStack:
             raise
         for component, modules in matches.by_component.items():
             self.installed.mark(find_target(self.parts[component], name)[0] for name in modules)
+        self.installed.remember()
+        self.warn_float8_weights()
         if left_behind:
             log.warning(
                 "taken off the model: %s, of a LoraStack that is gone; keep the stack in a variable, and add "
                 "to it, to have all of them",
                 format_names(left_behind),
+            )
+
+    def warn_float8_weights(self) -> None:
+        """Warn where weights are rounded to 8 bits, in which most of a LoRA is lost."""
+        weights = [weight for merge in self.merges.values() for weight in merge.weights.values()]
+        num_float8 = sum(weight.is_float8 for weight in weights)
+        if num_float8:
+            log.warning(
+                "%d of %d weights that the LoRAs change are float8, which rounds away most of a small "
+                "change; put LoRAs on a bfloat16 model (before enable_layerwise_casting), or on INT8 layers",
+                num_float8,
+                len(weights),
             )
 
     def find_entry(self, name: str) -> Entry:

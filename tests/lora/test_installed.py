@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.normalization import RMSNorm
+from peft import LoraConfig, LoraModel
 from safetensors.torch import load_file, save_file
 from support.compare import assert_close
 from support.helpers import TinyModel, randn, to_int8
@@ -314,6 +315,15 @@ def test_copy_of_a_model_with_loras_is_known_as_one(
     LoraStack(make_copy(model)).add(style)
 
 
+@pytest.mark.parametrize("make_copy", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_stack_is_not_copied(style: Path, make_copy: Callable[[LoraStack], object]) -> None:
+    stack = LoraStack(TinyModel()).add(style)
+    with pytest.raises(
+        ConfigError, match=r"^a LoraStack cannot be copied or saved, as it belongs to its model; "
+    ):
+        make_copy(stack)
+
+
 # -- what other programs change ------------------------------------------------------------------------------
 
 
@@ -333,7 +343,11 @@ def load_weights(model: nn.Module) -> None:
     model.load_state_dict(TinyModel(seed=3).state_dict(), strict=False)
 
 
-@pytest.mark.parametrize("change", [replace_weight, replace_module, assign_weights, load_weights])
+def write_data(model: nn.Module) -> None:
+    model.get_submodule(LAYER).weight.data.mul_(1.5)
+
+
+@pytest.mark.parametrize("change", [replace_weight, replace_module, assign_weights, load_weights, write_data])
 def test_weights_that_others_changed_are_left_to_them(
     change: Callable[[nn.Module], None], style: Path, other: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -350,7 +364,7 @@ def test_weights_that_others_changed_are_left_to_them(
     assert stack.entries[0].strength == 1.0
 
     stack.clear()
-    assert any("replaced or written to since the LoRAs were put on" in line for line in caplog.messages)
+    assert any("put there is left as it is" in line for line in caplog.messages)
     cleared = describe(model.get_submodule(LAYER))
     assert torch.equal(cleared[".weight"], theirs[".weight"])
     LoraStack(model).add(style)
@@ -381,6 +395,53 @@ def test_model_can_change_its_dtype(style: Path) -> None:
     assert torch.equal(model.get_submodule(LAYER).weight, expected.bfloat16())
     stack.clear()
     assert_same(model, describe(TinyModel().to(torch.bfloat16)))
+
+
+def test_loras_of_peft_come_and_go(style: Path) -> None:
+    """diffusers' load_lora_weights wraps the layers, and unload_lora_weights takes the wrappers off."""
+    model, plain = TinyModel(), TinyModel()
+    stack = LoraStack(model).add(style)
+    tuner = LoraModel(model, LoraConfig(target_modules=[LAYER]), "theirs")
+
+    with pytest.raises(
+        ConfigError, match=rf"^{LAYER}: replaced or written to by another part of the program"
+    ):
+        stack.set_strength("style", 0.5)
+    tuner.unload()
+    stack.set_strength("style", 0.5)
+
+    assert_close("half", weight_change(model, plain), 0.5 * product(style), 1e-5)
+    tuner = LoraModel(model, LoraConfig(target_modules=[LAYER], init_lora_weights=False), "theirs")
+    tuner.merge_and_unload()  # writes through .data
+    with pytest.raises(
+        ConfigError, match=rf"^{LAYER}: replaced or written to by another part of the program"
+    ):
+        stack.set_strength("style", 1.0)
+
+
+def test_float8_weights_are_warned_of(style: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = TinyModel()
+    model.get_submodule(LAYER).to(torch.float8_e4m3fn)
+    LoraStack(model).add(style)
+    assert [line for line in caplog.messages if "float8" in line] == [
+        "1 of 2 weights that the LoRAs change are float8, which rounds away most of a small change; put "
+        "LoRAs on a bfloat16 model (before enable_layerwise_casting), or on INT8 layers"
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_model_can_change_its_dtype_and_back(style: Path, dtype: torch.dtype) -> None:
+    model = TinyModel()
+    stack = LoraStack(model).add(style)
+    model.to(dtype).to(torch.float32)
+
+    stack.set_strength("style", 0.5)
+
+    assert_close("half", weight_change(model, TinyModel()), 0.5 * product(style), 1e-5)
+    model.to(dtype).to(torch.float32)
+    stack.clear()
+    assert torch.equal(model.get_submodule(LAYER).weight, TinyModel().get_submodule(LAYER).weight)
+    assert "proj_out.bias" not in model.state_dict()
 
 
 @pytest.mark.parametrize("mode", ["dynamic", "stochastic"])
