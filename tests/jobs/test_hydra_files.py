@@ -7,7 +7,12 @@ import yaml
 URI = "sync=http://me:s3cret@127.0.0.1:9"
 TOKEN = "+sampler.extra.hf_token=s3cret"
 # a job that starts, leaves its record, and ends at once
-ABSENT = ["tracker=none", "prompts=file", "prompts.path=absent.txt"]
+EMPTY = ["tracker=none", "prompts=file", "prompts.path=empty.txt"]
+
+
+@pytest.fixture(autouse=True)
+def no_prompts(command):
+    (command.folder / "empty.txt").write_text("# nothing\n")
 
 
 def find_password(folder):
@@ -15,22 +20,22 @@ def find_password(folder):
 
 
 def test_a_run_keeps_no_password(command):
-    outcome = command(URI, TOKEN, *ABSENT)
+    outcome = command(URI, TOKEN, *EMPTY)
     (overrides,) = command.folder.rglob("overrides.yaml")
 
-    assert "absent.txt: no such file" in outcome.message
+    assert "empty.txt holds no prompt" in outcome.message
     assert yaml.safe_load(overrides.read_text())[:2] == [
         "sync=http://127.0.0.1:9",
         "+sampler.extra.hf_token=***",
     ]
     config = yaml.safe_load(overrides.with_name("config.yaml").read_text())
     assert (config["sync"], config["sampler"]["extra"]) == ("http://127.0.0.1:9", {"hf_token": "***"})
-    assert config["prompts"]["path"] == "absent.txt", "what is no password stays"
+    assert config["prompts"]["path"] == "empty.txt", "what is no password stays"
     assert "s3cret" not in outcome.out + outcome.err and find_password(command.folder) == []
 
 
 def test_a_sweep_keeps_no_password_and_goes_on(command):
-    words = ["-m", URI, TOKEN, *ABSENT, "seed=0,1"]
+    words = ["-m", URI, TOKEN, *EMPTY, "seed=0,1"]
     first = command(*words)
     folders = [path.parent for path in command.folder.rglob("multirun.yaml")]
     again = command(*words, "resume=true")
@@ -44,7 +49,7 @@ def test_a_sweep_keeps_no_password_and_goes_on(command):
 @pytest.mark.slow
 def test_a_tracker_that_is_away_shows_no_password(command):
     words = ["tracker=mlflow", "tracker.uri=http://me:s3cret@127.0.0.1:9"]
-    outcome = command(*ABSENT, *words)
+    outcome = command(*EMPTY, *words)
 
     (overrides,) = command.folder.rglob("overrides.yaml")
     assert "tracker.uri=http://127.0.0.1:9" in yaml.safe_load(overrides.read_text())
