@@ -144,12 +144,21 @@ class RunSpec:
         self.check_quality_target()
         self.check_int8_is_enabled()
         self.check_save()
+        self.check_negative_prompt()
         self.check_offload()
         resolved = self.lora.resolve_for_base(self.model.lora_base, self.sampler.steps)
         object.__setattr__(self, "lora", resolved)  # the class is frozen
         self.lora.find_preset(self.model.lora_base)  # raises where two LoRAs bring one
 
     # -- settings that do not go together ----------------------------------------------------------
+
+    def check_negative_prompt(self) -> None:
+        """Raise ConfigError for a negative prompt in two places."""
+        if self.prompts.negative_prompt is not None and "negative_prompt" in self.sampler.extra:
+            raise ConfigError(
+                "prompts.negative_prompt and sampler.extra.negative_prompt are the same thing; give "
+                "prompts.negative_prompt alone"
+            )
 
     def check_quality_target(self) -> None:
         """Raise ConfigError unless mixed precision and the quality to reach are set together."""

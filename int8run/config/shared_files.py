@@ -86,6 +86,7 @@ HYDRA_KEYS = (
 )
 # only in a file of that group, which the command line alone can choose
 HYDRA_OPTIONS = {"hydra.launcher._target_": "hydra/launcher/", "hydra.sweeper._target_": "hydra/sweeper/"}
+MISSING = "???"  # of omegaconf, for a value that has to be given
 SWEEP_PARAMS = "hydra.sweeper.params"
 # files and folders: below the working folder, and not hidden, where programs keep passwords and settings
 PATH_KEYS = (
@@ -196,12 +197,13 @@ def check_defaults_list(config: Any, file: Path) -> None:
 def is_defaults_entry(entry: object) -> bool:
     """Whether hydra takes a value as an entry of a defaults list: a name, or a group and its option."""
     if isinstance(entry, str):
-        return entry != ""
+        return entry not in ("", MISSING)
     if not isinstance(entry, dict) or len(entry) != 1:
         return False
     ((group, option),) = entry.items()
     names = option if isinstance(option, list) else [option]
-    return isinstance(group, str) and all(name is None or isinstance(name, str) for name in names)
+    is_group = isinstance(group, str) and group != ""
+    return is_group and all(name is None or isinstance(name, str) for name in names)
 
 
 # -- a file where its settings are in the config -----------------------------------------------------

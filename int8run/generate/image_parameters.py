@@ -56,6 +56,8 @@ def format_parameters(
     }
     settings = ", ".join(f"{name}: {quote(value)}" for name, value in facts.items() if value is not None)
     negative = sampling.extra.get("negative_prompt") or ""
+    if sample.negative_prompt is not None:
+        negative = sample.negative_prompt
     # ComfyUI looks for the second line even where there is nothing to avoid
     return f"{sample.prompt}\nNegative prompt: {negative}\n{settings}"
 

@@ -16,6 +16,8 @@ from PIL.Image import Image
 from torch import Tensor
 
 from int8run.errors import ConfigError, check_choice
+from int8run.generate.negative_prompts import ARGUMENT as NEGATIVE_PROMPT
+from int8run.generate.negative_prompts import find_negative_prompts
 from int8run.generate.prompts import Sample
 from int8run.models.sampling import Sampling
 
@@ -102,7 +104,11 @@ def explain_refusal(pipe: DiffusionPipeline, error: ValueError) -> str | None:
 
 
 def build_arguments(pipe: DiffusionPipeline, batch: Sequence[Sample], sampling: Sampling) -> dict[str, Any]:
-    """The arguments of a call. Settings that are not set are left to the pipeline."""
+    """The arguments of a call. Settings that are not set are left to the pipeline.
+
+    Raises:
+        ConfigError: when a sample has a negative prompt, and the pipeline takes none.
+    """
     arguments: dict[str, Any] = {
         "prompt": [sample.prompt for sample in batch],
         "output_type": "pil",  # pipelines of videos return arrays otherwise
@@ -117,6 +123,9 @@ def build_arguments(pipe: DiffusionPipeline, batch: Sequence[Sample], sampling: 
     for name, value in sampling.extra.items():
         is_prompt = PROMPT_ARGUMENT.fullmatch(name) is not None and isinstance(value, str)
         arguments[name] = [value] * len(batch) if is_prompt else value
+    negative_prompts = find_negative_prompts(pipe, batch, sampling)
+    if negative_prompts is not None:
+        arguments[NEGATIVE_PROMPT] = negative_prompts
     return arguments
 
 

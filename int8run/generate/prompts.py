@@ -11,14 +11,23 @@ MAX_SLUG_LENGTH = 40
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts from the config, or one per line of a file; each is generated with `seeds_per_prompt` seeds."""
+    """Prompts from the config, or one per line of a file; each is generated with `seeds_per_prompt` seeds.
+
+    `negative_prompt` goes with every prompt; None: the sampling's, else the pipeline's own.
+    """
 
     prompts: Sequence[str] = ()
     path: str | None = None
     seeds_per_prompt: int = 1
+    negative_prompt: str | None = None
 
     def __post_init__(self) -> None:
         check_range("prompts.seeds_per_prompt", self.seeds_per_prompt, 1, 10_000, whole=True)
+        if self.negative_prompt is not None and not isinstance(self.negative_prompt, str):
+            raise ConfigError(
+                f"prompts.negative_prompt is {self.negative_prompt!r}, which is no text; quote it: "
+                f"'prompts.negative_prompt=\"{self.negative_prompt}\"'"
+            )
         if isinstance(self.prompts, str):
             raise ConfigError(
                 f"prompts.prompts is {self.prompts!r}; it takes a list: prompts.prompts=[{self.prompts}]"
@@ -59,14 +68,18 @@ class Sample:
         prompt: what it shows.
         seed: of its noise.
         key: its file name and its name in the tracker, the same in every run with these prompts.
+        negative_prompt: what it shall not show; None: that of the sampling, else of the pipeline.
     """
 
     prompt: str
     seed: int
     key: str
+    negative_prompt: str | None = None
 
 
-def build_samples(prompts: Sequence[str], seeds_per_prompt: int, seed: int) -> list[Sample]:
+def build_samples(
+    prompts: Sequence[str], seeds_per_prompt: int, seed: int, negative_prompt: str | None = None
+) -> list[Sample]:
     """Prompts × seeds.
 
     Args:
@@ -74,12 +87,13 @@ def build_samples(prompts: Sequence[str], seeds_per_prompt: int, seed: int) -> l
         seeds_per_prompt: samples of each prompt.
         seed: of the first sample of each prompt; sample i has `seed + i`, so that samples of one seed share
             their noise.
+        negative_prompt: of every sample.
     """
     samples = []
     for number, prompt in enumerate(prompts):
         for sample_seed in range(seed, seed + seeds_per_prompt):
             key = f"{number:03d}_{slugify(prompt)}_s{sample_seed}"
-            samples.append(Sample(prompt, sample_seed, key))
+            samples.append(Sample(prompt, sample_seed, key, negative_prompt))
     return samples
 
 

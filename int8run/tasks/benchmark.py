@@ -154,7 +154,9 @@ def count_layer_shapes(spec: RunSpec, loaded: LoadedModel, plans: list[LayerPlan
         loaded: the float model.
         plans: of the layers that become INT8.
     """
-    samples = build_samples(spec.prompts.read(), spec.prompts.seeds_per_prompt, spec.seed)
+    samples = build_samples(
+        spec.prompts.read(), spec.prompts.seeds_per_prompt, spec.seed, spec.prompts.negative_prompt
+    )
     batch = samples[: spec.sampler.batch]
     calls = capture_step(loaded.pipe, loaded.component, loaded.denoiser, batch, loaded.sampling)
     rows = count_layer_rows(loaded.denoiser, plans, calls)

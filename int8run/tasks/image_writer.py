@@ -105,6 +105,7 @@ class ImageWriter:
         facts = {
             "version": version,
             "prompt": sample.prompt,
+            **({} if sample.negative_prompt is None else {"negative_prompt": sample.negative_prompt}),
             "seed": sample.seed,
             "model": name,
             "sampling": mask_settings(describe_sampling(sampling, scheduler)),

@@ -15,6 +15,7 @@ from int8run.errors import ConfigError, FileError
 from int8run.generate.capture import capture_step
 from int8run.generate.generate import Generation, generate
 from int8run.generate.generated_sampling import describe_rounded, list_rounded, read_generated_sampling
+from int8run.generate.negative_prompts import explain_unused_negative_prompt
 from int8run.generate.prompt_cache import PromptCache
 from int8run.generate.prompts import Sample, build_samples
 from int8run.lora.header_info import (
@@ -74,7 +75,9 @@ def run(spec: RunSpec, job: Job) -> RunResult:
     """
     progress = Progress(spec.progress, transient=job.sweep is not None)
     headers = read_headers(spec)
-    samples = build_samples(spec.prompts.read(), spec.prompts.seeds_per_prompt, spec.seed)
+    samples = build_samples(
+        spec.prompts.read(), spec.prompts.seeds_per_prompt, spec.seed, spec.prompts.negative_prompt
+    )
     samples = add_trigger_words(samples, headers, spec.lora)
     check_output_type(spec)
     writer = ImageWriter(spec, samples, job.output_dir)
@@ -118,6 +121,9 @@ def generate_and_measure(
     )
     set_scheduler(built.pipe, built.scheduler, spec.sampling)
     log_lora_warnings(spec, built, headers)
+    unused = explain_unused_negative_prompt(built.pipe, samples, spec.sampling)
+    if unused is not None:
+        log.warning("%s", unused)
     change_seconds = built.set_strengths(spec.lora.strengths, spec.lora.text_strengths)
     if job.sweep is None:
         print_build(spec, built, is_reused=is_reused)

@@ -62,6 +62,8 @@ class ImageRecord:
             "height": self.size[1],
             "file": self.file,
         }
+        if self.sample.negative_prompt is not None:
+            entry["negative_prompt"] = self.sample.negative_prompt
         if self.quality is not None:
             entry |= self.quality.values
         if self.float_file is not None:

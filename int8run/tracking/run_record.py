@@ -31,7 +31,7 @@ EARLIER_ATTEMPTS = "earlier_attempts"  # of a sweep's jobs that ran again; a fol
 RUNNING, FINISHED, FAILED, KILLED = "RUNNING", "FINISHED", "FAILED", "KILLED"
 KILLED_MESSAGE = "the process ended without an error message: killed, out of memory, or the machine went down"
 MAX_VALUE_LENGTH = 250  # characters of a setting in status.json, in MLflow and in tables
-TEXT_KEYS = ("prompt", "key")  # of metrics.json: a prompt may be `nan` and is not a number
+TEXT_KEYS = ("prompt", "negative_prompt", "key")  # of metrics.json: a prompt may be `nan` and is not a number
 # Settings that only decide how a job is shown and kept, and do not change its result.
 UNHASHED_SETTINGS = ("resume", "sync", "progress", "tracker", "cache")
 

@@ -1,0 +1,76 @@
+"""Negative prompts: what an image shall not show, where the pipeline takes one and its guidance uses it."""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+from diffusers import DiffusionPipeline
+
+from int8run.errors import ConfigError
+from int8run.generate.prompts import Sample
+from int8run.models.sampling import Sampling
+
+ARGUMENT = "negative_prompt"
+# the guidance that a negative prompt belongs to: of models with a distilled guidance it has a name of its own
+TRUE_GUIDANCE, GUIDANCE = "true_cfg_scale", "guidance_scale"
+
+
+def find_negative_prompts(
+    pipe: DiffusionPipeline, batch: Sequence[Sample], sampling: Sampling
+) -> list[str] | None:
+    """The negative prompt of each sample of a batch; None where no sample has one of its own.
+
+    Args:
+        pipe: to be called.
+        batch: what to generate. A sample without a negative prompt of its own has that of the sampling.
+        sampling: how.
+
+    Raises:
+        ConfigError: when the pipeline takes no negative prompt.
+    """
+    if all(sample.negative_prompt is None for sample in batch):
+        return None
+    if ARGUMENT not in list_parameters(pipe):
+        raise ConfigError(
+            f"{type(pipe).__name__} takes no negative prompt; leave prompts.negative_prompt out, and say in "
+            "the prompt what the image shows"
+        )
+    default = str(sampling.extra.get(ARGUMENT) or "")
+    return [default if sample.negative_prompt is None else sample.negative_prompt for sample in batch]
+
+
+def explain_unused_negative_prompt(
+    pipe: DiffusionPipeline, samples: Sequence[Sample], sampling: Sampling
+) -> str | None:
+    """Why negative prompts change nothing, in one line; None where they do, or where there are none.
+
+    diffusers' pipelines leave them out without a word where the guidance is 1 or less.
+
+    Args:
+        pipe: to be called.
+        samples: what to generate.
+        sampling: with all defaults filled in.
+    """
+    if not any(sample.negative_prompt for sample in samples):
+        return None
+    parameters = list_parameters(pipe)
+    if TRUE_GUIDANCE in parameters:
+        scale, setting = sampling.extra.get(TRUE_GUIDANCE), f"sampler.extra.{TRUE_GUIDANCE}"
+        default = parameters[TRUE_GUIDANCE].default
+    elif GUIDANCE in parameters:
+        scale, setting = sampling.guidance, "sampler.guidance"
+        default = parameters[GUIDANCE].default
+    else:
+        return None
+    scale = default if scale is None else scale
+    if not isinstance(scale, int | float) or scale > 1:
+        return None
+    return (
+        f"prompts.negative_prompt has no effect: {type(pipe).__name__} uses it with {setting} above 1, and "
+        f"it is {scale:g}"
+    )
+
+
+def list_parameters(pipe: DiffusionPipeline) -> Any:
+    """The parameters of a pipeline's call, by name."""
+    return inspect.signature(type(pipe).__call__).parameters
