@@ -192,8 +192,11 @@ class SweepRun:
         self.progress.report_end(record)
 
     def upload_interrupted_jobs(self) -> None:
-        """After Ctrl-C: upload the jobs that were killed, and log how many are finished."""
-        finished = 0
+        """After Ctrl-C: upload the jobs that were killed, and log what is kept."""
+        finished = num_images = 0
+        hydra_config = self.planned[0].job.config.hydra
+        # the job that was interrupted in this process has sent the log to a file of its own
+        configure_log(hydra_config.hydra_logging, hydra_config.verbose)
         for planned in self.planned:
             record = try_read_record(planned.job.folder)
             if record is None:
@@ -202,8 +205,14 @@ class SweepRun:
                 upload_record(planned.spec.tracker, record)
             if record.state == FINISHED:
                 finished += 1
+            else:
+                num_images += count_images(record.folder)
         log.warning(
-            "interrupted: %d of %d jobs are finished, in %s", finished, len(self.planned), self.folder
+            "interrupted: %d of %d jobs are finished, in %s; image files kept of the others: %d",
+            finished,
+            len(self.planned),
+            self.folder,
+            num_images,
         )
 
     def check_all_finished(self) -> None:
@@ -230,6 +239,11 @@ class SweepRun:
         )
         exit_code = exit_codes.pop() if len(exit_codes) == 1 else 1
         raise SweepError("\n".join([summary, *lines]), exit_code)
+
+
+def count_images(folder: Path) -> int:
+    """Count the image files that a job has written."""
+    return sum(path.is_file() for path in (folder / "images").glob("*"))
 
 
 def read_final_record(planned: PlannedJob, outcome: Outcome) -> Record:

@@ -16,7 +16,8 @@ from typing import NamedTuple
 from PIL import Image
 
 from int8run.report.image_files import make_difference_image
-from int8run.report.runs import Run, pluralize
+from int8run.report.runs import Run
+from int8run.utils.plurals import count_noun
 
 MAX_SIDE = 512  # px; an image with a longer side is embedded as a thumbnail
 THUMBNAIL_QUALITY = 90  # of WebP
@@ -179,7 +180,7 @@ def build_gallery(runs: Sequence[Run], *, max_bytes: int = MAX_BYTES, max_cells:
     notes = []
     if num_left_out:
         notes.append(
-            f"{pluralize(num_left_out, 'image')} left out: a page holds at most {max_bytes / 1e6:g} MB of "
+            f"{count_noun(num_left_out, 'image')} left out: a page holds at most {max_bytes / 1e6:g} MB of "
             f"images and {max_cells} cells. The runs' images/ folders have them all."
         )
     notes += list_notes(rows, has_videos=any(key.frame for key in keys), has_thumbnails=images.has_thumbnails)
@@ -279,7 +280,7 @@ def list_notes(rows: Sequence[GalleryRow], *, has_videos: bool, has_thumbnails: 
     num_missing = sum(bool(cell.missing_reason) for row in rows for cell in row.cells)
     if num_missing:
         notes.append(
-            f"{pluralize(num_missing, 'cell')} without an image: it was not generated, its file cannot be "
+            f"{count_noun(num_missing, 'cell')} without an image: it was not generated, its file cannot be "
             "read, or the page is full."
         )
     if has_videos:

@@ -21,9 +21,9 @@ from int8run.report.runs import (
     describe_machine,
     format_tags,
     group_tags_by_value,
-    pluralize,
 )
 from int8run.tracking.run_record import FINISHED, Record, find_varying_keys
+from int8run.utils.plurals import count_noun
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,30 @@ def list_facts(runs: Sequence[Run]) -> list[tuple[str, str]]:
         if known:
             facts.append((term, "; ".join(known)))
     if any(run.record.images for run in runs):
-        facts.append(("Generated", count_samples(runs)))
+        facts.append(("Generated", f"{count_samples(runs)}{describe_sizes(runs)}"))
+    rounded = describe_rounded(runs)
+    if rounded:
+        facts.append(("Rounded", rounded))
     return facts
+
+
+def describe_sizes(runs: Sequence[Run]) -> str:
+    """`, 96 × 96 pixels`: every size that was generated; empty for runs that do not say it."""
+    samples = [sample for run in runs for sample in run.record.images]
+    sizes = dict.fromkeys((s["width"], s["height"]) for s in samples if "width" in s and "height" in s)
+    if not sizes:
+        return ""
+    return f", {' or '.join(f'{width} × {height}' for width, height in sizes)} pixels"
+
+
+def describe_rounded(runs: Sequence[Run]) -> str:
+    """What the pipelines did otherwise than asked: `sampler.width=100 to 96`; may be empty."""
+    changes = dict.fromkeys(
+        f"{name}={change['asked']} to {change['generated']}"
+        for run in runs
+        for name, change in run.record.rounded.items()
+    )
+    return ", ".join(changes)
 
 
 def count_states(runs: Sequence[Run]) -> str:
@@ -90,7 +112,7 @@ def count_samples(runs: Sequence[Run]) -> str:
     samples = [sample for run in runs for sample in run.record.images]
     noun = "video" if any(sample.get("stills") for sample in samples) else "image"
     numbers = sorted({len(run.record.images) for run in runs if run.record.images})
-    return " or ".join(pluralize(number, noun) for number in numbers) + " by each run"
+    return " or ".join(count_noun(number, noun) for number in numbers) + " by each run"
 
 
 def format_period(records: Sequence[Record]) -> str:

@@ -17,6 +17,7 @@ from int8run.tracking.run_record import (
     shorten_value,
     split_override,
 )
+from int8run.utils.plurals import count_noun
 
 # Settings that change neither the images nor the speed.
 IRRELEVANT_SETTINGS = re.compile(r"(resume|progress|tracker|cache|save)([.]|$)")
@@ -135,7 +136,7 @@ def describe_machine(record: Record) -> str:
         return ""
     if facts.get("gpu"):
         return str(facts["gpu"])
-    return f"{facts.get('cpu', 'CPU')}, {pluralize(facts.get('threads', 1), 'thread')}"
+    return f"{facts.get('cpu', 'CPU')}, {count_noun(facts.get('threads', 1), 'thread')}"
 
 
 def group_tags_by_value(runs: Sequence[Run], values: Sequence[str]) -> dict[str, list[str]]:
@@ -161,11 +162,6 @@ def format_tags(tags: Sequence[str]) -> str:
         else:
             ranges.append([tag])
     return ", ".join(f"{r[0]}–{r[-1]}" if len(r) > 2 else ", ".join(r) for r in ranges)
-
-
-def pluralize(count: int, noun: str) -> str:
-    """`1 run`, `2 runs`."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def parse_number(text: str) -> float | None:

@@ -33,10 +33,10 @@ from int8run.report.runs import (
     find_varying_settings,
     format_tags,
     group_tags_by_value,
-    pluralize,
     select_measured,
 )
 from int8run.report.step_times import has_scattered_times
+from int8run.utils.plurals import count_noun
 
 # Settings that decide which images the float model generates, LoRAs aside.
 IMAGE_SETTINGS = re.compile(r"(model|sampler|prompts|seed)\b")
@@ -261,7 +261,7 @@ def list_single_facts(comparison: SweepComparison) -> list[tuple[str, str]]:
     if comparison.smallest:
         facts.append(("Denoiser", describe_metrics(only, MEMORY_METRICS)))
     if comparison.content_keys:
-        facts.append(("Medians over", describe_medians(comparison, pluralize(len(only.runs), "run"))))
+        facts.append(("Medians over", describe_medians(comparison, count_noun(len(only.runs), "run"))))
     return facts
 
 
@@ -368,7 +368,7 @@ def list_facts(comparison: SweepComparison) -> list[tuple[str, str]]:
     if comparison.smallest:
         facts.append(("Smallest", describe_best(comparison.smallest, comparison, MEMORY_METRICS)))
     if comparison.content_keys:
-        num_runs = pluralize(len(comparison.candidates[0].runs), "run")
+        num_runs = count_noun(len(comparison.candidates[0].runs), "run")
         facts.append(("Medians over", describe_medians(comparison, f"{num_runs} each")))
 
     front = find_pareto_front(list_speed_quality(comparison.runs))

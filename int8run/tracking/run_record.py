@@ -177,6 +177,11 @@ class Record:
         return self._measured.get("series", {})
 
     @property
+    def rounded(self) -> dict[str, dict[str, Any]]:
+        """By setting: what was `asked`, and what the pipeline `generated` in its place."""
+        return self._measured.get("rounded", {})
+
+    @property
     def images(self) -> list[dict[str, Any]]:
         """Prompt, seed, files and quality of every generated image or video."""
         return self._measured.get("images", [])

@@ -11,6 +11,7 @@ from support.helpers import without_vnni
 from support.run_job import save_lora
 from support.tiny_pipeline import random_pipeline
 
+import int8run.generate.generate as generate_module
 from int8run.pipeline import process_cache
 
 SMALL = ["sampler.height=16", "sampler.width=16", "sampler.steps=2", "prompts.prompts=[a]"]
@@ -90,6 +91,30 @@ def test_each_job_of_a_sweep_uses_the_backend_that_it_asks_for(command: Command,
     used = read_layer_values(command.folder, "backend_used")
     asked = read_layer_values(command.folder, "backend_asked")
     assert used == asked == [{"reference"}, {"onednn"}, {"torch_int_mm"}]
+
+
+def test_a_sweep_that_is_stopped_says_what_is_kept(
+    command: Command, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real_call, calls = generate_module.call_pipeline, []
+
+    def call(*arguments: object) -> object:
+        calls.append(arguments)
+        if len(calls) == 6:  # job 0: warm-up and two images; job 1: warm-up, one image, and Ctrl-C
+            raise KeyboardInterrupt
+        return real_call(*arguments)
+
+    monkeypatch.setattr(generate_module, "call_pipeline", call)
+    words = ["prompts.seeds_per_prompt=2", "metrics.baseline=none", "metrics.layers=false", "tracker=none"]
+
+    outcome = command("-m", "seed=0,10", model, *SMALL, *words, "backend=reference", "hydra.sweep.dir=here")
+
+    assert outcome.code == 130
+    said = " ".join((outcome.out + outcome.err).split())
+    folder = command.folder / "here"
+    kept = f"interrupted: 1 of 2 jobs are finished, in {folder}; image files kept of the others: 1"
+    assert kept in said
+    assert [path.name for path in (folder / "1" / "images").iterdir()] == ["000_a_s10.png"]
 
 
 def test_one_failing_job_does_not_stop_the_others(command: Command, model: str) -> None:

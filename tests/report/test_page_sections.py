@@ -1,5 +1,7 @@
 """What a report lists about its runs: facts, settings, environments and commands."""
 
+import json
+
 from report.run_folders import MACHINE, write_run
 
 from int8run.report.page_sections import (
@@ -10,7 +12,7 @@ from int8run.report.page_sections import (
     list_facts,
 )
 from int8run.report.runs import name_runs
-from int8run.tracking.run_record import find_records
+from int8run.tracking.run_record import find_records, read_record
 
 
 def test_settings_that_differ_are_listed_apart_from_common_ones(tmp_path):
@@ -42,6 +44,19 @@ def test_environments_name_the_runs_that_differ(tmp_path):
     assert found["python"] == [FactValue("3.11", "")]
     assert found["git"] == [FactValue("–", "")]
     assert found["host"] == [FactValue("box", "")]
+
+
+def test_the_facts_tell_what_a_pipeline_rounded(tmp_path):
+    record = write_run(tmp_path, 0, metrics={"quality/psnr_db": 50.0})
+    measured = json.loads((record.folder / "metrics.json").read_text())
+    images = [{"key": "a", "prompt": "a", "seed": 0, "file": "images/a.png", "width": 96, "height": 64}]
+    rounded = {"sampler.width": {"asked": 100, "generated": 96}}
+    (record.folder / "metrics.json").write_text(json.dumps(measured | {"images": images, "rounded": rounded}))
+
+    facts = dict(list_facts(name_runs([read_record(record.folder)])))
+
+    assert facts["Generated"] == "1 image by each run, 96 × 64 pixels"
+    assert facts["Rounded"] == "sampler.width=100 to 96"
 
 
 def test_the_facts_tell_what_ran_when_and_where(tmp_path):
