@@ -48,7 +48,7 @@ class QuantizationRecipe:
     """How layers become INT8.
 
     Args:
-        dtype: of weights that were quantized in the source and are to be float.
+        dtype: of weights that are quantized in the source and are to be float.
     """
 
     outlier: OutlierMethod
@@ -349,7 +349,13 @@ class Streamer:
             dtype = getattr(
                 torch, DTYPES[target.dtype][1] or "uint8", torch.uint8
             )  # bytes of what torch does not know stay bytes
-            self.write(target.key, data.to(dtype), self.sources, buffer)
+            converted = data.to(dtype)
+            if converted.dtype != data.dtype and not converted.isfinite().all():
+                raise FileError(
+                    f"{self.files.path}: {block.key} holds numbers that are too large for {target.dtype}; "
+                    "set model.dtype=bfloat16 or float32 on the command line"
+                )
+            self.write(target.key, converted, self.sources, buffer)
         if block.last and target.int8:
             self.write(sibling_key(target.key, MARKER), encode_marker(target.transform), self.sources)
             if target.transform.factor is not None:

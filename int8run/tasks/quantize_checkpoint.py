@@ -16,7 +16,10 @@ from typing import Any
 
 import torch
 
+from int8run.checkpoints.comfy_formats import TORCH_DTYPES
+from int8run.checkpoints.comfy_int8 import WEIGHT
 from int8run.checkpoints.detect import get_logical_shapes, list_quantized_weights, read_denoiser_layers
+from int8run.checkpoints.kept_dtype import KeptDtype, find_kept_dtype
 from int8run.checkpoints.layer import CheckpointLayer
 from int8run.checkpoints.output_path import prepare_output_path
 from int8run.checkpoints.reader import TensorFiles
@@ -25,6 +28,7 @@ from int8run.config.job import Job
 from int8run.config.run_spec import RunSpec
 from int8run.errors import ConfigError
 from int8run.export.stream_quantizer import (
+    DTYPE_NAMES,
     KeyParts,
     QuantizationRecipe,
     Target,
@@ -55,10 +59,12 @@ from int8run.tasks.quantize_common import (
     count_megabytes,
     count_skip_reasons,
     hash_checkpoint,
+    log_kept_dtype,
     merge_metadata,
     report_result,
     resolve_new_file,
 )
+from int8run.tracking.run_record import split_override
 from int8run.utils.plurals import count_noun
 
 log = logging.getLogger(__name__)
@@ -86,7 +92,6 @@ def quantize_file(spec: RunSpec, job: Job, component: str | None) -> dict[str, f
     prepare_output_path(save)  # before the work whose result goes there
     location, component = choose_location(spec.model.location, component)
     source = resolve_weights(location, spec.model.revision, component)
-    recipe = QuantizationRecipe(outlier, spec.rounding, getattr(torch, spec.model.dtype))
     started = time.perf_counter()
     with TensorFiles.open(source.path) as files:
         if list_quantized_weights(files):
@@ -102,9 +107,12 @@ def quantize_file(spec: RunSpec, job: Job, component: str | None) -> dict[str, f
         else:
             path = resolve_new_file(save, files)
         names = plan_names(files, layers, checkpoint, to_folder=to_folder)
+        kept_dtype = choose_kept_dtype(files, layers, prefix, spec.model.dtype, job.overrides)
+        recipe = QuantizationRecipe(outlier, spec.rounding, TORCH_DTYPES[kept_dtype.name])
         targets = plan_targets(files, layers, names, checkpoint.find_skip_reason, recipe)
         plans = [target.plan for target in targets if target.plan is not None]
         check_targets(targets, outlier)
+        log_kept_dtype(count_kept_weights(targets, layers), kept_dtype)
         metadata = build_metadata(files, spec, checkpoint, plans)
         print_header(spec, source, files, checkpoint, path, targets)
         with Progress(spec.progress).track_loop("Quantizing, MB", count_megabytes(files)) as advance:
@@ -259,6 +267,40 @@ def plan_names(
         if not key.startswith(prefix):
             names[key] = parts
     return names
+
+
+def choose_kept_dtype(
+    files: TensorFiles,
+    layers: Mapping[str, CheckpointLayer],
+    prefix: str,
+    model_dtype: str,
+    overrides: Sequence[str],
+) -> KeptDtype:
+    """Choose the dtype of weights that are quantized in the source and stay float: that of their neighbours.
+
+    `model.dtype` decides only where the command line names it: else it belongs to an option of `model=`,
+    which says nothing about this file.
+
+    Args:
+        files: the source.
+        layers: its weights by name.
+        prefix: before the denoiser's keys.
+        model_dtype: `model.dtype`, torch's name.
+        overrides: the words of the command line.
+    """
+    if "model.dtype" in [split_override(word)[0] for word in overrides]:
+        return KeptDtype(DTYPE_NAMES[getattr(torch, model_dtype)], "as model.dtype says")
+    return find_kept_dtype(files, layers, prefix)
+
+
+def count_kept_weights(targets: Sequence[Target], layers: Mapping[str, CheckpointLayer]) -> int:
+    """Count the weights that are quantized in the source and stay float."""
+    count = 0
+    for target in targets:
+        sources = [layers.get(part.key.removesuffix(WEIGHT)) for part in target.parts]
+        is_quantized = any(layer is not None and layer.granularity for layer in sources)
+        count += is_quantized and not target.int8
+    return count
 
 
 def check_targets(targets: Sequence[Target], outlier: OutlierMethod) -> None:

@@ -5,6 +5,7 @@ Called by `tasks.quantize_checkpoint` and `tasks.quantize_text_encoder`.
 
 import hashlib
 import json
+import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from rich.text import Text
 
 from int8run.checkpoints.data_hash import add_placeholder
+from int8run.checkpoints.kept_dtype import KeptDtype
 from int8run.checkpoints.provenance import PROVENANCE_KEY
 from int8run.checkpoints.quant_metadata import METADATA_KEY
 from int8run.checkpoints.reader import TensorFiles
@@ -25,6 +27,7 @@ from int8run.report.formatting import format_megabytes, format_pairs
 from int8run.report.run_files import write_json, write_layers_csv
 from int8run.utils.plurals import count_noun
 
+log = logging.getLogger(__name__)
 MEGABYTE = 10**6
 HASHED_BYTES = 4096  # of each tensor: they tell checkpoints of the same shapes apart
 
@@ -93,6 +96,17 @@ def merge_metadata(source: Mapping[str, str], provenance: Mapping[str, object]) 
     """
     kept = {key: text for key, text in source.items() if key not in (PROVENANCE_KEY, METADATA_KEY)}
     return {"format": "pt", **kept, PROVENANCE_KEY: json.dumps(add_placeholder(provenance))}
+
+
+def log_kept_dtype(count: int, kept_dtype: KeptDtype) -> None:
+    """Log in which dtype weights are written that are quantized in the source and stay float."""
+    if count:
+        log.info(
+            "%d weights are quantized in the source and stay float: they are written in %s, %s",
+            count,
+            kept_dtype.name,
+            kept_dtype.reason,
+        )
 
 
 def count_skip_reasons(plans: Sequence[LayerPlan]) -> Counter[str]:

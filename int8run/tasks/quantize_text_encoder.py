@@ -20,6 +20,7 @@ from torch import nn
 
 from int8run.checkpoints.comfy_formats import TORCH_DTYPES, collect_tensors, plan_packed_entries
 from int8run.checkpoints.comfy_int8 import WEIGHT
+from int8run.checkpoints.kept_dtype import find_kept_dtype
 from int8run.checkpoints.output_path import prepare_output_path
 from int8run.checkpoints.writer import StreamWriter, TensorEntry
 from int8run.config.job import Job
@@ -42,6 +43,7 @@ from int8run.tasks.quantize_common import (
     count_megabytes,
     count_skip_reasons,
     hash_checkpoint,
+    log_kept_dtype,
     merge_metadata,
     report_result,
     resolve_new_file,
@@ -231,14 +233,17 @@ def plan_targets(
     for key in dropped:
         if weights.files[weights.prefix + key].dtype == BYTES:  # a tokenizer
             names[key] = (TensorPart(key),)
+    kept = find_kept_dtype(weights.files, weights.layers, weights.prefix)
     targets = []
     for key, parts in names.items():
         shape = join_shapes(parts, weights.shapes) or ()
-        target = EncoderTarget(key, parts, shape, choose_dtype(weights, parts))
+        target = EncoderTarget(key, parts, shape, choose_dtype(weights, parts, kept.name))
         layer = find_source_layer(parts)
         if layer in modules and len(shape) == 2:
             plan_layer(target, weights, layer, modules[layer], weight_format)
         targets.append(target)
+    kept_keys = [part.key for target in targets if target.weight_format is None for part in target.parts]
+    log_kept_dtype(sum(bool(weights.get_format(key.removesuffix(WEIGHT))) for key in kept_keys), kept)
     return targets
 
 
@@ -267,10 +272,10 @@ def find_modules(
     return modules
 
 
-def choose_dtype(weights: EncoderFile, parts: tuple[TensorPart, ...]) -> str:
-    """Choose the dtype of what stays float: its own; bfloat16 for weights that the source has quantized."""
+def choose_dtype(weights: EncoderFile, parts: tuple[TensorPart, ...], kept_dtype: str) -> str:
+    """Choose the dtype of what stays float: its own; `kept_dtype` for what the source has quantized."""
     if any(weights.get_format(part.key.removesuffix(WEIGHT)) for part in parts):
-        return "BF16"
+        return kept_dtype
     dtypes = {weights.files[weights.prefix + part.key].dtype for part in parts}
     return dtypes.pop() if len(dtypes) == 1 else "F32"
 

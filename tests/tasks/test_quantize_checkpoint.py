@@ -599,3 +599,47 @@ def plan(path, config, facts):
             QuantizationRecipe(NoOutlier(), AbsMax()),
         )
     return known.is_original, {target.key for target in targets if target.int8}
+
+
+def write_fp8_source(path, tiny, dtype):
+    """The tiny model with fp8 weights that have a scale each, and everything else in one dtype."""
+    tensors = {}
+    for key, tensor in tiny.items():
+        if tensor.dim() == 2:
+            scale = tensor.float().abs().max() / 448
+            tensors[key] = (tensor.float() / scale).to(torch.float8_e4m3fn)
+            tensors[key + "_scale"] = scale
+        else:
+            tensors[key] = tensor.to(dtype)
+    save_file(tensors, path)
+    return tensors
+
+
+KEPT_DTYPES = {
+    "float16 beside it": (torch.float16, [], torch.float16, "F16, as 58 of the 58 float tensors"),
+    "bfloat16 beside it": (torch.bfloat16, [], torch.bfloat16, "BF16, as 58 of the 58 float tensors"),
+    "float32 beside it": (torch.float32, [], torch.float32, "F32, as 58 of the 58 float tensors"),
+    "named": (torch.float16, ["model.dtype=bfloat16"], torch.bfloat16, "BF16, as model.dtype says"),
+}
+
+
+@pytest.mark.parametrize(("beside", "words", "dtype", "reason"), KEPT_DTYPES.values(), ids=KEPT_DTYPES)
+def test_fp8_weight_that_stays_float_has_the_dtype_of_its_neighbours(
+    beside, words, dtype, reason, tmp_path, tiny, caplog
+):
+    tensors = write_fp8_source(tmp_path / "fp8.safetensors", tiny, beside)
+    with caplog.at_level("INFO"):
+        run(
+            tmp_path,
+            f"model.location={tmp_path / 'fp8.safetensors'}",
+            f"save={tmp_path / 'x.safetensors'}",
+            *words,
+        )
+
+    found = load_file(tmp_path / "x.safetensors")
+    stored = tensors["x_embedder.weight"].float() * tensors["x_embedder.weight_scale"]
+    assert found["img_in.weight"].dtype == dtype
+    assert torch.equal(found["img_in.weight"], stored.to(dtype))
+    assert (
+        f"14 weights are quantized in the source and stay float: they are written in {reason}" in caplog.text
+    )

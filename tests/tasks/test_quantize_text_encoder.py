@@ -308,13 +308,18 @@ def test_another_format_is_rounded_once_more(
         assert "_quantization_metadata" not in held.metadata()
 
 
-def test_a_table_that_was_quantized_is_bfloat16(quantize: Quantize, tmp_path: Path) -> None:
-    file = make_encoder_file("t5", "int8_rowwise", quantized=["shared.weight"], dtype="F32")
+@pytest.mark.parametrize(
+    ("word", "dtype"), [("F32", torch.float32), ("F16", torch.float16), ("BF16", torch.bfloat16)]
+)
+def test_a_table_that_was_quantized_has_the_dtype_of_what_is_float(
+    word: str, dtype: torch.dtype, quantize: Quantize, tmp_path: Path
+) -> None:
+    file = make_encoder_file("t5", "int8_rowwise", quantized=["shared.weight"], dtype=word)
     quantize(file.write(tmp_path / "source.safetensors"), "nvfp4", tmp_path / "x.safetensors")
     held = load_file(tmp_path / "x.safetensors")
 
-    assert torch.equal(held["shared.weight"], torch.from_numpy(file.real["shared"]).float().bfloat16())
-    assert held["encoder.final_layer_norm.weight"].dtype == torch.float32, "what was float stays what it was"
+    assert torch.equal(held["shared.weight"], torch.from_numpy(file.real["shared"]).float().to(dtype))
+    assert held["encoder.final_layer_norm.weight"].dtype == dtype, "what was float stays what it was"
 
 
 def test_a_stale_description_is_left_out(quantize: Quantize, tmp_path: Path) -> None:
