@@ -20,6 +20,7 @@ OPEN_MAPPINGS = (
     "model.sampling.scheduler_settings",
     "model.location",
     "model.parts",
+    "model.sdnq",
     "model_type.inputs",
     "model_type.families",
     "int8.checkpoint",

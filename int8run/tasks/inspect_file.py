@@ -9,11 +9,12 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
 from int8run.checkpoints.data_hash import check_data
-from int8run.checkpoints.detect import get_logical_shapes, read_layers
+from int8run.checkpoints.detect import AUTO, get_logical_shapes, read_layers
 from int8run.checkpoints.header import read_header
 from int8run.checkpoints.layer import CheckpointLayer
 from int8run.checkpoints.provenance import PROVENANCE_KEY, read_provenance
@@ -93,12 +94,16 @@ def describe_cache_file(path: Path) -> str:
     return ", ".join(str(fact) for fact in facts if fact)
 
 
-def inspect_file(location: str) -> Table:
+def inspect_file(
+    location: str, quant_format: str = AUTO, sdnq: str | Mapping[str, Any] | None = None
+) -> Table:
     """Describe a safetensors file, or a checkpoint in several files.
 
     Args:
         location: a file, a folder with the files of one checkpoint, or a folder with a LoRA as PEFT and
             diffusers save it; `~` is the home folder.
+        quant_format: `model.quant_format`, which decides what the file leaves open.
+        sdnq: `model.sdnq`, likewise.
 
     Returns:
         A table without a head, a line for each fact.
@@ -110,7 +115,7 @@ def inspect_file(location: str) -> Table:
     if path.is_dir():
         lora = find_lora_of_folder(path)
         if lora is None:
-            return inspect_folder(path)
+            return inspect_folder(path, quant_format, sdnq)
         path = lora
     header, metadata = read_header(path)
     kind = classify_file(header)
@@ -127,20 +132,20 @@ def inspect_file(location: str) -> Table:
         rows += lora_rows
     else:
         with TensorFiles.open(path) as files:
-            rows += describe_checkpoint(files)
+            rows += describe_checkpoint(files, quant_format, sdnq)
     for key, value in sorted(metadata.items()):
         if value not in shown and key != PROVENANCE_KEY:
             rows.append((f"header: {key[:MAX_KEY_LENGTH]}", shorten_value(value)))
     return build_table(path.name, rows)
 
 
-def inspect_folder(path: Path) -> Table:
-    """Describe a checkpoint in several files."""
+def inspect_folder(path: Path, quant_format: str, sdnq: str | Mapping[str, Any] | None) -> Table:
+    """Describe a checkpoint in several files; the settings as of `inspect_file`."""
     with TensorFiles.open(path) as files:
         nbytes = sum(info.nbytes for info in files.values())
         tensors, num_files = count_noun(len(files), "tensor"), count_noun(len(files.files), "file")
         size = f"{nbytes / 1e6:.1f} MB, {tensors} in {num_files}"
-        return build_table(str(path), [("size", size), *describe_checkpoint(files)])
+        return build_table(str(path), [("size", size), *describe_checkpoint(files, quant_format, sdnq)])
 
 
 def build_table(title: str, rows: Iterable[Row]) -> Table:
@@ -182,8 +187,15 @@ def classify_file(header: Header) -> str:
     return "plain weights"
 
 
-def describe_checkpoint(files: TensorFiles) -> Iterator[Row]:
-    """Describe a checkpoint: its family, how its layers are stored, and how int8run made it."""
+def describe_checkpoint(
+    files: TensorFiles, quant_format: str, sdnq: str | Mapping[str, Any] | None
+) -> Iterator[Row]:
+    """Describe a checkpoint: its family, how its layers are stored, and how int8run made it.
+
+    Args:
+        files: of the checkpoint.
+        quant_format, sdnq: as of `inspect_file`.
+    """
     encoder = find_text_encoder(files)
     prefix = encoder.prefix if encoder is not None else find_prefix(files)
     yield "prefix", prefix or "none"
@@ -191,8 +203,8 @@ def describe_checkpoint(files: TensorFiles) -> Iterator[Row]:
     if unread and encoder is None:
         yield "looks like", describe_unread_types(unread)
     try:
-        layers = read_layers(files, prefix)
-    except FileError as error:
+        layers = read_layers(files, prefix, None if quant_format == AUTO else quant_format, sdnq)
+    except (ConfigError, FileError) as error:
         yield "cannot be read", str(error)
         return
     if encoder is not None:

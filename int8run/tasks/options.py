@@ -55,7 +55,7 @@ class Inspect:
         from int8run.tasks.inspect_file import inspect_cache, inspect_file
 
         if self.path:
-            print_lines(inspect_file(str(self.path)))
+            print_lines(inspect_file(str(self.path), spec.model.quant_format, spec.model.sdnq))
         else:
             print_lines(inspect_cache(spec.cache), "task.path=<file.safetensors> looks at a file")
 

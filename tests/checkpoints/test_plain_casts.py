@@ -181,3 +181,21 @@ def test_labels_of_a_whole_file_promise_scales(
     save_file(tensors, tmp_path / "m.safetensors", metadata)
     with TensorFiles.open(tmp_path / "m.safetensors") as files:
         assert read_layers(files)["b"].label == "float8_e4m3fn cast"
+
+
+def test_a_config_names_the_size_of_blocks(tmp_path: Path) -> None:
+    """192 numbers in 2 blocks may be 96 and 96; transformers' config says 128 and 64."""
+    weight, scale = draw_weight(192, 192).to(E4M3), torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    files = open_files(tmp_path, {"a.weight": weight, "a.weight_scale_inv": scale})
+    with files, pytest.raises(FileError, match="does not fit a weight"):
+        read_layers(files)
+
+    config = '{"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}'
+    (tmp_path / "config.json").write_text(config)
+    with TensorFiles.open(tmp_path / "m.safetensors") as files:
+        read = read_layers(files)["a"].read_weight(files)
+    expected = weight.float()
+    for rows, columns, factor in ((slice(128), slice(128, None), 2.0), (slice(128, None), slice(128), 3.0)):
+        expected[rows, columns] *= factor
+    expected[128:, 128:] *= 4
+    assert torch.equal(read, expected)

@@ -345,7 +345,7 @@ def test_blocks_of_int8_are_read_as_float_and_quantized(tmp_path, blocks):
 def test_int8_weights_that_are_stored_as_in_and_out(tmp_path, blocks, shape):
     codes = torch.randint(-127, 128, shape[::-1], generator=torch.Generator().manual_seed(0)).to(torch.int8)
     scales, counts = torch.rand(1, shape[0]) + 1, []
-    path = save(tmp_path, "s", {"q.weight": codes, "q.scale": scales})
+    path = save(tmp_path, "s", {"q.weight": codes, "q.weight_scale": scales})
     _, found = run(path, tmp_path / "x.safetensors", on_bytes=counts.append)
     wanted = quantize_weight((codes.float() * scales).T.contiguous())
     assert torch.equal(found["q.weight"], wanted.qdata) and torch.equal(found["q.weight_scale"], wanted.scale)

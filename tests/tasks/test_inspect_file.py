@@ -177,8 +177,17 @@ def test_casts_and_lost_scales(tmp_path: Path) -> None:
     assert "a.weight, which reaches 448" in read_table(path)["cannot be read"]
 
 
-def read_table(path: Path) -> dict[str, str]:
-    columns = inspect_file(str(path)).columns
+def test_settings_say_what_a_file_leaves_open(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    save_file({"a.weight": torch.ones(8, 8, dtype=torch.int8), "a.scale": torch.full((8, 1), 0.1)}, path)
+    assert "model.sdnq=none or model.sdnq=hadamard" in read_table(path)["cannot be read"]
+    assert read_table(path, sdnq="none")["layers"] == "1 × int8, row"
+    assert read_table(path, sdnq="hadamard")["layers"] == "1 × int8, row, quarot 8"
+    assert "model.sdnq=x is none of none" in read_table(path, sdnq="x")["cannot be read"]
+
+
+def read_table(path: Path, **settings: str) -> dict[str, str]:
+    columns = inspect_file(str(path), **settings).columns
     return dict(zip(*(list(column.cells) for column in columns), strict=True))
 
 
