@@ -38,6 +38,8 @@ from int8run.pipeline.quantize_denoiser import (
 )
 from int8run.ptq.quantize import build_int8_layers, check_backend, quantize_layers
 
+FLOAT_NAMES = ("float32", "bfloat16", "float16")
+FLOAT_DTYPES = {torch.float64, *(getattr(torch, name) for name in FLOAT_NAMES)}
 log = logging.getLogger(__name__)
 __all__ = ["LoraStack", "quantize_"]
 
@@ -190,6 +192,16 @@ def check_model(model: nn.Module, plans: Sequence[LayerPlan], chosen: Sequence[L
             f"{name} has weights that are not in memory, but on the meta device; call quantize_ before "
             "enable_sequential_cpu_offload, or use another offloading"
         )
+    hooks = [getattr(module, "_diffusers_hook", None) for module in model.modules()]
+    if any(hook is not None and hook.get_hook("group_offloading") is not None for hook in hooks):
+        raise ConfigError(f"{name} has group offloading on; call quantize_ before enable_group_offload")
+    for linear in (module for module in model.modules() if isinstance(module, nn.Linear)):
+        if linear.weight.dtype not in FLOAT_DTYPES:
+            dtype = str(linear.weight.dtype).removeprefix("torch.")
+            raise ConfigError(
+                f"{name} has weights of {dtype}, so another program has quantized it, or its layerwise "
+                f"casting is on; quantize_ takes a model of {', '.join(FLOAT_NAMES)}"
+            )
     if any(isinstance(module, Int8Linear) for module in model.modules()):
         raise ConfigError(f"{name} has INT8 layers already; load it anew to quantize it otherwise")
     if not chosen:

@@ -215,6 +215,20 @@ def test_other_programs_changes_are_named() -> None:
         quantize_(model, backend="reference")
     with pytest.raises(ConfigError, match=r"^FluxTransformer2DModel has weights that are not in memory"):
         quantize_(random_pipeline().transformer.to("meta"), backend="reference")
+    grouped = random_pipeline().transformer
+    grouped.enable_group_offload(torch.device("cpu"), torch.device("cpu"), offload_type="leaf_level")
+    with pytest.raises(
+        ConfigError, match=r"^FluxTransformer2DModel has group offloading on; call quantize_ be"
+    ):
+        quantize_(grouped, backend="reference")
+    for dtype in (torch.float8_e4m3fn, torch.int8):
+        packed = random_pipeline().transformer
+        layer = packed.get_submodule("transformer_blocks.0.attn.to_q")
+        layer.weight = nn.Parameter(layer.weight.to(dtype), requires_grad=False)
+        with pytest.raises(
+            ConfigError, match=rf"^FluxTransformer2DModel has weights of {str(dtype)[6:]}, so"
+        ):
+            quantize_(packed, backend="reference")
     with pytest.raises(ConfigError, match=r"^quantize_ takes a denoiser, .*, or its pipeline, not a str$"):
         quantize_("flux", backend="reference")
 

@@ -21,7 +21,7 @@ from int8run.lora.apply import (
     get_bias_deltas,
     get_weight_deltas,
 )
-from int8run.lora.module_names import find_target
+from int8run.lora.module_names import find_target, find_target_module
 
 # dtypes that a model may have been moved to and back, which leaves its weights rounded
 ROUNDING_DTYPES = (torch.float16, torch.bfloat16, torch.float8_e4m3fn)
@@ -264,10 +264,9 @@ class FloatMerge:
     def find_outside_changes(self) -> list[str]:
         """Modules that were replaced, or whose parameters somebody else wrote to, since they were written."""
         model = self._model()
-        modules = {} if model is None else dict(model.named_modules())
         changed = []
         for name, parameter in [*self.weights.items(), *self.biases.items()]:
-            module = modules.get(name) or modules.get(name.rpartition(".")[0])
+            module = None if model is None else find_target_module(model, name)
             if module is not parameter.find_module() or parameter.is_changed_outside():
                 changed.append(name)
         return list(dict.fromkeys(changed))

@@ -12,6 +12,7 @@ from torch import nn
 from int8run.lora.apply import Int8LoraLayer
 from int8run.lora.float_merge import FloatMerge
 from int8run.lora.key_parsing import DENOISER
+from int8run.lora.module_names import find_target_module
 
 # attribute of a module that LoRAs change
 MARK = "_int8run_loras"
@@ -79,9 +80,10 @@ class InstalledLoras:
             parts: the models, by component.
         """
         changed = [name for merge in self.merges.values() for name in merge.find_outside_changes()]
-        modules = dict(parts[DENOISER].named_modules()) if self.layers else {}
         changed += [
-            name for name, layer in self.layers.items() if modules.get(name) is not layer.find_layer()
+            name
+            for name, layer in self.layers.items()
+            if find_target_module(parts[DENOISER], name) is not layer.find_layer()
         ]
         return changed
 

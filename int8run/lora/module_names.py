@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from int8run.errors import LoraError
+from int8run.lora.key_parsing import remove_torch_wrappers
 from int8run.models.key_mapping import KeyMapping, load_lora_mappings
 from int8run.models.name_pattern import fill_pattern, find_greatest_number, match_pattern
 
@@ -110,7 +111,9 @@ class NameTable:
     def from_model(cls, model: nn.Module) -> "NameTable":
         """The table of a model, with the mappings of its class; without any it has its own names only."""
         mappings = load_lora_mappings(type(model).__name__)
-        return cls(dict(model.named_modules()), mappings, find_own_parameters(model))
+        # blocks that were compiled one by one pass attributes on, so that names without a wrapper find them
+        modules = {remove_torch_wrappers(name): module for name, module in model.named_modules()}
+        return cls(modules, mappings, find_own_parameters(model))
 
     def find_targets(self, name: str) -> ModuleTargets | None:
         """The modules that a name in a file stands for.
@@ -147,9 +150,18 @@ def find_own_parameters(model: nn.Module) -> dict[str, Tensor]:
     for module_name, module in model.named_modules():
         if get_weight_shape(module):
             continue
-        for name, parameter in module.named_parameters(prefix=module_name, recurse=False):
+        prefix = remove_torch_wrappers(module_name)
+        for name, parameter in module.named_parameters(prefix=prefix, recurse=False):
             parameters[name] = parameter
     return parameters
+
+
+def find_target_module(model: nn.Module, name: str) -> nn.Module | None:
+    """The module that a name of `NameTable` stands for; None: it is not there."""
+    try:
+        return find_target(model, name)[0]
+    except AttributeError:
+        return None
 
 
 def find_target(model: nn.Module, name: str) -> tuple[nn.Module, str]:

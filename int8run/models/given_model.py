@@ -56,6 +56,21 @@ def take_text_encoders(given: object) -> dict[str, nn.Module]:
     return find_text_encoders(given.components) if isinstance(given, DiffusionPipeline) else {}
 
 
+def check_text_encoders(given: Mapping[str, object]) -> dict[str, nn.Module]:
+    """Text encoders by component name, without wrappers; None, as in pipelines without one, is left out.
+
+    Raises:
+        ConfigError: for anything that is no module.
+    """
+    for name, encoder in given.items():
+        if encoder is not None and not isinstance(encoder, nn.Module):
+            raise ConfigError(
+                f"text_encoders has a {type(encoder).__name__} as {name}; it takes modules by component "
+                "name, such as {'text_encoder': pipe.text_encoder}"
+            )
+    return {name: unwrap(encoder) for name, encoder in given.items() if isinstance(encoder, nn.Module)}
+
+
 def find_text_encoders(components: Mapping[str, object]) -> dict[str, nn.Module]:
     """Return a pipeline's text encoders by component name."""
     return {

@@ -294,6 +294,19 @@ def test_text_encoder_has_one_stack(tmp_path: Path) -> None:
     LoraStack(TinyModel(), {"text_encoder": encoder}).add(file)
 
 
+@pytest.mark.parametrize("kind", ["float", "int8"])
+def test_blocks_that_were_compiled_one_by_one(style: Path, kind: str) -> None:
+    model, plain = make_model(kind), make_model(kind)
+    model.blocks[0] = torch.compile(model.blocks[0], backend="eager")
+    stack, reference = LoraStack(model).add(style, 0.8), LoraStack(plain).add(style, 0.8)
+    assert torch.equal(model(X), plain(X))
+    stack.set_strength("style", 0.2)
+    reference.set_strength("style", 0.2)
+    assert torch.equal(model(X), plain(X))
+    stack.clear()
+    assert torch.equal(model(X), make_model(kind)(X))
+
+
 # -- copies --------------------------------------------------------------------------------------------------
 
 
