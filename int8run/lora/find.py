@@ -14,6 +14,7 @@ from int8run.lora.written_settings import ADAPTER_CONFIG, PEFT_FILE
 SHIPPED_LORAS = Path(__file__).parents[1] / "assets" / "lora"
 SUFFIX = ".safetensors"
 PICKLE_SUFFIXES = (".pt", ".bin", ".ckpt", ".pth")
+MAX_SOURCE_CHARS = 100
 # what PEFT and diffusers call the one file of a folder
 FOLDER_FILES = (PEFT_FILE, "pytorch_lora_weights.safetensors")
 
@@ -38,8 +39,19 @@ def find_lora(source: str, weight_name: str | None, folder: Path | None = None) 
         )
     if weight_name is not None:
         return download_lora(source, weight_name)
+    try:
+        return find_local_lora(Path(source).expanduser(), folder)
+    except (OSError, RuntimeError) as error:  # RuntimeError: no home folder for `~`
+        reason = getattr(error, "strerror", None) or error
+        raise LoraError(f"LoRA {source[:MAX_SOURCE_CHARS]!r} cannot be looked for: {reason}") from error
 
-    path = Path(source).expanduser()
+
+def find_local_lora(path: Path, folder: Path | None) -> Path:
+    """Find a LoRA on this machine, see `find_lora`.
+
+    Raises:
+        LoraError: when it is not found.
+    """
     file_name = path if has_suffix(path) else Path(f"{path}{SUFFIX}")
     files_in_folders = [home.expanduser() / file_name for home in list_home_folders(path, folder)]
     for candidate in (path, *files_in_folders):
@@ -60,7 +72,9 @@ def find_lora_of_folder(folder: Path) -> Path | None:
 
 
 def find_in_lora_folder(folder: Path) -> Path | None:
-    """The LoRA in a folder that holds one; None: there is no such folder, or no LoRA in it.
+    """The LoRA in a folder that holds one, itself or in a folder of it; None: no such folder, or no LoRA.
+
+    PEFT saves an adapter that is not called `default` into a folder of that name.
 
     Raises:
         LoraError: when it holds several, or a pickled one.
@@ -70,7 +84,10 @@ def find_in_lora_folder(folder: Path) -> Path | None:
     named = find_lora_of_folder(folder)
     if named is not None:
         return named
-    files = sorted(file.name for file in folder.glob(f"*{SUFFIX}"))
+    files = sorted(file.name for file in folder.glob(f"*{SUFFIX}") if file.is_file())
+    if not files:
+        below = [found for found in map(find_lora_of_folder, folder.glob("*")) if found is not None]
+        files = sorted(str(found.relative_to(folder)) for found in below)
     if not files and (folder / ADAPTER_CONFIG).is_file():
         raise LoraError(
             f"{folder} has {ADAPTER_CONFIG} and no {PEFT_FILE}; a pickled adapter_model.bin is not opened, "

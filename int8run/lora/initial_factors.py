@@ -32,7 +32,7 @@ def find_initial_adapter(path: Path) -> Path | None:
         LoraError: when there are several.
     """
     files = [file for file in path.parent.glob("*.safetensors") if WORD in file.stem.lower() and file != path]
-    for folder in path.parent.iterdir():
+    for folder in path.parent.glob("*"):
         if folder.is_dir() and WORD in folder.name.lower():
             named = folder / PEFT_FILE
             files += [named] if named.is_file() else list(folder.glob("*.safetensors"))

@@ -154,7 +154,7 @@ def open_lora(path: Path) -> Iterator[OpenLora]:
     except LoraError:
         raise
     except (SafetensorError, OSError, FileError) as error:
-        reason = str(error).removeprefix(f"{path} ")
+        reason = str(error).removeprefix(str(path)).removeprefix(":").strip()
         raise LoraError(f"{path} is not a readable safetensors file: {reason}") from error
 
 
@@ -192,8 +192,8 @@ def check_written_settings(opened: OpenLora, components: Iterable[str]) -> str |
     initialization = None
     try:
         for place in opened.written.places:
-            for component in sorted(components) if place.is_peft else ():
-                warnings += check_settings(place, component)
+            for component in sorted(components):
+                warnings += check_settings(place, component) if place.is_peft else []
                 initialization = initialization or find_relative_initialization(place, component)
     except LoraError as error:
         raise LoraError(f"{opened.path}: {error}") from error

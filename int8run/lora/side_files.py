@@ -21,8 +21,7 @@ def list_side_files(path: Path, metadata: Mapping[str, str]) -> list[Path]:
     written = read_settings(path, metadata)
     files = [path.with_name(ADAPTER_CONFIG)] if written.has_adapter_config else []
     components = set(COMPONENT_PREFIXES.values())
-    peft_places = [place for place in written.places if place.is_peft]
-    if any(find_relative_initialization(place, name) for place in peft_places for name in components):
+    if any(find_relative_initialization(place, name) for place in written.places for name in components):
         initial = find_initial_adapter(path)
         if initial is not None:
             files += [initial, initial.with_name(ADAPTER_CONFIG)]

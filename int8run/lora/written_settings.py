@@ -6,6 +6,7 @@ stranger's text. What it means for a module is told by `int8run.lora.scale`.
 """
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,11 @@ JSON_KEYS = (DIFFUSERS_KEY, "lora_config", "peft_config", "adapter_config")
 ALPHA_KEYS = ("lora_alpha", "alpha", "network_alpha")
 RANK_KEYS = ("r", "rank", "lora_rank", "lora_r", "network_dim", "network_rank", "dim", "lora_dim")
 RSLORA_KEY = "use_rslora"
+INITIALIZATION_KEY = "init_lora_weights"
+# of initializations that change the base weights
+INITIALIZATION_WORDS = ("pissa", "olora", "loftq", "lora_ga")
+# records of a training in which they may be named
+RECORDED_ARGUMENTS = ("ss_network_args", "ss_network_module")
 # prefix of a setting -> component that it is for
 COMPONENT_PREFIXES = {
     "transformer": DENOISER,
@@ -159,8 +165,15 @@ def read_adapter_config(path: Path) -> tuple[Settings | None, str | None]:
 
 
 def split_by_component(settings: Mapping[str, Any]) -> dict[str | None, dict[str, Any]]:
-    """Settings by component: named `transformer.lora_alpha`, or a mapping under `transformer`."""
+    """Settings by component: named `transformer.lora_alpha`, or a mapping under `transformer`.
+
+    A mapping under one other name is that of an adapter (`default`), as PEFT's `peft_config` is.
+    """
     by_component: dict[str | None, dict[str, Any]] = {}
+    if len(settings) == 1:
+        ((name, inner),) = settings.items()
+        if isinstance(inner, dict) and name not in COMPONENT_PREFIXES:
+            settings = inner
     for key, value in settings.items():
         prefix, _, setting = key.partition(".")
         component = COMPONENT_PREFIXES.get(prefix)
@@ -178,9 +191,15 @@ def read_plain_keys(metadata: Mapping[str, str]) -> tuple[dict[str | None, dict[
     by_component: dict[str | None, dict[str, Any]] = {}
     warnings = []
     for key, text in metadata.items():
-        if key.startswith(RECORD_PREFIXES) or key in JSON_KEYS:
+        if key in JSON_KEYS:
             continue
-        component, setting = split_plain_key(key)
+        if key.startswith(RECORD_PREFIXES):
+            warnings += list_unread_initializations(key, text) if key in RECORDED_ARGUMENTS else []
+            continue
+        component, setting = split_plain_key(key.lower())
+        if setting == INITIALIZATION_KEY:
+            by_component.setdefault(component, {})[setting] = text.strip()
+            continue
         if setting == RSLORA_KEY:
             by_component.setdefault(component, {})[setting] = text.strip().lower() in ("true", "1")
             continue
@@ -190,8 +209,10 @@ def read_plain_keys(metadata: Mapping[str, str]) -> tuple[dict[str | None, dict[
         elif is_unread_scale(key, text):
             shown = f"{sanitize_text(key, MAX_TEXT_CHARS)} in its header is {text[:MAX_TEXT_CHARS]!r}"
             warnings.append(f"{shown}, which is not understood and is ignored")
-    with_alpha = {c: s for c, s in by_component.items() if any(key in s for key in ALPHA_KEYS)}
-    return with_alpha, warnings
+        warnings += list_unread_initializations(key, text)
+    deciding = (*ALPHA_KEYS, INITIALIZATION_KEY)
+    used = {c: s for c, s in by_component.items() if any(key in s for key in deciding)}
+    return used, warnings
 
 
 def split_plain_key(key: str) -> tuple[str | None, str]:
@@ -200,7 +221,7 @@ def split_plain_key(key: str) -> tuple[str | None, str]:
     if prefix in COMPONENT_PREFIXES:
         return COMPONENT_PREFIXES[prefix], setting
     for name, component in COMPONENT_PREFIXES.items():
-        if key.removeprefix(f"{name}_") in (*ALPHA_KEYS, *RANK_KEYS, RSLORA_KEY):
+        if key.removeprefix(f"{name}_") in (*ALPHA_KEYS, *RANK_KEYS, RSLORA_KEY, INITIALIZATION_KEY):
             return component, key.removeprefix(f"{name}_")
     return None, key
 
@@ -209,8 +230,20 @@ def is_unread_scale(key: str, text: str) -> bool:
     """Whether a key of a header looks like a scale that is not read."""
     words = key.lower().replace(".", "_").replace("-", "_").split("_")
     last = key.lower().rpartition(".")[2]
-    is_scale = "alpha" in words or last in SCALE_WORDS
-    return is_scale and len(text) < 100 and text.strip().lower() not in ("", "none", "null")
+    is_scale = "alpha" in words or "alphas" in words or last in SCALE_WORDS
+    return is_scale and text.strip().lower() not in ("", "none", "null")
+
+
+def list_unread_initializations(key: str, text: str) -> list[str]:
+    """A line where a text of a header, which is not read, names an initialization that changes the base."""
+    words = re.findall(r"[a-z_]+", text.lower())
+    found = [name for name in INITIALIZATION_WORDS if name in words]
+    if not found:
+        return []
+    return [
+        f"{sanitize_text(key, MAX_TEXT_CHARS)} in its header names {found[0]}; if the LoRA was initialized "
+        "so and not converted, it is no change of this model"
+    ]
 
 
 def parse_number(text: str) -> float | None:

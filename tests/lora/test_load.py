@@ -887,6 +887,17 @@ class TestFolderOfPeft:
         assert find_lora(str(tmp_path / "portrait"), None) == path
         assert find_lora("portrait", None, tmp_path) == path
 
+    def test_the_one_in_a_folder_of_it(self, write, tmp_path):
+        (tmp_path / "my_adapter").mkdir()
+        path = write(PEFT, name="my_adapter/adapter_model.safetensors")
+
+        assert find_lora(str(tmp_path), None) == path
+
+        (tmp_path / "other").mkdir()
+        write(PEFT, name="other/adapter_model.safetensors")
+        with pytest.raises(LoraError, match=r"is a folder with 2 LoRAs; name one of them: my_adapter/"):
+            find_lora(str(tmp_path), None)
+
     def test_the_named_one_of_several(self, write, tmp_path):
         write(PEFT, name="initial.safetensors")
         path = write(PEFT, name="adapter_model.safetensors")
@@ -936,6 +947,12 @@ class TestFolderOfPeft:
 @pytest.mark.parametrize("name", [".", "/", ".."])
 def test_a_folder_is_no_file(name):
     with pytest.raises(LoraError, match="LoRA file not found: "):
+        find_lora(name, None)
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "~nobody_of_this_name/ink"])
+def test_a_path_that_cannot_be_looked_for(name):
+    with pytest.raises(LoraError, match=r"LoRA '(aaa|~nob).*' cannot be looked for: "):
         find_lora(name, None)
 
 

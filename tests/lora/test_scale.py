@@ -216,6 +216,8 @@ def convert_with_peft(peft, trained, initial, original):
         ({"alpha": "None"}, 1.0),
         ({"r": "16"}, 1.0),  # a rank alone scales nothing
         ({"lora_config": '{"lora_alpha": 4, "r": 8}'}, 0.5),
+        ({"peft_config": '{"default": {"lora_alpha": 4, "r": 8}}'}, 0.5),
+        ({"LoRA_Alpha": "4", "Transformer.R": "8"}, 0.5),
         ({"lora_adapter_metadata": '{"transformer": {"lora_alpha": 4}}'}, 0.5),
         ({"lora_adapter_metadata": '{"transformer.peft_type": "LORA", "transformer.r": 8}'}, 1.0),
         ({"lora_adapter_metadata": '{"lora_alpha": 4}', "network_alpha": "4"}, 0.5),
@@ -327,6 +329,9 @@ def test_an_alpha_tensor_may_say_the_same_as_the_header(write):
             {"metadata": {"ss_network_alpha": "4", "ss_network_dim": "8"}},
             "trained with alpha 4 .ss_network_alpha. and rank 8, and no tensor says so: alpha / rank",
         ),
+        ({"metadata": {"alphas": '{"x": 4}'}}, "alphas in its header is .*, which is not understood"),
+        ({"metadata": {"note": "initialize=pissa"}}, "note in its header names pissa; if the LoRA was"),
+        ({"metadata": {"ss_network_args": '{"init": "olora"}'}}, "ss_network_args in its header names olora"),
         ({}, "its names are PEFT's, which writes alpha into adapter_config.json, and there is none"),
         ({"config": CONFIG}, "adapter_config.json has no alpha; PEFT's default of 8 is used"),
         (
@@ -437,6 +442,14 @@ def test_another_change_is_refused_by_name(write, config, words, place):
 
     with pytest.raises(LoraError, match=words):
         read_lora(path)
+
+
+@pytest.mark.parametrize("key", ["init_lora_weights", "transformer.init_lora_weights"])
+def test_an_initialization_that_stands_plainly_in_the_header_is_refused(write, key):
+    with pytest.raises(LoraError, match=r"was initialized by pissa \(PiSSA"):
+        read_lora(write({key: "pissa"}))
+
+    assert get_scale(write({key: "gaussian", "lora_alpha": "4"})) == 0.5
 
 
 def test_initial_factors_of_another_lora_are_refused(write, tmp_path):
