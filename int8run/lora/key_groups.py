@@ -101,7 +101,7 @@ def group_keys(path: Path, keys: Iterable[str]) -> KeyGroups:
         skip_reason = incomplete.get(module_name) or find_skip_reason(module)
         if skip_reason is not None:
             skipped |= dict.fromkeys(module.keys, skip_reason)
-    applied = [module for module in modules.values() if not skipped.keys() & set(module.keys)]
+    applied = [module for module in modules.values() if not any(key in skipped for key in module.keys)]
     return KeyGroups(applied, skipped)
 
 
@@ -148,9 +148,10 @@ def find_incomplete_modules(
         skipped[key] = incomplete.setdefault(owner, reason)
 
     # a tensor below a module is another part of it
+    owners = changes | incomplete.keys()
     for module_name, module in modules.items():
         if module.is_plain_weight:
-            owner, part = find_owner(module.component, module.name, changes | incomplete.keys(), itself=False)
+            owner, part = find_owner(module.component, module.name, owners, itself=False)
             if owner is not None:
                 incomplete[module_name] = incomplete.setdefault(owner, describe_unknown_part(part))
     return incomplete

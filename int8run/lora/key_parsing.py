@@ -144,7 +144,13 @@ DENOISER_PREFIXES = (
 # a wrapper only around one of the prefixes above or a component: some denoisers have a `model` of their own
 OUTER_WRAPPER = "model."
 # levels that torch.compile, activation checkpoints and FSDP put between a module and its name
-TORCH_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_fpw_module")
+TORCH_WRAPPERS = (
+    "_orig_mod",
+    "_checkpoint_wrapped_module",
+    "_fsdp_wrapped_module",
+    "_fpw_module",
+    "_forward_module",
+)
 # a component as diffusers' pipelines call it, and ComfyUI's text encoders
 COMPONENT_NAMES = tuple(
     f"{name}." for name in (TEXT_ENCODER, TEXT_ENCODER_2, TEXT_ENCODER_3, "text_encoders")
@@ -201,10 +207,10 @@ def parse_key(key: str) -> ParsedKey:
 def normalize_key(key: str) -> str:
     """A key without an adapter's name, its end in the spelling of `PART_BY_SUFFIX`."""
     plain_key, _ = remove_adapter_name(key)
-    for ending, spelling in OTHER_SPELLINGS.items():
-        if plain_key.endswith(ending):
-            return plain_key.removesuffix(ending) + spelling
-    return plain_key
+    if not plain_key.endswith(tuple(OTHER_SPELLINGS)):
+        return plain_key
+    ending = next(ending for ending in OTHER_SPELLINGS if plain_key.endswith(ending))
+    return plain_key.removesuffix(ending) + OTHER_SPELLINGS[ending]
 
 
 def find_suffix(plain_key: str) -> str:
@@ -213,7 +219,9 @@ def find_suffix(plain_key: str) -> str:
     Args:
         plain_key: see `normalize_key`.
     """
-    return next((suffix for suffix in PART_BY_SUFFIX if plain_key.endswith(suffix)), "")
+    if not plain_key.endswith(tuple(PART_BY_SUFFIX)):
+        return ""
+    return next(suffix for suffix in PART_BY_SUFFIX if plain_key.endswith(suffix))
 
 
 def remove_adapter_name(key: str) -> tuple[str, str]:
@@ -241,7 +249,7 @@ def split_component(name: str) -> tuple[str, str]:
     """The component of a module, and its name without prefixes, wrappers and `.processor`."""
     unwrapped = strip_prefixes(remove_torch_wrappers(name), DENOISER_PREFIXES)
     component, inner = match_component(unwrapped)
-    return component or DENOISER, inner.replace(".processor.", ".").removesuffix(".processor")
+    return component or DENOISER, inner.replace(".processor.", ".").removesuffix(".processor").strip(".")
 
 
 def remove_torch_wrappers(name: str) -> str:

@@ -70,7 +70,23 @@ class RowSlice:
 # levels that wrap a module, anywhere in its name
 WRAPPER_LEVELS = ("model", "module")
 # objects that hold a denoiser, at the beginning of a name
-WRAPPER_FRONTS = ("net", "network", "denoiser", "transformer", "unet", "dit", "generator", "student", "ema")
+WRAPPER_FRONTS = (
+    "base_model",
+    "denoiser",
+    "denoising_unet",
+    "dit",
+    "ema",
+    "ema_model",
+    "generator",
+    "inner_model",
+    "net",
+    "network",
+    "pipe",
+    "student",
+    "transformer",
+    "unet",
+    "velocity_model",
+)
 # what one name in a file stands for: the matrix of that name holds these rows, one slice after the other
 RowSlices = tuple[RowSlice, ...]
 ModuleTargets = tuple[ModuleTarget, ...]

@@ -84,12 +84,12 @@ def find_unread_type(key: str) -> tuple[UnreadType, str] | None:
     signatures = load_signatures()
     if key in signatures.by_key:
         return signatures.by_key[key], key
-    for prefix, unread in signatures.by_prefix.items():
-        if key.startswith(prefix):
-            return unread, key
-    for ending, unread in signatures.by_ending.items():
-        if key.endswith(ending):
-            return unread, key.removesuffix(ending)
+    if key.startswith(tuple(signatures.by_prefix)):
+        prefix = next(prefix for prefix in signatures.by_prefix if key.startswith(prefix))
+        return signatures.by_prefix[prefix], key
+    if key.endswith(tuple(signatures.by_ending)):
+        ending = next(ending for ending in signatures.by_ending if key.endswith(ending))
+        return signatures.by_ending[ending], key.removesuffix(ending)
     return find_piece(key, signatures.by_part)
 
 

@@ -80,6 +80,7 @@ from int8run.lora.unread_types import load_signatures
         ("lora_unet_a_b__orig_mod.alpha", "denoiser", "a_b", "alpha"),
         ("text_encoder._orig_mod.a.alpha", "text_encoder", "a", "alpha"),
         ("lora_unet_a_b_.alpha", "denoiser", "a_b", "alpha"),
+        ("transformer.a.b..alpha", "denoiser", "a.b", "alpha"),
         ("lora_transformer__a_b.alpha", "denoiser", "a_b", "alpha"),
         ("blocks.0.transformer.proj.alpha", "denoiser", "blocks.0.transformer.proj", "alpha"),
         ("transformer_blocks.0.proj.alpha", "denoiser", "transformer_blocks.0.proj", "alpha"),
