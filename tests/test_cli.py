@@ -13,11 +13,13 @@ import yaml
 from hydra.errors import MissingConfigException
 from PIL import Image
 from safetensors.torch import save_file
+from support.hostile_texts import HOSTILE_TEXTS
 
 from int8run import __version__, cli
 from int8run.errors import ConfigError
 from int8run.tasks.options import Run
 from int8run.tracking.run_record import KILLED, read_record
+from int8run.utils.text import UNSAFE_BUT_LINES, make_visible
 
 # the command of this interpreter's environment
 INT8RUN = Path(sys.executable).with_name("int8run")
@@ -252,6 +254,23 @@ REFUSED = {
         r"--config-dir absent: no such folder \(looked for /.*/work/absent\)",
     ),
 }
+
+
+HOSTILE_NAMES = [text.replace("/", "-") for text in HOSTILE_TEXTS if "\0" not in text and len(text) < 80]
+
+
+@pytest.mark.parametrize("name", HOSTILE_NAMES, ids=repr)
+def test_a_file_of_any_name_is_called_by_it(command, name):
+    save_file({"blocks.0.weight": torch.zeros(2, 2)}, command.folder / "plain.safetensors")
+    (command.folder / "plain.safetensors").rename(command.folder / f"{name}.safetensors")
+
+    found = command("task=inspect", f"task.path='{name}.safetensors'")
+    missing = command("task=inspect", f"task.path='{name}.absent'")
+
+    assert found.code == 0 and "plain weights" in found.out
+    assert make_visible(name) in "".join(line.strip() for line in found.out.splitlines())
+    assert missing.code == 3 and make_visible(name) in missing.message
+    assert not UNSAFE_BUT_LINES.search(found.out + found.err + missing.out + missing.err)
 
 
 @pytest.mark.parametrize(("arguments", "message"), REFUSED.values(), ids=REFUSED)

@@ -3,6 +3,7 @@
 Each is drawn twice, for a screen and for a phone. Chooses what is drawn; `plots` draws it.
 """
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -145,10 +146,7 @@ def build_curve_plots(curves: StrengthCurves, number: int) -> CurvePlots:
     x_label = make_visible(curves.key)
     plots: list[ResponsivePlot] = []
     for metric, y_label in CURVE_METRICS:
-        points = [
-            [(strength, value) for strength, run in line if (value := run.get_metric(metric)) is not None]
-            for line in lines.values()
-        ]
+        points = [list_curve_points(line, metric) for line in lines.values()]
         if any(points) and len(plots) < MAX_PLOTS:
             name = f"curve-{number}-{metric.rpartition('/')[2]}"
             wide, narrow = (
@@ -168,6 +166,19 @@ def build_curve_plots(curves: StrengthCurves, number: int) -> CurvePlots:
         legend=build_legend(list(lines)) if len(lines) > 1 else [],
         notes=list_curve_notes(curves),
     )
+
+
+def list_curve_points(line: Sequence[tuple[float, Run]], metric: str) -> list[tuple[float, float]]:
+    """The points of one line that can be drawn; of the infinite values a PSNR alone, that of equal images."""
+    points = []
+    for strength, run in line:
+        value = run.get_metric(metric)
+        if value is None:
+            continue
+        is_equal = metric == PSNR_DB and value == math.inf
+        if is_equal or math.isfinite(value):
+            points.append((strength, value))
+    return points
 
 
 def build_legend(labels: Sequence[str]) -> list[LegendEntry]:

@@ -110,7 +110,10 @@ def orient_speed(metric: str, value: float) -> float:
 
 
 def list_speed_quality(runs: Sequence[Run] | Sequence[Candidate]) -> list[tuple[float, float] | None]:
-    """Speed, where more is better, and PSNR of each run; None where one of them is missing."""
+    """Speed, where more is better, and PSNR of each run.
+
+    None where one of them is missing or is no measurement: an infinite speed, a PSNR below every number.
+    """
     metric = choose_speed_metric(runs)
     if metric is None:
         return [None for _ in runs]
@@ -118,7 +121,7 @@ def list_speed_quality(runs: Sequence[Run] | Sequence[Candidate]) -> list[tuple[
     points: list[tuple[float, float] | None] = []
     for run in runs:
         speed, psnr = run.get_metric(metric), run.get_metric(PSNR_DB)
-        if speed is None or psnr is None:
+        if speed is None or psnr is None or not math.isfinite(speed) or psnr == -math.inf:
             points.append(None)
         else:
             points.append((orient_speed(metric, speed), psnr))

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import re
 
 import pytest
@@ -350,3 +351,15 @@ def test_long_values_are_whole_in_the_tables_and_short_in_names(tmp_path):
 
     assert len({run.label for run in runs}) == 2 and max(len(run.label) for run in runs) < 80
     assert runs[1].varied_settings["prompt"] == "x" * 3000 + "1"
+
+
+@pytest.mark.parametrize("metric", ["speed/step_ms_p50", "speed/ratio_vs_float", "quality/psnr_db"])
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 0.0, 1e300])
+def test_a_number_that_no_axis_takes_does_not_cost_the_report(tmp_path, metric, value):
+    for number in range(3):
+        metrics = make_metrics(10 + number, 2, 50 + number) | ({metric: value} if number == 1 else {})
+        write_run(tmp_path, number, [f"lora.strength={number}"], metrics=metrics)
+
+    page, _ = render_report(find_records(tmp_path), tmp_path)
+
+    assert len(page.find_all("section", id="speed-quality")) == 1
