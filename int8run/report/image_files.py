@@ -129,15 +129,31 @@ def save_sample(
     texts = texts or {}
     chunks = make_png_texts(texts)
     if len(frames) == 1:
-        frames[0].save(folder / f"{name}.png", pnginfo=chunks)
+        save_whole(frames[0], folder / f"{name}.png", pnginfo=chunks)
         return [f"{name}.png"]
 
     animation = folder / f"{name}.webp"
     save_animation(frames, animation, frames_per_second, texts.get("parameters", ""))
     stills = {f"{name}_{which}.png": frames[number] for which, number in key_frames.items()}
     for file, frame in stills.items():
-        frame.save(folder / file, pnginfo=chunks)
+        save_whole(frame, folder / file, pnginfo=chunks)
     return [animation.name, *stills]
+
+
+def save_whole(image: Image.Image, path: Path, **options: object) -> None:
+    """Save an image whole or not at all, also where a run is stopped in between.
+
+    Args:
+        image: to save.
+        path: of the file, whose ending is that of its format.
+        options: of Pillow's `save`.
+    """
+    unfinished = path.with_name(f".{path.name}.new")
+    try:
+        image.save(unfinished, format=path.suffix.removeprefix("."), **options)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def make_png_texts(texts: Mapping[str, str]) -> PngInfo:
@@ -172,7 +188,8 @@ def save_animation(
     ends = [round(1000 * number / frames_per_second) for number in range(len(frames) + 1)]
     durations = [end - start for start, end in pairwise(ends)]
     first, *others = frames
-    first.save(
+    save_whole(
+        first,
         path,
         save_all=True,
         append_images=others,

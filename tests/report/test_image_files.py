@@ -231,3 +231,18 @@ def test_a_video_is_saved_as_an_animation(tmp_path, video):
         assert min(errors) == errors[number] < 8 < sorted(errors)[1] / 4, errors
     assert sum(durations) == round(5000 / 16)
     assert set(durations) == {62, 63}, "16 frames a second are 62.5 ms each"
+
+
+def test_an_image_is_saved_whole_or_not_at_all(tmp_path, monkeypatch):
+    """Ctrl-C while it is written."""
+
+    def write_half(image, path, **options):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Image.Image, "save", write_half)
+
+    with pytest.raises(KeyboardInterrupt):
+        save_sample([make_flat_image(RED)], {"first": 0}, tmp_path, "fox", 16)
+
+    assert list(tmp_path.iterdir()) == []
