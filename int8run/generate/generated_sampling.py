@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from int8run.generate.generate import Generation
 from int8run.models.sampling import Sampling
 
+BATCH = "sampler.batch"
 NUM_FRAMES = "num_frames"  # argument of the pipelines of videos
 
 
@@ -52,7 +53,7 @@ def list_rounded(asked: Sampling, generated: Sampling) -> list[Rounded]:
         ("sampler.width", asked.width, generated.width),
         ("sampler.height", asked.height, generated.height),
         ("sampler.steps", asked.steps, generated.steps),
-        ("sampler.batch", asked.batch, generated.batch),
+        (BATCH, asked.batch, generated.batch),
         (f"sampler.extra.{NUM_FRAMES}", asked.extra.get(NUM_FRAMES), generated.extra.get(NUM_FRAMES)),
     ]
     return [
@@ -69,5 +70,15 @@ def describe_rounded(rounded: Sequence[Rounded], pipeline: str) -> str:
         rounded: at least one.
         pipeline: name of its class.
     """
-    changes = ", ".join(f"{change.name}={change.asked} to {change.generated}" for change in rounded)
-    return f"{pipeline} rounded {changes}; what was generated is recorded"
+    parts = []
+    changes = [
+        f"{change.name}={change.asked} to {change.generated}" for change in rounded if change.name != BATCH
+    ]
+    if changes:
+        parts.append(f"{pipeline} rounded {', '.join(changes)}")
+    parts += [
+        f"there are fewer images than {BATCH}={change.asked}, and a call makes {change.generated}"
+        for change in rounded
+        if change.name == BATCH
+    ]
+    return f"{'; '.join(parts)}; what was generated is recorded"

@@ -8,8 +8,11 @@ import random
 import re
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from PIL.Image import Image
@@ -27,6 +30,8 @@ OUTPUT_TYPES = ("pil", "latent")
 PROMPT_ARGUMENT = re.compile(r"(negative_)?prompt(_\d+)?")
 # Arguments that would make several images of one prompt.
 SEVERAL_PER_PROMPT = re.compile(r"num_\w+_per_prompt")
+PIPELINES_FOLDER = Path(diffusers.__file__).parent / "pipelines"
+MAX_REASON_LENGTH = 300  # of a message of diffusers, in characters
 # Frames per second of a video whose pipeline has no such argument: that of Wan.
 DEFAULT_FRAME_RATE = 16.0
 
@@ -64,12 +69,12 @@ def call_pipeline(
             torch.manual_seed(random.Random(f"noise between steps {batch[0].seed}").getrandbits(63))
             return pipe(**arguments, generator=generators)
     except ValueError as error:
-        refusal = explain_refusal(pipe, error)
-        if refusal is not None:
-            raise ConfigError(refusal) from error
         if sampling.scheduler is None or "scheduler" not in str(error):
-            raise
-        reason = " ".join(str(error).split())[:300]
+            refusal = explain_refusal(pipe, error)
+            if refusal is None:
+                raise
+            raise ConfigError(refusal) from error
+        reason = shorten(str(error), MAX_REASON_LENGTH, placeholder=" …")
         raise ConfigError(
             f"sampler.scheduler={sampling.scheduler} cannot be used with {type(pipe).__name__}: {reason}; "
             "choose another one"
@@ -89,16 +94,16 @@ def check_one_per_prompt(sampling: Sampling) -> None:
 def explain_refusal(pipe: DiffusionPipeline, error: ValueError) -> str | None:
     """What a pipeline has against its arguments, in one line; None for an error of another place.
 
-    Pipelines check them in a method of their own, `check_inputs`.
+    Most pipelines check them in a method of their own, some where they are used.
 
     Args:
         pipe: that was called.
         error: that it raised.
     """
-    frames = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
-    if not frames or frames[-1] != "check_inputs":
+    frames = traceback.extract_tb(error.__traceback__)
+    if not frames or PIPELINES_FOLDER not in Path(frames[-1].filename).parents:
         return None
-    reason = " ".join(str(error).split()).rstrip(".")[:300]
+    reason = shorten(str(error), MAX_REASON_LENGTH, placeholder=" …").rstrip(".")
     advice = "change sampler.height, sampler.width or sampler.extra"
     return f"{type(pipe).__name__} cannot generate this: {reason}; {advice}"
 

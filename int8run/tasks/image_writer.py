@@ -10,8 +10,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from diffusers import DiffusionPipeline
 from PIL.Image import Image
 
 from int8run.config.run_spec import RunSpec
@@ -46,21 +46,19 @@ class ImageWriter:
         self.files: dict[tuple[str, str], list[str]] = {}
         self.total = len(samples) * (2 if spec.has_comparison and spec.metrics.baseline != "none" else 1)
 
-    def write_all(self, model: str, generation: Generation, pipe: DiffusionPipeline) -> None:
+    def write_all(self, model: str, generation: Generation, pipe: Any) -> None:
         """Save every sample of a model that is not saved yet, such as images out of the cache."""
         for index, sample in enumerate(self.samples):
             if (model, sample.key) not in self.files:
                 self.write_sample(model, index, generation, pipe)
 
-    def write_batch(
-        self, model: str, batch: Sequence[Sample], generation: Generation, pipe: DiffusionPipeline
-    ) -> None:
+    def write_batch(self, model: str, batch: Sequence[Sample], generation: Generation, pipe: Any) -> None:
         """Save the samples that a model generated last."""
         start = len(generation.frames) - len(batch)
         for index in range(start, len(generation.frames)):
             self.write_sample(model, index, generation, pipe)
 
-    def write_sample(self, model: str, index: int, generation: Generation, pipe: DiffusionPipeline) -> None:
+    def write_sample(self, model: str, index: int, generation: Generation, pipe: Any) -> None:
         """Save one sample.
 
         Args:
@@ -84,9 +82,7 @@ class ImageWriter:
         )
         self.files[model, sample.key] = [f"{IMAGES}/{file}" for file in files]
 
-    def describe(
-        self, model: str, sample: Sample, generation: Generation, pipe: DiffusionPipeline
-    ) -> dict[str, str]:
+    def describe(self, model: str, sample: Sample, generation: Generation, pipe: Any) -> dict[str, str]:
         """The text chunks of an image: `parameters` for readers of other programs, `int8run` as JSON."""
         sampling = read_generated_sampling(self.spec.sampling, generation)
         sampling = fill_guidance(sampling, pipe)
@@ -147,7 +143,7 @@ def name_model(location: str) -> str:
     return name.removesuffix(".safetensors").removesuffix(".gguf") or "unknown"
 
 
-def fill_guidance(sampling: Sampling, pipe: DiffusionPipeline) -> Sampling:
+def fill_guidance(sampling: Sampling, pipe: Any) -> Sampling:
     """The settings with the pipeline's own guidance where none was asked for."""
     if sampling.guidance is not None:
         return sampling

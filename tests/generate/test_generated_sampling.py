@@ -25,7 +25,8 @@ def test_size_frames_steps_and_batch_are_those_that_came_out() -> None:
     assert generated == Sampling(steps=19, width=96, height=80, batch=2, extra={"num_frames": 9, "fps": 8})
     assert describe_rounded(list_rounded(asked, generated), "WanPipeline") == (
         "WanPipeline rounded sampler.width=100 to 96, sampler.height=90 to 80, sampler.steps=10 to 19, "
-        "sampler.batch=4 to 2, sampler.extra.num_frames=10 to 9; what was generated is recorded"
+        "sampler.extra.num_frames=10 to 9; there are fewer images than sampler.batch=4, and a call makes 2; "
+        "what was generated is recorded"
     )
 
 
