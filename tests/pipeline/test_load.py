@@ -10,6 +10,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import load_file, save_file
 from support.helpers import CPU
 from support.run_job import make_spec
@@ -31,6 +32,7 @@ from int8run.pipeline.load import (
     replace_missing_linears,
     set_offload,
 )
+from int8run.quant.weight import quantize_weight
 from int8run.report.console import Progress
 from int8run.utils.disk_cache import DiskCache
 
@@ -158,6 +160,35 @@ def test_quantized_weights_in_a_pipelines_folder_are_read_with_their_scales(
     state = found.denoiser.state_dict()
     assert real and all(torch.equal(state[key], weight) for key, weight in real.items())
     assert found.num_dequantized_layers > 0
+
+
+def test_the_config_beside_a_quantized_file_on_the_hub_is_fetched(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SDNQ says in it alone that nothing is rotated."""
+    tensors = load_file(folder.joinpath(*DENOISER_FILE))
+    key = next(key for key, tensor in tensors.items() if key.endswith(".weight") and tensor.dim() == 2)
+    quantized = quantize_weight(tensors[key].float())
+    tensors |= {key: quantized.qdata, f"{key.removesuffix('weight')}scale": quantized.scale}
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
+
+    def download(repository: str, name: str, revision: str | None = None) -> str:
+        assert repository == "org/model"
+        if name == "m.safetensors":
+            save_file(tensors, snapshot / name)
+        elif name == "quantization_config.json":
+            (snapshot / name).write_text('{"quant_method": "sdnq", "use_hadamard": false}')
+        else:
+            raise EntryNotFoundError(f"404: {name}")
+        return str(snapshot / name)
+
+    monkeypatch.setattr("int8run.models.source.hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    location = [*words(folder)[1:], "model.location=org/model/m.safetensors", f"++model.base={folder}"]
+    found = load_model(select_load_settings(make_spec(location), needs_float_denoiser=True), QUIET)
+
+    assert torch.equal(found.denoiser.state_dict()[key], quantized.dequantize())
 
 
 def test_a_float_pipeline_has_no_dequantized_layers(folder: Path) -> None:
