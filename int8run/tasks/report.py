@@ -77,7 +77,7 @@ def find_newest_sweep() -> str:
 
 
 def sync_runs(tracker: Tracker, folder: Path) -> None:
-    """Upload every run in a folder that has ended and that the tracker lacks.
+    """Upload every run in a folder that has ended and that the tracker lacks; make the dashboards of sweeps.
 
     Raises:
         TrackingError: when a run could not be uploaded.
@@ -85,27 +85,41 @@ def sync_runs(tracker: Tracker, folder: Path) -> None:
     tracker.prepare()
     records = [record for record in find_runs(folder) if record.status["task"] == "run"]
     records.sort(key=lambda record: record.started)
-    missing = [record for record in records if record.state != RUNNING and not is_in_tracker(tracker, record)]
+    present = [record for record in records if is_in_tracker(tracker, record)]
+    running = [record for record in records if record.state == RUNNING]
+    known = {record.folder for record in (*present, *running)}
+    missing = [record for record in records if record.folder not in known]
     warn_other_stores(tracker, missing)
     results = [upload_record(tracker, record) for record in missing]
     uploaded = [record for record in results if record.uploaded]
-    records_by_sweep: dict[str | None, list[Record]] = {}
-    for record in records:
-        records_by_sweep.setdefault(record.sweep, []).append(record)
-    for sweep in dict.fromkeys(record.sweep for record in uploaded if record.sweep):
-        view_hint = tracker.share_sweep(sweep, records_by_sweep[sweep])
-        if view_hint:
-            print_lines(f"runs:     {view_hint}")
-    present = len(records) - len(missing)
-    print_lines(
-        f"{len(uploaded)} of {count_noun(len(records), 'run')} uploaded, {present} were there already"
-    )
+    # also of sweeps whose runs were all there: the tracker may have gone away just before their dashboard
+    share_dashboards(tracker, [*present, *uploaded])
+    num_runs = count_noun(len(records), "run")
+    line = f"{len(uploaded)} of {num_runs} uploaded, {len(present)} were there already"
+    print_lines(line + (f", {len(running)} still running" if running else ""))
     failed = len(missing) - len(uploaded)
     if failed:
         raise TrackingError(
             f"{failed} of {count_noun(len(missing), 'run')} could not be uploaded; "
             "the same command tries again"
         )
+
+
+def share_dashboards(tracker: Tracker, records: Sequence[Record]) -> None:
+    """Make a dashboard of each sweep, in place of an earlier one, and print where they are.
+
+    Args:
+        tracker: has all of `records`.
+        records: of any sweeps.
+    """
+    records_by_sweep: dict[str, list[Record]] = {}
+    for record in records:
+        if record.sweep is not None:
+            records_by_sweep.setdefault(record.sweep, []).append(record)
+    for sweep, members in records_by_sweep.items():
+        view_hint = tracker.share_sweep(sweep, members)
+        if view_hint:
+            print_lines(f"runs:     {view_hint}")
 
 
 def warn_other_stores(tracker: Tracker, records: Sequence[Record]) -> None:

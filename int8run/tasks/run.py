@@ -116,6 +116,8 @@ def generate_and_measure(
     samples = writer.samples
     first_batch = samples[: spec.sampling.batch]
     cached_baseline, is_fresh = get_cached_baseline(spec, headers, writer, progress)
+    if cached_baseline is not None and is_fresh:
+        log.info("the float model ran before, not in turn with INT8: their speed ratio compares two moments")
     built, is_reused = process_cache.get_or_build(
         spec.build_key, lambda: build_model(spec, first_batch, headers, progress)
     )

@@ -3,14 +3,27 @@ nothing.
 """
 
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import mlflow
 import pytest
 from support.cli_process import Command
 
 from int8run.jobs.manifest import SweepManifest, write_manifest
+from int8run.tasks.report import sync_runs
 from int8run.tracking import retry
-from int8run.tracking.run_record import end_record, find_records, start_record
+from int8run.tracking.base import NoTracker
+from int8run.tracking.run_record import (
+    FINISHED,
+    Record,
+    end_record,
+    find_records,
+    read_record,
+    start_record,
+    update_record,
+)
 
 SMALL = [
     "sampler.height=16",
@@ -70,6 +83,44 @@ def test_runs_that_no_tracker_has_are_uploaded_once_and_fetched_again(command: C
         assert record.metrics == theirs[record.config_hash].metrics
         ours = theirs[record.config_hash].folder / record.images[0]["float"]
         assert (record.folder / record.images[0]["float"]).read_bytes() == ours.read_bytes()
+
+
+@dataclass(frozen=True)
+class RecordingTracker(NoTracker):
+    """Takes every run, and notes of which sweeps it was asked for a dashboard."""
+
+    shared: list[tuple[str, int]] = field(default_factory=list)
+
+    def get_location(self) -> dict[str, str]:
+        return {"store": "here", "experiment": "e"}
+
+    def upload_record(self, record: Record) -> str:
+        return f"id of {record.number}"
+
+    def share_sweep(self, sweep: str, records: Sequence[Record]) -> str:
+        self.shared.append((sweep, len(records)))
+        return f"dashboard of {sweep}"
+
+
+def test_a_dashboard_that_is_missing_is_made_where_all_runs_are_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tracking = {"store": "here", "experiment": "e", "run_id": "1", "uploaded": True}
+    for number in range(3):
+        sweep = "lr=1,x=[2]" if number < 2 else "other"
+        record = start_record(tmp_path / str(number), {**IDENTITY, "number": number, "sweep": sweep})
+        end_record(record, FINISHED)
+        if number != 1:
+            update_record(read_record(record.folder), tracking=tracking)
+    start_record(tmp_path / "3", {**IDENTITY, "number": 3, "sweep": "other"})
+    tracker = RecordingTracker()
+
+    sync_runs(tracker, tmp_path)
+
+    assert sorted(tracker.shared) == [("lr=1,x=[2]", 2), ("other", 1)]
+    out = capsys.readouterr().out
+    assert "dashboard of lr=1,x=[2]" in out
+    assert "1 of 4 runs uploaded, 2 were there already, 1 still running" in out
 
 
 def test_a_tracker_that_is_away_is_an_error_for_who_asks_for_it(
