@@ -15,6 +15,7 @@ from torch import Tensor
 from int8run.layers.int8_linear import Int8Linear, LowRankBranch
 from int8run.lora.adapters.base import LoraDelta, RuntimeBranch
 from int8run.lora.adapters.change import LoraChange
+from int8run.lora.size_limits import check_fits
 from int8run.quant.rounding import Rounding
 from int8run.quant.stochastic_rounding import add_with_stochastic_rounding, make_generator
 from int8run.quant.weight import QuantizedWeight
@@ -139,6 +140,9 @@ class DynamicLayer(Int8LoraLayer):
         layer: keeps its integers.
         changes: of the layer.
         branches: the branch of each change of the weight.
+
+    Raises:
+        LoraError: for factors that the layer's dtype cannot hold; a sentence without its subject.
     """
 
     def __init__(self, layer: Int8Linear, changes: IndexedChanges, branches: IndexedBranches):
@@ -156,6 +160,7 @@ class DynamicLayer(Int8LoraLayer):
             if branch.lora_A is not None and branch.lora_B is not None:
                 self.indices.append(index)
                 pairs.append(balance_factors(branch.lora_A, branch.lora_B))
+                check_fits(pairs[-1][0], layer.dtype)
         self.branch = None
         if pairs:
             self.branch = LowRankBranch(pairs, layer.dtype, layer.scale.device)

@@ -5,7 +5,8 @@ changes nothing; `attach`, `set_strengths` and `restore` do.
 """
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from int8run.lora.apply import (
     get_weight_deltas,
 )
 from int8run.lora.module_names import find_target, find_target_module
+from int8run.lora.size_limits import check_fits
 
 # dtypes that a model may have been moved to and back, which leaves its weights rounded
 ROUNDING_DTYPES = (torch.float16, torch.bfloat16, torch.float8_e4m3fn)
@@ -83,10 +85,17 @@ class MergedParameter:
             )
 
     def merge(self, strengths: Sequence[float]) -> None:
-        """Write the parameter for these strengths; where all are 0, it is the original to the bit."""
+        """Write the parameter for these strengths; where all are 0, it is the original to the bit.
+
+        Raises:
+            LoraError: for values that its dtype cannot hold; a sentence without its subject.
+        """
         if self.parameter is None:
             return
-        self.parameter.copy_(self.compute_value(strengths))
+        value = self.compute_value(strengths)
+        if value.dtype != self.parameter.dtype:
+            check_fits(value, self.parameter.dtype)
+        self.parameter.copy_(value)
         self.version, self.strengths = get_tensor_version(self.parameter), strengths
         self.checksum = None
 
@@ -277,7 +286,10 @@ class FloatMerge:
         deltas, strengths = self.deferred.get(name, []), self.strengths or []
         if not deltas or not any(strengths):
             return weight
-        return add_deltas(weight, deltas, strengths, weight).to(weight.dtype)
+        merged = add_deltas(weight, deltas, strengths, weight)
+        with name_module(name):
+            check_fits(merged, weight.dtype)
+        return merged.to(weight.dtype)
 
     @torch.no_grad()
     def set_strengths(self, strengths: Sequence[float]) -> None:
@@ -285,8 +297,9 @@ class FloatMerge:
         if list(strengths) == self.strengths:
             return
         self.strengths = None  # whatever stops this half-way, the next call writes everything
-        for parameter in self.parameters:
-            parameter.merge(strengths)
+        for name, parameter in [*self.weights.items(), *self.biases.items()]:
+            with name_module(name):
+                parameter.merge(strengths)
         self.strengths = list(strengths)
 
 
@@ -303,6 +316,15 @@ def get_original(known: Mapping[str, MergedParameter], name: str, parameter: obj
     if name not in known or parameter is None or known[name].parameter is not parameter:
         return None
     return known[name].original
+
+
+@contextmanager
+def name_module(name: str) -> Iterator[None]:
+    """Put the name of a module in front of errors that are sentences without a subject."""
+    try:
+        yield
+    except LoraError as error:
+        raise LoraError(f"{name} {error}") from error
 
 
 def check_is_float(name: str, dtype: torch.dtype) -> None:

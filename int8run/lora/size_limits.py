@@ -6,17 +6,21 @@ out. It is far above what training ends at, and a file beyond it is damaged.
 
 from collections.abc import Mapping
 
+import torch
+from torch import Tensor
+
 from int8run.errors import LoraError
 from int8run.lora.adapters.change import LoraChange
 from int8run.lora.key_parsing import LOHA_PARTS, LOKR_PARTS
+from int8run.lora.parse import get_part_name
 
-# of a change at strength 1; norms of rows with such entries are finite in float32, and so is 20 times as much
+# of a change at strength 1 and of each of its factors; norms of rows with such entries are finite in float32,
+# and so is 20 times as much
 LARGEST_CHANGE = 1e15
 # of the norm of a row; norms of weights are about 1
 LARGEST_MAGNITUDE = 1e6
 
 FACTOR_PARTS = ("down", "up", "mid", *LOHA_PARTS, *LOKR_PARTS)
-DENSE_PARTS = ("diff", "w_norm", "weight", "diff_b", "b_norm")
 MAGNITUDE_PARTS = ("dora_scale", "magnitude")
 
 
@@ -30,16 +34,17 @@ def check_size(peaks: Mapping[str, float], change: LoraChange) -> None:
     Raises:
         LoraError: with the part or product that is too large; a sentence without its subject.
     """
-    for part in MAGNITUDE_PARTS:
-        if peaks.get(part, 0) > LARGEST_MAGNITUDE:
+    for part, peak in peaks.items():
+        largest = LARGEST_MAGNITUDE if part in MAGNITUDE_PARTS else LARGEST_CHANGE
+        if part != "alpha" and peak > largest:
             raise LoraError(
-                f"has DoRA norms up to {peaks[part]:.3g}; at most {LARGEST_MAGNITUDE:g} can be computed "
-                "with, the file is broken"
+                f"has values up to {peak:.3g} in its {get_part_name(part)}; at most {largest:g} can be "
+                "computed with, the file is broken"
             )
-    largest = max(bound_product(peaks, change), *(peaks.get(part, 0) for part in DENSE_PARTS))
-    if largest > LARGEST_CHANGE:
+    bound = bound_product(peaks, change)
+    if bound > LARGEST_CHANGE:
         raise LoraError(
-            f"changes a weight by up to {largest:.3g} (alpha / rank times its factors); at most "
+            f"changes a weight by up to {bound:.3g} (alpha / rank times its factors); at most "
             f"{LARGEST_CHANGE:g} can be computed with, the file is broken"
         )
 
@@ -57,3 +62,19 @@ def bound_product(peaks: Mapping[str, float], change: LoraChange) -> float:
     for factor in factors:
         bound *= factor
     return abs(delta.scale) * max(bound, peaks.get("up_bias", 0.0))
+
+
+def check_fits(values: Tensor, dtype: torch.dtype) -> None:
+    """Check that numbers are finite in the dtype that a layer keeps them in.
+
+    Raises:
+        LoraError: with both numbers; a sentence without its subject.
+    """
+    if dtype != torch.float16:
+        return  # the others hold what float32 holds
+    largest, limit = values.abs().max().item(), torch.finfo(dtype).max
+    if not largest <= limit:
+        raise LoraError(
+            f"gets values up to {largest:.3g} by the LoRAs, and float16 holds at most {limit:g}; load the "
+            "model in bfloat16 or float32, or take a smaller strength"
+        )

@@ -20,7 +20,7 @@ from int8run.lora.apply import BakedLayer, DynamicLayer, IndexedChanges, Int8Lor
 from int8run.lora.change_size import ChangeSize, compute_median_steps, format_sizes, measure_change
 from int8run.lora.config import MODES, check_strength
 from int8run.lora.find import find_lora, get_default_name
-from int8run.lora.float_merge import FloatMerge
+from int8run.lora.float_merge import FloatMerge, name_module
 from int8run.lora.installed import InstalledLoras, find_marks, format_names
 from int8run.lora.joined_norms import read_joined_norms
 from int8run.lora.key_parsing import DENOISER
@@ -470,7 +470,8 @@ class LoraStack:
             rounding: of baked weights; one that needs calibration is replaced by absmax.
         """
         if choice.mode == "dynamic":
-            return DynamicLayer(layer, changes, choice.branches)
+            with name_module(name):
+                return DynamicLayer(layer, changes, choice.branches)
         if choice.mode == "bake":
             if rounding is None or rounding.needs_calibration:
                 rounding = AbsMax()
