@@ -12,7 +12,13 @@ from importlib.resources import files
 from pathlib import Path
 
 import int8run
-from int8run.config.help import LAUNCHER, parse_key_comments, read_description, read_option_keys
+from int8run.config.help import (
+    parse_key_comments,
+    read_config,
+    read_description,
+    read_groups,
+    read_option_keys,
+)
 
 DOCS = Path(__file__).parent
 GENERATED = "<!-- Written by docs/generate.py. Change the {source} instead of this page. -->"
@@ -28,8 +34,9 @@ SECTION = re.compile(r"^(Args|Returns|Raises|Yields):$")
 ITEM = re.compile(r"^(?P<names>[\w, `]+?): (?P<text>.*)$")
 
 SETTINGS_INTRO = """\
-A group picks an option (`backend=onednn`), a dotted key sets a value (`sampler.steps=8`). `int8run --help`
-prints the same from the command line, and `int8run --cfg job` the composed settings of a command.
+A group picks an option (`backend=onednn`), a dotted key sets a value (`sampler.steps=8`).
+`int8run --help GROUP` prints the same from the command line, `int8run --cfg job` the composed settings of a
+command.
 [First run](first_run.md) shows how to add options of your own."""
 
 API_INTRO = """\
@@ -39,36 +46,36 @@ Settings have the words of the command line. Errors are those of `int8run.errors
 
 def render_settings() -> str:
     """The page of all groups, options and keys, from the YAML files in `conf/`."""
-    root = files("int8run.conf").joinpath("config.yaml").read_text()
-    defaults = re.findall(r"^  - ([a-z_]+): (\w+)$", root, flags=re.MULTILINE)
     blocks = [
         "# Settings",
         GENERATED.format(source="comments in conf/"),
         SETTINGS_INTRO,
         "## Keys without a group",
-        render_key_table(parse_key_comments(root, prefix="")),
+        render_key_table(parse_key_comments(read_config(), prefix="")),
     ]
-    for group, default in [*defaults, LAUNCHER]:
-        blocks += render_group(group, default)
+    for group, default, description in read_groups():
+        blocks += render_group(group, default, description)
     return "\n\n".join(blocks) + "\n"
 
 
-def render_group(group: str, default: str) -> list[str]:
+def render_group(group: str, default: str, description: str) -> list[str]:
     """One group: its options with their descriptions, and the keys that they have.
 
     Args:
         group: name of the folder in `conf/`, such as `backend`.
         default: option that is used where none is named.
+        description: what the group chooses.
     """
     folder = files("int8run.conf").joinpath(group)
     option_keys = read_option_keys(group, default)
     names = [default, *sorted(name for name in option_keys if name != default)]
     rows = ["| option | |", "|---|---|"]
     for name in names:
-        description = read_description(folder.joinpath(f"{name}.yaml"))
+        meaning = read_description(folder.joinpath(f"{name}.yaml"))
         suffix = " (default)" if name == default else ""
-        rows.append(f"| `{name}`{suffix} | {escape_cell(description)} |")
-    blocks = [f"## `{group}=`", "\n".join(rows)]
+        rows.append(f"| `{name}`{suffix} | {escape_cell(meaning)} |")
+    title = f"{description[:1].upper()}{description[1:]}."
+    blocks = [f"## `{group}=`", title, "\n".join(rows)]
     own_keys = option_keys[default]
     if own_keys:
         blocks.append(render_key_table(own_keys))

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ QUIET_VARIABLES = {
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
 }
+HELP_FLAGS = {"--help", "-h"}
 EXIT_INTERRUPTED = 130  # as shells have it for Ctrl-C
 EXIT_SIGNAL = 128  # and, plus its number, for a signal
 # what a batch system, a shell that closes or `kill` sends; a run ends in order, as after Ctrl-C
@@ -53,10 +54,11 @@ class Terminated(KeyboardInterrupt):
 
 def main() -> None:
     """Run the command: one line per error, exit codes of `int8run.errors`, tracebacks on request."""
-    if {"--help", "-h"} & set(sys.argv[1:]):
-        from int8run.config.help import render_help
+    arguments = sys.argv[1:]
+    if "--version" in arguments:
+        from int8run import __version__
 
-        sys.stdout.write(render_help())
+        sys.stdout.write(f"int8run {__version__}\n")
         return
     is_debug = any(os.environ.get(name) for name in DEBUG_VARIABLES)
     # hydra prints its own report of an error and exits, unless this variable makes it raise
@@ -65,6 +67,9 @@ def main() -> None:
     quiet_libraries()
     logging.raiseExceptions = is_debug  # else logging prints a traceback when the log file's disk is full
     try:
+        if HELP_FLAGS & set(arguments):
+            print_help(arguments)
+            return
         with raise_on_signals():
             check_and_run()
     except Exception as error:
@@ -109,6 +114,17 @@ def raise_on_signals() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
+def print_help(arguments: Sequence[str]) -> None:
+    """Print the page of help that the command line asks for: `--help`, or `--help GROUP`.
+
+    Overrides and other flags on it are not looked at.
+    """
+    from int8run.config.help import render_help
+
+    topics = [argument for argument in arguments if not argument.startswith("-") and "=" not in argument]
+    sys.stdout.write(render_help(topics[0] if topics else None))
+
+
 def quiet_libraries() -> None:
     """Set QUIET_VARIABLES in the environment, except those that the user has set."""
     for name, value in QUIET_VARIABLES.items():
@@ -119,10 +135,12 @@ def check_and_run() -> None:
     """Parse the command line, and let hydra see int8run's own launchers and sweeper."""
     from hydra._internal.utils import get_args_parser
 
+    from int8run.config.prompt_argument import rewrite_prompt_arguments
     from int8run.config.renamed import rename_overrides, report_once
 
     # hydra reads the overrides there
-    sys.argv = [sys.argv[0], *rename_overrides(sys.argv[1:], report_once())]
+    arguments = rewrite_prompt_arguments(sys.argv[1:])
+    sys.argv = [sys.argv[0], *rename_overrides(arguments, report_once())]
     args = get_args_parser().parse_args()
     if args.experimental_rerun:
         raise ConfigError(

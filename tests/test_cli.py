@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from hydra.errors import MissingConfigException
+from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import save_file
 from support.hostile_texts import HOSTILE_TEXTS
@@ -122,7 +123,7 @@ REFUSED = {
     ),
     "no calibration prompts": (
         ["calibration.prompts=[]"],
-        r"calibration.prompts is \[\]; it takes a list with at least one prompt: ",
+        r"calibration.prompts is \[\]; it takes a list with at least one prompt, ",
     ),
     "calibration prompt of spaces": (
         ["calibration.prompts=[' ']"],
@@ -130,7 +131,7 @@ REFUSED = {
     ),
     "calibration prompts in a word": (
         ["calibration.prompts=owl"],
-        r"calibration.prompts is 'owl'; it takes a list with at least one",
+        r"calibration.prompts is \"owl\"; it takes a list: calibration.prompts=",
     ),
     "calibration moments": (
         ["calibration.num_timesteps=0"],
@@ -246,9 +247,40 @@ REFUSED = {
         r"prompts needs exactly one of prompts.prompts=\[…\] and prompts.path=<file, one prompt per line>",
     ),
     # grammar
-    "no equals sign": (["lora.strength"], r"lora.strength.*missing EQUAL"),
+    "no equals sign": (["lora.strength"], r"'lora.strength' is no setting; write KEY=VALUE, or --help"),
     "open bracket": (["prompts.prompts=[a"], r"\[a"),
-    "sweep without -m": (["seed=0,1"], r"Ambiguous value for argument 'seed=0,1'.*add --multirun"),
+    "sweep without -m": (
+        ["seed=0,1"],
+        r"'seed=0,1' are several values; for a job each add -m, for a list write seed=\[0,1\]",
+    ),
+    "prompt with a bracket": (
+        ["prompts.prompts=[a (red:1.2) fox]"],
+        r"cannot be read: .*; prompt='a \(red:1.2\) fox' takes any text",
+    ),
+    "prompt with an apostrophe": (["prompts.prompts=[it's]"], r"; prompt='it'\\''s' takes any text"),
+    "prompts without brackets": (
+        ["prompts.prompts=a fox, at night"],
+        r"are several values; .* add -m, for a list .*, for one prompt .* prompt='a fox, at night'",
+    ),
+    "path with a bracket": (["save=a(1).safetensors"], r"cannot be read: .*: 'save=\"a\(1\).safetensors\"'"),
+    "mapping with a comma": (["sampler.extra={a: b, c}"], r"a list is \[a,b\], a mapping '\{key: value\}'"),
+    "prompt as a flag": (["--prompt=a fox"], r"--prompt is no flag; give a prompt without dashes"),
+    "prompt twice": (
+        ["prompt=a", "prompts.path=p.txt"],
+        r"prompt= and prompts.path= both say what to generate; give one of them",
+    ),
+    "number as a prompt": (
+        ["prompts.prompts=[1984]"],
+        r"prompts.prompts has 1984 as entry 0, which is no text; quote it: 'prompts.prompts=\[\"1984\"\]'",
+    ),
+    "no prompt": (["prompts.prompts=[fox,null]"], r"prompts.prompts has null as entry 1, which is no text"),
+    "truth as a prompt": (["prompts.prompts=[true]"], r"prompts.prompts has true as entry 0"),
+    "mapping as a prompt": (["prompts.prompts=[{a: 1}]"], r"prompts.prompts has \{a: 1\} as entry 0"),
+    "number for prompts": (
+        ["prompts.prompts=3"],
+        r"prompts.prompts is 3; it takes a list: prompts.prompts=\[3\]",
+    ),
+    "number in the calibration": (["calibration.prompts=[1984]"], r"calibration.prompts has 1984 as entry 0"),
     "no such folder": (
         ["--config-dir", "absent"],
         r"--config-dir absent: no such folder \(looked for /.*/work/absent\)",
@@ -595,6 +627,40 @@ def test_help_does_not_look_at_the_rest(command, flag):
     assert outcome.code == 0
     assert outcome.out.startswith("int8run: build a diffusion model in INT8")
     assert command.made() == []
+
+
+def test_help_for_a_group_shows_its_options_and_settings(command):
+    outcome = command("--help", "backend")
+
+    assert outcome.code == 0
+    assert outcome.out.startswith("backend=OPTION (default: auto)\n")
+    assert re.search(r"^  vnni +int8run's own kernels", outcome.out, flags=re.MULTILINE)
+    assert re.search(r"^  backend\.rounds=7 ", outcome.out, flags=re.MULTILINE)
+
+
+def test_help_for_an_unknown_group_lists_those_that_there_are(command):
+    outcome = command("--help", "modle")
+
+    assert outcome.code == 2
+    assert outcome.message.startswith(
+        "--help modle: no group of that name; did you mean 'model'? choose from task"
+    )
+
+
+def test_version_is_that_of_int8run(command):
+    outcome = command("--version")
+
+    assert (outcome.code, outcome.out) == (0, f"int8run {__version__}\n")
+
+
+def test_a_prompt_may_be_any_text(command):
+    text = "a (red:1.2) fox, it's 50% off: ${x} [hm] 'a' \\"
+
+    outcome = command("--cfg", "job", f"prompt={text}", "prompt=狐狸")
+
+    assert outcome.code == 0, outcome.err
+    composed = OmegaConf.create(outcome.out)
+    assert list(composed.prompts.prompts) == [text, "狐狸"]
 
 
 def test_cfg_prints_the_composed_config_and_starts_nothing(command):

@@ -9,6 +9,11 @@ from int8run.errors import as_disk_full_error, as_not_writable_error, find_int8r
 from int8run.tracking.secrets import mask_secrets
 from int8run.utils.plurals import count_noun
 
+# hydra's, for `key=a,b` without -m
+AMBIGUOUS = re.compile(
+    r"Ambiguous value for argument '(?P<override>.*)'\n1\. To use it as a list", flags=re.DOTALL
+)
+
 
 def explain_error(error: BaseException) -> tuple[str | None, int]:
     """One line and an exit code for an error; None for one that no user should meet, which is shown whole.
@@ -21,7 +26,12 @@ def explain_error(error: BaseException) -> tuple[str | None, int]:
 
 def describe_error(error: BaseException) -> tuple[str | None, int]:
     """The line and the exit code of `explain_error`, as they come."""
-    from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException
+    from hydra.errors import (
+        ConfigCompositionException,
+        HydraException,
+        MissingConfigException,
+        OverrideParseException,
+    )
     from omegaconf import ListConfig
     from omegaconf.errors import (
         ConfigAttributeError,
@@ -73,6 +83,11 @@ def describe_error(error: BaseException) -> tuple[str | None, int]:
         there = len(cause.parent_node) if isinstance(cause.parent_node, list | ListConfig) else 0
         stack = "; choose a stack that has it, such as lora=stack_a" if key.startswith("lora.") else ""
         return f"no setting called {key!r}: the list has {count_noun(there, 'entry')}{stack}", 2
+    ambiguous = AMBIGUOUS.match(str(error))
+    if isinstance(error, ConfigCompositionException) and ambiguous:
+        return explain_ambiguous_value(ambiguous["override"]), 2
+    if isinstance(error, OverrideParseException):
+        return explain_override_error(error.override), 2
     if isinstance(error, HydraException | OmegaConfBaseException):
         source = cause if isinstance(cause, OmegaConfBaseException) else error
         # omegaconf appends the key and the container's type, each on a line of its own
@@ -89,6 +104,44 @@ def describe_error(error: BaseException) -> tuple[str | None, int]:
     if isinstance(error, YAMLError):
         return f"a YAML file of the config is damaged: {' '.join(str(error).split())}", 2
     return None, 1
+
+
+def explain_override_error(override: str) -> str:
+    """One line for an override that hydra's grammar does not read.
+
+    Args:
+        override: as it was typed.
+    """
+    key, equals, value = override.partition("=")
+    if not equals:
+        return f"{override!r} is no setting; write KEY=VALUE, or --help to see what there is"
+    if key.rpartition(".")[2] == "prompts":
+        text = value.strip("[]").replace("'", "'\\''")
+        return (
+            f"{override!r} cannot be read: brackets, colons, quotes and commas mean something in a list; "
+            f"prompt='{text}' takes any text (several times for several prompts)"
+        )
+    if value.startswith(("[", "{")):
+        return (
+            f"{override!r} cannot be read: a list is [a,b], a mapping '{{key: value}}', and a text with "
+            "brackets, colons, commas or quotes in it is quoted there: '{key: \"a, b\"}'"
+        )
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    for_shell = f'{key}="{escaped}"'.replace("'", "'\\''")
+    return (
+        f"{override!r} cannot be read: brackets, colons, quotes and commas mean something; quote the text, "
+        f"for int8run and for the shell: '{for_shell}'"
+    )
+
+
+def explain_ambiguous_value(override: str) -> str:
+    """One line for several values with commas where one was expected."""
+    key, _, value = override.partition("=")
+    choices = f"for a job each add -m, for a list write {key}=[{value}]"
+    if key.rpartition(".")[2] == "prompts":
+        text = value.replace("'", "'\\''")
+        return f"{override!r} are several values; {choices}, for one prompt with a comma prompt='{text}'"
+    return f"{override!r} are several values; {choices}, for one text with a comma '{key}=\"{value}\"'"
 
 
 def find_adapter_field(key: str) -> str | None:

@@ -1,27 +1,42 @@
-"""`int8run --help`, made from the YAML files: groups, options with their first comment line, and keys.
+"""`int8run --help`, made from the YAML files in conf/: an overview, and a page for each group.
 
-Hydra's own page composes its config once per group and takes several times as long.
+Groups, options and settings are described by the comments beside them. Hydra's own page composes its config
+once per group and takes several times as long.
 """
 
 import re
+import textwrap
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 
+from int8run.errors import ConfigError, suggest_similar
+
+WIDTH = 120
 LAUNCHER = ("hydra/launcher", "basic")  # hydra's own group, with our options
+LAUNCHER_DESCRIPTION = "where the jobs of a sweep run"
+ALL_PAGES = "all"
+# key with its path, default value, comment
+KeyComment = tuple[str, str, str]
 KEY = re.compile(r"^(?P<indent> *)(?P<key>[a-z_]\w*):(?P<value>[^#]*)(?:#\s*(?P<comment>.*))?$")
+DEFAULT = re.compile(r"^  - (?P<group>[a-z_]+): (?P<option>\w+)(?: +# (?P<comment>.*))?$", flags=re.MULTILINE)
+NAME_WIDTH = 16
+KEY_WIDTH = 44
+OVERVIEW_WIDTH = 22
 
 USAGE = """\
 int8run: build a diffusion model in INT8 (W8A8), generate, and measure it against the float model.
 
   int8run                                             the tiny model in this package, offline
+  int8run prompt='a (red:1.2) fox, at night'          a prompt of yours: any text
   int8run model=flux lora=stack_a                     options of groups
-  int8run lora=stack_a lora.adapters.0.strength=0.5   any key of any option
+  int8run lora=stack_a lora.adapters.0.strength=0.5   any setting of any option
   int8run -m lora=stack_a lora.strength=0,0.5,1       a sweep: one job per value, one page that compares them
   int8run task=inspect task.path=FILE.safetensors     what a file is
-
 """
 FLAGS = """\
 Flags
+  --help GROUP             options and settings of a group; `--help all`: of every group
+  --version                the version of int8run
   -m, --multirun           run a sweep over comma-separated values
   --cfg job                print the composed config and stop
   --config-dir FOLDER      look for options of yours there too: FOLDER/<group>/<name>.yaml
@@ -29,43 +44,147 @@ Flags
 """
 
 
-def render_help() -> str:
-    """The whole page."""
-    conf = files("int8run.conf")
-    root = conf.joinpath("config.yaml").read_text()
-    groups = [*re.findall(r"^  - ([a-z_]+): (\w+)$", root, flags=re.MULTILINE), LAUNCHER]
-    lines = ["Groups (default first)"]
-    for group, default in groups:
-        options = sorted(
-            (f.name.removesuffix(".yaml"), f)
-            for f in conf.joinpath(group).iterdir()
-            if f.name.endswith(".yaml")
-        )
-        width = max(14, *(len(name) for name, _ in options))
-        for name, file in sorted(options, key=lambda o: o[0] != default):
-            lines.append(f"  {group if name == default else '':<14} {name:<{width}} {read_description(file)}")
-    lines += ["", "Keys (in brackets the option that has them, where it is not the default)"]
-    lines += [format_key_line(*found, "") for found in parse_key_comments(root, "")]
-    for group, default in groups:
-        found = read_option_keys(group, default)
-        own = found.pop(default)
-        lines += [format_key_line(*key, "") for key in own]
-        plain = {key for key, _, _ in own}
-        others: dict[tuple[str, str, str], list[str]] = {}
-        for name, keys in found.items():  # others add what is their own
-            for key in keys:
-                if key[0] not in plain:
-                    others.setdefault(key, []).append(name)
-        lines += [format_key_line(*key, f" [{group}={','.join(names)}]") for key, names in others.items()]
-    return USAGE + "\n".join(lines) + "\n\n" + FLAGS
+def render_help(topic: str | None = None) -> str:
+    """A page of help.
+
+    Args:
+        topic: a group, a section of config.yaml such as `cache`, `all`, or None for the overview.
+
+    Raises:
+        ConfigError: for another topic.
+    """
+    if topic is None:
+        return render_overview()
+    groups = {group: default for group, default, _ in read_groups()}
+    sections = list_sections()
+    launcher_group = LAUNCHER[0]
+    if topic == launcher_group.rpartition("/")[2]:
+        topic = launcher_group
+    if topic in groups:
+        return render_group(topic, groups[topic])
+    if topic in sections:
+        return render_section(topic)
+    if topic == ALL_PAGES:
+        pages = [render_overview()]
+        pages += [render_section(section) for section in sections]
+        pages += [render_group(group, default) for group, default in groups.items()]
+        return "\n".join(pages)
+    known = [*groups, *sections, ALL_PAGES]
+    raise ConfigError(
+        f"--help {topic}: no group of that name; {suggest_similar(topic, known)}"
+        f"choose from {', '.join(known)}"
+    )
 
 
-def format_key_line(key: str, value: str, comment: str, owner: str) -> str:
-    """One line of the list of keys."""
-    return f"  {f'{key}={value}':<46} {comment}{owner}"
+def render_overview() -> str:
+    """The first page: what groups and settings there are. It fits a screen."""
+    lines = ["Groups, with the option that is used where none is named"]
+    for group, default, description in read_groups():
+        options = list_options(group, default)
+        label = f"{group}={default}"
+        text = f"{description}: {', '.join(options)}"
+        if len(text) > WIDTH - OVERVIEW_WIDTH - 4:
+            text = f"{description}; {len(options)} options"
+        lines += format_row(label, text, OVERVIEW_WIDTH)
+    lines += ["", "Sections of settings"]
+    for key, _, comment in parse_key_comments(read_config(), ""):
+        if key in list_sections():
+            lines += format_row(key, comment, OVERVIEW_WIDTH)
+    lines += ["", "Settings"]
+    for key, value, comment in parse_key_comments(read_config(), ""):
+        is_nested = "." in key
+        if not is_nested and key not in list_sections():
+            lines += format_row(f"{key}={value}", comment, OVERVIEW_WIDTH)
+    return "\n".join([USAGE, *lines, "", FLAGS])
 
 
-def read_option_keys(group: str, default: str = "") -> dict[str, list[tuple[str, str, str]]]:
+def render_group(group: str, default: str) -> str:
+    """The page of a group: its options, and what can be set with them."""
+    folder = files("int8run.conf").joinpath(group)
+    lines = [f"{group}=OPTION (default: {default})"]
+    options = list_options(group, default)
+    width = max(NAME_WIDTH, *(len(name) for name in options))
+    for name in options:
+        lines += format_row(name, read_description(folder.joinpath(f"{name}.yaml")), width)
+    key_lines = [
+        line
+        for key, value, comment, owners in list_group_keys(group, default)
+        for line in format_row(f"{key}={value}", f"{comment}{owners}", KEY_WIDTH)
+    ]
+    if key_lines:
+        heading = "Settings (in brackets the options that have them, where the default has not)"
+        lines += ["", heading, *key_lines]
+    return "\n".join(lines) + "\n"
+
+
+def list_group_keys(group: str, default: str) -> list[tuple[str, str, str, str]]:
+    """Key, default value, comment, and in brackets its options, of all settings of a group.
+
+    What the default option has comes first; other options add what is their own.
+    """
+    option_keys = read_option_keys(group, default)
+    default_keys = option_keys.pop(default)
+    rows = [(key, value, comment, "") for key, value, comment in default_keys]
+    known = {key for key, _, _ in default_keys}
+    owners: dict[KeyComment, list[str]] = {}
+    for name, keys in option_keys.items():
+        for key_comment in keys:
+            if key_comment[0] not in known:
+                owners.setdefault(key_comment, []).append(name)
+    for (key, value, comment), names in owners.items():
+        rows.append((key, value, comment, f" [{', '.join(names)}]"))
+    return rows
+
+
+def render_section(section: str) -> str:
+    """The page of a part of config.yaml, such as `cache`."""
+    comments = parse_key_comments(read_config(), "")
+    title = next(comment for key, _, comment in comments if key == section)
+    lines = [f"{section}: {title}"]
+    for key, value, comment in comments:
+        if key.startswith(f"{section}."):
+            lines += format_row(f"{key}={value}", comment, KEY_WIDTH)
+    return "\n".join(lines) + "\n"
+
+
+def format_row(label: str, text: str, label_width: int) -> list[str]:
+    """The lines of a label and its description; a long label has a line of its own."""
+    indent = " " * (label_width + 4)
+    # a long word is a list of values, which is cut where it must
+    wrapped = textwrap.wrap(text, WIDTH - len(indent), break_on_hyphens=False) or [""]
+    first = f"  {label:<{label_width}}  "
+    if len(first) > len(indent):
+        labels = textwrap.wrap(label, WIDTH - 4, initial_indent="  ", subsequent_indent="      ")
+        return [*labels, *(indent + line for line in wrapped)]
+    return [(first + wrapped[0]).rstrip(), *(indent + line for line in wrapped[1:])]
+
+
+def read_config() -> str:
+    """The text of config.yaml."""
+    return files("int8run.conf").joinpath("config.yaml").read_text()
+
+
+def read_groups() -> list[tuple[str, str, str]]:
+    """Name, default option and description of every group."""
+    found = [(row["group"], row["option"], row["comment"] or "") for row in DEFAULT.finditer(read_config())]
+    return [*found, (*LAUNCHER, LAUNCHER_DESCRIPTION)]
+
+
+def list_sections() -> list[str]:
+    """The keys of config.yaml that have settings below them."""
+    keys = [key for key, _, _ in parse_key_comments(read_config(), "")]
+    parents = [key.partition(".")[0] for key in keys if "." in key]
+    return list(dict.fromkeys(parents))
+
+
+def list_options(group: str, default: str) -> list[str]:
+    """The shipped options of a group, the default first."""
+    folder = files("int8run.conf").joinpath(group)
+    names = [file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml")]
+    return sorted(names, key=lambda name: (name != default, name))
+
+
+def read_option_keys(group: str, default: str = "") -> dict[str, list[KeyComment]]:
     """The keys of each shipped option of a group, the default option first; empty for an unknown group."""
     folder = files("int8run.conf").joinpath(group)
     options = [f for f in folder.iterdir() if f.name.endswith(".yaml")] if folder.is_dir() else []
@@ -95,9 +214,9 @@ def read_description(file: Traversable) -> str:
     return next((c for c in comments if not c.startswith("@")), "")
 
 
-def parse_key_comments(text: str, prefix: str) -> list[tuple[str, str, str]]:
+def parse_key_comments(text: str, prefix: str) -> list[KeyComment]:
     """(key with its path, default, comment) for every commented key of a YAML text."""
-    lines: list[tuple[str, str, str]] = []
+    lines: list[KeyComment] = []
     path: list[str] = []
     for line in text.splitlines():
         found = KEY.match(line)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from int8run.errors import ConfigError, check_range
-from int8run.generate.prompts import Sample
+from int8run.generate.prompts import Sample, check_prompts
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,11 @@ class CalibrationSettings:
     max_tokens_per_layer: int = 2048
 
     def __post_init__(self) -> None:
-        is_list = isinstance(self.prompts, Sequence) and not isinstance(self.prompts, str)
-        if not is_list or not self.prompts or not all(map(is_prompt, self.prompts)):
+        check_prompts("calibration.prompts", self.prompts)
+        if not self.prompts or not all(prompt.strip() for prompt in self.prompts):
             raise ConfigError(
-                f"calibration.prompts is {self.prompts!r}; it takes a list with at least one prompt: "
-                "calibration.prompts=[a fox,an owl]"
+                f"calibration.prompts is {list(self.prompts)!r}; it takes a list with at least one prompt, "
+                "and none may be blank: calibration.prompts=[a fox,an owl]"
             )
         check_range("calibration.seed", self.seed, 0, 2**63 - 1, whole=True)
         check_range("calibration.num_timesteps", self.num_timesteps, 1, 1000, whole=True)
@@ -40,8 +40,3 @@ class CalibrationSettings:
     def samples(self) -> list[Sample]:
         """Prompt and seed of each image."""
         return [Sample(prompt, self.seed + i, str(i)) for i, prompt in enumerate(self.prompts)]
-
-
-def is_prompt(value: object) -> bool:
-    """Whether a value is a text that is not blank."""
-    return isinstance(value, str) and bool(value.strip())

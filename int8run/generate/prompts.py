@@ -1,12 +1,18 @@
 """Prompt sets, and the samples that they ask for: prompts times seeds."""
 
+import json
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from anyascii import anyascii
+
 from int8run.errors import ConfigError, FileError, check_range
 
 MAX_SLUG_LENGTH = 40
+MAX_SLUG_BYTES = 160  # of the 255 that a file name may have; the rest is number, seed and ending
+QUOTE = '"'
 
 
 @dataclass(frozen=True)
@@ -16,7 +22,7 @@ class PromptSet:
     `negative_prompt` goes with every prompt; None: the sampling's, else the pipeline's own.
     """
 
-    prompts: Sequence[str] = ()
+    prompts: Sequence[str] | None = ()
     path: str | None = None
     seeds_per_prompt: int = 1
     negative_prompt: str | None = None
@@ -28,10 +34,8 @@ class PromptSet:
                 f"prompts.negative_prompt is {self.negative_prompt!r}, which is no text; quote it: "
                 f"'prompts.negative_prompt=\"{self.negative_prompt}\"'"
             )
-        if isinstance(self.prompts, str):
-            raise ConfigError(
-                f"prompts.prompts is {self.prompts!r}; it takes a list: prompts.prompts=[{self.prompts}]"
-            )
+        if self.prompts is not None:
+            check_prompts("prompts.prompts", self.prompts)
         if bool(self.prompts) == bool(self.path):
             raise ConfigError(
                 "prompts needs exactly one of prompts.prompts=[…] and prompts.path=<file, one prompt per "
@@ -45,7 +49,7 @@ class PromptSet:
             FileError: when the file is missing, is not text, or holds no prompt.
         """
         if not self.path:
-            return list(self.prompts)
+            return list(self.prompts or ())
         path = Path(self.path).expanduser()
         if not path.is_file():
             raise FileError(f"prompts.path={self.path}: no such file (looked for {path.absolute()})")
@@ -58,6 +62,36 @@ class PromptSet:
         if not prompts:
             raise FileError(f"prompts.path={self.path} holds no prompt; write one per line")
         return prompts
+
+
+def check_prompts(setting: str, prompts: object) -> None:
+    """Refuse everything but a list of texts.
+
+    YAML and hydra read `1984`, `true` and `null` as other things than text. Such a value is not always what
+    was typed (`1e3` has become 1000.0), so that it is not turned back.
+
+    Args:
+        setting: where the prompts stand, for the error.
+        prompts: what stands there.
+
+    Raises:
+        ConfigError: naming the entry and how it is quoted.
+    """
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+        shown = format_value(prompts)
+        raise ConfigError(f"{setting} is {shown}; it takes a list: {setting}=[{shown.strip(QUOTE)}]")
+    for number, prompt in enumerate(prompts):
+        if not isinstance(prompt, str):
+            shown = format_value(prompt).replace(QUOTE, "")
+            raise ConfigError(
+                f"{setting} has {shown} as entry {number}, which is no text; quote it: "
+                f"'{setting}=[\"{shown}\"]'"
+            )
+
+
+def format_value(value: object) -> str:
+    """A value as one writes it in YAML."""
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 @dataclass(frozen=True)
@@ -98,6 +132,20 @@ def build_samples(
 
 
 def slugify(text: str) -> str:
-    """A prompt as part of a file name: `Red apple!` -> `red-apple`."""
-    characters = [char if char.isascii() and char.isalnum() else "-" for char in text.lower()]
-    return "".join(characters)[:MAX_SLUG_LENGTH].strip("-") or "empty"
+    """A prompt as part of a file name: `Red apple!` -> `red-apple`, `狐狸` as it is.
+
+    Letters and digits of every script stay, with the marks that belong to them. A prompt of symbols alone has
+    their names: `🦊` -> `fox`.
+    """
+    normal = unicodedata.normalize("NFC", text.lower())
+    slug = join_letters(normal) or join_letters(anyascii(text).lower())
+    shortened = slug[:MAX_SLUG_LENGTH]
+    while len(shortened.encode()) > MAX_SLUG_BYTES:
+        shortened = shortened[:-1]
+    return shortened.strip("-") or "empty"
+
+
+def join_letters(text: str) -> str:
+    """The letters and digits of a text, with a dash for all that stands between them."""
+    characters = [char if unicodedata.category(char)[0] in "LNM" else "-" for char in text]
+    return "".join(characters).strip("-")

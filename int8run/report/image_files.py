@@ -7,6 +7,7 @@ from pathlib import Path
 from PIL import ExifTags, Image, ImageChops, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
+from int8run.report.caption_fonts import choose_caption_font
 from int8run.utils.plurals import count_noun
 from int8run.utils.text import find_longest, make_visible
 
@@ -58,8 +59,9 @@ def make_image_grid(rows: Sequence[GridRow], columns: Sequence[str]) -> Image.Im
 
     tops = accumulate(row_heights, initial=line_height + GRID_GAP)
     for top, (caption, images) in zip(tops, rows, strict=False):
-        text = shorten_caption(make_visible(caption), grid.width - 2 * GRID_GAP, font.getlength)
-        draw.text((GRID_GAP, top - 2), text, fill=CAPTION_COLOR, font=font)
+        visible, caption_font = choose_caption_font(make_visible(caption), font_size)
+        text = shorten_caption(visible, grid.width - 2 * GRID_GAP, caption_font.getlength)
+        draw.text((GRID_GAP, top - 2), text, fill=CAPTION_COLOR, font=caption_font)
         for left, image in zip(lefts, images, strict=False):
             resized = image.convert("RGB").resize((width, height), Image.Resampling.NEAREST)
             grid.paste(resized, (left, top + line_height - 4))

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from anyascii import anyascii
 from PIL import Image
 
 from int8run.tracking.run_record import FAILED, KILLED, Record, hash_text, shorten_value
@@ -195,11 +196,16 @@ def read_csv_rows(path: Path) -> list[dict[str, str]]:
 def find_image_files(record: Record) -> dict[str, Path]:
     """The images for MLflow's image grid, by key; of a video its stills.
 
-    Equal prompts and seeds have equal keys in all runs.
+    Equal prompts and seeds have equal keys in all runs. MLflow takes ASCII letters alone.
     """
     names = [name for sample in record.images for name in sample.get("stills") or [sample["file"]]]
     paths = [record.folder / name for name in names if name.endswith(".png")]
-    return {f"sample/{re.sub(r'[^a-zA-Z0-9_. -]', '_', path.stem)}": path for path in paths if path.is_file()}
+    return {f"sample/{make_image_key(path.stem)}": path for path in paths if path.is_file()}
+
+
+def make_image_key(name: str) -> str:
+    """The name of an image as MLflow takes it: `000_狐狸_s0` -> `000_HuLi_s0`."""
+    return re.sub(r"[^a-zA-Z0-9_. -]", "_", anyascii(name))
 
 
 def find_logged_images(paths: Iterable[str]) -> dict[str, str | None]:

@@ -75,7 +75,7 @@ def test_exactly_one_source_is_needed(given):
 
 def test_one_prompt_without_brackets_is_not_a_list_of_letters():
     # int8run prompts.prompts=fox
-    with pytest.raises(ConfigError, match=r"prompts\.prompts is 'fox'.*\[fox\]"):
+    with pytest.raises(ConfigError, match=r"prompts\.prompts is \"fox\".*\[fox\]"):
         PromptSet(prompts="fox")
 
 
@@ -108,8 +108,12 @@ SLUGS = {
     "signs": ("A red, ripe apple?", "a-red--ripe-apple"),
     "path": ("../../etc/passwd", "etc-passwd"),
     "long": ("ab " * 40, "ab-" * 13 + "a"),
-    "other letters": ("Bär 狐", "b-r"),
-    "nothing left": ("狐", "empty"),
+    "other letters": ("Bär 狐", "bär-狐"),
+    "marks": ("हिन्दी", "हिन्दी"),
+    "apart": ("Ba\u0308r", "bär"),
+    "symbols": ("🦊!", "fox"),
+    "many bytes": ("狐" * 100, "狐" * 40),
+    "most bytes": ("𠀀" * 100, "𠀀" * 40),
     "none": ("", "empty"),
 }
 
