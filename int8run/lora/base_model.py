@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import yaml
 
 from int8run.errors import LoraError
-from int8run.lora.key_parsing import DENOISER, parse_key
+from int8run.lora.build_oft import OFT_PARTS
+from int8run.lora.key_parsing import DENOISER, KOHYA_OFT_PARTS, parse_key
 
 TABLE_FILE = Path(__file__).with_name("bases.yaml")
 TAG_KEYS = ("ss_base_model_version", "modelspec.architecture")
@@ -182,8 +183,28 @@ def infer_layer_size(shapes: Mapping[str, Sequence[Any]]) -> LayerSize:
     is_lokr = any(part.startswith("lokr_") for part in shapes)
     if is_lokr and "lokr_t2" not in shapes:
         return infer_lokr_size(shapes)
+    if shapes.keys() & set(OFT_PARTS):
+        return infer_oft_size(shapes)
     dense = "diff" if "diff" in shapes else "weight"
     return LayerSize(get_dim(shapes, dense, 1), get_dim(shapes, dense, 0))
+
+
+def infer_oft_size(shapes: Mapping[str, Sequence[Any]]) -> LayerSize:
+    """The size of the layer that an OFT or BOFT rotates: its rows, or by PEFT its inputs."""
+    rows = [get_rotated_features(shapes, part) for part in ("oft_blocks", *KOHYA_OFT_PARTS) if part in shapes]
+    out_features = get_dim(shapes, "boft_s", 0)
+    if rows:
+        known = [count for count in rows if count is not None]
+        out_features = sum(known) if len(known) == len(rows) else None
+    return LayerSize(get_rotated_features(shapes, "boft_R"), out_features)
+
+
+def get_rotated_features(shapes: Mapping[str, Sequence[Any]], part: str) -> int | None:
+    """Blocks times block size of `[..., blocks, b, b]`; None where the file has no such part."""
+    shape = shapes.get(part, ())
+    if len(shape) < 3:
+        return None
+    return multiply_if_known([size if type(size) is int else None for size in (shape[-3], shape[-1])])
 
 
 def infer_lokr_size(shapes: Mapping[str, Sequence[Any]]) -> LayerSize:

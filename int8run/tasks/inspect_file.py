@@ -50,6 +50,10 @@ ADAPTER_TYPES = {
     "w_norm": "norm",
     "dora_scale": "DoRA",
     "magnitude": "DoRA",
+    "oft_blocks": "OFT or BOFT",
+    "kohya_oft_blocks_0": "OFT",
+    "oft_R": "OFT",
+    "boft_R": "BOFT",
 }
 QUANTIZED_DTYPES = {"I8", "F8_E4M3", "F8_E5M2", "U8"}  # of weights
 SCALE_SUFFIXES = ("_scale", ".scale_weight", "_scale_inv")

@@ -368,7 +368,10 @@ NAME = "lora_unet_double_blocks_18_img_mod_lin"  # 18432 x 3072, in FLUX.1 only
         dict(lokr_w1_a=[8, 4], lokr_w1_b=[4, 8], lokr_w2_a=[2304, 16], lokr_w2_b=[16, 384]),
         dict(diff=[18432, 3072]),
         {"weight": [18432, 3072]},  # a checkpoint
-        {"oft_blocks": [4, 8, 8]},  # no size, but the names are there
+        {"oft_blocks": [36, 512, 512]},
+        {"oft_blocks": [2, 36, 512, 512]},
+        {"boft_R": [1, 8, 384, 384], "boft_s": [18432, 1]},
+        {"oft_R.weight": [64, 276]},  # no size, but the names are there
         {"lora_down.weight": [4, 3072]},
         {"alpha": []},
     ],

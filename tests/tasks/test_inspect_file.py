@@ -50,6 +50,16 @@ def test_a_lora(command: Command) -> None:
     assert command.made() == ["style.safetensors"], "looking leaves nothing behind"
 
 
+def test_a_rotation(command: Command) -> None:
+    blocks = {f"oft_unet_double_blocks_0_img_attn_qkv.oft_blocks.{i}": torch.zeros(4, 8, 8) for i in range(3)}
+    alpha = {"oft_unet_double_blocks_0_img_attn_qkv.alpha": torch.ones(())}
+    save_file(blocks | alpha, command.folder / "oft.safetensors")
+    shown = inspect(command, "oft.safetensors")
+
+    assert (shown["kind"], shown["LoRA"]) == ("LoRA", "denoiser 1 module")
+    assert (shown["adapter types"], shown.get("cannot be applied")) == ("1 × OFT", None)
+
+
 def test_a_lora_whose_header_says_nothing(command: Command) -> None:
     pair = {
         "unet.x.lora_down.weight": torch.zeros(4, 8),
