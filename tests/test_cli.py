@@ -391,8 +391,9 @@ def test_a_hub_error_is_one_line(command, monkeypatch):
     outcome = command("tracker=none", "model.location=nobody/nothing", "device=cpu")
 
     message = (
-        r"model\.location=nobody/nothing is not on this machine and could not be downloaded .*; "
-        r"set model\.location to a folder that you have"
+        r"model\.location=nobody/nothing is not on this machine, and the hub cannot be reached "
+        r"\(Offline.*\); set model\.location to a folder that you have, or fetch it .*: "
+        r"hf download nobody/nothing$"
     )
     assert_one_line(outcome, 3, message)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from int8run.errors import ConfigError, FileError, suggest_similar
+from int8run.models.hub import check_repository, make_download_error
 from int8run.utils.untrusted_json import parse_untrusted_json
 
 log = logging.getLogger(__name__)
@@ -158,6 +159,7 @@ def resolve_on_hub(
 
     repository, file = "/".join(path_on_hub[:2]), "/".join(path_on_hub[2:])
     location = "/".join(path_on_hub)
+    check_repository(repository, "model.location", revision)
     try:
         if file:
             return ResolvedWeights(Path(hf_hub_download(repository, file, revision=revision)))
@@ -165,11 +167,7 @@ def resolve_on_hub(
         name = choose_component(index, location, component)
         folder = download_component(repository, name, revision)
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise FileError(
-            f"model.location={location} could not be downloaded: {reason}; "
-            "name a file or folder that you have"
-        ) from error
+        raise make_download_error(location, "model.location", error) from error
     return ResolvedWeights(folder, read_denoiser_config(folder))
 
 

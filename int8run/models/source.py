@@ -17,6 +17,7 @@ from torch import nn
 
 from int8run.errors import ConfigError, FileError, suggest_similar
 from int8run.models.family import ModelSource
+from int8run.models.hub import check_repository, make_download_error
 from int8run.models.resolve_weights import (
     CONFIG_NAME,
     DENOISER_COMPONENTS,
@@ -207,6 +208,7 @@ def resolve_pipeline_folder(
         if not (path / MODEL_INDEX_NAME).is_file():
             raise FileError(f"{path.absolute()} is not a diffusers folder: it has no {MODEL_INDEX_NAME}")
         return path
+    check_repository(location, setting, revision)
     left_out = dict.fromkeys(without)
     try:
         # use_safetensors: nothing pickled is downloaded
@@ -237,6 +239,7 @@ def resolve_weight_file(location: str, revision: str | None) -> Path:
             f"{path.absolute()}: no such file; on the hub a file is org/repository/name{SAFETENSORS}"
         )
     repository, file = "/".join(path_on_hub[:2]), "/".join(path_on_hub[2:])
+    check_repository(repository, "model.location", revision)
     try:
         return Path(hf_hub_download(repository, file, revision=revision))
     except (OSError, ValueError) as error:
@@ -256,20 +259,11 @@ def resolve_part_folder(name: str, location: str) -> Path:
     path = to_local_path(location)
     if path.is_dir():
         return path
+    check_repository(location, f"model.parts.{name}")
     try:
         return Path(snapshot_download(location, allow_patterns=["*.json", f"*{SAFETENSORS}"]))
     except (OSError, ValueError) as error:
         raise make_download_error(location, f"model.parts.{name}", error) from error
-
-
-def make_download_error(location: str, setting: str, error: Exception) -> FileError:
-    """Return the error for a location that is not here and that the hub did not give."""
-    reason = " ".join(str(error).split()).split(". ")[0][:160]
-    return FileError(
-        f"{setting}={location} is not on this machine and could not be downloaded "
-        f"({type(error).__name__}: {reason}); set {setting} to a folder that you have, "
-        "or log in where the model is gated: hf auth login"
-    )
 
 
 def make_load_error(location: str, error: Exception) -> FileError:

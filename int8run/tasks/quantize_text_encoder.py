@@ -27,8 +27,9 @@ from int8run.config.job import Job
 from int8run.config.run_spec import RunSpec
 from int8run.errors import ConfigError, suggest_similar
 from int8run.layers.plan import LayerPlan
+from int8run.models.hub import check_repository, make_download_error
 from int8run.models.resolve_weights import CONFIG_NAME, MODEL_INDEX_NAME, SAFETENSORS, to_local_path
-from int8run.models.source import make_download_error, read_config
+from int8run.models.source import read_config
 from int8run.models.state_dict_adapter import TensorPart, join_shapes
 from int8run.outlier.base import OutlierTransform
 from int8run.outlier.convrot import ConvRot
@@ -183,6 +184,7 @@ def find_slot(spec: RunSpec, component: str) -> EncoderSlot:
     if path.exists() and not is_pipeline:
         return EncoderSlot(component, read_class_name(path), path)
     if not is_pipeline:
+        check_repository(location, "model.location", spec.model.revision)
         patterns = [MODEL_INDEX_NAME, f"{component}/*.json", f"{component}/*{SAFETENSORS}"]
         try:
             path = Path(snapshot_download(location, revision=spec.model.revision, allow_patterns=patterns))

@@ -7,6 +7,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
+import int8run.models.resolve_weights as resolve_weights_module
 from int8run.errors import ConfigError, FileError
 from int8run.models.resolve_weights import ASSETS_FOLDER, download_side_files, resolve_weights
 
@@ -153,6 +154,7 @@ def hub(tmp_path, monkeypatch):
         asked.append((name, tuple(allow_patterns), revision))
         return str(repository)
 
+    monkeypatch.setattr(resolve_weights_module, "check_repository", lambda *words: None)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", file)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     return repository, asked
@@ -223,8 +225,8 @@ def test_single_file_is_downloaded_from_the_hub(hub):
 @pytest.mark.parametrize("location", ["org/other", "org/model/y.safetensors"])
 def test_failed_download_is_an_error(hub, location):
     words = (
-        rf"^model\.location={location} could not be downloaded: .*404: .* is not there look at the "
-        rf"page.*; name a file or"
+        rf"^model\.location={location} is not on this machine and could not be downloaded "
+        rf"\(LocalEntryNotFoundError: 404: .* is not there look at the page\); set model.location"
     )
     with pytest.raises(FileError, match=words):
         resolve_weights(location)
