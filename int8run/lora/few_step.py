@@ -17,6 +17,7 @@ import yaml
 
 from int8run.errors import ConfigError, check_choice, check_range
 from int8run.models.sampling import Sampling
+from int8run.utils.plurals import count_noun
 
 TABLE_FILE = Path(__file__).with_name("few_step.yaml")
 SOURCES = ("model card", "community", "measured")
@@ -88,7 +89,7 @@ class FewStepPreset:
             if name in self.extra and len(self.extra[name]) != self.steps:
                 count = len(self.extra[name])
                 raise ConfigError(
-                    f"{preset} has {count} {name} for {self.steps} steps; give one for each step"
+                    f"{preset} has {count} {name} for {count_noun(self.steps, 'step')}; give one for each"
                 )
 
     @property

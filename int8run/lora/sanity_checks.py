@@ -10,6 +10,7 @@ from int8run.lora.adapters.change import LoraChange
 from int8run.lora.adapters.dora import DoRA
 from int8run.lora.adapters.oft import OFT, StackedRows
 from int8run.lora.parse import AUXILIARY_PARTS
+from int8run.utils.plurals import count_noun
 
 # alpha / rank outside of this range is often a mistake
 USUAL_SCALES = (0.05, 4.0)
@@ -64,7 +65,7 @@ class SanityChecks:
             )
         if self.large_values:
             name, value = max(self.large_values, key=lambda entry: entry[1])
-            share = f"{len(self.large_values)} modules above {LARGEST_USUAL_VALUE:g}"
+            share = f"{count_noun(len(self.large_values), 'module')} above {LARGEST_USUAL_VALUE:g}"
             notes.append(f"values up to {value:.3g} in {name} ({share}): the file may be damaged")
         return tuple(notes)
 

@@ -31,6 +31,7 @@ from int8run.lora.module_names import find_target
 from int8run.lora.weight_reader import WeightReader
 from int8run.models.given_model import GivenModel, check_text_encoders, take_denoiser, take_text_encoders
 from int8run.quant.rounding import AbsMax, Rounding
+from int8run.utils.plurals import count_noun
 
 log = logging.getLogger(__name__)
 
@@ -433,7 +434,7 @@ class LoraStack:
         for lora_layer in layers.values():
             lora_layer.attach()
         for reason, count in reasons.items():
-            log.info("LoRAs on %d layers by lora.mode=%s", count, reason)
+            log.info("LoRAs on %s by lora.mode=%s", count_noun(count, "layer"), reason)
 
     def find_int8_weight(self, int8: nn.Module, name: str) -> Tensor | None:
         """The weight of a module without any LoRA, read back from integers where it is INT8.

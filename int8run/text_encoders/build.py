@@ -31,6 +31,7 @@ from int8run.text_encoders.quantized_layers import LayerSource, WeightChange, bu
 from int8run.text_encoders.skeleton import remove_optional_modules
 from int8run.text_encoders.state_dict_adapter import build_encoder_layout
 from int8run.text_encoders.weights import EncoderWeights, name_file_in_errors, read_parts
+from int8run.utils.plurals import count_noun
 
 log = logging.getLogger(__name__)
 
@@ -152,8 +153,9 @@ def check_unused(weights: EncoderWeights, layout: StateDictLayout) -> None:
     For a model whose sizes were read from the file: such a tensor contradicts the others.
     """
     if layout.unused:
+        tensors = count_noun(len(layout.unused), "tensor", "have")
         raise FileError(
-            f"{weights.where}: {len(layout.unused)} tensors have no place in the {weights.encoder.name} "
+            f"{weights.where}: {tensors} no place in the {weights.encoder.name} "
             f"encoder that the others make (first: {layout.unused[0]}); "
             "the file is damaged, incomplete or of another encoder"
         )
@@ -163,9 +165,9 @@ def warn_unused(weights: EncoderWeights, layout: StateDictLayout) -> None:
     """Log the tensors that have no place in the model."""
     if layout.unused:
         log.warning(
-            "%s: %d tensors have no place in the encoder (first: %s)",
+            "%s: %s no place in the encoder (first: %s)",
             weights.where,
-            len(layout.unused),
+            count_noun(len(layout.unused), "tensor", "have"),
             layout.unused[0],
         )
 
@@ -226,9 +228,8 @@ def warn_formats(built: BuiltEncoder) -> None:
         if plan.outlier_skip_reason
     )
     if fallbacks:
-        log.warning(
-            "%s: %d layers cannot be %s: %s", where, fallbacks.total(), target, format_counts(fallbacks)
-        )
+        layers = count_noun(fallbacks.total(), "layer")
+        log.warning("%s: %s cannot be %s: %s", where, layers, target, format_counts(fallbacks))
     requantized: Counter[str] = Counter()
     for plan in built.quantized_plans:
         source_layer = find_source_layer(built.source.layout.parts[plan.name + WEIGHT])
@@ -249,9 +250,9 @@ def warn_read_as_float(built: BuiltEncoder) -> None:
     read_as_float = Counter(reason for reason in reasons if READ_AS_FLOAT in reason)
     if read_as_float:
         log.warning(
-            "%s: %d quantized layers are floats in memory: %s",
+            "%s: %s in memory as floats: %s",
             built.source.weights.where,
-            read_as_float.total(),
+            count_noun(read_as_float.total(), "quantized layer", "are"),
             format_counts(read_as_float),
         )
 
@@ -274,9 +275,9 @@ def check_scaled_mm(built: BuiltEncoder) -> None:
             f"{format_counts(unsupported)}; choose auto"
         )
     log.warning(
-        "clip.kernel_backend=%s: %d layers of %s are dequantized: %s",
+        "clip.kernel_backend=%s dequantizes %s of %s: %s",
         SCALED_MM,
-        unsupported.total(),
+        count_noun(unsupported.total(), "layer"),
         where,
         format_counts(unsupported),
     )

@@ -25,6 +25,7 @@ from int8run.quant.formats import FORMATS
 from int8run.quant.packed_weight import is_fp8
 from int8run.text_encoders.detect import detect_encoder, find_encoder_of_class
 from int8run.text_encoders.registry import EncoderFamily, list_supported_encoders
+from int8run.utils.plurals import count_noun
 
 NO_FORMAT, MIXED = "none", "mixed"
 # of a weight that is cast to a type without a scale
@@ -182,7 +183,7 @@ class EncoderFile:
                 f"`int8run task=quantize task.component=text_encoder clip={requested} "
                 "model.location=FILE save=NEW` quantizes it"
             )
-        held = ", ".join(f"{n} layers {name}" for name, n in counts.items())
+        held = ", ".join(f"{count_noun(n, 'layer')} {name}" for name, n in counts.items())
         raise ConfigError(
             f"{self.where} holds {held}, and {requested} was asked for; "
             "clip=auto (quant_format in a program) takes what there is"

@@ -52,7 +52,17 @@ RULES = {
         "report",
         "utils",
     },
-    "text_encoders": {"backends", "checkpoints", "kernels", "layers", "models", "outlier", "ptq", "quant"},
+    "text_encoders": {
+        "backends",
+        "checkpoints",
+        "kernels",
+        "layers",
+        "models",
+        "outlier",
+        "ptq",
+        "quant",
+        "utils",
+    },
     "export": {"checkpoints", "kernels", "layers", "models", "outlier", "ptq", "quant"},
     # top: settings, runs, sweeps
     "config": {

@@ -164,7 +164,7 @@ def test_base_without_the_preset_is_rejected():
         (dict(guidance_range=(0, 2)), "has a guidance_range and no guidance; give both or none"),
         (dict(scheduler="euler"), "has scheduler 'euler'; give a class of diffusers, such as LCMScheduler"),
         (dict(companions=-1), "companions of .* is -1; allowed"),
-        (dict(extra={"sigmas": [1.0, 0.5]}), "has 2 sigmas for 4 steps; give one for each step"),
+        (dict(extra={"sigmas": [1.0, 0.5]}), "has 2 sigmas for 4 steps; give one for each"),
         (dict(extra={"timesteps": [999]}), "has 1 timesteps for 4 steps"),
     ],
 )

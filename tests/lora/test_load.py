@@ -757,7 +757,7 @@ class TestNotes:
         notes = read_lora(write(self.modules(2) | {"m1.lora_B.weight": B * 5000})).notes
 
         assert len(notes) == 1 and notes[0].startswith(
-            f"values up to {(B * 5000).abs().max():.3g} in m1 (1 modules above 1000)"
+            f"values up to {(B * 5000).abs().max():.3g} in m1 (1 module above 1000)"
         )
 
 

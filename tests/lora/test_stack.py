@@ -359,7 +359,7 @@ def test_rounding_that_needs_calibration_is_replaced_and_logged(caplog: pytest.L
         caplog.clear()
         int8, _ = to_int8(model)
         on_int8(model, int8, [changes], "auto", rounding=rounding).set_strengths([1.0])
-        line = "LoRAs on 1 layers by lora.mode=bake: rounded by absmax, because gptq needs calibration"
+        line = "LoRAs on 1 layer by lora.mode=bake: rounded by absmax, because gptq needs calibration"
         assert (line in caplog.messages) == said
 
 

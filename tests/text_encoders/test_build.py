@@ -191,7 +191,7 @@ def test_scaled_mm_runs_only_fp8_layers(mixed_file: Path, caplog: pytest.LogCapt
     model = build(mixed_file, "scaled_mm", dtype=torch.float32)
 
     assert [m.kernels for m in model.modules() if type(m) is WeightOnlyLinear].count("scaled_mm") == 1
-    assert "clip.kernel_backend=scaled_mm: 6 layers of" in caplog.text
+    assert "clip.kernel_backend=scaled_mm dequantizes 6 layers of" in caplog.text
     assert "dequantized: " in caplog.text
     assert_close("scaled_mm", answer(model), answer(build(mixed_file, dtype=torch.float32)), 0.2)
 
@@ -302,7 +302,7 @@ def test_quantized_table_that_the_model_reads_itself_is_float_in_memory(
 
     assert torch.allclose(model.get_submodule(table).weight.double(), torch.from_numpy(file.real[table]))
     assert (
-        "1 quantized layers are floats in memory: 1 × int8_rowwise, read as float: the model reads the "
+        "1 quantized layer is in memory as floats: 1 × int8_rowwise, read as float: the model reads the "
         "table itself" in caplog.text
     )
 

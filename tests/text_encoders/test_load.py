@@ -318,7 +318,7 @@ def test_tensor_without_a_place_is_an_error(tmp_path: Path) -> None:
 
     with pytest.raises(
         FileError,
-        match=r"1 tensors have no place in the t5 encoder .*first: encoder\.block\.0\..*bonus\.weight",
+        match=r"1 tensor has no place in the t5 encoder .*first: encoder\.block\.0\..*bonus\.weight",
     ):
         load_text_encoder(write_file(file, tmp_path))
 
