@@ -12,6 +12,7 @@ from dataclasses import replace
 from math import prod
 
 import torch
+from torch import Tensor
 
 from int8run.checkpoints.format_names import FORMAT_NAMES
 from int8run.checkpoints.layer import FP8, CheckpointLayer
@@ -19,6 +20,7 @@ from int8run.checkpoints.reader import TensorFiles
 from int8run.errors import FileError
 
 log = logging.getLogger(__name__)
+SIGN_BIT = 0x80  # of a code
 # the largest code that is a number, without its sign
 TOP_CODES = {"F8_E4M3": 0x7E, "F8_E5M2": 0x7B}
 # a scaled weight reaches 448 (57344 in e5m2), or half of it where scales are powers of 2. No weight of a
@@ -87,16 +89,29 @@ def find_largest(files: TensorFiles, key: str) -> float:
     largest_code = 0
     for start in range(0, info.shape[0], rows_per_piece):
         rows = slice(start, min(start + rows_per_piece, info.shape[0]))
-        codes = files.read_into(key, rows, buffer).view(torch.uint8) & 0x7F
-        if int(codes.max()) > top_code:
-            codes = codes[codes <= top_code]
-        if codes.numel():
-            largest_code = max(largest_code, int(codes.max()))
+        codes = files.read_into(key, rows, buffer).view(torch.uint8)
+        largest_code = max(largest_code, find_largest_code(codes, top_code))
         if largest_code == top_code:
             break
     code = torch.tensor([largest_code], dtype=torch.uint8)
     dtype = torch.float8_e4m3fn if info.dtype == "F8_E4M3" else torch.float8_e5m2
     return float(code.view(dtype).float())
+
+
+def find_largest_code(codes: Tensor, top_code: int) -> int:
+    """The largest code, without its sign, that is a number.
+
+    Args:
+        codes: uint8, at least one; the highest bit is the sign.
+        top_code: the largest that is a number.
+    """
+    largest_positive = int(codes.view(torch.int8).max())  # codes with a sign are below 0 there
+    largest_negative = int(codes.max()) - SIGN_BIT
+    largest = max(largest_positive, largest_negative, 0)
+    if largest <= top_code:
+        return largest
+    numbers = codes & (SIGN_BIT - 1)
+    return int(numbers.where(numbers <= top_code, 0).max())
 
 
 def is_cast(files: TensorFiles, layer: CheckpointLayer, *, has_scales: bool) -> bool:

@@ -199,3 +199,16 @@ def test_a_config_names_the_size_of_blocks(tmp_path: Path) -> None:
         expected[rows, columns] *= factor
     expected[128:, 128:] *= 4
     assert torch.equal(read, expected)
+
+
+@pytest.mark.parametrize(("dtype", "top_code"), [(E4M3, 0x7E), (E5M2, 0x7B)], ids=["e4m3", "e5m2"])
+def test_the_largest_code_is_that_of_the_largest_number(dtype: torch.dtype, top_code: int) -> None:
+    """Pairs of all codes, of both signs, NaN and infinity among them."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    numbers = codes.view(dtype).float().abs()
+    numbers = numbers.where(torch.isfinite(numbers), 0)
+    for other in (0x00, 0x38, 0x7E, 0x7F, 0x80, 0xB8, 0xFB, 0xFF):
+        largest = torch.maximum(numbers, numbers[other])
+        pairs = torch.stack([codes, torch.full_like(codes, other)], dim=1)
+        found = torch.tensor([plain_casts.find_largest_code(pair, top_code) for pair in pairs])
+        assert torch.equal(found.to(torch.uint8).view(dtype).float(), largest)
