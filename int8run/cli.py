@@ -135,11 +135,11 @@ def check_and_run() -> None:
     """Parse the command line, and let hydra see int8run's own launchers and sweeper."""
     from hydra._internal.utils import get_args_parser
 
-    from int8run.config.prompt_argument import rewrite_prompt_arguments
+    from int8run.config.prompt_argument import rewrite_negative_prompt, rewrite_prompt_arguments
     from int8run.config.renamed import rename_overrides, report_once
 
     # hydra reads the overrides there
-    arguments = rewrite_prompt_arguments(sys.argv[1:])
+    arguments = rewrite_prompt_arguments(rewrite_negative_prompt(sys.argv[1:]))
     sys.argv = [sys.argv[0], *rename_overrides(arguments, report_once())]
     args = get_args_parser().parse_args()
     if args.experimental_rerun:

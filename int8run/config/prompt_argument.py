@@ -1,7 +1,7 @@
-"""`prompt='…'` on the command line: a prompt that is any text.
+"""`prompt='…'` and `negative_prompt='…'` on the command line: prompts that are any text.
 
 Hydra reads a value by a grammar in which brackets, commas, quotes and `$` mean something. What follows
-`prompt=` is not read by it: `cli.py` rewrites the argument before hydra sees it.
+`prompt=` or `negative_prompt=` is not read by it: `cli.py` rewrites the argument before hydra sees it.
 """
 
 import re
@@ -13,6 +13,8 @@ from int8run.errors import ConfigError
 
 ARGUMENT = "prompt="
 FLAG = "--prompt"
+NEGATIVE_ARGUMENT, NEGATIVE_SETTING = "negative_prompt=", "prompts.negative_prompt="
+NEGATIVE_FLAGS = ("--negative_prompt", "--negative-prompt")
 SETTINGS = ("prompts.prompts", "prompts.path")
 REFERENCE = re.compile(r"(\\*)\$\{")
 
@@ -45,6 +47,29 @@ def rewrite_prompt_arguments(arguments: Sequence[str]) -> list[str]:
         elif override not in rewritten:
             rewritten.append(override)
     return rewritten
+
+
+def rewrite_negative_prompt(arguments: Sequence[str]) -> list[str]:
+    """Turn `negative_prompt=…` into `prompts.negative_prompt='…'`, in its place.
+
+    Args:
+        arguments: of the command line.
+
+    Raises:
+        ConfigError: for `--negative_prompt`, and for several negative prompts.
+    """
+    if any(argument.partition("=")[0] in NEGATIVE_FLAGS for argument in arguments):
+        raise ConfigError(
+            f"{NEGATIVE_FLAGS[0]} is no flag; give it without dashes: "
+            f"{NEGATIVE_ARGUMENT}'blurry, low quality'"
+        )
+    given = [a for a in arguments if a.lstrip("+").startswith((NEGATIVE_ARGUMENT, NEGATIVE_SETTING))]
+    if not any(argument.startswith(NEGATIVE_ARGUMENT) for argument in given):
+        return list(arguments)
+    if len(given) > 1:
+        raise ConfigError(f"{' and '.join(given)}: a command has one negative prompt; give one of them")
+    text = given[0].removeprefix(NEGATIVE_ARGUMENT)
+    return [f"{NEGATIVE_SETTING}{quote_text(text)}" if a == given[0] else a for a in arguments]
 
 
 def quote_text(text: str) -> str:

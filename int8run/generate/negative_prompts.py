@@ -40,7 +40,7 @@ def find_negative_prompts(
 
 
 def explain_unused_negative_prompt(
-    pipe: DiffusionPipeline, samples: Sequence[Sample], sampling: Sampling
+    pipe: DiffusionPipeline, texts: Sequence[str | None], sampling: Sampling
 ) -> str | None:
     """Why negative prompts change nothing, in one line; None where they do, or where there are none.
 
@@ -48,10 +48,10 @@ def explain_unused_negative_prompt(
 
     Args:
         pipe: to be called.
-        samples: what to generate.
+        texts: the negative prompts that somebody asked for; None and empty ones are none.
         sampling: with all defaults filled in.
     """
-    if not any(sample.negative_prompt for sample in samples):
+    if not any(texts):
         return None
     parameters = list_parameters(pipe)
     if TRUE_GUIDANCE in parameters:
@@ -66,7 +66,7 @@ def explain_unused_negative_prompt(
     if not isinstance(scale, int | float) or scale > 1:
         return None
     return (
-        f"prompts.negative_prompt has no effect: {type(pipe).__name__} uses it with {setting} above 1, and "
+        f"the negative prompt has no effect: {type(pipe).__name__} uses it with {setting} above 1, and "
         f"it is {scale:g}"
     )
 

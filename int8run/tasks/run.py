@@ -123,9 +123,7 @@ def generate_and_measure(
     )
     set_scheduler(built.pipe, built.scheduler, spec.sampling)
     log_lora_warnings(spec, built, headers)
-    unused = explain_unused_negative_prompt(built.pipe, samples, spec.sampling)
-    if unused is not None:
-        log.warning("%s", unused)
+    log_unused_negative_prompts(spec, built, samples)
     change_seconds = built.set_strengths(spec.lora.strengths, spec.lora.text_strengths)
     if job.sweep is None:
         print_build(spec, built, is_reused=is_reused)
@@ -362,6 +360,17 @@ def log_lora_warnings(spec: RunSpec, built: BuiltModel, headers: Sequence[LoraHe
     )
     for line in [*spec.lora.list_unusual_strengths(), *few_step_warnings]:
         log.warning("%s", line)
+
+
+def log_unused_negative_prompts(spec: RunSpec, built: BuiltModel, samples: Sequence[Sample]) -> None:
+    """Log that negative prompts change nothing, where they do not.
+
+    The checkpoint's own, which few-step settings leave without effect, are nobody's request.
+    """
+    asked = [spec.sampler.extra.get("negative_prompt"), *(sample.negative_prompt for sample in samples)]
+    unused = explain_unused_negative_prompt(built.pipe, asked, spec.sampling)
+    if unused is not None:
+        log.warning("%s", unused)
 
 
 def print_build(spec: RunSpec, built: BuiltModel, *, is_reused: bool) -> None:

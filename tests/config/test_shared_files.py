@@ -225,7 +225,7 @@ def test_a_defaults_list_stays_in_its_folders(compose_file, tmp_path, entry):
 
 @pytest.mark.parametrize(
     "text",
-    ["defaults: x", "defaults: [1]", "defaults: [???]", "defaults: [{a: b, c: d}]", "defaults: [{1: b}]"],
+    ["defaults: x", "defaults: [1]", "defaults: ['???']", "defaults: [{a: b, c: d}]", "defaults: [{1: b}]"],
 )
 def test_a_defaults_list_that_is_none_is_one_line(compose_file, text):
     with pytest.raises(ConfigError, match=r"x\.yaml: defaults is .*; it is a list of options"):
