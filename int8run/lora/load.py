@@ -170,7 +170,8 @@ def read_lora(path: Path) -> LoraFile:
             contradict each other about the scale, or a change that is relative to another base.
     """
     with open_lora(path) as opened:
-        components = {parse_key(key).component for key in opened.dtypes}
+        has_settings = bool(opened.written.places)
+        components = {parse_key(key).component for key in opened.dtypes} if has_settings else set()
         initialization = check_written_settings(opened, components)
         if initialization is None:
             return read_modules(opened, opened.dtypes)
