@@ -18,6 +18,7 @@ from int8run.checkpoints.format_names import (
 from int8run.checkpoints.granularity import Granularity, check_positive, read_granularity
 from int8run.checkpoints.header import DTYPES
 from int8run.checkpoints.layer import FLOAT, FP8, INT8, CheckpointLayer
+from int8run.checkpoints.part_dtypes import check_part_dtypes
 from int8run.checkpoints.quant_metadata import Marker
 from int8run.checkpoints.reader import TensorFiles, TensorInfo
 from int8run.checkpoints.sdnq import SdnqMethod
@@ -104,6 +105,7 @@ def classify_weight(
     if storage_dtype == FP8 and scale_dtype in BLOCK_FORMATS[MXFP8].scale_dtypes:
         storage_dtype = MXFP8
     check_parts(info, storage_dtype, keys, marker)
+    check_part_dtypes(files, keys)
 
     if storage_dtype == FLOAT:
         return parse_float_layer(files, info, name=name, keys=keys)

@@ -20,6 +20,7 @@ from int8run.checkpoints.classify_int8 import is_transformed_by_tensors
 from int8run.checkpoints.format_names import CONVROT, name_granularity, promised_granularities
 from int8run.checkpoints.layer import FP8, INT8, CheckpointLayer
 from int8run.checkpoints.plain_casts import check_casts
+from int8run.checkpoints.products import check_products
 from int8run.checkpoints.quant_metadata import Marker, read_markers
 from int8run.checkpoints.reader import TensorFiles
 from int8run.checkpoints.rotation_evidence import warn_rotations
@@ -88,6 +89,7 @@ def read_layers(
             layers[name] = layer
     layers |= resolve_block_layers(files, layers, markers, requested)
     check_consistency(files, prefix, layers, markers)
+    check_products(files, layers)
     layers |= check_casts(files, layers, requested)
     warn_rotations(files, layers)
 

@@ -24,6 +24,7 @@ from int8run.checkpoints.comfy_int8 import (
 from int8run.checkpoints.detect import get_logical_shapes, is_scaled_fp8_marker
 from int8run.checkpoints.header import DTYPES
 from int8run.checkpoints.layer import FLOAT, CheckpointLayer
+from int8run.checkpoints.part_dtypes import PARAMETER, check_part_dtype
 from int8run.checkpoints.quant_metadata import MARKER
 from int8run.checkpoints.reader import TensorFiles
 from int8run.checkpoints.writer import StreamWriter, TensorEntry
@@ -127,6 +128,7 @@ def plan_targets(
         layers = [
             stored.get(part.key.removesuffix(WEIGHT)) if part.key.endswith(WEIGHT) else None for part in parts
         ]
+        check_part_dtypes(key, parts, files)
         target = Target(
             key,
             parts,
@@ -139,6 +141,29 @@ def plan_targets(
         targets.append(target)
     place = {key: i for i, key in enumerate(files)}
     return sorted(targets, key=lambda target: min(place[part.key] for part in target.parts))
+
+
+def check_part_dtypes(key: str, parts: Sequence[TensorPart], files: TensorFiles) -> None:
+    """Check that tensors can be written: copied as they are, or joined as floats where their dtypes differ.
+
+    Args:
+        key: of the tensor in the new file.
+        parts: what it is made of.
+        files: the source.
+
+    Raises:
+        FileError: for numbers of less than a byte, and integers that are to be one tensor with floats.
+    """
+    infos = [files[part.key] for part in parts]
+    is_mixed = len({info.dtype for info in infos}) > 1
+    for info in infos:
+        if DTYPES[info.dtype].bits < 8:
+            raise FileError(
+                f"{info.file}: {info.key} is {info.dtype}, which int8run cannot write into {key}; "
+                "take a checkpoint in another format"
+            )
+        if is_mixed and not info.key.endswith(WEIGHT):  # weights were looked at when they were classified
+            check_part_dtype(info, PARAMETER)
 
 
 def plan_layer(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from int8run.checkpoints.comfy_int8 import WEIGHT
 from int8run.checkpoints.detect import AUTO, is_scaled_fp8_marker, read_denoiser_layers
 from int8run.checkpoints.layer import FLOAT, CheckpointLayer
+from int8run.checkpoints.part_dtypes import BUFFER, PARAMETER, check_part_dtype
 from int8run.checkpoints.provenance import read_provenance
 from int8run.checkpoints.reader import TensorFiles
 from int8run.errors import ConfigError, FileError
@@ -65,6 +66,7 @@ class FileWeights:
             self.layout = to_model(self.shapes, model_shapes, self.class_name)
         except FileError as error:
             raise FileError(f"{path}: {error}{self.describe_other_model()}") from error
+        self.check_dtypes(model.state_dict())
         if not is_partial:
             self.check_complete(len(model_shapes))
         self.report_unused()
@@ -97,6 +99,22 @@ class FileWeights:
             else:
                 shapes[key] = (layer.rows, layer.columns)
         return shapes
+
+    def check_dtypes(self, model_tensors: Mapping[str, Tensor]) -> None:
+        """Check that what is not quantized has numbers of the kind that the model has there.
+
+        Args:
+            model_tensors: parameters and buffers of the model.
+
+        Raises:
+            FileError: for a dtype that such a tensor cannot have.
+        """
+        for name, parts in self.layout.parts.items():
+            part_name = PARAMETER if model_tensors[name].is_floating_point() else BUFFER
+            for part in parts:
+                layer = self.find_layer(part)
+                if layer is None or layer.storage_dtype == FLOAT:
+                    check_part_dtype(self.files[self.prefix + part.key], part_name)
 
     def check_complete(self, num_parameters: int) -> None:
         """Check that the file holds all parameters of the model.
@@ -239,6 +257,28 @@ class FileWeights:
         return QuantizedLayer(weight, layer.transform, None)
 
 
+def convert_parameter(value: Tensor, dtype: torch.dtype, location: str) -> Tensor:
+    """Convert a tensor of a file to the dtype of the model.
+
+    Args:
+        value: as it is in the file; of quantized weights the product with their scales.
+        dtype: of the model.
+        location: file and name, for the error.
+
+    Raises:
+        FileError: for NaN or infinity, in the file or after the conversion.
+    """
+    converted = value.to(dtype)
+    if not converted.is_floating_point() or torch.isfinite(converted).all():
+        return converted
+    if torch.isfinite(value.float()).all():  # torch has no isfinite for fp8
+        raise FileError(
+            f"{location} holds numbers up to {float(value.float().abs().max()):.3g}, too large for "
+            f"{str(dtype).removeprefix('torch.')}; set model.dtype=bfloat16 or float32"
+        )
+    raise FileError(f"{location} holds NaN or infinity; the file is damaged")
+
+
 class DenoiserWeights:
     """The weights of all denoisers of a pipeline, by the names that layers have in `DualDenoiser`.
 
@@ -306,11 +346,8 @@ class DenoiserWeights:
             module = model.get_submodule(parent)
             before = getattr(module, child)
             value = self.read_tensor(name)
-            if value.is_floating_point() and not torch.isfinite(value).all():
-                path = self.locate(name)[0].path
-                raise FileError(f"{path}: {name} holds NaN or infinity; the file is damaged")
             dtype = before.dtype if before.is_floating_point() else value.dtype
-            value = value.to(device, dtype)
+            value = convert_parameter(value, dtype, f"{self.locate(name)[0].path}: {name}").to(device)
             if child in module._parameters:
                 module._parameters[child] = nn.Parameter(value, requires_grad=False)
             else:

@@ -398,7 +398,7 @@ def test_extreme_e4m3_scales_are_read(byte: int, factor: float, tmp_path: Path) 
     assert layers[LAYER].read_weight(files)[0, :2].tolist() == [0.5 * factor, -3 * factor]
 
 
-@pytest.mark.parametrize("byte", [0, 1, 254])
+@pytest.mark.parametrize("byte", [0, 1, 220])
 def test_extreme_e8m0_scales_are_read(byte: int, tmp_path: Path) -> None:
     files, layers = read_draft(draft_one_block("mxfp8", b"\x38", [byte], MXFP8, True), tmp_path)
     assert layers[LAYER].read_weight(files)[0, 0].item() == math.ldexp(1, byte - 127)

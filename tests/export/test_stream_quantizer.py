@@ -665,3 +665,32 @@ def test_large_numbers_are_no_infinity(tmp_path):
     path = save(tmp_path, "s", {"layer.weight": randn(8, 32), "table": torch.full((4, 4), 3e38)})
     run(path, tmp_path / "x.safetensors")
     assert (tmp_path / "x.safetensors").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.uint16, torch.uint8])
+def test_integers_that_are_to_be_one_tensor_with_floats_are_refused(tmp_path, dtype):
+    tensors = {"q.weight": randn(8, 64), "a.bias": randn(4), "b.bias": torch.ones(4).to(dtype)}
+    save_file(tensors, tmp_path / "s.safetensors")
+    names = {"q.weight": (TensorPart("q.weight"),), "bias": (TensorPart("a.bias"), TensorPart("b.bias"))}
+    with pytest.raises(FileError, match=r"s.safetensors: b.bias is .*; allowed are F32, F16, BF16, F64"):
+        run(tmp_path / "s.safetensors", tmp_path / "x.safetensors", names=names)
+
+
+def test_numbers_of_less_than_a_byte_are_refused(tmp_path):
+    header = {"b": {"dtype": "F4", "shape": [8], "data_offsets": [0, 4]}}
+    text = json.dumps(header).encode()
+    (tmp_path / "s.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
+    with pytest.raises(FileError, match=r"s.safetensors: b is F4, which int8run cannot write"):
+        run(tmp_path / "s.safetensors", tmp_path / "x.safetensors")
+
+
+def test_product_that_the_dtype_of_its_neighbours_cannot_hold_is_refused(tmp_path):
+    tensors = {
+        "q.weight": randn(8, 64),
+        "kept.weight": torch.full((8, 64), 448.0).to(torch.float8_e4m3fn),
+        "kept.weight_scale": torch.tensor(1000.0),
+    }
+    save_file(tensors, tmp_path / "s.safetensors")
+    recipe = replace(PLAIN, dtype=torch.float16)
+    with pytest.raises(FileError, match=r"kept.weight holds numbers that are too large for F16; set"):
+        run(tmp_path / "s.safetensors", tmp_path / "x.safetensors", recipe, keep=("kept.weight",))

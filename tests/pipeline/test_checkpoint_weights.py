@@ -4,6 +4,7 @@ they are stored.
 
 import json
 import logging
+import math
 from pathlib import Path
 
 import pytest
@@ -255,3 +256,44 @@ def test_a_float_tensor_that_is_not_finite_is_named(tmp_path):
         FileError, match=r"m\.safetensors: x_embedder\.weight holds NaN or infinity; the file is damaged"
     ):
         weights.fill_parameters(model, ["x_embedder.bias", "x_embedder.weight"], torch.device("cpu"))
+
+
+NOT_FLOAT = [torch.bool, torch.int8, torch.int16, torch.int64, torch.uint8, torch.uint16, torch.uint32]
+
+
+@pytest.mark.parametrize("dtype", NOT_FLOAT, ids=str)
+def test_bias_that_is_no_float_is_refused_by_name(
+    dtype: torch.dtype, model: nn.Module, tmp_path: Path
+) -> None:
+    tensors = native(model)
+    tensors["img_in.bias"] = torch.ones_like(tensors["img_in.bias"]).to(dtype)
+    with pytest.raises(FileError, match=r"m.safetensors: img_in.bias is \w+(; allowed are F32| and not)"):
+        opened(tensors, tmp_path / "m.safetensors", model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float64], ids=str)
+def test_bias_of_any_float_is_read(dtype: torch.dtype, model: nn.Module, tmp_path: Path) -> None:
+    tensors = native(model)
+    tensors["img_in.bias"] = tensors["img_in.bias"].to(dtype)
+    weights = DenoiserWeights({"": opened(tensors, tmp_path / "m.safetensors", model)})
+    target = random_pipeline().transformer
+    weights.fill_parameters(target, ["x_embedder.bias"], CPU)
+    assert torch.equal(target.x_embedder.bias, tensors["img_in.bias"].float())
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (1e6, r"x_embedder.bias holds numbers up to 1e\+06, too large for float16"),
+        (math.inf, "holds NaN or inf"),
+    ],
+)
+def test_number_that_the_models_dtype_cannot_hold_is_refused(
+    value: float, words: str, model: nn.Module, tmp_path: Path
+) -> None:
+    tensors = native(model)
+    tensors["img_in.bias"][0] = value
+    weights = DenoiserWeights({"": opened(tensors, tmp_path / "m.safetensors", model)})
+    target = random_pipeline().transformer.half()
+    with pytest.raises(FileError, match=words):
+        weights.fill_parameters(target, ["x_embedder.bias"], CPU)
