@@ -48,7 +48,7 @@ def capture_calibration_calls(
     samples = calibration.samples
     batches = [samples[i : i + sampling.batch] for i in range(0, len(samples), sampling.batch)]
     chosen = []
-    with progress.track_loop("calibrate", len(batches)) as advance:
+    with progress.track_loop("Generating calibration images", len(batches)) as advance:
         for batch in batches:
             calls = capture_calls(pipe, component, denoiser, batch, sampling)
             chosen += [calls[i] for i in spread_evenly(len(calls), calibration.num_timesteps)]

@@ -119,7 +119,7 @@ class MixedPrecisionSearch:
             ConfigError: when only the float model meets the target.
         """
         n_trials = math.ceil(math.log2(len(self.layers))) + 1
-        with self.progress.track_loop("quality budget", len(self.layers) + n_trials) as advance:
+        with self.progress.track_loop("Meeting the quality budget", len(self.layers) + n_trials) as advance:
             exact = self._generate_images(self.float_denoiser)
             all_int8 = self.assemble(list(self.layers))
             # dB by the number of float layers

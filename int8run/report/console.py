@@ -191,7 +191,7 @@ class Progress:
             A function that advances it by a number of items.
         """
         if not self.has_bars:
-            self.log_step(f"{name} ({total})")
+            self.log_step(f"{name}: {total} to do")
             lines = LoopLines(name, total, 0.0 if line_each else LINE_INTERVAL_S, self.log_step)
             yield lines.advance
             return

@@ -115,7 +115,7 @@ def quantize_file(spec: RunSpec, job: Job, component: str | None) -> dict[str, f
         log_kept_dtype(count_kept_weights(targets, layers), kept_dtype)
         metadata = build_metadata(files, spec, checkpoint, plans)
         print_header(spec, source, files, checkpoint, path, targets)
-        with Progress(spec.progress).track_loop("Quantizing, MB", count_megabytes(files)) as advance:
+        with Progress(spec.progress).track_loop("Quantizing megabytes", count_megabytes(files)) as advance:
             bytes_written = write_targets(
                 files, layers, targets, path, metadata, recipe, MegabyteProgress(advance)
             )

@@ -407,7 +407,7 @@ def write_targets(
     metadata = build_metadata(weights, spec, plans)
     with (
         StreamWriter(path, entries, metadata) as writer,
-        Progress(spec.progress).track_loop("Quantizing, MB", count_megabytes(weights.files)) as advance,
+        Progress(spec.progress).track_loop("Quantizing megabytes", count_megabytes(weights.files)) as advance,
     ):
         on_bytes = MegabyteProgress(advance)
         for target in targets:

@@ -255,7 +255,7 @@ def test_steps_elsewhere_than_on_a_terminal_are_log_lines(use_console, caplog):
     with caplog.at_level(logging.INFO, "int8run"):
         run_steps(Progress(enabled=True))
 
-    assert caplog.messages == ["Quantizing (3)", "Loading"]
+    assert caplog.messages == ["Quantizing: 3 to do", "Loading"]
     assert read() == ""
 
 
