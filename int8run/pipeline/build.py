@@ -26,6 +26,7 @@ from int8run.generate.prompts import Sample
 from int8run.layers.int8_linear import Int8Linear
 from int8run.layers.plan import LayerPlan
 from int8run.lora.header_info import LoraHeader
+from int8run.lora.joined_norms import read_joined_norms
 from int8run.lora.load import read_lora
 from int8run.lora.match import Matches
 from int8run.lora.modes import Overhead
@@ -177,6 +178,7 @@ def build_model(
     encoders = install_text_encoders(spec, loaded, matches, progress)
     report_loras(spec, loras)
     if spec.lora.is_baked:
+        read_joined_norms(matches.denoiser, loaded.read_weight)
         loras.set_strengths(spec.lora.strengths)
 
     step = trace_step(spec, loaded, probe, progress)

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+from safetensors.torch import save_file
+from support.helpers import randn
 from support.run_job import make_spec, run_job, save_lora
 from support.tiny_pipeline import random_pipeline, save_random_pipeline
 from torch import Tensor
@@ -708,3 +710,38 @@ def test_a_saved_model_without_its_loras_is_said_to_be_so(
     )
 
     assert (said in caplog.messages) == (mode != "bake")
+
+
+@pytest.mark.slow
+def test_norms_over_several_layers_are_baked_into_a_streamed_model(
+    model: Path, small: list[str], draw: Callable, tmp_path: Path
+) -> None:
+    """A file of the denoiser is streamed, and column norms over q, k and v need all three weights."""
+    transformer = random_pipeline().transformer
+    attention = transformer.transformer_blocks[0].attn
+    weight = torch.cat([attention.to_q.weight, attention.to_k.weight, attention.to_v.weight]).detach()
+    name = "transformer.transformer_blocks.0.attn.to_qkv"
+    save_file(
+        {
+            f"{name}.lora_down.weight": randn(2, weight.shape[1], seed=1),
+            f"{name}.lora_up.weight": randn(len(weight), 2, seed=2),
+            f"{name}.dora_scale": 1.5 * weight.norm(dim=0, keepdim=True),
+        },
+        tmp_path / "dora.safetensors",
+    )
+    save_file(transformer.state_dict(), tmp_path / "denoiser.safetensors")
+    lora = stack(str(tmp_path / "dora.safetensors"), mode="bake")
+    streamed = make_spec(
+        [
+            *small,
+            f"model.location={tmp_path / 'denoiser.safetensors'}",
+            f"model.base={model}",
+            "metrics.baseline=none",
+        ]
+    )
+    whole = make_spec(small)
+
+    made = draw(streamed, lora=lora).candidate.trajectories[0]
+
+    assert torch.equal(made, draw(whole, lora=lora).candidate.trajectories[0])
+    assert not torch.equal(made, draw(whole).candidate.trajectories[0])
