@@ -183,6 +183,7 @@ def test_the_config_beside_a_quantized_file_on_the_hub_is_fetched(
             raise EntryNotFoundError(f"404: {name}")
         return str(snapshot / name)
 
+    monkeypatch.setattr("int8run.models.source.check_repository", lambda *words: None)
     monkeypatch.setattr("int8run.models.source.hf_hub_download", download)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     location = [*words(folder)[1:], "model.location=org/model/m.safetensors", f"++model.base={folder}"]
