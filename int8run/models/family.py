@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 DTYPES = ("float32", "bfloat16", "float16")
 MIXED_PRECISION = ("none", "auto")
 FAMILY_FOLDER = Path(__file__).parents[1] / "conf" / "model_type"
+MODEL_FOLDER = FAMILY_FOLDER.parent / "model"
 
 
 @dataclass(frozen=True)
@@ -191,6 +192,16 @@ def load_families() -> Mapping[str, ModelFamily]:
     return families
 
 
+@functools.cache
+def read_model_families() -> Mapping[str, str | None]:
+    """Return the family that each option of `model=` is made for."""
+    families = {}
+    for file in sorted(MODEL_FOLDER.glob("*.yaml")):
+        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+        families[file.stem] = settings.get("family")
+    return families
+
+
 @dataclass(frozen=True)
 class AutoFamily:
     """Chooses a family by the denoiser's class and the widths of its layers; `model_type=auto`.
@@ -260,6 +271,7 @@ class ModelSource:
             file must say everything.
         sdnq: how SDNQ made the INT8 weights of a file without its config.json: `none`, `hadamard` (it rotated
             groups of 256 columns), `hadamard_<size>`, the path of a config.json, or its fields.
+        family: that the sampling is made for; None: any. `pipeline.load` refuses another one.
     """
 
     location: str | None
@@ -271,6 +283,7 @@ class ModelSource:
     parts: Mapping[str, Sequence[str]] = field(default_factory=dict)
     quant_format: str = "auto"
     sdnq: str | Mapping[str, Any] | None = None
+    family: str | None = None
 
     def __post_init__(self) -> None:
         check_choice("model.dtype", self.dtype, DTYPES)

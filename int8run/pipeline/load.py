@@ -25,7 +25,13 @@ from int8run.layers.assemble import copy_sharing_tensors
 from int8run.layers.int8_linear import get_linear
 from int8run.layers.plan import LayerPlan, plan_layers
 from int8run.models.dual_denoisers import DualDenoiser, split_denoiser
-from int8run.models.family import AutoFamily, ModelFamily, ModelSource
+from int8run.models.family import (
+    AutoFamily,
+    ModelFamily,
+    ModelSource,
+    load_families,
+    read_model_families,
+)
 from int8run.models.loader import list_block_prefixes, load_parts, load_pipeline, pick_device
 from int8run.models.resolve_weights import download_side_files
 from int8run.models.sampling import Sampling
@@ -174,6 +180,7 @@ def load_model(settings: LoadSettings, progress: Progress) -> LoadedModel:
     started = time.perf_counter()
     with progress.track_step("Loading the model"):
         source = resolve_model(settings.model)
+        check_model_family(settings.model, source.denoisers[0].class_name)
         skeletons: dict[str, nn.Module] = {}
         checkpoint = None
         if source.has_single_files or not settings.needs_float_denoiser or needs_own_reader(source, settings):
@@ -190,12 +197,14 @@ def load_model(settings: LoadSettings, progress: Progress) -> LoadedModel:
         scheduler = pipe.scheduler
         set_scheduler(pipe, scheduler, settings.sampling)
         component, first = next(iter(denoisers.items()))
+        family = resolve_family(settings.model_type, first)
+        warn_of_other_family(settings.model, settings.model_type, family)
         loaded = LoadedModel(
             pipe=pipe,
             component=component,
             denoiser=first if len(denoisers) == 1 else DualDenoiser(denoisers),
             scheduler=scheduler,
-            family=resolve_family(settings.model_type, first),
+            family=family,
             sampling=settings.sampling,
             device=device,
             source=source,
@@ -331,6 +340,44 @@ def resolve_family(model_type: ModelFamily | AutoFamily, denoiser: nn.Module) ->
     """The family of a denoiser; see `AutoFamily.resolve_family`."""
     linears = {name: m.in_features for name, m in denoiser.named_modules() if isinstance(m, nn.Linear)}
     return model_type.resolve_family(type(denoiser).__name__, list_block_prefixes(denoiser), linears)
+
+
+def check_model_family(model: ModelSource, denoiser: str) -> None:
+    """Refuse a denoiser of another architecture than a model's settings are made for, before it is read.
+
+    Args:
+        model: the settings.
+        denoiser: its class in diffusers.
+
+    Raises:
+        ConfigError: naming what the location holds, and the models of that family.
+    """
+    families = load_families()
+    if model.family is None or model.family not in families or denoiser in families[model.family].denoisers:
+        return
+    found = [name for name, family in families.items() if denoiser in family.denoisers]
+    options = [option for option, family in read_model_families().items() if family in found]
+    choice = f"choose model={' or '.join(options)}" if options else "write a model of your own"
+    raise ConfigError(
+        f"model.location={model.location} holds a {denoiser} ({' or '.join(found) or 'no known family'}), "
+        f"and the steps, guidance and size of this model are made for {model.family}; {choice}, or set "
+        "model.family=null to use them all the same"
+    )
+
+
+def warn_of_other_family(
+    model: ModelSource, model_type: ModelFamily | AutoFamily, family: ModelFamily
+) -> None:
+    """Warn where only the widths of the layers show another family: denoisers of one class may differ so."""
+    is_named = isinstance(model_type, ModelFamily)
+    if model.family in (None, family.name) or is_named:
+        return
+    log.warning(
+        "The denoiser is of the family %s, and the steps, guidance and size are those of a model of %s; set "
+        "them with sampler.*, or choose another model",
+        family.name,
+        model.family,
+    )
 
 
 def make_skip_rule(family: ModelFamily, denoiser: nn.Module) -> Callable[[str], str | None]:

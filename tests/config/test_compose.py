@@ -12,7 +12,7 @@ from int8run.config.compose import compose_jobs, create_run_spec, int8run_option
 from int8run.config.help import parse_key_comments, read_description, render_help
 from int8run.config.run_spec import RunSpec
 from int8run.errors import ConfigError
-from int8run.models.family import AutoFamily, load_families
+from int8run.models.family import AutoFamily, load_families, read_model_families
 from int8run.quant.formats import FORMATS
 
 FILES = sorted(CONF.rglob("*.yaml"))
@@ -95,6 +95,15 @@ def test_auto_family_knows_every_family():
     families = {name for group, name in OPTIONS if group == "model_type"} - {"auto", "none"}
     assert create_run_spec(composed("model_type=auto")).model_type == AutoFamily()
     assert {key: family.name for key, family in load_families().items()} == {name: name for name in families}
+
+
+def test_every_model_names_a_family_that_there_is():
+    families = dict(read_model_families())
+
+    assert families.pop("tiny") is None, (
+        "the tiny model's settings are used for models of any family in tests"
+    )
+    assert set(families.values()) <= set(load_families())
 
 
 def test_a_family_of_the_users_own_is_chosen_by_its_name(tmp_path):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from int8run.errors import BackendError, ConfigError, FileError
 from int8run.generate.prompts import build_samples
 from int8run.layers.int8_linear import Int8Linear
+from int8run.models.family import AutoFamily, load_families
 from int8run.models.source import ResolvedDenoiser, resolve_model
 from int8run.pipeline import load as module
 from int8run.pipeline.build import BuiltModel, build_model, select_load_settings
@@ -392,3 +393,30 @@ def test_every_change_of_the_denoiser_is_told_to_the_offloading(
 def test_an_unknown_attention_backend_is_refused_for_a_skeleton_too(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"^attention=nope cannot be used with FluxTransformer2DModel: "):
         loaded(folder, "attention=nope")
+
+
+def test_a_model_of_another_family_is_refused_before_it_is_read(folder: Path) -> None:
+    message = (
+        r"^model.location=.* holds a FluxTransformer2DModel \(flux\), and the steps, guidance and size of "
+        r"this model are made for sdxl; choose model=flux or .*, or set model.family=null to use them"
+    )
+    with pytest.raises(ConfigError, match=message):
+        loaded(folder, "model.family=sdxl")
+
+
+def test_a_model_of_the_right_family_or_of_any_is_read(folder: Path) -> None:
+    assert loaded(folder, "model.family=flux").family.name == "flux"
+    assert loaded(folder, "model.family=null").family.name == "flux"
+
+
+def test_another_family_of_the_same_class_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    families = load_families()
+    model = make_spec(["model.family=sdxl"]).model
+
+    module.warn_of_other_family(model, AutoFamily(), families["sd15"])
+    assert "The denoiser is of the family sd15, and the steps, guidance and size are those of" in caplog.text
+
+    caplog.clear()
+    module.warn_of_other_family(model, AutoFamily(), families["sdxl"])
+    module.warn_of_other_family(model, families["sd15"], families["sd15"])
+    assert not caplog.messages
