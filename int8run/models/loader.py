@@ -186,14 +186,20 @@ def load_pipeline(
 def check_component_libraries(folder: Path) -> None:
     """Raise FileError for a pipeline's folder with a component of another library: it would be imported."""
     for name, entry in read_model_index(folder, str(folder)).items():
-        is_component = isinstance(entry, list) and len(entry) == 2 and not name.startswith("_")
-        library = entry[0] if is_component else None
+        if name.startswith("_") or not is_component(entry):
+            continue
+        library = entry[0]
         is_known = library in (None, *COMPONENT_LIBRARIES) or hasattr(diffusers.pipelines, str(library))
         is_own_code = (folder / name / f"{library}.py").is_file()
         if not is_known and not is_own_code:  # own code is refused by diffusers, with its reason
             libraries = " and ".join(COMPONENT_LIBRARIES)
             reason = f"the {name} is of the library {library}, and components come from {libraries} alone"
             raise make_load_error(str(folder), FileError(reason))
+
+
+def is_component(entry: object) -> bool:
+    """Whether an entry of `model_index.json` is [library, class]; settings may be lists, too."""
+    return isinstance(entry, list) and len(entry) == 2 and all(isinstance(x, str | None) for x in entry)
 
 
 def get_pipeline_class(folder: Path) -> Any:

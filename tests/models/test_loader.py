@@ -11,6 +11,7 @@ from torch import nn
 from int8run.errors import BackendError, ConfigError, FileError
 from int8run.models.family import ModelSource
 from int8run.models.loader import (
+    check_component_libraries,
     list_block_prefixes,
     load_parts,
     load_pipeline,
@@ -60,6 +61,13 @@ def test_broken_folder_is_a_one_line_error(write_index, index):
         match=rf"^model '{place}' could not be loaded: .+; set model\.location to a folder that has it$",
     ):
         load_on_cpu(place)
+
+
+@pytest.mark.parametrize("setting", [[1, 2], [0.5, "x"], ["diffusers"], {"a": 1}])
+def test_a_list_among_the_settings_of_a_pipeline_is_no_component(write_index, setting):
+    """Krea 2 has such a list."""
+    place = write_index({"_class_name": "FluxPipeline", "text_encoder_select_layers": setting})
+    check_component_libraries(place)
 
 
 def test_code_inside_a_model_is_not_run(write_index):
