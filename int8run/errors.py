@@ -9,14 +9,23 @@ import errno
 from collections.abc import Collection, Iterable
 
 WRITE_ELSEWHERE = "write elsewhere: hydra.run.dir=FOLDER (of a sweep hydra.sweep.dir=FOLDER)"
-# an operating system refuses to write to a place with one of these
+# with one of these an operating system refuses to open or write a place that a setting may have named
 REFUSED_ERRNOS = (
     errno.EACCES,
     errno.EPERM,
     errno.EROFS,
     errno.ENOTDIR,
+    errno.EISDIR,
     errno.EEXIST,
     errno.ENAMETOOLONG,
+    errno.ELOOP,
+    errno.ENXIO,  # a socket, or a device that is not there
+    errno.ENODEV,
+    errno.EBUSY,
+    errno.EIO,
+    errno.EFBIG,
+    errno.EMFILE,
+    errno.ENFILE,
 )
 
 
@@ -83,7 +92,10 @@ def as_not_writable_error(error: BaseException) -> FileError | None:
     if not isinstance(error, OSError) or error.errno not in REFUSED_ERRNOS or not error.filename:
         return None
     reason = str(error.strerror).lower()
-    return FileError(f"{error.filename} cannot be opened or written: {reason}; {WRITE_ELSEWHERE}")
+    return FileError(
+        f"{error.filename} cannot be opened or written: {reason}; check the path and who may use it, or "
+        f"{WRITE_ELSEWHERE}"
+    )
 
 
 def check_range(name: str, value: float, low: float, high: float, whole: bool = False) -> None:

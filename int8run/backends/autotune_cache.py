@@ -15,13 +15,14 @@ from filelock import FileLock
 
 from int8run.utils.content_hash import format_checked_json, read_checked_json
 from int8run.utils.hardware import get_device_name
+from int8run.utils.paths import get_cache_folder
 
 log = logging.getLogger(__name__)
 
 
 def default_cache_path() -> Path:
     """Where measured choices are kept when the config names no file."""
-    return Path.home() / ".cache" / "int8run" / "backend_choices.json"
+    return get_cache_folder() / "backend_choices.json"
 
 
 class AutotuneCache:

@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 
 from int8run.errors import FileError
+from int8run.utils.paths import expand_path
 
 
 def prepare_output_path(location: str) -> Path:
@@ -22,7 +23,7 @@ def prepare_output_path(location: str) -> Path:
     Raises:
         FileError: when it cannot be written to.
     """
-    path = Path(location).expanduser().absolute()
+    path = expand_path(location).absolute()
     try:
         if path.suffix and path.is_dir():
             raise IsADirectoryError(EISDIR, "it is a folder")

@@ -27,6 +27,7 @@ from int8run.checkpoints.header import (
     read_full_header,
 )
 from int8run.errors import FileError
+from int8run.utils.paths import expand_path
 from int8run.utils.untrusted_json import parse_untrusted_json
 
 # `x.safetensors.index.json`, and with a variant `x.safetensors.index.fp16.json`
@@ -94,7 +95,7 @@ class TensorFiles(Mapping[str, TensorInfo]):
             FileError: nothing there, more than one checkpoint in the folder, a shard that is missing or
                 belongs elsewhere, or a header that does not describe its file.
         """
-        path = path.expanduser()
+        path = expand_path(path)
         found = choose_checkpoint(path) if path.is_dir() else path
         if found.name.endswith(".json"):
             return cls(path, read_sharded(found))

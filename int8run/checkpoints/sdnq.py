@@ -9,13 +9,13 @@ or in groups, are refused.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from int8run.checkpoints.quant_metadata import is_power_of_4
 from int8run.checkpoints.reader import TensorFiles
 from int8run.checkpoints.unsupported import SDNQ, has_sdnq_scale, make_unsupported_error, read_quant_config
 from int8run.errors import ConfigError, FileError
+from int8run.utils.paths import expand_path
 from int8run.utils.untrusted_json import parse_untrusted_json
 
 METHODS = ("sdnq", "sdnq_training")
@@ -128,7 +128,7 @@ def parse_word(word: str | Mapping[str, Any]) -> SdnqMethod:
             f"model.sdnq={word} is none of none, hadamard (groups of {DEFAULT_GROUP_SIZE} columns), "
             "hadamard_<size>, and no config.json"
         )
-    path = Path(word).expanduser()
+    path = expand_path(word)
     try:
         found = parse_untrusted_json(path.read_bytes(), allows_repeats=True)
     except (OSError, ValueError) as error:

@@ -32,6 +32,7 @@ from int8run.config.open_mappings import open_mappings
 from int8run.config.renamed import old_names_in_files
 from int8run.config.shared_files import checked_files
 from int8run.errors import ConfigError, FileError, Int8RunError, find_int8run_error, suggest_similar
+from int8run.utils.paths import expand_path
 
 # called with the number of jobs and the choices of the first
 Announce = Callable[[int, dict[str, str]], None]
@@ -147,7 +148,7 @@ def check_saved_files(specs: Sequence[Any]) -> None:
     build_keys: dict[Path, set[str]] = {}
     for spec in specs:
         if spec.save is not None:
-            path = Path(spec.save).expanduser().absolute()
+            path = expand_path(spec.save).absolute()
             build_keys.setdefault(path, set()).add(spec.build_key)
     for path, keys in build_keys.items():
         if len(keys) > 1:

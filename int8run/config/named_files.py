@@ -4,6 +4,7 @@ Knows paths alone. What may be on the hub is left to the code that downloads it,
 code that reads it.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from int8run.errors import FileError
 from int8run.lora.find import find_lora
 from int8run.models.resolve_weights import MODEL_INDEX_NAME, SAFETENSORS, is_local, to_local_path
+from int8run.utils.paths import check_readable, expand_path
 
 # by task class: the settings whose files it opens only after seconds
 FILES_OF_TASKS = {"Run": ("prompts", "lora", "model", "clip", "int8"), "Bench": ("model",)}
@@ -35,13 +37,13 @@ def check_prompt_file(settings: Mapping[str, Any]) -> None:
     """Raise FileError where the file of prompts is missing."""
     location = settings["prompts"].get("path")
     if location:
-        check_exists("prompts.path", str(location))
+        check_readable("prompts.path", expand_path(str(location)), takes_folder=False)
 
 
 def check_lora_files(settings: Mapping[str, Any]) -> None:
     """Raise LoraError where a LoRA is neither here nor can be on the hub."""
     folder = settings.get("lora_dir")
-    home = None if folder is None else Path(str(folder)).expanduser()
+    home = None if folder is None else expand_path(str(folder))
     for adapter in settings["lora"].get("adapters") or ():
         if not adapter.get("enabled", True):
             continue
@@ -76,7 +78,10 @@ def check_location(key: str, location: object) -> None:
     is_file = path.suffix.lower() == SAFETENSORS
     # on the hub a model is org/name, and a file org/name/file
     may_be_on_hub = not is_local(location) and len(location.split("/")) >= (3 if is_file else 2)
-    if may_be_on_hub or path.exists():
+    if may_be_on_hub and not os.path.lexists(path):
+        return
+    if not is_missing(path):
+        check_readable(key, path)
         return
     if is_file:
         raise FileError(
@@ -87,6 +92,17 @@ def check_location(key: str, location: object) -> None:
         f"{key}={location}: {path.absolute()} is not a diffusers folder: it has no {MODEL_INDEX_NAME}, and "
         "does not exist; on the hub a model is org/name"
     )
+
+
+def is_missing(path: Path) -> bool:
+    """Whether nothing is there. False where it cannot be told, such as in a folder that is not readable."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def check_clip_files(settings: Mapping[str, Any]) -> None:
@@ -109,14 +125,7 @@ def check_paths(key: str, paths: object) -> None:
     by_component = paths if isinstance(paths, Mapping) else {None: paths}
     for component, path in by_component.items():
         if isinstance(path, str) and path:
-            check_exists(key if component is None else f"{key}.{component}", path)
-
-
-def check_exists(key: str, location: str) -> None:
-    """Raise FileError for a path that is not there."""
-    path = Path(location).expanduser()
-    if not path.exists():
-        raise FileError(f"{key}={location}: no such file (looked for {path.absolute()})")
+            check_readable(key if component is None else f"{key}.{component}", expand_path(path))
 
 
 CHECKS: Mapping[str, Callable[[Mapping[str, Any]], None]] = {

@@ -25,6 +25,7 @@ from int8run.errors import ConfigError
 from int8run.layers.int8_linear import Int8Linear
 from int8run.models.resolve_weights import CONFIG_NAME, WEIGHTS_NAME
 from int8run.models.state_dict_adapter import TensorPart, join_shapes, to_original
+from int8run.utils.paths import expand_path
 
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -70,7 +71,7 @@ def save_denoiser(
         ConfigError: when layers that are one in that naming were treated differently.
         FileError: when it cannot be written.
     """
-    path = Path(location).expanduser().absolute()
+    path = expand_path(location).absolute()
     state = {
         name: t
         for name, t in model.state_dict().items()

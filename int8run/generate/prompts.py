@@ -4,11 +4,11 @@ import json
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from anyascii import anyascii
 
 from int8run.errors import ConfigError, FileError, check_range
+from int8run.utils.paths import check_readable, expand_path
 
 MAX_SLUG_LENGTH = 40
 MAX_SLUG_BYTES = 160  # of the 255 that a file name may have; the rest is number, seed and ending
@@ -50,9 +50,8 @@ class PromptSet:
         """
         if not self.path:
             return list(self.prompts or ())
-        path = Path(self.path).expanduser()
-        if not path.is_file():
-            raise FileError(f"prompts.path={self.path}: no such file (looked for {path.absolute()})")
+        path = expand_path(self.path)
+        check_readable("prompts.path", path, takes_folder=False)
         try:
             text = path.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:

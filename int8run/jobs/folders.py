@@ -26,6 +26,7 @@ from int8run.tracking.run_record import (
     Record,
     find_records,
 )
+from int8run.utils.paths import check_path
 
 log = logging.getLogger(__name__)
 # held as long as the command runs; the system releases it when the process ends, however it ends
@@ -123,6 +124,7 @@ class FolderClaim:
     """
 
     def __init__(self, folder: Path, key: str, say: Callable[[str], None]):
+        check_path(folder)
         self.folder = folder
         self.key = key
         self.say = say
@@ -278,6 +280,7 @@ def check_job_folders(sweep_folder: Path, folders: Sequence[Path]) -> None:
     root = Path(os.path.normpath(sweep_folder))
     taken: set[Path] = set()
     for folder in folders:
+        check_path(folder)
         path = Path(os.path.normpath(folder))
         if path == root or not path.is_relative_to(root):
             raise ConfigError(

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
-from int8run.errors import LoraError
+from int8run.errors import FileError, LoraError
 from int8run.lora.written_settings import ADAPTER_CONFIG, PEFT_FILE
+from int8run.utils.paths import expand_path
 
 SHIPPED_LORAS = Path(__file__).parents[1] / "assets" / "lora"
 SUFFIX = ".safetensors"
@@ -40,8 +41,10 @@ def find_lora(source: str, weight_name: str | None, folder: Path | None = None) 
     if weight_name is not None:
         return download_lora(source, weight_name)
     try:
-        return find_local_lora(Path(source).expanduser(), folder)
-    except (OSError, RuntimeError) as error:  # RuntimeError: no home folder for `~`
+        return find_local_lora(expand_path(source), folder)
+    except LoraError:
+        raise
+    except (OSError, FileError) as error:
         reason = getattr(error, "strerror", None) or error
         raise LoraError(f"LoRA {source[:MAX_SOURCE_CHARS]!r} cannot be looked for: {reason}") from error
 
@@ -53,11 +56,11 @@ def find_local_lora(path: Path, folder: Path | None) -> Path:
         LoraError: when it is not found.
     """
     file_name = path if has_suffix(path) else Path(f"{path}{SUFFIX}")
-    files_in_folders = [home.expanduser() / file_name for home in list_home_folders(path, folder)]
+    files_in_folders = [expand_path(home) / file_name for home in list_home_folders(path, folder)]
     for candidate in (path, *files_in_folders):
         if candidate.is_file():
             return candidate
-    homes = [folder.expanduser()] if folder is not None and path.name and not path.is_absolute() else []
+    homes = [expand_path(folder)] if folder is not None and path.name and not path.is_absolute() else []
     for place in (path, *(home / path for home in homes)):
         found = find_in_lora_folder(place)
         if found is not None:

@@ -17,6 +17,7 @@ from torch import nn
 
 from int8run.errors import BackendError, ConfigError, FileError
 from int8run.models.source import make_load_error, read_model_index
+from int8run.utils.paths import expand_path
 
 log = logging.getLogger(__name__)
 DEVICES = ("cpu", "cuda")
@@ -125,7 +126,7 @@ def load_part(name: str, class_name: str, location: str, dtype: torch.dtype) -> 
         )
     options = {"dtype": dtype, "use_safetensors": True} if issubclass(named, nn.Module) else {}
     cls: Any = named
-    path = Path(location).expanduser()
+    path = expand_path(location)
     try:
         return cls.from_pretrained(str(path) if path.is_dir() else location, **options)
     except (OSError, ValueError, KeyError, TypeError) as error:

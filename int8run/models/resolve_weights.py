@@ -11,6 +11,7 @@ from typing import Any
 
 from int8run.errors import ConfigError, FileError, suggest_similar
 from int8run.models.hub import check_repository, make_download_error
+from int8run.utils.paths import expand_path
 from int8run.utils.untrusted_json import parse_untrusted_json
 
 log = logging.getLogger(__name__)
@@ -91,7 +92,7 @@ def to_local_path(location: str) -> Path:
     """Return the path that a location names here; it need not exist."""
     if location.startswith(SHIPPED_PREFIX):
         return ASSETS_FOLDER / location.removeprefix(SHIPPED_PREFIX)
-    return Path(location).expanduser()
+    return expand_path(location)
 
 
 def check_format(location: str) -> None:

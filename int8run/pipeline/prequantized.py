@@ -24,6 +24,7 @@ from int8run.pipeline.load import LoadedModel
 from int8run.ptq.quantize import check_weight
 from int8run.quant.weight import QuantizedWeight, quantize_weight, sqnr_db
 from int8run.utils.disk_cache import DiskCache
+from int8run.utils.paths import expand_path
 from int8run.utils.plurals import count_noun
 
 log = logging.getLogger(__name__)
@@ -166,8 +167,8 @@ def resolve_checkpoint_paths(
             raise ConfigError(
                 f"int8.checkpoint names {', '.join(checkpoint)}; the model has {', '.join(components)}"
             )
-        return {name: Path(path).expanduser() for name, path in checkpoint.items()}
-    path = Path(checkpoint).expanduser()
+        return {name: expand_path(path) for name, path in checkpoint.items()}
+    path = expand_path(checkpoint)
     if all((path / name).is_dir() for name in components):
         return {name: path / name for name in components}
     if len(components) > 1:

@@ -33,6 +33,7 @@ from int8run.models.family import load_families
 from int8run.models.state_dict_adapter import find_denoiser_keys, find_prefix
 from int8run.text_encoders.detect import DetectedEncoder, detect_encoder
 from int8run.utils.disk_cache import DiskCache
+from int8run.utils.paths import expand_path
 from int8run.utils.plurals import count_noun
 
 MAX_KEY_LENGTH = 60  # of a header's entry
@@ -115,7 +116,7 @@ def inspect_file(
     Raises:
         FileError: when a header cannot be read.
     """
-    path = Path(location).expanduser()
+    path = expand_path(location)
     if path.is_dir():
         lora = find_lora_of_folder(path)
         if lora is None:

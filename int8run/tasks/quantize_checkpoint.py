@@ -65,6 +65,7 @@ from int8run.tasks.quantize_common import (
     resolve_new_file,
 )
 from int8run.tracking.run_record import split_override
+from int8run.utils.paths import expand_path
 from int8run.utils.plurals import count_noun
 
 log = logging.getLogger(__name__)
@@ -211,7 +212,7 @@ def resolve_file_in_folder(
         ConfigError: when the source does not have diffusers' names or config, or the folder holds other
             weights.
     """
-    path = Path(save).expanduser().absolute()
+    path = expand_path(save).absolute()
     if checkpoint.is_original:
         raise ConfigError(
             f"save={save} is a folder, and {source.path} has its authors' names, not those of diffusers; "

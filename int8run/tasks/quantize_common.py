@@ -25,6 +25,7 @@ from int8run.metrics.memory import read_peak_bytes
 from int8run.report.console import print_lines
 from int8run.report.formatting import format_megabytes, format_pairs
 from int8run.report.run_files import write_json, write_layers_csv
+from int8run.utils.paths import expand_path
 from int8run.utils.plurals import count_noun
 
 log = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ def resolve_new_file(save: str, files: TensorFiles) -> Path:
     Raises:
         ConfigError: when it would replace a file of the source.
     """
-    path = Path(save).expanduser().absolute()
+    path = expand_path(save).absolute()
     for file in files.files:
         is_source = path == file.absolute() or (path.exists() and path.samefile(file))
         if is_source:

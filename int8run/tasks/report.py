@@ -13,6 +13,7 @@ from int8run.report.console import print_lines
 from int8run.report.html_page import write_report
 from int8run.tracking.base import Tracker
 from int8run.tracking.run_record import FINISHED, RUNNING, Record, find_records
+from int8run.utils.paths import expand_path
 from int8run.utils.plurals import count_noun
 
 log = logging.getLogger(__name__)
@@ -33,8 +34,8 @@ def report_runs(tracker: Tracker, path: str | None, sweep: str | None, sync: str
         TrackingError: when the tracker does not answer although it is needed.
     """
     if sync is not None:
-        sync_runs(tracker, Path(sync).expanduser())
-    folder = Path(path or sync or sweep or find_newest_sweep()).expanduser()
+        sync_runs(tracker, expand_path(sync))
+    folder = expand_path(path or sync or sweep or find_newest_sweep())
     if sweep is not None:
         download_sweep(tracker, sweep, folder)
     records = find_runs(folder)

@@ -39,6 +39,7 @@ from int8run.tasks.image_writer import ImageWriter
 from int8run.tasks.run_metrics import RunComparison, measure_run
 from int8run.tasks.run_outputs import describe_build, name_candidate, write_outputs
 from int8run.utils.hardware import get_device_name
+from int8run.utils.paths import expand_path
 from int8run.utils.plurals import count_noun
 
 log = logging.getLogger(__name__)
@@ -168,7 +169,7 @@ def generate_and_measure(
 
 def read_headers(spec: RunSpec) -> list[LoraHeader]:
     """Read the headers of the LoRA files, in the order of the stack."""
-    lora_dir = None if spec.lora_dir is None else Path(spec.lora_dir).expanduser()
+    lora_dir = None if spec.lora_dir is None else expand_path(spec.lora_dir)
     return read_lora_headers(spec.lora, spec.model.lora_base, lora_dir)
 
 

@@ -29,6 +29,7 @@ from int8run.text_encoders.registry import get_encoder, list_supported_encoders
 from int8run.text_encoders.skeleton import build_skeleton
 from int8run.text_encoders.state_dict_adapter import map_canonical_names
 from int8run.text_encoders.weights import EncoderFile, name_file_in_errors, read_parts
+from int8run.utils.paths import expand_path
 
 
 @dataclass
@@ -80,7 +81,7 @@ def load_text_encoder(
         FileError: for a file that cannot be read, is damaged, or holds no text encoder that int8run knows.
     """
     check_choice("kernel_backend", kernel_backend, list_kernel_backends())
-    folder = Path(path).expanduser()
+    folder = expand_path(path)
     if config is not None:
         config = dict(config)
     elif (folder / CONFIG_NAME).is_file():

@@ -44,6 +44,7 @@ from int8run.tracking.run_record import (
     update_record,
 )
 from int8run.tracking.secrets import remove_login
+from int8run.utils.paths import check_path, expand_path
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -53,6 +54,7 @@ log = logging.getLogger(__name__)
 
 SQLITE_PREFIX = "sqlite:///"
 LOCAL_SERVER = "http://127.0.0.1:5000"  # of `mlflow server`
+BUSY_TIMEOUT_S = 10.0  # how long another program may keep the database for itself
 LOCK_TIMEOUT_S = 120  # how long another command may take to create the same database
 
 
@@ -75,7 +77,7 @@ class MlflowTracker:
     @property
     def address(self) -> str:
         """The tracking URI; that of a file is absolute."""
-        uri = self.uri or f"{SQLITE_PREFIX}{Path(self.folder) / 'mlflow.db'}"
+        uri = self.uri or f"{SQLITE_PREFIX}{expand_path(self.folder) / 'mlflow.db'}"
         if not uri.startswith(SQLITE_PREFIX):
             return uri
         return f"{SQLITE_PREFIX}{Path(uri.removeprefix(SQLITE_PREFIX)).absolute()}"
@@ -102,7 +104,7 @@ class MlflowTracker:
         """Where the files of runs go: beside a database; None: the server decides."""
         if self.is_server:
             return None
-        folder = self.database.parent if self.database else Path(self.folder).absolute()
+        folder = self.database.parent if self.database else expand_path(self.folder).absolute()
         return (folder / "mlartifacts" / re.sub(r"[^\w. -]", "_", self.experiment)).as_uri()
 
     def get_location(self) -> dict[str, str]:
@@ -254,6 +256,13 @@ class MlflowTracker:
                 f"{self.database} has % or ? in its path, which are special in MLflow's addresses; run in "
                 "another folder, or set tracker.folder=FOLDER"
             )
+        if self.database is not None:
+            check_path(self.database)
+            # SQLite waits for ever for what a pipe will say
+            if self.database.exists() and not self.database.is_file():
+                raise ConfigError(
+                    f"tracker.uri={self.store} is a folder, a pipe or a device; name a file, which may be new"
+                )
 
     @contextmanager
     def lock_database(self) -> Iterator[None]:
@@ -274,6 +283,7 @@ class MlflowTracker:
         from mlflow import MlflowClient
 
         is_new = self.database is not None and not self.database.exists()
+        self.try_database()
         client = MlflowClient(self.address)
         experiment = client.get_experiment_by_name(self.experiment)
         if is_new:
@@ -286,6 +296,18 @@ class MlflowTracker:
                 "tracker.experiment=<new name>"
             )
         return client, experiment.experiment_id
+
+    def try_database(self) -> None:
+        """Write nothing into the database, to see whether that works: mlflow would try for minutes.
+
+        Raises:
+            sqlite3.Error: it cannot be opened or written, is another file, or is locked all the time.
+        """
+        if self.database is None:
+            return
+        with closing(sqlite3.connect(str(self.database), timeout=BUSY_TIMEOUT_S)) as connection:
+            connection.execute("begin immediate")
+            connection.rollback()
 
     def allow_concurrent_writers(self) -> None:
         """Let the database be read and written at once. Without it, a second writer waits seconds.

@@ -90,8 +90,11 @@ def read_checked_json(path: Path) -> dict[str, Any]:
     be made again.
     """
     try:
-        text = path.read_bytes()
+        # a pipe or a device would never end
+        text = path.read_bytes() if path.is_file() else None
     except OSError:
+        text = None
+    if text is None:
         return {}
     try:
         found = parse_untrusted_json(text)

@@ -8,6 +8,7 @@ which is checked when the file is asked for.
 import hashlib
 import logging
 import os
+import secrets
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -24,6 +25,7 @@ from int8run.utils.content_hash import (
     read_checked_json,
     remove_with_hash,
 )
+from int8run.utils.paths import expand_path, get_cache_folder
 
 log = logging.getLogger(__name__)
 
@@ -65,13 +67,15 @@ class DiskCache:
 
     def __post_init__(self) -> None:
         check_range("cache.limit_gb", self.limit_gb, 0, 1_000_000)
+        if self.folder is not None:
+            expand_path(self.folder)  # raises for what can be no path
 
     @property
     def path(self) -> Path:
         """The folder."""
         if self.folder is None:
-            return Path.home() / ".cache" / "int8run"
-        return Path(self.folder).expanduser()
+            return get_cache_folder()
+        return expand_path(self.folder)
 
     def get(self, kind: str, key: str) -> Path | None:
         """The file of a key, or None; counts as a use of the file. A damaged one is removed, with a warning.
@@ -113,7 +117,7 @@ class DiskCache:
             return None
         path = self.path / kind / f"{key}{SUFFIX}"
         # two processes may write the same file at once, each under a name of its own
-        unfinished = path.with_name(f"{UNFINISHED_PREFIX}{os.getpid()}-{path.name}")
+        unfinished = path.with_name(f"{UNFINISHED_PREFIX}{make_writer_name()}-{path.name}")
         unfinished_hash = get_hash_path(unfinished)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -180,6 +184,14 @@ class DiskCache:
         return digest
 
 
+def make_writer_name() -> str:
+    """A name that no other writer has.
+
+    A process number alone would not do: containers that share a cache all have a process 1.
+    """
+    return f"{os.getpid()}-{secrets.token_hex(4)}"
+
+
 def hash_parts(parts: Iterable[object]) -> str:
     """A key for everything that decides a result: the start of the SHA-256 of all their reprs."""
     return hashlib.sha256("\n".join(map(repr, parts)).encode()).hexdigest()[:32]
@@ -196,7 +208,7 @@ def read_hashes(path: Path) -> dict[str, list[object]]:
 
 def write_hashes(path: Path, known: dict[str, list[object]]) -> None:
     """Keep the hashes, where the file can be written."""
-    unfinished = path.with_name(f".{os.getpid()}.{path.name}")
+    unfinished = path.with_name(f".{make_writer_name()}.{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished.write_text(format_checked_json(known))

@@ -10,14 +10,20 @@ import functools
 import hashlib
 import logging
 import os
+import secrets
 import shutil
+import signal
 import subprocess
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
 log = logging.getLogger(__name__)
 VNNI, ROWS = (Path(__file__).with_name(name) for name in ("vnni.cpp", "rows.cpp"))
+UNFINISHED_SUFFIX = ".unfinished"  # of the name of a library that is being written
+ABANDONED_AFTER_SECONDS = 86400
 COMPILERS = ("g++", "clang++", "c++")
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-w")
 # instructions are named one by one and not -march=native: a cache may be shared by machines that differ
@@ -58,9 +64,9 @@ def load_vnni_library(cache: Path | None = None) -> ctypes.CDLL:
         cache: folder for the built library; None: `~/.cache/int8run`.
 
     Raises:
-        BuildError: no compiler, or it failed.
+        BuildError: no compiler, it failed, or what it built cannot be loaded.
     """
-    lib = ctypes.CDLL(str(build_library(cache or get_default_cache(), VNNI, VNNI_FLAGS)))
+    lib = open_library(build_library(cache or get_default_cache(), VNNI, VNNI_FLAGS))
     # in the order of the signatures in vnni.cpp
     lib.int8run_quantize.argtypes = [
         *(POINTER, INT, INT64, INT64, INT64),  # x, dtype, M, K, stride
@@ -88,11 +94,7 @@ def load_rows_library(cache: Path | None = None) -> ctypes.CDLL:
         BuildError: no compiler, it failed, or what it built cannot be loaded.
     """
     vector_flags = VECTORS.get(torch.backends.cpu.get_cpu_capability(), ())
-    path = build_library(cache or get_default_cache(), ROWS, (*ROWS_FLAGS, *vector_flags))
-    try:
-        lib = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise BuildError(f"{path} cannot be loaded: {error}") from error
+    lib = open_library(build_library(cache or get_default_cache(), ROWS, (*ROWS_FLAGS, *vector_flags)))
     lib.int8run_quantize_weight_rows.argtypes = [
         *(POINTER, INT, INT64, INT64),  # x, dtype, M, K
         *(POINTER, INT64, POINTER, INT64, FLOAT),  # factor, group, signs, radix, norm
@@ -102,9 +104,28 @@ def load_rows_library(cache: Path | None = None) -> ctypes.CDLL:
     return lib
 
 
+def open_library(path: Path) -> ctypes.CDLL:
+    """Load a built library.
+
+    Raises:
+        BuildError: when the system does not load it, such as from a disk on which nothing may be executed.
+    """
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise BuildError(f"{path} cannot be loaded: {error}") from error
+
+
 def get_default_cache() -> Path:
-    """The user's folder for built libraries."""
-    return Path.home() / ".cache" / "int8run"
+    """The user's folder for built libraries.
+
+    Raises:
+        BuildError: the user has none; a folder that others share could hold a library of theirs.
+    """
+    try:
+        return Path.home() / ".cache" / "int8run"
+    except RuntimeError as error:  # pathlib's: no HOME, and the system does not know the user
+        raise BuildError("there is no home folder to keep the built library in; set HOME") from error
 
 
 def build_library(cache: Path, source: Path = VNNI, flags: tuple[str, ...] = VNNI_FLAGS) -> Path:
@@ -131,21 +152,45 @@ def build_library(cache: Path, source: Path = VNNI, flags: tuple[str, ...] = VNN
     if target.exists() and is_as_built(target):
         return target
 
-    # renamed when it is complete: another process may build at the same time
-    unfinished = cache / f"{source.stem}-{digest}.{os.getpid()}"
+    # Renamed when it is complete: another process may build at the same time. Its number alone would not do:
+    # containers that share a cache all have a process 1.
+    unfinished = cache / f"{target.stem}.{os.getpid()}-{secrets.token_hex(4)}{UNFINISHED_SUFFIX}"
     try:
         cache.mkdir(parents=True, exist_ok=True)
+        remove_abandoned_builds(cache)
         unfinished.touch()
+        log.info("building %s with %s into %s, once", source.name, compiler, cache)
+        run_compiler([*command, "-o", str(unfinished)], source)
+        write_hash(unfinished, target)
+        unfinished.replace(target)
     except OSError as error:
-        raise BuildError(f"cannot write the built library to {cache}: {error.strerror}") from error
-    log.info("building %s with %s into %s, once", source.name, compiler, cache)
-    done = subprocess.run([*command, "-o", str(unfinished)], capture_output=True, text=True, check=False)
-    if done.returncode:
-        unfinished.unlink(missing_ok=True)
-        raise BuildError(f"{compiler} could not build {source.name}: {find_reason(done.stderr)}")
-    write_hash(unfinished, target)
-    unfinished.replace(target)
+        raise BuildError(f"cannot write the built library to {cache}: {error.strerror or error}") from error
+    finally:
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
     return target
+
+
+def run_compiler(command: list[str], source: Path) -> None:
+    """Compile a source.
+
+    Raises:
+        BuildError: the compiler failed, or was killed, as a machine that is out of memory does.
+    """
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    if done.returncode < 0:
+        name = signal.Signals(-done.returncode).name
+        raise BuildError(f"{command[0]} was killed by {name} while it built {source.name}; start again")
+    if done.returncode:
+        raise BuildError(f"{command[0]} could not build {source.name}: {find_reason(done.stderr)}")
+
+
+def remove_abandoned_builds(cache: Path) -> None:
+    """Remove what processes left that were killed while they built."""
+    for path in cache.glob(f"*{UNFINISHED_SUFFIX}"):
+        with suppress(OSError):  # another process may clear up at the same time
+            if time.time() - path.stat().st_mtime > ABANDONED_AFTER_SECONDS:
+                path.unlink()
 
 
 def is_as_built(library: Path) -> bool:
@@ -167,9 +212,13 @@ def write_hash(built: Path, target: Path) -> None:
         built: the library under its temporary name.
         target: its place.
     """
-    unfinished = built.with_suffix(f".{os.getpid()}-blake2b")
-    unfinished.write_text(hash_file(built))
-    unfinished.replace(target.with_suffix(".blake2b"))
+    unfinished = built.with_name(f"{built.name}-blake2b{UNFINISHED_SUFFIX}")
+    try:
+        unfinished.write_text(hash_file(built))
+        unfinished.replace(target.with_suffix(".blake2b"))
+    finally:
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
 
 
 def hash_file(path: Path) -> str:

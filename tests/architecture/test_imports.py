@@ -28,7 +28,7 @@ RULES = {
     # bottom: arithmetic on weights and layers
     "utils": set(),
     "models": {"utils"},
-    "tracking": set(),
+    "tracking": {"utils"},
     "quant": {"kernels"},
     "outlier": {"kernels", "quant"},
     "backends": {"kernels", "quant", "utils"},
@@ -63,7 +63,7 @@ RULES = {
         "quant",
         "utils",
     },
-    "export": {"checkpoints", "kernels", "layers", "models", "outlier", "ptq", "quant"},
+    "export": {"checkpoints", "kernels", "layers", "models", "outlier", "ptq", "quant", "utils"},
     # top: settings, runs, sweeps
     "config": {
         "backends",
@@ -95,7 +95,7 @@ RULES = {
         "text_encoders",
         "utils",
     },
-    "jobs": {"__init__", "config", "metrics", "report", "tracking"},
+    "jobs": {"__init__", "config", "metrics", "report", "tracking", "utils"},
     "tasks": {
         "backends",
         "checkpoints",

@@ -261,7 +261,7 @@ def test_a_folder_that_cannot_be_written_is_named(command: Command, model: str, 
     outcome = command(*arguments, model, *UNTRACKED)
 
     assert outcome.code == 3
-    message = r"\S*file\S* cannot be opened or written: (not a directory|file exists); write elsewhere: "
+    message = r"\S*file\S* cannot be opened or written: (not a directory|file exists); check the path "
     assert re.match(message, outcome.message)
 
 

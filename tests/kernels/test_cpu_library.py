@@ -6,6 +6,8 @@ The compilers here are fake.
 import os
 import re
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -223,8 +225,59 @@ def test_unfinished_build_never_has_the_final_name(compiler_path, tmp_path):
     write_fake_compiler(compiler_path, f'for last; do :; done; echo "$last" > "{tmp_path}/written"; {WRITE}')
     target = build_library(tmp_path / "cache")
 
-    assert (tmp_path / "written").read_text().strip() == str(target.with_suffix(f".{os.getpid()}"))
+    written = Path((tmp_path / "written").read_text().strip())
+    assert (written.parent, written.suffix) == (target.parent, ".unfinished")
     assert target.suffix == ".so"
+
+
+def test_a_killed_compiler_is_named_and_leaves_nothing(compiler_path, tmp_path):
+    """As a machine that is out of memory kills one."""
+    write_fake_compiler(compiler_path, 'for last; do :; done; echo "half" > "$last"; kill -9 $$')
+
+    with pytest.raises(
+        BuildError, match=r"g\+\+ was killed by SIGKILL while it built vnni\.cpp; start again$"
+    ):
+        build_library(tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_what_a_killed_build_left_is_not_used_and_is_removed_a_day_later(compiler_path, tmp_path):
+    write_fake_compiler(compiler_path)
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    old, new = (cache / f"vnni-{name}.1-ab.unfinished" for name in ("old", "new"))
+    for path in (old, new):
+        path.write_text("half")
+    two_days_ago = time.time() - 2 * 86400
+    os.utime(old, (two_days_ago, two_days_ago))
+
+    target = build_library(cache)
+
+    assert target.read_text() == "whole\n"
+    assert (old.exists(), new.exists()) == (False, True)
+
+
+def test_first_builds_at_once_do_not_touch_each_other(compiler_path, tmp_path):
+    """Each of them writes a file of its own, also in containers whose processes have the same number."""
+    calls = write_fake_compiler(compiler_path)
+    cache = tmp_path / "cache"
+
+    with ThreadPoolExecutor(4) as threads:
+        targets = list(threads.map(lambda _: build_library(cache), range(4)))
+
+    outputs = {line.split()[-1] for line in calls()}
+    assert len(set(targets)) == 1
+    assert len(outputs) == len(calls())
+    assert {path.suffix for path in cache.iterdir()} == {".so", ".blake2b"}
+
+
+def test_without_a_home_the_build_is_refused(compiler_path, monkeypatch):
+    def find_no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", find_no_home)
+    with pytest.raises(BuildError, match=r"no home folder to keep the built library in; set HOME$"):
+        load_vnni_library()
 
 
 def test_cache_that_is_a_file_raises(compiler_path, tmp_path):
@@ -250,7 +303,7 @@ def test_cache_that_cannot_be_written_to_raises(compiler_path):
 def test_default_cache_is_in_the_users_home(compiler_path, tmp_path):
     write_fake_compiler(compiler_path)
     # the fake library cannot be loaded
-    with pytest.raises(OSError, match="vnni-"):
+    with pytest.raises(BuildError, match=r"vnni-\w+\.so cannot be loaded: .*too short$"):
         load_vnni_library()
     files = (tmp_path / "home" / ".cache" / "int8run").iterdir()
     assert sorted(file.suffix for file in files) == [".blake2b", ".so"]

@@ -8,6 +8,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import mlflow
@@ -20,7 +21,7 @@ from support.cli_process import command_in
 from tracking.records import list_runs, make_client, make_record, read_contents, with_run_id
 
 from int8run.errors import ConfigError, TrackingError
-from int8run.tracking import retry
+from int8run.tracking import mlflow_tracker, retry
 from int8run.tracking.base import NoTracker
 from int8run.tracking.mlflow_dashboard import decode_view
 from int8run.tracking.mlflow_tracker import MlflowTracker
@@ -574,14 +575,44 @@ def test_a_deleted_experiment_is_an_error_that_does_not_end_a_run(
         "a secret": ("postgres://me:secret@h/x", r"^((?!secret).)*$"),
         "no slashes": ("http//127.0.0.1:5000", r"tracker\.uri=http//127\.0\.0\.1:5000 is a folder, and"),
         "no folder": ("sqlite:////proc/nobody/mlflow.db", r"cannot be used: .*'/proc/nobody'; tracker=none"),
+        "a folder": ("sqlite:///TMP", r"is a folder, a pipe or a device; name a file, which may be new$"),
+        "a pipe": ("sqlite:///TMP/pipe", r"is a folder, a pipe or a device; name a file, which may be new$"),
         "no place": ("sqlite:////proc/mlflow.db", r"cannot be used: .*'/proc/mlflow.db.lock'; tracker=none"),
     }.values(),
 )
 def test_an_address_that_can_never_work_is_an_error(tmp_path: Path, uri: str, said: str) -> None:
     (tmp_path / "notes.txt").write_text("no database " * 100)
+    os.mkfifo(tmp_path / "pipe")
 
     with pytest.raises(ConfigError, match=said):
         MlflowTracker(uri=uri.replace("TMP", str(tmp_path))).prepare()
+
+
+def test_a_database_that_another_program_keeps_does_not_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mlflow_tracker, "BUSY_TIMEOUT_S", 0.01)
+    tracker = MlflowTracker(folder=str(tmp_path))
+    tracker.prepare()
+
+    with closing(sqlite3.connect(str(tracker.database))) as other:
+        other.execute("begin immediate")
+        with pytest.raises(TrackingError, match=r"mlflow\.db does not answer: database is locked$"):
+            tracker.prepare()
+    tracker.prepare()
+
+
+def test_a_database_that_may_not_be_written_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system's answer is put in its place: root, who runs many tests, may write everywhere."""
+
+    def refuse(*args: object, **options: object) -> object:
+        raise sqlite3.OperationalError("attempt to write a readonly database")
+
+    monkeypatch.setattr(mlflow_tracker.sqlite3, "connect", refuse)
+    with pytest.raises(ConfigError, match=r"cannot be used: attempt to write a readonly database; tracker="):
+        MlflowTracker(folder=str(tmp_path)).prepare()
 
 
 @pytest.mark.parametrize("name", ["a%20b", "a?b"])

@@ -1,0 +1,447 @@
+"""Paths that no file can have, or that name something else, in every setting that takes a path.
+
+    python experiments/faults/paths.py [--settings NAME ...] [--kinds NAME ...] [--all]
+
+Every pair is the command in a process of its own, forked from one that has imported everything, without
+the rights of root: as root nothing is unreadable. A pair passes when the command ends in time, with 0, or
+with an exit code of a setting or file that cannot work and one line that says so. Prints the pairs that do
+not pass (`--all`: each pair and its line) and ends with 1 when there are any.
+"""
+
+import argparse
+import ctypes
+import importlib
+import io
+import os
+import re
+import signal
+import socket
+import stat
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+PATIENCE_S = 60.0  # for one command, on a machine that is busy
+CAPABILITY_VERSION = 0x20080522
+# CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_FOWNER; see capabilities(7)
+RIGHTS_OVER_FILES = 0b1111
+SHOWN_CHARS = 230
+EXPECTED_CODES = (0, 2, 3)  # fine, a setting, a file
+PACKAGE = Path(__file__).parents[2] / "int8run"
+SHIPPED_LORA = PACKAGE / "assets" / "lora" / "ink.safetensors"
+TINY_DENOISER = PACKAGE / "assets" / "tiny" / "transformer" / "diffusion_pytorch_model.safetensors"
+LITTLE = (
+    "sampler.steps=1",
+    "sampler.width=16",
+    "sampler.height=16",
+    "metrics.baseline=none",
+    "metrics.system_s=0",
+    "backend=reference",
+    "progress=false",
+)
+PROMPT = ("prompts.prompts=[fox]",)
+UNCACHED = ("cache.limit_gb=0",)
+UNTRACKED = ("tracker=none",)
+RUN = (*LITTLE, *PROMPT, *UNCACHED, *UNTRACKED)
+TRACKED_RUN = (*LITTLE, *PROMPT, *UNCACHED)
+# what every command needs and imports late; the commands are forked from this process
+IMPORTED_BEFORE = (
+    "diffusers",
+    "int8run.cli",
+    "int8run.config.compose",
+    "int8run.tasks.inspect_file",
+    "int8run.tasks.quantize_checkpoint",
+    "int8run.tasks.report",
+    "int8run.tasks.run",
+    "int8run.tracking.mlflow_tracker",
+    "mlflow.tracking",
+)
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """How one command ended."""
+
+    setting: str
+    kind: str
+    code: int | None  # None: it did not end in time
+    text: str
+    seconds: float
+
+    @property
+    def problem(self) -> str | None:
+        """What is wrong with it; None: nothing."""
+        if self.code is None:
+            return f"did not end within {PATIENCE_S:g} s"
+        if "Traceback" in self.text:
+            return "a traceback: " + self.text.strip().splitlines()[-1]
+        if self.code not in EXPECTED_CODES:
+            return f"exit code {self.code}"
+        if self.code != 0 and len(self.lines) != 1:
+            return f"{len(self.lines)} lines of the error"
+        return None
+
+    def describe(self) -> str:
+        """A line about it."""
+        verdict = "FAIL" if self.problem else "pass"
+        said = " / ".join(self.lines)[:SHOWN_CHARS]
+        line = (
+            f"{verdict}  {self.setting:<26} {self.kind:<24} {self.seconds:5.1f} s  [{self.code}] "
+            f"{self.problem or ''} {said}"
+        )
+        return line.encode("utf-8", "backslashreplace").decode()
+
+    @property
+    def lines(self) -> list[str]:
+        """The message: what follows `int8run: `, to the end."""
+        found = re.findall(r"(?:\A|\n)int8run: (.*)\Z", self.text, flags=re.DOTALL)
+        return found[0].strip().splitlines() if found else []
+
+
+# -- what a path can be ------------------------------------------------------------------------------
+
+
+def make_fifo(folder: Path) -> str:
+    """A pipe to which nobody writes."""
+    path = folder / "fifo.safetensors"
+    os.mkfifo(path)
+    return str(path)
+
+
+def make_socket(folder: Path) -> str:
+    """A socket on which nobody listens."""
+    path = folder / "socket.safetensors"
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(path))
+    return str(path)
+
+
+def make_unreadable_file(folder: Path) -> str:
+    """A file that only its owner, another one, may read."""
+    path = folder / "unreadable.safetensors"
+    path.write_bytes(SHIPPED_LORA.read_bytes())
+    path.chmod(0)
+    return str(path)
+
+
+def make_unreadable_folder(folder: Path) -> str:
+    """A folder that may not be entered."""
+    path = folder / "unreadable"
+    path.mkdir()
+    (path / "model_index.json").write_text("{}")
+    path.chmod(0)
+    return str(path)
+
+
+def make_in_unreadable_folder(folder: Path) -> str:
+    """A file in a folder that may not be entered."""
+    return f"{make_unreadable_folder(folder)}/a.safetensors"
+
+
+def make_read_only_folder(folder: Path) -> str:
+    """A folder in which nothing can be made."""
+    path = folder / "read-only"
+    path.mkdir()
+    path.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    return str(path)
+
+
+def make_in_read_only_folder(folder: Path) -> str:
+    """A file in a folder in which nothing can be made."""
+    return f"{make_read_only_folder(folder)}/a.safetensors"
+
+
+def make_empty_folder(folder: Path) -> str:
+    """A folder with nothing in it."""
+    path = folder / "empty"
+    path.mkdir()
+    return str(path)
+
+
+def make_folder_like_a_file(folder: Path) -> str:
+    """A folder that is called as a file is."""
+    path = folder / "folder.safetensors"
+    path.mkdir()
+    return str(path)
+
+
+def make_empty_file(folder: Path) -> str:
+    """A file of no bytes."""
+    path = folder / "empty.safetensors"
+    path.touch()
+    return str(path)
+
+
+def make_plain_file(folder: Path) -> str:
+    """A file without a suffix, of random text."""
+    path = folder / "plain"
+    path.write_text("not what it should be\n")
+    return str(path)
+
+
+def make_inside_file(folder: Path) -> str:
+    """A path through a file."""
+    return f"{make_plain_file(folder)}/a.safetensors"
+
+
+def make_file_with_slash(folder: Path) -> str:
+    """A file, with a slash at its end."""
+    return f"{make_empty_file(folder)}/"
+
+
+def make_dangling_link(folder: Path) -> str:
+    """A link to what is not there."""
+    path = folder / "dangling.safetensors"
+    path.symlink_to(folder / "gone" / "a.safetensors")
+    return str(path)
+
+
+def make_link_loop(folder: Path) -> str:
+    """A link to itself."""
+    path = folder / "loop.safetensors"
+    path.symlink_to(path)
+    return str(path)
+
+
+def make_in_link_loop(folder: Path) -> str:
+    """A path through a link to itself."""
+    return f"{make_link_loop(folder)}/a.safetensors"
+
+
+KINDS: Mapping[str, Callable[[Path], str]] = {
+    "absent": lambda folder: f"{folder}/no/such",
+    "absent file": lambda folder: f"{folder}/no/such.safetensors",
+    "300 letters": lambda folder: f"{folder}/{'a' * 300}",
+    "300 letters, file": lambda folder: f"{folder}/{'a' * 300}.safetensors",
+    "300 letters alone": lambda folder: "a" * 300,
+    "5000 letters": lambda folder: f"{folder}/{'a/' * 2500}a.safetensors",
+    "pipe": make_fifo,
+    "socket": make_socket,
+    "unreadable file": make_unreadable_file,
+    "unreadable folder": make_unreadable_folder,
+    "in an unreadable folder": make_in_unreadable_folder,
+    "read-only folder": make_read_only_folder,
+    "in a read-only folder": make_in_read_only_folder,
+    "empty folder": make_empty_folder,
+    "folder like a file": make_folder_like_a_file,
+    "empty file": make_empty_file,
+    "plain file": make_plain_file,
+    "inside a file": make_inside_file,
+    "file with a slash": make_file_with_slash,
+    "dangling link": make_dangling_link,
+    "link loop": make_link_loop,
+    "in a link loop": make_in_link_loop,
+    "/dev/null": lambda folder: "/dev/null",
+    "/dev/zero": lambda folder: "/dev/zero",
+    "/dev/full": lambda folder: "/dev/full",
+    "/proc/self/mem": lambda folder: "/proc/self/mem",
+    "in /proc": lambda folder: "/proc/self/a.safetensors",
+    "NUL": lambda folder: f"{folder}/a\0b.safetensors",
+    "not UTF-8": lambda folder: f"{folder}/a\udcff.safetensors",
+    "half a letter": lambda folder: f"{folder}/a\ud800.safetensors",
+    "line break": lambda folder: f"{folder}/a\nb.safetensors",
+    "~unknown": lambda folder: "~nobody_of_this_name/a.safetensors",
+    "~unknown alone": lambda folder: "~nobody_of_this_name",
+    "empty": lambda folder: "",
+    "dot": lambda folder: ".",
+    "root": lambda folder: "/",
+    "spaces": lambda folder: "   ",
+}
+
+
+# -- where a path can stand --------------------------------------------------------------------------
+
+
+def quote(text: str) -> str:
+    """A text as a value of hydra's grammar."""
+    escaped = re.sub(r"(\\*)'", r"\1\1\\'", text)
+    trailing = len(escaped) - len(escaped.rstrip("\\"))
+    return f"'{escaped}{chr(92) * trailing}'"
+
+
+SETTINGS: Mapping[str, Callable[[str], list[str]]] = {
+    "model.location": lambda path: [f"model.location={quote(path)}", *RUN],
+    "model.location, quantize": lambda path: [
+        "task=quantize",
+        f"model.location={quote(path)}",
+        "save=out.safetensors",
+        *UNCACHED,
+    ],
+    "model.base": lambda path: [f"model.location={TINY_DENOISER}", f"model.base={quote(path)}", *RUN],
+    "model.parts": lambda path: [f"+model.parts.vae={quote(path)}", *RUN],
+    "model.sdnq": lambda path: [f"model.location={TINY_DENOISER}", f"model.sdnq={quote(path)}", *RUN],
+    "int8.checkpoint": lambda path: [f"int8.checkpoint={quote(path)}", *RUN],
+    "save": lambda path: [f"save={quote(path)}", *RUN],
+    "save, quantize": lambda path: ["task=quantize", f"save={quote(path)}", *UNCACHED],
+    "save, text encoder": lambda path: [
+        "task=quantize",
+        "task.component=text_encoder",
+        "clip=int8_rowwise",
+        f"save={quote(path)}",
+        *UNCACHED,
+    ],
+    "lora path": lambda path: ["lora=file", f"lora.adapters.0.path={quote(path)}", *RUN],
+    "lora path with weight_name": lambda path: [
+        "lora=file",
+        f"lora.adapters.0.path={quote(path)}",
+        "lora.adapters.0.weight_name=a.safetensors",
+        *RUN,
+    ],
+    "lora weight_name": lambda path: [
+        "lora=file",
+        "lora.adapters.0.path=.",
+        f"lora.adapters.0.weight_name={quote(path)}",
+        *RUN,
+    ],
+    "lora_dir": lambda path: [
+        "lora=file",
+        "lora.adapters.0.path=style",
+        f"lora_dir={quote(path)}",
+        *RUN,
+    ],
+    "prompts.path": lambda path: [
+        "prompts=file",
+        f"prompts.path={quote(path)}",
+        *LITTLE,
+        *UNCACHED,
+        *UNTRACKED,
+    ],
+    "clip.path": lambda path: ["clip=auto", f"clip.path={{text_encoder: {quote(path)}}}", *RUN],
+    "clip.path, both": lambda path: ["clip=auto", f"clip.path={quote(path)}", *RUN],
+    "cache.folder": lambda path: [f"cache.folder={quote(path)}", *LITTLE, *PROMPT, *UNTRACKED],
+    "cache.folder, inspect": lambda path: ["task=inspect", f"cache.folder={quote(path)}"],
+    "backend.table": lambda path: [
+        *[word for word in RUN if not word.startswith("backend=")],
+        "backend=auto",
+        "backend.rounds=1",
+        f"backend.table={quote(path)}",
+    ],
+    "task.path, inspect": lambda path: ["task=inspect", f"task.path={quote(path)}"],
+    "task.path, report": lambda path: ["task=report", f"task.path={quote(path)}", *UNTRACKED],
+    "sync": lambda path: ["task=report", f"sync={quote(path)}"],
+    "hydra.run.dir": lambda path: [f"hydra.run.dir={quote(path)}", *RUN],
+    "hydra.sweep.dir": lambda path: ["-m", "seed=0,1", f"hydra.sweep.dir={quote(path)}", *RUN],
+    "hydra.sweep.subdir": lambda path: ["-m", "seed=0,1", f"hydra.sweep.subdir={quote(path)}", *RUN],
+    "tracker.uri": lambda path: [f"tracker.uri={quote(path)}", *TRACKED_RUN],
+    "tracker.uri, sqlite": lambda path: [f"tracker.uri={quote('sqlite:///' + path)}", *TRACKED_RUN],
+    "tracker.uri, file": lambda path: [f"tracker.uri={quote('file://' + path)}", *TRACKED_RUN],
+    "tracker.folder": lambda path: [f"tracker.folder={quote(path)}", *TRACKED_RUN],
+    "config-dir": lambda path: ["--config-dir", path, *RUN],
+    "config-name": lambda path: ["--config-name", path, *RUN],
+}
+
+
+# -- one pair ----------------------------------------------------------------------------------------
+
+
+def drop_rights() -> None:
+    """Take the right to read and write everything from this process, which root has; nothing for others."""
+    if sys.platform != "linux":
+        return
+
+    class Capabilities(ctypes.Structure):
+        _fields_ = [(name, ctypes.c_uint32) for name in ("effective", "permitted", "inheritable")]
+
+    header = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION, 0)  # of this process
+    held = (Capabilities * 2)()
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.capget(header, held) != 0:
+        raise OSError(ctypes.get_errno(), "capget")
+    for name in ("effective", "permitted", "inheritable"):
+        setattr(held[0], name, getattr(held[0], name) & ~RIGHTS_OVER_FILES)
+    if libc.capset(header, held) != 0:
+        raise OSError(ctypes.get_errno(), "capset")
+
+
+def try_pair(setting: str, kind: str, parent: Path) -> Attempt:
+    """Run the command with one path in one setting."""
+    folder = Path(tempfile.mkdtemp(dir=parent))
+    work = folder / "work"
+    work.mkdir()
+    arguments = SETTINGS[setting](KINDS[kind](folder))
+    log = folder / "log.txt"
+    log.touch()
+    began = time.monotonic()
+    child = os.fork()
+    if child == 0:
+        run_command(arguments, work, log)
+    code = wait_for(child)
+    return Attempt(setting, kind, code, log.read_text(errors="replace"), time.monotonic() - began)
+
+
+def run_command(arguments: list[str], work: Path, log: Path) -> None:
+    """Be the command, in a process that ends with it."""
+    code = 1
+    try:
+        os.setsid()
+        drop_rights()
+        descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        sys.stdout = io.TextIOWrapper(os.fdopen(1, "wb", closefd=False), write_through=True)
+        sys.stderr = io.TextIOWrapper(
+            os.fdopen(2, "wb", closefd=False), errors="backslashreplace", write_through=True
+        )
+        os.chdir(work)
+        os.environ["HOME"] = str(work)
+        os.environ.pop("MLFLOW_TRACKING_URI", None)
+        sys.argv = ["int8run", *arguments]
+        from int8run import cli
+
+        cli.main()
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    finally:
+        # what the command let through is the fault that is looked for
+        if sys.exc_info()[0] is not None:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def wait_for(child: int) -> int | None:
+    """The exit code of a process; None: it was killed, because it did not end."""
+    end = time.monotonic() + PATIENCE_S
+    while time.monotonic() < end:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.02)
+    os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return None
+
+
+def main() -> int:
+    """Exit code 1 when a pair does not pass."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--settings", nargs="*", default=list(SETTINGS), choices=list(SETTINGS))
+    parser.add_argument("--kinds", nargs="*", default=list(KINDS), choices=list(KINDS))
+    parser.add_argument("--all", action="store_true", help="print the pairs that pass, too")
+    arguments = parser.parse_args()
+    for module in IMPORTED_BEFORE:
+        importlib.import_module(module)
+
+    tried = failed = 0
+    with tempfile.TemporaryDirectory() as temporary:
+        for setting in arguments.settings:
+            for kind in arguments.kinds:
+                attempt = try_pair(setting, kind, Path(temporary))
+                tried += 1
+                failed += attempt.problem is not None
+                if attempt.problem is not None or arguments.all:
+                    print(attempt.describe(), flush=True)
+    print(f"{tried} pairs, {failed} do not pass")
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
