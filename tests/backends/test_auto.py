@@ -14,6 +14,7 @@ from support.helpers import CPU, shipped, usable
 
 from int8run.backends import auto
 from int8run.backends.auto import AutoBackend
+from int8run.backends.autotune_cache import read_entries
 from int8run.backends.base import Limits
 from int8run.backends.reference import Reference
 from int8run.errors import BackendError
@@ -161,7 +162,7 @@ def test_other_candidates_or_another_dtype_are_measured_anew(tmp_path, seconds):
         again.choose_backend(4, 16, 8)
         assert again.n_measured == 1
 
-    assert len(json.loads((tmp_path / "choices" / "table.json").read_text())) == 3
+    assert len(read_entries(tmp_path / "choices" / "table.json")) == 3
 
 
 @pytest.mark.parametrize(
@@ -176,7 +177,7 @@ def test_a_damaged_table_counts_as_empty_and_is_written_anew(tmp_path, seconds, 
     table.write_bytes(damage)
 
     assert chooser(tmp_path, Reference(), Exact()).choose_backend(4, 16, 8).name == "exact"
-    assert list(json.loads(table.read_text()).values()) == ["exact"]
+    assert list(read_entries(table).values()) == ["exact"]
 
 
 @pytest.mark.parametrize("choice", ["gone", ["exact"], None], ids=["unknown name", "list", "null"])

@@ -945,7 +945,9 @@ class TestFolderOfPeft:
 
 
 @pytest.mark.parametrize("name", [".", "/", ".."])
-def test_a_folder_is_no_file(name):
+def test_a_folder_is_no_file(name, tmp_path, monkeypatch):
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir(tmp_path / "below")
     with pytest.raises(LoraError, match="LoRA file not found: "):
         find_lora(name, None)
 

@@ -35,8 +35,8 @@ def test_prompts_are_a_list_of_texts(prompts):
     with pytest.raises(
         ConfigError,
         match=(
-            r"^calibration\.prompts is .*; it takes a list with at least one prompt: "
-            r"calibration\.prompts=\[a fox"
+            r"^calibration\.prompts (is .*; it takes a list(: calibration\.prompts=\[|"
+            r" with at least one prompt, and none may be blank: )|has 5 as entry 1, which is no text)"
         ),
     ):
         CalibrationSettings(prompts)

@@ -16,6 +16,7 @@ from support.helpers import CONF, without_vnni
 from support.run_job import make_spec, run_job, save_lora
 from support.tiny_pipeline import random_pipeline, save_random_pipeline
 
+from int8run.backends.autotune_cache import read_entries
 from int8run.checkpoints.header import read_header
 from int8run.errors import BackendError, ConfigError, FileError, LoraError
 from int8run.generate.generate import Generation
@@ -459,7 +460,7 @@ def test_costs_of_automatic_methods_are_kept_in_the_backends_table(least: list[s
         [*least, "outlier=auto", "backend=auto", "~backend.candidates.vnni", f"backend.table={table}"],
         tmp_path,
     )
-    known = json.loads(table.read_text())
+    known = read_entries(table)
     costs = [key for key in known if " | cost of " in key]
 
     assert any("cost of factor |" in key for key in costs)

@@ -373,7 +373,8 @@ def test_size_that_cannot_be_derived_is_an_error(name, change, message):
 def test_tokenizer_that_cannot_be_downloaded_is_an_error(monkeypatch):
     asked = []
 
-    def fetch(location, subfolder):
+    def fetch(location, subfolder, trust_remote_code):
+        assert not trust_remote_code
         asked.append((location, subfolder))
         raise OSError("We couldn't connect\nto the hub")
 
@@ -390,7 +391,7 @@ def test_tokenizer_that_cannot_be_downloaded_is_an_error(monkeypatch):
     assert asked == [("Qwen/Qwen-Image", "tokenizer"), ("google/t5-v1_1-xxl", "")]
 
     monkeypatch.setattr(
-        transformers.AutoTokenizer, "from_pretrained", lambda location, subfolder: (location, subfolder)
+        transformers.AutoTokenizer, "from_pretrained", lambda location, subfolder, **_: (location, subfolder)
     )
 
     assert load_tokenizer({"location": "here"}) == ("here", "")
