@@ -96,8 +96,9 @@ def test_each_image_says_what_it_was_made_with(model: str, tmp_path: Path) -> No
     texts, float_texts = Image.open(int8_path).text, Image.open(float_path).text
     prompt, negative, settings = texts["parameters"].split("\n")
     assert (prompt, negative) == ("лиса", "Negative prompt: ")
+    folder = Path(model.removeprefix("model.location=")).name
     assert settings.startswith(
-        f"Steps: 2, Sampler: Euler, CFG scale: 3.5, Seed: 3, Size: 16x16, Model: {Path(model.partition('=')[2]).name},"
+        f"Steps: 2, Sampler: Euler, CFG scale: 3.5, Seed: 3, Size: 16x16, Model: {folder},"
     )
     assert 'Precision: INT8, Outlier: convrot, LoRAs: "style: 0.5", Version: int8run' in settings
     assert 'Precision: float32, LoRAs: "style: 0.5", Version: int8run' in float_texts["parameters"]
