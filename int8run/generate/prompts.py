@@ -56,7 +56,12 @@ class PromptSet:
             text = path.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
             raise FileError(f"prompts.path={self.path} is not UTF-8 text: {error}") from error
-        lines = [line.strip() for line in text.splitlines()]
+        if "\0" in text:  # UTF-16 without a mark is UTF-8 with zeros
+            raise FileError(
+                f"prompts.path={self.path} is not UTF-8 text: it has zero bytes; save it as UTF-8"
+            )
+        # at line ends alone: pasted text has other separators inside of a line, which `splitlines` cuts at
+        lines = [line.strip() for line in text.split("\n")]
         prompts = [line for line in lines if line and not line.startswith("#")]
         if not prompts:
             raise FileError(f"prompts.path={self.path} holds no prompt; write one per line")

@@ -228,10 +228,17 @@ def describe_copies(num_copies: int, num_modules: int) -> Iterator[str]:
 def is_copy(module: ModuleKeys, part: str, key: str, get_tensor: Callable[[str], Tensor]) -> bool:
     """Whether a key that is a part once more belongs to a copy of the whole module."""
     first = module.by_part[part][0]
-    if not torch.equal(get_tensor(first), get_tensor(key)):
+    if not has_same_bytes(get_tensor(first), get_tensor(key)):
         return False
     stem, first_stem = get_stem(key), get_stem(first)
     return stem != first_stem and list_parts(module, stem) == list_parts(module, first_stem)
+
+
+def has_same_bytes(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors are equal, dtype included; PyTorch compares the numbers of few dtypes."""
+    if first.dtype != second.dtype or first.shape != second.shape:
+        return False
+    return torch.equal(first.flatten().view(torch.uint8), second.flatten().view(torch.uint8))
 
 
 def list_parts(module: ModuleKeys, stem: str) -> list[str]:

@@ -266,6 +266,11 @@ def build_new_norm(tensors: AdapterTensors, get_scale: GetScale) -> Replacement:
 def build_ia3(tensors: AdapterTensors, get_scale: GetScale) -> IA3:
     """A factor for each row or column; convolutions store it with dimensions of 1."""
     weight, on_input = require_parts(tensors, "weight", "on_input")
+    if on_input.numel() != 1:
+        raise LoraError(
+            f"has an on_input of shape {list(on_input.shape)}; it is one yes or no for rows or columns, the "
+            "file is broken"
+        )
     return IA3(factor=weight.flatten(), on_input=bool(on_input.flatten()[0]))
 
 

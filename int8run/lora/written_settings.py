@@ -221,8 +221,9 @@ def split_plain_key(key: str) -> tuple[str | None, str]:
     if prefix in COMPONENT_PREFIXES:
         return COMPONENT_PREFIXES[prefix], setting
     for name, component in COMPONENT_PREFIXES.items():
-        if key.removeprefix(f"{name}_") in (*ALPHA_KEYS, *RANK_KEYS, RSLORA_KEY, INITIALIZATION_KEY):
-            return component, key.removeprefix(f"{name}_")
+        before, _, setting = key.partition(f"{name}_")
+        if not before and setting in (*ALPHA_KEYS, *RANK_KEYS, RSLORA_KEY, INITIALIZATION_KEY):
+            return component, setting
     return None, key
 
 

@@ -45,6 +45,16 @@ def test_a_file_that_is_not_text_is_an_error(read_prompts):
         read_prompts(b"\xff\xfe\x00a")
 
 
+def test_utf16_without_a_mark_is_an_error(read_prompts):
+    with pytest.raises(FileError, match=r"p\.txt is not UTF-8 text: it has zero bytes; save it as UTF-8"):
+        read_prompts("fox\n".encode("utf-16-le"))
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\x85", "\x0b", "\x0c", "\x1c"])
+def test_a_separator_inside_of_a_line_does_not_cut_the_prompt(read_prompts, separator):
+    assert read_prompts(f"a{separator}b\r\nc\rd".encode()) == [f"a{separator}b", "c", "d"]
+
+
 def test_the_error_for_a_missing_file_has_its_absolute_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 

@@ -43,6 +43,25 @@ def make_peft_metadata(**settings):
     return {"format": "pt", "lora_adapter_metadata": json.dumps(settings)}
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e5m2fnuz, torch.uint16, torch.float16], ids=str)
+def test_a_second_spelling_in_another_dtype_is_refused(write, dtype):
+    again = {
+        "lora_unet_x.lora_down.weight": torch.ones(RANK, IN).to(dtype),
+        "lora_unet_x.lora_up.weight": B.clone(),
+    }
+    ones = {**PEFT, "transformer.x.lora_A.weight": torch.ones(RANK, IN)}
+    with pytest.raises(
+        LoraError, match=r"x is in the file twice, as transformer\.x\.lora_A\.weight and lora_"
+    ):
+        read_lora(write({**ones, **again}))
+
+
+def test_an_ia3_with_several_on_inputs_is_refused(write):
+    parts = {"lycoris_x.weight": torch.ones(IN), "lycoris_x.on_input": torch.tensor([True, False])}
+    with pytest.raises(LoraError, match=r"x has an on_input of shape \[2\]; it is one yes or no"):
+        read_lora(write(parts))
+
+
 @pytest.mark.parametrize(
     ("down", "up"),
     [

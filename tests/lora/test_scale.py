@@ -50,6 +50,19 @@ def get_scale(path):
     return change.weight_delta.scale
 
 
+def test_a_plain_alpha_of_a_header_is_for_every_component(write):
+    for prefix in ("text_encoder.", "text_encoder_2.", "transformer.", "lora_te1_"):
+        parts = {"lora_down.weight": PAIR["lora_A.weight"], "lora_up.weight": PAIR["lora_B.weight"]}
+        path = write({"lora_alpha": "16"}, parts=parts, prefix=prefix, name="style.safetensors")
+        assert get_scale(path) == 2.0, prefix
+
+
+def test_an_alpha_with_a_component_is_for_that_one(write):
+    metadata = {"text_encoder_2_lora_alpha": "16"}
+    assert get_scale(write(metadata, prefix="text_encoder_2.", name="a.safetensors")) == 2.0
+    assert get_scale(write(metadata, prefix="text_encoder.", name="a.safetensors")) == 1.0
+
+
 # -- PEFT is the judge ---------------------------------------------------------------------------------------
 
 

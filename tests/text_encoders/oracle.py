@@ -570,7 +570,7 @@ def size_of_blocks(axes: list[tuple[int, int]], named: int | None) -> int:
     def fits(size: int) -> bool:
         return all(math.ceil(numbers / size) == count for numbers, count in axes)
 
-    if named and fits(named):
+    if named and named == named and fits(named):  # not NaN
         return named
     usual = [2**power for power in range(4, 10) if fits(2**power)]
     exact = {numbers // count if numbers % count == 0 else 0 for numbers, count in axes}
