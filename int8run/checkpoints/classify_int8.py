@@ -11,7 +11,8 @@ import torch
 
 from int8run.checkpoints import quip
 from int8run.checkpoints.format_names import name_granularity, name_int8_format
-from int8run.checkpoints.granularity import SCALE_DTYPES, Granularity, check_positive, read_granularity
+from int8run.checkpoints.granularity import Granularity, check_positive, read_granularity
+from int8run.checkpoints.header import FLOATS
 from int8run.checkpoints.layer import INT8, MAX_EXACT_GROUP_SIZE, CheckpointLayer, get_hadamard
 from int8run.checkpoints.quant_metadata import INT8RUN_FORMAT, Marker, is_power_of_4
 from int8run.checkpoints.reader import TensorFiles, TensorInfo
@@ -177,7 +178,7 @@ def identify_hadamard(files: TensorFiles, key: str) -> tuple[int, bool]:
     is_square = len(info.shape) == 2 and info.shape[0] == info.shape[1]
     size = info.shape[0] if is_square else 0
     is_power_of_2 = 2 <= size <= MAX_EXACT_GROUP_SIZE and size & (size - 1) == 0
-    if is_power_of_2 and info.dtype in SCALE_DTYPES:
+    if is_power_of_2 and info.dtype in FLOATS:
         matrix = files.read(key).float()
         tolerance = 0.01 / size**0.5  # half precision is good enough
         for is_sylvester in (True, False):

@@ -50,8 +50,8 @@ def read_layers(
     """Find out what every weight below a prefix is: all with 2 dimensions, and fp8 ones with any.
 
     Only headers, markers and scales are read, and fp8 weights without a scale, whose numbers must be those of
-    a plain cast. What lies outside of the prefix (a full checkpoint's text
-    encoders and VAE) is not looked at.
+    a plain cast. What lies outside of the prefix (a full checkpoint's text encoders and VAE) is not looked
+    at.
 
     Args:
         files: the checkpoint.
@@ -60,7 +60,6 @@ def read_layers(
             INT8 rows are rotated, where no INT8 layer of the file has a marker; of nvfp4 and mxfp8 whose they
             are, where neither markers nor shapes show it; `float8_e4m3fn_cast` that fp8 weights without a
             scale are casts, where their numbers deny it.
-
         sdnq: `model.sdnq`, how SDNQ made INT8 weights without a config beside them.
 
     Returns:
@@ -217,8 +216,7 @@ def check_consistency(
         if has_marker and not describes_itself:
             raise FileError(
                 f"{files.path}: {layer.name} has no comfy_quant marker and other INT8 layers have one, so "
-                "it is unclear "
-                "whether it is rotated; the file is damaged"
+                "it is unclear whether it is rotated; the file is damaged"
             )
     for key in files:
         if key.startswith(prefix) and is_scaled_fp8_marker(key):

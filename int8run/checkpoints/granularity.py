@@ -11,12 +11,12 @@ from math import prod
 
 import torch
 
+from int8run.checkpoints.header import FLOATS
 from int8run.checkpoints.quant_metadata import Marker
 from int8run.checkpoints.reader import TensorFiles, TensorInfo
 from int8run.checkpoints.unsupported import read_quant_config
 from int8run.errors import FileError
 
-SCALE_DTYPES = ("F32", "F16", "BF16", "F64")
 SCALE_SHAPES = "one number, [N], [N, 1], [N, K/g], [N, K/b, 1] and [N/b, K/b]"
 # of blocks that do not divide a weight, so that the last one of a row is smaller
 USUAL_BLOCK_SIZES = (16, 32, 64, 128, 256, 512)
@@ -63,10 +63,10 @@ def read_granularity(
             the shape.
     """
     scale = files[scale_key]
-    if scale.dtype not in SCALE_DTYPES:
+    if scale.dtype not in FLOATS:
         raise FileError(
             f"{scale.file}: {scale_key} is {scale.dtype}, and {info.key} is {info.dtype}; "
-            f"its scales are {', '.join(SCALE_DTYPES)}"
+            f"its scales are {', '.join(FLOATS)}"
         )
     if not may_be_transposed:
         check_orientation(info, scale, marker)
@@ -84,8 +84,7 @@ def read_granularity(
     if block_size and marker is not None and marker.block_size not in (None, block_size):
         raise FileError(
             f"{marker.location} names blocks of {marker.block_size}, and {scale_key} {list(scale.shape)} "
-            "has blocks of "
-            f"{block_size}; they contradict each other, so the weight cannot be read"
+            f"has blocks of {block_size}; they contradict each other, so the weight cannot be read"
         )
     return granularity
 
@@ -217,8 +216,8 @@ def check_positive(files: TensorFiles, key: str, shape: tuple[int, ...] | None =
         FileError: another dtype or shape, or a number that is not finite or not above 0.
     """
     info = files[key]
-    if info.dtype not in SCALE_DTYPES:
-        raise FileError(f"{info.file}: {key} is {info.dtype}; allowed are {', '.join(SCALE_DTYPES)}")
+    if info.dtype not in FLOATS:
+        raise FileError(f"{info.file}: {key} is {info.dtype}; allowed are {', '.join(FLOATS)}")
     if shape is not None and info.shape != shape:
         raise FileError(
             f"{info.file}: {key} has the shape {list(info.shape)}, its weight needs {list(shape)}; the file "

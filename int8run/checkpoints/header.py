@@ -56,6 +56,10 @@ DTYPES = {
     "F6_E3M2": StoredDtype(6, ""),
     "F4": StoredDtype(4, ""),
 }
+# names of those that a model may compute in, of its fp8 weights, and of integers
+FLOATS = ("F32", "F16", "BF16", "F64")
+FP8 = ("F8_E4M3", "F8_E5M2")
+INTEGERS = ("I64", "I32", "I16", "I8", "U8")
 
 
 class Header(NamedTuple):
@@ -125,8 +129,7 @@ def read_header_text(path: Path) -> tuple[int, bytes]:
     if first_bytes.startswith(b"GGUF"):
         raise FileError(
             f"{path} is not a safetensors file but a GGUF file, which ComfyUI-GGUF, or diffusers with gguf "
-            "can read "
-            "and int8run cannot; take the .safetensors checkpoint"
+            "can read and int8run cannot; take the .safetensors checkpoint"
         )
     if MAX_HEADER_BYTES < length <= size - 8:
         raise FileError(

@@ -7,19 +7,17 @@ in them; and an integer where a parameter is expected is not a number of the mod
 from collections.abc import Mapping
 
 from int8run.checkpoints import quip
+from int8run.checkpoints.header import FLOATS, FP8, INTEGERS
 from int8run.checkpoints.reader import TensorFiles, TensorInfo
 from int8run.errors import FileError
 
-FLOATS = ("F32", "F16", "BF16", "F64")
-FP8 = ("F8_E4M3", "F8_E5M2")
-INTEGERS = ("I64", "I32", "I16", "I8", "U8")
 PARAMETER = "parameter"  # of a model: a weight that is not quantized, a bias, a norm, a table
 BUFFER = "buffer"  # of integers, in a model
 # what a tensor is for -> safetensors' names of the dtypes that it may have. Weights and scales have tables of
-# their own, `classify.STORAGE_DTYPES` and `granularity.SCALE_DTYPES`; what is not read (`input`, `copy`) may
+# their own, `classify.STORAGE_DTYPES` and `header.FLOATS`; what is not read (`input`, `copy`) may
 # be anything.
 PART_DTYPES: Mapping[str, tuple[str, ...]] = {
-    PARAMETER: FLOATS + FP8,
+    PARAMETER: (*FLOATS, *FP8),
     BUFFER: (*INTEGERS, "BOOL"),
     "marker": ("U8",),
     "factor": FLOATS,
@@ -27,7 +25,7 @@ PART_DTYPES: Mapping[str, tuple[str, ...]] = {
     "scalar": FLOATS,
     "matrix": FLOATS,
     "sigma": FLOATS,
-    **dict.fromkeys(quip.ALL_PARTS, FLOATS + INTEGERS),
+    **dict.fromkeys(quip.ALL_PARTS, (*FLOATS, *INTEGERS)),
     quip.HADAMARD_FLAG: (*FLOATS, *INTEGERS, "BOOL"),
 }
 

@@ -6,6 +6,7 @@ by the metadata of its header, or by the config beside it.
 
 from typing import Any
 
+from int8run.checkpoints.header import FLOATS, FP8
 from int8run.checkpoints.reader import TensorFiles
 from int8run.errors import FileError
 from int8run.utils.untrusted_json import parse_untrusted_json
@@ -61,10 +62,7 @@ FORMAT_BY_SUFFIX = {
 # the last word of a key that several programs use -> what stands beside it, and whose it is then
 SIBLINGS_BY_SUFFIX = {
     "_scale": {"_data": "quanto"},
-    "_shift": {"_data": "quanto"},
     "qweight": {"qzeros": "GPTQ", "g_idx": "GPTQ"},
-    "qzeros": {"qweight": "GPTQ"},
-    "g_idx": {"qweight": "GPTQ"},
 }
 # `quant_method` in a config.json beside the file -> whose it is; `fp8` and `bfl` are read, by their tensors
 FORMAT_BY_METHOD = {
@@ -84,8 +82,7 @@ FORMAT_BY_METHOD = {
 }
 MODELOPT, SDNQ = "modelopt", "SDNQ"
 MODELOPT_CONFIG = "hf_quant_config.json"  # stands beside the weights of transformers' models
-SDNQ_DTYPES = ("I8", "F8_E4M3", "F8_E5M2")  # of weights that could be read
-FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+SDNQ_DTYPES = ("I8", *FP8)  # of weights that could be read
 PACKED_COPY = "weight_packed"  # beside an int8 weight: the INT8-Toolkit's transposed copy of it
 
 
@@ -139,7 +136,7 @@ def check_metadata(files: TensorFiles, keys: list[str]) -> None:
 
 def check_config(files: TensorFiles, keys: list[str]) -> None:
     """Raise FileError when the config beside a quantized file names another program's method."""
-    is_quantized = any(key.endswith(".weight") and files[key].dtype not in FLOAT_DTYPES for key in keys)
+    is_quantized = any(key.endswith(".weight") and files[key].dtype not in FLOATS for key in keys)
     if not is_quantized:  # a config beside a float file describes another file
         return
     method = read_quant_method(files)
@@ -158,7 +155,7 @@ def is_readable_modelopt(files: TensorFiles, keys: list[str]) -> bool:
     scale_names = {"U8": "weight_scale_2", "F8_E4M3": "weight_scale"}
     for key in keys:
         dtype = files[key].dtype
-        if not key.endswith(".weight") or dtype in FLOAT_DTYPES:
+        if not key.endswith(".weight") or dtype in FLOATS:
             continue
         if dtype not in scale_names or f"{key.removesuffix('weight')}{scale_names[dtype]}" not in files:
             return False
@@ -169,7 +166,7 @@ def is_readable_sdnq(files: TensorFiles, keys: list[str]) -> bool:
     """Whether SDNQ's weights are all float, or INT8 matrices whose scales are as it writes them."""
     for key in keys:
         info = files[key]
-        if not key.endswith(".weight") or info.dtype in FLOAT_DTYPES:
+        if not key.endswith(".weight") or info.dtype in FLOATS:
             continue
         is_matrix = info.dtype == "I8" and len(info.shape) == 2
         if not is_matrix or not has_sdnq_scale(files, key.removesuffix(".weight")):

@@ -128,7 +128,7 @@ def plan_targets(
         layers = [
             stored.get(part.key.removesuffix(WEIGHT)) if part.key.endswith(WEIGHT) else None for part in parts
         ]
-        check_part_dtypes(key, parts, files)
+        check_can_be_written(key, parts, files)
         target = Target(
             key,
             parts,
@@ -143,7 +143,7 @@ def plan_targets(
     return sorted(targets, key=lambda target: min(place[part.key] for part in target.parts))
 
 
-def check_part_dtypes(key: str, parts: Sequence[TensorPart], files: TensorFiles) -> None:
+def check_can_be_written(key: str, parts: Sequence[TensorPart], files: TensorFiles) -> None:
     """Check that tensors can be written: copied as they are, or joined as floats where their dtypes differ.
 
     Args:

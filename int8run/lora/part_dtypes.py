@@ -4,22 +4,19 @@ A safetensors file may hold any dtype of the format, of which PyTorch adds and m
 needs the header alone, so that no tensor of another dtype is read.
 """
 
+from int8run.checkpoints.header import FLOATS, FP8, INTEGERS
 from int8run.errors import LoraError
 
-# safetensors' names
-FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
-INTEGERS = ("I64", "I32", "I16", "I8", "U8")
-
+ANY_FLOATS = (*FLOATS, *FP8, "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 # integers among these need a scale beside them, see `int8run.lora.parse.dequantize_factors`
-FACTOR_DTYPES = (*FLOATS, *INTEGERS)
+FACTOR_DTYPES = (*ANY_FLOATS, *INTEGERS)
 # part -> what it may be, where that differs from `FACTOR_DTYPES`
 DTYPES_BY_PART = {
-    "alpha": (*FLOATS, *INTEGERS),
-    "dora_scale": FLOATS,
-    "magnitude": FLOATS,
-    "down_scale": FLOATS,
-    "up_scale": FLOATS,
-    "on_input": ("BOOL", *FLOATS, *INTEGERS),
+    "dora_scale": ANY_FLOATS,
+    "magnitude": ANY_FLOATS,
+    "down_scale": ANY_FLOATS,
+    "up_scale": ANY_FLOATS,
+    "on_input": ("BOOL", *ANY_FLOATS, *INTEGERS),
 }
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from int8run.checkpoints.comfy_int8 import WEIGHT
 from int8run.checkpoints.detect import AUTO, TENSORWISE, is_scaled_fp8_marker, read_layers
+from int8run.checkpoints.header import FLOATS, FP8
 from int8run.checkpoints.layer import FLOAT
 from int8run.checkpoints.provenance import read_provenance
 from int8run.checkpoints.quant_metadata import METADATA_KEY
@@ -30,7 +31,7 @@ from int8run.utils.plurals import count_noun
 NO_FORMAT, MIXED = "none", "mixed"
 # of a weight that is cast to a type without a scale
 CAST_SUFFIX = "_cast"
-FLOAT_DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+FLOAT_DTYPES = (*FLOATS, *FP8)
 # the smallest byte, without its sign, that is NaN or infinity
 NOT_FINITE_BYTES = {torch.float8_e4m3fn: 0x7F, torch.float8_e5m2: 0x7C}
 

@@ -75,7 +75,7 @@ def test_a_part_is_computed_with_or_refused(tmp_path, adapter, part, dtype):
         (
             "lora_A.weight",
             "BOOL",
-            r"x has BOOL numbers in its lora_A \(down\); they may be F64, F32, F16",
+            r"x has BOOL numbers in its lora_A \(down\); they may be F32, F16, BF16",
         ),
         ("lora_B.weight", "U16", r"x has U16 numbers in its lora_B \(up\); they may be"),
         ("lora_B.weight", "F4", r"x has F4 numbers in its lora_B \(up\); they may be"),
