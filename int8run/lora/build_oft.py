@@ -15,15 +15,14 @@ from torch import Tensor
 from int8run.errors import LoraError
 from int8run.lora.adapters.base import LoraDelta
 from int8run.lora.adapters.oft import OFT, RotationStage, StackedRows
-from int8run.lora.key_parsing import KOHYA_OFT_PARTS, OFT_SUFFIXES, PEFT_OFT_SUFFIXES
+from int8run.lora.key_parsing import KOHYA_OFT_PARTS, OFT_SUFFIXES, PEFT_OFT_PART, PEFT_OFT_SUFFIXES
+from int8run.lora.scale import read_alpha
 
 LYCORIS_PARTS, PEFT_PARTS = tuple(OFT_SUFFIXES.values()), tuple(PEFT_OFT_SUFFIXES.values())
 OFT_PARTS = (*LYCORIS_PARTS, *KOHYA_OFT_PARTS, *PEFT_PARTS)
 # of PEFT's OFTConfig
 PEFT_DEFAULT_TERMS = 5
 FIRST_SERIES_VERSION = [0, 18]
-# of blocks and factors; far above what training ends at
-LARGEST_VALUE = 1e6
 PEFT_DEFAULT_EPS = 6e-5
 
 
@@ -31,19 +30,18 @@ def build_oft(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Lor
     """The rotation that the tensors of one module make.
 
     Args:
-        tensors: by part.
+        tensors: by part, none larger than `size_limits.LARGEST_BY_PART`.
         settings: PEFT's, for this component; empty: there are none.
 
     Raises:
         LoraError: when parts are missing or do not fit, or belong to several programs.
     """
-    check_values(tensors)
     layouts = [parts for parts in (LYCORIS_PARTS, KOHYA_OFT_PARTS, PEFT_PARTS) if tensors.keys() & set(parts)]
-    if len(layouts) > 1 or {"oft_R", "boft_R"} <= tensors.keys():
+    if len(layouts) > 1 or {PEFT_OFT_PART, "boft_R"} <= tensors.keys():
         found = ", ".join(sorted(tensors.keys() & set(OFT_PARTS)))
         raise LoraError(f"has parts of several programs' OFT: {found}; the file is broken")
-    if "oft_R" in tensors:
-        return build_peft_oft(tensors["oft_R"].float(), settings)
+    if PEFT_OFT_PART in tensors:
+        return build_peft_oft(tensors[PEFT_OFT_PART].float(), settings)
     if layouts[0] == PEFT_PARTS:
         return build_peft_boft(tensors)
     if layouts[0] == KOHYA_OFT_PARTS:
@@ -124,11 +122,7 @@ def build_kohya(tensors: Mapping[str, Tensor]) -> LoraDelta:
 def read_bound(tensors: Mapping[str, Tensor]) -> float:
     """The `alpha` of a module, which bounds its rotation; 0 where there is none."""
     alpha = tensors.get("alpha")
-    if alpha is None:
-        return 0.0
-    if alpha.numel() != 1:
-        raise LoraError(f"has an alpha of shape {list(alpha.shape)}; it is one number, the file is broken")
-    return float(alpha)
+    return 0.0 if alpha is None else read_alpha(alpha)
 
 
 # -- PEFT: inputs are rotated --------------------------------------------------------------------------------
@@ -261,21 +255,6 @@ def cayley(skew: Tensor) -> Tensor:
     identity = torch.eye(skew.shape[-1])
     # Q and (I - Q)⁻¹ commute, so it may stand on the left
     return torch.linalg.solve(identity - skew, identity + skew)
-
-
-def check_values(tensors: Mapping[str, Tensor]) -> None:
-    """Check that rotations can be computed from the tensors: from larger values they would not be finite.
-
-    Raises:
-        LoraError: for the first that is too large.
-    """
-    for part in OFT_PARTS:
-        largest = float(tensors[part].abs().max()) if part in tensors else 0.0
-        if largest > LARGEST_VALUE:
-            raise LoraError(
-                f"has values up to {largest:.3g} in its {part}; at most {LARGEST_VALUE:g} can be computed "
-                "with, the file is broken"
-            )
 
 
 def check_square(part: str, blocks: Tensor, dims: tuple[int, ...]) -> None:

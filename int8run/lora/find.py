@@ -105,8 +105,9 @@ def find_in_lora_folder(folder: Path) -> Path | None:
 
 def get_default_name(source: str, path: Path) -> str:
     """What a LoRA is called that nobody named: like its file, or like its folder where that was given."""
-    is_folder = Path(source).name != path.name and path.name in FOLDER_FILES
-    return (Path(source).name if is_folder else "") or path.stem
+    folder_name = Path(source).name
+    is_folder = folder_name != path.name and path.name in FOLDER_FILES
+    return folder_name if is_folder and folder_name else path.stem
 
 
 def download_lora(repository: str, weight_name: str) -> Path:

@@ -15,9 +15,8 @@ from int8run.errors import LoraError
 from int8run.lora.adapters.change import LoraChange
 from int8run.lora.adapters.dora import DoRA
 from int8run.lora.adapters.lora import LoRA
-from int8run.lora.written_settings import PEFT_FILE
+from int8run.lora.written_settings import INITIAL_WORD, PEFT_FILE
 
-WORD = "init"
 INITIAL_SUFFIXES = (".lora_A", ".lora_B", ".lora_magnitude_vector")
 HOW_TO_CONVERT = (
     "save it with PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...), or put the "
@@ -31,9 +30,10 @@ def find_initial_adapter(path: Path) -> Path | None:
     Raises:
         LoraError: when there are several.
     """
-    files = [file for file in path.parent.glob("*.safetensors") if WORD in file.stem.lower() and file != path]
+    beside = [file for file in path.parent.glob("*.safetensors") if file != path]
+    files = [file for file in beside if INITIAL_WORD in file.stem.lower()]
     for folder in path.parent.glob("*"):
-        if folder.is_dir() and WORD in folder.name.lower():
+        if folder.is_dir() and INITIAL_WORD in folder.name.lower():
             named = folder / PEFT_FILE
             files += [named] if named.is_file() else list(folder.glob("*.safetensors"))
     if len(files) > 1:
@@ -56,7 +56,7 @@ def split_initial_keys(keys: Iterable[str]) -> tuple[list[str], dict[str, str]]:
         if weight != "weight":
             name = key
         half, _, adapter = name.rpartition(".")
-        if half.endswith(INITIAL_SUFFIXES) and WORD in adapter.lower():
+        if half.endswith(INITIAL_SUFFIXES) and INITIAL_WORD in adapter.lower():
             initial[f"{half}.weight"] = key
         else:
             others.append(key)

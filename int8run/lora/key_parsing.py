@@ -24,7 +24,8 @@ LOKR_PARTS = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr
 OTHER_LYCORIS_PARTS = ("alpha", "dora_scale", "diff", "diff_b", "w_norm", "b_norm", "on_input")
 # of OFT and BOFT: by LyCORIS, by PEFT, and by kohya, which cuts a fused matrix into up to four parts
 OFT_SUFFIXES = {".oft_blocks": "oft_blocks", ".rescale": "rescale"}
-PEFT_OFT_SUFFIXES = {".oft_R.weight": "oft_R", ".boft_R": "boft_R", ".boft_s": "boft_s"}
+PEFT_OFT_PART = "oft_R"
+PEFT_OFT_SUFFIXES = {".oft_R.weight": PEFT_OFT_PART, ".boft_R": "boft_R", ".boft_s": "boft_s"}
 KOHYA_OFT_PARTS = tuple(f"kohya_oft_blocks_{i}" for i in range(4))
 KOHYA_OFT_PREFIX = "oft_"
 

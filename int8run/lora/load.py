@@ -28,7 +28,7 @@ from int8run.lora.initial_factors import (
     subtract_initial,
 )
 from int8run.lora.key_groups import ModuleKeys, choose_keys, describe_copies, group_keys
-from int8run.lora.key_parsing import parse_key
+from int8run.lora.key_parsing import PEFT_OFT_PART, parse_key
 from int8run.lora.parse import (
     build_change,
     compute_peaks,
@@ -40,7 +40,7 @@ from int8run.lora.part_dtypes import check_dtype
 from int8run.lora.peft_config import check_parts, check_settings, find_relative_initialization
 from int8run.lora.sanity_checks import SanityChecks
 from int8run.lora.scale import ModuleNames, Scales
-from int8run.lora.size_limits import check_size
+from int8run.lora.size_limits import check_peaks, check_product
 from int8run.lora.written_settings import (
     ADAPTER_CONFIG,
     PEFT_PREFIX,
@@ -63,7 +63,8 @@ class LoraFile:
         metadata: the metadata of the header, untrusted.
         notes: what a user should know about the file before using it.
         outside: what is part of the changes and not of the file's tensors: (component, module, scale) of
-            scales that stand elsewhere, and the identity of a file with initial factors.
+            scales that stand elsewhere, (component, setting, value) of PEFT's OFT, and the identity of a file
+            with initial factors.
     """
 
     path: Path
@@ -102,8 +103,8 @@ class LoraFile:
 
     @cached_property
     def identity(self) -> str:
-        """A hash of the tensors' bytes and of scales from elsewhere: equal for copies of a file, whatever
-        their names say."""
+        """A hash of the tensors' bytes and of `outside`: equal for copies of a file, whatever their names
+        say."""
         with self.path.open("rb") as file:
             header_size = int.from_bytes(file.read(8), "little")
             file.seek(8 + header_size)
@@ -194,7 +195,8 @@ def check_written_settings(opened: OpenLora, components: Iterable[str]) -> str |
     try:
         for place in opened.written.places:
             for component in sorted(components):
-                warnings += check_settings(place, component) if place.is_peft else []
+                if place.is_peft:
+                    warnings += check_settings(place, component)
                 initialization = initialization or find_relative_initialization(place, component)
     except LoraError as error:
         raise LoraError(f"{opened.path}: {error}") from error
@@ -270,6 +272,7 @@ def read_modules(opened: OpenLora, keys: Iterable[str]) -> LoraFile:
         num_copies += len(module.keys) > len(key_by_part)
         changes.setdefault(module.component, {})[module.name] = change
 
+    oft_settings = list_oft_settings(opened.written, groups.modules)
     warn(opened.path, list_scale_warnings(opened, scales))
     return LoraFile(
         path=opened.path,
@@ -277,7 +280,7 @@ def read_modules(opened: OpenLora, keys: Iterable[str]) -> LoraFile:
         skipped_keys=tuple(groups.skipped.items()),
         metadata=opened.metadata,
         notes=(*describe_copies(num_copies, len(groups.modules)), *checks.list_notes()),
-        outside=tuple(sorted((*module, scale) for module, scale in scales.outside.items())),
+        outside=(*sorted((*module, scale) for module, scale in scales.outside.items()), *oft_settings),
     )
 
 
@@ -292,17 +295,30 @@ def read_module(
     component, name = module.component, module.name
     for part, key in key_by_part.items():
         check_dtype(part, get_part_name(part), opened.dtypes[key])
-    for place in () if opened.is_initial else opened.written.places:
-        check_parts(place.get_settings(component), place.name, key_by_part)
+    if not opened.is_initial:
+        for place in opened.written.places:
+            check_parts(place.get_settings(component), place.name, key_by_part)
 
     tensors = {part: to_computable_dtype(part, opened.get_tensor(key)) for part, key in key_by_part.items()}
     floats = dequantize_factors(tensors)
     peaks = compute_peaks(floats)
+    check_peaks(peaks)
     names = ModuleNames(name, find_full_name(name, next(iter(key_by_part.values()))))
     get_scale = partial(scales.get_scale, component, names, floats.get("alpha"))
-    change = build_change(floats, get_scale, opened.written.get_peft_settings(component))
-    check_size(peaks, change)
+    oft_settings = opened.written.get_oft_settings(component) if PEFT_OFT_PART in floats else {}
+    change = build_change(floats, get_scale, oft_settings)
+    check_product(peaks, change)
     return change, peaks
+
+
+def list_oft_settings(written: WrittenSettings, modules: Iterable[ModuleKeys]) -> list[tuple[str, str, str]]:
+    """Component, setting and value of what makes rotations of PEFT's OFT, and stands in no tensor."""
+    components = {module.component for module in modules if PEFT_OFT_PART in module.by_part}
+    found = []
+    for component in sorted(components):
+        for name, value in written.get_oft_settings(component).items():
+            found.append((component, name, repr(value)))
+    return found
 
 
 def find_full_name(name: str, key: str) -> str:

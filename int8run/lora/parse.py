@@ -45,13 +45,15 @@ AUXILIARY_PARTS = {"alpha", "dora_scale", "magnitude", "down_scale", "up_scale",
 def to_computable_dtype(part: str, tensor: Tensor) -> Tensor:
     """The tensor in a dtype that PyTorch computes in: 8-bit floats become bfloat16, without loss.
 
+    Args:
+        part: which it is, for messages.
+        tensor: of a dtype that `part_dtypes` allows.
+
     Raises:
-        LoraError: for an empty tensor or complex numbers.
+        LoraError: for an empty tensor.
     """
     if tensor.numel() == 0:
         raise LoraError(f"has an empty {get_part_name(part)}; the file is broken")
-    if tensor.is_complex():
-        raise LoraError(f"has a {get_part_name(part)} of {format_dtype(tensor)}; the file is broken")
     is_float8 = tensor.is_floating_point() and tensor.element_size() == 1
     return tensor.to(torch.bfloat16) if is_float8 else tensor
 
@@ -144,6 +146,8 @@ def build_change(
         biases.append(adapter.scale * tensors["up_bias"].float().flatten())
 
     norms = [tensors[part] for part in ("dora_scale", "magnitude") if part in tensors]
+    if len(norms) > 1:
+        raise LoraError("has DoRA norms twice, as dora_scale and as magnitude; the file is broken")
     if norms:
         adapter = wrap_in_dora(adapter, norms[0], is_per_row="magnitude" in tensors)
         if "up_bias" in tensors:

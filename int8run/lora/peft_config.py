@@ -9,9 +9,15 @@ from collections.abc import Collection, Mapping
 
 from int8run.errors import LoraError
 from int8run.lora.untrusted_text import as_list, sanitize_text
-from int8run.lora.written_settings import Place, Settings
+from int8run.lora.written_settings import (
+    INITIALIZATION_KEY,
+    MAX_TEXT_CHARS,
+    OFT_SETTINGS,
+    RELATIVE_INITIALIZATIONS,
+    Place,
+    Settings,
+)
 
-MAX_TEXT_CHARS = 40
 # types whose tensors are read; what any other type means is not known
 READ_TYPES = ("LORA", "LOHA", "LOKR", "OFT", "BOFT", "IA3")
 # setting -> what the tensors are because of it
@@ -29,42 +35,18 @@ REFUSED_SETTINGS = {
 }
 # settings of a training, and those that are read elsewhere
 KNOWN_SETTINGS = {
-    *("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
-    *("inference_mode", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("task_type", "peft_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "feedforward_modules"),
     *("r", "rank", "alpha", "lora_alpha", "network_alpha", "use_rslora", "rank_pattern", "alpha_pattern"),
-    *(
-        "lora_dropout",
-        "rank_dropout",
-        "rank_dropout_scale",
-        "module_dropout",
-        "dropout",
-        "use_effective_conv2d",
-    ),
-    *(
-        "decompose_both",
-        "decompose_factor",
-        "fan_in_fan_out",
-        "bias",
-        "lora_bias",
-        "modules_to_save",
-        "use_dora",
-    ),
-    *("init_lora_weights", "init_weights", "init_ia3_weights", "feedforward_modules", "loftq_config"),
-    *("eva_config", "corda_config", "lora_ga_config", "velora_config", "qalora_group_size", "megatron_core"),
-    *("runtime_config", "ensure_weight_tying", "oft_block_size", "coft", "eps", "block_share"),
-    *("use_cayley_neumann", "num_cayley_neumann_terms", "boft_block_size", "boft_block_num"),
-    *("boft_n_butterfly_factor", "boft_dropout", "_custom_modules", "peft_config", "format"),
+    *("dropout", "lora_dropout", "boft_dropout", "rank_dropout", "rank_dropout_scale", "module_dropout"),
+    *("use_effective_conv2d", "decompose_both", "decompose_factor", "fan_in_fan_out", "bias", "lora_bias"),
+    *("use_dora", "modules_to_save", "init_lora_weights", "init_weights", "init_ia3_weights"),
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config", "qalora_group_size"),
+    *("megatron_core", "runtime_config", "ensure_weight_tying", "_custom_modules", "peft_config", "format"),
+    *("oft_block_size", "boft_block_size", "boft_block_num", "boft_n_butterfly_factor", *OFT_SETTINGS),
 }
 # `init_lora_weights` after which the adapter is the whole change: the base was not touched
 PLAIN_INITIALIZATIONS = ("true", "false", "gaussian", "eva", "orthogonal", "mica", "lycoris", "none")
-# those that took the initial factors out of the base weights, and their articles
-RELATIVE_INITIALIZATIONS = {
-    "pissa": "PiSSA, arXiv 2404.02948",
-    "olora": "OLoRA, arXiv 2406.01775",
-    "corda": "CorDA, arXiv 2406.05223",
-    "lora_ga": "LoRA-GA, arXiv 2407.05000",
-    "loftq": "LoftQ, arXiv 2310.08659",
-}
 # setting that is true -> the part that each module then has, as the key parser calls it
 PARTS_BY_SETTING = {"use_dora": ("magnitude", "dora_scale"), "lora_bias": ("up_bias",)}
 
@@ -144,7 +126,7 @@ def find_relative_initialization(place: Place, component: str) -> str | None:
         LoraError: for an initialization that is not known.
     """
     settings = place.get_settings(component)
-    value = settings.get("init_lora_weights", settings.get("init_weights"))
+    value = settings.get(INITIALIZATION_KEY, settings.get("init_weights"))
     name = str(value).lower()
     for prefix, title in RELATIVE_INITIALIZATIONS.items():
         if name.startswith(prefix):

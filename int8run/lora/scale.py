@@ -199,7 +199,7 @@ class Scales:
         claims = []
         if alpha is not None:
             self.has_alpha_tensors = True
-            claims.append(ScaleClaim("its alpha tensor", (read_alpha_tensor(alpha, rank),)))
+            claims.append(ScaleClaim("its alpha tensor", (compute_own_scale(alpha, rank),)))
         for place_scale in self.get_place_scales(component):
             claim = place_scale.make_claim(names, rank)
             if claim is not None:
@@ -222,19 +222,32 @@ class Scales:
 
     def list_warnings(self) -> list[str]:
         """What of the settings did not reach any module."""
-        found = [s.list_warnings() for place_scales in self.by_component.values() for s in place_scales]
-        return list(dict.fromkeys(line for lines in found for line in lines))
+        warnings = []
+        for place_scales in self.by_component.values():
+            for place_scale in place_scales:
+                warnings += place_scale.list_warnings()
+        return list(dict.fromkeys(warnings))
 
 
-def read_alpha_tensor(alpha: Tensor, rank: int | None) -> float:
-    """alpha / rank as the tensors of a module say.
+def read_alpha(alpha: Tensor) -> float:
+    """The number in an `.alpha` tensor.
+
+    Raises:
+        LoraError: when it is not one number.
+    """
+    if alpha.numel() != 1:
+        raise LoraError(f"has an alpha of shape {list(alpha.shape)}; it is one number, the file is broken")
+    return float(alpha)
+
+
+def compute_own_scale(alpha: Tensor, rank: int | None) -> float:
+    """alpha / rank as the tensors of a module say; an alpha of 0 means rank.
 
     Raises:
         LoraError: when alpha is not one number.
     """
-    if alpha.numel() != 1:
-        raise LoraError(f"has an alpha of shape {list(alpha.shape)}; it is one number, the file is broken")
-    return 1.0 if rank is None else (alpha.item() or rank) / rank
+    number = read_alpha(alpha)
+    return 1.0 if rank is None else (number or rank) / rank
 
 
 def find_common_scale(claims: Sequence[ScaleClaim], rank: int | None) -> float:

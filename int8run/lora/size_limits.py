@@ -4,6 +4,7 @@ The largest possible entry of a change follows from the largest entries of its p
 out. It is far above what training ends at, and a file beyond it is damaged.
 """
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from int8run.errors import LoraError
 from int8run.lora.adapters.change import LoraChange
+from int8run.lora.build_oft import OFT_PARTS
 from int8run.lora.key_parsing import LOHA_PARTS, LOKR_PARTS
 from int8run.lora.parse import get_part_name
 
@@ -19,12 +21,37 @@ from int8run.lora.parse import get_part_name
 LARGEST_CHANGE = 1e15
 # of the norm of a row; norms of weights are about 1
 LARGEST_MAGNITUDE = 1e6
+# of blocks that become rotations, and of factors of their rows
+LARGEST_ROTATION = 1e6
 
 FACTOR_PARTS = ("down", "up", "mid", *LOHA_PARTS, *LOKR_PARTS)
-MAGNITUDE_PARTS = ("dora_scale", "magnitude")
+# where it is not `LARGEST_CHANGE`; an alpha alone changes nothing
+LARGEST_BY_PART = {
+    "alpha": math.inf,
+    **dict.fromkeys(("dora_scale", "magnitude"), LARGEST_MAGNITUDE),
+    **dict.fromkeys(OFT_PARTS, LARGEST_ROTATION),
+}
 
 
-def check_size(peaks: Mapping[str, float], change: LoraChange) -> None:
+def check_peaks(peaks: Mapping[str, float]) -> None:
+    """Check that a module's parts can be computed with.
+
+    Args:
+        peaks: the largest magnitude of each part.
+
+    Raises:
+        LoraError: with the part that is too large; a sentence without its subject.
+    """
+    for part, peak in peaks.items():
+        largest = LARGEST_BY_PART.get(part, LARGEST_CHANGE)
+        if peak > largest:
+            raise LoraError(
+                f"has values up to {peak:.3g} in its {get_part_name(part)}; at most {largest:g} can be "
+                "computed with, the file is broken"
+            )
+
+
+def check_product(peaks: Mapping[str, float], change: LoraChange) -> None:
     """Check that what a module's parts make together is finite.
 
     Args:
@@ -32,15 +59,8 @@ def check_size(peaks: Mapping[str, float], change: LoraChange) -> None:
         change: what they make.
 
     Raises:
-        LoraError: with the part or product that is too large; a sentence without its subject.
+        LoraError: with the largest number that it may have; a sentence without its subject.
     """
-    for part, peak in peaks.items():
-        largest = LARGEST_MAGNITUDE if part in MAGNITUDE_PARTS else LARGEST_CHANGE
-        if part != "alpha" and peak > largest:
-            raise LoraError(
-                f"has values up to {peak:.3g} in its {get_part_name(part)}; at most {largest:g} can be "
-                "computed with, the file is broken"
-            )
     bound = bound_product(peaks, change)
     if bound > LARGEST_CHANGE:
         raise LoraError(

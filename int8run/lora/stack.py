@@ -180,7 +180,12 @@ class LoraStack:
         """Remove all LoRAs; the model is as it was found, to the bit, and free for another stack.
 
         What a stack that is gone left on the model is removed, too.
+
+        Raises:
+            ConfigError: when this stack has no LoRA, and another one has.
         """
+        if not self.entries:  # else others share a part with this stack and not its changes
+            self.check_no_other_stack()
         changed = self.installed.find_outside_changes(self.parts)
         if changed:
             log.warning(
@@ -244,6 +249,7 @@ class LoraStack:
             LoraError: when a LoRA does not fit.
         """
         self.check_unchanged_outside()
+        self.check_no_other_stack()
         left_behind = self.find_left_behind()
         matches = self.match_entries(entries)
         before = self.entries, self.matches, self.installed, self.sizes
@@ -297,27 +303,27 @@ class LoraStack:
         return self.entries[self.names.index(name)]
 
     def find_left_behind(self) -> list[InstalledLoras]:
-        """What stacks that are gone left on the model.
+        """What stacks that are gone left on the model."""
+        marks = find_marks(self.parts.values())
+        return [mark for mark in marks if isinstance(mark, InstalledLoras) and mark.owner is None]
+
+    def check_no_other_stack(self) -> None:
+        """Check that no other stack changes the model: each would undo the other's changes.
 
         Raises:
-            ConfigError: when a stack that is not gone changes the model: each would undo the other's changes.
+            ConfigError: when one does, or the model is a copy of one that has LoRAs.
         """
-        left_behind = []
         for mark in find_marks(self.parts.values()):
             if not isinstance(mark, InstalledLoras):
                 raise ConfigError(
                     f"this model is a copy of one with LoRAs on it ({format_names([mark])}), and they cannot "
                     "be taken off the copy; copy a model before it gets LoRAs, or after clear()"
                 )
-            if mark is self.installed:
-                continue
-            if mark.owner is not None:
+            if mark.owner not in (None, self):
                 raise ConfigError(
                     f"this model has a LoraStack already, with {format_names([mark])}; add the LoRA to that "
                     "one, or clear() it first (LoraStack.of(model) returns it)"
                 )
-            left_behind.append(mark)
-        return left_behind
 
     def check_unchanged_outside(self) -> None:
         """Check that what the stack changed is still there, as the stack left it.

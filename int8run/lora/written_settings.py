@@ -14,7 +14,13 @@ from typing import Any
 
 from int8run.errors import LoraError
 from int8run.lora.key_parsing import DENOISER, TEXT_ENCODER, TEXT_ENCODER_2, TEXT_ENCODER_3
-from int8run.lora.untrusted_text import MAX_SIDECAR_BYTES, parse_json, read_optional_text, sanitize_text
+from int8run.lora.untrusted_text import (
+    MAX_SIDECAR_BYTES,
+    get_nested,
+    parse_json,
+    read_optional_text,
+    sanitize_text,
+)
 
 ADAPTER_CONFIG = "adapter_config.json"
 PEFT_FILE = "adapter_model.safetensors"
@@ -28,9 +34,26 @@ ALPHA_KEYS = ("lora_alpha", "alpha", "network_alpha")
 RANK_KEYS = ("r", "rank", "lora_rank", "lora_r", "network_dim", "network_rank", "dim", "lora_dim")
 RSLORA_KEY = "use_rslora"
 INITIALIZATION_KEY = "init_lora_weights"
-# of initializations that change the base weights
-INITIALIZATION_WORDS = ("pissa", "olora", "loftq", "lora_ga")
-# records of a training in which they may be named
+# initializations that took the initial factors out of the base weights, and their articles
+RELATIVE_INITIALIZATIONS = {
+    "pissa": "PiSSA, arXiv 2404.02948",
+    "olora": "OLoRA, arXiv 2406.01775",
+    "corda": "CorDA, arXiv 2406.05223",
+    "lora_ga": "LoRA-GA, arXiv 2407.05000",
+    "loftq": "LoftQ, arXiv 2310.08659",
+}
+# in the name of a file or folder with such factors
+INITIAL_WORD = "init"
+# settings that tell how the tensors of PEFT's OFT become a rotation
+OFT_SETTINGS = (
+    "use_cayley_neumann",
+    "num_cayley_neumann_terms",
+    "coft",
+    "eps",
+    "block_share",
+    "peft_version",
+)
+# records of a training in which initializations may be named
 RECORDED_ARGUMENTS = ("ss_network_args", "ss_network_module")
 # prefix of a setting -> component that it is for
 COMPONENT_PREFIXES = {
@@ -87,13 +110,25 @@ class WrittenSettings:
     places: tuple[Place, ...] = ()
     warnings: tuple[str, ...] = field(default=())
 
-    def get_peft_settings(self, component: str) -> dict[str, Any]:
-        """What PEFT's configurations say about a component, in any place."""
-        settings: dict[str, Any] = {}
+    def get_oft_settings(self, component: str) -> dict[str, Any]:
+        """What PEFT's configurations say about the OFT of a component, in any place.
+
+        Raises:
+            LoraError: when two places contradict each other; a sentence without its subject.
+        """
+        found: dict[str, Any] = {}
         for place in self.places:
-            if place.is_peft:
-                settings |= place.get_settings(component)
-        return settings
+            settings = place.get_settings(component) if place.is_peft else {}
+            for key in OFT_SETTINGS:
+                if key not in settings:
+                    continue
+                if found.setdefault(key, settings[key]) != settings[key]:
+                    first, second = (str(value)[:MAX_TEXT_CHARS] for value in (found[key], settings[key]))
+                    raise LoraError(
+                        f"is an OFT with {key} {first} in one place and {second} in {place.name}; which one "
+                        "is meant cannot be told: ask its author"
+                    )
+        return found
 
     @property
     def has_adapter_config(self) -> bool:
@@ -145,20 +180,33 @@ def read_adapter_config(path: Path) -> tuple[Settings | None, str | None]:
     config_path = path.with_name(ADAPTER_CONFIG)
     if not config_path.is_file():
         return None, None
-    if path.name != PEFT_FILE:
-        neighbors = [file for file in path.parent.glob("*.safetensors") if file.name != path.name]
-        if neighbors:
-            return None, (
-                f"{ADAPTER_CONFIG} beside it is ignored, as the folder has {len(neighbors)} other LoRAs; "
-                "give each LoRA of PEFT a folder with its own"
-            )
     settings = parse_json(read_optional_text(config_path))
+    others = [] if path.name == PEFT_FILE else list_other_loras(path, settings)
+    if others:
+        return None, (
+            f"{ADAPTER_CONFIG} beside it is ignored, as the folder has {len(others)} other LoRAs; "
+            "give each LoRA of PEFT a folder with its own"
+        )
     if not isinstance(settings, dict):
         raise LoraError(
             f"{config_path} is not a JSON object of at most {MAX_SIDECAR_BYTES // 10**6} MB; it says how "
             f"{path.name} is scaled: download both again"
         )
     return settings, None
+
+
+def list_other_loras(path: Path, settings: object) -> list[Path]:
+    """The LoRAs beside one, but for its initial factors where settings say that it has some.
+
+    Args:
+        path: of the LoRA.
+        settings: as they stand beside it, untrusted.
+    """
+    others = [file for file in path.parent.glob("*.safetensors") if file.name != path.name]
+    initialization = str(get_nested(settings, [INITIALIZATION_KEY])).lower()
+    if not initialization.startswith(tuple(RELATIVE_INITIALIZATIONS)):
+        return others
+    return [file for file in others if INITIAL_WORD not in file.stem.lower()]
 
 
 # -- in the header -------------------------------------------------------------------------------------------
@@ -210,8 +258,9 @@ def read_plain_keys(metadata: Mapping[str, str]) -> tuple[dict[str | None, dict[
             shown = f"{sanitize_text(key, MAX_TEXT_CHARS)} in its header is {text[:MAX_TEXT_CHARS]!r}"
             warnings.append(f"{shown}, which is not understood and is ignored")
         warnings += list_unread_initializations(key, text)
-    deciding = (*ALPHA_KEYS, INITIALIZATION_KEY)
-    used = {c: s for c, s in by_component.items() if any(key in s for key in deciding)}
+    # a rank alone scales nothing
+    deciding = {*ALPHA_KEYS, INITIALIZATION_KEY}
+    used = {name: settings for name, settings in by_component.items() if deciding & settings.keys()}
     return used, warnings
 
 
@@ -237,9 +286,9 @@ def is_unread_scale(key: str, text: str) -> bool:
 
 def list_unread_initializations(key: str, text: str) -> list[str]:
     """A line where a text of a header, which is not read, names an initialization that changes the base."""
-    words = re.findall(r"[a-z_]+", text.lower())
-    found = [name for name in INITIALIZATION_WORDS if name in words]
-    if not found:
+    # `pissa_niter_16` is PiSSA, too
+    found = re.search(rf"(?<![a-z_])({'|'.join(RELATIVE_INITIALIZATIONS)})(?![a-z])", text.lower())
+    if found is None:
         return []
     return [
         f"{sanitize_text(key, MAX_TEXT_CHARS)} in its header names {found[0]}; if the LoRA was initialized "
@@ -273,7 +322,8 @@ def list_unread_alphas(metadata: Mapping[str, str]) -> list[str]:
     for key, text in metadata.items():
         if key not in JSON_KEYS and any(word in text for word in QUOTED_ALPHA_WORDS):
             lines.append(
-                f"{sanitize_text(key, 40)} in its header has an alpha, which is not understood and is ignored"
+                f"{sanitize_text(key, MAX_TEXT_CHARS)} in its header has an alpha, which is not understood "
+                "and is ignored"
             )
     return lines
 
@@ -284,7 +334,7 @@ def describe_rank_and_alpha(places: Iterable[Place]) -> dict[str, Any]:
     for place in places:
         for settings in place.by_component.values():
             for name, keys in (("rank", RANK_KEYS), ("alpha", ALPHA_KEYS)):
-                for key in keys:
-                    if settings.get(key) is not None:
-                        shown.setdefault(name, settings[key])
+                values = [settings[key] for key in keys if settings.get(key) is not None]
+                if values:
+                    shown.setdefault(name, values[0])
     return shown

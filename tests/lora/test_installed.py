@@ -294,6 +294,23 @@ def test_text_encoder_has_one_stack(tmp_path: Path) -> None:
     LoraStack(TinyModel(), {"text_encoder": encoder}).add(file)
 
 
+def test_clear_does_not_mind_another_stack_on_a_shared_text_encoder(style: Path, tmp_path: Path) -> None:
+    model, encoder = TinyModel(), nn.ModuleDict({"fc": nn.Linear(4, 4)})
+    file = tmp_path / "text.safetensors"
+    save_file({f"text_encoder.fc.{k.replace('__', '.')}": v for k, v in pair(4, 4).items()}, file)
+    stack = LoraStack(model, {"text_encoder": encoder}).add(style)
+    other_stack = LoraStack(TinyModel(), {"text_encoder": encoder}).add(file)
+    with_lora = describe(encoder)
+
+    stack.clear()
+
+    assert_same(model, describe(TinyModel()))
+    assert_same(encoder, with_lora)
+    with pytest.raises(ConfigError, match=r"^this model has a LoraStack already, with 'text'; "):
+        stack.clear()
+    other_stack.clear()
+
+
 @pytest.mark.parametrize("kind", ["float", "int8"])
 def test_blocks_that_were_compiled_one_by_one(style: Path, kind: str) -> None:
     model, plain = make_model(kind), make_model(kind)

@@ -590,7 +590,7 @@ REFUSED = {
     ),
     "complex": (
         {"x.lora_A.weight": A.to(torch.complex64), "x.lora_B.weight": B},
-        r"x has C64 numbers in its lora_A \(down\); they may be F64, F32, F16, BF16, F8",
+        r"x has C64 numbers in its lora_A \(down\); they may be F32, F16, BF16, F64, F8",
     ),
     "NaN": (
         {"x.lora_A.weight": A, "x.lora_B.weight": B * float("nan")},
@@ -694,6 +694,10 @@ REFUSED = {
     "DoRA and a bias of lora_B": (
         PEFT | {"x.dora_scale": torch.ones(5, 1), "x.lora_B.bias": torch.ones(5)},
         "x has DoRA norms and a bias of lora_B; PEFT trains no such",
+    ),
+    "DoRA norms twice": (
+        PEFT | {"x.dora_scale": torch.ones(5, 1), "x.lora_magnitude_vector": torch.ones(5)},
+        "x has DoRA norms twice, as dora_scale and as magnitude; the file is broken",
     ),
     "biases of two lengths": (
         PEFT | {"x.diff_b": torch.ones(6), "x.lora_B.bias": torch.ones(5)},

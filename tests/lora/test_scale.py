@@ -345,6 +345,8 @@ def test_an_alpha_tensor_may_say_the_same_as_the_header(write):
         ({"metadata": {"alphas": '{"x": 4}'}}, "alphas in its header is .*, which is not understood"),
         ({"metadata": {"note": "initialize=pissa"}}, "note in its header names pissa; if the LoRA was"),
         ({"metadata": {"ss_network_args": '{"init": "olora"}'}}, "ss_network_args in its header names olora"),
+        ({"metadata": {"note": "started from CorDA"}}, "note in its header names corda; if the LoRA was"),
+        ({"metadata": {"init": "pissa_niter_16"}}, "init in its header names pissa; if the LoRA was"),
         ({}, "its names are PEFT's, which writes alpha into adapter_config.json, and there is none"),
         ({"config": CONFIG}, "adapter_config.json has no alpha; PEFT's default of 8 is used"),
         (
@@ -463,6 +465,20 @@ def test_an_initialization_that_stands_plainly_in_the_header_is_refused(write, k
         read_lora(write({key: "pissa"}))
 
     assert get_scale(write({key: "gaussian", "lora_alpha": "4"})) == 0.5
+
+
+def test_initial_factors_beside_it_are_no_other_lora(write, tmp_path):
+    pair = {f"base_model.model.x.{part}": 0.5 * tensor for part, tensor in PAIR.items()}
+    save_file(pair, tmp_path / "style_init.safetensors")
+    path = write(config=CONFIG | {"lora_alpha": 4, "init_lora_weights": "pissa"}, name="style.safetensors")
+
+    (change,) = read_lora(path).all_changes
+    down, up = (PAIR[f"lora_{half}.weight"] for half in "AB")
+    expected = 0.5 * (up @ down - 0.25 * up @ down)
+    torch.testing.assert_close(change.weight_delta.compute_delta(torch.zeros(OUT, IN)), expected)
+
+    plain = write(config=CONFIG | {"lora_alpha": 4}, name="style.safetensors")
+    assert get_scale(plain) == 1, "settings that may be those of the other file are ignored"
 
 
 def test_initial_factors_of_another_lora_are_refused(write, tmp_path):

@@ -52,6 +52,14 @@ def read(tmp_path):
         ({"diff": torch.full((OUT, IN), 1e30)}, "x has values up to 1e[+]30 in its diff"),
         ({"w_norm": torch.full((OUT,), 1e30)}, "x has values up to 1e[+]30 in its w_norm"),
         ({"diff_b": torch.full((OUT,), 1e30)}, "x has values up to 1e[+]30 in its diff_b"),
+        (
+            {"oft_blocks": torch.full((2, 3, 3), 1e7)},
+            "x has values up to 1e[+]07 in its oft_blocks; at most 1e[+]06",
+        ),
+        (
+            {"oft_blocks": torch.zeros(2, 3, 3), "rescale": torch.full((6,), 3e38)},
+            "x has values up to 3e[+]38 in its rescale",
+        ),
         ({"weight": torch.full((OUT,), 1e30), "on_input": torch.tensor(False)}, "x has values up to"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
