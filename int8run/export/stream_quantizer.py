@@ -371,22 +371,30 @@ class Streamer:
             self.sources.append(buffer)
         else:
             check_finite_values(self.files.path, block.key, data)
-            dtype = getattr(
-                torch, DTYPES[target.dtype][1] or "uint8", torch.uint8
-            )  # bytes of what torch does not know stay bytes
-            converted = data.to(dtype)
-            if converted.dtype != data.dtype and not converted.isfinite().all():
-                raise FileError(
-                    f"{self.files.path}: {block.key} holds numbers that are too large for {target.dtype}; "
-                    "set model.dtype=bfloat16 or float32 on the command line"
-                )
-            self.write(target.key, converted, self.sources, buffer)
+            self.write(target.key, self.convert(block, data), self.sources, buffer)
         if block.last and target.int8:
             self.write(sibling_key(target.key, MARKER), encode_marker(target.transform), self.sources)
             if target.transform.factor is not None:
                 self.write(sibling_key(target.key, FACTOR), target.transform.factor, self.sources)
             self.judge(target)
         self.on_bytes(self.files.get_byte_range(block.key, self.held(block))[1])
+
+    def convert(self, block: Block, data: Tensor) -> Tensor:
+        """The numbers of a float tensor in the dtype that they have in the new file.
+
+        Raises:
+            FileError: for numbers that it cannot hold.
+        """
+        dtype_name = block.target.dtype
+        # bytes of what torch does not know stay bytes
+        dtype = getattr(torch, DTYPES[dtype_name].torch_name or "uint8", torch.uint8)
+        converted = data.to(dtype)
+        if converted.dtype != data.dtype and not converted.isfinite().all():
+            raise FileError(
+                f"{self.files.path}: {block.key} holds numbers that are too large for {dtype_name}; "
+                "set model.dtype=bfloat16 or float32 on the command line"
+            )
+        return converted
 
     def copied_scales(self, block: Block) -> Tensor:
         """One scale for each row of a weight whose integers are copied. Returns float32 [rows, 1]."""

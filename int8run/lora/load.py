@@ -103,8 +103,8 @@ class LoraFile:
 
     @cached_property
     def identity(self) -> str:
-        """A hash of the tensors' bytes and of `outside`: equal for copies of a file, whatever their names
-        say."""
+        """A hash of the tensors' bytes and of `outside`: equal for copies of a file, whatever the names in
+        it are."""
         with self.path.open("rb") as file:
             header_size = int.from_bytes(file.read(8), "little")
             file.seek(8 + header_size)

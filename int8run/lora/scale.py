@@ -205,7 +205,8 @@ class Scales:
             if claim is not None:
                 claims.append(claim)
         if not claims:
-            self.num_without_alpha += rank is not None
+            if rank is not None:
+                self.num_without_alpha += 1
             return 1.0
         scale = find_common_scale(claims, rank)
         if alpha is None and scale != 1:

@@ -59,7 +59,9 @@ def build_cache_key(
     baked = []
     if lora.is_baked:
         for entry, strength in zip(entries, lora.strengths, strict=True):
-            baked.append((entry.file.identity, entry.components, strength))
+            # not its identity, which is equal for files with other names of layers
+            file_hash = cache.hash_file(entry.file.path)
+            baked.append((file_hash, entry.file.outside, entry.components, strength))
     sources: list[tuple[str, str]] = []
     calibration: tuple[object, ...] | None = None
     if needs_calibration:

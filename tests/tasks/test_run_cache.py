@@ -203,6 +203,17 @@ def test_baked_loras_count_and_others_do_not(
     assert quantized
 
     quantized.clear()
+    names = [f"transformer.transformer_blocks.0.attn.{name}" for name in ("to_q", "to_k")]
+    halves = {key.removeprefix(names[0]): t for key, t in tensors.items() if key.startswith(names[0])}
+    assert len(halves) == 2
+    runs = []
+    for name in names:  # the same tensors for another layer
+        save_file({f"{name}{end}": tensor for end, tensor in halves.items()}, file)
+        runs.append(pictures(job(model, *lora(file))))
+
+    assert runs[0] != runs[1]
+
+    quantized.clear()
     job(model)
 
     assert quantized, "without a LoRA"
