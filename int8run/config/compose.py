@@ -5,7 +5,7 @@ the whole composed tree is walked before hydra does.
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from importlib.resources import files
@@ -357,6 +357,8 @@ def check_targets(config: DictConfig) -> None:
         ConfigError: naming the key, the value and the rule.
     """
     tree = OmegaConf.to_container(config, resolve=False)
+    assert isinstance(tree, dict)
+    check_key_types(tree)
     own = list_own_classes()
     for path, key, value in iterate_leaves(tree, ""):
         where = f"{path}{key}"
@@ -401,6 +403,21 @@ def check_targets(config: DictConfig) -> None:
                 f"{where} sets an environment variable; set it in your "
                 f"shell, so that a shared file cannot change programs"
             )
+
+
+def check_key_types(tree: Mapping[Any, Any]) -> None:
+    """Refuse settings whose names are no text, such as `1:` and `true:`, which would be left out unseen.
+
+    Raises:
+        ConfigError: naming the key and where it stands.
+    """
+    for group, node in {"the config": tree, **tree}.items():
+        for key in node if isinstance(node, dict) else ():
+            if not isinstance(key, str):
+                raise ConfigError(
+                    f"{group} has the key {key!r}, which YAML reads as something else than text; no setting "
+                    "is called so, remove it"
+                )
 
 
 def iterate_leaves(node: Any, path: str) -> Iterator[tuple[str, str, Any]]:

@@ -232,6 +232,20 @@ def test_a_defaults_list_that_is_none_is_one_line(compose_file, text):
         compose_file("x/x.yaml", globally(text), "+x=x")
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("1: x", "the config has the key 1, which YAML reads as something else than text"),
+        ("true: null", "the config has the key True, which"),
+        ("2.5: {a: b}", "the config has the key 2.5, which"),
+        ("sampler: {1: 2}", "sampler has the key 1, which"),
+    ],
+)
+def test_a_setting_whose_name_is_no_text_is_refused(compose_file, text, message):
+    with pytest.raises(ConfigError, match=message):
+        compose_file("x/x.yaml", globally(text), "+x=x")
+
+
 def test_a_file_brings_no_further_folders(compose_file):
     with pytest.raises(ConfigCompositionException, match=r"hydra\.searchpath is only supported"):
         compose_file("x/x.yaml", globally("hydra: {searchpath: ['pkg://evil']}"), "+x=x")

@@ -419,7 +419,7 @@ def shared(draft: Draft, chance: Random) -> None:
         draft.file.tensors[key] = draft.file.tensors[other]._replace(data=b"")
 
         def point(header: dict[str, Any]) -> None:
-            if key in header and other in header:
+            if key in header and "data_offsets" in header.get(other, {}):
                 header[key]["data_offsets"] = header[other]["data_offsets"]
 
         draft.entries.append(point)
