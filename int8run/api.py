@@ -186,6 +186,24 @@ def check_model(model: nn.Module, plans: Sequence[LayerPlan], chosen: Sequence[L
     Raises:
         ConfigError: when it does not.
     """
+    check_weights(model)
+    name = type(model).__name__
+    if any(isinstance(module, Int8Linear) for module in model.modules()):
+        raise ConfigError(f"{name} has INT8 layers already; load it anew to quantize it otherwise")
+    if not chosen:
+        reasons = describe_skip_reasons(plans)
+        raise ConfigError(f"{name}: no layer became INT8 ({reasons}); choose another model_type")
+
+
+def check_weights(model: nn.Module) -> None:
+    """Check that the weights of a model are in memory, and floats.
+
+    Args:
+        model: the denoiser.
+
+    Raises:
+        ConfigError: when they are not.
+    """
     name = type(model).__name__
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ConfigError(
@@ -202,11 +220,6 @@ def check_model(model: nn.Module, plans: Sequence[LayerPlan], chosen: Sequence[L
                 f"{name} has weights of {dtype}, so another program has quantized it, or its layerwise "
                 f"casting is on; quantize_ takes a model of {', '.join(FLOAT_NAMES)}"
             )
-    if any(isinstance(module, Int8Linear) for module in model.modules()):
-        raise ConfigError(f"{name} has INT8 layers already; load it anew to quantize it otherwise")
-    if not chosen:
-        reasons = describe_skip_reasons(plans)
-        raise ConfigError(f"{name}: no layer became INT8 ({reasons}); choose another model_type")
 
 
 def compose_run_spec(overrides: Sequence[str]) -> Any:

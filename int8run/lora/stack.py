@@ -430,11 +430,7 @@ class LoraStack:
             if float_weights:  # reading integers back only for a log line would take long
                 self.record_sizes(layer, changes, read_weight)
             choice = chooser.choose(name, layer, changes, read_weight)
-            if choice.reason:
-                reasons[f"{choice.mode}: {choice.reason}"] += 1
-            if choice.mode == "bake" and rounding is not None and rounding.needs_calibration:
-                baked = f"rounded by {AbsMax().name}, because {rounding.name} needs calibration"
-                reasons[f"bake: {baked}"] += 1
+            reasons.update(list_mode_reasons(choice, rounding))
             layers[name] = self.make_layer(name, layer, changes, choice, read_weight, rounding)
         self.installed.layers = layers
         for lora_layer in layers.values():
@@ -579,6 +575,21 @@ class LoraStack:
     def format_size(self, index: int) -> str | None:
         """The size of a LoRA at strength 1, for people; None where no INT8 layer has it."""
         return format_sizes(self.entries[index].name, self.sizes[index]) if index in self.sizes else None
+
+
+def list_mode_reasons(choice: ModeChoice, rounding: Rounding | None) -> list[str]:
+    """Why a layer does not get its LoRAs as was asked for, each with the mode that it gets.
+
+    Args:
+        choice: the mode.
+        rounding: of baked weights, as asked for.
+    """
+    reasons = []
+    if choice.reason:
+        reasons.append(f"{choice.mode}: {choice.reason}")
+    if choice.mode == "bake" and rounding is not None and rounding.needs_calibration:
+        reasons.append(f"bake: rounded by {AbsMax().name}, because {rounding.name} needs calibration")
+    return reasons
 
 
 def format_contents(file: LoraFile) -> str:
