@@ -37,7 +37,17 @@ KEPT_SUFFIXES = {".yaml", ".json", ".csv", ".png", ".log"}  # of files at the to
 SAMPLES = "samples"  # the folder of our images in a run: MLflow's own are in `images`
 TABLE_FILES = {"layers.json": "layers.csv", "text_encoders.json": "text_encoders.csv"}  # MLflow's -> ours
 
-START_TAGS = ("sweep", "config_hash", "build_key", "task", "number", "host", "pid", "process_started")
+START_TAGS = (
+    "sweep",
+    "config_hash",
+    "build_key",
+    "task",
+    "number",
+    "host",
+    "pid",
+    "process_started",
+    "process_since_boot",
+)
 INTEGER_OR_FLOAT = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?")
 
 

@@ -129,8 +129,10 @@ class MlflowTracker:
         condition = f"attributes.status = 'RUNNING' and {build_tag_filter('host', host)}"
         with self.open_client(user=True) as (client, experiment_id):
             for run in search_runs(client, experiment_id, condition):
-                pid, started = (run.data.tags.get(name) for name in ("pid", "process_started"))
-                if pid and started and is_process_gone(host, int(pid), float(started)):
+                tags = run.data.tags
+                pid, started = tags.get("pid"), tags.get("process_started")
+                since_boot = tags.get("process_since_boot")
+                if pid and started and is_process_gone(host, int(pid), float(started), since_boot):
                     close_run(client, run, KILLED, KILLED_MESSAGE)
 
     def start_run(self, record: Record) -> str:

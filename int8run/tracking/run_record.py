@@ -25,6 +25,7 @@ import yaml
 from int8run.errors import FileError
 
 log = logging.getLogger(__name__)
+BOOT_ID_FILE = Path("/proc/sys/kernel/random/boot_id")  # another one after each start of the machine
 
 STATUS = "status.json"
 EARLIER_ATTEMPTS = "earlier_attempts"  # of a sweep's jobs that ran again; a folder in that of the sweep
@@ -229,10 +230,15 @@ def read_record(folder: Path) -> Record:
     try:
         status = json.loads(path.read_text())
         is_dead = status["state"] == RUNNING and is_process_gone(
-            status["host"], status["pid"], status["process_started"]
+            status["host"],
+            status["pid"],
+            status["process_started"],
+            status.get("process_since_boot"),
         )
     except FileNotFoundError:
         raise FileError(f"{folder} holds no {STATUS}: no job of int8run wrote it") from None
+    except OSError as error:
+        raise FileError(f"{path} cannot be read: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise FileError(f"{path} is damaged: {error!r}") from error
     if is_dead:
@@ -329,25 +335,45 @@ def hash_text(text: str) -> str:
 
 def describe_process() -> dict[str, Any]:
     """This process, so that others can tell whether it is still running."""
+    process = psutil.Process()
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "process_started": psutil.Process().create_time(),
+        "process_started": process.create_time(),
+        "process_since_boot": describe_start(process),
     }
 
 
-def is_process_gone(host: str, pid: int, started: float) -> bool:
+def describe_start(process: psutil.Process) -> str:
+    """When a process started: the boot of the machine, and the seconds since then.
+
+    The Unix time of a start moves when the clock is set, and a process that runs would seem to be another.
+    """
+    try:
+        boot = BOOT_ID_FILE.read_text().strip()
+    except OSError:
+        boot = "-"  # another system than Linux
+    return f"{boot} {process.create_time() - psutil.boot_time():.2f}"
+
+
+def is_process_gone(host: str, pid: int, started: float, since_boot: str | None = None) -> bool:
     """Whether a process has ended; False for one of another machine, about which nothing is known.
 
     Args:
         host: its machine.
         pid: its number.
         started: when it started, as Unix time in seconds: the number may belong to another process by now.
+        since_boot: the same from `describe_start`, which is believed instead; None: of an earlier int8run.
     """
     if host != socket.gethostname():
         return False
     try:
-        return abs(psutil.Process(pid).create_time() - started) > 1
+        process = psutil.Process(pid)
+        if since_boot is None:
+            return abs(process.create_time() - started) > 1
+        boot, _, seconds = describe_start(process).rpartition(" ")
+        boot_before, _, seconds_before = since_boot.rpartition(" ")
+        return boot != boot_before or abs(float(seconds) - float(seconds_before)) > 1
     except psutil.NoSuchProcess:
         return True
 
@@ -387,7 +413,9 @@ def end_record(record: Record, state: str, error: str | None = None, warnings: S
         error: why it failed, in one line.
         warnings: that it gave.
     """
-    return update_record(record, state=state, error=error, warnings=list(warnings), ended=time.time())
+    # the clock may have been set back meanwhile
+    ended = max(time.time(), record.started)
+    return update_record(record, state=state, error=error, warnings=list(warnings), ended=ended)
 
 
 def update_record(record: Record, **changes: Any) -> Record:

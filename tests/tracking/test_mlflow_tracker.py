@@ -370,7 +370,7 @@ def test_runs_whose_process_is_gone_are_closed_by_the_next_command(
     me = describe_process()
     cases = {
         "gone": describe_dead_process(),
-        "number of another process": {**me, "process_started": me["process_started"] - 100},
+        "number of another process": {**me, "process_since_boot": "of-another-boot 5.00"},
         "alive": me,
         "elsewhere": {**describe_dead_process(), "host": "another-machine"},
     }

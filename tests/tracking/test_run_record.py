@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import time
 from pathlib import Path
 
 import psutil
@@ -117,6 +118,26 @@ def test_a_reused_process_number_is_another_process() -> None:
         **{"host": mine["host"], "pid": mine["pid"], "started": mine["process_started"]}
     )
     assert is_process_gone(mine["host"], mine["pid"], mine["process_started"] - 100)
+    boot, _, seconds = mine["process_since_boot"].rpartition(" ")
+    for since_boot in (f"another-boot {seconds}", f"{boot} {float(seconds) - 100:.2f}"):
+        assert is_process_gone(mine["host"], mine["pid"], mine["process_started"], since_boot)
+
+
+@pytest.mark.parametrize("jump", [3600.0, -86400.0], ids=["an hour ahead", "a day back"])
+def test_a_clock_that_jumps_kills_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jump: float
+) -> None:
+    """The system computes both times from the clock: https://psutil.readthedocs.io, `boot_time`."""
+    record = start_record(tmp_path / "job", IDENTITY)
+    boot_time, create_time, now = psutil.boot_time(), psutil.Process().create_time(), time.time()
+    monkeypatch.setattr(psutil, "boot_time", lambda: boot_time + jump)
+    monkeypatch.setattr(psutil.Process, "create_time", lambda process: create_time + jump)
+    monkeypatch.setattr(time, "time", lambda: now + jump)
+
+    assert read_record(record.folder).state == RUNNING, "it is alive"
+    ended = end_record(record, FINISHED)
+    assert ended.ended is not None
+    assert ended.ended >= ended.started
 
 
 def find_free_pid() -> int:
