@@ -10,13 +10,14 @@ import argparse
 import os
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -59,6 +60,8 @@ class Place:
 
     folder: Path
     said: list[str] = field(default_factory=list)  # what was counted, for the table
+    variables: dict[str, str] = field(default_factory=dict)  # of the environment
+    before: list[str] = field(default_factory=list)  # a command that runs the command, such as `unshare`
 
     @property
     def sweep(self) -> Path:
@@ -74,10 +77,19 @@ class Place:
             "COLUMNS": "400",
             "MLFLOW_DISABLE_TELEMETRY": "true",
             **({"MLFLOW_TRACKING_URI": uri} if uri else {}),
+            **self.variables,
         }
         where = ["hydra.sweep.dir=sweep"] if "-m" in words else []
         with (self.folder / "log.txt").open("wb") as log:
-            command = [sys.executable, "-m", "int8run.cli", *words, *where, "cache.folder=cache"]
+            command = [
+                *self.before,
+                sys.executable,
+                "-m",
+                "int8run.cli",
+                *words,
+                *where,
+                "cache.folder=cache",
+            ]
             return subprocess.Popen(
                 command,
                 cwd=self.folder,
@@ -379,13 +391,28 @@ def interrupted_in_processes(place: Place) -> None:
     stop_and_resume(place, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
 
 
+def terminated(place: Place) -> None:
+    """SIGTERM to the sweep's own process alone, as batch systems and `kill` send it."""
+    sweep = place.start(*TEN)
+    place.wait_for(sweep, finished=2)
+    sweep.send_signal(signal.SIGTERM)
+    check_stopped_and_resume(place, sweep, 143, "ended by SIGTERM")
+
+
 def stop_and_resume(place: Place, *words: str) -> None:
     """As a terminal does: the signal reaches every process of the sweep."""
     sweep = place.start(*TEN, *words, own_session=True)
     place.wait_for(sweep, finished=2)
     os.killpg(sweep.pid, signal.SIGINT)
-    text = place.ended(sweep, 130)
-    check_that("int8run: interrupted; the same command with resume=true goes on" in text, text[-1500:])
+    check_stopped_and_resume(place, sweep, 130, "interrupted", *words)
+
+
+def check_stopped_and_resume(
+    place: Place, sweep: "subprocess.Popen[bytes]", code: int, reason: str, *words: str
+) -> None:
+    """A sweep that got a signal ends in order, and goes on later."""
+    text = place.ended(sweep, code)
+    check_that(f"int8run: {reason}; the same command with resume=true goes on" in text, text[-1500:])
     time.sleep(2)
     left = processes_in(place)
     check_that(not left, f"processes are left: {left}")
@@ -417,6 +444,139 @@ def worker_killed(place: Place) -> None:
     )
 
 
+# -- the first build of the kernels ------------------------------------------------------------------
+
+QUANTIZE = ["task=quantize", "save=out.safetensors"]
+BY_TORCH = "weights are quantized by torch"  # what is said where there is no kernel
+
+
+def write_slow_compiler(place: Place) -> None:
+    """A g++ that writes half of its output and does not come to an end, first on the PATH."""
+    compiler = place.folder / "bin" / "g++"
+    compiler.parent.mkdir()
+    compiler.write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && echo "g++ 12" && exit\nfor last; do :; done\n'
+        f'echo half > "$last"\ntouch {place.folder}/begun\nexec sleep 1000\n'
+    )
+    compiler.chmod(0o755)
+    place.variables["PATH"] = f"{compiler.parent}:{os.environ['PATH']}"
+
+
+def list_built_files(place: Place) -> Counter[str]:
+    """How many files of each suffix are in the folder of built kernels."""
+    folder = place.folder / "home" / ".cache" / "int8run"
+    return Counter(path.suffix for path in folder.glob("rows-*"))
+
+
+def kernel_build_is_killed(place: Place) -> None:
+    """kill -9 while the kernels are compiled; the next command builds them anew."""
+    place.variables["HOME"] = str(place.folder / "home")
+    path = os.environ["PATH"]
+    write_slow_compiler(place)
+    command = place.start(*QUANTIZE, own_session=True)
+    end = time.monotonic() + PATIENCE_S
+    while not (place.folder / "begun").exists() and time.monotonic() < end:
+        check_that(command.poll() is None, f"it ended before: {place.log()[-1500:]}")
+        time.sleep(0.02)
+    os.killpg(command.pid, signal.SIGKILL)
+    command.wait()
+    left = list_built_files(place)
+    check_that(left == {".unfinished": 1}, f"the killed build left {left}")
+    place.variables["PATH"] = path
+    text = place.run(*QUANTIZE)
+    check_that(BY_TORCH not in text, text[-1500:])
+    built = list_built_files(place)
+    check_that(built[".so"] == built[".blake2b"] == 1, f"the second build left {built}")
+    place.said.append("half a file was left and not used; the next command built its own")
+
+
+def two_first_builds(place: Place) -> None:
+    """Two commands that find no kernels start at once."""
+    place.variables["HOME"] = str(place.folder / "home")
+    commands = [place.start("task=quantize", f"save={name}.safetensors") for name in ("a", "b")]
+    for command in commands:
+        place.ended(command, 0)
+    check_that(list_built_files(place) == {".so": 1, ".blake2b": 1}, f"left: {list_built_files(place)}")
+    a, b = ((place.folder / f"{name}.safetensors").read_bytes() for name in ("a", "b"))
+    check_that(a[-1000:] == b[-1000:] and len(a) == len(b), "their files differ")
+    place.said.append("both ended with 0, one library, equal files")
+
+
+# -- homes -------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def mounted(folder: Path, options: str) -> Iterator[None]:
+    """A small disk at a folder, with options of mount."""
+    check_that(os.getuid() == 0, "only root can mount a disk; --only names the faults that go without")
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size=50m,{options}", "tmpfs", folder], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
+def home_is_read_only(place: Place) -> None:
+    """Nothing can be written below HOME: a run and a quantization do without what is kept there."""
+    home = place.folder / "home"
+    place.variables |= {"HOME": str(home), "XDG_CACHE_HOME": str(home / ".cache")}
+    with mounted(home, "ro"):
+        check_homeless(place, "Read-only file system")
+
+
+def home_is_absent(place: Place) -> None:
+    """HOME names a folder that is not there and cannot be made."""
+    place.variables |= {"HOME": "/proc/nobody", "XDG_CACHE_HOME": "/proc/nobody/.cache"}
+    check_homeless(place, "cannot write the built library to /proc/nobody/.cache/int8run")
+
+
+def home_without_execution(place: Place) -> None:
+    """HOME is on a disk from which nothing may be executed, so that a built kernel cannot be loaded."""
+    home = place.folder / "home"
+    place.variables["HOME"] = str(home)
+    with mounted(home, "noexec"):
+        check_homeless(place, "cannot be loaded")
+
+
+def check_homeless(place: Place, reason: str) -> None:
+    """A quantization and a run end with 0, and say what they do without."""
+    text = place.run(*QUANTIZE)
+    check_that(BY_TORCH in text and reason in text, f"it does not say why: {text[-1500:]}")
+    place.run("seed=0", *SMALL, "hydra.run.dir=run")
+    check_that((place.folder / "run" / "metrics.json").is_file(), "the run left no metrics")
+    place.said.append("quantized by torch, said why; the run finished")
+
+
+# -- the system --------------------------------------------------------------------------------------
+
+
+def database_is_locked(place: Place) -> None:
+    """Another program keeps mlflow.db for itself during the whole sweep."""
+    place.run("seed=9", *SMALL, "hydra.run.dir=run")
+    with closing(sqlite3.connect(place.folder / "mlflow.db")) as other:
+        other.execute("begin immediate")
+        began = time.monotonic()
+        text = place.run(*THREE)
+        seconds = time.monotonic() - began
+    check_states(place, dict.fromkeys(range(3), FINISHED))
+    check_that("database is locked" in text and "task=report sync=" in text, text[-1500:])
+    text = place.run("task=report", "sync=sweep")
+    check_that("3 of 3 runs uploaded" in text, text[-1500:])
+    check_tracked(place, get_database(place))
+    place.said.append(f"3 finished in {seconds:.0f} s, said; uploaded when it was free")
+
+
+def no_shared_memory(place: Place) -> None:
+    """/dev/shm takes nothing, as in some containers; two worker processes."""
+    check_that(os.getuid() == 0, "only root can mount over /dev/shm")
+    script = 'mount -t tmpfs -o ro tmpfs /dev/shm && exec "$@"'
+    place.before = ["unshare", "--mount", "sh", "-c", script, "sh"]
+    place.run(*THREE, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+    check_states(place, dict.fromkeys(range(3), FINISHED))
+    check_tracked(place, get_database(place))
+
+
 FAULTS: Sequence[Callable[[Place], None]] = (
     killed_in_the_fourth_job,
     server_is_started_again,
@@ -427,6 +587,14 @@ FAULTS: Sequence[Callable[[Place], None]] = (
     interrupted,
     interrupted_in_processes,
     worker_killed,
+    terminated,
+    kernel_build_is_killed,
+    two_first_builds,
+    home_is_read_only,
+    home_is_absent,
+    home_without_execution,
+    database_is_locked,
+    no_shared_memory,
 )
 
 

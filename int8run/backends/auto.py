@@ -11,7 +11,6 @@ import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -22,6 +21,7 @@ from int8run.backends.base import Backend, Limits, run_plain_layer
 from int8run.backends.reference import Reference
 from int8run.errors import BackendError, check_range
 from int8run.quant.weight import QuantizedWeight, quantize_weight
+from int8run.utils.paths import expand_path
 from int8run.utils.timing import is_steady, time_in_turns
 
 log = logging.getLogger(__name__)
@@ -50,6 +50,8 @@ class AutoBackend:
 
     def __post_init__(self) -> None:
         check_range("backend.rounds", self.rounds, 1, 1000, whole=True)
+        if self.table is not None:
+            expand_path(self.table)  # raises for what can be no path
 
     def make_chooser(self, device: torch.device, dtype: torch.dtype) -> "BackendChooser":
         """What chooses for one device and one dtype of the float model.
@@ -71,7 +73,7 @@ class AutoBackend:
         return BackendChooser(
             candidates=usable,
             rounds=self.rounds,
-            cache=AutotuneCache(Path(self.table) if self.table else None, device, dtype),
+            cache=AutotuneCache(expand_path(self.table) if self.table else None, device, dtype),
             device=device,
             dtype=dtype,
             last_resort=self.last_resort,

@@ -15,9 +15,10 @@ from filelock import FileLock
 
 from int8run.utils.content_hash import format_checked_json, read_checked_json
 from int8run.utils.hardware import get_device_name
-from int8run.utils.paths import get_cache_folder
+from int8run.utils.paths import expand_path, get_cache_folder
 
 log = logging.getLogger(__name__)
+LOCK_TIMEOUT_S = 10.0  # writing takes another process milliseconds
 
 
 def default_cache_path() -> Path:
@@ -37,7 +38,7 @@ class AutotuneCache:
     """
 
     def __init__(self, path: Path | None, device: torch.device, dtype: torch.dtype | None = None):
-        self.path = path or default_cache_path()
+        self.path = default_cache_path() if path is None else expand_path(path)
         self.environment = describe_environment(device, dtype)
         self.entries = read_entries(self.path)
         self.is_writable = True
@@ -55,7 +56,7 @@ class AutotuneCache:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # several jobs of a sweep may write at once: each keeps the entries of the others
-            with FileLock(f"{self.path}.lock"):
+            with FileLock(f"{self.path}.lock", timeout=LOCK_TIMEOUT_S):
                 entries = read_entries(self.path) | entry
                 unfinished.write_text(format_checked_json(entries))
                 unfinished.replace(self.path)
@@ -64,7 +65,7 @@ class AutotuneCache:
                 log.warning(
                     "measured choices cannot be kept in %s (%s); every run measures anew",
                     self.path,
-                    error.strerror,
+                    error.strerror or error,
                 )
             self.is_writable = False
 

@@ -6,7 +6,6 @@ second is the product, with scales, bias and the second half of the branch.
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -19,6 +18,7 @@ from int8run.errors import ConfigError
 from int8run.kernels.hadamard.reference import Rotation
 from int8run.kernels.int8_linear.tile import BUCKETS, Tile, choose_tile, find_bucket, list_candidates
 from int8run.quant.weight import QuantizedWeight
+from int8run.utils.paths import expand_path
 
 # the tensor cores take ranks in multiples of 16, so ranks are padded with zeros; the registers hold up to 256
 RANK_MULTIPLE, MAX_RANK = 16, 256
@@ -141,7 +141,7 @@ class Triton:
 
     def open_autotune_cache(self, device: torch.device) -> AutotuneCache:
         """What was measured on this GPU."""
-        return AutotuneCache(Path(self.table) if self.table else None, device)
+        return AutotuneCache(expand_path(self.table) if self.table else None, device)
 
     def load_tiles(self, device: torch.device, k: int, n: int) -> tuple[Tile, ...]:
         """A tile for each bucket of rows: the measured one, else the default of this GPU."""

@@ -7,7 +7,6 @@ A cost is a ratio: the time of the changed layer over that of the plain one.
 import logging
 import math
 from functools import cached_property, partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from int8run.backends.base import Backend
 from int8run.layers.int8_linear import Int8Linear, LowRankBranch, QuantizedLayer
 from int8run.outlier.base import OutlierTransform
 from int8run.quant.weight import quantize_weight
+from int8run.utils.paths import expand_path
 from int8run.utils.timing import is_steady, time_in_turns
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ class LayerCosts:
 
     def __init__(self, backend: Backend, device: torch.device, dtype: torch.dtype):
         table = getattr(backend, "table", None)  # the file of backends that keep what they measure
-        self.cache = AutotuneCache(Path(table) if table else None, device, dtype)
+        self.cache = AutotuneCache(expand_path(table) if table else None, device, dtype)
         self.backend, self.device, self.dtype = backend, device, dtype
         self.measured: dict[str, float] = {}
 

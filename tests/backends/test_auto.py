@@ -5,19 +5,21 @@ Times are faked, so nothing depends on the machine.
 
 import itertools
 import json
+import os
 from dataclasses import dataclass
 from typing import ClassVar
 
 import pytest
 import torch
+from filelock import FileLock
 from support.helpers import CPU, shipped, usable
 
-from int8run.backends import auto
+from int8run.backends import auto, autotune_cache
 from int8run.backends.auto import AutoBackend
-from int8run.backends.autotune_cache import read_entries
+from int8run.backends.autotune_cache import AutotuneCache, read_entries
 from int8run.backends.base import Limits
 from int8run.backends.reference import Reference
-from int8run.errors import BackendError
+from int8run.errors import BackendError, FileError
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,31 @@ def test_a_saturating_backend_is_left_out_even_if_faster(tmp_path, seconds, capl
     seconds.update(saturating=[0.001], reference=[9.0], exact=[8.0])
     assert chooser(tmp_path, Saturating(), Reference(), Exact()).choose_backend(4, 64, 8).name == "exact"
     assert "backend saturating saturates on this CPU and is left out" in caplog.text
+
+
+@pytest.mark.parametrize("table", ["a\0b", "a\ud800b", "~nobody_of_this_name/table.json"])
+def test_a_table_that_can_be_no_path_is_an_error_before_anything_is_measured(table):
+    with pytest.raises(FileError):
+        AutoBackend({}, table=table)
+
+
+def test_a_table_that_another_process_keeps_is_not_waited_for(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(autotune_cache, "LOCK_TIMEOUT_S", 0.01)
+    cache = AutotuneCache(tmp_path / "table.json", CPU)
+    with FileLock(tmp_path / "table.json.lock"):
+        cache.put("a", "b")
+
+    assert cache.get("a") == "b"
+    assert "measured choices cannot be kept" in caplog.text
+    assert not (tmp_path / "table.json").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="other systems have no pipes among their files")
+def test_a_table_that_is_a_pipe_holds_nothing(tmp_path):
+    """Reading from it would wait for ever."""
+    os.mkfifo(tmp_path / "pipe")
+
+    assert AutotuneCache(tmp_path / "pipe", CPU).entries == {}
 
 
 def test_no_correct_backend_is_an_error(tmp_path):

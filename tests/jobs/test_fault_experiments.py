@@ -1,0 +1,105 @@
+"""`experiments/faults/`: what its scripts call a fault, and small versions of what they do by hand."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+FOLDER = Path(__file__).parents[2] / "experiments" / "faults"
+
+
+def load_script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"faults_{name}", FOLDER / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look for their module there
+    spec.loader.exec_module(module)
+    return module
+
+
+def run_script(name: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, str(FOLDER / f"{name}.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_each_fault_that_is_tried_stands_in_the_readme() -> None:
+    tried = {fault.__name__ for fault in load_script("run").FAULTS}
+    told = set(re.findall(r"^\| `(\w+)`", (FOLDER / "README.md").read_text(), flags=re.MULTILINE))
+
+    assert tried == told
+
+
+# -- paths.py ----------------------------------------------------------------------------------------
+
+
+PROBLEMS = {
+    "fine": (0, "", None),
+    "one line": (3, "a log line\nint8run: a.txt: no such file\n", None),
+    "too late": (None, "", "did not end"),
+    "traceback": (1, "Traceback (most recent call last):\nOSError: x\n", "a traceback: OSError: x"),
+    "other code": (1, "int8run: x\n", "exit code 1"),
+    "two lines": (2, "int8run: x\ny\n", "2 lines"),
+    "no line": (2, "", "0 lines"),
+}
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_a_command_passes_with_one_line_and_the_code_of_a_setting_or_file(name: str) -> None:
+    code, text, problem = PROBLEMS[name]
+
+    found = load_script("paths").Attempt("save", "pipe", code, text, 0.0).problem
+
+    assert found is None if problem is None else str(found).startswith(problem)
+
+
+def test_a_path_is_quoted_for_the_command_line() -> None:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    quote = load_script("paths").quote
+    for text in ("a b", "it's", "a\\", "a\\'b", "a,b=[c]", ""):
+        (override,) = OverridesParser.create().parse_overrides([f"key={quote(text)}"])
+        assert override.value() == text
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the rights of root are taken away as Linux has them")
+def test_paths_that_cannot_work_are_one_line_in_real_commands() -> None:
+    settings = [
+        "prompts.path",
+        "task.path, inspect",
+        "save, quantize",
+        "tracker.uri, sqlite",
+        "hydra.run.dir",
+    ]
+    kinds = ["pipe", "NUL", "~unknown", "unreadable file", "in a read-only folder", "link loop"]
+
+    done = run_script("paths", "--settings", *settings, "--kinds", *kinds)
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "30 pairs, 0 do not pass" in done.stdout
+
+
+# -- many.py -----------------------------------------------------------------------------------------
+
+
+def test_growth_is_what_a_job_leaves_in_the_median() -> None:
+    many = load_script("many")
+    counts = [1000, 5000, 5100, 5200, 9000, 9100, 9200]
+    samples = [many.Sample(0.0, objects, 0, 0, 0) for objects in counts]
+
+    assert many.count_growth(samples) == 100
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["jobs", "runs"])
+def test_a_job_costs_no_more_after_others(kind: str) -> None:
+    """It leaves no files and threads open, and of Python's objects what a sweep keeps of each job."""
+    done = run_script("many", kind, "8")
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "objects per job: " in done.stdout
