@@ -11,6 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from int8run.config.key_patterns import is_at
 from int8run.errors import ConfigError, suggest_similar
 
 TARGET = re.compile(r"_target_: *([\w.]+)")
@@ -94,12 +95,6 @@ def list_allowed_classes(key: str) -> tuple[str, ...]:
         if is_at(pattern, key):
             return classes
     return ()
-
-
-def is_at(pattern: str, key: str) -> bool:
-    """Whether a key is at the place of a pattern, in which `*` stands for any one part."""
-    wanted, parts = pattern.split("."), key.split(".")
-    return len(wanted) == len(parts) and all(w in ("*", p) for w, p in zip(wanted, parts, strict=True))
 
 
 @functools.cache

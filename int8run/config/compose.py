@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from int8run.config.allowed_classes import (
     check_classes,
     check_keys_of_hydra,
+    iterate_nodes,
     list_option_classes,
     list_own_classes,
 )
@@ -359,49 +360,20 @@ def check_targets(config: DictConfig) -> None:
     tree = OmegaConf.to_container(config, resolve=False)
     assert isinstance(tree, dict)
     check_key_types(tree)
-    own = list_own_classes()
-    for path, key, value in iterate_leaves(tree, ""):
-        where = f"{path}{key}"
+    for key, value in iterate_nodes(tree):
+        if isinstance(value, dict | list):
+            continue
+        name = key.rpartition(".")[2]
+        if name == "_target_":
+            check_target(key, value)
         # the dot makes `hydra.job_logging` itself, set to a reference, a part of it
-        in_logging = f"{where}.".startswith(("hydra.job_logging.", "hydra.hydra_logging."))
-        if key == "_target_":
-            allowed = HYDRA_TARGETS if where.startswith("hydra.") else own
-            if value not in allowed:
-                near = (
-                    suggest_similar(str(value), allowed).replace("? ", "?")
-                    if str(value).startswith("int8run.")
-                    else ""
-                )
-                rule = "a config may only name classes of int8run, so that a shared file cannot run code"
-                raise ConfigError(f"{where} is {value!r}; {rule}" + (f"; {near}" if near else ""))
-        if (
-            in_logging
-            and (key in ("class", "()", "factory") or (key != "filename" and "${" in str(value)))
-            and value not in LOG_CLASSES
-        ):
-            raise ConfigError(f"{where} is {value!r}; log handlers are limited to {', '.join(LOG_CLASSES)}")
-        if in_logging and key == "filename" and not LOG_FILE.fullmatch(str(value)):
+        if f"{key}.".startswith(("hydra.job_logging.", "hydra.hydra_logging.")):
+            check_log_setting(key, name, value)
+        check_resolvers(key, value)
+        if f"{key}.".startswith("hydra.job.env_set."):
             raise ConfigError(
-                f"{where} is {value!r}; log files are limited to the "
-                f"job's own folder: ${{hydra.runtime.output_dir}}/NAME.log"
-            )
-        if (
-            in_logging
-            and isinstance(value, str)
-            and value.startswith(("ext://", "cfg://"))
-            and value not in LOG_STREAMS
-        ):
-            raise ConfigError(f"{where} is {value!r}; log streams are limited to {', '.join(LOG_STREAMS)}")
-        if isinstance(value, str) and (set(RESOLVER.findall(value)) - RESOLVERS or NESTED.search(value)):
-            raise ConfigError(
-                f"{where} is {value!r}; its resolver could make any "
-                f"object, and a config may only name classes of int8run; "
-                f"resolvers are limited to {', '.join(sorted(RESOLVERS))}"
-            )
-        if f"{where}.".startswith("hydra.job.env_set."):
-            raise ConfigError(
-                f"{where} sets an environment variable; set it in your "
-                f"shell, so that a shared file cannot change programs"
+                f"{key} sets an environment variable; set it in your shell, so that a shared file cannot "
+                "change programs"
             )
 
 
@@ -420,11 +392,44 @@ def check_key_types(tree: Mapping[Any, Any]) -> None:
                 )
 
 
-def iterate_leaves(node: Any, path: str) -> Iterator[tuple[str, str, Any]]:
-    """(path with a dot at its end, key, value) of every leaf of a tree of dicts and lists."""
-    items = node.items() if isinstance(node, dict) else enumerate(node)
-    for key, value in items:
-        if isinstance(value, dict | list):
-            yield from iterate_leaves(value, f"{path}{key}.")
-        else:
-            yield path, str(key), value
+def check_target(key: str, value: object) -> None:
+    """Raise ConfigError for a `_target_` that is not one of ours."""
+    allowed = HYDRA_TARGETS if key.startswith("hydra.") else list_own_classes()
+    if value in allowed:
+        return
+    rule = "a config may only name classes of int8run, so that a shared file cannot run code"
+    near = suggest_similar(str(value), allowed).rstrip() if str(value).startswith("int8run.") else ""
+    hint = f"; {near}" if near else ""
+    raise ConfigError(f"{key} is {value!r}; {rule}{hint}")
+
+
+def check_log_setting(key: str, name: str, value: object) -> None:
+    """Raise ConfigError for a class, a file or a stream that a log has no use for.
+
+    Args:
+        key: dotted path in the logging config.
+        name: its last part.
+        value: plain.
+    """
+    names_class = name in ("class", "()", "factory") or (name != "filename" and "${" in str(value))
+    if names_class and value not in LOG_CLASSES:
+        raise ConfigError(f"{key} is {value!r}; log handlers are limited to {', '.join(LOG_CLASSES)}")
+    if name == "filename" and not LOG_FILE.fullmatch(str(value)):
+        raise ConfigError(
+            f"{key} is {value!r}; log files are limited to the job's own folder: "
+            "${hydra.runtime.output_dir}/NAME.log"
+        )
+    is_reference = isinstance(value, str) and value.startswith(("ext://", "cfg://"))
+    if is_reference and value not in LOG_STREAMS:
+        raise ConfigError(f"{key} is {value!r}; log streams are limited to {', '.join(LOG_STREAMS)}")
+
+
+def check_resolvers(key: str, value: object) -> None:
+    """Raise ConfigError for a reference that omegaconf resolves with anything but RESOLVERS."""
+    if not isinstance(value, str):
+        return
+    if set(RESOLVER.findall(value)) - RESOLVERS or NESTED.search(value):
+        raise ConfigError(
+            f"{key} is {value!r}; its resolver could make any object, and a config may only name classes of "
+            f"int8run; resolvers are limited to {', '.join(sorted(RESOLVERS))}"
+        )

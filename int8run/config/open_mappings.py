@@ -12,6 +12,8 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.override_parser.types import Override, OverrideType
 from omegaconf import DictConfig
 
+from int8run.config.key_patterns import is_at, is_below
+
 # dotted paths, where `*` stands for one part
 OPEN_MAPPINGS = (
     "sampler.extra",
@@ -57,13 +59,7 @@ def open_mappings() -> Iterator[None]:
 
 def is_in_open_mapping(override: Override) -> bool:
     """Whether an override sets such a mapping, by another one, or a key in it."""
-    parts = override.key_or_group.split(".")
-    for pattern in OPEN_MAPPINGS:
-        wanted = pattern.split(".")
-        is_at_place = len(parts) >= len(wanted) and all(
-            w in ("*", part) for w, part in zip(wanted, parts, strict=False)
-        )
-        # a value that is no mapping takes the place of the whole, as everywhere
-        if is_at_place and (len(parts) > len(wanted) or isinstance(override._value, dict)):
-            return True
-    return False
+    key = override.key_or_group
+    # a value that is no mapping takes the place of the whole, as everywhere
+    is_mapping = isinstance(override._value, dict)
+    return any(is_below(pattern, key) or (is_mapping and is_at(pattern, key)) for pattern in OPEN_MAPPINGS)

@@ -23,6 +23,7 @@ from hydra.errors import HydraException
 from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig, OmegaConf
 
+from int8run.config.key_patterns import is_at, is_below
 from int8run.config.yaml_bounds import MAX_CHARACTERS, check_yaml_text
 from int8run.errors import ConfigError
 
@@ -297,7 +298,7 @@ def check_setting(value: object, key: str, file: str) -> None:
         ConfigError: naming the file, the key and the rule.
     """
     for rule in COMMAND_LINE_KEYS:
-        is_key = matches(rule.key, key) or matches(f"{rule.key}.*", key)
+        is_key = is_at(rule.key, key) or is_below(rule.key, key)
         # a reference in the place of a mapping: what it refers to would come in unseen
         is_mapping_by_reference = rule.key.startswith(f"{key}.") and isinstance(value, str) and "${" in value
         if (is_key and value not in rule.harmless) or is_mapping_by_reference:
@@ -386,10 +387,8 @@ def unquote(value: Any) -> Any:
 
 def matches(pattern: str, key: str) -> bool:
     """Whether a key is the one of a rule: `*` stands for one part, at the end for one or more."""
-    wanted, parts = pattern.split("."), key.split(".")
-    if wanted[-1] == "*" and len(parts) >= len(wanted):
-        wanted, parts = wanted[:-1], parts[: len(wanted) - 1]
-    return len(wanted) == len(parts) and all(w in ("*", p) for w, p in zip(wanted, parts, strict=True))
+    place, dot, last = pattern.rpartition(".")
+    return is_below(place, key) if dot and last == "*" else is_at(pattern, key)
 
 
 def refuse(file: str, key: str, reason: str) -> ConfigError:
