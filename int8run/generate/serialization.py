@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from int8run.errors import FileError
 from int8run.generate.generate import Generation
+from int8run.utils.text import shorten_error
 
 METADATA_KEY = "int8run_generation"  # of what is not a tensor, in the header's metadata
 
@@ -59,5 +60,5 @@ def load_generation(path: Path) -> Generation:
                 has_sound=facts["sound"],
             )
     except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = shorten_error(error, 200)
         raise FileError(f"{path} is damaged: {type(error).__name__}: {reason}") from error

@@ -7,6 +7,7 @@ was known at once. `source.py`, `resolve_weights.py` and the tasks call `check_r
 import logging
 
 from int8run.errors import FileError
+from int8run.utils.text import shorten_error
 
 log = logging.getLogger(__name__)
 TIMEOUT_S = 10.0
@@ -29,7 +30,12 @@ def check_repository(repository: str, setting: str, revision: str | None = None)
             access.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     if has_snapshot(repository, revision):
         return
@@ -50,11 +56,16 @@ def check_repository(repository: str, setting: str, revision: str | None = None)
             f"{setting}={repository} is not on this machine, and the hub knows no repository of that name, "
             f"or it is private (`hf auth login`); set {setting} to a folder that you have"
         ) from error
-    except Exception as error:
+    except HFValidationError as error:
+        raise FileError(
+            f"{setting}={repository} is not on this machine, and no repository of the hub can be called so; "
+            f"set {setting} to a folder that you have, or to org/name"
+        ) from error
+    except Exception as error:  # each library of the network has its own
         raise FileError(
             f"{setting}={repository} is not on this machine, and the hub cannot be reached "
-            f"({shorten_reason(error)}); set {setting} to a folder that you have, or fetch it where there is "
-            f"a network: hf download {repository}"
+            f"({describe_reason(error)}); set {setting} to a folder that you have, or fetch it where there "
+            f"is a network: hf download {repository}"
         ) from error
     sizes = [file.size or 0 for file in info.siblings or () if file.rfilename.endswith(SAFETENSORS)]
     log.info("Downloading %s, whose weights are %.1f GB in all variants", repository, sum(sizes) / 1e9)
@@ -76,14 +87,11 @@ def make_download_error(location: str, setting: str, error: Exception) -> FileEr
     """Return the error for a location that is not here and whose download failed."""
     return FileError(
         f"{setting}={location} is not on this machine and could not be downloaded "
-        f"({shorten_reason(error)}); set {setting} to a folder that you have, "
+        f"({describe_reason(error)}); set {setting} to a folder that you have, "
         "or log in where the model is gated: hf auth login"
     )
 
 
-def shorten_reason(error: Exception) -> str:
-    """An error of another library in one line, cut between words."""
-    text = " ".join(str(error).split())
-    if len(text) > MAX_REASON_LENGTH:
-        text = text[:MAX_REASON_LENGTH].rpartition(" ")[0] + " …"
-    return f"{type(error).__name__}: {text}"
+def describe_reason(error: Exception) -> str:
+    """`OSError: no such host`, in one line."""
+    return f"{type(error).__name__}: {shorten_error(error, MAX_REASON_LENGTH)}"

@@ -18,6 +18,7 @@ from torch import nn
 from int8run.errors import BackendError, ConfigError, FileError
 from int8run.models.source import make_load_error, read_model_index
 from int8run.utils.paths import expand_path
+from int8run.utils.text import shorten_error
 
 log = logging.getLogger(__name__)
 DEVICES = ("cpu", "cuda")
@@ -130,7 +131,7 @@ def load_part(name: str, class_name: str, location: str, dtype: torch.dtype) -> 
     try:
         return cls.from_pretrained(str(path) if path.is_dir() else location, **options)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = shorten_error(error)
         raise FileError(
             f"{name} could not be loaded from {location}: {reason}; "
             f"set 'model.parts.{name}=[{class_name}, FOLDER]' to one that you have"

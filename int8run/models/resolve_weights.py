@@ -12,6 +12,7 @@ from typing import Any
 from int8run.errors import ConfigError, FileError, suggest_similar
 from int8run.models.hub import check_repository, make_download_error
 from int8run.utils.paths import expand_path
+from int8run.utils.text import shorten_error
 from int8run.utils.untrusted_json import parse_untrusted_json
 
 log = logging.getLogger(__name__)
@@ -191,22 +192,22 @@ def download_side_files(location: str, revision: str | None) -> None:
     for name in QUANTIZATION_CONFIGS:
         try:
             hf_hub_download(repository, "/".join([*folders, name]), revision=revision)
-        except EntryNotFoundError as error:
-            if isinstance(error, LocalEntryNotFoundError):
-                log.warning(
-                    "%s is quantized, and the hub cannot be reached for the %s beside it, which may say how; "
-                    "it is read without",
-                    location,
-                    name,
-                )
-                return
+        except LocalEntryNotFoundError:
+            log.warning(
+                "%s is quantized, and the hub cannot be reached for the %s beside it, which may say how; "
+                "it is read without",
+                location,
+                name,
+            )
+            return
+        except EntryNotFoundError:
+            continue
         except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())[:160]
             log.warning(
                 "%s is quantized, and the %s beside it, which may say how, could not be downloaded: %s",
                 location,
                 name,
-                reason,
+                shorten_error(error),
             )
 
 

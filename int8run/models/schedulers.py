@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline
 
 from int8run.errors import ConfigError, suggest_similar
 from int8run.models.sampling import Sampling
+from int8run.utils.text import shorten_error
 
 
 def set_scheduler(pipe: DiffusionPipeline, original: Any, sampling: Sampling) -> None:
@@ -35,7 +36,7 @@ def set_scheduler(pipe: DiffusionPipeline, original: Any, sampling: Sampling) ->
     try:
         pipe.register_modules(scheduler=cls.from_config(original.config, **sampling.scheduler_settings))
     except (ValueError, TypeError, NotImplementedError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = shorten_error(error)
         raise ConfigError(f"sampler.scheduler={name} does not take these settings: {reason}") from error
 
 

@@ -30,6 +30,7 @@ from int8run.models.resolve_weights import (
     read_json,
     to_local_path,
 )
+from int8run.utils.text import shorten_error
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class ResolvedDenoiser:
             with init_empty_weights(include_buffers=False):
                 model = cls.from_config(dict(self.config))
         except (TypeError, ValueError, KeyError) as error:
-            reason = " ".join(str(error).split())[:300]
+            reason = shorten_error(error)
             raise FileError(
                 f"the config of {self.component} does not fit {self.class_name}: {reason}; "
                 "take the one of its checkpoint"
@@ -268,7 +269,7 @@ def resolve_part_folder(name: str, location: str) -> Path:
 
 def make_load_error(location: str, error: Exception) -> FileError:
     """Return the error for a model that diffusers could not read."""
-    reason = " ".join(str(error).split())[:300]
+    reason = shorten_error(error)
     # the text of these is a key or an argument, which alone says little
     if isinstance(error, KeyError | TypeError):
         reason = f"{type(error).__name__}: {reason}"

@@ -44,6 +44,7 @@ from int8run.report.console import Progress
 from int8run.text_encoders.base import TextEncoders
 from int8run.utils.disk_cache import DiskCache
 from int8run.utils.plurals import count_noun
+from int8run.utils.text import shorten_error
 
 log = logging.getLogger(__name__)
 CPU = torch.device("cpu")
@@ -479,7 +480,7 @@ def set_attention(denoiser: Any, name: str) -> None:
     try:
         denoiser.set_attention_backend(name)
     except (AttributeError, ValueError, ImportError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = shorten_error(error)
         raise ConfigError(
             f"attention={name} cannot be used with {type(denoiser).__name__}: {reason}"
         ) from error

@@ -39,5 +39,5 @@ def shorten_to_width(text: str, width: int) -> str:
     """
     if cell_len(text) <= width:
         return text
-    length = find_longest(len(text) + 1, lambda length: cell_len(shorten_text(text, length)) <= width)
+    length = find_longest(len(text), lambda length: cell_len(shorten_text(text, length)) <= width)
     return shorten_text(text, length) if length else ""

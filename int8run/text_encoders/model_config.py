@@ -12,6 +12,7 @@ from int8run.errors import FileError
 from int8run.models.state_dict_adapter import Shape, TensorPart
 from int8run.text_encoders.registry import SIZE_KEYS, EncoderFamily, count_rows
 from int8run.text_encoders.state_dict_adapter import map_canonical_names
+from int8run.utils.text import shorten_error
 
 
 def build_config(encoder: EncoderFamily, shapes: Mapping[str, Shape]) -> dict[str, Any]:
@@ -145,7 +146,7 @@ def load_tokenizer(tokenizer: Mapping[str, str]) -> Any:
     try:
         return AutoTokenizer.from_pretrained(location, subfolder=subfolder, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = shorten_error(error, 160)
         name = f"{location} ({subfolder})" if subfolder else location
         raise FileError(
             f"the tokenizer {name} is not on this machine and could not be downloaded: {reason}; "

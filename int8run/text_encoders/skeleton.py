@@ -16,6 +16,7 @@ from int8run.errors import ConfigError, FileError
 from int8run.models.state_dict_adapter import Shape
 from int8run.text_encoders.registry import EncoderFamily
 from int8run.text_encoders.state_dict_adapter import split_dropped
+from int8run.utils.text import shorten_error
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ def build_skeleton(class_name: str, config: Mapping[str, Any], dtype: torch.dtyp
         ZeroDivisionError,
         StrictDataclassError,
     ) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = shorten_error(error)
         raise FileError(
             f"the config does not fit {class_name}: {reason}; take the one of its model"
         ) from error

@@ -5,7 +5,10 @@ writing. Both would let a file name change what else stands on the screen. They 
 """
 
 import re
+from bisect import bisect_left
 from collections.abc import Callable
+
+MAX_ERROR_LENGTH = 300
 
 # Control characters (those above 127 are obeyed by some terminals, too), separators of lines and paragraphs,
 # the marks that turn the direction of writing, and halves of surrogate pairs, which no output can encode:
@@ -31,24 +34,26 @@ def escape_character(match: re.Match[str]) -> str:
 
 
 def find_longest(length: int, fits: Callable[[int], bool]) -> int:
-    """The largest number up to `length` that fits, found by halving: a long text costs a few tries, not
+    """The largest number below `length` that fits, found by halving: a long text costs a few tries, not
     thousands.
 
     Args:
-        length: the largest number to try; it is known not to fit.
+        length: is known not to fit.
         fits: whether a number fits; what is smaller than a number that fits does, too.
 
     Returns:
         0 where not even 1 fits.
     """
-    fitting, too_long = 0, length
-    while too_long - fitting > 1:
-        middle = (fitting + too_long) // 2
-        if fits(middle):
-            fitting = middle
-        else:
-            too_long = middle
-    return fitting
+    return bisect_left(range(1, length), True, key=lambda number: not fits(number))
+
+
+def shorten_error(error: object, max_length: int = MAX_ERROR_LENGTH) -> str:
+    """What another library says went wrong, as one line of about `max_length` characters."""
+    text = " ".join(str(error).split())
+    if len(text) <= max_length:
+        return text
+    beginning = text[:max_length]
+    return f"{beginning.rpartition(' ')[0] or beginning} …"
 
 
 def shorten_text(text: str, max_length: int) -> str:

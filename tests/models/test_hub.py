@@ -5,7 +5,12 @@ from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from int8run.errors import FileError
 from int8run.models.hub import check_repository, make_download_error
@@ -48,6 +53,10 @@ FAILURES = {
     "unknown": (
         make_http_error(RepositoryNotFoundError),
         "the hub knows no repository of that name, or it is private",
+    ),
+    "no name of a repository": (
+        HFValidationError("Repo id must use alphanumeric chars"),
+        "^model.location=org/name is not on this machine, and no repository of the hub can be called so; set",
     ),
     "unknown revision": (
         make_http_error(RevisionNotFoundError),

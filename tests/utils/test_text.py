@@ -2,7 +2,13 @@
 
 import pytest
 
-from int8run.utils.text import find_longest, make_lines_visible, make_visible, shorten_text
+from int8run.utils.text import (
+    find_longest,
+    make_lines_visible,
+    make_visible,
+    shorten_error,
+    shorten_text,
+)
 
 
 @pytest.mark.parametrize(
@@ -58,3 +64,15 @@ def test_the_largest_that_fits_is_found_with_a_try_for_each_doubling():
 )
 def test_a_shortened_text_keeps_both_ends(text, max_length, shortened):
     assert shorten_text(text, max_length) == shortened
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("two\n  lines"), "two lines"),
+        (ValueError("a few words more"), "a few …"),
+        (ValueError("/a/path/without/spaces"), "/a/path/wi …"),
+    ],
+)
+def test_an_error_of_another_library_is_one_line_cut_between_words(error, line):
+    assert shorten_error(error, 10) == line
