@@ -64,21 +64,18 @@ def list_rounded(asked: Sampling, generated: Sampling) -> list[Rounded]:
 
 
 def describe_rounded(rounded: Sequence[Rounded], pipeline: str) -> str:
-    """One line: `FluxPipeline made sampler.width=96 of 100; …`.
+    """One line: `FluxPipeline rounded sampler.width=100 to 96; …`.
 
     Args:
         rounded: at least one.
         pipeline: name of its class.
     """
-    parts = []
-    changes = [
-        f"{change.name}={change.asked} to {change.generated}" for change in rounded if change.name != BATCH
-    ]
-    if changes:
-        parts.append(f"{pipeline} rounded {', '.join(changes)}")
-    parts += [
-        f"there are fewer images than {BATCH}={change.asked}, and a call makes {change.generated}"
-        for change in rounded
-        if change.name == BATCH
-    ]
-    return f"{'; '.join(parts)}; what was generated is recorded"
+    changes = [f"{c.name}={c.asked} to {c.generated}" for c in rounded if c.name != BATCH]
+    batches = [c for c in rounded if c.name == BATCH]
+    parts = [f"{pipeline} rounded {', '.join(changes)}"] if changes else []
+    for change in batches:
+        parts.append(
+            f"there are fewer images than {BATCH}={change.asked}, and a call makes {change.generated}"
+        )
+    parts.append("what was generated is recorded")
+    return "; ".join(parts)

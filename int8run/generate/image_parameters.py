@@ -6,8 +6,10 @@ prompt, a line with the negative prompt, a line of names and values.
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
+from int8run.generate.negative_prompts import get_negative_prompt
 from int8run.generate.prompts import Sample
 from int8run.models.sampling import Sampling
 
@@ -55,9 +57,7 @@ def format_parameters(
         **details,
     }
     settings = ", ".join(f"{name}: {quote(value)}" for name, value in facts.items() if value is not None)
-    negative = sampling.extra.get("negative_prompt") or ""
-    if sample.negative_prompt is not None:
-        negative = sample.negative_prompt
+    negative = get_negative_prompt(sample, sampling)
     # ComfyUI looks for the second line even where there is nothing to avoid
     return f"{sample.prompt}\nNegative prompt: {negative}\n{settings}"
 
@@ -71,13 +71,4 @@ def quote(value: object) -> str:
 
 def describe_sampling(sampling: Sampling, scheduler: str) -> dict[str, Any]:
     """The settings as they were generated, for the text chunk `int8run`, which is JSON."""
-    return {
-        "steps": sampling.steps,
-        "guidance": sampling.guidance,
-        "width": sampling.width,
-        "height": sampling.height,
-        "batch": sampling.batch,
-        "scheduler": scheduler,
-        "scheduler_settings": dict(sampling.scheduler_settings),
-        "extra": dict(sampling.extra),
-    }
+    return {**asdict(sampling), "scheduler": scheduler}

@@ -1,16 +1,15 @@
 """Negative prompts: what an image shall not show, where the pipeline takes one and its guidance uses it."""
 
-import inspect
 from collections.abc import Sequence
-from typing import Any
 
 from diffusers import DiffusionPipeline
 
 from int8run.errors import ConfigError
+from int8run.generate.call_parameters import list_call_parameters
 from int8run.generate.prompts import Sample
 from int8run.models.sampling import Sampling
 
-ARGUMENT = "negative_prompt"
+NEGATIVE_PROMPT = "negative_prompt"
 # the guidance that a negative prompt belongs to: of models with a distilled guidance it has a name of its own
 TRUE_GUIDANCE, GUIDANCE = "true_cfg_scale", "guidance_scale"
 
@@ -30,13 +29,19 @@ def find_negative_prompts(
     """
     if all(sample.negative_prompt is None for sample in batch):
         return None
-    if ARGUMENT not in list_parameters(pipe):
+    if NEGATIVE_PROMPT not in list_call_parameters(pipe):
         raise ConfigError(
             f"{type(pipe).__name__} takes no negative prompt; leave prompts.negative_prompt out, and say in "
             "the prompt what the image shows"
         )
-    default = str(sampling.extra.get(ARGUMENT) or "")
-    return [default if sample.negative_prompt is None else sample.negative_prompt for sample in batch]
+    return [get_negative_prompt(sample, sampling) for sample in batch]
+
+
+def get_negative_prompt(sample: Sample, sampling: Sampling) -> str:
+    """The negative prompt of a sample: its own, else that of the sampling; empty where neither has one."""
+    if sample.negative_prompt is not None:
+        return sample.negative_prompt
+    return str(sampling.extra.get(NEGATIVE_PROMPT) or "")
 
 
 def explain_unused_negative_prompt(
@@ -53,7 +58,7 @@ def explain_unused_negative_prompt(
     """
     if not any(texts):
         return None
-    parameters = list_parameters(pipe)
+    parameters = list_call_parameters(pipe)
     if TRUE_GUIDANCE in parameters:
         scale, setting = sampling.extra.get(TRUE_GUIDANCE), f"sampler.extra.{TRUE_GUIDANCE}"
         default = parameters[TRUE_GUIDANCE].default
@@ -62,15 +67,11 @@ def explain_unused_negative_prompt(
         default = parameters[GUIDANCE].default
     else:
         return None
-    scale = default if scale is None else scale
+    if scale is None:
+        scale = default
     if not isinstance(scale, int | float) or scale > 1:
         return None
     return (
         f"the negative prompt has no effect: {type(pipe).__name__} uses it with {setting} above 1, and "
         f"it is {scale:g}"
     )
-
-
-def list_parameters(pipe: DiffusionPipeline) -> Any:
-    """The parameters of a pipeline's call, by name."""
-    return inspect.signature(type(pipe).__call__).parameters

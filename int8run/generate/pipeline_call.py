@@ -3,13 +3,11 @@
 What differs between pipelines is here, so that `generate` and `capture` need not know it.
 """
 
-import inspect
 import random
 import re
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import diffusers
@@ -19,10 +17,11 @@ from PIL.Image import Image
 from torch import Tensor
 
 from int8run.errors import ConfigError, check_choice
-from int8run.generate.negative_prompts import ARGUMENT as NEGATIVE_PROMPT
-from int8run.generate.negative_prompts import find_negative_prompts
+from int8run.generate.call_parameters import get_call_default, list_call_parameters
+from int8run.generate.negative_prompts import NEGATIVE_PROMPT, find_negative_prompts
 from int8run.generate.prompts import Sample
 from int8run.models.sampling import Sampling
+from int8run.utils.text import shorten_error
 
 # What a call may be asked for: images, or latents without decoding.
 OUTPUT_TYPES = ("pil", "latent")
@@ -31,7 +30,6 @@ PROMPT_ARGUMENT = re.compile(r"(negative_)?prompt(_\d+)?")
 # Arguments that would make several images of one prompt.
 SEVERAL_PER_PROMPT = re.compile(r"num_\w+_per_prompt")
 PIPELINES_FOLDER = Path(diffusers.__file__).parent / "pipelines"
-MAX_REASON_LENGTH = 300  # of a message of diffusers, in characters
 # Frames per second of a video whose pipeline has no such argument: that of Wan.
 DEFAULT_FRAME_RATE = 16.0
 
@@ -69,16 +67,10 @@ def call_pipeline(
             torch.manual_seed(random.Random(f"noise between steps {batch[0].seed}").getrandbits(63))
             return pipe(**arguments, generator=generators)
     except ValueError as error:
-        if sampling.scheduler is None or "scheduler" not in str(error):
-            refusal = explain_refusal(pipe, error)
-            if refusal is None:
-                raise
-            raise ConfigError(refusal) from error
-        reason = shorten(str(error), MAX_REASON_LENGTH, placeholder=" …")
-        raise ConfigError(
-            f"sampler.scheduler={sampling.scheduler} cannot be used with {type(pipe).__name__}: {reason}; "
-            "choose another one"
-        ) from error
+        refusal = make_refusal(pipe, sampling, error)
+        if refusal is None:
+            raise
+        raise refusal from error
 
 
 def check_one_per_prompt(sampling: Sampling) -> None:
@@ -91,21 +83,29 @@ def check_one_per_prompt(sampling: Sampling) -> None:
             )
 
 
-def explain_refusal(pipe: DiffusionPipeline, error: ValueError) -> str | None:
-    """What a pipeline has against its arguments, in one line; None for an error of another place.
+def make_refusal(pipe: DiffusionPipeline, sampling: Sampling, error: ValueError) -> ConfigError | None:
+    """The error that says what a pipeline has against its settings; None for one of another place.
 
-    Most pipelines check them in a method of their own, some where they are used.
+    Most pipelines check their arguments in a method of their own, some where they are used.
 
     Args:
         pipe: that was called.
+        sampling: the settings.
         error: that it raised.
     """
+    name = type(pipe).__name__
+    reason = shorten_error(error)
+    if sampling.scheduler is not None and "scheduler" in str(error):
+        return ConfigError(
+            f"sampler.scheduler={sampling.scheduler} cannot be used with {name}: {reason}; choose another one"
+        )
     frames = traceback.extract_tb(error.__traceback__)
     if not frames or PIPELINES_FOLDER not in Path(frames[-1].filename).parents:
         return None
-    reason = shorten(str(error), MAX_REASON_LENGTH, placeholder=" …").rstrip(".")
-    advice = "change sampler.height, sampler.width or sampler.extra"
-    return f"{type(pipe).__name__} cannot generate this: {reason}; {advice}"
+    return ConfigError(
+        f"{name} cannot generate this: {reason.rstrip('.')}; change sampler.height, sampler.width or "
+        "sampler.extra"
+    )
 
 
 def build_arguments(pipe: DiffusionPipeline, batch: Sequence[Sample], sampling: Sampling) -> dict[str, Any]:
@@ -145,7 +145,7 @@ def build_step_callback(
         pipe: to be called.
         on_step_end: takes the arguments of diffusers' `callback_on_step_end`.
     """
-    parameters = inspect.signature(type(pipe).__call__).parameters
+    parameters = list_call_parameters(pipe)
     if "callback_on_step_end" in parameters or "callback" not in parameters:
         return {"callback_on_step_end": on_step_end}
 
@@ -177,13 +177,7 @@ def get_frame_rate(pipe: DiffusionPipeline, sampling: Sampling) -> float:
     return float(sampling.extra.get("frame_rate") or default)
 
 
-def get_call_default(pipe: DiffusionPipeline, name: str) -> Any:
-    """What this pipeline's call takes where an argument is not given; None for one that it does not have."""
-    parameter = inspect.signature(type(pipe).__call__).parameters.get(name)
-    return None if parameter is None or parameter.default is parameter.empty else parameter.default
-
-
 def find_unknown_arguments(pipe: DiffusionPipeline, sampling: Sampling) -> list[str]:
     """The names in `sampling.extra` that the pipeline's call does not have."""
-    parameters = inspect.signature(type(pipe).__call__).parameters
+    parameters = list_call_parameters(pipe)
     return [name for name in sampling.extra if name not in parameters]

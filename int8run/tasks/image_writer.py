@@ -15,10 +15,11 @@ from typing import Any
 from PIL.Image import Image
 
 from int8run.config.run_spec import RunSpec
+from int8run.generate.call_parameters import get_call_default
 from int8run.generate.generate import Generation
 from int8run.generate.generated_sampling import read_generated_sampling
 from int8run.generate.image_parameters import describe_sampling, format_parameters
-from int8run.generate.pipeline_call import get_call_default, get_frame_rate
+from int8run.generate.pipeline_call import get_frame_rate
 from int8run.generate.prompts import Sample
 from int8run.metrics.quality import select_key_frames
 from int8run.models.sampling import Sampling
@@ -98,16 +99,18 @@ class ImageWriter:
             model=name,
             details={"Frames": num_frames if num_frames > 1 else None, **details, "Version": version},
         )
-        facts = {
+        facts: dict[str, object] = {
             "version": version,
             "prompt": sample.prompt,
-            **({} if sample.negative_prompt is None else {"negative_prompt": sample.negative_prompt}),
+            "negative_prompt": sample.negative_prompt,
             "seed": sample.seed,
             "model": name,
             "sampling": mask_settings(describe_sampling(sampling, scheduler)),
-            **{key.lower().replace(" ", "_"): value for key, value in details.items() if value is not None},
         }
-        return {"parameters": parameters, "int8run": json.dumps(facts, ensure_ascii=False, default=str)}
+        for label, value in details.items():
+            facts[label.lower().replace(" ", "_")] = value
+        known = {key: value for key, value in facts.items() if value is not None}
+        return {"parameters": parameters, "int8run": json.dumps(known, ensure_ascii=False, default=str)}
 
     def report_kept(self) -> None:
         """Log which images are kept, where a run does not come to its end."""
