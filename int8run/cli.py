@@ -81,9 +81,11 @@ def main() -> None:
     except KeyboardInterrupt as interrupt:
         is_sweep = bool({"-m", "--multirun"} & set(sys.argv))
         hint = "; the same command with resume=true goes on" if is_sweep else ""
-        is_signal = isinstance(interrupt, Terminated)
-        sys.stderr.write(f"int8run: {interrupt if is_signal else 'interrupted'}{hint}\n")
-        sys.exit(EXIT_SIGNAL + interrupt.number if isinstance(interrupt, Terminated) else EXIT_INTERRUPTED)
+        reason, exit_code = "interrupted", EXIT_INTERRUPTED
+        if isinstance(interrupt, Terminated):
+            reason, exit_code = str(interrupt), EXIT_SIGNAL + interrupt.number
+        sys.stderr.write(f"int8run: {reason}{hint}\n")
+        sys.exit(exit_code)
     finally:
         if hydra_raises is None:
             del os.environ[HYDRA_RAISES]

@@ -40,13 +40,13 @@ class Job:
 def flatten_settings(prefix: str, value: object, into: dict[str, str]) -> None:
     """`{a: {b: 1}}` -> `a.b: 1`. Targets stay in config.yaml; long values and rules are shortened."""
     name = prefix.rstrip(".")
+    has_mappings = isinstance(value, list) and any(isinstance(entry, Mapping) for entry in value)
+    # dozens of rules for a family: one param tells whether they differ
+    is_rules = name.endswith(".ignore")
     if isinstance(value, Mapping):
         for key, inner in value.items():
             flatten_settings(f"{prefix}{key}.", inner, into)
-    elif name.endswith(".ignore"):
-        # dozens of rules for a family: one param tells whether they differ
-        into.setdefault(name, shorten_value(mask_secrets(str(value))))
-    elif isinstance(value, list) and any(isinstance(v, Mapping) for v in value):
+    elif isinstance(value, list) and has_mappings and not is_rules:
         for index, inner in enumerate(value):
             flatten_settings(f"{prefix}{index}.", inner, into)
     elif not name.endswith("_target_"):

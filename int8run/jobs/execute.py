@@ -99,7 +99,7 @@ def build_status(spec: RunSpec, job: Job) -> dict[str, object]:
     """Return what status.json says of a job from its start on."""
     return {
         "task": type(spec.task).__name__.lower(),
-        "name": mask_settings(job.name),
+        "name": job.name,
         "overrides": mask_settings(list(job.overrides)),
         "choices": dict(job.choices),
         "params": mask_settings(job.get_params()),

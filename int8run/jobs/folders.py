@@ -19,13 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from int8run.errors import ConfigError
 from int8run.jobs.manifest import MANIFEST_FILE
-from int8run.tracking.run_record import (
-    EARLIER_ATTEMPTS,
-    RUNNING,
-    STATUS,
-    Record,
-    find_records,
-)
+from int8run.tracking.run_record import EARLIER_ATTEMPTS, RUNNING, STATUS, Record, find_records
 from int8run.utils.paths import check_path
 
 log = logging.getLogger(__name__)
@@ -44,15 +38,21 @@ def resolve_run_folder(config: DictConfig) -> tuple[Path, str]:
     Args:
         config: composed, hydra's part included.
     """
-    setting = OmegaConf.to_container(config.hydra.run, resolve=False)
-    assert isinstance(setting, dict)
+    setting = read_unresolved(config.hydra.run, "dir")
     hydra_config = HydraConfig.instance()
     before = hydra_config.cfg
     hydra_config.set_config(config)  # for references such as ${hydra:job.name}
     try:
-        return Path(str(config.hydra.run.dir)).absolute(), str(setting["dir"])
+        return Path(str(config.hydra.run.dir)).absolute(), setting
     finally:
         hydra_config.cfg = before
+
+
+def read_unresolved(config: DictConfig, key: str) -> str:
+    """A setting as it is written, references unresolved."""
+    settings = OmegaConf.to_container(config, resolve=False)
+    assert isinstance(settings, dict)
+    return str(settings[key])
 
 
 @contextmanager
@@ -189,7 +189,7 @@ class FolderClaim:
             if not self.must_be_emptied():
                 return
             self.check_earlier_jobs()
-            aside = move_aside(self.folder)
+            aside = move_aside(self.folder, self.folder)
             # the lock has moved with its folder
             (aside / LOCK_FILE).unlink(missing_ok=True)
             if self.lock is not None:
@@ -257,11 +257,10 @@ def check_none_runs(records: Sequence[Record], advice: str) -> None:
             )
 
 
-def move_aside(folder: Path) -> Path:
-    """Rename a folder to the first of `<name>.1`, `<name>.2` … that is free, and return the new path."""
-    numbered = (folder.with_name(f"{folder.name}.{number}") for number in count(1))
-    aside = next(path for path in numbered if not path.exists())
-    return folder.rename(aside)
+def move_aside(folder: Path, place: Path) -> Path:
+    """Rename a folder to the first of `<place>.1`, `<place>.2` … that is free, and return the new path."""
+    numbered = (place.with_name(f"{place.name}.{number}") for number in count(1))
+    return folder.rename(next(path for path in numbered if not path.exists()))
 
 
 # -- the jobs of a sweep -------------------------------------------------------------------------------------
@@ -288,10 +287,7 @@ def check_job_folders(sweep_folder: Path, folders: Sequence[Path]) -> None:
                 "its default is ${hydra.job.num}"
             )
         if path in taken:
-            raise ConfigError(
-                f"hydra.sweep.subdir puts several jobs into {path}, and a folder belongs to one job; "
-                "let it depend on the job, as its default does: ${hydra.job.num}"
-            )
+            raise make_shared_folder_error(path)
         taken.add(path)
     for path in taken:
         outer = next((parent for parent in path.parents if parent in taken), None)
@@ -300,6 +296,14 @@ def check_job_folders(sweep_folder: Path, folders: Sequence[Path]) -> None:
                 f"hydra.sweep.subdir puts one job into {path} and another one into {outer}; "
                 "let no job's folder be inside that of another"
             )
+
+
+def make_shared_folder_error(folder: Path) -> ConfigError:
+    """The error for a folder that several jobs of a sweep would have."""
+    return ConfigError(
+        f"hydra.sweep.subdir puts several jobs into {folder}, and a folder belongs to one job; "
+        "let it depend on the job's number, as its default does: ${hydra.job.num}"
+    )
 
 
 def clear_job_folder(sweep_folder: Path, folder: Path) -> None:
@@ -315,6 +319,5 @@ def clear_job_folder(sweep_folder: Path, folder: Path) -> None:
         return
     place = sweep_folder / EARLIER_ATTEMPTS / folder.relative_to(sweep_folder)
     place.parent.mkdir(parents=True, exist_ok=True)
-    numbered = (place.with_name(f"{place.name}.{number}") for number in count(1))
-    aside = folder.rename(next(path for path in numbered if not path.exists()))
+    aside = move_aside(folder, place)
     log.info("what an earlier attempt left in %s is now %s", folder, aside)

@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from int8run.config.compose import check_files_of_jobs, check_jobs
 from int8run.jobs.base import Pool
-from int8run.jobs.folders import claim_sweep_folder
+from int8run.jobs.folders import claim_sweep_folder, read_unresolved
 from int8run.jobs.hydra_files import mask_config
 from int8run.jobs.launchers.in_process import InProcess
 from int8run.jobs.launchers.joblib_launcher import Processes
@@ -70,10 +70,9 @@ class SweepLauncher(Launcher):
         # imported after the check: it imports what jobs import
         from int8run.jobs.sweep import run_sweep
 
-        setting = OmegaConf.to_container(self.config.hydra.sweep, resolve=False)
         with claim_sweep_folder(
             find_sweep_folder(configs),
-            str(setting["dir"]),  # type: ignore[index,call-overload]
+            read_unresolved(self.config.hydra.sweep, "dir"),
             log.warning,
             resume=bool(configs[0].get("resume")),
         ) as folder:

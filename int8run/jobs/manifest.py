@@ -13,11 +13,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from int8run.errors import FileError
-from int8run.tracking.run_record import find_varying_keys, split_override
+from int8run.tracking.run_record import find_varying_keys, replace_unusual, split_override
 
 MANIFEST_FILE = "sweep.json"
 MAX_NAME_LENGTH = 100  # of a folder's name in the id of its sweep
-UNUSUAL_CHARACTERS = re.compile(r"[^A-Za-z0-9_.-]+")
 # hydra's default, `multirun/2026-11-21/22-30-00`; `22-30-00-2` is the second of that second
 DATED_FOLDER = re.compile(r"\d{4}-\d\d-\d\d/\d\d-\d\d-\d\d(-\d+)?")
 
@@ -70,7 +69,7 @@ def make_sweep_id(folder: Path) -> str:
     Only characters that every tracker takes in a name and in a filter: `lr=1,x=[2]` becomes `lr-1-x-2`.
     """
     name = f"{folder.parent.name}_{folder.name}" if is_dated_folder(folder) else folder.name
-    plain_name = UNUSUAL_CHARACTERS.sub("-", name).strip("-")[:MAX_NAME_LENGTH].strip("-")
+    plain_name = replace_unusual(name).strip("-")[:MAX_NAME_LENGTH].strip("-")
     return f"{plain_name or 'sweep'}-{secrets.token_hex(2)}"
 
 

@@ -18,14 +18,13 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from int8run.tracking.mlflow_payload import build_tag_filter
-from int8run.tracking.run_record import find_varying_keys, hash_text
+from int8run.tracking.run_record import find_varying_keys, hash_text, replace_unusual
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 VIEW_TAG_PREFIX = "mlflow.sharedViewState."
 MAX_KEY_LENGTH = 150  # characters of a view's name
-UNUSUAL_CHARACTERS = re.compile(r"[^A-Za-z0-9_.-]+")
 MAX_TAG_LENGTH = 5000  # characters; this MLflow takes 20,000, older servers no more than this
 
 QUALITY, SPEED, MEMORY = "quality/psnr_db", "speed/step_ms_p50", "memory/denoiser_bytes"
@@ -307,7 +306,7 @@ def make_view_key(sweep: str) -> str:
     Sweeps of earlier versions are called like their folders, with characters that MLflow refuses there: they
     are replaced, and a hash keeps two such names apart.
     """
-    plain = UNUSUAL_CHARACTERS.sub("-", sweep)
+    plain = replace_unusual(sweep)
     if plain == sweep and len(sweep) <= MAX_KEY_LENGTH:
         return sweep
     return f"{plain[:MAX_KEY_LENGTH]}-{hash_text(sweep)[:8]}"

@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import socket
 import time
 from collections import Counter
@@ -323,6 +324,11 @@ def list_ends(key: str) -> list[str]:
     """The ends of a dotted key, the shortest first: `strength`, `lora.strength`."""
     parts = key.split(".")
     return [".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1)]
+
+
+def replace_unusual(name: str) -> str:
+    """A name of characters that every tracker takes in names and in filters: `lr=1,x` -> `lr-1-x`."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", name)
 
 
 def hash_text(text: str) -> str:
