@@ -335,7 +335,7 @@ FAILING = {
     "shipped name": (
         ["model.location=shipped:huge"],
         3,
-        r"assets/huge is not a diffusers folder: it has no model_index.json",
+        r"assets/huge: no such folder; on the hub a model is org/name",
     ),
     "single file": (
         ["model.location=x.safetensors"],

@@ -4,6 +4,8 @@ cli.py and api.py call it. It knows the errors of hydra, omegaconf and YAML besi
 """
 
 import re
+from collections.abc import Sequence
+from typing import Any
 
 from int8run.errors import as_disk_full_error, as_not_writable_error, find_int8run_error, suggest_similar
 from int8run.tracking.secrets import mask_secrets
@@ -12,6 +14,10 @@ from int8run.utils.plurals import count_noun
 # hydra's, for `key=a,b` without -m
 AMBIGUOUS = re.compile(
     r"Ambiguous value for argument '(?P<override>.*)'\n1\. To use it as a list", flags=re.DOTALL
+)
+ADAPTER_SETTING = re.compile(r"lora\.adapters\[\d+\]\.\w+")
+ENDLESS_CONFIG = (
+    "the config never ends: a file names itself in its defaults list, or a value is nested too deep"
 )
 
 
@@ -32,7 +38,6 @@ def describe_error(error: BaseException) -> tuple[str | None, int]:
         MissingConfigException,
         OverrideParseException,
     )
-    from omegaconf import ListConfig
     from omegaconf.errors import (
         ConfigAttributeError,
         ConfigIndexError,
@@ -45,44 +50,12 @@ def describe_error(error: BaseException) -> tuple[str | None, int]:
     if ours is not None:
         return str(ours), ours.exit_code
     if isinstance(error, MissingConfigException) and error.options is not None:
-        group, _, option = str(error.missing_cfg_file).rpartition("/")
-        known = sorted(error.options)
-        if not known:
-            return f"there is no group called {group!r}; `int8run --help` lists the groups", 2
-        return (
-            f"no {group} called {option!r}; {suggest_similar(option, known)}choose from {', '.join(known)}",
-            2,
-        )
+        return explain_missing_option(str(error.missing_cfg_file), sorted(error.options)), 2
     cause = error.__cause__ if isinstance(error, ConfigCompositionException | HydraException) else error
     if isinstance(cause, ConfigKeyError | ConfigAttributeError):
-        key = str(cause.full_key or cause.key)
-        parent = cause.parent_node
-        known = (
-            [str(k) for k in parent if k != "hydra" and not str(k).startswith("_")]
-            if hasattr(parent, "keys")
-            else []
-        )
-        from int8run.config.help import find_options_with
-
-        owners = find_options_with(key)
-        if owners:
-            return f"no setting called {key!r} in this config; {' and '.join(owners)} has it", 2
-        if re.fullmatch(r"lora\.adapters\[\d+\]\.\w+", key) and (left_out := find_adapter_field(key)):
-            return (
-                f"{left_out} is a setting that this stack leaves out; give it with a plus: "
-                f"+{key.replace('[', '.').replace(']', '')}=…",
-                2,
-            )
-        return (
-            f"no setting called {key!r}; {suggest_similar(key.rpartition('.')[2], known)}"
-            f"choose from {', '.join(sorted(known))}",
-            2,
-        )
+        return explain_unknown_setting(str(cause.full_key or cause.key), cause.parent_node), 2
     if isinstance(cause, ConfigIndexError):
-        key = str(cause.full_key)
-        there = len(cause.parent_node) if isinstance(cause.parent_node, list | ListConfig) else 0
-        stack = "; choose a stack that has it, such as lora=stack_a" if key.startswith("lora.") else ""
-        return f"no setting called {key!r}: the list has {count_noun(there, 'entry')}{stack}", 2
+        return explain_missing_entry(str(cause.full_key), cause.parent_node), 2
     ambiguous = AMBIGUOUS.match(str(error))
     if isinstance(error, ConfigCompositionException) and ambiguous:
         return explain_ambiguous_value(ambiguous["override"]), 2
@@ -91,19 +64,65 @@ def describe_error(error: BaseException) -> tuple[str | None, int]:
     if isinstance(error, HydraException | OmegaConfBaseException):
         source = cause if isinstance(cause, OmegaConfBaseException) else error
         # omegaconf appends the key and the container's type, each on a line of its own
-        return " ".join(re.sub(r"\n\s*(full_key|object_type|reference_type).*", "", str(source)).split()), 2
-    if isinstance(error, TypeError) and "is not an int" in str(
-        error
-    ):  # omegaconf's, for a name where a list wants a number
+        text = re.sub(r"\n\s*(full_key|object_type|reference_type).*", "", str(source))
+        return " ".join(text.split()), 2
+    # omegaconf's, for a name where a list wants a number
+    if isinstance(error, TypeError) and "is not an int" in str(error):
         return f"{error}: entries of a list are counted from 0, such as lora.adapters.0.strength=0.5", 2
     if isinstance(error, RecursionError):
-        return (
-            "the config never ends: a file names itself in its defaults list, or a value is nested too deep",
-            2,
-        )
+        return ENDLESS_CONFIG, 2
     if isinstance(error, YAMLError):
         return f"a YAML file of the config is damaged: {' '.join(str(error).split())}", 2
     return None, 1
+
+
+def explain_missing_option(file: str, known: Sequence[str]) -> str:
+    """One line for an option that a group does not have.
+
+    Args:
+        file: `group/option`, as hydra looked for it.
+        known: options of the group; empty where there is no such group.
+    """
+    group, _, option = file.rpartition("/")
+    if not known:
+        return f"there is no group called {group!r}; `int8run --help` lists the groups"
+    return f"no {group} called {option!r}; {suggest_similar(option, known)}choose from {', '.join(known)}"
+
+
+def explain_unknown_setting(key: str, parent: Any) -> str:
+    """One line for a setting that is not there.
+
+    Args:
+        key: dotted path.
+        parent: the config in which it was looked for.
+    """
+    from int8run.config.help import find_options_with
+
+    owners = find_options_with(key)
+    if owners:
+        return f"no setting called {key!r} in this config; {' and '.join(owners)} has it"
+    left_out = find_adapter_field(key) if ADAPTER_SETTING.fullmatch(key) else None
+    if left_out:
+        plain_key = key.replace("[", ".").replace("]", "")
+        return f"{left_out} is a setting that this stack leaves out; give it with a plus: +{plain_key}=…"
+    names = map(str, parent) if hasattr(parent, "keys") else ()
+    known = sorted(name for name in names if name != "hydra" and not name.startswith("_"))
+    near = suggest_similar(key.rpartition(".")[2], known)
+    return f"no setting called {key!r}; {near}choose from {', '.join(known)}"
+
+
+def explain_missing_entry(key: str, entries: Any) -> str:
+    """One line for an entry that a list does not have.
+
+    Args:
+        key: with the entry's number.
+        entries: the list.
+    """
+    from omegaconf import ListConfig
+
+    num_entries = len(entries) if isinstance(entries, list | ListConfig) else 0
+    stack = "; choose a stack that has it, such as lora=stack_a" if key.startswith("lora.") else ""
+    return f"no setting called {key!r}: the list has {count_noun(num_entries, 'entry')}{stack}"
 
 
 def explain_override_error(override: str) -> str:

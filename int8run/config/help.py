@@ -86,15 +86,15 @@ def render_overview() -> str:
         if len(text) > WIDTH - OVERVIEW_WIDTH - 4:
             text = f"{description}; {len(options)} options"
         lines += format_row(label, text, OVERVIEW_WIDTH)
-    lines += ["", "Sections of settings"]
-    for key, _, comment in parse_key_comments(read_config(), ""):
-        if key in list_sections():
-            lines += format_row(key, comment, OVERVIEW_WIDTH)
-    lines += ["", "Settings"]
+    sections = list_sections()
+    section_lines: list[str] = []
+    setting_lines: list[str] = []
     for key, value, comment in parse_key_comments(read_config(), ""):
-        is_nested = "." in key
-        if not is_nested and key not in list_sections():
-            lines += format_row(f"{key}={value}", comment, OVERVIEW_WIDTH)
+        if key in sections:
+            section_lines += format_row(key, comment, OVERVIEW_WIDTH)
+        elif "." not in key:
+            setting_lines += format_row(f"{key}={value}", comment, OVERVIEW_WIDTH)
+    lines += ["", "Sections of settings", *section_lines, "", "Settings", *setting_lines]
     return "\n".join([USAGE, *lines, "", FLAGS])
 
 
@@ -106,14 +106,11 @@ def render_group(group: str, default: str) -> str:
     width = max(NAME_WIDTH, *(len(name) for name in options))
     for name in options:
         lines += format_row(name, read_description(folder.joinpath(f"{name}.yaml")), width)
-    key_lines = [
-        line
-        for key, value, comment, owners in list_group_keys(group, default)
-        for line in format_row(f"{key}={value}", f"{comment}{owners}", KEY_WIDTH)
-    ]
-    if key_lines:
-        heading = "Settings (in brackets the options that have them, where the default has not)"
-        lines += ["", heading, *key_lines]
+    keys = list_group_keys(group, default)
+    if keys:
+        lines += ["", "Settings (in brackets the options that have them, where the default has not)"]
+    for key, value, comment, owners in keys:
+        lines += format_row(f"{key}={value}", f"{comment}{owners}", KEY_WIDTH)
     return "\n".join(lines) + "\n"
 
 
@@ -178,8 +175,10 @@ def list_sections() -> list[str]:
 
 
 def list_options(group: str, default: str) -> list[str]:
-    """The shipped options of a group, the default first."""
+    """The shipped options of a group, the default first; none of an unknown group."""
     folder = files("int8run.conf").joinpath(group)
+    if not folder.is_dir():
+        return []
     names = [file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml")]
     return sorted(names, key=lambda name: (name != default, name))
 
@@ -187,13 +186,11 @@ def list_options(group: str, default: str) -> list[str]:
 def read_option_keys(group: str, default: str = "") -> dict[str, list[KeyComment]]:
     """The keys of each shipped option of a group, the default option first; empty for an unknown group."""
     folder = files("int8run.conf").joinpath(group)
-    options = [f for f in folder.iterdir() if f.name.endswith(".yaml")] if folder.is_dir() else []
     found = {}
-    for file in sorted(options, key=lambda f: (f.name != f"{default}.yaml", f.name)):
-        text = file.read_text()
-        found[file.name.removesuffix(".yaml")] = parse_key_comments(
-            text, "" if "@package _global_" in text else f"{group.replace('/', '.')}."
-        )
+    for name in list_options(group, default):
+        text = folder.joinpath(f"{name}.yaml").read_text()
+        prefix = "" if "@package _global_" in text else f"{group.replace('/', '.')}."
+        found[name] = parse_key_comments(text, prefix)
     return found
 
 

@@ -11,11 +11,8 @@ from typing import Any
 
 from int8run.errors import FileError
 from int8run.lora.find import find_lora
-from int8run.models.resolve_weights import MODEL_INDEX_NAME, SAFETENSORS, is_local, to_local_path
+from int8run.models.resolve_weights import SAFETENSORS, is_local, to_local_path
 from int8run.utils.paths import check_readable, expand_path
-
-# by task class: the settings whose files it opens only after seconds
-FILES_OF_TASKS = {"Run": ("prompts", "lora", "model", "clip", "int8"), "Bench": ("model",)}
 
 
 def check_named_files(settings: Mapping[str, Any]) -> None:
@@ -29,8 +26,8 @@ def check_named_files(settings: Mapping[str, Any]) -> None:
         LoraError: for a LoRA.
     """
     task = str(settings["task"]["_target_"]).rpartition(".")[2]
-    for group in FILES_OF_TASKS.get(task, ()):
-        CHECKS[group](settings)
+    for check in CHECKS_OF_TASKS.get(task, ()):
+        check(settings)
 
 
 def check_prompt_file(settings: Mapping[str, Any]) -> None:
@@ -42,15 +39,15 @@ def check_prompt_file(settings: Mapping[str, Any]) -> None:
 
 def check_lora_files(settings: Mapping[str, Any]) -> None:
     """Raise LoraError where a LoRA is neither here nor can be on the hub."""
-    folder = settings.get("lora_dir")
-    home = None if folder is None else expand_path(str(folder))
+    setting = settings.get("lora_dir")
+    lora_dir = None if setting is None else expand_path(str(setting))
     for adapter in settings["lora"].get("adapters") or ():
         if not adapter.get("enabled", True):
             continue
         location = adapter.get("path")
         # of a mapping the model's base chooses an entry, which is not known yet
         if isinstance(location, str) and location and adapter.get("weight_name") is None:
-            find_lora(location, None, home)
+            find_lora(location, None, lora_dir)
 
 
 def check_model_files(settings: Mapping[str, Any]) -> None:
@@ -77,7 +74,8 @@ def check_location(key: str, location: object) -> None:
     path = to_local_path(location)
     is_file = path.suffix.lower() == SAFETENSORS
     # on the hub a model is org/name, and a file org/name/file
-    may_be_on_hub = not is_local(location) and len(location.split("/")) >= (3 if is_file else 2)
+    least_parts = 3 if is_file else 2
+    may_be_on_hub = not is_local(location) and len(location.split("/")) >= least_parts
     if may_be_on_hub and not os.path.lexists(path):
         return
     if not is_missing(path):
@@ -88,10 +86,7 @@ def check_location(key: str, location: object) -> None:
             f"{key}={location}: {path.absolute()}: no such file; on the hub a file is "
             f"org/repository/name{SAFETENSORS}"
         )
-    raise FileError(
-        f"{key}={location}: {path.absolute()} is not a diffusers folder: it has no {MODEL_INDEX_NAME}, and "
-        "does not exist; on the hub a model is org/name"
-    )
+    raise FileError(f"{key}={location}: {path.absolute()}: no such folder; on the hub a model is org/name")
 
 
 def is_missing(path: Path) -> bool:
@@ -128,10 +123,8 @@ def check_paths(key: str, paths: object) -> None:
             check_readable(key if component is None else f"{key}.{component}", expand_path(path))
 
 
-CHECKS: Mapping[str, Callable[[Mapping[str, Any]], None]] = {
-    "prompts": check_prompt_file,
-    "lora": check_lora_files,
-    "model": check_model_files,
-    "clip": check_clip_files,
-    "int8": check_int8_files,
+# by task class: what its settings name and it opens only after seconds
+CHECKS_OF_TASKS: Mapping[str, tuple[Callable[[Mapping[str, Any]], None], ...]] = {
+    "Run": (check_prompt_file, check_lora_files, check_model_files, check_clip_files, check_int8_files),
+    "Bench": (check_model_files,),
 }

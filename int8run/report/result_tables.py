@@ -284,8 +284,8 @@ def build_setting_columns(records: Sequence[Record], varying: Sequence[str]) -> 
     settings = [dict(map(split_override, record.overrides)) for record in records]
     columns = []
     for key, title in shorten_keys(varying).items():
-        values = [make_visible(values.get(key, "")) for values in settings]
-        column = TextColumn(make_visible(title), values, style="bold")
+        cells = [make_visible(values.get(key, "")) for values in settings]
+        column = TextColumn(make_visible(title), cells, style="bold")
         columns.append(column.shorten(MAX_SETTING_WIDTH))
     return columns
 
