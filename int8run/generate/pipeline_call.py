@@ -67,10 +67,8 @@ def call_pipeline(
             torch.manual_seed(random.Random(f"noise between steps {batch[0].seed}").getrandbits(63))
             return pipe(**arguments, generator=generators)
     except ValueError as error:
-        refusal = make_refusal(pipe, sampling, error)
-        if refusal is None:
-            raise
-        raise refusal from error
+        raise_refusal(pipe, sampling, error)
+        raise
 
 
 def check_one_per_prompt(sampling: Sampling) -> None:
@@ -83,8 +81,8 @@ def check_one_per_prompt(sampling: Sampling) -> None:
             )
 
 
-def make_refusal(pipe: DiffusionPipeline, sampling: Sampling, error: ValueError) -> ConfigError | None:
-    """The error that says what a pipeline has against its settings; None for one of another place.
+def raise_refusal(pipe: DiffusionPipeline, sampling: Sampling, error: ValueError) -> None:
+    """Raise ConfigError for what a pipeline has against its settings; return for an error of another place.
 
     Most pipelines check their arguments in a method of their own, some where they are used.
 
@@ -96,16 +94,16 @@ def make_refusal(pipe: DiffusionPipeline, sampling: Sampling, error: ValueError)
     name = type(pipe).__name__
     reason = shorten_error(error)
     if sampling.scheduler is not None and "scheduler" in str(error):
-        return ConfigError(
+        raise ConfigError(
             f"sampler.scheduler={sampling.scheduler} cannot be used with {name}: {reason}; choose another one"
-        )
+        ) from error
     frames = traceback.extract_tb(error.__traceback__)
     if not frames or PIPELINES_FOLDER not in Path(frames[-1].filename).parents:
-        return None
-    return ConfigError(
+        return
+    raise ConfigError(
         f"{name} cannot generate this: {reason.rstrip('.')}; change sampler.height, sampler.width or "
         "sampler.extra"
-    )
+    ) from error
 
 
 def build_arguments(pipe: DiffusionPipeline, batch: Sequence[Sample], sampling: Sampling) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
+from typing import NoReturn
 
 from filelock import FileLock, Timeout
 from hydra.core.hydra_config import HydraConfig
@@ -287,7 +288,7 @@ def check_job_folders(sweep_folder: Path, folders: Sequence[Path]) -> None:
                 "its default is ${hydra.job.num}"
             )
         if path in taken:
-            raise make_shared_folder_error(path)
+            refuse_shared_folder(path)
         taken.add(path)
     for path in taken:
         outer = next((parent for parent in path.parents if parent in taken), None)
@@ -298,9 +299,9 @@ def check_job_folders(sweep_folder: Path, folders: Sequence[Path]) -> None:
             )
 
 
-def make_shared_folder_error(folder: Path) -> ConfigError:
-    """The error for a folder that several jobs of a sweep would have."""
-    return ConfigError(
+def refuse_shared_folder(folder: Path) -> NoReturn:
+    """Raise ConfigError for a folder that several jobs of a sweep would have."""
+    raise ConfigError(
         f"hydra.sweep.subdir puts several jobs into {folder}, and a folder belongs to one job; "
         "let it depend on the job's number, as its default does: ${hydra.job.num}"
     )

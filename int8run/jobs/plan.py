@@ -16,7 +16,7 @@ from int8run.config.run_spec import RunSpec
 from int8run.errors import ConfigError, TrackingError
 from int8run.jobs.base import SweepJob
 from int8run.jobs.execute import build_status
-from int8run.jobs.folders import clear_job_folder, make_shared_folder_error
+from int8run.jobs.folders import clear_job_folder, refuse_shared_folder
 from int8run.jobs.job import make_job
 from int8run.jobs.manifest import SweepManifest
 from int8run.tracking.base import Tracker
@@ -117,7 +117,7 @@ def choose_free_number(config: DictConfig, used_folders: Collection[Path], next_
         config.hydra.job.num = max(config.hydra.job.num + 1, next_number)
         next_folder = get_job_folder(config)
         if next_folder == folder:
-            raise make_shared_folder_error(folder)
+            refuse_shared_folder(folder)
         folder = next_folder
     return config.hydra.job.num + 1
 
