@@ -22,6 +22,7 @@ from int8run.lora.key_parsing import (
 )
 from int8run.lora.module_names import flatten_name
 from int8run.lora.untrusted_text import sanitize_text
+from int8run.utils.plurals import count_noun
 
 # component, and the module's name with underscores for dots: files may have one module in both spellings
 ModuleName = tuple[str, str]
@@ -216,13 +217,12 @@ def choose_keys(module: ModuleKeys, get_tensor: Callable[[str], Tensor]) -> dict
     return chosen
 
 
-def describe_copies(num_copies: int, num_modules: int) -> Iterator[str]:
-    """What a user should know about modules that are in a file under two names."""
-    if num_copies:
-        yield (
-            f"{num_copies} of {num_modules} modules are in the file under two names with the same values; "
-            "each counts once"
-        )
+def describe_copies(num_copies: int) -> list[str]:
+    """A line about modules that are in a file under two names; none where there are no such modules."""
+    if not num_copies:
+        return []
+    copies = count_noun(num_copies, "module", "are")
+    return [f"{copies} in the file under two names with the same values; each counts once"]
 
 
 def is_copy(module: ModuleKeys, part: str, key: str, get_tensor: Callable[[str], Tensor]) -> bool:

@@ -279,7 +279,7 @@ def read_modules(opened: OpenLora, keys: Iterable[str]) -> LoraFile:
         changes=changes,
         skipped_keys=tuple(groups.skipped.items()),
         metadata=opened.metadata,
-        notes=(*describe_copies(num_copies, len(groups.modules)), *checks.list_notes()),
+        notes=(*describe_copies(num_copies), *checks.list_notes()),
         outside=(*sorted((*module, scale) for module, scale in scales.outside.items()), *oft_settings),
     )
 

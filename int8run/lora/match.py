@@ -15,7 +15,7 @@ from int8run.errors import LoraError
 from int8run.lora.adapters.change import LoraChange, is_same
 from int8run.lora.adapters.dora import DoRA
 from int8run.lora.adapters.joined_columns import JoinedColumns, JoinedPart
-from int8run.lora.key_groups import PLAIN_WEIGHT
+from int8run.lora.key_groups import PLAIN_WEIGHT, describe_copies
 from int8run.lora.key_parsing import DENOISER, UNKNOWN_SUFFIX, parse_key
 from int8run.lora.load import LoraFile
 from int8run.lora.module_names import (
@@ -232,7 +232,8 @@ def match_loras(parts: Mapping[str, nn.Module], stack: Sequence[MatchRequest], s
         check_requested_components(request, known_experts)
         file_match = match_file(request, components)
         report_unmatched(request.file, file_match, strict)
-        report_copies(request.file, file_match)
+        for line in describe_copies(file_match.n_copies):
+            log.info("%s: %s", request.file.path.name, line)
         for component, module, change in file_match.changes:
             found[component].setdefault(module, []).append((index, change))
         unmatched += [(index, name, reason) for name, reason in file_match.unmatched]
@@ -456,16 +457,6 @@ def slice_for_target(change: LoraChange, target: ModuleTarget) -> LoraChange:
     if target.start is not None and target.total is not None:
         change = change.place_rows(target.start, target.total)
     return change
-
-
-def report_copies(file: LoraFile, match: FileMatch) -> None:
-    """Say that modules are in a file under two names."""
-    if match.n_copies:
-        log.info(
-            "%s: %d modules are in the file under two names with the same values; each counts once",
-            file.path.name,
-            match.n_copies,
-        )
 
 
 def report_unmatched(file: LoraFile, match: FileMatch, strict: bool) -> None:

@@ -21,6 +21,7 @@ from int8run.lora.written_settings import (
     Settings,
     WrittenSettings,
 )
+from int8run.utils.plurals import count_noun
 
 # of PEFT's LoraConfig, LoHaConfig and LoKrConfig
 PEFT_DEFAULT_ALPHA = 8
@@ -162,8 +163,9 @@ class PlaceScale:
         for key, patterns in (("alpha_pattern", self.alphas), ("rank_pattern", self.ranks)):
             unused = patterns.unused
             if unused:
+                entries = count_noun(len(unused), "entry")
                 warnings.append(
-                    f"{key} of {self.place} has {len(unused)} entries that fit no module of the file "
+                    f"{key} of {self.place} has {entries} without a module in the file "
                     f"(first: {unused[0][:80]!r})"
                 )
         return warnings

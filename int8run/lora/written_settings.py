@@ -21,6 +21,7 @@ from int8run.lora.untrusted_text import (
     read_optional_text,
     sanitize_text,
 )
+from int8run.utils.plurals import count_noun
 
 ADAPTER_CONFIG = "adapter_config.json"
 PEFT_FILE = "adapter_model.safetensors"
@@ -183,8 +184,9 @@ def read_adapter_config(path: Path) -> tuple[Settings | None, str | None]:
     settings = parse_json(read_optional_text(config_path))
     others = [] if path.name == PEFT_FILE else list_other_loras(path, settings)
     if others:
+        count = count_noun(len(others), "other LoRA")
         return None, (
-            f"{ADAPTER_CONFIG} beside it is ignored, as the folder has {len(others)} other LoRAs; "
+            f"{ADAPTER_CONFIG} beside it is ignored, as the folder has {count}; "
             "give each LoRA of PEFT a folder with its own"
         )
     if not isinstance(settings, dict):

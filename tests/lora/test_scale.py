@@ -351,7 +351,7 @@ def test_an_alpha_tensor_may_say_the_same_as_the_header(write):
         ({"config": CONFIG}, "adapter_config.json has no alpha; PEFT's default of 8 is used"),
         (
             {"config": CONFIG | {"alpha_pattern": {"y": 2}}},
-            "alpha_pattern of adapter_config.json has 1 entries that fit no module of the file .first: 'y'",
+            "alpha_pattern of adapter_config.json has 1 entry without a module in the file .first: 'y'",
         ),
         ({"config": CONFIG | {"fan_in_fan_out": True}}, "has fan_in_fan_out, which is ignored, as PEFT"),
         ({"config": CONFIG | {"modules_to_save": ["y"]}}, "has modules_to_save: y were trained whole"),
