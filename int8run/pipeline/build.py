@@ -49,6 +49,7 @@ from int8run.pipeline.store_layers import cache_layers, save_layers
 from int8run.pipeline.text_encoders import QuantizedEncoders, build_encoders
 from int8run.ptq.layer_costs import BranchCosts
 from int8run.ptq.mixed_precision import MixedPrecisionResult
+from int8run.report.columns import SAME_FILE_LIMITS
 from int8run.report.console import Progress
 from int8run.utils.plurals import count_noun
 from int8run.utils.timing import read_clock, time_medians
@@ -286,10 +287,10 @@ def warn_dequantized_baseline(spec: RunSpec, loaded: LoadedModel) -> None:
     if spec.metrics.baseline == "none" or not loaded.num_dequantized_layers:
         return
     log.warning(
-        "The float model has the quantized numbers of %s in %s: PSNR to float shows neither what they "
-        "lost when they were quantized, nor that the file is read as it was written",
+        "The float model has the quantized numbers of %s in %s: PSNR to float %s",
         spec.model.location,
         count_noun(loaded.num_dequantized_layers, "layer"),
+        SAME_FILE_LIMITS,
     )
 
 

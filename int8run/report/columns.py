@@ -12,6 +12,8 @@ SPEED_RATIO = "speed/ratio_vs_float"
 PSNR_DB = "quality/psnr_db"
 # Linears of the float model that are quantized numbers of the file which is compared with it
 SAME_FILE_LAYERS = "quality/float_layers_from_same_file"
+# of a PSNR to such a model: what it says nothing about
+SAME_FILE_LIMITS = "shows neither what the file lost when it was made, nor that it is read as it was written"
 DENOISER_BYTES = "memory/denoiser_bytes"
 DENOISER_RATIO = "memory/denoiser_ratio"
 LATENT_ERROR = "quality/latent_rel_err"

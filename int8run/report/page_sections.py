@@ -73,7 +73,7 @@ def list_facts(runs: Sequence[Run]) -> list[tuple[str, str]]:
             facts.append((term, "; ".join(known)))
     if any(run.record.images for run in runs):
         facts.append(("Generated", f"{count_samples(runs)}{describe_sizes(runs)}"))
-    rounded = describe_rounded(runs)
+    rounded = format_rounded(runs)
     if rounded:
         facts.append(("Rounded", rounded))
     return facts
@@ -88,7 +88,7 @@ def describe_sizes(runs: Sequence[Run]) -> str:
     return f", {' or '.join(f'{width} × {height}' for width, height in sizes)} pixels"
 
 
-def describe_rounded(runs: Sequence[Run]) -> str:
+def format_rounded(runs: Sequence[Run]) -> str:
     """What the pipelines did otherwise than asked: `sampler.width=100 to 96`; may be empty."""
     changes = dict.fromkeys(
         f"{name}={change['asked']} to {change['generated']}"

@@ -20,6 +20,7 @@ from int8run.report.columns import (
     LATENT_ERROR,
     PSNR_DB,
     SAME_FILE_LAYERS,
+    SAME_FILE_LIMITS,
     SPEED_RATIO,
     STEP_MS,
     find_column,
@@ -29,10 +30,7 @@ from int8run.report.formatting import format_decibels, format_megabytes, shorten
 from int8run.tracking.run_record import FINISHED, Record, shorten_keys, split_override
 from int8run.utils.text import make_visible
 
-SAME_FILE_NOTE = (
-    "float has numbers of the same quantized file: PSNR to it shows neither what the file lost when it was "
-    "made, nor that it is read as it was written"
-)
+SAME_FILE_NOTE = f"float has numbers of the same quantized file: PSNR to it {SAME_FILE_LIMITS}"
 
 Format = Callable[[float], str]
 Ratio = Callable[[float, float], float]

@@ -15,6 +15,7 @@ from int8run.report.columns import (
     METRIC_COLUMNS,
     PSNR_DB,
     SAME_FILE_LAYERS,
+    SAME_FILE_LIMITS,
     SPEED_RATIO,
     STEP_MS,
 )
@@ -172,7 +173,7 @@ def list_warnings(comparison: SweepComparison) -> list[str]:
     if same_file:
         warnings.append(
             f"The float model of {format_tags(same_file)} was read from the same quantized file: PSNR to "
-            "float shows neither what the file lost when it was made, nor that it is read as it was written."
+            f"float {SAME_FILE_LIMITS}."
         )
     if not comparison.closest:
         warnings.append(

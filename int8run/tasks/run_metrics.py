@@ -25,6 +25,7 @@ from int8run.metrics.quality import SampleQuality, average_frames, find_half_err
 from int8run.metrics.speed import compute_speed, list_step_times
 from int8run.models.given_model import find_text_encoders
 from int8run.pipeline.build import BuiltModel, measure_lora_overhead
+from int8run.report.columns import SAME_FILE_LAYERS
 
 log = logging.getLogger(__name__)
 MAX_EMBEDDING_ERROR = 0.4  # twice that of nvfp4, the coarsest format
@@ -94,7 +95,7 @@ def measure_run(
     if comparison.baseline is not None and "int8" in built.denoisers:
         metrics["quality/half_error_step"] = find_half_error_step(comparison.latent_errors)
     if comparison.baseline is not None and built.num_dequantized_layers:
-        metrics["quality/float_layers_from_same_file"] = built.num_dequantized_layers
+        metrics[SAME_FILE_LAYERS] = built.num_dequantized_layers
     metrics |= measure_layers(spec, built, calls)
     if built.mixed_precision is not None:
         metrics |= built.mixed_precision.metrics
