@@ -129,14 +129,18 @@ def quantize_file(spec: RunSpec, job: Job, component: str | None) -> dict[str, f
         bytes_written=bytes_written,
         seconds=time.perf_counter() - started,
     )
-    facts = {
+    report_result(job, path, plans, metrics, describe_result(source, path, checkpoint))
+    return metrics
+
+
+def describe_result(source: ResolvedWeights, path: Path, checkpoint: DenoiserCheckpoint) -> dict[str, str]:
+    """What a job leaves besides its numbers: where it read and wrote, and what that is."""
+    return {
         "source": str(source.path),
         "save": str(path),
         "family": checkpoint.family.name,
         "denoiser": checkpoint.class_name,
     }
-    report_result(job, path, plans, metrics, facts)
-    return metrics
 
 
 def check_streamable(spec: RunSpec) -> OutlierMethod:

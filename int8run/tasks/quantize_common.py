@@ -103,8 +103,8 @@ def log_kept_dtype(count: int, kept_dtype: KeptDtype) -> None:
     """Log in which dtype weights are written that are quantized in the source and stay float."""
     if count:
         log.info(
-            "%d weights are quantized in the source and stay float: they are written in %s, %s",
-            count,
+            "%s quantized in the source and kept float: written in %s, %s",
+            count_noun(count, "weight", "are"),
             kept_dtype.name,
             kept_dtype.reason,
         )

@@ -244,9 +244,19 @@ def plan_targets(
         if layer in modules and len(shape) == 2:
             plan_layer(target, weights, layer, modules[layer], weight_format)
         targets.append(target)
-    kept_keys = [part.key for target in targets if target.weight_format is None for part in target.parts]
-    log_kept_dtype(sum(bool(weights.get_format(key.removesuffix(WEIGHT))) for key in kept_keys), kept)
+    log_kept_dtype(count_kept_weights(targets, weights), kept)
     return targets
+
+
+def count_kept_weights(targets: Sequence[EncoderTarget], weights: EncoderFile) -> int:
+    """Count the weights that are quantized in the source and stay float."""
+    kept = [target for target in targets if target.weight_format is None]
+    return sum(is_quantized(weights, part) for target in kept for part in target.parts)
+
+
+def is_quantized(weights: EncoderFile, part: TensorPart) -> bool:
+    """Whether a tensor of the source is a quantized weight."""
+    return bool(weights.get_format(part.key.removesuffix(WEIGHT)))
 
 
 def find_modules(
@@ -276,7 +286,7 @@ def find_modules(
 
 def choose_dtype(weights: EncoderFile, parts: tuple[TensorPart, ...], kept_dtype: str) -> str:
     """Choose the dtype of what stays float: its own; `kept_dtype` for what the source has quantized."""
-    if any(weights.get_format(part.key.removesuffix(WEIGHT)) for part in parts):
+    if any(is_quantized(weights, part) for part in parts):
         return kept_dtype
     dtypes = {weights.files[weights.prefix + part.key].dtype for part in parts}
     return dtypes.pop() if len(dtypes) == 1 else "F32"

@@ -640,6 +640,4 @@ def test_fp8_weight_that_stays_float_has_the_dtype_of_its_neighbours(
     stored = tensors["x_embedder.weight"].float() * tensors["x_embedder.weight_scale"]
     assert found["img_in.weight"].dtype == dtype
     assert torch.equal(found["img_in.weight"], stored.to(dtype))
-    assert (
-        f"14 weights are quantized in the source and stay float: they are written in {reason}" in caplog.text
-    )
+    assert f"14 weights are quantized in the source and kept float: written in {reason}" in caplog.text
