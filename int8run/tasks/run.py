@@ -122,40 +122,27 @@ def generate_and_measure(
     built, is_reused = process_cache.get_or_build(
         spec.build_key, lambda: build_model(spec, first_batch, headers, progress)
     )
-    set_scheduler(built.pipe, built.scheduler, spec.sampling)
-    log_lora_warnings(spec, built, headers)
-    log_unused_negative_prompts(spec, built, samples)
-    change_seconds = built.set_strengths(spec.lora.strengths, spec.lora.text_strengths)
+    change_seconds = apply_settings(spec, built, headers, samples)
     if job.sweep is None:
         print_build(spec, built, is_reused=is_reused)
 
     generations = generate_all(spec, built, spec.candidate, writer, progress)
-    candidate = generations[spec.candidate]
     baseline = cached_baseline or generations.get("float")
     if baseline is not None:
         writer.write_all("float", baseline, built.pipe)
-    check_images(candidate, name_candidate(spec))
-    log_rounded(spec, built, candidate)
+    check_images(generations[spec.candidate], name_candidate(spec))
+    log_rounded(spec, built, generations[spec.candidate])
+    comparison = make_comparison(spec, samples, generations, baseline, is_baseline_fresh=is_fresh)
 
     denoiser = built.denoisers.get("float", built.denoisers[spec.candidate])
     calls = capture_step(built.pipe, built.component, denoiser, first_batch, spec.sampling)
-    comparison = RunComparison(
-        samples=samples,
-        candidate=candidate,
-        baseline=baseline,
-        is_baseline_fresh=is_fresh,
-        latent_errors=compute_trajectory_error(candidate, baseline) if baseline else [],
-        float_timing=generations.get(FLOAT_TIMING),
-    )
     metrics = measure_run(spec, built, comparison, calls, is_reused=is_reused)
     if spec.lora.adapters:
         metrics["lora/change_ms"] = 1000 * change_seconds
     # after the peak of the memory was read: perceptual metrics load networks of their own
     if baseline is not None:
-        prompts = [sample.prompt for sample in samples]
-        quality = compare_generations(candidate, baseline, prompts, spec.metrics.perceptual)
-        comparison = replace(comparison, quality=quality)
-        metrics |= average_quality(quality)
+        comparison = measure_quality(spec, comparison, baseline)
+        metrics |= average_quality(comparison.quality)
 
     write_outputs(spec, built, comparison, metrics, writer)
     if has_scattered_times(metrics):
@@ -164,7 +151,62 @@ def generate_and_measure(
         )
     if job.sweep is None:
         print_result(spec, job, built, metrics)
-    return RunResult(metrics, candidate, baseline, job.output_dir)
+    return RunResult(metrics, comparison.candidate, baseline, job.output_dir)
+
+
+def apply_settings(
+    spec: RunSpec, built: BuiltModel, headers: Sequence[LoraHeader], samples: Sequence[Sample]
+) -> float:
+    """Give a model, which may be that of an earlier job, the scheduler and the strengths of this one.
+
+    Args:
+        spec: the settings; what is unusual about them is logged.
+        built: the model.
+        headers: of the LoRA files.
+        samples: to generate.
+
+    Returns:
+        Seconds that the change of strengths took.
+    """
+    set_scheduler(built.pipe, built.scheduler, spec.sampling)
+    log_lora_warnings(spec, built, headers)
+    log_unused_negative_prompts(spec, built, samples)
+    return built.set_strengths(spec.lora.strengths, spec.lora.text_strengths)
+
+
+def make_comparison(
+    spec: RunSpec,
+    samples: Sequence[Sample],
+    generations: Mapping[str, Generation],
+    baseline: Generation | None,
+    *,
+    is_baseline_fresh: bool,
+) -> RunComparison:
+    """Set what the candidate generated beside what the float model generated, if it did.
+
+    Args:
+        spec: the settings.
+        samples: that were generated.
+        generations: of this run, by the names of `generate_all`.
+        baseline: what the float model generated, in this run or before.
+        is_baseline_fresh: whether it did so in this run.
+    """
+    candidate = generations[spec.candidate]
+    return RunComparison(
+        samples=samples,
+        candidate=candidate,
+        baseline=baseline,
+        is_baseline_fresh=is_baseline_fresh,
+        latent_errors=compute_trajectory_error(candidate, baseline) if baseline else [],
+        float_timing=generations.get(FLOAT_TIMING),
+    )
+
+
+def measure_quality(spec: RunSpec, comparison: RunComparison, baseline: Generation) -> RunComparison:
+    """The comparison with the quality of each sample beside that of the float model's."""
+    prompts = [sample.prompt for sample in comparison.samples]
+    quality = compare_generations(comparison.candidate, baseline, prompts, spec.metrics.perceptual)
+    return replace(comparison, quality=quality)
 
 
 def read_headers(spec: RunSpec) -> list[LoraHeader]:
@@ -248,43 +290,65 @@ def generate_all(
         )
     names = ["float", candidate] if needs_float else [candidate]
     denoisers = {name: built.denoisers[name] for name in names}
-    num_drawing = 1 if known_float is not None else len(denoisers)
     run_warm_up(spec, built, denoisers, samples[: spec.sampling.batch])
-
-    def set_scheduled_strengths(fraction: float) -> None:
-        if spec.lora.is_scheduled:
-            built.set_strengths(spec.lora.get_strengths_at(fraction), spec.lora.text_strengths)
-
-    def reset_peak(name: str) -> None:
-        reset_peak_memory(built.device)
-
-    with progress.track_loop("Generating", len(samples) * num_drawing, line_each=True) as advance:
-
-        def keep_batch(name: str, batch: Sequence[Sample], generation: Generation) -> None:
-            generation.peak_bytes = max(generation.peak_bytes, read_peak_bytes(built.device))
-            if known_float is not None and name == "float":
-                return  # a few steps make no image
-            writer.write_batch(name, batch, generation, built.pipe)
-            advance(len(batch))
-
-        generations = generate(
-            built.pipe,
-            built.component,
-            denoisers,
-            samples,
-            spec.sampling,
-            before_batch=reset_peak,
-            on_batch=keep_batch,
-            on_fraction=set_scheduled_strengths,
-            text_encoders=built.text_encoders,
-            other_samplings={} if known_float is None else {"float": shorten_for_timing(spec.sampling)},
-        )
+    generations = generate_in_turn(
+        spec, built, denoisers, writer, progress, only_times_float=known_float is not None
+    )
     built.set_strengths(spec.lora.strengths, spec.lora.text_strengths)
     if known_float is not None:
         return {"float": known_float, FLOAT_TIMING: generations["float"], candidate: generations[candidate]}
     if "float" in generations:
         process_cache.put(float_key, generations["float"], generations["float"].nbytes)
     return generations
+
+
+def generate_in_turn(
+    spec: RunSpec,
+    built: BuiltModel,
+    denoisers: Mapping[str, torch.nn.Module],
+    writer: ImageWriter,
+    progress: Progress,
+    *,
+    only_times_float: bool,
+) -> dict[str, Generation]:
+    """Generate with each denoiser in turn, and save each image when it is there.
+
+    Args:
+        spec: the settings.
+        built: the model.
+        denoisers: by name.
+        writer: saves the images, and has the samples.
+        progress: shows the images.
+        only_times_float: whether `float` runs a few steps only and makes no images.
+    """
+    samples = writer.samples
+    drawing = [name for name in denoisers if not (only_times_float and name == "float")]
+    other_samplings = {"float": shorten_for_timing(spec.sampling)} if only_times_float else {}
+
+    def set_scheduled_strengths(fraction: float) -> None:
+        if spec.lora.is_scheduled:
+            built.set_strengths(spec.lora.get_strengths_at(fraction), spec.lora.text_strengths)
+
+    with progress.track_loop("Generating", len(samples) * len(drawing), line_each=True) as advance:
+
+        def keep_batch(name: str, batch: Sequence[Sample], generation: Generation) -> None:
+            generation.peak_bytes = max(generation.peak_bytes, read_peak_bytes(built.device))
+            if name in drawing:
+                writer.write_batch(name, batch, generation, built.pipe)
+                advance(len(batch))
+
+        return generate(
+            built.pipe,
+            built.component,
+            denoisers,
+            samples,
+            spec.sampling,
+            before_batch=lambda name: reset_peak_memory(built.device),
+            on_batch=keep_batch,
+            on_fraction=set_scheduled_strengths,
+            text_encoders=built.text_encoders,
+            other_samplings=other_samplings,
+        )
 
 
 def run_warm_up(

@@ -119,14 +119,14 @@ def write_outputs(
             "series": collect_series(comparison),
             # as it was generated, which may not be what was asked
             "sampling": asdict(generated),
-            "rounded": describe_rounded(spec.sampling, generated),
+            "rounded": collect_rounded(spec.sampling, generated),
             "images": [record.to_json() for record in records],
         },
         output_dir / "metrics.json",
     )
 
 
-def describe_rounded(asked: Sampling, generated: Sampling) -> dict[str, dict[str, int]]:
+def collect_rounded(asked: Sampling, generated: Sampling) -> dict[str, dict[str, int]]:
     """What a pipeline did not take as it was asked, by setting; empty where it took all."""
     return {
         change.name: {"asked": change.asked, "generated": change.generated}
