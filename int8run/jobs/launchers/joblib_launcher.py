@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 import psutil
 
-from int8run.errors import ConfigError, check_range
+from int8run.errors import BackendError, ConfigError, check_range
 from int8run.jobs.base import Outcome, Worker, WorkerDied
 from int8run.jobs.futures import OutcomesFuture, describe_exit_code, translate_errors
 
@@ -74,6 +74,7 @@ class Processes:
         return DEFAULT_JOBS if self.gpus is None else len(self.gpus)
 
     def open(self, jobs: int) -> int:
+        check_shared_memory()
         return min(self.jobs_at_once, jobs)
 
     def start(self) -> Worker:
@@ -118,6 +119,20 @@ class Processes:
             worker.close()
         for worker in self.workers.values():
             worker.wait()
+
+
+def check_shared_memory() -> None:
+    """Raise BackendError where processes cannot share locks, which Linux keeps in /dev/shm."""
+    from joblib.externals.loky.backend.context import get_context
+
+    try:
+        get_context("loky").Lock()
+    except OSError as error:
+        raise BackendError(
+            "hydra/launcher=joblib needs shared memory for its processes, and there is none here (/dev/shm: "
+            f"{error.strerror or error}); give the container some (docker run --shm-size=1g), or leave the "
+            "launcher out"
+        ) from error
 
 
 def is_gpu_number(gpu: object) -> bool:
