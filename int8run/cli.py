@@ -123,7 +123,8 @@ def print_help(arguments: Sequence[str]) -> None:
     """
     from int8run.config.help import render_help
 
-    topics = [argument for argument in arguments if not argument.startswith("-") and "=" not in argument]
+    following = arguments[1 + next(n for n, argument in enumerate(arguments) if argument in HELP_FLAGS) :]
+    topics = [argument for argument in following[:1] if not argument.startswith("-") and "=" not in argument]
     sys.stdout.write(render_help(topics[0] if topics else None))
 
 
@@ -137,11 +138,13 @@ def check_and_run() -> None:
     """Parse the command line, and let hydra see int8run's own launchers and sweeper."""
     from hydra._internal.utils import get_args_parser
 
+    from int8run.config.help import check_flags
     from int8run.config.prompt_argument import rewrite_negative_prompt, rewrite_prompt_arguments
     from int8run.config.renamed import rename_overrides, report_once
 
     # hydra reads the overrides there
     arguments = rewrite_prompt_arguments(rewrite_negative_prompt(sys.argv[1:]))
+    check_flags(arguments)
     sys.argv = [sys.argv[0], *rename_overrides(arguments, report_once())]
     args = get_args_parser().parse_args()
     if args.experimental_rerun:

@@ -191,8 +191,18 @@ REFUSED = {
     "lora strength nan": (["lora.strength=nan"], r"lora.strength is nan; allowed is a number from -20 to 20"),
     "adapter that is not there": (
         ["lora.adapters.0.strength=0.5"],
-        r"no setting called 'lora.adapters\[0\]': the list has 0 entries; choose a stack that has it, such "
-        r"as lora=stack_a",
+        r"no setting called 'lora.adapters\[0\]': the list has 0 entries; choose one that has it, such "
+        r"as lora=file or lora=stack_a",
+    ),
+    "setting as a flag": (["--lora", "stack_a"], r"--lora is no flag; settings have no dashes: lora=stack_a"),
+    "key as a flag": (["--sampler.steps=8"], r"is no flag; settings have no dashes: sampler.steps=8"),
+    "misspelt prompt": (
+        ["promt=a fox"],
+        r"no setting called 'promt'; did you mean 'prompt'\? choose",
+    ),
+    "lora by its name": (
+        ["lora=ink"],
+        r"no lora called 'ink'; .*; one LoRA, by its name or file: lora=file lora.adapters.0.path=ink",
     ),
     "adapter strength": (
         ["lora=stack_a", "lora.adapters.0.strength=true"],
@@ -637,6 +647,11 @@ def test_help_for_a_group_shows_its_options_and_settings(command):
     assert outcome.out.startswith("backend=OPTION (default: auto)\n")
     assert re.search(r"^  vnni +int8run's own kernels", outcome.out, flags=re.MULTILINE)
     assert re.search(r"^  backend\.rounds=7 ", outcome.out, flags=re.MULTILINE)
+
+
+def test_help_for_a_group_stands_behind_other_arguments(command):
+    assert command("--config-dir", "mine", "--help", "lora").out.startswith("lora=OPTION")
+    assert command("model=flux", "--help", "tracker=none").out.startswith("int8run: build")
 
 
 def test_help_for_an_unknown_group_lists_those_that_there_are(command):

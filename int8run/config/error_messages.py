@@ -20,6 +20,9 @@ ENDLESS_CONFIG = (
     "the config never ends: a file names itself in its defaults list, or a value is nested too deep"
 )
 
+# what the command line takes besides the settings of the config
+COMMAND_LINE_WORDS = ["negative_prompt", "prompt"]
+
 
 def explain_error(error: BaseException) -> tuple[str | None, int]:
     """One line and an exit code for an error; None for one that no user should meet, which is shown whole.
@@ -86,7 +89,10 @@ def explain_missing_option(file: str, known: Sequence[str]) -> str:
     group, _, option = file.rpartition("/")
     if not known:
         return f"there is no group called {group!r}; `int8run --help` lists the groups"
-    return f"no {group} called {option!r}; {suggest_similar(option, known)}choose from {', '.join(known)}"
+    message = f"no {group} called {option!r}; {suggest_similar(option, known)}choose from {', '.join(known)}"
+    if group == "lora":
+        message += f"; one LoRA, by its name or file: lora=file lora.adapters.0.path={option}"
+    return message
 
 
 def explain_unknown_setting(key: str, parent: Any) -> str:
@@ -106,9 +112,12 @@ def explain_unknown_setting(key: str, parent: Any) -> str:
         plain_key = key.replace("[", ".").replace("]", "")
         return f"{left_out} is a setting that this stack leaves out; give it with a plus: +{plain_key}=…"
     names = map(str, parent) if hasattr(parent, "keys") else ()
-    known = sorted(name for name in names if name != "hydra" and not name.startswith("_"))
+    known = [name for name in names if name != "hydra" and not name.startswith("_")]
+    is_at_the_top = "." not in key
+    if is_at_the_top:
+        known += COMMAND_LINE_WORDS
     near = suggest_similar(key.rpartition(".")[2], known)
-    return f"no setting called {key!r}; {near}choose from {', '.join(known)}"
+    return f"no setting called {key!r}; {near}choose from {', '.join(sorted(known))}"
 
 
 def explain_missing_entry(key: str, entries: Any) -> str:
@@ -121,7 +130,8 @@ def explain_missing_entry(key: str, entries: Any) -> str:
     from omegaconf import ListConfig
 
     num_entries = len(entries) if isinstance(entries, list | ListConfig) else 0
-    stack = "; choose a stack that has it, such as lora=stack_a" if key.startswith("lora.") else ""
+    hint = "; choose one that has it, such as lora=file or lora=stack_a"
+    stack = hint if key.startswith("lora.") else ""
     return f"no setting called {key!r}: the list has {count_noun(num_entries, 'entry')}{stack}"
 
 

@@ -6,6 +6,7 @@ once per group and takes several times as long.
 
 import re
 import textwrap
+from collections.abc import Sequence
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 
@@ -27,7 +28,7 @@ USAGE = """\
 int8run: build a diffusion model in INT8 (W8A8), generate, and measure it against the float model.
 
   int8run                                             the tiny model in this package, offline
-  int8run prompt='a (red:1.2) fox, at night'          a prompt of yours: any text
+  int8run prompt='red apple'                          a prompt of yours: any text
   int8run model=flux lora=stack_a                     options of groups
   int8run lora=stack_a lora.adapters.0.strength=0.5   any setting of any option
   int8run -m lora=stack_a lora.strength=0,0.5,1       a sweep: one job per value, one page that compares them
@@ -142,6 +143,25 @@ def render_section(section: str) -> str:
         if key.startswith(f"{section}."):
             lines += format_row(f"{key}={value}", comment, KEY_WIDTH)
     return "\n".join(lines) + "\n"
+
+
+def check_flags(arguments: Sequence[str]) -> None:
+    """Raise ConfigError for a setting that was given as a flag: `--lora stack_a`.
+
+    Args:
+        arguments: of the command line.
+    """
+    names = {group for group, _, _ in read_groups()} | {
+        key for key, _, _ in parse_key_comments(read_config(), "")
+    }
+    for number, argument in enumerate(arguments):
+        name, _, value = argument.removeprefix("--").partition("=")
+        is_setting = name in names or name.partition(".")[0] in names
+        if not argument.startswith("--") or not is_setting:
+            continue
+        following = [word for word in arguments[number + 1 : number + 2] if not word.startswith("-")]
+        example = value or (following[0] if following else "…")
+        raise ConfigError(f"{argument} is no flag; settings have no dashes: {name}={example}")
 
 
 def format_row(label: str, text: str, label_width: int) -> list[str]:

@@ -32,6 +32,7 @@ from int8run.jobs.manifest import (
 from int8run.jobs.plan import PlannedJob, find_finished_jobs, get_job_folder, plan_jobs
 from int8run.jobs.scheduler import Scheduler
 from int8run.jobs.worker import ParentProcess, run_jobs
+from int8run.report.ranking import varies_content_only
 from int8run.report.sweep_progress import SweepProgress
 from int8run.tracking.run_record import (
     FINISHED,
@@ -139,8 +140,8 @@ class SweepRun:
         spec = planned[0].spec
         self.progress = SweepProgress(
             total=len(planned),
-            finished=len(finished),
-            objective=spec.metrics.objective,
+            finished=list(finished.values()),
+            objective=None if varies_content_only(manifest.varying) else spec.metrics.objective,
             enabled=spec.progress,
         )
 

@@ -20,15 +20,25 @@ from int8run.checkpoints.layer import FLOAT, CheckpointLayer
 from int8run.checkpoints.part_dtypes import BUFFER, PARAMETER, check_part_dtype
 from int8run.checkpoints.provenance import read_provenance
 from int8run.checkpoints.reader import TensorFiles
-from int8run.errors import ConfigError, FileError
+from int8run.errors import ConfigError, FileError, LoraError
 from int8run.layers.int8_linear import QuantizedLayer
+from int8run.lora.key_groups import group_keys
 from int8run.models.detect_family import detect_denoiser
 from int8run.models.family import load_families
 from int8run.models.state_dict_adapter import Shape, TensorPart, find_prefix, find_targets, to_model
 from int8run.quant.weight import QuantizedWeight
+from int8run.text_encoders.detect import find_encoders
 from int8run.utils.plurals import count_noun
 
 log = logging.getLogger(__name__)
+
+
+def is_lora_file(path: Path, keys: Iterable[str]) -> bool:
+    """Whether the names in a file are those of a LoRA."""
+    try:
+        return any(module.is_lora for module in group_keys(path, keys).modules)
+    except LoraError:  # several adapters
+        return True
 
 
 class FileWeights:
@@ -134,7 +144,11 @@ class FileWeights:
             )
 
     def describe_other_model(self) -> str:
-        """What the names in the file say that it is, where that is another model; else empty."""
+        """What the names in the file say that it is, where that is something else; else empty."""
+        if is_lora_file(self.path, self.files):
+            return f". It is a LoRA: lora=file lora.adapters.0.path={self.path}"
+        if find_encoders({key: self.files[key].shape for key in self.files}):
+            return f". It is a text encoder: clip=auto clip.path={self.path}"
         try:
             found = detect_denoiser(self.shapes, load_families().values(), self.shapes)
         except ConfigError:

@@ -362,7 +362,7 @@ def check_model_family(model: ModelSource, denoiser: str) -> None:
     raise ConfigError(
         f"model.location={model.location} holds a {denoiser} ({' or '.join(found) or 'no known family'}), "
         f"and the steps, guidance and size of this model are made for {model.family}; {choice}, or set "
-        "model.family=null to use them all the same"
+        "model.family=null to use it anyway"
     )
 
 

@@ -6,7 +6,7 @@ Used by the recommendation, the table of runs and the plots. Knows nothing of ho
 import math
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from int8run.report.columns import PSNR_DB, SPEED_RATIO, STEP_MS
@@ -16,6 +16,12 @@ from int8run.tracking.run_record import shorten_keys
 # Settings that are chosen for the image that one wants. Runs that differ in them have different float images,
 # too.
 CONTENT_SETTINGS = re.compile(r"lora[.](adapters[.]\d+[.])?strength|seed|prompts([.].*)?")
+
+
+def varies_content_only(keys: Iterable[str]) -> bool:
+    """Whether jobs that differ in these settings are chosen by their images: no metric makes one the best."""
+    keys = list(keys)
+    return bool(keys) and all(CONTENT_SETTINGS.fullmatch(key) for key in keys)
 
 
 @dataclass(frozen=True)

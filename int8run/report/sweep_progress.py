@@ -4,6 +4,7 @@ import logging
 import math
 import textwrap
 import time
+from collections.abc import Sequence
 
 from rich.text import Text
 
@@ -27,6 +28,7 @@ SMALLER_IS_BETTER = (
     "overhead_ratio",
     "fallback_layers",
 )
+METRIC_NAMES = {"quality/psnr_db": "PSNR"}
 OUTCOME_PHRASES = {
     "quality/psnr_db": lambda value: f"PSNR {format_decibels(value)}",
     "speed/ratio_vs_float": lambda value: f"{value:.2f}× float's speed",
@@ -39,19 +41,22 @@ class SweepProgress:
 
     Args:
         total: number of jobs of the sweep.
-        finished: how many of them are finished already.
-        objective: the metric that the best job is chosen by.
+        finished: of jobs that an earlier sweep has finished.
+        objective: the metric that the best job is chosen by; None where jobs differ in what their images
+            show alone, so that none is better.
         enabled: whether to show anything.
     """
 
-    def __init__(self, total: int, finished: int, objective: str, enabled: bool):
+    def __init__(self, total: int, finished: Sequence[Record], objective: str | None, enabled: bool):
         self.total = total
-        self.num_ended = finished
+        self.num_ended = len(finished)
         self.num_ran = 0  # in this process and its workers
         self.objective = objective
         self.enabled = enabled
         self.started_at = time.monotonic()
         self.best: Record | None = None
+        for record in finished:
+            self.best = choose_better(self.best, record, objective)
 
     def report_start(self, number: int, name: str) -> None:
         """Name a job above its own bars; elsewhere than on a terminal it has none."""
@@ -89,12 +94,11 @@ class SweepProgress:
 
     def describe_best(self) -> list[str]:
         """The best job so far, once there are two to choose from."""
-        if self.best is None or self.num_ended < 2:
+        if self.best is None or self.objective is None or self.num_ended < 2:
             return []
-        return [
-            f"best {self.objective} so far {format_metric(self.best, self.objective)}: "
-            f"{shorten_value(self.best.label)}"
-        ]
+        name = METRIC_NAMES.get(self.objective, self.objective)
+        value = format_metric(self.best, self.objective)
+        return [f"best {name} so far {value}: {shorten_value(self.best.label)}"]
 
 
 def describe_outcome(record: Record) -> str:
@@ -113,7 +117,7 @@ def format_metric(record: Record, name: str) -> str:
     return format_decibels(value) if name.endswith("_db") else f"{value:.4g}"
 
 
-def choose_better(best: Record | None, record: Record, objective: str) -> Record | None:
+def choose_better(best: Record | None, record: Record, objective: str | None) -> Record | None:
     """The better of two jobs.
 
     Args:
@@ -121,6 +125,8 @@ def choose_better(best: Record | None, record: Record, objective: str) -> Record
         record: the job that ended.
         objective: the metric to compare by.
     """
+    if objective is None:
+        return None
     value = record.metrics.get(objective) if record.state == FINISHED else None
     if value is None or math.isnan(value):
         return best

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from support.helpers import CPU, randn
 from support.tiny_pipeline import random_pipeline
 from torch import Tensor, nn
 
 from int8run.errors import FileError
 from int8run.models.dual_denoisers import DualDenoiser
+from int8run.models.resolve_weights import ASSETS_FOLDER
 from int8run.models.state_dict_adapter import to_original
 from int8run.pipeline.checkpoint_weights import DenoiserWeights, FileWeights
 
@@ -148,6 +149,17 @@ def test_parts_that_were_treated_differently_are_no_layer(tmp_path: Path) -> Non
     assert file.read_int8_layer("both").weight.qdata.shape == (8, 16) and file.read_tensor(
         "both.weight"
     ).shape == (8, 16)
+
+
+def test_a_lora_or_a_text_encoder_as_the_model_is_named(model: nn.Module, tmp_path: Path) -> None:
+    lora = {f"transformer.{ATTENTION}to_q.lora_{part}.weight": randn(32, 32) for part in "AB"}
+    with pytest.raises(
+        FileError, match=r"It is a LoRA: lora=file lora\.adapters\.0\.path=/.*m\.safetensors$"
+    ):
+        opened(lora, tmp_path / "m.safetensors", model)
+    encoder = load_file(ASSETS_FOLDER / "tiny" / "text_encoder_2" / "model.safetensors")
+    with pytest.raises(FileError, match=r"It is a text encoder: clip=auto clip\.path=/.*m\.safetensors$"):
+        opened(encoder, tmp_path / "m.safetensors", model)
 
 
 def test_a_file_for_another_model_is_refused(model: nn.Module, tmp_path: Path) -> None:

@@ -398,7 +398,7 @@ def test_an_unknown_attention_backend_is_refused_for_a_skeleton_too(folder: Path
 def test_a_model_of_another_family_is_refused_before_it_is_read(folder: Path) -> None:
     message = (
         r"^model.location=.* holds a FluxTransformer2DModel \(flux\), and the steps, guidance and size of "
-        r"this model are made for sdxl; choose model=flux or .*, or set model.family=null to use them"
+        r"this model are made for sdxl; choose model=flux or .*, or set model.family=null to use it anyway"
     )
     with pytest.raises(ConfigError, match=message):
         loaded(folder, "model.family=sdxl")

@@ -9,6 +9,7 @@ from rich.console import Console
 from support.hostile_texts import HOSTILE_TEXTS
 
 from int8run.report import console, sweep_progress
+from int8run.report.ranking import varies_content_only
 from int8run.report.sweep_progress import SweepProgress, choose_better
 from int8run.tracking.run_record import Record
 from int8run.utils.text import UNSAFE_BUT_LINES, make_visible
@@ -49,7 +50,7 @@ def test_names_and_errors_of_jobs_are_shown_as_they_are(tmp_path, monkeypatch, t
     finished = Record(job.folder, {**job.status, "name": f"prompt={text}"})
     failed = Record(job.folder, {**job.status, "name": "a=1", "state": "FAILED", "error": f"no file {text}"})
 
-    progress = SweepProgress(4, 1, "quality/psnr_db", enabled=True)
+    progress = SweepProgress(4, [job], "quality/psnr_db", enabled=True)
     progress.report_start(0, f"prompt={text}")
     progress.report_end(finished)
     progress.report_end(failed)
@@ -73,7 +74,8 @@ def test_a_terminal_shows_a_line_for_every_job(tmp_path, monkeypatch):
     times = iter([0.0, 60.0, 90.0])
     monkeypatch.setattr(sweep_progress.time, "monotonic", lambda: next(times))
 
-    progress = SweepProgress(4, 1, "quality/psnr_db", enabled=True)
+    earlier = write_job(tmp_path, 0, "outlier=convrot", **(JOB_METRICS | {"quality/psnr_db": 54.0}))
+    progress = SweepProgress(4, [earlier], "quality/psnr_db", enabled=True)
     progress.report_start(1, "outlier=[none]")
     progress.report_end(write_job(tmp_path, 1, "outlier=none", **JOB_METRICS))
     progress.report_end(write_job(tmp_path, 2, "outlier=quarot", "FAILED"))
@@ -81,7 +83,38 @@ def test_a_terminal_shows_a_line_for_every_job(tmp_path, monkeypatch):
     assert [line.rstrip() for line in terminal.file.getvalue().splitlines()] == [
         "Job 1 outlier=[none] …",
         "Job 1 (outlier=none): PSNR 55.1 dB, 2.40× float's speed, 7.1 ms per step"
-        " · 2 of 4 done, 1:00 elapsed, about 2:00 left · best quality/psnr_db so far 55.1 dB: outlier=none",
+        " · 2 of 4 done, 1:00 elapsed, about 2:00 left · best PSNR so far 55.1 dB: outlier=none",
         "Job 2 (outlier=quarot): FAILED: broken on purpose"
-        " · 3 of 4 done, 1:30 elapsed, about 0:45 left · best quality/psnr_db so far 55.1 dB: outlier=none",
+        " · 3 of 4 done, 1:30 elapsed, about 0:45 left · best PSNR so far 55.1 dB: outlier=none",
     ]
+
+
+def test_a_job_that_an_earlier_sweep_finished_may_be_the_best(tmp_path):
+    earlier = write_job(tmp_path, 0, "outlier=convrot", **(JOB_METRICS | {"quality/psnr_db": 60.0}))
+    progress = SweepProgress(2, [earlier], "quality/psnr_db", enabled=False)
+
+    progress.report_end(write_job(tmp_path, 1, "outlier=none", **JOB_METRICS))
+
+    assert progress.describe_best() == ["best PSNR so far 60.0 dB: outlier=convrot"]
+
+
+def test_no_strength_of_a_lora_is_the_best(tmp_path):
+    progress = SweepProgress(2, [], None, enabled=False)
+    for number in range(2):
+        progress.report_end(write_job(tmp_path, number, f"lora.strength={number}", **JOB_METRICS))
+
+    assert progress.describe_best() == []
+
+
+@pytest.mark.parametrize(
+    ("keys", "answer"),
+    [
+        (["lora.strength"], True),
+        (["lora.adapters.0.strength", "seed"], True),
+        (["prompts.prompts"], True),
+        (["lora.strength", "outlier"], False),
+        ([], False),
+    ],
+)
+def test_settings_of_the_content_alone(keys, answer):
+    assert varies_content_only(keys) == answer
