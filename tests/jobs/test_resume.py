@@ -294,14 +294,21 @@ def test_every_job_that_failed_is_named_at_the_end(
 
 
 def test_a_sweep_shows_how_far_it_is_and_what_is_best(command: Command, model: str) -> None:
-    outcome = command("-m", "seed=0,1", model, *COMPARED)
+    outcome = command("-m", "outlier=none,convrot", model, *COMPARED)
 
     assert outcome.code == 0
     shown = join_lines(outcome.out + outcome.err)
-    assert "1 of 2 done, 0:0" in shown
-    assert "about 0:0" in shown
-    assert "2 of 2 done, 0:0" in shown
-    assert "best " in shown
+    assert re.search(r"1 of 2 done, \d+:\d\d elapsed, about \d+:\d\d left", shown)
+    assert re.search(r"2 of 2 done, \d+:\d\d elapsed", shown)
+    assert "best PSNR so far " in shown
+
+
+def test_seeds_are_not_better_or_worse(command: Command, model: str) -> None:
+    outcome = command("-m", "seed=0,1", model, *COMPARED)
+
+    assert outcome.code == 0
+    assert "2 of 2 done, " in outcome.out + outcome.err
+    assert "so far" not in outcome.out + outcome.err
 
 
 def test_a_sweep_without_progress_shows_no_lines_for_its_jobs(command: Command, model: str) -> None:
