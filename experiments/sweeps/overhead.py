@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 WORDS = ["lora=stack_a", "lora.strength=0,0.25,0.5,0.75,1", "outlier=none,convrot"]
@@ -29,20 +30,27 @@ def run_alone(words: list[str]) -> None:
     from int8run.pipeline.build import build_model
     from int8run.pipeline.process_cache import get_or_build
     from int8run.report.console import Progress
+    from int8run.tasks.image_writer import ImageWriter
     from int8run.tasks.run import generate_all
+
+    class NoFiles(ImageWriter):
+        """Has the samples of a job and saves none of its images."""
+
+        def write_sample(self, *_: object) -> None:
+            pass
 
     _, configs = compose_jobs(None, "config", words, multirun=True)
     specs = sorted((create_run_spec(config) for config in configs), key=lambda spec: spec.build_key)
+    progress = Progress(False)
     for spec in specs:
-        heads = read_lora_headers(spec.lora, spec.model.lora_base, None)
-        wanted = build_samples(spec.prompts.read(), spec.prompts.seeds_per_prompt, spec.seed)
-        built, _ = get_or_build(
-            spec.build_key,
-            lambda s=spec, h=heads, w=wanted: build_model(s, w[: s.sampler.batch], h, Progress(False)),
-        )
+        headers = read_lora_headers(spec.lora, spec.model.lora_base, None)
+        samples = build_samples(spec.prompts.read(), spec.prompts.seeds_per_prompt, spec.seed)
+        writer = NoFiles(spec, samples, Path())
+        create_model = partial(build_model, spec, samples[: spec.sampling.batch], headers, progress)
+        built, _ = get_or_build(spec.build_key, create_model)
         set_scheduler(built.pipe, built.scheduler, spec.sampling)
         built.set_strengths(spec.lora.strengths, spec.lora.text_strengths)
-        generate_all(spec, built, spec.candidate, wanted, Progress(False))
+        generate_all(spec, built, spec.candidate, writer, progress)
 
 
 def time_command(command: list[str], folder: Path) -> float:
