@@ -249,6 +249,10 @@ def build_kronecker_factor(tensors: AdapterTensors, name: str, mid: str) -> Tens
         return build_pair(tensors, up=f"{name}_a", down=f"{name}_b", mid=mid)
     if name not in tensors:
         raise missing_part_error(name)
+    if mid in tensors:
+        raise LoraError(
+            f"has {mid}, the core of the pair {name}_a and {name}_b, and {name} whole; the file is broken"
+        )
     return tensors[name]
 
 

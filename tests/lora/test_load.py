@@ -669,6 +669,10 @@ REFUSED = {
         {"x.lokr_w1": A, "x.lokr_w2": A.clone(), "x.lokr_w2_a": B, "x.lokr_w2_b": A.clone()},
         "x has lokr_w2 both whole and as lokr_w2_a and lokr_w2_b; the file is broken",
     ),
+    "LoKr core beside a whole factor": (
+        {"x.lokr_w1": A, "x.lokr_w2": B, "x.lokr_t2": randn(2, 2, 3, 3)},
+        "x has lokr_t2, the core of the pair lokr_w2_a and lokr_w2_b, and lokr_w2 whole; the file is broken",
+    ),
     "LoKr of vectors": (
         {"x.lokr_w1": A[0], "x.lokr_w2": B},
         r"x has LoKr factors of \[6\] and \[5, 4\]; two matrices are needed",

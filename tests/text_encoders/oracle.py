@@ -588,6 +588,7 @@ def scaled(
     """Codes times scales, told apart by the shapes of the two, and the format's word."""
     n, k = codes.shape
     named = (fields or {}).get("group_size")
+    need(named is None or isinstance(named, int | float), "a size of groups that is no number")
     if scale.size == 1:
         return codes * scale.item(), f"{kind}_tensorwise" if kind == "int8" else kind
     if scale.shape in ((n,), (n, 1)):
