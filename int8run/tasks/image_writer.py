@@ -28,6 +28,8 @@ from int8run.tracking.secrets import mask_settings
 
 log = logging.getLogger(__name__)
 IMAGES = "images"
+# text chunks of each image: for other programs, and for int8run itself as JSON
+PARAMETERS_CHUNK, OWN_CHUNK = "parameters", "int8run"
 
 
 class ImageWriter:
@@ -84,7 +86,16 @@ class ImageWriter:
         self.files[model, sample.key] = [f"{IMAGES}/{file}" for file in files]
 
     def describe(self, model: str, sample: Sample, generation: Generation, pipe: Any) -> dict[str, str]:
-        """The text chunks of an image: `parameters` for readers of other programs, `int8run` as JSON."""
+        """The text chunks of an image: `parameters` for readers of other programs, `int8run` as JSON.
+
+        `tasks.inspect_image` reads the second one.
+
+        Args:
+            model: `float`, `int8` or `clip`.
+            sample: prompt and seed.
+            generation: of the model.
+            pipe: that generated it.
+        """
         sampling = read_generated_sampling(self.spec.sampling, generation)
         sampling = fill_guidance(sampling, pipe)
         scheduler = type(pipe.scheduler).__name__
@@ -110,7 +121,8 @@ class ImageWriter:
         for label, value in details.items():
             facts[label.lower().replace(" ", "_")] = value
         known = {key: value for key, value in facts.items() if value is not None}
-        return {"parameters": parameters, "int8run": json.dumps(known, ensure_ascii=False, default=str)}
+        own = json.dumps(known, ensure_ascii=False, default=str)
+        return {PARAMETERS_CHUNK: parameters, OWN_CHUNK: own}
 
     def report_kept(self) -> None:
         """Log which images are kept, where a run does not come to its end."""

@@ -39,7 +39,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Inspect:
-    """Describe a `.safetensors` file or a folder of them, from the headers.
+    """Describe a `.safetensors` file, a folder of them, a pipeline or an image of int8run, from the headers.
 
     Args:
         path: None: list what the cache holds.
@@ -51,13 +51,16 @@ class Inspect:
     path: str | None = None
 
     def execute(self, spec: RunSpec, job: Job) -> None:
+        """Print what a file is, or what the cache holds."""
         from int8run.report.console import print_lines
-        from int8run.tasks.inspect_file import inspect_cache, inspect_file
+        from int8run.tasks.inspect_cache import inspect_cache
+        from int8run.tasks.inspect_file import inspect_file
 
-        if self.path:
-            print_lines(inspect_file(str(self.path), spec.model.quant_format, spec.model.sdnq))
-        else:
+        if not self.path:
             print_lines(inspect_cache(spec.cache), "task.path=<file.safetensors> looks at a file")
+            return
+        description = inspect_file(str(self.path), spec.model.quant_format, spec.model.sdnq)
+        print_lines(description.to_table(), *description.list_commands())
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,7 @@ class Bench:
         check_range("task.rounds", self.rounds, 1, 1000, whole=True)
 
     def execute(self, spec: RunSpec, job: Job) -> None:
+        """Time the backends, print a table, write `bench.json`."""
         from int8run.tasks.benchmark import run_benchmark
 
         run_benchmark(spec, job, self.rounds)
@@ -97,6 +101,7 @@ class Quantize:
     component: str | None = None
 
     def execute(self, spec: RunSpec, job: Job) -> None:
+        """Write the denoiser or the text encoder that `component` names."""
         from int8run.tasks.quantize_checkpoint import quantize_file
         from int8run.tasks.quantize_text_encoder import quantize_text_encoder
 
@@ -122,6 +127,7 @@ class Report:
     sweep: str | None = None
 
     def execute(self, spec: RunSpec, job: Job) -> None:
+        """Write the page, and print where it is."""
         from int8run.tasks.report import report_runs
 
         report_runs(spec.tracker, self.path, self.sweep, spec.sync)

@@ -25,7 +25,7 @@ from int8run.config.run_spec import AutoFamily
 from int8run.errors import ConfigError, FileError
 from int8run.models.resolve_weights import ResolvedWeights
 from int8run.pipeline.checkpoint_weights import FileWeights
-from int8run.tasks import denoiser_checkpoint, inspect_file
+from int8run.tasks import denoiser_checkpoint, inspect_checkpoint, inspect_file
 
 NVFP4, MXFP8 = {"format": "nvfp4"}, {"format": "mxfp8"}
 
@@ -853,8 +853,8 @@ def test_family_is_detected_by_logical_shapes(tmp_path: Path, monkeypatch: pytes
 
 def test_inspect_shows_the_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     draft, _ = draft_flux(tmp_path)
-    seen = record_shapes(inspect_file, monkeypatch)
-    table = inspect_file.inspect_file(str(draft.write(tmp_path / "m.safetensors")))
+    seen = record_shapes(inspect_checkpoint, monkeypatch)
+    table = inspect_file.inspect_file(str(draft.write(tmp_path / "m.safetensors"))).to_table()
 
     assert "1 × nvfp4" in list(table.columns[1].cells)
     assert seen["double_blocks.0.img_attn.qkv.weight"] == (
@@ -863,7 +863,7 @@ def test_inspect_shows_the_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     )
 
     del draft.tensors["double_blocks.0.img_attn.qkv.comfy_quant"]
-    table = inspect_file.inspect_file(str(draft.write(tmp_path / "m.safetensors")))
+    table = inspect_file.inspect_file(str(draft.write(tmp_path / "m.safetensors"))).to_table()
 
     assert next(iter(table.columns[1].cells)) == "quantized checkpoint (U8 with scales)"
 

@@ -547,7 +547,7 @@ def test_random_settings_are_read_or_refused(write, seed):
 def test_a_folder_of_peft_is_inspected(write):
     path = write(config=CONFIG | {"lora_alpha": 16})
 
-    table = inspect_file(str(path.parent))
+    table = inspect_file(str(path.parent)).to_table()
 
     assert table.title == "adapter_model.safetensors"
     assert "rank 8, alpha 16" in list(table.columns[1].cells)

@@ -1,18 +1,21 @@
-"""task=inspect: what a file is, from its header alone."""
+"""task=inspect: what a file or a folder is, from its header alone."""
 
 import json
 import re
+import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from support.cli_process import Command
 from text_encoders.files import File, make_encoder_file
 
 from int8run.backends.reference import Reference
 from int8run.export.save_denoiser import keep_own_names, write_tensors
 from int8run.layers.int8_linear import Int8Linear, QuantizedLayer
+from int8run.models.resolve_weights import ASSETS_FOLDER
 from int8run.outlier.none import NoOutlier
 from int8run.outlier.quarot import QuaRot
 from int8run.quant.weight import quantize_weight
@@ -92,8 +95,7 @@ def test_a_long_header_value_is_cut_and_counted(tmp_path: Path) -> None:
     save_file(
         {"a": torch.zeros(1)}, tmp_path / "a.safetensors", metadata={"short": "s" * 200, "long": "x" * 500}
     )
-    table = inspect_file(str(tmp_path / "a.safetensors"))
-    cells = dict(zip(*(column.cells for column in table.columns), strict=True))
+    cells = dict(inspect_file(str(tmp_path / "a.safetensors")).rows)
 
     assert (cells["header: short"], cells["header: long"]) == ("s" * 200, "x" * 200 + "… (500 characters)")
 
@@ -197,8 +199,7 @@ def test_settings_say_what_a_file_leaves_open(tmp_path: Path) -> None:
 
 
 def read_table(path: Path, **settings: str) -> dict[str, str]:
-    columns = inspect_file(str(path), **settings).columns
-    return dict(zip(*(list(column.cells) for column in columns), strict=True))
+    return dict(inspect_file(str(path), **settings).rows)
 
 
 def test_a_file_that_save_wrote(command: Command) -> None:
@@ -240,8 +241,7 @@ def test_text_encoders(command: Command) -> None:
 
     assert rows["text encoder"] == "t5 (T5EncoderModel)"
     assert rows["prefix"] == "text_encoders.t5xxl.transformer."
-    assert rows["to use it"].startswith("clip=auto")
-    assert "clip.path=" in shown
+    assert f"to use it:  clip=auto clip.path={path}\n" in shown, "on one line, however narrow the table is"
     assert "family" not in rows
     assert rows["kind"] == "quantized checkpoint with ComfyUI markers"
 
@@ -262,6 +262,46 @@ def test_a_checkpoint_with_two_text_encoders_and_a_file_with_none(command: Comma
     save_file({"a.weight": torch.zeros(2, 2)}, command.folder / "n.safetensors")
 
     assert "text encoder" not in inspect(command, "n.safetensors")
+
+
+def test_a_path_is_quoted_in_the_command(command: Command) -> None:
+    path = make_encoder_file("t5").write(command.folder / "my t5, fp8.safetensors")
+
+    (line,) = inspect_file(str(path)).list_commands()
+
+    words = shlex.split(line.removeprefix("to use it:  "))
+    assert words == ["clip=auto", f"clip.path='{path}'"]
+
+
+def test_a_pipeline_lists_its_components(tmp_path: Path) -> None:
+    folder = copy_tiny(tmp_path)
+    shutil.rmtree(folder / "vae")
+    weights = folder / "text_encoder" / "model.safetensors"
+    tensors = load_file(weights)
+    key = next(key for key in tensors if key.endswith("mlp.fc1.weight"))
+    quantized = quantize_weight(tensors[key].float())
+    tensors |= {key: quantized.qdata, f"{key}_scale": quantized.scale}
+    save_file(tensors, weights)
+
+    rows = read_table(folder)
+
+    assert (rows["kind"], rows["class"]) == ("pipeline", "FluxPipeline")
+    assert rows["scheduler"] == "FlowMatchEulerDiscreteScheduler, no weights"
+    assert rows["vae"] == "AutoencoderKL, not in this folder"
+    assert "image_encoder" not in rows, "the pipeline does without it"
+    assert re.fullmatch(r"FluxTransformer2DModel, family flux, [\d.]+ MB, float", rows["transformer"])
+    assert re.fullmatch(r"CLIPTextModel, encoder clip, [\d.]+ MB, 1 × int8, row", rows["text_encoder"])
+
+
+def test_a_component_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    folder = copy_tiny(tmp_path)
+    (folder / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
+
+    assert "its first 8 bytes give no possible header length" in read_table(folder)["vae"]
+
+
+def copy_tiny(folder: Path) -> Path:
+    return Path(shutil.copytree(ASSETS_FOLDER / "tiny", folder / "tiny"))
 
 
 def container(header: bytes, data: bytes = b"", length: int | None = None) -> bytes:

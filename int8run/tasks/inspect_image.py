@@ -1,0 +1,174 @@
+"""What `task=inspect` says about a PNG: what it was made with, and the command that makes it again.
+
+Called by `inspect_file`. Our own images have a text chunk `int8run`, which `tasks.image_writer` writes; other
+programs write one called `parameters`. Pixels are not decoded.
+"""
+
+import shlex
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from PIL import Image
+
+from int8run.errors import FileError
+from int8run.models.family import MODEL_FOLDER
+from int8run.tasks.file_description import FileDescription, Row, format_setting
+from int8run.tasks.image_writer import OWN_CHUNK, PARAMETERS_CHUNK, name_model
+from int8run.utils.text import shorten_error
+from int8run.utils.untrusted_json import parse_untrusted_json
+
+PNG = ".png"
+INT8 = "INT8"
+SAMPLER_SETTINGS = ("steps", "guidance", "height", "width", "scheduler")
+# groups of further arguments
+SAMPLER_MAPPINGS = ("extra", "scheduler_settings")
+UNSAID = "settings of the outlier method, of rounding= and backend=: the command takes the defaults"
+
+
+class NotRepeatableError(Exception):
+    """An image does not name what is needed to make it again; the message says what is missing."""
+
+
+def inspect_image(path: Path) -> FileDescription:
+    """Describe a PNG by its text chunks.
+
+    Raises:
+        FileError: when it is no PNG, or its text chunks cannot be read.
+    """
+    width, height, texts = read_texts(path)
+    size: Row = ("size", f"{path.stat().st_size / 1e3:.1f} kB, {width} x {height} pixels")
+    if OWN_CHUNK not in texts:
+        kind: Row = ("kind", "image, not made by int8run")
+        parameters = texts.get(PARAMETERS_CHUNK, "it does not say")
+        return FileDescription(path.name, [kind, size, ("made with", parameters)])
+
+    facts = parse_facts(path, texts[OWN_CHUNK])
+    rows: list[Row] = [("kind", "image"), size, *describe_facts(facts)]
+    try:
+        command = format_command(facts)
+    except NotRepeatableError as reason:
+        return FileDescription(path.name, [*rows, ("to repeat it", str(reason))])
+    if facts.get("precision") == INT8:
+        rows.append(("not said", UNSAID))
+    return FileDescription(path.name, rows, [("to repeat it", command)])
+
+
+def read_texts(path: Path) -> tuple[int, int, dict[str, str]]:
+    """Read width, height and the text chunks of a PNG.
+
+    Raises:
+        FileError: when it is missing, or no PNG.
+    """
+    if not path.is_file():
+        raise FileError(f"{path}: no such file")
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            texts = {str(key): str(text) for key, text in image.info.items() if isinstance(text, str)}
+            return image.width, image.height, texts
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise FileError(f"{path} cannot be read as a PNG: {shorten_error(error)}") from error
+
+
+def parse_facts(path: Path, text: str) -> dict[str, Any]:
+    """Parse the text chunk of an image of ours.
+
+    Raises:
+        FileError: when it is not what int8run writes.
+    """
+    try:
+        facts = parse_untrusted_json(text)
+    except ValueError as error:
+        raise FileError(f"{path}: its text chunk {OWN_CHUNK} {error}") from error
+    if not isinstance(facts, dict) or not isinstance(facts.get("sampling"), dict):
+        raise FileError(f"{path}: its text chunk {OWN_CHUNK} is not what int8run writes: {text[:80]!r}")
+    return facts
+
+
+def describe_facts(facts: Mapping[str, Any]) -> Iterator[Row]:
+    """Show each fact on a line of its own, the settings of the sampler by their names."""
+    for name, value in facts.items():
+        if name == "sampling":
+            yield from describe_sampling(value)
+        else:
+            yield name.replace("_", " "), str(value)
+
+
+def describe_sampling(sampling: Mapping[str, Any]) -> Iterator[Row]:
+    """Show the settings of the sampler that have a value."""
+    for name, value in sampling.items():
+        if value not in (None, {}):
+            yield f"sampler.{name}", str(value)
+
+
+def format_command(facts: Mapping[str, Any]) -> str:
+    """The command that makes an image again, as one types it.
+
+    Args:
+        facts: of the text chunk.
+
+    Raises:
+        NotRepeatableError: when they do not name all that is needed.
+    """
+    if "loras" in facts:
+        raise NotRepeatableError(f"needs its LoRAs ({facts['loras']}), whose files the image does not name")
+    option = find_model_option(str(facts.get("model")))
+    if option is None:
+        raise NotRepeatableError(f"needs the checkpoint {facts.get('model')}, which is no option of model=")
+    words = ["int8run", format_setting("model", option), shlex.quote(f"prompt={facts.get('prompt', '')}")]
+    if "negative_prompt" in facts:
+        words.append(shlex.quote(f"negative_prompt={facts['negative_prompt']}"))
+    words.append(format_setting("seed", facts.get("seed")))
+    words += list_sampler_words(facts["sampling"])
+    words += list_model_words(facts)
+    return " ".join(words)
+
+
+def find_model_option(name: str) -> str | None:
+    """Find the option of `model=` whose checkpoint bears a name; None where there is no such."""
+    for file in sorted(MODEL_FOLDER.glob("*.yaml")):
+        location = yaml.safe_load(file.read_text(encoding="utf-8")).get("location")
+        if isinstance(location, str) and name_model(location) == name:
+            return file.stem
+    return None
+
+
+def list_sampler_words(sampling: Mapping[str, Any]) -> list[str]:
+    """The words that set the sampler as it was.
+
+    Raises:
+        NotRepeatableError: for a further argument that is more than a number or a text.
+    """
+    words = []
+    for name in SAMPLER_SETTINGS:
+        value = sampling.get(name)
+        if value is not None:
+            words.append(format_setting(f"sampler.{name}", value))
+    for group in SAMPLER_MAPPINGS:
+        for name, value in sampling.get(group, {}).items():
+            if not isinstance(value, str | int | float):
+                raise NotRepeatableError(f"needs sampler.{group}.{name}, which is no number or text")
+            # ++ sets also what the model's own settings lack
+            words.append(format_setting(f"++sampler.{group}.{name}", value))
+    return words
+
+
+def list_model_words(facts: Mapping[str, Any]) -> list[str]:
+    """The words that quantize the model as it was.
+
+    Raises:
+        NotRepeatableError: for text encoders from a file, which the image does not name.
+    """
+    words = []
+    if facts.get("precision") == INT8:
+        words.append(format_setting("outlier", facts.get("outlier")))
+    else:
+        words.append("int8.enable=false")
+        words.append(format_setting("model.dtype", facts.get("precision")))
+    encoder_format = facts.get("text_encoders")
+    if encoder_format == "auto":
+        raise NotRepeatableError("needs the file of its text encoders, which the image does not name")
+    if encoder_format is not None:
+        words.append(format_setting("clip", encoder_format))
+    return words

@@ -1,0 +1,124 @@
+"""task=inspect of a PNG: what it was made with, and the command that makes it again."""
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from support.cli_process import Command
+
+from int8run.errors import FileError
+from int8run.tasks.file_description import FileDescription
+from int8run.tasks.inspect_file import inspect_file
+
+FACTS: dict[str, Any] = {
+    "version": "int8run 0.1.0",
+    "prompt": "a fox, it's here",
+    "seed": 3,
+    "model": "tiny",
+    "sampling": {"steps": 2, "guidance": 3.5, "height": 16, "width": 16, "batch": 1, "extra": {}},
+    "precision": "INT8",
+    "outlier": "convrot",
+}
+
+
+def write_png(path: Path, **texts: str) -> Path:
+    chunks = PngInfo()
+    for key, text in texts.items():
+        chunks.add_text(key, text)
+    Image.new("RGB", (8, 6)).save(path, pnginfo=chunks)
+    return path
+
+
+def describe(folder: Path, **changes: Any) -> FileDescription:
+    """What is said of an image of ours; a fact that is None is left out."""
+    facts = {name: value for name, value in (FACTS | changes).items() if value is not None}
+    return inspect_file(str(write_png(folder / "a.png", int8run=json.dumps(facts))))
+
+
+def test_facts_are_shown_by_name(tmp_path: Path) -> None:
+    rows = dict(describe(tmp_path).rows)
+
+    assert rows["size"].endswith("8 x 6 pixels")
+    assert (rows["prompt"], rows["seed"], rows["outlier"]) == ("a fox, it's here", "3", "convrot")
+    assert rows["sampler.steps"] == "2"
+    assert "sampler.extra" not in rows, "it is empty"
+    assert rows["not said"].startswith("settings of the outlier method")
+
+
+def test_the_command_is_quoted_for_a_shell(tmp_path: Path) -> None:
+    (line,) = describe(tmp_path, negative_prompt="$blurry").list_commands()
+
+    words = shlex.split(line.removeprefix("to repeat it:  "))
+    assert words[:5] == [
+        "int8run",
+        "model=tiny",
+        "prompt=a fox, it's here",
+        "negative_prompt=$blurry",
+        "seed=3",
+    ]
+    assert words[-1] == "outlier=convrot"
+
+
+def test_a_float_image_is_repeated_in_its_dtype(tmp_path: Path) -> None:
+    (line,) = describe(tmp_path, precision="bfloat16", outlier=None, text_encoders="nvfp4").list_commands()
+
+    assert line.endswith(" int8.enable=false model.dtype=bfloat16 clip=nvfp4")
+
+
+@pytest.mark.parametrize(
+    ("changes", "missing"),
+    [
+        ({"loras": "style: 0.5"}, "needs its LoRAs (style: 0.5), whose files the image does not name"),
+        ({"model": "mine"}, "needs the checkpoint mine, which is no option of model="),
+        ({"text_encoders": "auto"}, "needs the file of its text encoders"),
+        ({"sampling": {"extra": {"sigmas": [1, 0.5]}}}, "needs sampler.extra.sigmas, which is no number"),
+    ],
+    ids=["loras", "checkpoint", "text encoders", "sigmas"],
+)
+def test_what_a_command_would_lack_is_named(tmp_path: Path, changes: dict[str, Any], missing: str) -> None:
+    description = describe(tmp_path, **changes)
+
+    assert description.list_commands() == []
+    assert dict(description.rows)["to repeat it"].startswith(missing)
+
+
+def test_an_image_of_another_program(tmp_path: Path) -> None:
+    rows = dict(inspect_file(str(write_png(tmp_path / "a.png", parameters="a fox\nSteps: 4"))).rows)
+
+    assert rows["kind"] == "image, not made by int8run"
+    assert rows["made with"] == "a fox\nSteps: 4"
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"sampling": 1}'])
+def test_a_text_chunk_that_is_not_ours_is_an_error(tmp_path: Path, text: str) -> None:
+    with pytest.raises(FileError, match="its text chunk int8run is not"):
+        inspect_file(str(write_png(tmp_path / "a.png", int8run=text)))
+
+
+def test_a_file_that_is_no_png(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"no")
+
+    with pytest.raises(FileError, match="cannot be read as a PNG"):
+        inspect_file(str(tmp_path / "a.png"))
+    with pytest.raises(FileError, match=r"b\.png: no such file"):
+        inspect_file(str(tmp_path / "b.png"))
+
+
+@pytest.mark.slow
+def test_the_command_makes_the_same_image(command: Command) -> None:
+    settings = ["sampler.steps=2", "outlier=convrot", "tracker=none", "metrics.baseline=none"]
+    made = command("model=tiny", 'prompt=a fox, in "snow"', *settings, "hydra.run.dir=first")
+    assert made.code == 0, made.err
+    (image,) = (command.folder / "first" / "images").iterdir()
+    (line,) = inspect_file(str(image)).list_commands()
+
+    _, *words = shlex.split(line.removeprefix("to repeat it:  "))
+    repeated = command(*words, "tracker=none", "metrics.baseline=none", "hydra.run.dir=second")
+
+    assert repeated.code == 0, repeated.err
+    (again,) = (command.folder / "second" / "images").iterdir()
+    assert Image.open(image).tobytes() == Image.open(again).tobytes()
