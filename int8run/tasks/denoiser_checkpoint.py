@@ -16,10 +16,10 @@ from int8run.checkpoints.reader import TensorFiles
 from int8run.export.stream_quantizer import keep_own_names
 from int8run.models.detect_family import detect_denoiser
 from int8run.models.family import AutoFamily, ModelFamily, load_families
-from int8run.models.key_mapping import load_mappings
+from int8run.models.key_mapping import KeyMapping, load_mappings
 from int8run.models.name_pattern import match_pattern
 from int8run.models.resolve_weights import ResolvedWeights
-from int8run.models.state_dict_adapter import TensorPart, find_drop_reason, find_targets
+from int8run.models.state_dict_adapter import Shape, TensorPart, find_drop_reason, find_targets
 
 # a list of blocks, and a block of it: `transformer_blocks.0.`
 BLOCK = re.compile(r"(?P<list>\w+\.)\d+\.")
@@ -56,14 +56,18 @@ class DenoiserCheckpoint:
             reason = find_drop_reason(source_keys[0], load_mappings(self.class_name))
             return f"not a layer of {self.class_name}: {reason}"
         for name in names:
-            layer = name.removesuffix(WEIGHT)
-            if not name.endswith(WEIGHT):
-                reason = "a table, not a Linear"
-            else:
-                reason = self.family.find_skip_reason(layer)
-            if reason is not None:
-                return reason if len(names) == 1 else f"{reason} ({layer} is a part of it)"
+            reason = self._find_parameter_skip_reason(name)
+            if reason is None:
+                continue
+            if len(names) == 1:
+                return reason
+            return f"{reason} ({name.removesuffix(WEIGHT)} is a part of it)"
         return None
+
+    def _find_parameter_skip_reason(self, name: str) -> str | None:
+        if not name.endswith(WEIGHT):
+            return "a table, not a Linear"
+        return self.family.find_skip_reason(name.removesuffix(WEIGHT))
 
 
 def recognize_checkpoint(
@@ -87,25 +91,23 @@ def recognize_checkpoint(
         ConfigError: when the names are those of more than one denoiser.
     """
     keys = [key.removeprefix(prefix) for key in keep_own_names(files, layers) if key.startswith(prefix)]
-    logical_shapes = get_logical_shapes(files, layers)
-    shapes = {key: logical_shapes[prefix + key] for key in keys}
-    is_auto = isinstance(model_type, AutoFamily)
     detected = None
     if not source.class_name:
-        families = list_families(model_type)
-        detected = detect_denoiser(keys, families, shapes if is_auto else None)
+        logical_shapes = get_logical_shapes(files, layers)
+        shapes = {key: logical_shapes[prefix + key] for key in keys}
+        detected = detect_among(model_type, keys, shapes)
 
     if source.class_name:
         class_name = source.class_name
     elif detected is not None:
-        class_name = detected[1]
+        _, class_name = detected
     else:
         class_name = get_only_denoiser(model_type)
     is_original = has_original_names(keys, class_name)
     parameters = map_parameters(keys, class_name, is_original=is_original)
 
-    if is_auto and detected is not None:
-        family = detected[0]
+    if isinstance(model_type, AutoFamily) and detected is not None:
+        family, _ = detected
     else:
         linears = find_linears(parameters, layers, prefix)
         denoiser = class_name or f"what {source.path.name} holds"
@@ -119,12 +121,23 @@ def recognize_checkpoint(
     )
 
 
-def list_families(model_type: ModelFamily | AutoFamily) -> list[ModelFamily]:
-    """List the families that a checkpoint may be of."""
+def detect_among(
+    model_type: ModelFamily | AutoFamily, keys: Sequence[str], shapes: Mapping[str, Shape]
+) -> tuple[ModelFamily, str] | None:
+    """Detect the family of a denoiser and its class; None where no fingerprint matches.
+
+    Args:
+        model_type: the family that the user chose, whose widths are not checked; or auto.
+        keys: of the checkpoint, without prefix.
+        shapes: logical shapes by key.
+
+    Raises:
+        ConfigError: when the names are those of more than one denoiser.
+    """
     if isinstance(model_type, ModelFamily):
-        return [model_type]
+        return detect_denoiser(keys, [model_type])
     families = model_type.families or load_families()
-    return list(families.values())
+    return detect_denoiser(keys, families.values(), shapes)
 
 
 def get_only_denoiser(model_type: ModelFamily | AutoFamily) -> str:
@@ -147,15 +160,20 @@ def has_original_names(keys: Iterable[str], class_name: str) -> bool:
     rules = (*mappings.parameters, *mappings.names)
     num_original = num_diffusers = 0
     for key in keys:
-        num_original += any(
-            match_pattern(rule.original, rule.extract_name(key)) is not None for rule in rules
-        )
-        num_diffusers += any(
-            match_pattern(target, rule.extract_name(key)) is not None
-            for rule in rules
-            for target in rule.targets
-        )
+        num_original += any(is_original_name(key, rule) for rule in rules)
+        num_diffusers += any(is_diffusers_name(key, rule) for rule in rules)
     return num_original > num_diffusers
+
+
+def is_original_name(key: str, rule: KeyMapping) -> bool:
+    """Whether a key is one that a rule translates from."""
+    return match_pattern(rule.original, rule.extract_name(key)) is not None
+
+
+def is_diffusers_name(key: str, rule: KeyMapping) -> bool:
+    """Whether a key is one that a rule translates to."""
+    name = rule.extract_name(key)
+    return any(match_pattern(target, name) is not None for target in rule.targets)
 
 
 def map_parameters(
@@ -192,9 +210,9 @@ def find_linears(
         layer = layers.get((prefix + key).removesuffix(WEIGHT))
         if layer is None or not key.endswith(WEIGHT):
             continue
-        for name in names:
-            if name.endswith(WEIGHT):
-                linears[name.removesuffix(WEIGHT)] = layer.columns
+        weights = [name for name in names if name.endswith(WEIGHT)]
+        for name in weights:
+            linears[name.removesuffix(WEIGHT)] = layer.columns
     return linears
 
 

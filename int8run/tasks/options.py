@@ -102,13 +102,15 @@ class Quantize:
 
     def execute(self, spec: RunSpec, job: Job) -> None:
         """Write the denoiser or the text encoder that `component` names."""
-        from int8run.tasks.quantize_checkpoint import quantize_file
-        from int8run.tasks.quantize_text_encoder import quantize_text_encoder
-
         if str(self.component).startswith("text_encoder"):
+            from int8run.tasks.quantize_text_encoder import quantize_text_encoder
+
             quantize_text_encoder(spec, job, str(self.component))
-        else:
-            quantize_file(spec, job, self.component)
+            return
+        # a denoiser needs neither diffusers nor transformers, which take more memory than its layers
+        from int8run.tasks.quantize_checkpoint import quantize_file
+
+        quantize_file(spec, job, self.component)
 
 
 @dataclass(frozen=True)

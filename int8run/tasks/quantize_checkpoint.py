@@ -1,7 +1,8 @@
 """`task=quantize`: a denoiser's checkpoint from file to file, in the memory of a few layers.
 
-Plans everything from the headers, and lets `export.stream_quantizer` read, quantize and write tensor by
-tensor.
+`options.Quantize` calls `quantize_file`. It plans everything from the headers, and lets
+`export.stream_quantizer` read, quantize and write tensor by tensor. Neither diffusers nor transformers are
+imported on the way: they would take more memory than all the rest.
 """
 
 import importlib.metadata
@@ -10,7 +11,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,17 +40,18 @@ from int8run.export.stream_quantizer import (
 from int8run.layers.plan import LayerPlan
 from int8run.models.resolve_weights import (
     CONFIG_NAME,
+    SAFETENSORS,
     WEIGHTS_NAME,
     ResolvedWeights,
     download_side_files,
     resolve_weights,
 )
-from int8run.models.state_dict_adapter import TensorPart, find_prefix, to_original
+from int8run.models.state_dict_adapter import Shape, TensorPart, find_prefix, to_original
 from int8run.outlier.auto import AutoOutlier
 from int8run.outlier.base import OutlierMethod
 from int8run.ptq.quantize import check_outlier_method
-from int8run.report.console import Progress, print_lines
-from int8run.report.formatting import format_megabytes, format_pairs
+from int8run.report.console import Progress
+from int8run.report.formatting import format_megabytes
 from int8run.tasks.denoiser_checkpoint import DenoiserCheckpoint, recognize_checkpoint
 from int8run.tasks.quantize_common import (
     HASHED_BYTES,
@@ -61,14 +63,42 @@ from int8run.tasks.quantize_common import (
     hash_checkpoint,
     log_kept_dtype,
     merge_metadata,
+    print_read_and_written,
     report_result,
     resolve_new_file,
+    warn_replaced,
 )
 from int8run.tracking.run_record import split_override
 from int8run.utils.paths import expand_path
 from int8run.utils.plurals import count_noun
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FilePlan:
+    """What is read, what is written, and how; all of it is known from the headers.
+
+    Args:
+        files: the source, opened.
+        layers: its weights by name.
+        checkpoint: what the source is.
+        path: of the new file.
+        targets: tensors of the new file.
+        recipe: how layers become INT8.
+    """
+
+    files: TensorFiles
+    layers: Mapping[str, CheckpointLayer]
+    checkpoint: DenoiserCheckpoint
+    path: Path
+    targets: Sequence[Target]
+    recipe: QuantizationRecipe
+
+    @property
+    def layer_plans(self) -> list[LayerPlan]:
+        """What becomes of each layer."""
+        return [target.plan for target in self.targets if target.plan is not None]
 
 
 def quantize_file(spec: RunSpec, job: Job, component: str | None) -> dict[str, float]:
@@ -89,48 +119,85 @@ def quantize_file(spec: RunSpec, job: Job, component: str | None) -> dict[str, f
         FileError: when the source cannot be read, or the result cannot be written.
     """
     outlier = check_streamable(spec)
-    save = str(spec.save)
-    prepare_output_path(save)  # before the work whose result goes there
+    prepare_output_path(str(spec.save))  # before the work whose result goes there
     location, component = choose_location(spec.model.location, component)
     source = resolve_weights(location, spec.model.revision, component)
     started = time.perf_counter()
     with TensorFiles.open(source.path) as files:
         if list_quantized_weights(files):
             download_side_files(location, spec.model.revision)
-        prefix = find_prefix(files)
-        layers = read_denoiser_layers(files, prefix, spec.model.quant_format, spec.model.sdnq)
-        checkpoint = recognize_checkpoint(
-            files, layers, prefix=prefix, source=source, model_type=spec.model_type
-        )
-        to_folder = Path(save).suffix != ".safetensors"
-        if to_folder:
-            path = resolve_file_in_folder(save, source, checkpoint, files)
-        else:
-            path = resolve_new_file(save, files)
-        names = plan_names(files, layers, checkpoint, to_folder=to_folder)
-        kept_dtype = choose_kept_dtype(files, layers, prefix, spec.model.dtype, job.overrides)
-        recipe = QuantizationRecipe(outlier, spec.rounding, TORCH_DTYPES[kept_dtype.name])
-        targets = plan_targets(files, layers, names, checkpoint.find_skip_reason, recipe)
-        plans = [target.plan for target in targets if target.plan is not None]
-        check_targets(targets, outlier)
-        log_kept_dtype(count_kept_weights(targets, layers), kept_dtype)
-        metadata = build_metadata(files, spec, checkpoint, plans)
-        print_header(spec, source, files, checkpoint, path, targets)
-        with Progress(spec.progress).track_loop("Quantizing megabytes", count_megabytes(files)) as advance:
-            bytes_written = write_targets(
-                files, layers, targets, path, metadata, recipe, MegabyteProgress(advance)
-            )
-        if to_folder:
-            write_config(source.config, path.with_name(CONFIG_NAME))
+        plan = plan_file(spec, job, source, files, outlier)
+        print_header(spec, source, plan)
+        bytes_written = write_file(spec, source, plan)
         bytes_read = count_bytes(files)
     metrics = collect_metrics(
-        plans,
+        plan.layer_plans,
         bytes_read=bytes_read,
         bytes_written=bytes_written,
         seconds=time.perf_counter() - started,
     )
-    report_result(job, path, plans, metrics, describe_result(source, path, checkpoint))
+    facts = describe_result(source, plan.path, plan.checkpoint)
+    report_result(job, plan.path, plan.layer_plans, metrics, facts)
     return metrics
+
+
+def plan_file(
+    spec: RunSpec, job: Job, source: ResolvedWeights, files: TensorFiles, outlier: OutlierMethod
+) -> FilePlan:
+    """Plan the new file.
+
+    Args:
+        spec: the settings.
+        job: where they came from.
+        source: where the checkpoint was found.
+        files: its files.
+        outlier: the method.
+
+    Raises:
+        ConfigError: when no layer becomes INT8, or the source cannot be saved like this.
+        FileError: when a weight cannot be read.
+    """
+    prefix = find_prefix(files)
+    layers = read_denoiser_layers(files, prefix, spec.model.quant_format, spec.model.sdnq)
+    checkpoint = recognize_checkpoint(files, layers, prefix=prefix, source=source, model_type=spec.model_type)
+    if is_folder(spec):
+        path = resolve_file_in_folder(str(spec.save), source, checkpoint, files)
+    else:
+        path = resolve_new_file(str(spec.save), files)
+    names = plan_names(files, layers, checkpoint, to_folder=is_folder(spec))
+    kept_dtype = choose_kept_dtype(files, layers, prefix, spec.model.dtype, job.overrides)
+    recipe = QuantizationRecipe(outlier, spec.rounding, TORCH_DTYPES[kept_dtype.name])
+    targets = plan_targets(files, layers, names, checkpoint.find_skip_reason, recipe)
+    check_targets(targets, outlier)
+    log_kept_dtype(count_kept_weights(targets, layers), kept_dtype)
+    return FilePlan(files, layers, checkpoint, path, targets, recipe)
+
+
+def is_folder(spec: RunSpec) -> bool:
+    """Whether the new file is in a folder as diffusers has it."""
+    return Path(str(spec.save)).suffix != SAFETENSORS
+
+
+def write_file(spec: RunSpec, source: ResolvedWeights, plan: FilePlan) -> int:
+    """Write the new file; in a folder also the config of the denoiser's class.
+
+    Args:
+        spec: the settings.
+        source: where the checkpoint was found.
+        plan: of the file.
+
+    Returns:
+        Its size in bytes.
+    """
+    metadata = build_metadata(plan.files, spec, plan.checkpoint, plan.layer_plans)
+    num_megabytes = count_megabytes(plan.files)
+    with Progress(spec.progress).track_loop("Quantizing megabytes", num_megabytes) as advance:
+        bytes_written = write_targets(
+            plan.files, plan.layers, plan.targets, plan.path, metadata, plan.recipe, MegabyteProgress(advance)
+        )
+    if is_folder(spec):
+        write_config(source.config, plan.path.with_name(CONFIG_NAME))
+    return bytes_written
 
 
 def describe_result(source: ResolvedWeights, path: Path, checkpoint: DenoiserCheckpoint) -> dict[str, str]:
@@ -154,17 +221,7 @@ def check_streamable(spec: RunSpec) -> OutlierMethod:
     """
     if spec.save is None:
         raise ConfigError("task=quantize writes a checkpoint; set save=<file.safetensors> or save=<folder>")
-    needs_calibration = {
-        f"outlier={spec.outlier.name}": spec.outlier.needs_calibration,
-        f"rounding={spec.rounding.name}": spec.rounding.needs_calibration,
-        "model_type.mixed_precision=auto": spec.model_type.mixed_precision == "auto",
-    }
-    for setting, is_needed in needs_calibration.items():
-        if is_needed:
-            raise ConfigError(
-                f"{setting} needs calibration images, and task=quantize looks at weights alone; "
-                f"set task=run save={spec.save}, which generates them"
-            )
+    check_needs_no_calibration(spec)
     if spec.clip.is_quantized:
         raise ConfigError(
             "task=quantize writes one component, here the denoiser, and clip= is about text encoders; "
@@ -178,6 +235,21 @@ def check_streamable(spec: RunSpec) -> OutlierMethod:
         raise ConfigError("task=quantize reads model.location; set it to the file, and int8.checkpoint=null")
     assert not isinstance(spec.outlier, AutoOutlier)  # it needs a calibration
     return spec.outlier
+
+
+def check_needs_no_calibration(spec: RunSpec) -> None:
+    """Raise ConfigError for the first setting that needs calibration images."""
+    needs_calibration = {
+        f"outlier={spec.outlier.name}": spec.outlier.needs_calibration,
+        f"rounding={spec.rounding.name}": spec.rounding.needs_calibration,
+        "model_type.mixed_precision=auto": spec.model_type.mixed_precision == "auto",
+    }
+    for setting, is_needed in needs_calibration.items():
+        if is_needed:
+            raise ConfigError(
+                f"{setting} needs calibration images, and task=quantize looks at weights alone; "
+                f"set task=run save={spec.save}, which generates them"
+            )
 
 
 def choose_location(location: Any, component: str | None) -> tuple[str, str | None]:
@@ -257,21 +329,36 @@ def plan_names(
         Key in the new file -> what it is made of.
     """
     own_names = keep_own_names(files, layers)
-    if checkpoint.is_original or (not checkpoint.class_name and not to_folder):
-        return own_names
     prefix = checkpoint.prefix
-    denoiser_keys = [key for key in own_names if key.startswith(prefix)]
-    if to_folder:
-        return {key.removeprefix(prefix): (TensorPart(key),) for key in denoiser_keys}
-    logical_shapes = get_logical_shapes(files, layers)
-    shapes = {key.removeprefix(prefix): logical_shapes[key] for key in denoiser_keys}
-    names = {}
-    for key, parts in to_original(shapes, checkpoint.class_name).items():
-        names[key] = tuple(replace(part, key=prefix + part.key) for part in parts)
+    if to_folder and not checkpoint.is_original:
+        return {key.removeprefix(prefix): (TensorPart(key),) for key in own_names if key.startswith(prefix)}
+    if checkpoint.is_original or not checkpoint.class_name:
+        return own_names
+    return take_original_names(own_names, get_logical_shapes(files, layers), checkpoint)
+
+
+def take_original_names(
+    own_names: KeyParts, shapes: Mapping[str, Shape], checkpoint: DenoiserCheckpoint
+) -> KeyParts:
+    """Give the tensors of a denoiser the names of the model's authors; others keep their own.
+
+    Args:
+        own_names: every tensor under its own name.
+        shapes: logical shapes by those names.
+        checkpoint: whose denoiser has diffusers' names.
+    """
+    prefix = checkpoint.prefix
+    denoiser_shapes: dict[str, Shape] = {}
+    other_names: dict[str, tuple[TensorPart, ...]] = {}
     for key, parts in own_names.items():
-        if not key.startswith(prefix):
-            names[key] = parts
-    return names
+        if key.startswith(prefix):
+            denoiser_shapes[key.removeprefix(prefix)] = shapes[key]
+        else:
+            other_names[key] = parts
+    names: dict[str, tuple[TensorPart, ...]] = {}
+    for key, parts in to_original(denoiser_shapes, checkpoint.class_name).items():
+        names[key] = tuple(replace(part, key=prefix + part.key) for part in parts)
+    return {**names, **other_names}
 
 
 def choose_kept_dtype(
@@ -293,7 +380,8 @@ def choose_kept_dtype(
         model_dtype: `model.dtype`, torch's name.
         overrides: the words of the command line.
     """
-    if "model.dtype" in [split_override(word)[0] for word in overrides]:
+    named_settings = [split_override(word)[0] for word in overrides]
+    if "model.dtype" in named_settings:
         return KeptDtype(DTYPE_NAMES[getattr(torch, model_dtype)], "as model.dtype says")
     return find_kept_dtype(files, layers, prefix)
 
@@ -302,9 +390,10 @@ def count_kept_weights(targets: Sequence[Target], layers: Mapping[str, Checkpoin
     """Count the weights that are quantized in the source and stay float."""
     count = 0
     for target in targets:
+        if target.int8:
+            continue
         sources = [layers.get(part.key.removesuffix(WEIGHT)) for part in target.parts]
-        is_quantized = any(layer is not None and layer.granularity for layer in sources)
-        count += is_quantized and not target.int8
+        count += any(layer is not None and layer.granularity for layer in sources)
     return count
 
 
@@ -318,26 +407,38 @@ def check_targets(targets: Sequence[Target], outlier: OutlierMethod) -> None:
     Raises:
         ConfigError: when no layer becomes INT8, with the reasons by count.
     """
-    plans = [target.plan for target in targets if target.plan is not None]
-    copied = [target for target in targets if target.copied]
-    quantized = [
-        target.plan for target in targets if target.plan is not None and target.int8 and not target.copied
-    ]
-    if copied:
-        labels = Counter(target.transform.label for target in copied)
-        log.info(
-            "%s INT8 in the source, copied as they are (%s); outlier= and rounding= do not change them",
-            count_noun(len(copied), "layer", "are"),
-            ", ".join(f"{count} × {label}" for label, count in labels.items()),
-        )
-    if quantized:
-        check_outlier_method(outlier, quantized)
+    plans: list[LayerPlan] = []
+    quantized: list[LayerPlan] = []
+    copied: list[Target] = []
+    for target in targets:
+        if target.plan is None:
+            continue
+        plans.append(target.plan)
+        if target.copied:
+            copied.append(target)
+        elif target.int8:
+            quantized.append(target.plan)
     if not quantized and not copied:
-        reasons = "; ".join(f"{count} × {reason}" for reason, count in count_skip_reasons(plans).items())
+        counts = count_skip_reasons(plans)
+        reasons = "; ".join(f"{count} × {reason}" for reason, count in counts.items())
         raise ConfigError(
             f"no layer becomes INT8 ({reasons or 'it has no weight with two dimensions'}); "
             "choose another model_type="
         )
+    if copied:
+        log_copied(copied)
+    if quantized:
+        check_outlier_method(outlier, quantized)
+
+
+def log_copied(copied: Sequence[Target]) -> None:
+    """Log the layers that are INT8 in the source and stay as they are."""
+    labels = Counter(target.transform.label for target in copied)
+    log.info(
+        "%s INT8 in the source, copied as they are (%s); outlier= and rounding= do not change them",
+        count_noun(len(copied), "layer", "are"),
+        ", ".join(f"{count} × {label}" for label, count in labels.items()),
+    )
 
 
 def build_metadata(
@@ -373,31 +474,24 @@ def build_metadata(
     return merge_metadata(files.metadata, provenance)
 
 
-def print_header(
-    spec: RunSpec,
-    source: ResolvedWeights,
-    files: TensorFiles,
-    checkpoint: DenoiserCheckpoint,
-    path: Path,
-    targets: Sequence[Target],
-) -> None:
+def print_header(spec: RunSpec, source: ResolvedWeights, plan: FilePlan) -> None:
     """Print what is read and what is written."""
-    num_int8 = sum(target.int8 for target in targets)
-    read_facts: list[tuple[str, object]] = [
-        ("read", source.path),
-        ("files", len(files.files)),
-        ("size", format_megabytes(count_bytes(files))),
-        ("family", checkpoint.family.name),
-    ]
-    write_facts: list[tuple[str, object]] = [
-        ("write", path),
-        ("INT8 layers", num_int8),
-        ("outlier", spec.outlier.name),
-        ("rounding", spec.rounding.name),
-    ]
-    print_lines(format_pairs(read_facts), format_pairs(write_facts))
-    if path.exists():
-        log.warning("save=%s replaces an existing file", spec.save)
+    num_int8 = sum(target.int8 for target in plan.targets)
+    print_read_and_written(
+        read=[
+            ("read", source.path),
+            ("files", len(plan.files.files)),
+            ("size", format_megabytes(count_bytes(plan.files))),
+            ("family", plan.checkpoint.family.name),
+        ],
+        written=[
+            ("write", plan.path),
+            ("INT8 layers", num_int8),
+            ("outlier", spec.outlier.name),
+            ("rounding", spec.rounding.name),
+        ],
+    )
+    warn_replaced(plan.path, spec.save)
 
 
 def write_config(config: Mapping[str, Any] | None, path: Path) -> None:

@@ -30,6 +30,7 @@ from int8run.utils.plurals import count_noun
 
 log = logging.getLogger(__name__)
 MEGABYTE = 10**6
+SQNR_METRIC = "weight_sqnr_db"
 HASHED_BYTES = 4096  # of each tensor: they tell checkpoints of the same shapes apart
 
 
@@ -63,6 +64,7 @@ class MegabyteProgress:
         self.remainder = 0  # bytes that are not in the bar yet
 
     def __call__(self, count: int) -> None:
+        """Count some bytes as done."""
         megabytes, self.remainder = divmod(self.remainder + count, MEGABYTE)
         self.advance(megabytes)
 
@@ -110,6 +112,24 @@ def log_kept_dtype(count: int, kept_dtype: KeptDtype) -> None:
         )
 
 
+def print_read_and_written(
+    *, read: Sequence[tuple[str, object]], written: Sequence[tuple[str, object]]
+) -> None:
+    """Print what is read and what is written, a line of names and values each."""
+    print_lines(format_pairs(read), format_pairs(written))
+
+
+def warn_replaced(path: Path, save: object) -> None:
+    """Log that the new file takes the place of another one.
+
+    Args:
+        path: of the new file.
+        save: as the user gave it.
+    """
+    if path.exists():
+        log.warning("save=%s replaces an existing file", save)
+
+
 def count_skip_reasons(plans: Sequence[LayerPlan]) -> Counter[str]:
     """Count the reasons why layers stay float.
 
@@ -145,10 +165,10 @@ def collect_metrics(
         f"{group}/layers_{quantized}": num_quantized,
         f"{group}/layers_float": len(plans) - num_quantized,
     }
-    sqnr = [plan.measured["weight_sqnr_db"] for plan in plans if "weight_sqnr_db" in plan.measured]
-    if sqnr:
-        metrics[f"{group}/weight_sqnr_db_mean"] = sum(sqnr) / len(sqnr)
-        metrics[f"{group}/weight_sqnr_db_min"] = min(sqnr)
+    sqnr_db = [plan.measured[SQNR_METRIC] for plan in plans if SQNR_METRIC in plan.measured]
+    if sqnr_db:
+        metrics[f"{group}/{SQNR_METRIC}_mean"] = sum(sqnr_db) / len(sqnr_db)
+        metrics[f"{group}/{SQNR_METRIC}_min"] = min(sqnr_db)
     metrics["build/quantize_s"] = seconds
     metrics["build/read_bytes"] = bytes_read
     metrics["build/written_bytes"] = bytes_written
@@ -188,24 +208,39 @@ def format_summary(
     plans: Sequence[LayerPlan], metrics: Mapping[str, float], quantized: str = "INT8"
 ) -> list[Text]:
     """Say what was done, in two lines; see `report_result` for the arguments."""
+    return [format_layers(plans, metrics, quantized), format_resources(metrics)]
+
+
+def format_layers(plans: Sequence[LayerPlan], metrics: Mapping[str, float], quantized: str) -> Text:
+    """How many layers are quantized and float, why, and what the quantized ones lost."""
     num_quantized = sum(plan.skip_reason is None for plan in plans)
     num_float = len(plans) - num_quantized
-    reasons = "; ".join(f"{count} × {reason}" for reason, count in count_skip_reasons(plans).items())
+    float_layers = str(num_float)
+    if num_float:
+        reasons = "; ".join(f"{count} × {reason}" for reason, count in count_skip_reasons(plans).items())
+        float_layers = f"{num_float} ({reasons})"
     layers: list[tuple[str, object]] = [
         (quantized, count_noun(num_quantized, "layer")),
-        ("float", f"{num_float} ({reasons})" if reasons else num_float),
+        ("float", float_layers),
     ]
-    sqnr = {name.rpartition("_")[2]: value for name, value in metrics.items() if "weight_sqnr_db" in name}
-    if sqnr:
-        layers.append(("SQNR, mean / min", f"{sqnr['mean']:.1f} / {sqnr['min']:.1f} dB"))
+    # by the last word of their names: mean and min
+    sqnr_db = {name.rpartition("_")[2]: value for name, value in metrics.items() if SQNR_METRIC in name}
+    if sqnr_db:
+        layers.append(("SQNR, mean / min", f"{sqnr_db['mean']:.1f} / {sqnr_db['min']:.1f} dB"))
+    return format_pairs(layers)
+
+
+def format_resources(metrics: Mapping[str, float]) -> Text:
+    """The size of both files, and what the job took."""
     read, written = metrics["build/read_bytes"], metrics["build/written_bytes"]
     size = format_megabytes(written)
     if read:
         size = f"{format_megabytes(read)} → {size}, {written / read:.2f}×"
     speed = f"{format_megabytes(metrics['build/read_bytes_per_s'])}/s"
-    resources: list[tuple[str, object]] = [
-        ("size", size),
-        ("time", f"{metrics['build/quantize_s']:.1f} s, {speed} read"),
-        ("peak memory", format_megabytes(metrics["memory/peak_bytes"])),
-    ]
-    return [format_pairs(layers), format_pairs(resources)]
+    return format_pairs(
+        [
+            ("size", size),
+            ("time", f"{metrics['build/quantize_s']:.1f} s, {speed} read"),
+            ("peak memory", format_megabytes(metrics["memory/peak_bytes"])),
+        ]
+    )

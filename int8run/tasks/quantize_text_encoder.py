@@ -1,7 +1,7 @@
 """`task=quantize task.component=text_encoder`: a text encoder from file to file, one tensor at a time.
 
-Plans everything from the header and an encoder without weights (a skeleton), then reads, quantizes and
-writes tensor by tensor.
+`options.Quantize` calls `quantize_text_encoder`. It plans everything from the header and an encoder without
+weights (a skeleton), then reads, quantizes and writes tensor by tensor.
 """
 
 import importlib.metadata
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from torch import nn
+from torch import Tensor, nn
 
 from int8run.checkpoints.comfy_formats import TORCH_DTYPES, collect_tensors, plan_packed_entries
 from int8run.checkpoints.comfy_int8 import WEIGHT
@@ -35,8 +35,8 @@ from int8run.outlier.base import OutlierTransform
 from int8run.outlier.convrot import ConvRot
 from int8run.pipeline.text_encoders import EncoderSlot, find_encoder_slots
 from int8run.quant.formats import FORMATS, WeightFormat
-from int8run.report.console import Progress, print_lines
-from int8run.report.formatting import format_megabytes, format_pairs
+from int8run.report.console import Progress
+from int8run.report.formatting import format_megabytes
 from int8run.tasks.quantize_common import (
     MegabyteProgress,
     collect_metrics,
@@ -46,8 +46,10 @@ from int8run.tasks.quantize_common import (
     hash_checkpoint,
     log_kept_dtype,
     merge_metadata,
+    print_read_and_written,
     report_result,
     resolve_new_file,
+    warn_replaced,
 )
 from int8run.text_encoders.build import fit_weights
 from int8run.text_encoders.model_config import build_config
@@ -95,6 +97,28 @@ class EncoderTarget:
         return plan_packed_entries(self.key, self.weight_format, (rows, columns), self.transform)
 
 
+@dataclass(frozen=True)
+class EncoderFilePlan:
+    """What is written, and how; all of it is known from the header.
+
+    Args:
+        path: of the new file.
+        config: of the encoder's class in transformers.
+        weight_format: for the layers that are quantized.
+        targets: tensors of the new file.
+    """
+
+    path: Path
+    config: Mapping[str, Any]
+    weight_format: WeightFormat
+    targets: Sequence[EncoderTarget]
+
+    @property
+    def layer_plans(self) -> list[LayerPlan]:
+        """What becomes of each layer."""
+        return [target.plan for target in self.targets if target.plan is not None]
+
+
 def quantize_text_encoder(spec: RunSpec, job: Job, component: str) -> dict[str, float]:
     """Quantize a text encoder of `model.location` into `save`, to the format of `clip=`.
 
@@ -113,29 +137,17 @@ def quantize_text_encoder(spec: RunSpec, job: Job, component: str) -> dict[str, 
         FileError: when the source cannot be read, or the result cannot be written.
     """
     weight_format = choose_format(spec, component)
-    save = str(spec.save)
-    prepare_output_path(save)  # before the work whose result goes there
+    prepare_output_path(str(spec.save))  # before the work whose result goes there
     slot = find_slot(spec, component)
     started = time.perf_counter()
     weights = EncoderFile(slot.folder, class_name=slot.class_name)
     with weights.files:
-        to_folder = Path(save).suffix != SAFETENSORS
-        path = resolve_new_file(str(Path(save) / FILE_IN_FOLDER) if to_folder else save, weights.files)
-        if slot.class_name:
-            config = dict(read_config(slot.folder))
-        else:
-            config = build_config(weights.encoder, weights.shapes)
-        class_name = slot.class_name or weights.encoder.classes[0]
-        targets = plan_targets(weights, class_name, config, weight_format, to_folder=to_folder)
-        plans = [target.plan for target in targets if target.plan is not None]
-        check_targets(weights, targets, weight_format)
-        print_header(spec, weights, path, targets, weight_format)
-        bytes_written = write_targets(spec, weights, path, targets, plans)
-        if to_folder:
-            (path.parent / CONFIG_NAME).write_text(json.dumps(config, indent=2, default=str) + "\n")
+        plan = plan_file(spec, slot, weights, weight_format)
+        print_header(spec, weights, plan)
+        bytes_written = write_file(spec, weights, plan)
         bytes_read = count_bytes(weights.files)
     metrics = collect_metrics(
-        plans,
+        plan.layer_plans,
         bytes_read=bytes_read,
         bytes_written=bytes_written,
         seconds=time.perf_counter() - started,
@@ -144,11 +156,11 @@ def quantize_text_encoder(spec: RunSpec, job: Job, component: str) -> dict[str, 
     )
     facts = {
         "source": weights.where,
-        "save": str(path),
+        "save": str(plan.path),
         "encoder": weights.encoder.name,
         "format": weight_format.name,
     }
-    report_result(job, path, plans, metrics, facts, quantized=weight_format.name)
+    report_result(job, plan.path, plan.layer_plans, metrics, facts, quantized=weight_format.name)
     return metrics
 
 
@@ -180,16 +192,11 @@ def find_slot(spec: RunSpec, component: str) -> EncoderSlot:
     """
     location = str(spec.model.location)
     path = to_local_path(location)
-    is_pipeline = path.is_dir() and (path / MODEL_INDEX_NAME).is_file()
+    is_pipeline = (path / MODEL_INDEX_NAME).is_file()
     if path.exists() and not is_pipeline:
         return EncoderSlot(component, read_class_name(path), path)
     if not is_pipeline:
-        check_repository(location, "model.location", spec.model.revision)
-        patterns = [MODEL_INDEX_NAME, f"{component}/*.json", f"{component}/*{SAFETENSORS}"]
-        try:
-            path = Path(snapshot_download(location, revision=spec.model.revision, allow_patterns=patterns))
-        except (OSError, ValueError) as error:
-            raise make_download_error(location, "model.location", error) from error
+        path = download_component(location, spec.model.revision, component)
     parts = {name: part for name, part in spec.model.parts.items() if name == component}
     slots = find_encoder_slots(path, parts)
     if component not in slots:
@@ -201,12 +208,69 @@ def find_slot(spec: RunSpec, component: str) -> EncoderSlot:
     return slots[component]
 
 
+def download_component(location: str, revision: str | None, component: str) -> Path:
+    """Download one component of a pipeline, and the index that names its class.
+
+    Args:
+        location: hub id of the pipeline.
+        revision: on the hub.
+        component: of the pipeline.
+
+    Returns:
+        The pipeline's folder.
+
+    Raises:
+        ConfigError: when it is no hub id.
+        FileError: when it could not be downloaded.
+    """
+    check_repository(location, "model.location", revision)
+    patterns = [MODEL_INDEX_NAME, f"{component}/*.json", f"{component}/*{SAFETENSORS}"]
+    try:
+        return Path(snapshot_download(location, revision=revision, allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        raise make_download_error(location, "model.location", error) from error
+
+
 def read_class_name(path: Path) -> str:
     """Read the class of transformers from the config in an encoder's folder; empty where there is none."""
     if not path.is_dir() or not (path / CONFIG_NAME).is_file():
         return ""
     architectures = read_config(path).get("architectures")
     return str(architectures[0]) if architectures else ""
+
+
+def plan_file(
+    spec: RunSpec, slot: EncoderSlot, weights: EncoderFile, weight_format: WeightFormat
+) -> EncoderFilePlan:
+    """Plan the new file.
+
+    Args:
+        spec: the settings.
+        slot: where the encoder was found.
+        weights: the encoder.
+        weight_format: for the layers that are quantized.
+
+    Raises:
+        ConfigError: when no layer is quantized, or the new file would replace the source.
+        FileError: when a size cannot be read from the source.
+    """
+    save = str(spec.save)
+    if is_folder(spec):
+        save = str(Path(save) / FILE_IN_FOLDER)
+    path = resolve_new_file(save, weights.files)
+    if slot.class_name:
+        config = dict(read_config(slot.folder))
+    else:
+        config = build_config(weights.encoder, weights.shapes)
+    class_name = slot.class_name or weights.encoder.classes[0]
+    targets = plan_targets(weights, class_name, config, weight_format, to_folder=is_folder(spec))
+    check_targets(weights, targets, weight_format)
+    return EncoderFilePlan(path, config, weight_format, targets)
+
+
+def is_folder(spec: RunSpec) -> bool:
+    """Whether the new file is in a folder as transformers has it."""
+    return Path(str(spec.save)).suffix != SAFETENSORS
 
 
 def plan_targets(
@@ -228,16 +292,9 @@ def plan_targets(
             they get those that ComfyUI reads.
     """
     modules = find_modules(weights, class_name, config)
-    canonical_names, dropped = map_canonical_names(weights.encoder, weights.shapes)
-    names = dict(canonical_names)
-    if to_folder and not weights.prefix:
-        names = {key: (TensorPart(key),) for key in weights.shapes if key not in dropped}
-    for key in dropped:
-        if weights.files[weights.prefix + key].dtype == BYTES:  # a tokenizer
-            names[key] = (TensorPart(key),)
     kept = find_kept_dtype(weights.files, weights.layers, weights.prefix)
     targets = []
-    for key, parts in names.items():
+    for key, parts in choose_names(weights, to_folder=to_folder).items():
         shape = join_shapes(parts, weights.shapes) or ()
         target = EncoderTarget(key, parts, shape, choose_dtype(weights, parts, kept.name))
         layer = find_source_layer(parts)
@@ -248,10 +305,34 @@ def plan_targets(
     return targets
 
 
+def choose_names(weights: EncoderFile, *, to_folder: bool) -> dict[str, tuple[TensorPart, ...]]:
+    """Choose what the tensors are called in the new file; a tokenizer among them is kept.
+
+    Args:
+        weights: the source.
+        to_folder: as of `plan_targets`.
+
+    Returns:
+        Key in the new file -> what it is made of.
+    """
+    canonical_names, dropped = map_canonical_names(weights.encoder, weights.shapes)
+    names = dict(canonical_names)
+    if to_folder and not weights.prefix:
+        names = {key: (TensorPart(key),) for key in weights.shapes if key not in dropped}
+    for key in dropped:
+        is_tokenizer = weights.files[weights.prefix + key].dtype == BYTES
+        if is_tokenizer:
+            names[key] = (TensorPart(key),)
+    return names
+
+
 def count_kept_weights(targets: Sequence[EncoderTarget], weights: EncoderFile) -> int:
     """Count the weights that are quantized in the source and stay float."""
-    kept = [target for target in targets if target.weight_format is None]
-    return sum(is_quantized(weights, part) for target in kept for part in target.parts)
+    count = 0
+    for target in targets:
+        if target.weight_format is None:
+            count += sum(is_quantized(weights, part) for part in target.parts)
+    return count
 
 
 def is_quantized(weights: EncoderFile, part: TensorPart) -> bool:
@@ -343,6 +424,23 @@ def check_targets(
     if all(target.weight_format is None for target in targets):
         reasons = format_counts(count_skip_reasons(plans))
         raise ConfigError(f"{weights.where}: no layer becomes {weight_format.name} ({reasons})")
+    warn_rounded_again(weights, targets)
+    unsupported: Counter[str] = Counter()
+    for plan in plans:
+        if plan.skip_reason is None and plan.outlier_skip_reason:
+            unsupported[plan.outlier_skip_reason] += 1
+    if unsupported:
+        log.warning(
+            "%s: %s cannot be %s: %s",
+            weights.where,
+            count_noun(unsupported.total(), "layer"),
+            weight_format.name,
+            format_counts(unsupported),
+        )
+
+
+def warn_rounded_again(weights: EncoderFile, targets: Sequence[EncoderTarget]) -> None:
+    """Warn of layers that are quantized in the source, in another format than the new one."""
     rounded_again: Counter[str] = Counter()
     for target in targets:
         if target.plan is None or target.copied_layer is not None:
@@ -357,96 +455,96 @@ def check_targets(
             weights.where,
             format_counts(rounded_again),
         )
-    unsupported = Counter(
-        plan.outlier_skip_reason for plan in plans if plan.skip_reason is None and plan.outlier_skip_reason
-    )
-    if unsupported:
-        log.warning(
-            "%s: %s cannot be %s: %s",
-            weights.where,
-            count_noun(unsupported.total(), "layer"),
-            weight_format.name,
-            format_counts(unsupported),
-        )
 
 
-def print_header(
-    spec: RunSpec,
-    weights: EncoderFile,
-    path: Path,
-    targets: Sequence[EncoderTarget],
-    weight_format: WeightFormat,
-) -> None:
+def print_header(spec: RunSpec, weights: EncoderFile, plan: EncoderFilePlan) -> None:
     """Print what is read and what is written."""
-    num_quantized = sum(target.weight_format is not None for target in targets)
-    read_facts: list[tuple[str, object]] = [
-        ("read", weights.where),
-        ("encoder", weights.encoder.name),
-        ("size", format_megabytes(count_bytes(weights.files))),
-    ]
-    write_facts: list[tuple[str, object]] = [
-        ("write", path),
-        ("layers", num_quantized),
-        ("format", weight_format.name),
-    ]
-    print_lines(format_pairs(read_facts), format_pairs(write_facts))
-    if path.exists():
-        log.warning("save=%s replaces an existing file", spec.save)
+    num_quantized = sum(target.weight_format is not None for target in plan.targets)
+    print_read_and_written(
+        read=[
+            ("read", weights.where),
+            ("encoder", weights.encoder.name),
+            ("size", format_megabytes(count_bytes(weights.files))),
+        ],
+        written=[
+            ("write", plan.path),
+            ("layers", num_quantized),
+            ("format", plan.weight_format.name),
+        ],
+    )
+    warn_replaced(plan.path, spec.save)
 
 
-def write_targets(
-    spec: RunSpec,
-    weights: EncoderFile,
-    path: Path,
-    targets: Sequence[EncoderTarget],
-    plans: Sequence[LayerPlan],
-) -> int:
-    """Write the new file.
+def write_file(spec: RunSpec, weights: EncoderFile, plan: EncoderFilePlan) -> int:
+    """Write the new file; in a folder also the config of the encoder's class.
 
     Args:
         spec: the settings.
         weights: the source.
-        path: of the new file.
-        targets: its tensors.
-        plans: of all layers.
+        plan: of the file.
 
     Returns:
         Its size in bytes.
     """
-    entries = [entry for target in targets for entry in target.list_entries()]
-    metadata = build_metadata(weights, spec, plans)
+    entries = [entry for target in plan.targets for entry in target.list_entries()]
+    metadata = build_metadata(weights, spec, plan.layer_plans)
+    num_megabytes = count_megabytes(weights.files)
     with (
-        StreamWriter(path, entries, metadata) as writer,
-        Progress(spec.progress).track_loop("Quantizing megabytes", count_megabytes(weights.files)) as advance,
+        StreamWriter(plan.path, entries, metadata) as writer,
+        Progress(spec.progress).track_loop("Quantizing megabytes", num_megabytes) as advance,
     ):
         on_bytes = MegabyteProgress(advance)
-        for target in targets:
+        for target in plan.targets:
             write_target(writer, weights, target)
-            whole_parts = [part for part in target.parts if part.rows is None]
-            on_bytes(sum(weights.files[weights.prefix + part.key].nbytes for part in whole_parts))
+            on_bytes(count_source_bytes(weights, target))
         writer.finish()
-        return writer.nbytes
+        bytes_written = writer.nbytes
+    if is_folder(spec):
+        config_text = json.dumps(plan.config, indent=2, default=str) + "\n"
+        plan.path.with_name(CONFIG_NAME).write_text(config_text)
+    return bytes_written
+
+
+def count_source_bytes(weights: EncoderFile, target: EncoderTarget) -> int:
+    """Count the bytes of the source that a target takes; rows of a tensor do not count."""
+    whole_parts = [part for part in target.parts if part.rows is None]
+    return sum(weights.files[weights.prefix + part.key].nbytes for part in whole_parts)
 
 
 def write_target(writer: StreamWriter, weights: EncoderFile, target: EncoderTarget) -> None:
     """Read, quantize and write one tensor."""
     if target.weight_format is None:
         for part in target.parts:
-            if target.dtype == BYTES:
-                tensor = weights.files.read(weights.prefix + part.key)
-            else:
-                tensor = check_finite(weights.where, part.key, weights.read_tensor(part.key))
-            rows = part.extract(tensor).to(TORCH_DTYPES[target.dtype])
-            writer.write(target.key, rows.contiguous())
+            writer.write(target.key, read_float_part(weights, part, target.dtype))
         return
-    layer = None if target.copied_layer is None else weights.read_packed(target.copied_layer)
+    layer = None
+    if target.copied_layer is not None:
+        layer = weights.read_packed(target.copied_layer)
     if layer is None:
-        assert target.plan is not None
+        assert target.plan is not None, "what is quantized is a layer"
         weight = weights.read_tensor(target.parts[0].key)
         layer = quantize_weight(target.plan, weight, target.weight_format)
     tensors = collect_tensors(target.key, layer.weight, target.weight_format, layer.transform)
     for key, data in tensors.items():
         writer.write(key, data)
+
+
+def read_float_part(weights: EncoderFile, part: TensorPart, dtype: str) -> Tensor:
+    """Read a part of a tensor that stays float, in the dtype of the new file.
+
+    Args:
+        weights: the source.
+        part: rows of one of its tensors.
+        dtype: safetensors' name.
+
+    Raises:
+        FileError: when it holds NaN or infinity.
+    """
+    if dtype == BYTES:
+        tensor = weights.files.read(weights.prefix + part.key)
+    else:
+        tensor = check_finite(weights.where, part.key, weights.read_tensor(part.key))
+    return part.extract(tensor).to(TORCH_DTYPES[dtype]).contiguous()
 
 
 def build_metadata(weights: EncoderFile, spec: RunSpec, plans: Sequence[LayerPlan]) -> dict[str, str]:

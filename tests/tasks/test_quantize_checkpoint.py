@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import sys
 from dataclasses import replace
 
 import pytest
@@ -641,3 +642,13 @@ def test_fp8_weight_that_stays_float_has_the_dtype_of_its_neighbours(
     assert found["img_in.weight"].dtype == dtype
     assert torch.equal(found["img_in.weight"], stored.to(dtype))
     assert f"14 weights are quantized in the source and kept float: written in {reason}" in caplog.text
+
+
+def test_a_denoiser_is_quantized_without_what_text_encoders_need(command, monkeypatch):
+    """Their libraries take twice the memory of all the rest; a module that is None cannot be imported."""
+    monkeypatch.setitem(sys.modules, "int8run.tasks.quantize_text_encoder", None)
+
+    outcome = command("task=quantize", "model=tiny", "save=m.safetensors", NO_TRACKER)
+
+    assert outcome.code == 0, outcome.err
+    assert (command.folder / "m.safetensors").is_file()
