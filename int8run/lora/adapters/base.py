@@ -31,7 +31,9 @@ class RuntimeBranch:
 
 
 class LoraDelta(Protocol):
-    """The change that one adapter makes to one weight."""
+    """The change that one adapter makes to one weight, `W0` in the formulas: a Linear's [N, K], a kernel's
+    [N, K, kh, kw] or a norm's [N].
+    """
 
     @property
     def adapter_type(self) -> str:
@@ -83,6 +85,17 @@ class LoraDelta(Protocol):
         Args:
             index: int64 [N]; row i of the result is row `index[i]` of this change, or zeros where that is -1.
         """
+
+
+class WholeWeightDelta:
+    """What the adapter types have in common that are no product of factors: no rank, no alpha, no branch."""
+
+    rank = None
+    scale = 1.0
+    has_branch = False
+
+    def make_branch(self, weight: Tensor | None) -> None:
+        """None: as a branch it would be as large as the weight itself."""
 
 
 def broadcast_to_dim(factor: Tensor, dim: int, num_dims: int) -> Tensor:

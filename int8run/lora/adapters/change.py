@@ -20,10 +20,10 @@ def is_same(first: object, second: object) -> bool:
         return first.shape == second.shape and torch.equal(first.float(), second.float())
     if type(first) is not type(second):
         return False
-    if is_dataclass(first):
-        names = [field.name for field in fields(first)]
-        return all(is_same(getattr(first, name), getattr(second, name)) for name in names)
-    return bool(first == second)
+    if not is_dataclass(first):
+        return bool(first == second)
+    names = [field.name for field in fields(first)]
+    return all(is_same(getattr(first, name), getattr(second, name)) for name in names)
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,14 +41,18 @@ class LoraChange:
     @property
     def adapter_type(self) -> str:
         """That of the weight's change; `bias` without one."""
-        return "bias" if self.weight_delta is None else self.weight_delta.adapter_type
+        if self.weight_delta is None:
+            return "bias"
+        return self.weight_delta.adapter_type
 
     @property
     def out_features(self) -> int | None:
         """Output rows of the module; None: any number."""
         if self.weight_delta is not None and self.weight_delta.out_features is not None:
             return self.weight_delta.out_features
-        return None if self.bias_delta is None else self.bias_delta.shape[0]
+        if self.bias_delta is not None:
+            return self.bias_delta.shape[0]
+        return None
 
     def shape_mismatch(self, shape: tuple[int, ...]) -> str | None:
         """Why it does not fit a module whose weight has this shape; None: it fits."""
@@ -64,10 +68,11 @@ class LoraChange:
     def select_rows(self, index: Tensor) -> "LoraChange":
         """The change with these rows of this one, see `LoraDelta.select_rows`."""
         weight_delta, bias_delta = self.weight_delta, self.bias_delta
-        return LoraChange(
-            weight_delta=None if weight_delta is None else weight_delta.select_rows(index),
-            bias_delta=None if bias_delta is None else select_rows(bias_delta, index),
-        )
+        if weight_delta is not None:
+            weight_delta = weight_delta.select_rows(index)
+        if bias_delta is not None:
+            bias_delta = select_rows(bias_delta, index)
+        return LoraChange(weight_delta, bias_delta)
 
     def take_rows(self, rows: slice) -> "LoraChange":
         """The part that changes these output rows of a fused matrix.
@@ -103,7 +108,7 @@ class LoraChange:
                 f"has {num_rows} rows, which do not fit from row {start} on "
                 f"into the model's matrix of {total}"
             )
-        index = torch.full((total,), -1)
+        index = torch.full((total,), -1)  # [total]; -1: a row that is left alone
         index[start : start + num_rows] = torch.arange(num_rows)
         return self.select_rows(index)
 

@@ -18,11 +18,11 @@ SMALLEST_NORM = 1e-30
 
 @dataclass(frozen=True, eq=False)
 class DoRA(WrappedDelta):
-    """`delta W = g * (W + dW) - W` with `g = magnitude / ||W + dW||` and dW the inner adapter's change.
+    """`delta W = g * (W0 + dW) - W0` with `g = magnitude / ||W0 + dW||` and dW the inner adapter's change.
 
     From Liu et al. 2024, arXiv 2402.09353. The norm is that of each row, or with `on_input` that of each
     input column over all rows; LyCORIS writes either, PEFT rows only. At a strength t other than 1 the rule
-    is `W + t * delta W`.
+    is `W0 + t * delta W`.
 
     Args:
         inner: a low-rank adapter.
@@ -41,18 +41,21 @@ class DoRA(WrappedDelta):
 
     @property
     def dim(self) -> int:
-        """The dimension of the weight that has a norm for each index."""
+        """The dimension of the weight along which the norms are listed: 0 for rows, 1 for columns."""
         return 1 if self.on_input else 0
 
     @property
     def out_features(self) -> int | None:
+        """Those of the inner adapter."""
         return self.inner.out_features
 
     @property
     def has_branch(self) -> bool:
+        """With a norm for each row, which scales a row of `lora_B` as well as one of the weight."""
         return self.inner.has_branch and not self.on_input
 
     def shape_mismatch(self, shape: tuple[int, ...]) -> str | None:
+        """The inner adapter fits, and the weight has a row, or a column, for each magnitude."""
         inner_mismatch = self.inner.shape_mismatch(shape)
         if inner_mismatch is not None:
             return inner_mismatch
@@ -63,17 +66,22 @@ class DoRA(WrappedDelta):
         return f"has DoRA norms for {num_norms} {normed}, the model's weight is {format_shape(shape)}"
 
     def compute_delta(self, weight: Tensor) -> Tensor:
+        """`g * (W0 + dW) - W0`.
+
+        Raises:
+            LoraError: where the norms run over several modules, and were not read.
+        """
         original = weight.float()
-        changed = original + self.inner.compute_delta(weight)
+        changed = original + self.inner.compute_delta(weight)  # [N, K, *kernel]
         if self.joined is None:
             norms = changed.transpose(0, self.dim).flatten(1).norm(dim=1)  # [N] or [K]
         else:
-            norms = self.joined.get_norms().to(changed.device)
-        ratio = self.compute_ratio(norms)
-        return changed * broadcast_to_dim(ratio, self.dim, weight.dim()) - original
+            norms = self.joined.get_norms().to(changed.device)  # [K]
+        ratio = broadcast_to_dim(self.compute_ratio(norms), self.dim, weight.dim())
+        return changed * ratio - original
 
     def make_branch(self, weight: Tensor | None) -> RuntimeBranch | None:
-        """Row by row: `g * (W + BA) - W = (g B) A + (g - 1) W`."""
+        """Row by row: `g * (W0 + BA) - W0 = (g B) A + (g - 1) W0`."""
         branch = self.inner.make_branch(weight) if self.has_branch else None
         if branch is None:
             return None
@@ -89,11 +97,16 @@ class DoRA(WrappedDelta):
         )
 
     def compute_ratio(self, norms: Tensor) -> Tensor:
-        """g for the norms of `W + dW`; a row of zeros stays zero."""
+        """g for the norms of `W0 + dW`, [N] or [K]; a row of zeros stays zero."""
         ratio = self.magnitude.float().to(norms.device) / norms.clamp_min(SMALLEST_NORM)
         return torch.where(norms < SMALLEST_NORM, 0.0, ratio)
 
     def select_rows(self, index: Tensor) -> LoraDelta:
+        """The change with these rows of this one.
+
+        Raises:
+            LoraError: where a norm runs over rows that are left out.
+        """
         if self.on_input and self.joined is None and not self.has_all_rows(index):
             raise LoraError(
                 "its DoRA norms (dora_scale [1, in]) run over all rows of a matrix, and cannot be cut; use a "
@@ -101,18 +114,22 @@ class DoRA(WrappedDelta):
             )
         if (index < 0).any():  # rows of zeros have no magnitude
             return SelectedRows(self, index)
-        magnitude = self.magnitude if self.on_input else select_rows(self.magnitude, index)
-        return replace(self, inner=self.inner.select_rows(index), magnitude=magnitude)
+        selected = replace(self, inner=self.inner.select_rows(index))
+        if self.on_input:
+            return selected
+        return replace(selected, magnitude=select_rows(self.magnitude, index))
 
     def has_all_rows(self, index: Tensor) -> bool:
         """Whether each row is selected once, so that the norms of the columns stay."""
-        return index[index >= 0].sort().values.equal(torch.arange(self.out_features or 0))
+        selected = index[index >= 0].sort().values
+        return selected.equal(torch.arange(self.out_features or 0))
 
 
 def compute_row_norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
-    """`||W + lora_B lora_A||` of each row, without a second matrix of the weight's size.
+    """`||W0 + lora_B lora_A||` of each row, without a second matrix of the weight's size.
 
-    The square is `||W||² + 2 B · (W Aᵀ) + (B A Aᵀ) · B`, summed per row.
+    With a row w of the weight and b of lora_B the square is `w·w + 2 b·(A w) + b·(A Aᵀ b)`: nothing in it is
+    wider than the rank but w itself.
 
     Args:
         weight: [N, K] or [N, K, 1, 1].
@@ -124,12 +141,13 @@ def compute_row_norms(weight: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
     """
     lora_A, lora_B = lora_A.to(weight.device), lora_B.to(weight.device)
     gram = lora_A @ lora_A.T  # [r, r]
-    chunks = zip(
-        weight.flatten(1).split(NORM_CHUNK_ROWS), lora_B.split(NORM_CHUNK_ROWS), strict=True
-    )  # [n, K], [n, r]
+    matrix = weight.flatten(1)  # [N, K]
     norms = []
-    for w, b in chunks:
-        w = w.float()
-        square = w.pow(2).sum(1) + (b * (2 * (w @ lora_A.T) + b @ gram)).sum(1)
-        norms.append(square.clamp_min(0).sqrt())
+    for start in range(0, matrix.shape[0], NORM_CHUNK_ROWS):
+        w = matrix[start : start + NORM_CHUNK_ROWS].float()  # [n, K]
+        b = lora_B[start : start + NORM_CHUNK_ROWS]  # [n, r]
+        squares_of_weight = w.pow(2).sum(1)  # [n]
+        squares_of_change = (b * (2 * (w @ lora_A.T) + b @ gram)).sum(1)  # [n], the mixed term included
+        squares = squares_of_weight + squares_of_change
+        norms.append(squares.clamp_min(0).sqrt())  # rounding may leave a tiny negative number
     return torch.cat(norms)

@@ -10,7 +10,7 @@ from int8run.lora.adapters.row_selection import SelectedRows, select_rows
 
 @dataclass(frozen=True, eq=False)
 class IA3:
-    """`delta W = diag(factor) @ W`, or with `on_input` `delta W = W @ diag(factor)`.
+    """`delta W = diag(factor) @ W0`, or with `on_input` `delta W = W0 @ diag(factor)`.
 
     From Liu et al. 2022, arXiv 2205.05638. The bias is left as it is, as LyCORIS merges it.
 
@@ -34,28 +34,38 @@ class IA3:
 
     @property
     def out_features(self) -> int | None:
+        """N; factors of columns fit any number of rows."""
         return None if self.on_input else self.factor.shape[0]
 
     @property
     def has_branch(self) -> bool:
+        """Row factors go into the scales of the layer's rows; for columns there is no such place."""
         return not self.on_input
 
     def shape_mismatch(self, shape: tuple[int, ...]) -> str | None:
-        if len(shape) > self.dim and shape[self.dim] == self.factor.shape[0]:
+        """The weight has as many rows, or columns, as there are factors."""
+        num_factors = self.factor.shape[0]
+        if len(shape) > self.dim and shape[self.dim] == num_factors:
             return None
         scaled = "columns" if self.on_input else "rows"
-        return f"scales the {self.factor.shape[0]} {scaled} of a weight, the model's is {format_shape(shape)}"
+        return f"scales the {num_factors} {scaled} of a weight, the model's is {format_shape(shape)}"
 
     def compute_delta(self, weight: Tensor) -> Tensor:
+        """`diag(factor) @ W0` or `W0 @ diag(factor)`."""
         factor = self.factor.float().to(weight.device)
         return weight.float() * broadcast_to_dim(factor, self.dim, weight.dim())
 
     def make_branch(self, weight: Tensor | None) -> RuntimeBranch | None:
-        return RuntimeBranch(row_factor=self.factor.float()) if self.has_branch else None
+        """The row factors alone."""
+        if not self.has_branch:
+            return None
+        return RuntimeBranch(row_factor=self.factor.float())
 
     def select_rows(self, index: Tensor) -> LoraDelta:
+        """The factors of the rows; those of columns hold for every row."""
         if not self.on_input:
             return replace(self, factor=select_rows(self.factor, index))
-        # factors of columns are the same for every row; only rows of zeros must be left alone
-        has_empty_rows = bool((index < 0).any())
-        return SelectedRows(self, index) if has_empty_rows else self
+        has_untouched_rows = bool((index < 0).any())
+        if has_untouched_rows:
+            return SelectedRows(self, index)
+        return self

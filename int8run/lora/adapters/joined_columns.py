@@ -36,11 +36,12 @@ class JoinedPart:
     rows: range | None = None
 
     def compute_squares(self, weight: Tensor) -> Tensor:
-        """The squares of `W + dW`, added over the rows: [K], float32."""
-        changed = weight.float() + self.delta.compute_delta(weight)
+        """The squares of `W0 + dW`, added over the rows: [K], float32."""
+        changed = weight.float() + self.delta.compute_delta(weight)  # [N, K, *kernel]
         if self.rows is not None:
             changed = changed[self.rows.start : self.rows.stop]
-        return changed.transpose(0, 1).flatten(1).pow(2).sum(1)
+        columns = changed.transpose(0, 1).flatten(1)  # [K, N * kernel]
+        return columns.pow(2).sum(1)
 
 
 @dataclass(eq=False)
@@ -49,7 +50,7 @@ class JoinedColumns:
 
     Args:
         parts: the modules.
-        norms: [K], float32, of `W + dW` over all of them; None: not read yet.
+        norms: [K], float32, of `W0 + dW` over all of them; None: not read yet.
     """
 
     parts: Sequence[JoinedPart]
@@ -67,8 +68,12 @@ class JoinedColumns:
         Args:
             read_weight: the weight of a module without any LoRA.
         """
-        squares = [part.compute_squares(read_weight(part.module)) for part in self.parts]
-        self.norms = torch.stack([square.to(squares[0].device) for square in squares]).sum(0).sqrt()
+        squares: list[Tensor] = []  # of each part, [K]
+        for part in self.parts:
+            part_squares = part.compute_squares(read_weight(part.module))
+            device = squares[0].device if squares else part_squares.device
+            squares.append(part_squares.to(device))
+        self.norms = torch.stack(squares).sum(0).sqrt()
 
     def get_norms(self) -> Tensor:
         """The norms.

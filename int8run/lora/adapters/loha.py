@@ -11,13 +11,13 @@ from int8run.lora.adapters.low_rank import LowRankPair
 
 @dataclass(frozen=True, eq=False)
 class LoHa:
-    """`delta W = (alpha / r) * (w1_a @ w1_b) ⊙ (w2_a @ w2_b)`, ⊙ elementwise.
+    """`delta W = (alpha / r) * (w1_a @ w1_b) ⊙ (w2_a @ w2_b)`, ⊙ elementwise: of rank up to r * r.
 
     From FedPara (Hyeon-Woo et al. 2021, arXiv 2108.06098); for diffusion models in LyCORIS (arXiv
     2309.14859).
 
     Args:
-        first, second: the two low-rank matrices or kernels, of one shape.
+        first, second: the two low-rank matrices or kernels, both [N, K, *kernel].
         scale: alpha / r.
     """
 
@@ -30,26 +30,36 @@ class LoHa:
 
     @property
     def rank(self) -> int:
+        """r, of each of the two."""
         return self.first.down.shape[0]
 
     @property
     def out_features(self) -> int:
+        """N."""
         return self.first.shape[0]
 
     @property
     def has_branch(self) -> bool:
+        """Where r * r, the rank of a branch, is still smaller than both sides of the matrix."""
         branch_rank = self.first.up_rank * self.second.up_rank
         return is_matrix(self.first.shape) and branch_rank < min(self.first.shape[:2])
 
     def shape_mismatch(self, shape: tuple[int, ...]) -> str | None:
+        """The weight has the shape of each product."""
         return describe_shape_mismatch(self.first.shape, shape)
 
     def compute_delta(self, weight: Tensor) -> Tensor:
-        first, second = self.first.to_dense(weight.device), self.second.to_dense(weight.device)
+        """`scale * first ⊙ second`, in the shape of the weight."""
+        first = self.first.to_dense(weight.device)  # [N, K, *kernel]
+        second = self.second.to_dense(weight.device)  # [N, K, *kernel]
         return (self.scale * first * second).reshape(weight.shape)
 
     def make_branch(self, weight: Tensor | None) -> RuntimeBranch | None:
-        """All products of a column of one factor with a column of the other, so that the ranks multiply."""
+        """All products of a column of one factor with a column of the other, so that the ranks multiply.
+
+        Entry (n, k) of the change is `(Σᵢ u1[n,i] d1[i,k]) (Σⱼ u2[n,j] d2[j,k])`, which is one sum over the
+        pairs (i, j) of `u1[n,i] u2[n,j]` times `d1[i,k] d2[j,k]`.
+        """
         if not self.has_branch:
             return None
         up_1, down_1 = self.first.compute_factors()  # [N, r1], [r1, K]
@@ -59,4 +69,5 @@ class LoHa:
         return RuntimeBranch(lora_A=lora_A, lora_B=self.scale * lora_B)
 
     def select_rows(self, index: Tensor) -> "LoHa":
+        """Rows of both products."""
         return replace(self, first=self.first.select_rows(index), second=self.second.select_rows(index))

@@ -32,36 +32,46 @@ class LoRA:
 
     @property
     def adapter_type(self) -> str:
-        return "LoRA" if self.lora_A.dim() == 2 and self.mid is None else "LoCon"
+        """`LoRA` for a pair of matrices; `LoCon` for kernels, or with a core."""
+        is_plain_pair = self.lora_A.dim() == 2 and self.mid is None
+        return "LoRA" if is_plain_pair else "LoCon"
 
     @property
     def rank(self) -> int:
+        """r."""
         return self.lora_A.shape[0]
 
     @property
     def out_features(self) -> int:
+        """N."""
         return self.lora_B.shape[0]
 
     @property
     def pair(self) -> LowRankPair:
-        """The two factors and the core."""
+        """`lora_B @ lora_A`, with the core between them: [N, K, *kernel]."""
         return LowRankPair(up=self.lora_B, down=self.lora_A, mid=self.mid)
 
     @property
     def has_branch(self) -> bool:
+        """Beside a Linear or a 1x1 convolution, where the factors are two small Linears."""
         return is_matrix(self.pair.shape)
 
     def shape_mismatch(self, shape: tuple[int, ...]) -> str | None:
+        """The weight has the shape of the product."""
         return describe_shape_mismatch(self.pair.shape, shape)
 
     def compute_delta(self, weight: Tensor) -> Tensor:
-        return (self.scale * self.pair.to_dense(weight.device)).reshape(weight.shape)
+        """`scale * lora_B @ lora_A`, in the shape of the weight."""
+        product = self.pair.to_dense(weight.device)  # [N, K, *kernel]
+        return (self.scale * product).reshape(weight.shape)
 
     def make_branch(self, weight: Tensor | None) -> RuntimeBranch | None:
+        """The two factors, the second one scaled: `x -> scale * lora_B (lora_A x)`."""
         if not self.has_branch:
             return None
-        up, down = self.pair.compute_factors()
+        up, down = self.pair.compute_factors()  # [N, r], [r, K]
         return RuntimeBranch(lora_A=down, lora_B=self.scale * up)
 
     def select_rows(self, index: Tensor) -> "LoRA":
+        """Rows of `lora_B`: a row of a product needs all of the right factor, and one row of the left."""
         return replace(self, lora_B=select_rows(self.lora_B, index))

@@ -39,15 +39,18 @@ class LowRankPair:
         Returns:
             [N, r] and [r, K * kernel].
         """
-        down = self.down.float().flatten(1)  # [r, K * kernel]
+        up = self.up.float().flatten(1)  # [N, r]
+        down = self.down.float().flatten(1)  # [r, K * kernel], with a core [r, K]
         if self.mid is not None:
-            down = torch.einsum("mn...,nk->mk...", self.mid.float(), down).flatten(1)
-        return self.up.float().flatten(1), down
+            core = self.mid.float()  # [r, r, *kernel]
+            down = torch.einsum("mn...,nk->mk...", core, down).flatten(1)  # [r, K * kernel]
+        return up, down
 
     def to_dense(self, device: torch.device) -> Tensor:
         """The product in float32, [N, K, *kernel], computed on a device."""
         up, down = self.compute_factors()
-        return (up.to(device) @ down.to(device)).reshape(self.shape)
+        product = up.to(device) @ down.to(device)  # [N, K * kernel]
+        return product.reshape(self.shape)
 
     def select_rows(self, index: Tensor) -> "LowRankPair":
         """The pair whose product has these rows, see `LoraDelta.select_rows`."""
@@ -78,11 +81,12 @@ def factorize(matrix: Tensor | LowRankPair) -> tuple[Tensor, Tensor]:
     Returns:
         [N, r] and [r, K], float32, whose product is the matrix.
     """
-    device = matrix.device if isinstance(matrix, Tensor) else matrix.up.device
-    if isinstance(matrix, LowRankPair) and factor_rank(matrix) == matrix.up_rank:
-        return matrix.compute_factors()
-
-    dense = to_dense(matrix, device).flatten(1)
+    if isinstance(matrix, LowRankPair):
+        if factor_rank(matrix) == matrix.up_rank:
+            return matrix.compute_factors()
+        dense = matrix.to_dense(matrix.up.device).flatten(1)  # [N, K]
+    else:
+        dense = matrix.float().flatten(1)  # [N, K]
     num_rows, num_columns = dense.shape
     if num_rows < num_columns:
         return torch.eye(num_rows).to(dense), dense

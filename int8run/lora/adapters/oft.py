@@ -2,13 +2,14 @@
 `networks/oft.py`, PEFT `tuners/oft` and `tuners/boft`).
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from int8run.errors import LoraError
-from int8run.lora.adapters.base import LoraDelta, broadcast_to_dim, format_shape
+from int8run.lora.adapters.base import LoraDelta, WholeWeightDelta, broadcast_to_dim, format_shape
 from int8run.lora.adapters.row_selection import SelectedRows
 
 
@@ -26,21 +27,28 @@ class RotationStage:
 
     def rotate(self, x: Tensor) -> Tensor:
         """x: [n, m] -> [n, m], float32."""
-        blocks = self.blocks.to(x.device)
-        order = None if self.order is None else self.order.to(x.device)
-        if order is not None:
-            x = x[order]
-        x = (blocks @ x.unflatten(0, (-1, blocks.shape[-1]))).flatten(0, 1)
-        return x if order is None else x[order.argsort()]
+        if self.order is None:
+            return self.rotate_blocks(x)
+        order = self.order.to(x.device)
+        rotated = self.rotate_blocks(x[order])
+        return rotated[order.argsort()]
+
+    def rotate_blocks(self, x: Tensor) -> Tensor:
+        """x: [n, m] -> [n, m], whose rows are in the order of the blocks."""
+        block_size = self.blocks.shape[-1]
+        stacked = x.reshape(-1, block_size, x.shape[1])  # [n, m] -> [D, b, m]
+        rotated = self.blocks.to(x.device) @ stacked  # [D, b, b] @ [D, b, m]
+        return rotated.flatten(0, 1)  # [n, m]
 
 
 @dataclass(frozen=True, eq=False)
-class OFT:
-    """`W' = rescale * (R W)`, or `rescale * (W Rᵀ)` with `on_input`, R a product of block-diagonal rotations.
+class OFT(WholeWeightDelta):
+    """`delta W = W' - W0` with `W' = rescale * (R W0)`, or `rescale * (W0 Rᵀ)` with `on_input`, where R is a
+    product of block-diagonal rotations.
 
     OFT has one stage (Qiu et al. 2023, arXiv 2306.07280), BOFT a butterfly of several (Liu et al. 2023, arXiv
     2311.06243). LyCORIS and kohya rotate outputs, PEFT inputs. At a strength t other than 1 the rule is
-    `W + t * (W' - W)`, as kohya and LyCORIS have it for OFT; LyCORIS scales each stage of a BOFT.
+    `W0 + t * (W' - W0)`, as kohya and LyCORIS have it for OFT; LyCORIS scales each stage of a BOFT.
 
     Args:
         stages: in the order in which they are applied.
@@ -56,17 +64,15 @@ class OFT:
     on_input: bool = False
     adapter_type: str = "OFT"
 
-    rank = None
-    scale = 1.0
     needs_weight = True
-    has_branch = False
 
     @property
     def is_identity(self) -> bool:
         """Whether it leaves every weight as it is."""
-        has_rescale = self.rescale is not None and bool((self.rescale != 1).any())
+        if self.rescale is not None and bool((self.rescale != 1).any()):
+            return False
         identity = torch.eye(self.block_size)
-        return not has_rescale and all((stage.blocks == identity).all() for stage in self.stages)
+        return all((stage.blocks == identity).all() for stage in self.stages)
 
     @property
     def block_size(self) -> int:
@@ -75,37 +81,52 @@ class OFT:
 
     @property
     def out_features(self) -> int | None:
+        """N; where inputs are rotated, only `rescale` knows it."""
         if not self.on_input:
             return self.num_features
-        return None if self.rescale is None else self.rescale.shape[0]
+        if self.rescale is not None:
+            return self.rescale.shape[0]
+        return None
 
     def shape_mismatch(self, shape: tuple[int, ...]) -> str | None:
-        columns = 1
-        for size in shape[1:]:
-            columns *= size
-        rotated, words = (columns, "inputs") if self.on_input else (shape[0], "rows")
-        own = f"multiple of {self.block_size}" if self.num_features is None else str(self.num_features)
-        fits = rotated % self.block_size == 0 if self.num_features is None else rotated == self.num_features
+        """The weight has as many features as are rotated, and as many rows as are rescaled."""
+        if self.on_input:
+            num_in_model, features = math.prod(shape[1:]), "inputs"
+        else:
+            num_in_model, features = shape[0], "rows"
+        if self.num_features is None:
+            rotated = f"multiple of {self.block_size}"
+            fits = num_in_model % self.block_size == 0
+        else:
+            rotated = str(self.num_features)
+            fits = num_in_model == self.num_features
         if not fits or len(shape) < 2:
-            return f"rotates {own} {words}, the model's weight is {format_shape(shape)}"
+            return f"rotates {rotated} {features}, the model's weight is {format_shape(shape)}"
+
         if self.rescale is not None and self.rescale.shape[0] != shape[0]:
             return f"rescales {self.rescale.shape[0]} rows, the model's weight is {format_shape(shape)}"
         return None
 
     def compute_delta(self, weight: Tensor) -> Tensor:
+        """`rescale * (R W0) - W0`, or `rescale * (W0 Rᵀ) - W0`: the weight is [N, K, *kernel]."""
         original = weight.float()
-        x = original.flatten(1)
-        x = x.T if self.on_input else x
-        for stage in self.stages:
-            x = stage.rotate(x)
-        rotated = (x.T if self.on_input else x).reshape(weight.shape)
+        matrix = original.flatten(1)  # [N, K * kernel]
+        if self.on_input:
+            matrix = matrix.T  # W0 Rᵀ = (R W0ᵀ)ᵀ
+        rotated = self.rotate(matrix)
+        if self.on_input:
+            rotated = rotated.T
+        rotated = rotated.reshape(weight.shape)
         if self.rescale is not None:
             rescale = self.rescale.float().to(weight.device)
             rotated = rotated * broadcast_to_dim(rescale, 0, weight.dim())
         return rotated - original
 
-    def make_branch(self, weight: Tensor | None) -> None:
-        return None
+    def rotate(self, x: Tensor) -> Tensor:
+        """R x, for x: [n, m], stage by stage."""
+        for stage in self.stages:
+            x = stage.rotate(x)
+        return x
 
     def select_rows(self, index: Tensor) -> LoraDelta:
         """The change with these rows of this one.
@@ -114,34 +135,41 @@ class OFT:
             LoraError: when rows are left out that are mixed with those that are taken.
         """
         taken = index[index >= 0]
-        if self.on_input:  # the rows do not know each other
-            is_whole = self.rescale is None and len(taken) == len(index)
-            return self if is_whole else SelectedRows(self, index)
-        if len(taken.unique()) == self.num_features:
+        if self.on_input:
+            # each row is rotated by itself, so that any choice of them is the same rotation
+            needs_no_index = self.rescale is None and len(taken) == len(index)
+            return self if needs_no_index else SelectedRows(self, index)
+        if count_unique(taken) == self.num_features:
             return SelectedRows(self, index)
+
         blocks = self.find_blocks(index)
         if blocks is None:
             raise LoraError(
                 f"is a {self.adapter_type} whose rotation mixes rows of a matrix that the model splits, and "
                 "cannot be cut; use a file made for this model's own layers"
             )
-        rescale = None if self.rescale is None else self.rescale[index.to(self.rescale.device)]
+        rescale = self.rescale
+        if rescale is not None:
+            rescale = rescale[index.to(rescale.device)]
         stage = RotationStage(self.stages[0].blocks[blocks])
         return replace(self, stages=(stage,), num_features=len(index), rescale=rescale)
 
     def find_blocks(self, index: Tensor) -> Tensor | None:
         """The blocks that are all of these rows, in their order; None: the rows are no whole blocks."""
-        if len(self.stages) != 1 or self.stages[0].order is not None or len(index) % self.block_size:
+        is_one_plain_stage = len(self.stages) == 1 and self.stages[0].order is None
+        if not is_one_plain_stage or len(index) % self.block_size:
             return None
-        rows = index.reshape(-1, self.block_size)
-        is_in_step = (rows == rows[:, :1] + torch.arange(self.block_size)).all()
-        if not is_in_step or (rows[:, 0] % self.block_size).any() or (rows < 0).any():
+        rows = index.reshape(-1, self.block_size)  # [blocks, b]
+        first_rows = rows[:, 0]
+        is_consecutive = bool((rows == first_rows[:, None] + torch.arange(self.block_size)).all())
+        starts_with_block = not (first_rows % self.block_size).any()
+        if not is_consecutive or not starts_with_block or (rows < 0).any():
             return None
-        return rows[:, 0] // self.block_size
+        return first_rows // self.block_size
 
 
 @dataclass(frozen=True, eq=False)
-class StackedRows:
+class StackedRows(WholeWeightDelta):
     """Changes of parts of a fused matrix, one below the other: kohya's OFT of FLUX has one for q, k, v each.
 
     Args:
@@ -150,13 +178,11 @@ class StackedRows:
 
     parts: tuple[OFT, ...]
 
-    rank = None
-    scale = 1.0
     needs_weight = True
-    has_branch = False
 
     @property
     def adapter_type(self) -> str:
+        """That of the parts."""
         return self.parts[0].adapter_type
 
     @property
@@ -171,20 +197,22 @@ class StackedRows:
 
     @property
     def out_features(self) -> int:
+        """Rows of all parts together."""
         return sum(self.sizes)
 
     def shape_mismatch(self, shape: tuple[int, ...]) -> str | None:
+        """The weight has as many rows as the parts together."""
         if len(shape) >= 2 and shape[0] == self.out_features:
             return None
         return f"rotates {self.out_features} rows, the model's weight is {format_shape(shape)}"
 
     def compute_delta(self, weight: Tensor) -> Tensor:
-        pieces = weight.split(self.sizes)
-        deltas = [part.compute_delta(piece) for part, piece in zip(self.parts, pieces, strict=True)]
+        """The change of each part's rows, one below the other."""
+        deltas, start = [], 0
+        for part, size in zip(self.parts, self.sizes, strict=True):
+            deltas.append(part.compute_delta(weight[start : start + size]))
+            start += size
         return torch.cat(deltas)
-
-    def make_branch(self, weight: Tensor | None) -> None:
-        return None
 
     def select_rows(self, index: Tensor) -> LoraDelta:
         """The change with these rows of this one.
@@ -193,19 +221,35 @@ class StackedRows:
             LoraError: when rows are left out that are mixed with those that are taken.
         """
         taken = index[index >= 0]
-        if len(taken.unique()) == self.out_features:
+        if count_unique(taken) == self.out_features:
             return SelectedRows(self, index)
-        start, found = 0, []
-        for part, size in zip(self.parts, self.sizes, strict=True):
-            inside = index[(index >= start) & (index < start + size)] - start
-            if len(inside):
-                found.append(part.select_rows(inside) if len(inside) != size else part)
-            start += size
-        is_in_order = len(taken) == len(index) and bool((index.diff() == 1).all())
-        if not is_in_order or not all(isinstance(part, OFT) for part in found):
+
+        selected = self.select_rows_of_parts(index)
+        parts = tuple(part for part in selected if isinstance(part, OFT))
+        is_one_range = len(taken) == len(index) and bool((index.diff() == 1).all())
+        if not is_one_range or len(parts) < len(selected):
             raise LoraError(
                 f"is a {self.adapter_type} of parts of a matrix, whose rows the model has in another order; "
                 "use a file made for this model's own layers"
             )
-        parts = tuple(part for part in found if isinstance(part, OFT))
-        return parts[0] if len(parts) == 1 else StackedRows(parts)
+        if len(parts) == 1:
+            return parts[0]
+        return StackedRows(parts)
+
+    def select_rows_of_parts(self, index: Tensor) -> list[LoraDelta]:
+        """The parts that have some of these rows, each with those rows."""
+        selected: list[LoraDelta] = []
+        start = 0
+        for part, size in zip(self.parts, self.sizes, strict=True):
+            inside = index[(index >= start) & (index < start + size)] - start  # rows of this part
+            start += size
+            if len(inside) == size:
+                selected.append(part)
+            elif len(inside):
+                selected.append(part.select_rows(inside))
+        return selected
+
+
+def count_unique(index: Tensor) -> int:
+    """How many different rows an index has."""
+    return len(set(index.tolist()))

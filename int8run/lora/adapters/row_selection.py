@@ -28,10 +28,12 @@ class WrappedDelta:
 
     @property
     def rank(self) -> int | None:
+        """That of the inner adapter."""
         return self.inner.rank
 
     @property
     def scale(self) -> float:
+        """That of the inner adapter."""
         return self.inner.scale
 
 
@@ -48,18 +50,22 @@ class SelectedRows(WrappedDelta):
 
     @property
     def adapter_type(self) -> str:
+        """That of the whole change."""
         return self.inner.adapter_type
 
     @property
     def out_features(self) -> int:
+        """N of the index."""
         return self.index.shape[0]
 
     @property
     def needs_weight(self) -> bool:
+        """Whether the whole change does."""
         return self.inner.needs_weight
 
     @property
     def has_branch(self) -> bool:
+        """Whether the whole change has one: its rows can be selected."""
         return self.inner.has_branch
 
     @property
@@ -68,6 +74,7 @@ class SelectedRows(WrappedDelta):
         return self.inner.out_features or int(self.index.max()) + 1
 
     def shape_mismatch(self, shape: tuple[int, ...]) -> str | None:
+        """The weight has the selected rows, and the columns that the whole change fits."""
         if shape[0] != self.out_features:
             return f"changes {self.out_features} rows, the model's weight is {format_shape(shape)}"
         return self.inner.shape_mismatch((self.inner_rows, *shape[1:]))
@@ -78,17 +85,22 @@ class SelectedRows(WrappedDelta):
         if not self.needs_weight:
             return weight.new_zeros(()).expand(shape)  # only its shape is used
 
-        index = self.index.to(weight.device)
+        index = self.index.to(weight.device)  # [N]
         is_selected = index >= 0
         inner_weight = weight.new_zeros(shape)
         inner_weight[index[is_selected]] = weight[is_selected]
         return inner_weight
 
     def compute_delta(self, weight: Tensor) -> Tensor:
-        return select_rows(self.inner.compute_delta(self.restore_inner_weight(weight)), self.index)
+        """Rows of the whole change: [N, K, *kernel]."""
+        inner_delta = self.inner.compute_delta(self.restore_inner_weight(weight))
+        return select_rows(inner_delta, self.index)
 
     def make_branch(self, weight: Tensor | None) -> RuntimeBranch | None:
-        inner_weight = None if weight is None else self.restore_inner_weight(weight)
+        """The branch of the whole change, with rows of its left factor: `(B A)[index] = B[index] A`."""
+        inner_weight = None
+        if weight is not None:
+            inner_weight = self.restore_inner_weight(weight)
         branch = self.inner.make_branch(inner_weight)
         if branch is None:
             return None
@@ -100,7 +112,11 @@ class SelectedRows(WrappedDelta):
 
     def select_if_present(self, tensor: Tensor | None) -> Tensor | None:
         """The selected rows of a part that a branch may lack."""
-        return None if tensor is None else select_rows(tensor, self.index)
+        if tensor is None:
+            return None
+        return select_rows(tensor, self.index)
 
     def select_rows(self, index: Tensor) -> "SelectedRows":
-        return replace(self, index=torch.where(index < 0, -1, self.index[index.clamp_min(0)]))
+        """One index after the other: rows that either leaves out are left out."""
+        rows_of_whole = self.index[index.clamp_min(0)]
+        return replace(self, index=torch.where(index < 0, -1, rows_of_whole))
