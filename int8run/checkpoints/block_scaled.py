@@ -293,18 +293,18 @@ def resolve_format_name(
     storage_dtype: str,
     layers: Mapping[str, BlockScaledLayer],
     markers: Mapping[str, Marker],
-    requested: str | None,
+    quant_format: str,
 ) -> str:
     """The format name of all layers in mxfp8, or in nvfp4, of a file: a file has one maker.
 
-    Markers and shapes decide; else the name that is requested; else the config in the folder.
+    Markers and shapes decide; else the name that the user declares; else the config in the folder.
 
     Args:
         files: the checkpoint.
         storage_dtype: mxfp8 or nvfp4.
         layers: all that have it.
         markers: of the layers that have one, or an entry in the header, as ComfyUI's have and no others.
-        requested: a format name, perhaps of another storage dtype.
+        quant_format: that the user declares; perhaps `auto`, or one of another storage dtype.
 
     Raises:
         FileError: for layers that contradict each other, or where nothing decides.
@@ -332,8 +332,8 @@ def resolve_format_name(
         )
     if evidence:
         return swizzled if True in evidence else row_major
-    if requested in (swizzled, row_major):
-        return requested
+    if quant_format in (swizzled, row_major):
+        return quant_format
     if is_modelopt(files):
         return row_major
     raise FileError(

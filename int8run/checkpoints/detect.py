@@ -11,12 +11,12 @@ import logging
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from int8run.checkpoints import block_scaled, quip
 from int8run.checkpoints.block_scaled import BLOCK_FORMATS
 from int8run.checkpoints.classify import AMBIGUOUS_SUFFIXES, PART_SUFFIXES, classify_weight
 from int8run.checkpoints.classify_int8 import is_transformed_by_tensors
+from int8run.checkpoints.declared_format import AUTO, UNDECLARED, DeclaredFormat
 from int8run.checkpoints.format_names import CONVROT, name_granularity, promised_granularities
 from int8run.checkpoints.layer import FP8, INT8, CheckpointLayer
 from int8run.checkpoints.plain_casts import check_casts
@@ -29,10 +29,7 @@ from int8run.checkpoints.unsupported import check_supported, read_quant_method
 from int8run.errors import ConfigError, FileError
 
 log = logging.getLogger(__name__)
-AUTO = "auto"
 QUANTIZED_DTYPES = ("I8", "U8", "F8_E4M3", "F8_E5M2")  # of weights
-# ComfyUI's name for all INT8 layers with a scale for the layer or for each row comes first
-TENSORWISE = ("int8_tensorwise", "int8_rowwise", "int8_convrot")
 # a tensor of a whole file that says: the fp8 weights below its prefix have scales. lightx2v writes it into
 # int8 files too
 SCALED_FP8 = "scaled_fp8"
@@ -44,8 +41,7 @@ SCALED_FP8_METHODS = ("fp8", "fbgemm_fp8", "bfl")
 def read_layers(
     files: TensorFiles,
     prefix: str = "",
-    requested: str | None = None,
-    sdnq: str | Mapping[str, Any] | None = None,
+    declared: DeclaredFormat = UNDECLARED,
 ) -> dict[str, CheckpointLayer]:
     """Find out what every weight below a prefix is: all with 2 dimensions, and fp8 ones with any.
 
@@ -56,11 +52,7 @@ def read_layers(
     Args:
         files: the checkpoint.
         prefix: of the keys that belong to the model.
-        requested: a format name. It decides what the file leaves open and nothing else: `int8_convrot` that
-            INT8 rows are rotated, where no INT8 layer of the file has a marker; of nvfp4 and mxfp8 whose they
-            are, where neither markers nor shapes show it; `float8_e4m3fn_cast` that fp8 weights without a
-            scale are casts, where their numbers deny it.
-        sdnq: `model.sdnq`, how SDNQ made INT8 weights without a config beside them.
+        declared: what the user says of it; it decides what the file leaves open.
 
     Returns:
         Layer name -> the layer, in the file's order.
@@ -76,9 +68,9 @@ def read_layers(
         key.removesuffix(".weight") for key in files if key.startswith(prefix) and key.endswith(".weight")
     ]
     has_int8_marker = any(files[f"{name}.weight"].dtype == "I8" for name in names if name in markers)
-    assume_rotated = requested == CONVROT and not has_int8_marker
+    assume_rotated = declared.quant_format == CONVROT and not has_int8_marker
 
-    sdnq_method = find_sdnq_method(files, names, sdnq, requested)
+    sdnq_method = find_sdnq_method(files, names, declared)
     layers = {}
     for name in names:
         layer = classify_weight(
@@ -86,10 +78,10 @@ def read_layers(
         )
         if layer is not None:
             layers[name] = layer
-    layers |= resolve_block_layers(files, layers, markers, requested)
+    layers |= resolve_block_layers(files, layers, markers, declared.quant_format)
     check_consistency(files, prefix, layers, markers)
     check_products(files, layers)
-    layers |= check_casts(files, layers, requested)
+    layers |= check_casts(files, layers, declared.quant_format)
     warn_rotations(files, layers)
 
     warn_wrong_labels(files, layers, markers)
@@ -116,32 +108,28 @@ def list_quantized_weights(files: TensorFiles) -> list[str]:
 def read_denoiser_layers(
     files: TensorFiles,
     prefix: str,
-    quant_format: str = AUTO,
-    sdnq: str | Mapping[str, Any] | None = None,
+    declared: DeclaredFormat = UNDECLARED,
 ) -> dict[str, CheckpointLayer]:
     """Find out what every weight of a denoiser is, as `read_layers` does.
 
     Args:
         files: the checkpoint.
         prefix: of the denoiser's keys.
-        quant_format: `model.quant_format`: `auto`, or the format name that decides what the file leaves open.
-        sdnq: `model.sdnq`, see `read_layers`.
+        declared: what the user says of it.
 
     Raises:
         ConfigError: when no layer has that format.
         FileError: see `read_layers`.
     """
-    requested = None if quant_format == AUTO else quant_format
-    layers = read_layers(files, prefix, requested, sdnq)
-    if requested is None:
+    layers = read_layers(files, prefix, declared)
+    if declared.quant_format == AUTO:
         return layers
     held = Counter(layer.format_name or layer.label for layer in layers.values())
-    accepted = TENSORWISE if requested == TENSORWISE[0] else (requested,)
-    if any(name in held for name in accepted):
+    if any(name in held for name in declared.accepted_formats):
         return layers
     formats = ", ".join(f"{count} × {name}" for name, count in held.most_common())
     raise ConfigError(
-        f"model.quant_format={requested}, and {files.path} has no such layer: it holds "
+        f"model.quant_format={declared.quant_format}, and {files.path} has no such layer: it holds "
         f"{formats or 'no matrix'}; model.quant_format=auto takes what there is"
     )
 
@@ -186,7 +174,7 @@ def resolve_block_layers(
     files: TensorFiles,
     layers: Mapping[str, CheckpointLayer],
     markers: Mapping[str, Marker],
-    requested: str | None,
+    quant_format: str,
 ) -> dict[str, CheckpointLayer]:
     """The layers in mxfp8 and nvfp4 among these, with the format name that says how their scales lie.
 
@@ -198,7 +186,7 @@ def resolve_block_layers(
         own = {name: layer for name, layer in layers.items() if layer.storage_dtype == storage_dtype}
         if not own:
             continue
-        format_name = block_scaled.resolve_format_name(files, storage_dtype, own, markers, requested)
+        format_name = block_scaled.resolve_format_name(files, storage_dtype, own, markers, quant_format)
         for name, layer in own.items():
             block_scaled.check_block_scales(files, files[layer.key], format_name, layer.part_keys["scale"])
             resolved[name] = replace(layer, format_name=format_name, label=format_name)

@@ -31,7 +31,7 @@ PIECE_BYTES = 2**24
 
 
 def check_casts(
-    files: TensorFiles, layers: Mapping[str, CheckpointLayer], requested: str | None
+    files: TensorFiles, layers: Mapping[str, CheckpointLayer], quant_format: str
 ) -> dict[str, CheckpointLayer]:
     """Check that fp8 weights without a scale are casts, and find the largest number of each.
 
@@ -40,7 +40,8 @@ def check_casts(
     Args:
         files: the checkpoint.
         layers: by name.
-        requested: a format name; that of a cast says that such weights are casts, whatever their numbers are.
+        quant_format: that the user declares; that of a cast says that such weights are casts, whatever their
+            numbers are.
 
     Returns:
         The layers that were looked at, with `largest` filled in.
@@ -56,7 +57,7 @@ def check_casts(
     no_casts = [layer for layer in checked.values() if not is_cast(files, layer, has_scales=has_scales)]
     if not no_casts:
         return checked
-    if all(requested == FORMAT_NAMES.get((files[layer.key].dtype, "")) for layer in no_casts):
+    if all(quant_format == FORMAT_NAMES.get((files[layer.key].dtype, "")) for layer in no_casts):
         log.warning(
             "%s: %d fp8 weights without a scale reach %g (first: %s), as scaled ones do; %s says that they "
             "are casts, so they are read as they are",
@@ -64,7 +65,7 @@ def check_casts(
             len(no_casts),
             no_casts[0].largest,
             no_casts[0].name,
-            requested,
+            quant_format,
         )
         return checked
     raise make_lost_scale_error(files, no_casts, n_casts=len(checked) - len(no_casts))

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from int8run.checkpoints.declared_format import DeclaredFormat
 from int8run.checkpoints.quant_metadata import is_power_of_4
 from int8run.checkpoints.reader import TensorFiles
 from int8run.checkpoints.unsupported import SDNQ, has_sdnq_scale, make_unsupported_error, read_quant_config
@@ -51,16 +52,13 @@ class SdnqMethod:
         return group_size > 0 and not is_power_of_4(group_size)
 
 
-def find_sdnq_method(
-    files: TensorFiles, names: list[str], word: str | Mapping[str, Any] | None, requested: str | None
-) -> SdnqMethod | None:
+def find_sdnq_method(files: TensorFiles, names: list[str], declared: DeclaredFormat) -> SdnqMethod | None:
     """How SDNQ made the weights of a file; None where it made none.
 
     Args:
         files: the checkpoint.
         names: of the layers.
-        word: `model.sdnq`: what decides where no config is beside the file.
-        requested: a format name of `clip=` or `model.quant_format`, which decides likewise.
+        declared: what the user says; it decides where no config is beside the file.
 
     Raises:
         ConfigError: for a word that says nothing, or without a weight of SDNQ.
@@ -68,6 +66,7 @@ def find_sdnq_method(
             config that contradict each other.
     """
     weights = [name for name in names if has_sdnq_scale(files, name)]
+    word = declared.sdnq
     named = None if word is None else parse_word(word)
     if not weights:
         if named is not None:
@@ -86,8 +85,8 @@ def find_sdnq_method(
             )
     elif named is not None:
         method = named
-    elif requested in ROTATED_BY_FORMAT:
-        method = SdnqMethod(DEFAULT_GROUP_SIZE if ROTATED_BY_FORMAT[requested] else 0)
+    elif declared.quant_format in ROTATED_BY_FORMAT:
+        method = SdnqMethod(DEFAULT_GROUP_SIZE if ROTATED_BY_FORMAT[declared.quant_format] else 0)
     else:
         raise make_lost_config_error(files, weights)
     check_readable(files, weights, method)

@@ -16,7 +16,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from int8run.checkpoints.detect import AUTO
+from int8run.checkpoints.declared_format import AUTO, DeclaredFormat
 from int8run.checkpoints.output_path import prepare_output_path
 from int8run.config.run_spec import RunSpec
 from int8run.generate.capture import capture_step
@@ -323,8 +323,7 @@ def find_layer_sources(
         baked_loras=list_baked_loras(spec.lora),
         cache=spec.cache,
         cache_key=cache_key,
-        quant_format=spec.model.quant_format,
-        sdnq=spec.model.sdnq,
+        declared=DeclaredFormat(spec.model.quant_format, spec.model.sdnq),
     )
     prequantized = find_prequantized(loaded, plans, request, changed_layers=set(matches.denoiser))
     return LayerSources(plans, prequantized, cache_key)

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from int8run.checkpoints.comfy_int8 import WEIGHT
-from int8run.checkpoints.detect import AUTO, is_scaled_fp8_marker, read_denoiser_layers
+from int8run.checkpoints.declared_format import UNDECLARED, DeclaredFormat
+from int8run.checkpoints.detect import is_scaled_fp8_marker, read_denoiser_layers
 from int8run.checkpoints.layer import FLOAT, CheckpointLayer
 from int8run.checkpoints.part_dtypes import BUFFER, PARAMETER, check_part_dtype
 from int8run.checkpoints.provenance import read_provenance
@@ -48,8 +49,7 @@ class FileWeights:
         path: a `.safetensors` file or a folder of them.
         model: the denoiser that the weights are for; only shapes and names of its parameters are used.
         is_partial: whether the file may lack parameters, as a file of INT8 layers alone.
-        quant_format: what decides where the file leaves open how its layers are stored; `auto`: nothing.
-        sdnq: how SDNQ made INT8 weights without a config beside them.
+        declared: what the user says of the file; it decides what the file leaves open.
 
     Raises:
         ConfigError: when no layer has the format that is asked for.
@@ -61,14 +61,13 @@ class FileWeights:
         path: Path,
         model: nn.Module,
         is_partial: bool = False,
-        quant_format: str = AUTO,
-        sdnq: str | Mapping[str, Any] | None = None,
+        declared: DeclaredFormat = UNDECLARED,
     ):
         self.path = path
         self.class_name = type(model).__name__
         self.files = TensorFiles.open(path)
         self.prefix = find_prefix(self.files)
-        layers = read_denoiser_layers(self.files, self.prefix, quant_format, sdnq)
+        layers = read_denoiser_layers(self.files, self.prefix, declared)
         self.layers = {name.removeprefix(self.prefix): layer for name, layer in layers.items()}
         model_shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         self.shapes = self.read_shapes(model_shapes)

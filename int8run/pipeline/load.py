@@ -15,7 +15,8 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from int8run.backends.base import Backend
-from int8run.checkpoints.detect import AUTO, list_quantized_weights, read_layers
+from int8run.checkpoints.declared_format import DeclaredFormat
+from int8run.checkpoints.detect import list_quantized_weights, read_layers
 from int8run.checkpoints.layer import FLOAT
 from int8run.checkpoints.reader import TensorFiles
 from int8run.checkpoints.unsupported import read_quant_config
@@ -242,12 +243,11 @@ def open_denoiser_weights(
         skeletons: of the denoisers, by component.
         model: what decides where the files leave open how their layers are stored.
     """
+    declared = DeclaredFormat(model.quant_format, model.sdnq)
     files = {}
     for denoiser in source.denoisers:
         skeleton = skeletons[denoiser.component]
-        files[denoiser.component] = FileWeights(
-            denoiser.weights, skeleton, quant_format=model.quant_format, sdnq=model.sdnq
-        )
+        files[denoiser.component] = FileWeights(denoiser.weights, skeleton, declared=declared)
     if len(files) == 1:
         return DenoiserWeights({"": next(iter(files.values()))})
     return DenoiserWeights({f"{component}.": file for component, file in files.items()})
@@ -255,7 +255,8 @@ def open_denoiser_weights(
 
 def needs_own_reader(source: ResolvedModel, settings: LoadSettings) -> bool:
     """Whether a pipeline's folder has denoisers with quantized weights, which diffusers takes for floats."""
-    if settings.model.quant_format != AUTO or settings.model.sdnq is not None:
+    declared = DeclaredFormat(settings.model.quant_format, settings.model.sdnq)
+    if not declared.is_empty:
         return True
     return any(has_quantized_weights(denoiser.weights) for denoiser in source.denoisers)
 

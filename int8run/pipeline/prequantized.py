@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from int8run.checkpoints.detect import AUTO
+from int8run.checkpoints.declared_format import UNDECLARED, DeclaredFormat
 from int8run.checkpoints.layer import CheckpointLayer
 from int8run.errors import ConfigError, FileError
 from int8run.layers.int8_linear import QuantizedLayer, get_linear
@@ -71,7 +71,7 @@ class PrequantizedRequest:
         checkpoint: `int8.checkpoint`: file or folder, or one for each denoiser; None: none is given.
         outlier: the outlier method that the layers should have.
         baked_loras: that the layers should have.
-        quant_format, sdnq: of `model`, which decide what the file of `checkpoint` leaves open.
+        declared: what the user says of the file of `checkpoint`; it decides what the file leaves open.
         cache: of earlier runs.
         cache_key: of these settings; None: the cache is not used.
     """
@@ -81,8 +81,7 @@ class PrequantizedRequest:
     baked_loras: BakedLoras
     cache: DiskCache
     cache_key: str | None
-    quant_format: str = AUTO
-    sdnq: str | Mapping[str, Any] | None = None
+    declared: DeclaredFormat = UNDECLARED
 
 
 # -- finding them ----------------------------------------------------------------------------------
@@ -196,8 +195,7 @@ def open_checkpoint(
             paths[component],
             denoiser,
             is_partial=True,
-            quant_format=request.quant_format,
-            sdnq=request.sdnq,
+            declared=request.declared,
         )
     weights = DenoiserWeights(files)
     return PrequantizedLayers(weights, weights.find_int8_layers(), weights.read_provenance())

@@ -7,11 +7,10 @@ made are read, and compared with the hash in its note.
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
 
 from int8run.checkpoints.data_hash import check_data
-from int8run.checkpoints.detect import AUTO, get_logical_shapes, read_layers
+from int8run.checkpoints.declared_format import DeclaredFormat
+from int8run.checkpoints.detect import get_logical_shapes, read_layers
 from int8run.checkpoints.layer import CheckpointLayer
 from int8run.checkpoints.provenance import read_provenance
 from int8run.checkpoints.reader import TensorFiles
@@ -29,30 +28,12 @@ from int8run.utils.plurals import count_noun
 SHOWN_SETTINGS = ("outlier", "rounding", "loras", "seed")
 
 
-@dataclass(frozen=True)
-class OpenFacts:
-    """What the user says of a file that leaves it open.
-
-    Args:
-        quant_format: `model.quant_format`.
-        sdnq: `model.sdnq`.
-    """
-
-    quant_format: str = AUTO
-    sdnq: str | Mapping[str, Any] | None = None
-
-    def read_layers(self, files: TensorFiles, prefix: str) -> dict[str, CheckpointLayer]:
-        """Find out how the weights below a prefix are stored; see `checkpoints.detect.read_layers`."""
-        requested = None if self.quant_format == AUTO else self.quant_format
-        return read_layers(files, prefix, requested, self.sdnq)
-
-
-def describe_checkpoint(files: TensorFiles, facts: OpenFacts) -> Iterator[Row]:
+def describe_checkpoint(files: TensorFiles, declared: DeclaredFormat) -> Iterator[Row]:
     """Describe a checkpoint.
 
     Args:
         files: of the checkpoint.
-        facts: what the user says of it.
+        declared: what the user says of it.
     """
     encoder = find_text_encoder(files)
     prefix = encoder.prefix if encoder is not None else find_prefix(files)
@@ -61,7 +42,7 @@ def describe_checkpoint(files: TensorFiles, facts: OpenFacts) -> Iterator[Row]:
     if unread and encoder is None:
         yield "looks like", describe_unread_types(unread)
     try:
-        layers = facts.read_layers(files, prefix)
+        layers = read_layers(files, prefix, declared)
     except (ConfigError, FileError) as error:
         yield "cannot be read", str(error)
         return

@@ -6,9 +6,8 @@ What is wrong with a file is shown in its table, if the header can be read at al
 
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
-from int8run.checkpoints.detect import AUTO
+from int8run.checkpoints.declared_format import UNDECLARED, DeclaredFormat
 from int8run.checkpoints.header import read_header
 from int8run.checkpoints.provenance import PROVENANCE_KEY
 from int8run.checkpoints.reader import TensorFiles
@@ -22,7 +21,7 @@ from int8run.tasks.file_description import (
     format_size,
     shorten_value,
 )
-from int8run.tasks.inspect_checkpoint import OpenFacts, describe_checkpoint, list_encoder_commands
+from int8run.tasks.inspect_checkpoint import describe_checkpoint, list_encoder_commands
 from int8run.tasks.inspect_image import PNG, inspect_image
 from int8run.tasks.inspect_lora import ADAPTER_TYPES, Header, describe_lora
 from int8run.tasks.inspect_pipeline import inspect_pipeline, is_pipeline_folder
@@ -38,55 +37,51 @@ MARKER_SUFFIX = ".comfy_quant"
 PACKED_SUFFIX = ".qweight"
 
 
-def inspect_file(
-    location: str, quant_format: str = AUTO, sdnq: str | Mapping[str, Any] | None = None
-) -> FileDescription:
+def inspect_file(location: str, declared: DeclaredFormat = UNDECLARED) -> FileDescription:
     """Describe a safetensors file, a checkpoint in several files, a pipeline, or an image of ours.
 
     Args:
         location: a file, a folder with the files of one checkpoint or with a pipeline, a folder with a LoRA
             as PEFT and diffusers save it, or a PNG; `~` is the home folder.
-        quant_format: `model.quant_format`, which decides what the file leaves open.
-        sdnq: `model.sdnq`, likewise.
+        declared: what the user says of a checkpoint; it decides what the file leaves open.
 
     Raises:
         FileError: when a header cannot be read.
     """
     path = expand_path(location)
-    facts = OpenFacts(quant_format, sdnq)
     if path.is_dir():
-        return inspect_folder(path, facts)
+        return inspect_folder(path, declared)
     if path.suffix.lower() == PNG:
         return inspect_image(path)
-    return inspect_single_file(path, facts)
+    return inspect_single_file(path, declared)
 
 
-def inspect_folder(path: Path, facts: OpenFacts) -> FileDescription:
+def inspect_folder(path: Path, declared: DeclaredFormat) -> FileDescription:
     """Describe what a folder holds: a LoRA, a pipeline, or a checkpoint in several files.
 
     Args:
         path: of the folder.
-        facts: what the user says of its files.
+        declared: what the user says of its files.
     """
     lora = find_lora_of_folder(path)
     if lora is not None:
-        return inspect_single_file(lora, facts)
+        return inspect_single_file(lora, declared)
     if is_pipeline_folder(path):
-        return inspect_pipeline(path, facts)
+        return inspect_pipeline(path, declared)
     with TensorFiles.open(path) as files:
         nbytes = sum(info.nbytes for info in files.values())
         num_tensors, num_files = count_noun(len(files), "tensor"), count_noun(len(files.files), "file")
         size: Row = ("size", f"{format_size(nbytes)}, {num_tensors} in {num_files}")
-        rows = [size, *describe_checkpoint(files, facts)]
+        rows = [size, *describe_checkpoint(files, declared)]
         return FileDescription(str(path), rows, list_encoder_commands(files))
 
 
-def inspect_single_file(path: Path, facts: OpenFacts) -> FileDescription:
+def inspect_single_file(path: Path, declared: DeclaredFormat) -> FileDescription:
     """Describe a safetensors file: what it is, then what its header says in words of its own.
 
     Args:
         path: of the file.
-        facts: what the user says of it.
+        declared: what the user says of it.
 
     Raises:
         FileError: when its header cannot be read.
@@ -103,7 +98,7 @@ def inspect_single_file(path: Path, facts: OpenFacts) -> FileDescription:
         shown = {value for _, value in lora_rows}
         return FileDescription(path.name, [*rows, *lora_rows, *describe_metadata(metadata, shown)])
     with TensorFiles.open(path) as files:
-        rows += describe_checkpoint(files, facts)
+        rows += describe_checkpoint(files, declared)
         commands = list_encoder_commands(files)
     return FileDescription(path.name, [*rows, *describe_metadata(metadata)], commands)
 

@@ -6,12 +6,14 @@ Called by `inspect_file` for a folder with a model_index.json. Of the weights on
 from collections.abc import Iterator
 from pathlib import Path
 
+from int8run.checkpoints.declared_format import DeclaredFormat
+from int8run.checkpoints.detect import read_layers
 from int8run.checkpoints.layer import FLOAT
 from int8run.checkpoints.reader import TensorFiles
 from int8run.errors import ConfigError, FileError
 from int8run.models.resolve_weights import DENOISER_COMPONENTS, MODEL_INDEX_NAME, SAFETENSORS, read_json
 from int8run.tasks.file_description import FileDescription, Row, count_names, format_size
-from int8run.tasks.inspect_checkpoint import OpenFacts, describe_family
+from int8run.tasks.inspect_checkpoint import describe_family
 from int8run.text_encoders.detect import find_encoder_of_class
 
 
@@ -20,12 +22,12 @@ def is_pipeline_folder(folder: Path) -> bool:
     return (folder / MODEL_INDEX_NAME).is_file()
 
 
-def inspect_pipeline(folder: Path, facts: OpenFacts) -> FileDescription:
+def inspect_pipeline(folder: Path, declared: DeclaredFormat) -> FileDescription:
     """Describe the pipeline in a folder.
 
     Args:
         folder: with a model_index.json.
-        facts: what the user says of the files.
+        declared: what the user says of the files.
 
     Raises:
         FileError: when model_index.json cannot be read.
@@ -36,18 +38,18 @@ def inspect_pipeline(folder: Path, facts: OpenFacts) -> FileDescription:
         # [library, class]; [null, null] for a component that the pipeline does without
         if not isinstance(entry, list) or len(entry) != 2 or None in entry:
             continue
-        description = describe_component(folder / name, str(entry[1]), facts)
+        description = describe_component(folder / name, str(entry[1]), declared)
         rows.append((name, ", ".join(description)))
     return FileDescription(str(folder), rows)
 
 
-def describe_component(folder: Path, class_name: str, facts: OpenFacts) -> Iterator[str]:
+def describe_component(folder: Path, class_name: str, declared: DeclaredFormat) -> Iterator[str]:
     """Describe a component: its class, its family where it has one, its size, and how its weights are stored.
 
     Args:
         folder: of the component.
         class_name: of diffusers or transformers.
-        facts: what the user says of the files.
+        declared: what the user says of the files.
     """
     yield class_name
     if not folder.is_dir():
@@ -58,25 +60,27 @@ def describe_component(folder: Path, class_name: str, facts: OpenFacts) -> Itera
         return
     try:
         with TensorFiles.open(folder) as files:
-            yield from describe_weights(files, folder.name, class_name, facts)
+            yield from describe_weights(files, folder.name, class_name, declared)
     except (ConfigError, FileError) as error:
         yield f"cannot be read: {error}"
 
 
-def describe_weights(files: TensorFiles, name: str, class_name: str, facts: OpenFacts) -> Iterator[str]:
+def describe_weights(
+    files: TensorFiles, name: str, class_name: str, declared: DeclaredFormat
+) -> Iterator[str]:
     """Describe the weights of a component.
 
     Args:
         files: of the component.
         name: of the component.
         class_name: of diffusers or transformers.
-        facts: what the user says of the files.
+        declared: what the user says of the files.
 
     Raises:
         ConfigError: when a setting does not fit the files.
         FileError: when a weight cannot be read.
     """
-    layers = facts.read_layers(files, prefix="")
+    layers = read_layers(files, declared=declared)
     if name in DENOISER_COMPONENTS:
         yield f"family {describe_family(files, '', layers).partition(' (')[0]}"
     else:

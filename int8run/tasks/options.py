@@ -52,6 +52,7 @@ class Inspect:
 
     def execute(self, spec: RunSpec, job: Job) -> None:
         """Print what a file is, or what the cache holds."""
+        from int8run.checkpoints.declared_format import DeclaredFormat
         from int8run.report.console import print_lines
         from int8run.tasks.inspect_cache import inspect_cache
         from int8run.tasks.inspect_file import inspect_file
@@ -59,7 +60,8 @@ class Inspect:
         if not self.path:
             print_lines(inspect_cache(spec.cache), "task.path=<file.safetensors> looks at a file")
             return
-        description = inspect_file(str(self.path), spec.model.quant_format, spec.model.sdnq)
+        declared = DeclaredFormat(spec.model.quant_format, spec.model.sdnq)
+        description = inspect_file(str(self.path), declared)
         print_lines(description.to_table(), *description.list_commands())
 
 

@@ -19,6 +19,7 @@ import torch
 
 from int8run.checkpoints.comfy_formats import TORCH_DTYPES
 from int8run.checkpoints.comfy_int8 import WEIGHT
+from int8run.checkpoints.declared_format import DeclaredFormat
 from int8run.checkpoints.detect import get_logical_shapes, list_quantized_weights, read_denoiser_layers
 from int8run.checkpoints.kept_dtype import KeptDtype, find_kept_dtype
 from int8run.checkpoints.layer import CheckpointLayer
@@ -158,7 +159,8 @@ def plan_file(
         FileError: when a weight cannot be read.
     """
     prefix = find_prefix(files)
-    layers = read_denoiser_layers(files, prefix, spec.model.quant_format, spec.model.sdnq)
+    declared = DeclaredFormat(spec.model.quant_format, spec.model.sdnq)
+    layers = read_denoiser_layers(files, prefix, declared)
     checkpoint = recognize_checkpoint(files, layers, prefix=prefix, source=source, model_type=spec.model_type)
     if is_folder(spec):
         path = resolve_file_in_folder(str(spec.save), source, checkpoint, files)

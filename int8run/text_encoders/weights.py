@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from int8run.checkpoints.comfy_int8 import WEIGHT
-from int8run.checkpoints.detect import AUTO, TENSORWISE, is_scaled_fp8_marker, read_layers
+from int8run.checkpoints.declared_format import AUTO, DeclaredFormat
+from int8run.checkpoints.detect import is_scaled_fp8_marker, read_layers
 from int8run.checkpoints.header import FLOATS, FP8
 from int8run.checkpoints.layer import FLOAT
 from int8run.checkpoints.provenance import read_provenance
@@ -90,10 +91,10 @@ class EncoderFile:
 
     def __init__(self, path: Path, quant_format: str = AUTO, which: str | None = None, class_name: str = ""):
         check_choice("quant_format", quant_format, (AUTO, *FORMATS))
-        self.requested_format = quant_format
+        self.declared = DeclaredFormat(quant_format)
         self.files = TensorFiles.open(path)
         self.encoder, self.prefix = detect_file_encoder(self.files, class_name, which)
-        layers = read_layers(self.files, self.prefix, None if quant_format == AUTO else quant_format)
+        layers = read_layers(self.files, self.prefix, self.declared)
         self.layers = {name.removeprefix(self.prefix): layer for name, layer in layers.items()}
         self.shapes = self.collect_shapes()
         for key, shape in self.shapes.items():
@@ -170,10 +171,10 @@ class EncoderFile:
         Raises:
             ConfigError: naming both.
         """
-        requested, counts = self.requested_format, self.format_counts
+        requested, counts = self.declared.quant_format, self.format_counts
         if requested == AUTO:
             return
-        accepted = TENSORWISE if requested == TENSORWISE[0] else (requested,)
+        accepted = self.declared.accepted_formats
         # casts, and layers whose shape the format does not take, may be beside them
         allowed = {*accepted, requested + CAST_SUFFIX, FORMATS[requested].fallback}
         if any(name in counts for name in accepted) and all(name in allowed for name in counts):

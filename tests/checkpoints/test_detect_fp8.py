@@ -18,6 +18,7 @@ from checkpoints.test_detect import get_model_shape, get_real_weight, open_draft
 from support.compare import assert_close
 from torch import nn
 
+from int8run.checkpoints.declared_format import AUTO, DeclaredFormat
 from int8run.checkpoints.detect import get_logical_shapes, read_layers
 from int8run.checkpoints.reader import TensorFiles
 from int8run.checkpoints.unsupported import READERS
@@ -495,10 +496,8 @@ def draft_ambiguous(kind: str, tiles: bool) -> CheckpointDraft:
     return made.draft_blocks(kind, 128, 128, tiles=tiles, bias=False)
 
 
-def assert_is_read_as(
-    files: TensorFiles, draft: CheckpointDraft, word: str, requested: str | None = None
-) -> None:
-    layer = read_layers(files, requested=requested)[LAYER]
+def assert_is_read_as(files: TensorFiles, draft: CheckpointDraft, word: str, requested: str = AUTO) -> None:
+    layer = read_layers(files, declared=DeclaredFormat(requested))[LAYER]
     assert (layer.format_name, layer.label) == (word, word)
     assert_close(word, layer.read_weight(files), get_real_weight(draft), 1e-6)
     assert_close(word, layer.read_weight(files, slice(100, 110)), get_real_weight(draft)[100:110], 1e-6)
@@ -513,7 +512,7 @@ def test_requested_format_decides_where_the_file_does_not(kind: str, tiles: bool
 
     assert_is_read_as(files, draft, word, word)
     for requested in (
-        None,
+        AUTO,
         "int8_convrot",
         *FORMAT_NAMES["mxfp8" if kind == "nvfp4" else "nvfp4"],
     ):  # a word for another kind says nothing
@@ -521,7 +520,7 @@ def test_requested_format_decides_where_the_file_does_not(kind: str, tiles: bool
             FileError,
             match=rf"1 weights are {kind} .*clip={FORMAT_NAMES[kind][0]} or clip={FORMAT_NAMES[kind][1]}",
         ):
-            read_layers(files, requested=requested)
+            read_layers(files, declared=DeclaredFormat(requested))
 
 
 @pytest.mark.parametrize("tiles", [True, False])
@@ -531,7 +530,7 @@ def test_another_layer_overrides_the_requested_format(kind: str, tiles: bool, tm
     made.merge_layers(draft, made.draft_blocks(kind, 32, 64, tiles=tiles))
     files = open_draft(draft, tmp_path)
 
-    for requested in (None, *FORMAT_NAMES[kind]):
+    for requested in (AUTO, *FORMAT_NAMES[kind]):
         assert_is_read_as(files, draft, FORMAT_NAMES[kind][not tiles], requested)
 
 
@@ -542,7 +541,7 @@ def test_marker_overrides_the_requested_format(kind: str, tmp_path: Path) -> Non
     files = open_draft(draft, tmp_path)
     (tmp_path / "config.json").write_text('{"quant_method": "modelopt"}')
 
-    for requested in (None, *FORMAT_NAMES[kind]):
+    for requested in (AUTO, *FORMAT_NAMES[kind]):
         assert_is_read_as(files, draft, kind, requested)
 
 
@@ -622,12 +621,12 @@ def test_unmarked_rows_are_rotated_if_requested(width: int, group: int, tmp_path
     plain = made.draft_int8((N, 1), "row", weight=(N, width), label="int8")
     files = open_draft(plain, tmp_path)
 
-    for requested in (None, "int8_rowwise", "nvfp4"):
-        layer = read_layers(files, requested=requested)[LAYER]
+    for requested in (AUTO, "int8_rowwise", "nvfp4"):
+        layer = read_layers(files, declared=DeclaredFormat(requested))[LAYER]
         assert (layer.format_name, layer.rotation_group_size) == ("int8_rowwise", 0)
         assert_close("plain", layer.read_weight(files), get_real_weight(plain), 1e-6)
 
-    layer = read_layers(files, requested="int8_convrot")[LAYER]
+    layer = read_layers(files, declared=DeclaredFormat("int8_convrot"))[LAYER]
 
     assert (layer.rotation_group_size, layer.is_sylvester, layer.format_name) == (
         group,
@@ -668,7 +667,10 @@ SELF_DESCRIBING = [
 def test_requested_rotation_changes_no_self_describing_layer(name: str, tmp_path: Path) -> None:
     draft = DRAFTS[name]()
     files = open_draft(draft, tmp_path)
-    plain, rotated = read_layers(files)[LAYER], read_layers(files, requested="int8_convrot")[LAYER]
+    plain, rotated = (
+        read_layers(files)[LAYER],
+        read_layers(files, declared=DeclaredFormat("int8_convrot"))[LAYER],
+    )
 
     assert plain == rotated
     assert_close(name, rotated.read_weight(files), get_real_weight(draft), 1e-6)
@@ -676,7 +678,7 @@ def test_requested_rotation_changes_no_self_describing_layer(name: str, tmp_path
 
 def test_markers_of_fp8_layers_do_not_describe_int8_layers(tmp_path: Path) -> None:
     files = open_draft(made.merge_layers(DRAFTS["lightx2v bf16"](), DRAFTS["fp8"]()), tmp_path)
-    assert read_layers(files, requested="int8_convrot")[LAYER].format_name == "int8_convrot"
+    assert read_layers(files, declared=DeclaredFormat("int8_convrot"))[LAYER].format_name == "int8_convrot"
 
 
 # -- markers that are no JSON ----------------------------------------------------------------------
@@ -793,8 +795,8 @@ def test_a_setting_names_the_layout_of_an_unmarked_denoiser(kind: str, other: st
 
     with pytest.raises(FileError, match=f"set model.quant_format={kind} or model.quant_format={other}"):
         FileWeights(path, WideModel(), is_partial=True)
-    as_comfyui = FileWeights(path, WideModel(), is_partial=True, quant_format=kind)
-    as_modelopt = FileWeights(path, WideModel(), is_partial=True, quant_format=other)
+    as_comfyui = FileWeights(path, WideModel(), is_partial=True, declared=DeclaredFormat(kind))
+    as_modelopt = FileWeights(path, WideModel(), is_partial=True, declared=DeclaredFormat(other))
 
     assert_close("weight", as_comfyui.read_tensor("q.weight"), get_real_weight(draft), 1e-6)
     assert not torch.allclose(as_modelopt.read_tensor("q.weight").double(), get_real_weight(draft))
@@ -807,10 +809,10 @@ def test_a_setting_that_no_layer_has_is_an_error(tmp_path: Path) -> None:
     model = nn.ModuleDict({"q": nn.Linear(made.K, N)})
 
     for accepted in ("int8_rowwise", "int8_tensorwise"):
-        FileWeights(path, model, quant_format=accepted)
+        FileWeights(path, model, declared=DeclaredFormat(accepted))
     message = r"model.quant_format=nvfp4, and .* has no such layer: it holds 1 × int8_rowwise; model"
     with pytest.raises(ConfigError, match=message):
-        FileWeights(path, model, quant_format="nvfp4")
+        FileWeights(path, model, declared=DeclaredFormat("nvfp4"))
 
 
 def draft_flux(tmp_path: Path) -> tuple[CheckpointDraft, TensorFiles]:

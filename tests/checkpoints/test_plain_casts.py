@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from int8run.checkpoints import plain_casts
+from int8run.checkpoints.declared_format import DeclaredFormat
 from int8run.checkpoints.detect import read_layers
 from int8run.checkpoints.reader import TensorFiles
 from int8run.errors import FileError
@@ -140,10 +141,10 @@ def test_a_word_says_that_large_numbers_are_casts(
     word = request.node.callspec.id
     stored = draw_weight(size=100).clamp(-400, 400).to(dtype)
     with open_files(tmp_path, {"a.weight": stored}) as files, caplog.at_level(logging.WARNING):
-        (layer,) = read_layers(files, requested=word).values()
+        (layer,) = read_layers(files, declared=DeclaredFormat(word)).values()
         assert torch.equal(layer.read_weight(files), stored.float())
         with pytest.raises(FileError, match=f"model.quant_format={word} says so"):
-            read_layers(files, requested="float8_e4m3fn")
+            read_layers(files, declared=DeclaredFormat("float8_e4m3fn"))
 
     assert "1 fp8 weights without a scale reach" in caplog.text
 

@@ -19,6 +19,7 @@ from checkpoints.checkpoint_files import (
     rotate_groups,
 )
 
+from int8run.checkpoints.declared_format import DeclaredFormat
 from int8run.checkpoints.detect import read_layers
 from int8run.checkpoints.reader import TensorFiles
 from int8run.checkpoints.sdnq import SdnqMethod
@@ -55,10 +56,10 @@ def write_config(folder: Path, config: dict[str, Any], name: str = "config.json"
     (folder / name).write_text(json.dumps(text))
 
 
-def assert_is_read(draft: CheckpointDraft, folder: Path, **more: Any) -> str:
+def assert_is_read(draft: CheckpointDraft, folder: Path, **declared: Any) -> str:
     """The weight is what was rounded. Returns the layer's label."""
     with TensorFiles.open(draft.write(folder / "m.safetensors")) as files:
-        layer = read_layers(files, **more)["q"]
+        layer = read_layers(files, declared=DeclaredFormat(**declared))["q"]
         weight = layer.read_weight(files)
     np.testing.assert_allclose(weight.numpy(), draft.real["q"], atol=1e-5)
     return layer.label
@@ -117,9 +118,9 @@ def test_a_word_stands_for_the_config(tmp_path: Path) -> None:
     assert_is_read(draft_sdnq(group_size=16), tmp_path, sdnq="hadamard_16")
     assert_is_read(draft_sdnq(), tmp_path, sdnq="none")
     # those of text encoders
-    assert_is_read(draft_sdnq(group_size=64), tmp_path, requested="int8_convrot")
-    for requested in ("int8_rowwise", "int8_tensorwise"):
-        assert_is_read(draft_sdnq(), tmp_path, requested=requested)
+    assert_is_read(draft_sdnq(group_size=64), tmp_path, quant_format="int8_convrot")
+    for format_name in ("int8_rowwise", "int8_tensorwise"):
+        assert_is_read(draft_sdnq(), tmp_path, quant_format=format_name)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +146,7 @@ def test_a_word_that_the_config_denies_is_refused(tmp_path: Path) -> None:
     write_config(tmp_path, HADAMARD)
     assert_is_read(draft_sdnq(group_size=64), tmp_path, sdnq="hadamard")
     # of a text encoder the config counts, and the format is compared with what was found
-    assert_is_read(draft_sdnq(group_size=64), tmp_path, requested="int8_rowwise")
+    assert_is_read(draft_sdnq(group_size=64), tmp_path, quant_format="int8_rowwise")
     for word in ("none", "hadamard_64"):
         message = (
             rf"model.sdnq={word}, and the config beside .* says hadamard_256; they contradict each other"

@@ -22,6 +22,7 @@ from int8run.backends.auto import AutoBackend
 from int8run.backends.autotune_cache import read_entries
 from int8run.backends.base import Limits
 from int8run.backends.reference import Reference
+from int8run.checkpoints.declared_format import DeclaredFormat
 from int8run.errors import ConfigError, FileError
 from int8run.export.save_denoiser import keep_own_names, write_tensors
 from int8run.generate.calibration_settings import CalibrationSettings
@@ -283,7 +284,7 @@ def test_settings_name_what_a_given_checkpoint_leaves_open(tmp_path: Path) -> No
     with pytest.raises(FileError, match=r"model.sdnq=none or model.sdnq=hadamard"):
         found(make_request(str(path)))
     for words in ({"sdnq": "none"}, {"quant_format": "int8_rowwise"}):
-        given = found(replace(make_request(str(path)), **words))
+        given = found(replace(make_request(str(path)), declared=DeclaredFormat(**words)))
         assert given is not None and given.layers
 
 

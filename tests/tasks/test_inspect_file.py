@@ -13,6 +13,7 @@ from support.cli_process import Command
 from text_encoders.files import File, make_encoder_file
 
 from int8run.backends.reference import Reference
+from int8run.checkpoints.declared_format import DeclaredFormat
 from int8run.export.save_denoiser import keep_own_names, write_tensors
 from int8run.layers.int8_linear import Int8Linear, QuantizedLayer
 from int8run.models.resolve_weights import ASSETS_FOLDER
@@ -198,8 +199,8 @@ def test_settings_say_what_a_file_leaves_open(tmp_path: Path) -> None:
     assert "model.sdnq=x is none of none" in read_table(path, sdnq="x")["cannot be read"]
 
 
-def read_table(path: Path, **settings: str) -> dict[str, str]:
-    return dict(inspect_file(str(path), **settings).rows)
+def read_table(path: Path, **declared: str) -> dict[str, str]:
+    return dict(inspect_file(str(path), DeclaredFormat(**declared)).rows)
 
 
 def test_a_file_that_save_wrote(command: Command) -> None:
