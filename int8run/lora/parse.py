@@ -91,6 +91,8 @@ def dequantize(part: str, factor: Tensor, scale: Tensor) -> Tensor:
         raise LoraError(
             f"has a {name} of {format_dtype(factor)}; only int8 and floats are multiplied by a scale"
         )
+    if factor.dim() == 0:
+        raise LoraError(f"has a {name} of one number, which has no rows to scale; the file is broken")
     num_rows = factor.shape[0]
     if scale.numel() not in (1, num_rows):
         raise LoraError(
@@ -141,6 +143,8 @@ def build_change(
         LoraError: when parts are missing, belong to several adapter types, or do not fit each other.
     """
     adapter = build_adapter(tensors, get_scale, settings or {})
+    if {"diff_b", "b_norm"} <= tensors.keys():
+        raise LoraError("has a change of its bias twice, as diff_b and as b_norm; the file is broken")
     biases = [tensors[part].float().flatten() for part in ("diff_b", "b_norm") if part in tensors]
     if adapter is not None and "up_bias" in tensors:
         biases.append(adapter.scale * tensors["up_bias"].float().flatten())

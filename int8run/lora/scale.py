@@ -26,6 +26,8 @@ from int8run.utils.plurals import count_noun
 # of PEFT's LoraConfig, LoHaConfig and LoKrConfig
 PEFT_DEFAULT_ALPHA = 8
 PEFT_DEFAULT_RANK = 8
+# any of them says that a place holds such a config, whose other settings have PEFT's defaults
+PEFT_KEYS = frozenset({"peft_type", RSLORA_KEY, *ALPHA_KEYS, *RANK_KEYS})
 # two scales are the same up to what a bfloat16 alpha loses
 RELATIVE_TOLERANCE = 0.005
 CANNOT_TELL = "which one is meant cannot be told: ask its author, and remove the other from the file"
@@ -82,7 +84,7 @@ class PlaceScale:
         self.uses_default_alpha = False
         self.alpha = self.read_one(settings, ALPHA_KEYS)
         self.rank = self.read_one(settings, RANK_KEYS)
-        if self.is_peft and self.alpha is None and ("peft_type" in settings or self.rank is not None):
+        if self.is_peft and self.alpha is None and not PEFT_KEYS.isdisjoint(settings):
             self.alpha, self.uses_default_alpha = PEFT_DEFAULT_ALPHA, True
         self.is_rank_stabilized = bool(settings.get(RSLORA_KEY))
         self.alphas = self.read_patterns(settings, "alpha_pattern")

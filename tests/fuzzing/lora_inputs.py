@@ -13,7 +13,7 @@ from fuzzing import lora_oracle
 from fuzzing.lora_oracle import Broken, Module, Reading, flatten
 from text_encoders import mutations as m
 from text_encoders.files import File, Stored
-from text_encoders.mutations import NUMBERS, Draft
+from text_encoders.mutations import NUMBERS, Draft, is_whole
 from text_encoders.oracle import Array, Unreadable, tensors_of
 
 from int8run.errors import FileError
@@ -282,7 +282,7 @@ def quantize_factor(draft: Draft, chance: Random) -> None:
     """A factor in int8, with its scales or without."""
     if key := draft.key(chance, "lora_down.weight", "lora_up.weight"):
         stored = draft.file.tensors[key]
-        if not stored.shape:
+        if not stored.shape or not is_whole(stored):
             return
         count = int(np.prod(stored.shape))
         codes = np.random.default_rng(chance.randrange(2**32)).integers(-128, 128, size=count)

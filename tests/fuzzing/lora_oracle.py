@@ -37,7 +37,9 @@ SUFFIXES = {
     ".weight": "weight",
 }
 ADAPTER_NAME = re.compile(
-    r"\.(lora_A|lora_B|lora_magnitude_vector)(?:(?:\.\w+){1,2}(?=\.weight$|\.bias$)|(?:\.default\w*){1,2}$)"
+    r"\.(lora_A|lora_B|lora_magnitude_vector)"
+    # in front of `weight`; at the end what begins with `default`, and after a vector any name
+    r"(?:(?:\.\w+){1,2}(?=\.weight$|\.bias$)|(?:\.default\w*){1,2}$|(?<=_vector)(?:\.\w+){1,2}$)"
 )
 FLAT_PREFIXES = {
     "lora_unet_": "denoiser",
@@ -301,7 +303,8 @@ def claim_scales(place: Place, names: Names, rank: int | None) -> list[float]:
     alpha = find_pattern(settings.get("alpha_pattern"), names)
     stated = find_pattern(settings.get("rank_pattern"), names) or check_setting(settings, "r")
     alpha = next(iter(alphas), None) if alpha is None else alpha
-    if alpha is None and place.is_peft and ("peft_type" in settings or "r" in settings):
+    is_lora_config = {"peft_type", "r", *ALPHA_KEYS, "use_rslora"} & settings.keys()
+    if alpha is None and place.is_peft and is_lora_config:
         alpha = 8.0
     if alpha is None:
         return []
@@ -431,12 +434,14 @@ def read_module(parts: dict[str, Array], get_scale: Callable[[int | None], float
     if len(kinds) > 1 or ({"weight", "on_input"} & parts.keys()) not in (set(), {"weight", "on_input"}):
         raise Broken("parts of several kinds")
     biases = [parts[key].reshape(-1) for key in ("diff_b", "b_norm") if key in parts]
+    if len(biases) > 1:
+        raise Broken("two biases")
     norms = [parts[key] for key in ("dora_scale", "magnitude") if key in parts]
     if len(norms) > 1 or (norms and kinds not in ([LORA], [LOHA], [LOKR])):
         raise Broken("norms of nothing")
     if not kinds:
         if len(biases) != 1:
-            raise Broken("nothing, or two biases")
+            raise Broken("nothing")
         return Reading(None, None, biases[0])
     if kinds == [IA3]:
         return add_bias(read_ia3(parts), biases)

@@ -697,6 +697,18 @@ REFUSED = {
         PEFT | {"x.dora_scale": torch.ones(5, 1), "x.lora_B.bias": torch.ones(5)},
         "x has DoRA norms and a bias of lora_B; PEFT trains no such",
     ),
+    "bias twice": (
+        {"x.diff_b": torch.ones(5), "x.b_norm": torch.ones(5)},
+        "x has a change of its bias twice, as diff_b and as b_norm; the file is broken",
+    ),
+    "a scaled factor of one number": (
+        {
+            "x.lora_up.weight": B,
+            "x.lora_down.weight": torch.tensor(1.0),
+            "x.lora_down.scale_weight": torch.ones(1),
+        },
+        r"x has a lora_A \(down\) of one number, which has no rows to scale; the file is broken",
+    ),
     "DoRA norms twice": (
         PEFT | {"x.dora_scale": torch.ones(5, 1), "x.lora_magnitude_vector": torch.ones(5)},
         "x has DoRA norms twice, as dora_scale and as magnitude; the file is broken",

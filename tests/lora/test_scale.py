@@ -258,6 +258,11 @@ def test_scale_beside_the_file(write, config, scale, name):
     assert get_scale(write(config=CONFIG | config, name=name)) == pytest.approx(scale)
 
 
+def test_a_config_without_numbers_has_the_defaults_of_peft(write):
+    config = {"lora_alpha": None, "r": None, "use_rslora": True}
+    assert get_scale(write(config=config)) == pytest.approx(8 / 8**0.5)
+
+
 @pytest.mark.parametrize(
     ("options", "scale"),
     [

@@ -143,6 +143,16 @@ class Draft:
         return chance.choice(near if near and chance.random() < 0.8 else keys) if keys else None
 
 
+MAX_NUMBERS = 1 << 20  # of a tensor that damage makes
+
+
+def is_whole(stored: Stored) -> bool:
+    """Whether a tensor has as many bytes as its shape says; an earlier damage may have left it otherwise."""
+    if max(stored.shape, default=0) > MAX_NUMBERS:
+        return False
+    return DTYPES[stored.dtype][0] * math.prod(stored.shape) // 8 == len(stored.data)
+
+
 def fit(stored: Stored, shape: tuple[int, ...], dtype: str | None = None) -> Stored:
     """The same bytes cut or repeated for another shape."""
     dtype = dtype or stored.dtype
@@ -198,10 +208,13 @@ def reshape_scale(draft: Draft, chance: Random) -> None:
 
 
 def resize(draft: Draft, chance: Random) -> None:
-    if key := draft.key(chance):
+    key = draft.key(chance)
+    if key is not None and is_whole(draft.file.tensors[key]):
         shape = list(draft.file.tensors[key].shape) or [1]
         at = chance.randrange(len(shape))
         shape[at] = chance.choice((0, 1, shape[at] // 2, shape[at] * 2, shape[at] + 1))
+        if math.prod(shape) > MAX_NUMBERS:
+            return
         draft.file.tensors[key] = fit(draft.file.tensors[key], tuple(shape))
 
 
@@ -499,10 +512,9 @@ def add(draft: Draft, chance: Random) -> None:
 def half_scales(draft: Draft, chance: Random) -> None:
     """Scales of another float, which say the same."""
     dtype = chance.choice(("BF16", "F16", "F64"))
-    for key in [
-        key for key in draft.file.tensors if key.endswith("scale") and draft.file.tensors[key].dtype == "F32"
-    ]:
-        stored = draft.file.tensors[key]
+    for key, stored in list(draft.file.tensors.items()):
+        if not key.endswith("scale") or stored.dtype != "F32" or not is_whole(stored):
+            continue
         draft.file.put(key, dtype, np.frombuffer(stored.data, "<f4").reshape(stored.shape))
 
 

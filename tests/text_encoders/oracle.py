@@ -529,6 +529,8 @@ def int8(
             need(factor.shape == (real.shape[1],), "a factor's width")
             real = real * factor**power
     word = "int8_rowwise" if word == TURNED else word
+    # ComfyUI has no name for a centered layer
+    word = "" if "hadanorm_sigma" in beside else word
     return Reading(real, word, 99 if group else 1 + len(set(beside) & set(FACTORS)))
 
 
