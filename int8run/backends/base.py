@@ -14,6 +14,7 @@ from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from int8run.backends.onednn_check import onednn_saturates
 from int8run.kernels.cpu.library import COMPILERS
 from int8run.kernels.hadamard.reference import Rotation
 from int8run.quant.weight import QuantizedWeight
@@ -23,6 +24,9 @@ from int8run.utils.hardware import get_cpu_capabilities
 # weights
 MAX_SIGNED_PRODUCTS = 2**31 // (128 * 127)
 MAX_UNSIGNED_PRODUCTS = 2**31 // (255 * 127)
+
+# each of these instruction sets has a byte product that adds into 32 bits, by torch's names
+INT8_CPU_FEATURES = ("avx512_vnni", "avx_vnni", "amx_int8")
 
 # what the kernels take as `gelu_from` where there is no GELU: their operators have no optional integers
 NO_GELU = -1
@@ -35,6 +39,7 @@ class Limits:
     Args:
         devices: device types that it runs on.
         cpu_features: instruction sets by torch's names, of which one is enough; empty: any CPU.
+        uses_onednn: whether its products on a CPU are oneDNN's, which need not use what the CPU has.
         needs_compiler: whether a C++ compiler must be on the PATH.
         python_packages: packages that must be installed.
         cuda_capability: the least compute capability of a GPU.
@@ -45,6 +50,7 @@ class Limits:
 
     devices: tuple[str, ...] = ("cpu", "cuda")
     cpu_features: tuple[str, ...] = ()
+    uses_onednn: bool = False
     needs_compiler: bool = False
     python_packages: tuple[str, ...] = ()
     cuda_capability: tuple[int, int] = (0, 0)
@@ -56,8 +62,10 @@ class Limits:
         """Every reason why the backend cannot run on this device; empty when it can."""
         if device.type not in self.devices:
             return [f"runs on {' and '.join(self.devices)}, not on {device.type}"]
+        reasons = []
         processor_reason = self._unsupported_processor_reason(device)
-        reasons = [] if processor_reason is None else [processor_reason]
+        if processor_reason is not None:
+            reasons.append(processor_reason)
         if self.needs_compiler and not any(map(shutil.which, COMPILERS)):
             reasons.append(f"needs a C++ compiler on the PATH ({', '.join(COMPILERS)})")
         for package in self.python_packages:
@@ -67,15 +75,31 @@ class Limits:
         return reasons
 
     def _unsupported_processor_reason(self, device: torch.device) -> str | None:
-        if device.type == "cpu" and self.cpu_features and not has_cpu_feature(self.cpu_features):
-            return f"needs a CPU with {' or '.join(self.cpu_features)}: without, int8 products saturate"
-        # a GPU is asked for its capability only where one is required: asking starts CUDA
-        if device.type == "cuda" and self.cuda_capability > (0, 0):
-            capability = torch.cuda.get_device_capability(device)
-            if capability < self.cuda_capability:
-                required, found = format_version(self.cuda_capability), format_version(capability)
-                return f"needs compute capability {required}, this GPU has {found}"
+        if device.type == "cpu":
+            return self._unsupported_cpu_reason()
+        if device.type == "cuda":
+            return self._unsupported_gpu_reason(device)
         return None
+
+    def _unsupported_cpu_reason(self) -> str | None:
+        if self.cpu_features and not has_cpu_feature(self.cpu_features):
+            return f"needs a CPU with {' or '.join(self.cpu_features)}: without, int8 products saturate"
+        if self.uses_onednn and onednn_saturates():
+            return (
+                "uses oneDNN, whose int8 products saturate here: something keeps it from this CPU's int8 "
+                "instructions; unset ONEDNN_MAX_CPU_ISA"
+            )
+        return None
+
+    def _unsupported_gpu_reason(self, device: torch.device) -> str | None:
+        # a GPU is asked for its capability only where one is required: asking starts CUDA
+        if self.cuda_capability == (0, 0):
+            return None
+        capability = torch.cuda.get_device_capability(device)
+        if capability >= self.cuda_capability:
+            return None
+        required, found = format_version(self.cuda_capability), format_version(capability)
+        return f"needs compute capability {required}, this GPU has {found}"
 
     def unsupported_layer_reasons(self, in_features: int, out_features: int) -> list[str]:
         """Every reason why the backend cannot take a layer of this shape; empty when it can."""

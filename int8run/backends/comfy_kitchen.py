@@ -4,12 +4,12 @@ It follows `comfy_kitchen.int8_linear` (Comfy-Org/comfy-kitchen), an optional pa
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from int8run.backends.base import MAX_SIGNED_PRODUCTS, FusedBranch, Limits, QuantizedInput
+from int8run.backends.base import INT8_CPU_FEATURES, MAX_SIGNED_PRODUCTS, FusedBranch, Limits, QuantizedInput
 from int8run.kernels.hadamard.reference import Rotation
 from int8run.kernels.quantize_rowwise.reference import transform_rows
 from int8run.quant.weight import QuantizedWeight
@@ -26,7 +26,8 @@ class ComfyKitchen:
     limits: ClassVar[Limits] = Limits(
         python_packages=("comfy_kitchen",),
         cuda_capability=(7, 5),
-        cpu_features=("avx512_vnni", "avx_vnni", "amx_int8"),
+        cpu_features=INT8_CPU_FEATURES,
+        uses_onednn=True,
         max_in_features=MAX_SIGNED_PRODUCTS,
         is_optional=True,
     )
@@ -45,10 +46,13 @@ class ComfyKitchen:
         down: Tensor | None = None,
     ) -> QuantizedInput:
         """x: [M, K], not quantized yet. A regular rotation is left to the product, which has no other."""
-        is_left_to_product = rotation is not None and not rotation.sylvester
-        transformed = transform_rows(x, factor, None if is_left_to_product else rotation, gelu_from)
-        left = rotation.group if rotation is not None and is_left_to_product else 0
-        return QuantizedInput(transformed, scale=x, rotation=left)  # the product computes the scales
+        left_to_product = 0
+        if rotation is not None and not rotation.sylvester:
+            left_to_product = rotation.group
+            rotation = None
+        transformed = transform_rows(x, factor, rotation, gelu_from)
+        # the product computes the scales; the field has to hold a tensor
+        return QuantizedInput(transformed, scale=x, rotation=left_to_product)
 
     def linear(
         self,
@@ -65,8 +69,10 @@ class ComfyKitchen:
         # an optional package, imported where it runs
         from comfy_kitchen import int8_linear
 
-        bias = None if bias is None else bias.to(dtype)
-        rotation = {}
+        if bias is not None:
+            bias = bias.to(dtype)
+        rotation: dict[str, Any] = {}
         if x.rotation:
             rotation = {"convrot": True, "convrot_groupsize": x.rotation}
-        return int8_linear(x.q.contiguous(), packed, w_scale, bias, out_dtype=dtype, **rotation)
+        y: Tensor = int8_linear(x.q.contiguous(), packed, w_scale, bias, out_dtype=dtype, **rotation)
+        return y

@@ -9,7 +9,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from int8run.backends.base import MAX_UNSIGNED_PRODUCTS, FusedBranch, Limits, QuantizedInput
+from int8run.backends.base import (
+    INT8_CPU_FEATURES,
+    MAX_UNSIGNED_PRODUCTS,
+    FusedBranch,
+    Limits,
+    QuantizedInput,
+)
 from int8run.kernels.hadamard.reference import Rotation
 from int8run.kernels.quantize_rowwise.eager import quantize_rowwise
 from int8run.kernels.quantize_rowwise.reference import transform_rows
@@ -62,7 +68,8 @@ class OneDnn:
     name: ClassVar[str] = "onednn"
     limits: ClassVar[Limits] = Limits(
         devices=("cpu",),
-        cpu_features=("avx512_vnni", "avx_vnni", "amx_int8"),
+        cpu_features=INT8_CPU_FEATURES,
+        uses_onednn=True,
         max_in_features=MAX_UNSIGNED_PRODUCTS,
     )
 

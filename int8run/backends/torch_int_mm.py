@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from int8run.backends.base import MAX_SIGNED_PRODUCTS, FusedBranch, Limits, QuantizedInput
+from int8run.backends.base import INT8_CPU_FEATURES, MAX_SIGNED_PRODUCTS, FusedBranch, Limits, QuantizedInput
 from int8run.kernels.hadamard.reference import Rotation
 from int8run.kernels.quantize_rowwise.eager import quantize_rowwise
 from int8run.kernels.quantize_rowwise.reference import transform_rows
@@ -26,7 +26,7 @@ class TorchIntMM:
 
     name: ClassVar[str] = "torch_int_mm"
     limits: ClassVar[Limits] = Limits(
-        cpu_features=("avx512_vnni", "avx_vnni", "amx_int8"), max_in_features=MAX_SIGNED_PRODUCTS
+        cpu_features=INT8_CPU_FEATURES, uses_onednn=True, max_in_features=MAX_SIGNED_PRODUCTS
     )
 
     def pack_weight(self, weight: QuantizedWeight) -> Tensor:

@@ -14,22 +14,39 @@ from int8run.models.family import DeferredGelu
 
 
 def group_by_shared_input(names: Iterable[str], groups: Iterable[Sequence[str]]) -> list[list[str]]:
-    """Group layers that read the same tensor; a layer that shares its input with none is a group of its own.
+    """Group layers that read the same tensor.
 
     Args:
         names: full names of the layers.
         groups: names relative to a block, such as ["to_q", "to_k", "to_v"].
+
+    Returns:
+        Groups of full names, none of them empty, each name in exactly one. A layer that shares its input with
+        none is a group of its own.
     """
-    ungrouped = dict.fromkeys(names)  # in their order
+    ungrouped = dict.fromkeys(names)  # a set that keeps their order
     found = []
     for group in groups:
-        prefixes = {prefix for name in group for prefix in find_block_prefixes(ungrouped, name)}
-        for prefix in sorted(prefixes):
+        for prefix in list_block_prefixes(ungrouped, group):
             members = [prefix + name for name in group if prefix + name in ungrouped]
+            if not members:
+                # a name that ends in another one of the group, as `attn.to_q` in `to_q`, was taken with an
+                # earlier block
+                continue
             found.append(members)
             for member in members:
                 del ungrouped[member]
-    return found + [[name] for name in ungrouped]
+    for name in ungrouped:
+        found.append([name])
+    return found
+
+
+def list_block_prefixes(names: Iterable[str], group: Sequence[str]) -> list[str]:
+    """Prefixes of the blocks that hold a module of the group, sorted, each once."""
+    prefixes: set[str] = set()
+    for relative in group:
+        prefixes.update(find_block_prefixes(names, relative))
+    return sorted(prefixes)
 
 
 def find_block_prefixes(names: Iterable[str], relative: str) -> Iterator[str]:
@@ -51,12 +68,8 @@ def share_inputs(model: nn.Module, groups: Iterable[Sequence[str]]) -> int:
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, Int8Linear)}
     n_saved = 0
-    for group in group_by_shared_input(layers, groups):
-        waiting = [layers[name] for name in group]
-        while waiting:
-            first = waiting[0]
-            alike = [layer for layer in waiting if can_share_input(layer, first)]
-            waiting = [layer for layer in waiting if layer not in alike]
+    for names in group_by_shared_input(layers, groups):
+        for alike in split_by_quantization([layers[name] for name in names]):
             if len(alike) == 1:
                 continue
             shared = SharedInput(len(alike))
@@ -64,6 +77,19 @@ def share_inputs(model: nn.Module, groups: Iterable[Sequence[str]]) -> int:
                 layer.shared = shared
             n_saved += len(alike) - 1
     return n_saved
+
+
+def split_by_quantization(layers: Iterable[Int8Linear]) -> list[list[Int8Linear]]:
+    """Split layers that read the same tensor into lists of those that quantize it alike."""
+    found: list[list[Int8Linear]] = []
+    for layer in layers:
+        for alike in found:
+            if can_share_input(layer, alike[0]):
+                alike.append(layer)
+                break
+        else:
+            found.append([layer])
+    return found
 
 
 def can_share_input(layer: Int8Linear, other: Int8Linear) -> bool:

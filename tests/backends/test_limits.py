@@ -1,10 +1,15 @@
 """What the limits of a backend rule out, and the reasons that they give."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from support.helpers import shipped, usable
 
-from int8run.backends.base import Limits, has_cpu_feature
+from int8run.backends import base
+from int8run.backends.base import INT8_CPU_FEATURES, Limits, has_cpu_feature
 from int8run.backends.onednn import OneDnn
 from int8run.backends.reference import Reference
 from int8run.backends.torch_int_mm import TorchIntMM
@@ -64,7 +69,36 @@ def test_a_cpu_without_vnni_is_rejected(backend, cpu_without_vnni):
 @pytest.mark.parametrize("backend", [OneDnn(), TorchIntMM()], ids=lambda b: b.name)
 def test_one_feature_is_enough(backend, feature, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {feature: True})
+    monkeypatch.setattr(base, "onednn_saturates", lambda: False)
+
     assert usable(backend, CPU) and has_cpu_feature([feature])
+
+
+PRINT_REASONS = """
+import torch
+from int8run.backends.onednn import OneDnn
+from int8run.backends.torch_int_mm import TorchIntMM
+from int8run.backends.vnni import Vnni
+
+for backend in (OneDnn, TorchIntMM, Vnni):
+    print(*backend.limits.unsupported_reasons(torch.device("cpu")), sep=", ")
+"""
+
+
+@pytest.mark.skipif(not has_cpu_feature(INT8_CPU_FEATURES), reason="a CPU without int8 products is rejected")
+def test_a_limited_onednn_is_rejected():
+    # oneDNN reads the variable once, so it takes a process of its own
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    command = [sys.executable, "-c", PRINT_REASONS]
+
+    output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+
+    onednn, torch_int_mm, vnni = output.splitlines()
+    assert onednn == torch_int_mm
+    assert (
+        onednn.startswith("uses oneDNN, whose int8 products saturate here") and "unset ONEDNN_MAX" in onednn
+    )
+    assert "oneDNN" not in vnni  # its kernels are our own
 
 
 def test_cpu_features_are_not_asked_of_a_gpu(cpu_without_vnni):

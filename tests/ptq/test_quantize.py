@@ -261,6 +261,12 @@ def test_a_layer_stands_in_one_group_only():
     assert groups == [["a.q", "a.k"], ["a.v"]]
 
 
+def test_a_group_whose_layers_were_all_taken_is_left_out():
+    # `q` finds the blocks a.attn and a, and the first of them takes the layer
+    groups = group_by_shared_input(["a.attn.q", "a.attn.k"], [["q", "attn.q"]])
+    assert groups == [["a.attn.q"], ["a.attn.k"]]
+
+
 def test_a_layer_that_stays_float_after_all_forgets_what_it_was_to_be():
     _, plans = to_int8(TinyModel())
     plans[2].skip("the budget")
