@@ -23,6 +23,7 @@ from int8run.pipeline.checkpoint_weights import DenoiserWeights, FileWeights
 from int8run.pipeline.load import LoadedModel
 from int8run.ptq.quantize import check_weight
 from int8run.quant.weight import QuantizedWeight, quantize_weight, sqnr_db
+from int8run.text_encoders.detect import find_encoders
 from int8run.utils.disk_cache import DiskCache
 from int8run.utils.paths import expand_path
 from int8run.utils.plurals import count_noun
@@ -142,11 +143,29 @@ def open_given_checkpoint(
     components = [denoiser.component for denoiser in loaded.source.denoisers]
     found = open_checkpoint(loaded, resolve_checkpoint_paths(checkpoint, components), request)
     if not found.layers:
+        check_is_no_text_encoder(found.weights)
         raise FileError(
             f"{checkpoint} holds no INT8 layer that can be used as it is; set model.location to it, or "
             "quantize anew"
         )
     return found
+
+
+def check_is_no_text_encoder(weights: DenoiserWeights) -> None:
+    """Check that files without an INT8 layer of the denoiser are not text encoders.
+
+    Raises:
+        FileError: naming the setting that takes the file.
+    """
+    for file in weights.parts.values():
+        shapes = {key: info.shape for key, info in file.files.items()}
+        encoders = find_encoders(shapes)
+        if encoders:
+            names = " and ".join(encoder.name for encoder in encoders.values())
+            raise FileError(
+                f"int8.checkpoint={file.path} is a text encoder ({names}), and int8.checkpoint takes layers "
+                f"of the denoiser; set clip=auto clip.path={file.path}"
+            )
 
 
 def resolve_checkpoint_paths(

@@ -149,10 +149,7 @@ def open_encoders(
             for c, path in named.items()
         }
     opened = match_files_to_slots(open_encoder_files(str(clip.path), clip.format), there, dtype)
-    others = [component for component in there if component not in opened]
-    log.info(
-        "clip.path is %s%s", " and ".join(opened), f"; not changed: {', '.join(others)}" if others else ""
-    )
+    log.info("%s", describe_replaced(list(opened), list(there)))
     for component, one in opened.items():
         if not one.weights.format_counts:
             log.warning(
@@ -161,6 +158,21 @@ def open_encoders(
                 component,
             )
     return opened
+
+
+def describe_replaced(replaced: Sequence[str], components: Sequence[str]) -> str:
+    """Say which components take their weights from `clip.path`, and which stay as they are.
+
+    Args:
+        replaced: components that the file is for.
+        components: all text encoders of the pipeline.
+    """
+    line = f"clip.path has the weights of {' and '.join(replaced)}"
+    kept = [component for component in components if component not in replaced]
+    if not kept:
+        return line
+    verb = "stays as it is" if len(kept) == 1 else "stay as they are"
+    return f"{line}; {' and '.join(kept)} {verb}"
 
 
 def open_encoder_files(location: str, quant_format: str) -> list[EncoderFile]:

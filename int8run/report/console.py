@@ -227,10 +227,12 @@ class Progress:
 class LoopLines:
     """Lines in place of the bar of a loop: how much is done, and the time that the rest will take.
 
+    The first of many small items does not count for the estimate: kernels are built before it is done, once.
+
     Args:
         name: of the loop.
         total: number of items.
-        interval: least seconds between two lines; 0: a line each time.
+        interval: least seconds between two lines; 0: a line each time, for items that take long.
         write: is given each line.
     """
 
@@ -241,11 +243,18 @@ class LoopLines:
         self.write = write
         self.done = 0
         self.started = self.last_line = time.monotonic()
+        # items, and seconds from the start, that the estimate leaves out
+        self.warm_up_items = 0
+        self.warm_up_seconds = 0.0
 
     def advance(self, count: int) -> None:
         """Count some items as done."""
+        is_first = self.done == 0
         self.done += count
         now = time.monotonic()
+        if is_first and self.interval:
+            self.warm_up_items = self.done
+            self.warm_up_seconds = now - self.started
         if now - self.last_line >= self.interval:
             self.last_line = now
             self.write(self.format_line(now - self.started))
@@ -259,5 +268,9 @@ class LoopLines:
         share = f"{self.name}: {self.done} of {self.total}"
         if self.done >= self.total:
             return f"{share}, took {format_duration(elapsed)}"
-        left = elapsed / max(self.done, 1) * (self.total - self.done)
+        num_timed = self.done - self.warm_up_items
+        if num_timed == 0:
+            return share
+        seconds_each = (elapsed - self.warm_up_seconds) / num_timed
+        left = seconds_each * (self.total - self.done)
         return f"{share}, {format_duration(left)} left"

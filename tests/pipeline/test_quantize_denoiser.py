@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.helpers import CPU, NEVER_FLOAT, TinyModel, randn, shipped
 from support.tiny_pipeline import random_pipeline
+from text_encoders.files import make_encoder_file
 from torch import Tensor, nn
 
 from int8run.backends.auto import AutoBackend
@@ -301,6 +302,13 @@ def test_a_file_of_floats_alone_holds_nothing_to_take(tmp_path: Path) -> None:
         match=r"m\.safetensors holds no INT8 layer that can be used as it is; set model\.location to it, or",
     ):
         found(make_request(str(tmp_path / "m.safetensors")))
+
+
+def test_a_text_encoder_is_named_with_the_setting_that_takes_it(tmp_path: Path) -> None:
+    path = make_encoder_file("t5").write(tmp_path / "t5.safetensors")
+
+    with pytest.raises(FileError, match=r"is a text encoder \(t5\), .* set clip=auto clip\.path="):
+        found(make_request(str(path)))
 
 
 def test_a_file_for_each_denoiser_or_a_folder_of_both(tmp_path: Path) -> None:

@@ -294,6 +294,18 @@ def test_a_loop_without_a_bar_says_what_is_left() -> None:
     assert loop.format_line(61.0) == "Generating: 4 of 4, took 1:01"
 
 
+def test_what_the_first_small_item_waits_for_is_not_in_the_estimate() -> None:
+    """Kernels are built before it is done."""
+    loop = LoopLines("Quantizing", 101, 3600.0, print)
+    loop.started -= 60
+    loop.advance(1)
+    assert loop.format_line(60.0) == "Quantizing: 1 of 101"
+
+    loop.advance(10)
+
+    assert loop.format_line(70.0) == "Quantizing: 11 of 101, 1:30 left"
+
+
 def test_small_items_do_not_have_a_line_each() -> None:
     lines: list[str] = []
     loop = LoopLines("Quantizing", 1000, 3600.0, lines.append)

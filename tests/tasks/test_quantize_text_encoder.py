@@ -238,7 +238,7 @@ def test_the_command_writes_a_file_that_a_run_takes(
         words = " ".join(done.out.split())
 
         assert (
-            "clip.path is text_encoder_2; not changed: text_encoder" in words
+            "clip.path has the weights of text_encoder_2; text_encoder stays as it is" in words
             and "text_encoder_2 int8_blockwise 5, float 4" in words
         ), words
 

@@ -617,7 +617,7 @@ def test_a_file_finds_its_place(
         made = filled(format="auto", path=str(files[name]), kernel_backend="dequantize")
 
     assert set(made.modules) == {own}
-    assert f"clip.path is {own}; not changed: {other}" in caplog.text
+    assert f"clip.path has the weights of {own}; {other} stays as it is" in caplog.text
 
     file = files["files"][name]
 
