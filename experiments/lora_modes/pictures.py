@@ -11,6 +11,8 @@ import argparse
 import csv
 import json
 import subprocess
+import sys
+from itertools import product
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results" / "pictures.csv"
@@ -25,6 +27,7 @@ MODES = {
     "bake": ["lora.mode=bake", "backend=vnni"],
     "stochastic": ["lora.mode=stochastic", "backend=vnni"],
 }
+OUTLIERS = ("none", "convrot")
 METRICS = (
     "quality/psnr_db",
     "quality/latent_rel_err",
@@ -38,51 +41,51 @@ METRICS = (
 )
 
 
+def list_strengths(stack: str) -> list[str]:
+    """The strengths over which the command of a stack sweeps, one for each job."""
+    swept = [override for override in STACKS[stack] if "strength=" in override]
+    return swept[-1].partition("=")[2].split(",")
+
+
 def run_sweep(stack: str, mode: str, outlier: str, seeds: int, work: Path) -> list[dict[str, object]]:
     """One command; a row for each strength."""
     folder = work / f"{stack} {mode} {outlier}".replace(", ", "_").replace(" ", "_")
-    words = [
-        "int8run",
-        "-m",
+    command = [
+        *(sys.executable, "-m", "int8run.cli", "-m"),
         *STACKS[stack],
         *MODES[mode],
         f"outlier={outlier}",
         f"prompts.seeds_per_prompt={seeds}",
         "tracker=none",
+        f"hydra.sweep.dir={folder}",
     ]
-    subprocess.run([*words, f"hydra.sweep.dir={folder}"], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     rows = []
-    for job in sorted(folder.glob("[0-9]*"), key=lambda path: int(path.name)):
-        found = json.loads((job / "metrics.json").read_text())["metrics"]
-        strength = (
-            next(word for word in STACKS[stack][::-1] if "strength=" in word)
-            .partition("=")[2]
-            .split(",")[int(job.name)]
-        )
-        rows.append(
-            {
-                "stack": stack,
-                "mode": mode,
-                "outlier": outlier,
-                "strength": strength,
-                **{m: found.get(m, "") for m in METRICS},
-            }
-        )
+    for number, strength in enumerate(list_strengths(stack)):
+        metrics = json.loads((folder / str(number) / "metrics.json").read_text())["metrics"]
+        values = {name: metrics.get(name, "") for name in METRICS}
+        rows.append({"stack": stack, "mode": mode, "outlier": outlier, "strength": strength, **values})
     return rows
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="folder for the runs")
-    parser.add_argument("--seeds", type=int, default=4, help="pictures of each of the six prompts")
-    asked = parser.parse_args()
-    table = []
-    for stack in STACKS:
-        for mode in MODES:
-            for outlier in ("none", "convrot"):
-                table += run_sweep(stack, mode, outlier, asked.seeds, asked.work.absolute())
-                print(*table[-1].values(), flush=True)
-    with RESULTS.open("w", newline="") as file:
-        writer = csv.DictWriter(file, table[0].keys())
+    parser.add_argument("--seeds", type=int, default=4, help="images of each of the six prompts")
+    parser.add_argument("--stacks", nargs="+", choices=STACKS, default=list(STACKS))
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
+    parser.add_argument("--outliers", nargs="+", choices=OUTLIERS, default=OUTLIERS)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="the table")
+    arguments = parser.parse_args()
+    rows: list[dict[str, object]] = []
+    for stack, mode, outlier in product(arguments.stacks, arguments.modes, arguments.outliers):
+        rows += run_sweep(stack, mode, outlier, arguments.seeds, arguments.work.absolute())
+        print(*rows[-1].values(), flush=True)
+    with arguments.out.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
-        writer.writerows(table)
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()

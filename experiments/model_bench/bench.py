@@ -9,15 +9,29 @@ not timed.
 """
 
 import argparse
-import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from variants import VARIANTS  # isort: skip  # first: it adds linear_bench to the path
-from sidebyside import Process, Reply, collect_facts, compute_quartiles, format_table, run_cycles, run_gate
+from sidebyside import (
+    Budget,
+    Measured,
+    Process,
+    Quartiles,
+    Reply,
+    collect_facts,
+    compute_quartiles,
+    describe_machine,
+    format_table,
+    is_wanted,
+    run_cycles,
+    run_gate,
+    write_report,
+)
 
 BASE = "fp32 eager"
 SLOT_SECONDS = 0.5
@@ -49,57 +63,101 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def format_rows(said: dict[str, Reply]) -> list[list[str]]:
+def format_rows(records: Mapping[str, Reply]) -> list[list[str]]:
     """The table, one row per timed variant."""
-    found = []
-    for name, record in said.items():
-        if "ms" in record:
-            r = record.get("ratio", {"low": 1, "median": 1, "high": 1})
-            speed = f"{r['median']:.2f} [{r['low']:.2f}–{r['high']:.2f}]" if name != BASE else "1"
-            found.append(
-                [
-                    name,
-                    f"{record['ms']:.1f}",
-                    speed,
-                    f"{record['error']:.4f}",
-                    f"{record['setup_seconds']:.0f}",
-                ]
-            )
-    return found
+    rows = []
+    for name, record in records.items():
+        if "ms" not in record:
+            continue
+        speed = "1" if name == BASE else str(Quartiles(**record["ratio"]))
+        times = [f"{record['ms']:.1f}", speed]
+        rows.append([name, *times, f"{record['error']:.4f}", f"{record['setup_seconds']:.0f}"])
+    return rows
 
 
-def run_batch(
-    names: Sequence[str], request: Reply, threads: int, budget: float, profiled: bool
-) -> dict[str, Reply]:
+@dataclass(frozen=True)
+class Plan:
+    """How each batch of variants is measured.
+
+    Args:
+        request: what a worker is told besides its variant.
+        threads: of each process.
+        budget: slots and cycles of one batch.
+        profiled: also list the operators with the most self time.
+    """
+
+    request: Reply
+    threads: int
+    budget: Budget
+    profiled: bool
+
+
+def run_batch(names: Sequence[str], plan: Plan) -> dict[str, Reply]:
     """Set up the base and some variants, measure them interleaved, and end their processes.
 
     All at once would not fit in memory.
     """
-    processes = {n: Process(Path(__file__).with_name("worker.py"), threads, VARIANTS[n].env) for n in names}
-    live: dict[str, Process] = {}
-    said: dict[str, Reply] = {}
+    worker = Path(__file__).with_name("worker.py")
+    processes = {name: Process(worker, plan.threads, VARIANTS[name].env) for name in names}
     try:
-        for name, process in processes.items():
-            said[name] = process.ask("set up", variant=name, **request)
-            if "failed" not in said[name] and said[name]["error"] <= LIMIT:
-                live[name] = process
-            elif "failed" not in said[name]:
-                said[name]["refused"] = f"output error {said[name]['error']:.4f}, the limit is {LIMIT:g}"
-                process.ask("release")
-            print(f"{name}: {said[name]}", flush=True)
-        measured = run_cycles(live, [(n, BASE) for n in names if n != BASE], SLOT_SECONDS, budget, CYCLES)
-        for name, reason in measured.stopped.items():
-            said[name]["failed"] = reason
-        for name, seconds in measured.seconds.items():
-            said[name]["ms"] = 1000 * compute_quartiles(seconds)[1]
-        for (name, _), ratios in measured.ratios.items():
-            said[name]["ratio"] = dict(zip(("low", "median", "high"), compute_quartiles(ratios), strict=True))
-        for name in live if profiled else ():
-            said[name] |= live[name].ask("profile")
+        live, records = set_up(processes, plan.request)
+        measured = run_cycles(live, [(name, BASE) for name in names if name != BASE], plan.budget)
+        add_times(records, measured)
+        if plan.profiled:
+            for name, process in live.items():
+                records[name] |= process.ask("profile")
     finally:
         for process in processes.values():
             process.close()
-    return said
+    return records
+
+
+def set_up(processes: Mapping[str, Process], request: Reply) -> tuple[dict[str, Process], dict[str, Reply]]:
+    """Build every variant; those that may be timed, and what each said."""
+    live: dict[str, Process] = {}
+    records: dict[str, Reply] = {}
+    for name, process in processes.items():
+        record = records[name] = process.ask("set up", variant=name, **request)
+        print(f"{name}: {record}", flush=True)
+        if "failed" in record:
+            continue
+        if record["error"] <= LIMIT:
+            live[name] = process
+            continue
+        record["refused"] = f"output error {record['error']:.4f}, the limit is {LIMIT:g}"
+        process.ask("release")
+    return live, records
+
+
+def add_times(records: dict[str, Reply], measured: Measured) -> None:
+    """Write what was measured into the records of the variants."""
+    for name, reason in measured.stopped.items():
+        records[name]["failed"] = reason
+    for name, seconds in measured.seconds.items():
+        records[name]["ms"] = 1000 * compute_quartiles(seconds).median
+    for (name, _), ratios in measured.ratios.items():
+        records[name]["ratio"] = asdict(compute_quartiles(ratios))
+
+
+def print_results(records: Mapping[str, Reply]) -> None:
+    """The table, what was not timed, and the operators where they were asked for."""
+    columns = ["variant", "ms", "fp32 eager time / time [quartiles]", "output error", "set-up s"]
+    print(f"\n{format_table(columns, format_rows(records))}\n")
+    for name, record in records.items():
+        if "refused" in record:
+            print(f"refused, not timed: {name} – {record['refused']}")
+        if "failed" in record:
+            print(f"cannot run: {name} – {record['failed']}")
+    for name, record in records.items():
+        for operator, share, count in record.get("operators", []):
+            print(f"{name}: {100 * share:5.1f} %  {operator} x{count}")
+
+
+def split_batches(names: Sequence[str]) -> list[Sequence[str]]:
+    """The variants that are in memory together; without any variant one batch of the base alone."""
+    if not names:
+        return [[]]
+    return [names[start : start + TOGETHER] for start in range(0, len(names), TOGETHER)]
 
 
 def main() -> None:
@@ -108,33 +166,19 @@ def main() -> None:
     if not args.no_gate:
         run_gate()
     report = collect_facts(torch.device("cpu"))
-    how = "process CPU time" if args.threads == 1 else "wall time"
-    print(
-        f"{report['cpu']}, {args.threads} thread(s), {how}, torch {report['versions']['torch']}, "
-        f"{report['date']}",
-        flush=True,
-    )
-    names = [n for n in VARIANTS if n != BASE and (not args.only or any(word in n for word in args.only))]
-    batches = [names[i : i + TOGETHER] for i in range(0, len(names), TOGETHER)] or [[]]
-    said: dict[str, Reply] = {}
+    clock = "process CPU time" if args.threads == 1 else "wall time"
+    print(f"{describe_machine(report)}, {args.threads} thread(s), {clock}", flush=True)
+    batches = split_batches([name for name in VARIANTS if name != BASE and is_wanted(name, args.only)])
+    budget = Budget(SLOT_SECONDS, args.seconds / len(batches), CYCLES)
+    settings = {"size": args.size, "layers": args.layers}
+    records: dict[str, Reply] = {}
     with tempfile.TemporaryDirectory() as folder:
-        request = {"size": args.size, "layers": args.layers, "reference": str(Path(folder, "reference.pt"))}
+        request = settings | {"reference": str(Path(folder, "reference.pt"))}
+        plan = Plan(request, args.threads, budget, profiled=args.profile)
         for batch in batches:
-            said |= run_batch(
-                [BASE, *batch], request, args.threads, args.seconds / len(batches), args.profile
-            )
-    columns = ["variant", "ms", "fp32 eager time / time [quartiles]", "output error", "set-up s"]
-    print(f"\n{format_table(columns, format_rows(said))}\n")
-    for kind, title in (("refused", "refused, not timed"), ("failed", "cannot run")):
-        for name, record in said.items():
-            if kind in record:
-                print(f"{title}: {name} – {record[kind]}")
-    for name, record in said.items():
-        for operator, share, count in record.get("operators", []):
-            print(f"{name}: {100 * share:5.1f} %  {operator} x{count}")
-    settings = {"clock": how, "size": args.size, "layers": args.layers}
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps(report | settings | {"variants": said}, indent=1) + "\n")
+            records |= run_batch([BASE, *batch], plan)
+    print_results(records)
+    write_report(args.json, report | {"clock": clock} | settings | {"variants": records})
     print(f"written to {args.json}")
 
 

@@ -30,6 +30,7 @@ METHODS = ("none", "convrot")
 COPY = "copy"
 BLOCK = 16 * 2**20
 CHECKED_ROWS = 4
+INT8RUN = (sys.executable, "-m", "int8run.cli")
 
 
 def evict_files(files: list[Path]) -> None:
@@ -62,12 +63,12 @@ def read_memory(pid: int) -> tuple[int, int]:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
         return 0, 0
-    facts = {
-        name: int(rest.split()[0]) * 1024
-        for name, _, rest in (line.partition(":") for line in lines)
-        if name in ("VmRSS", "RssAnon")
-    }
-    return facts.get("VmRSS", 0), facts.get("RssAnon", 0)
+    kilobytes = {"VmRSS": 0, "RssAnon": 0}
+    for line in lines:
+        name, _, rest = line.partition(":")
+        if name in kilobytes:
+            kilobytes[name] = int(rest.split()[0])
+    return 1024 * kilobytes["VmRSS"], 1024 * kilobytes["RssAnon"]
 
 
 def watch_process(command: list[str]) -> dict[str, float]:
@@ -88,7 +89,7 @@ def time_quantize(source: Path, out: Path, method: str) -> dict[str, float]:
     """Seconds, peak memory and size of `int8run task=quantize`."""
     target = out / f"{method}.safetensors"
     command = [
-        "int8run",
+        *INT8RUN,
         "task=quantize",
         f"model.location={source}",
         f"save={target}",
@@ -151,23 +152,35 @@ def measure_methods(source: Path, out: Path, rounds: int) -> dict[str, list[dict
     return found
 
 
+def format_row(name: str, results: list[dict[str, float]], copies: list[dict[str, float]]) -> str:
+    """A method's line of the table: medians over rounds."""
+    seconds = [result["seconds"] for result in results]
+    ratios = [copied["seconds"] / own for copied, own in zip(copies, seconds, strict=True)]
+    median_seconds = statistics.median(seconds)
+    first = results[0]
+    rss = sqnr = "–"  # a copy has neither
+    if name != COPY:
+        rss = f"{max(result['peak_rss'] for result in results) / 1e6:.0f}"
+        sqnr = f"{first['sqnr_mean']:.1f} / {first['sqnr_min']:.1f}"
+    cells = (
+        name,
+        f"{median_seconds:.1f}",
+        f"{first['read'] / median_seconds / 1e6:.0f}",
+        f"{statistics.median(ratios):.2f}× [{min(ratios):.2f}–{max(ratios):.2f}]",
+        rss,
+        f"{first['written'] / 1e9:.2f}",
+        sqnr,
+    )
+    return f"| {' | '.join(cells)} |"
+
+
 def format_table(found: dict[str, list[dict[str, float]]]) -> list[str]:
     """Medians in Markdown."""
-    lines = [
+    head = [
         "| | s | MB/s read | over the copy, per round | peak RSS, MB | written, GB | SQNR, mean / min dB |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name, results in found.items():
-        seconds = [result["seconds"] for result in results]
-        ratios = [copied["seconds"] / s for copied, s in zip(found[COPY], seconds, strict=True)]
-        rss = f"{max(result['peak_rss'] for result in results) / 1e6:.0f}" if name != COPY else "–"
-        sqnr = f"{results[0]['sqnr_mean']:.1f} / {results[0]['sqnr_min']:.1f}" if name != COPY else "–"
-        lines.append(
-            f"| {name} | {statistics.median(seconds):.1f} | "
-            f"{results[0]['read'] / statistics.median(seconds) / 1e6:.0f} | {statistics.median(ratios):.2f}× "
-            f"[{min(ratios):.2f}–{max(ratios):.2f}] | {rss} | {results[0]['written'] / 1e9:.2f} | {sqnr} |"
-        )
-    return lines
+    return head + [format_row(name, results, found[COPY]) for name, results in found.items()]
 
 
 def main() -> None:

@@ -2,9 +2,9 @@
 
 Its wall time over that of building each model once and generating, measured alone.
 
-    python experiments/sweeps/overhead.py [--rounds 3] [--only NAME ...]
+    python experiments/sweeps/overhead.py [OVERRIDE ...] [--rounds 3] [--only NAME]
 
-Runs, in turn, `int8run -m WORDS` and one process that builds the same models and draws the same images
+Runs, in turn, `int8run -m OVERRIDES` and one process that builds the same models and draws the same images
 and does nothing else: no metrics, no files, no MLflow, no report. Prints both medians and their ratio.
 """
 
@@ -18,10 +18,10 @@ import time
 from functools import partial
 from pathlib import Path
 
-WORDS = ["lora=stack_a", "lora.strength=0,0.25,0.5,0.75,1", "outlier=none,convrot"]
+OVERRIDES = ["lora=stack_a", "lora.strength=0,0.25,0.5,0.75,1", "outlier=none,convrot"]
 
 
-def run_alone(words: list[str]) -> None:
+def run_alone(overrides: list[str]) -> None:
     """Build each model once and let it draw what the jobs of the sweep draw."""
     from int8run.config.compose import compose_jobs, create_run_spec
     from int8run.generate.prompts import build_samples
@@ -39,7 +39,7 @@ def run_alone(words: list[str]) -> None:
         def write_sample(self, *_: object) -> None:
             pass
 
-    _, configs = compose_jobs(None, "config", words, multirun=True)
+    _, configs = compose_jobs(None, "config", overrides, multirun=True)
     specs = sorted((create_run_spec(config) for config in configs), key=lambda spec: spec.build_key)
     progress = Progress(False)
     for spec in specs:
@@ -61,42 +61,55 @@ def time_command(command: list[str], folder: Path) -> float:
     return time.perf_counter() - began
 
 
+def list_commands(overrides: list[str], work: Path, only: list[str] | None) -> dict[str, list[str]]:
+    """The ways to run the sweep, by name; `alone` comes first."""
+    sweep = [sys.executable, "-m", "int8run.cli", "-m", *overrides]
+    ways = {
+        "new mlflow.db": sweep,
+        "same mlflow.db": [*sweep, f"tracker.folder={work}"],  # made by the round before
+        "tracker=none": [*sweep, "tracker=none"],
+    }
+    commands = {"alone": [sys.executable, str(Path(__file__).resolve()), *overrides, "--alone"]}
+    for name, command in ways.items():
+        if only is None or name in only:
+            commands[name] = command
+    return commands
+
+
+def time_rounds(overrides: list[str], rounds: int, only: list[str] | None) -> dict[str, list[float]]:
+    """Seconds of every round, by way to run. The ways take turns; a round before fills the caches."""
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        commands = list_commands(overrides, work, only)
+        seconds: dict[str, list[float]] = {name: [] for name in commands}
+        for number in range(rounds + 1):
+            for name, command in commands.items():
+                taken = time_command(command, work / f"{number}-{name}")
+                if number > 0:
+                    seconds[name].append(taken)
+    return seconds
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("overrides", nargs="*", help=f"what to sweep over; default: {' '.join(OVERRIDES)}")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", action="append", help="of the ways to run, besides `alone`; repeatable")
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--only", nargs="*", help="of the ways to run, besides `alone`")
-    args = parser.parse_args()
-    if args.alone:
-        run_alone(WORDS)
+    arguments = parser.parse_args()
+    overrides = arguments.overrides or OVERRIDES
+    if arguments.alone:
+        run_alone(overrides)
         return
     os.environ.pop("MLFLOW_TRACKING_URI", None)
-    with tempfile.TemporaryDirectory() as work:
-        sweep = [sys.executable, "-m", "int8run.cli", "-m", *WORDS]
-        ways = {
-            "new mlflow.db": sweep,
-            "same mlflow.db": [*sweep, f"tracker.folder={work}"],  # made by the round before
-            "tracker=none": [*sweep, "tracker=none"],
-        }
-        commands = {"alone": [sys.executable, str(Path(__file__).resolve()), "--alone"]}
-        commands |= {
-            name: command for name, command in ways.items() if args.only is None or name in args.only
-        }
-        seconds: dict[str, list[float]] = {name: [] for name in commands}
-        for turn in range(args.rounds + 1):  # the first fills the caches
-            for name, command in commands.items():
-                taken = time_command(command, Path(work) / f"{turn}-{name}")
-                if turn:
-                    seconds[name].append(taken)
+    seconds = time_rounds(overrides, arguments.rounds, arguments.only)
     base = statistics.median(seconds["alone"])
     for name, times in seconds.items():
-        shown = ", ".join(f"{t:.1f}" for t in times)
-        print(
-            f"{name:<20} {statistics.median(times):6.1f} s  {statistics.median(times) / base:.2f} x  "
-            f"({shown})"
-        )
+        median = statistics.median(times)
+        shown = ", ".join(f"{one:.1f}" for one in times)
+        print(f"{name:<20} {median:6.1f} s  {median / base:.2f} x  ({shown})")
 
 
 if __name__ == "__main__":

@@ -8,9 +8,8 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
-from tables import EMBEDDINGS, read_rows
+from tables import EMBEDDINGS, RESULTS, read_rows
 
-HERE = Path(__file__).parent
 COLOURS = ("#1f77b4", "#17becf", "#d62728", "#ff7f0e", "#7f7f7f", "#9467bd")
 MARKERS = ("o", "s", "D", "d", "^", "v")
 TIMED = {
@@ -20,9 +19,9 @@ TIMED = {
 }
 
 
-def plot_quality(device: str) -> None:
+def plot_quality(results: Path, device: str, out: Path) -> None:
     """Left: bytes of the quantized layers; right: error of the embeddings, a marker for each encoder."""
-    rows = read_rows("quality", device)
+    rows = read_rows(results, "quality", device)
     variants = list(dict.fromkeys((row["format"], row["kernels"]) for row in rows))
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 8), width_ratios=[1, 3], sharey=True)
     found = {(row["format"], row["kernels"], row["case"]): row for row in rows}
@@ -67,12 +66,12 @@ def plot_quality(device: str) -> None:
                 panel.axhline(y - 0.5, color="black", linewidth=0.4, alpha=0.4)
     right.legend(fontsize=9, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
     figure.tight_layout()
-    figure.savefig(HERE / f"quality{make_suffix(device)}.png", dpi=100)
+    figure.savefig(out / f"quality{make_suffix(device)}.png", dpi=100)
 
 
-def plot_speed(device: str) -> None:
+def plot_speed(results: Path, device: str, out: Path) -> None:
     """How many times as fast as the float model of the same dtype, a panel for each encoder."""
-    rows = [row for row in read_rows("time", device) if row["case"] in TIMED]
+    rows = [row for row in read_rows(results, "time", device) if row["case"] in TIMED]
     variants = list(dict.fromkeys((row["format"], row["kernels"]) for row in rows))
     if not variants:
         return
@@ -97,7 +96,7 @@ def plot_speed(device: str) -> None:
     panels[1].set_xlabel("time of the float model / time of the quantized one (faster to the right)")
     panels[1].legend(fontsize=9, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.05), frameon=False)
     figure.tight_layout()
-    figure.savefig(HERE / f"speed{make_suffix(device)}.png", dpi=100)
+    figure.savefig(out / f"speed{make_suffix(device)}.png", dpi=100)
 
 
 def make_label(name: str, kernels: str) -> str:
@@ -123,6 +122,8 @@ def make_suffix(device: str) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cpu")
-    chosen = parser.parse_args().device
-    plot_quality(chosen)
-    plot_speed(chosen)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSVs")
+    parser.add_argument("--out", type=Path, default=RESULTS.parent, help="folder for the images")
+    arguments = parser.parse_args()
+    plot_quality(arguments.results, arguments.device, arguments.out)
+    plot_speed(arguments.results, arguments.device, arguments.out)

@@ -25,9 +25,9 @@ CASES = {
 }
 
 
-def read_rows(name: str, device: str | None = None) -> list[Row]:
+def read_rows(results: Path, name: str, device: str | None = None) -> list[Row]:
     """Rows of a table; of one device where it has several. None where it was not measured."""
-    path = RESULTS / f"{name}.csv"
+    path = results / f"{name}.csv"
     if not path.is_file():
         return []
     with path.open() as file:
@@ -78,9 +78,9 @@ def format_digits(row: Row, name: str, count: int) -> str:
     return "equal" if row[name] == "inf" else f"{float(row[name]):.{count}f}"
 
 
-def print_quality(device: str) -> None:
+def print_quality(results: Path, device: str) -> None:
     """Cosines, errors, bytes."""
-    rows = read_rows("quality", device)
+    rows = read_rows(results, "quality", device)
     variants = by_variant(rows)
     heads = ["format", "kernels", *(head for head, _, _ in EMBEDDINGS)]
     cosines = [(case, format_cosine(prefix)) for _, case, prefix in EMBEDDINGS]
@@ -107,10 +107,10 @@ def print_quality(device: str) -> None:
     )
 
 
-def print_sizes() -> None:
+def print_sizes(results: Path) -> None:
     """Full-size encoders."""
     by_case: dict[str, dict[str, Row]] = {}
-    for row in read_rows("sizes"):
+    for row in read_rows(results, "sizes"):
         by_case.setdefault(row["case"], {})[row["format"]] = row
     named = ("int8_rowwise", "int8_convrot", "int8_block3d", "float8_e4m3fn", "mxfp8", "nvfp4")
     lines = [
@@ -126,10 +126,10 @@ def print_sizes() -> None:
     print_table("Whole encoders at full size, of bfloat16's bytes (by shapes)", heads, lines)
 
 
-def print_wo(device: str) -> None:
+def print_wo(results: Path, device: str) -> None:
     """T5's `wo` in float and quantized."""
     found: dict[str, dict[str, Row]] = {}
-    for row in read_rows("wo", device):
+    for row in read_rows(results, "wo", device):
         found.setdefault(row["format"], {})[row["wo"]] = row
     columns = [
         (word, say)
@@ -144,12 +144,13 @@ def print_wo(device: str) -> None:
     )
 
 
-def print_times(device: str) -> None:
+def print_times(results: Path, device: str) -> None:
     """Calls and loading, of the cases that were timed."""
-    timed = {row["case"] for row in read_rows("time", device)}
+    rows = read_rows(results, "time", device)
+    timed = {row["case"] for row in rows}
     cases = {case: title for case, title in CASES.items() if case in timed}
     for dtype in ("float32", "bfloat16"):
-        variants = by_variant([row for row in read_rows("time", device) if row["dtype"] == dtype])
+        variants = by_variant([row for row in rows if row["dtype"] == dtype])
         speeds = [
             (case, lambda row: f"{float(row['vs_float32']):.2f} / {float(row['vs_bfloat16']):.2f}")
             for case in cases
@@ -172,10 +173,10 @@ def print_times(device: str) -> None:
     )
 
 
-def print_images() -> None:
+def print_images(results: Path) -> None:
     """The tiny model."""
     found: dict[str, dict[str, Row]] = {}
-    for row in read_rows("pictures"):
+    for row in read_rows(results, "pictures"):
         found.setdefault(row["format"], {})[row["denoiser"]] = row
     lines = []
     for name, r in found.items():
@@ -200,15 +201,16 @@ def print_images() -> None:
         "latent error, %",
         "top-1",
     ]
-    print_table("Pictures of the tiny model", heads, lines)
+    print_table("Images of the tiny model", heads, lines)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cpu")
-    device = parser.parse_args().device
-    print_quality(device)
-    print_sizes()
-    print_wo(device)
-    print_times(device)
-    print_images()
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSVs")
+    arguments = parser.parse_args()
+    print_quality(arguments.results, arguments.device)
+    print_sizes(arguments.results)
+    print_wo(arguments.results, arguments.device)
+    print_times(arguments.results, arguments.device)
+    print_images(arguments.results)

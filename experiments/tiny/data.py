@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-import resvg_py
 import torch
 from PIL import Image
 from torch import Tensor
@@ -19,6 +18,8 @@ CATEGORIES = ("Animals & Nature", "Food & Drink", "Activities")
 
 def rasterise_svg(body: str) -> np.ndarray:
     """Draw one SVG body on white. Returns uint8 [SIZE, SIZE, 3]."""
+    import resvg_py  # not installed where the drawings are there already
+
     svg = (
         f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
         f'viewBox="0 0 32 32" width="{SIZE}" height="{SIZE}" color="#111">{body}</svg>'
@@ -26,6 +27,12 @@ def rasterise_svg(body: str) -> np.ndarray:
     drawing = Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg)))).convert("RGBA")
     page = Image.new("RGBA", drawing.size, "white")
     return np.asarray(Image.alpha_composite(page, drawing).convert("RGB"))
+
+
+def draw_all(bodies: list[str]) -> Tensor:
+    """SVG bodies as uint8 [len(bodies), 3, SIZE, SIZE]."""
+    drawn = np.stack([rasterise_svg(body) for body in bodies])
+    return torch.from_numpy(drawn).permute(0, 3, 1, 2).contiguous()
 
 
 def load_drawings(work: Path) -> tuple[list[str], dict[str, Tensor]]:
@@ -37,13 +44,8 @@ def load_drawings(work: Path) -> tuple[list[str], dict[str, Tensor]]:
     cache = work / "drawings.pt"
     if not cache.exists():
         bodies = {style: json.loads((work / f"{style}.json").read_text())["bodies"] for style in STYLES}
-        names = sorted(set.intersection(*(set(b) for b in bodies.values())))
-        pictures = {
-            style: torch.from_numpy(np.stack([rasterise_svg(bodies[style][n]) for n in names]))
-            .permute(0, 3, 1, 2)
-            .contiguous()
-            for style in STYLES
-        }
+        names = sorted(set.intersection(*map(set, bodies.values())))
+        pictures = {style: draw_all([bodies[style][name] for name in names]) for style in STYLES}
         torch.save({"names": names, "pictures": pictures}, cache)
     saved = torch.load(cache, weights_only=True)
     return saved["names"], saved["pictures"]
@@ -54,10 +56,12 @@ def pick_names(work: Path, names: list[str], categories: tuple[str, ...]) -> lis
     if categories == ("all",):
         return list(range(len(names)))
     listed = json.loads((work / "flat.json").read_text())["categories"]
-    unknown = [c for c in categories if c not in listed]
+    unknown = [category for category in categories if category not in listed]
     if unknown:
         raise SystemExit(f"no category {unknown}; choose from {sorted(listed)} or all")
-    wanted = {name for category in categories for name in listed[category]}
+    wanted: set[str] = set()
+    for category in categories:
+        wanted.update(listed[category])
     return [i for i, name in enumerate(names) if name in wanted]
 
 

@@ -39,20 +39,28 @@ class Outcome:
 class Command:
     """Runs `int8run` with arguments, in the test's own folder."""
 
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    def __init__(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str] | None
+    ):
         self.folder, self.monkeypatch, self.capsys = folder, monkeypatch, capsys
 
     def __call__(self, *arguments: str) -> Outcome:
         self.monkeypatch.setattr(sys, "argv", ["int8run", *arguments])
-        self.capsys.readouterr()
+        self.read_printed()
         GlobalHydra.instance().clear()
         code = 0
         try:
             cli.main()
         except SystemExit as end:
             code = int(end.code or 0)
+        return Outcome(code, *self.read_printed())
+
+    def read_printed(self) -> tuple[str, str]:
+        """What was printed since the last time, to both streams; nothing where nobody captures it."""
+        if self.capsys is None:
+            return "", ""
         out, err = self.capsys.readouterr()
-        return Outcome(code, out, err)
+        return out, err
 
     def made(self) -> list[str]:
         """Every file and folder that there is now in the command's folder."""
@@ -61,10 +69,14 @@ class Command:
 
 @contextmanager
 def command_in(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str] | None
 ) -> Iterator[Command]:
-    """A command whose working folder is `folder`; environment, logging and hydra's singletons are put back at
-    the end.
+    """A command whose working folder is `folder`; environment, logging and hydra's singletons are put back.
+
+    Args:
+        folder: made where it is absent.
+        monkeypatch: undone by its owner.
+        capsys: what the command prints; None in a fixture that several tests share.
     """
     folder.mkdir(exist_ok=True)
     monkeypatch.chdir(folder)

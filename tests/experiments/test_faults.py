@@ -8,8 +8,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from support.experiment_script import run_script as run_in_process
 
-FOLDER = Path(__file__).parents[2] / "experiments" / "faults"
+EXPERIMENTS = Path(__file__).parents[2] / "experiments"
+FOLDER = EXPERIMENTS / "faults"
 
 
 def load_script(name: str) -> ModuleType:
@@ -22,8 +24,9 @@ def load_script(name: str) -> ModuleType:
     return module
 
 
-def run_script(name: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    command = [sys.executable, str(FOLDER / f"{name}.py"), *arguments]
+def run_script(script: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    """Run a script in a process of its own: what is tried is what it does to processes."""
+    command = [sys.executable, str(EXPERIMENTS / script), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
@@ -78,7 +81,7 @@ def test_paths_that_cannot_work_are_one_line_in_real_commands() -> None:
     ]
     kinds = ["pipe", "NUL", "~unknown", "unreadable file", "in a read-only folder", "link loop"]
 
-    done = run_script("paths", "--settings", *settings, "--kinds", *kinds)
+    done = run_script("faults/paths.py", "--settings", *settings, "--kinds", *kinds)
 
     assert done.returncode == 0, done.stdout + done.stderr
     assert "30 pairs, 0 do not pass" in done.stdout
@@ -99,7 +102,35 @@ def test_growth_is_what_a_job_leaves_in_the_median() -> None:
 @pytest.mark.parametrize("kind", ["jobs", "runs"])
 def test_a_job_costs_no_more_after_others(kind: str) -> None:
     """It leaves no files and threads open, and of Python's objects what a sweep keeps of each job."""
-    done = run_script("many", kind, "8")
+    done = run_script("faults/many.py", kind, "8")
 
     assert done.returncode == 0, done.stdout + done.stderr
     assert "objects per job: " in done.stdout
+
+
+# -- run.py and writers.py ---------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_fault_is_tried_with_the_real_command() -> None:
+    done = run_script("faults/run.py", "--only", "home_is_absent")
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "PASS" in done.stdout
+
+
+@pytest.mark.slow
+def test_writers_of_one_database_lose_nothing() -> None:
+    done = run_script("faults/writers.py", "--processes", "2", "--runs", "1", "--pictures", "1")
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "all complete, each once" in done.stdout
+
+
+# -- fuzz.py -----------------------------------------------------------------------------------------
+
+
+def test_one_damaged_input_can_be_tried_again(capsys: pytest.CaptureFixture[str]) -> None:
+    run_in_process("faults/fuzz.py", "--reader", "prompts", "--seed", "0", "--only", "1")
+
+    assert "| prompts | 1 |" in capsys.readouterr().out

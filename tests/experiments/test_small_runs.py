@@ -1,0 +1,303 @@
+"""Each script of `experiments/` does in small what it does in full; the slow ones start processes."""
+
+import csv
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from support.cli_process import command_in
+from support.experiment_script import EXPERIMENTS, find_exit_code, run_script
+
+from int8run.config.compose import compose_jobs
+from int8run.errors import BackendError
+
+Capture = pytest.CaptureFixture[str]
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+TINY_JOB = ("sampler.steps=1", "tracker=none", "metrics.layers=false", "metrics.system_s=0")
+
+
+def read_table(file: Path) -> list[dict[str, str]]:
+    """The rows of a CSV."""
+    with file.open() as lines:
+        return list(csv.DictReader(lines))
+
+
+def run_small_sweep(folder: Path, *overrides: str) -> Path:
+    """A sweep in this process. Returns its folder."""
+    with pytest.MonkeyPatch.context() as patch, command_in(folder, patch, None) as command:
+        outcome = command("-m", *overrides, *TINY_JOB, "hydra.sweep.dir=sweep")
+    assert outcome.code == 0
+    return folder / "sweep"
+
+
+@pytest.fixture(scope="module")
+def lora_sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two jobs of the INT8 model with two LoRAs."""
+    strengths = ("lora=stack_a", "lora.adapters.0.strength=0,1", "prompts.prompts=[fox]")
+    return run_small_sweep(tmp_path_factory.mktemp("loras"), *strengths)
+
+
+@pytest.fixture(scope="module")
+def encoder_sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two jobs of the float model with different text encoders."""
+    encoders = ("clip=keep,int8_rowwise", "int8.enable=false", "prompts.prompts=[parrot,strawberry]")
+    return run_small_sweep(tmp_path_factory.mktemp("encoders"), *encoders)
+
+
+# -- one layer, one forward --------------------------------------------------------------------------
+
+
+def test_cpu_forward_prints_a_row_for_each_variant(capsys: Capture) -> None:
+    run_script("cpu_forward/bench.py", "--rounds", "1", "--batches", "1", "--backends", "reference")
+
+    rows = capsys.readouterr().out.splitlines()[-2:]
+    assert [row.split(" | ")[1:3] for row in rows] == [["reference", "none"], ["reference", "convrot"]]
+
+
+def test_families_prints_the_models_that_are_asked_for(capsys: Capture) -> None:
+    run_script("families/table.py", "SD1.5")
+
+    (row,) = capsys.readouterr().out.splitlines()[2:]
+    assert row.startswith("| sd15 | SD1.5 |")
+
+
+def test_fidelity_compares_methods_on_planted_layers(tmp_path: Path, capsys: Capture) -> None:
+    run_script("fidelity/layers.py", "--sources", "gaussian", "--width", "16", "--out", tmp_path)
+
+    rows = read_table(tmp_path / "layers.csv")
+    assert {row["layer"] for row in rows} == {"gaussian", "common mean 3"}
+    assert "| gaussian, gptq |" in capsys.readouterr().out
+
+
+def test_fidelity_plots_every_layer(tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    shutil.copytree(EXPERIMENTS / "fidelity" / "results", results)
+
+    run_script("fidelity/plots.py", "layers", "--results", results)
+
+    assert (tmp_path / "layers.png").is_file()
+
+
+@pytest.mark.parametrize(("what", "rows"), [("errors", 8), ("times", 8)])
+def test_lora_modes_writes_a_table(what: str, rows: int, tmp_path: Path) -> None:
+    run_script("lora_modes/layers.py", what, "--quick", "--out", tmp_path)
+
+    (table,) = tmp_path.iterdir()
+    assert len(read_table(table)) == rows
+
+
+def test_streaming_writes_a_checkpoint_of_flux_layers(tmp_path: Path) -> None:
+    run_script("streaming/make_flux.py", tmp_path, "--doubles", "1", "--singles", "0", "--heads", "1")
+
+    index = json.loads((tmp_path / "diffusion_pytorch_model.safetensors.index.json").read_text())
+    assert "transformer_blocks.0.attn.to_out.0.weight" in index["weight_map"]
+
+
+# -- what is read of a sweep -------------------------------------------------------------------------
+
+
+def test_lora_modes_puts_strengths_side_by_side(lora_sweep: Path, tmp_path: Path) -> None:
+    run_script("lora_modes/grid.py", lora_sweep, "--out", tmp_path / "grid.png")
+
+    assert (tmp_path / "grid.png").is_file()
+
+
+def test_fidelity_has_a_line_for_each_job(lora_sweep: Path, capsys: Capture) -> None:
+    # the layers' SQNR is not measured by small jobs
+    for job in lora_sweep.glob("[0-9]*"):
+        metrics = json.loads((job / "metrics.json").read_text())
+        metrics["metrics"].setdefault("quant/output_sqnr_db_mean", 40.0)
+        (job / "metrics.json").write_text(json.dumps(metrics))
+
+    run_script("fidelity/pictures.py", "--sweep", lora_sweep)
+
+    assert len(capsys.readouterr().out.splitlines()) == 2 + 2
+
+
+@pytest.mark.parametrize("image", ["pareto", "drift"])
+def test_fidelity_plots_a_sweep(image: str, lora_sweep: Path, tmp_path: Path) -> None:
+    run_script("fidelity/plots.py", image, "--sweep", lora_sweep, "--out", tmp_path / "plot.png")
+
+    assert (tmp_path / "plot.png").is_file()
+
+
+def test_text_encoders_shows_what_formats_change(encoder_sweep: Path, tmp_path: Path) -> None:
+    run_script("text_encoders/pictures.py", "--sweep", encoder_sweep, "--out", tmp_path)
+
+    rows = read_table(tmp_path / "results" / "pictures.csv")
+    assert [row["format"] for row in rows] == ["keep", "int8_rowwise"]
+    assert (tmp_path / "pictures.png").is_file()
+
+
+# -- text encoders -----------------------------------------------------------------------------------
+
+
+def test_text_encoders_are_measured_in_every_part(tmp_path: Path) -> None:
+    case = ("--cases", "tiny_clip", "--formats", "int8_rowwise", "--parts", "quality", "time", "wo")
+    folders = ("--work", tmp_path / "work", "--out", tmp_path / "out")
+
+    run_script("text_encoders/measure.py", "--quick", *case, *folders)
+
+    tables = {path.stem: read_table(path) for path in (tmp_path / "out").glob("*.csv")}
+    assert set(tables) == {"quality", "time", "wo"}
+    assert {row["format"] for row in tables["quality"]} == {"bfloat16", "int8_rowwise"}
+
+
+def test_text_encoders_prints_every_table(capsys: Capture) -> None:
+    run_script("text_encoders/tables.py")
+
+    text = capsys.readouterr().out
+    for title in ("Cosine to the float", "Whole encoders at full size", "Seconds from file", "Images of the"):
+        assert title in text
+
+
+def test_text_encoders_plots_quality_and_speed(tmp_path: Path) -> None:
+    run_script("text_encoders/plots.py", "--out", tmp_path)
+
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["quality.png", "speed.png"]
+
+
+# -- benchmarks of several processes -----------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_linear_bench_times_methods_beside_float(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    small = ("--no-gate", "--shapes", "16x64x64", "--seconds", "0.1", "--only", "int8run reference")
+
+    run_script("linear_bench/bench.py", *small, "--json", report)
+
+    methods = json.loads(report.read_text())["shapes"]["16x64x64"]
+    assert all("ms" in methods[name] for name in ("fp32", "int8run reference", "int8run reference, convrot"))
+
+
+@pytest.mark.slow
+def test_model_bench_times_variants_beside_float(tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    small = ("--no-gate", "--size", "tiny", "--seconds", "0.1", "--only", "int8run reference eager")
+
+    run_script("model_bench/bench.py", *small, "--profile", "--json", report)
+
+    variants = json.loads(report.read_text())["variants"]
+    assert set(variants) == {"fp32 eager", "int8run reference eager"}
+    assert all(record["operators"] for record in variants.values())
+
+
+@pytest.mark.parametrize("script", ["linear_bench/gpu.py", "model_bench/gpu.py"])
+def test_gpu_benchmarks_say_that_they_need_one(
+    script: str, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+
+    code = find_exit_code(script)
+
+    assert code == BackendError.exit_code
+    assert "needs a CUDA GPU" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.gpu
+@NEEDS_GPU
+def test_linear_bench_times_methods_on_a_gpu(tmp_path: Path) -> None:
+    small = ("--no-gate", "--no-tune", "--models", "flux", "--rounds", "2", "--only", "int8run triton")
+
+    run_script("linear_bench/gpu.py", *small, "--json", tmp_path / "report.json")
+
+    sizes = json.loads((tmp_path / "report.json").read_text())["sizes"]
+    assert all("us" in size["methods"]["int8run triton"] for size in sizes)
+
+
+@pytest.mark.slow
+@pytest.mark.gpu
+@NEEDS_GPU
+def test_model_bench_times_variants_on_a_gpu(tmp_path: Path) -> None:
+    small = ("--no-gate", "--size", "tiny", "--rounds", "2", "--only", "int8run triton")
+
+    run_script("model_bench/gpu.py", *small, "--json", tmp_path / "report.json")
+
+    assert "int8run triton eager" in json.loads((tmp_path / "report.json").read_text())["timed"]
+
+
+# -- commands of their own ---------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_lora_modes_sweeps_over_strengths(tmp_path: Path) -> None:
+    small = ("--seeds", "1", "--stacks", "gloss", "--modes", "bake", "--outliers", "none")
+
+    run_script("lora_modes/pictures.py", *small, "--work", tmp_path, "--out", tmp_path / "table.csv")
+
+    rows = read_table(tmp_path / "table.csv")
+    assert [row["strength"] for row in rows] == ["0.5", "1"]
+
+
+@pytest.mark.slow
+def test_streaming_measures_copies_and_runs(tmp_path: Path, capsys: Capture) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    run_script("streaming/make_flux.py", checkpoint, "--doubles", "1", "--singles", "1", "--heads", "2")
+
+    run_script("streaming/measure.py", checkpoint, tmp_path / "copies", "--rounds", "1")
+    measured = capsys.readouterr().out
+    run_script("streaming/build.py", checkpoint, tmp_path / "work", "--size", "64")
+    built = json.loads(capsys.readouterr().out)
+
+    assert "1 layers agree with the definition" in measured
+    assert built["quant/layers_int8"] > 0
+
+
+@pytest.mark.slow
+def test_sweeps_cost_is_told_beside_the_bare_work(capsys: Capture) -> None:
+    sweep = ("outlier=none,convrot", "sampler.steps=1", "prompts.prompts=[fox]")
+
+    run_script("sweeps/overhead.py", *sweep, "--rounds", "1", "--only", "tracker=none")
+
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["alone", "tracker=none"]
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+def test_dashboards_are_photographed(tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch, command_in(tmp_path / "work", patch, None) as command:
+        small = ("sampler.steps=1", "prompts.prompts=[fox,parrot]", "outlier=none,convrot")
+        assert command("-m", *small, "hydra.sweep.dir=sweep").code == 0
+
+    run_script("dashboards/shoot.py", "--sweep", tmp_path / "work" / "sweep", "--out", tmp_path)
+
+    assert len(list(tmp_path.glob("*.png"))) == 6
+
+
+def write_recorder(folder: Path) -> Path:
+    """An `int8run` that writes its words to a file and leaves a report. Returns the file."""
+    words = folder / "words.txt"
+    program = folder / "bin" / "int8run"
+    program.parent.mkdir()
+    lines = [
+        f"#!{sys.executable}",
+        "import pathlib, sys",
+        f"pathlib.Path({str(words)!r}).write_text('\\n'.join(sys.argv[1:]))",
+        "report = pathlib.Path(sys.argv[-1].partition('=')[2], 'report.html')",
+        "report.parent.mkdir(parents=True)",
+        "report.write_text('a report')",
+    ]
+    program.write_text("\n".join(lines))
+    program.chmod(0o755)
+    return words
+
+
+@pytest.mark.slow
+def test_the_study_is_a_sweep_of_36_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = shutil.copy(EXPERIMENTS / "sweeps" / "study.sh", tmp_path)
+    words = write_recorder(tmp_path)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+
+    assert os.spawnlp(os.P_WAIT, "bash", "bash", script) == 0
+
+    multirun, *overrides = words.read_text().splitlines()
+    _, jobs = compose_jobs(None, "config", overrides, multirun=True)
+    assert multirun == "-m"
+    assert len(jobs) == 36
+    assert (tmp_path / "study.html").read_text() == "a report"
