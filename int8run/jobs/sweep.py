@@ -243,8 +243,9 @@ class SweepRun:
 
 
 def count_images(folder: Path) -> int:
-    """Count the image files that a job has written."""
-    return sum(path.is_file() for path in (folder / "images").glob("*"))
+    """Count the image files that a job has written whole: hidden ones are of a write that was cut off."""
+    files = [path for path in (folder / "images").glob("*") if path.is_file()]
+    return sum(not path.name.startswith(".") for path in files)
 
 
 def read_final_record(planned: PlannedJob, outcome: Outcome) -> Record:

@@ -12,6 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from int8run.errors import ConfigError
 from int8run.report.columns import format_psnr
+from int8run.report.comparison import explain_incomparable_speeds
 from int8run.report.heatmap import NUM_COLORS, build_heatmap
 from int8run.report.image_files import DIFFERENCE_GAIN
 from int8run.report.image_gallery import build_gallery
@@ -27,8 +28,8 @@ from int8run.report.page_sections import (
 from int8run.report.runs import name_runs
 from int8run.report.runs_table import build_runs_table
 from int8run.report.strength_curves import build_strength_curves
-from int8run.report.verdict import explain_incomparable_speeds, recommend
-from int8run.tracking.run_record import Record, shorten_value
+from int8run.report.verdict import recommend
+from int8run.tracking.run_record import FINISHED, Record, shorten_value
 from int8run.utils.text import make_lines_visible
 
 TEMPLATE_FOLDER = Path(__file__).parent
@@ -72,6 +73,7 @@ def render_page(records: Sequence[Record], page_folder: Path, title: str) -> str
     template = load_template("page.html.jinja")
     return template.render(
         title=title,
+        finished=FINISHED,
         style=read_asset("page.css"),
         script=read_asset("page.js"),
         runs=runs,

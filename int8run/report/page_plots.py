@@ -6,11 +6,12 @@ Each is drawn twice, for a screen and for a phone. Chooses what is drawn; `plots
 import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 
 from int8run.report.columns import PSNR_DB, SPEED_RATIO, STEP_MS, format_psnr
 from int8run.report.plots import DASHES, NARROW, SERIES, WIDE, Point, draw_curves, draw_speed_quality
-from int8run.report.ranking import choose_speed_metric, find_pareto_front, list_speed_quality
+from int8run.report.ranking import choose_speed_metric, find_fronts, list_speed_quality
 from int8run.report.runs import Run, find_varying_settings, format_tags, parse_number
 from int8run.report.strength_curves import StrengthCurves
 from int8run.tracking.run_record import shorten_keys
@@ -81,27 +82,33 @@ def build_speed_quality_plot(runs: Sequence[Run]) -> ResponsivePlot | None:
     if metric is None or len(shown) < 2:
         return None
 
-    front = set(find_pareto_front(positions))
+    fronts = find_fronts(runs)
     shown_runs = [runs[index] for index in shown]
     keys = find_varying_settings(shown_runs)
     has_room = len(shown) <= MAX_LABELS and all(len(run.label) <= MAX_LABEL_LENGTH for run in shown_runs)
-    labelled = choose_labelled(shown, front)
+    labelled = choose_labelled(shown, fronts.members)
     points = []
     for index in shown:
         run = runs[index]
-        label = f"{run.tag} {label_run(run, keys)}" if has_room else run.tag
-        points.append(
-            build_point(run, metric, label if index in labelled else "", is_on_front=index in front)
-        )
+        label = ""
+        if index in labelled:
+            label = f"{run.tag} {label_run(run, keys)}" if has_room else run.tag
+        points.append(build_point(run, metric, label, is_on_front=index in fronts.members))
 
     faster_is_less = metric == STEP_MS
-    x_label = "step time, ms (faster to the right)" if faster_is_less else "speed, × the float model's"
+    x_label = "speed, × the float model's"
+    if faster_is_less:
+        x_label = "step time, ms (faster to the right)"
+    draw = partial(
+        draw_speed_quality,
+        x_label=x_label,
+        faster_is_less=faster_is_less,
+        has_one_front=fronts.count == 1 and fronts.num_groups == 1,
+    )
     tag_points = [replace(point, label=point.label.partition(" ")[0]) for point in points]
     return ResponsivePlot(
-        wide=draw_speed_quality(points, x_label, faster_is_less=faster_is_less, name="sq-wide", width=WIDE),
-        narrow=draw_speed_quality(
-            tag_points, x_label, faster_is_less=faster_is_less, name="sq-narrow", width=NARROW
-        ),
+        wide=draw(points, name="sq-wide", width=WIDE),
+        narrow=draw(tag_points, name="sq-narrow", width=NARROW),
     )
 
 
@@ -128,11 +135,12 @@ def build_point(run: Run, speed_metric: str, label: str, *, is_on_front: bool) -
 def label_run(run: Run, keys: Sequence[str]) -> str:
     """The values that set a run apart: names of options alone, numbers after their setting."""
     short_keys = shorten_keys(keys)
-    words = []
+    texts = []
     for key in keys:
         value = run.varied_settings[key]
-        words.append(value if parse_number(value) is None else f"{short_keys[key]} {value}")
-    return ", ".join(words)
+        is_number = parse_number(value) is not None
+        texts.append(f"{short_keys[key]} {value}" if is_number else value)
+    return ", ".join(texts)
 
 
 def build_curve_plots(curves: StrengthCurves, number: int) -> CurvePlots:
@@ -147,25 +155,18 @@ def build_curve_plots(curves: StrengthCurves, number: int) -> CurvePlots:
     plots: list[ResponsivePlot] = []
     for metric, y_label in CURVE_METRICS:
         points = [list_curve_points(line, metric) for line in lines.values()]
-        if any(points) and len(plots) < MAX_PLOTS:
-            name = f"curve-{number}-{metric.rpartition('/')[2]}"
-            wide, narrow = (
-                draw_curves(
-                    points,
-                    x_label=x_label,
-                    y_label=y_label,
-                    name=f"{name}-{size}",
-                    width=width,
-                )
-                for size, width in (("half", HALF), ("narrow", NARROW))
+        if not any(points) or len(plots) == MAX_PLOTS:
+            continue
+        name = f"curve-{number}-{metric.rpartition('/')[2]}"
+        draw = partial(draw_curves, points, x_label=x_label, y_label=y_label)
+        plots.append(
+            ResponsivePlot(
+                wide=draw(name=f"{name}-half", width=HALF),
+                narrow=draw(name=f"{name}-narrow", width=NARROW),
             )
-            plots.append(ResponsivePlot(wide, narrow))
-    return CurvePlots(
-        key=curves.key,
-        plots=plots,
-        legend=build_legend(list(lines)) if len(lines) > 1 else [],
-        notes=list_curve_notes(curves),
-    )
+        )
+    legend = build_legend(list(lines)) if len(lines) > 1 else []
+    return CurvePlots(key=curves.key, plots=plots, legend=legend, notes=list_curve_notes(curves))
 
 
 def list_curve_points(line: Sequence[tuple[float, Run]], metric: str) -> list[tuple[float, float]]:
@@ -183,14 +184,11 @@ def list_curve_points(line: Sequence[tuple[float, Run]], metric: str) -> list[tu
 
 def build_legend(labels: Sequence[str]) -> list[LegendEntry]:
     """Color and dashes of each line, as `draw_curves` draws them."""
-    return [
-        LegendEntry(
-            label=label,
-            series=i % len(SERIES),
-            dash=" ".join(map(str, DASHES[i % len(DASHES)])),
-        )
-        for i, label in enumerate(labels)
-    ]
+    entries = []
+    for i, label in enumerate(labels):
+        dash = " ".join(map(str, DASHES[i % len(DASHES)]))
+        entries.append(LegendEntry(label=label, series=i % len(SERIES), dash=dash))
+    return entries
 
 
 def list_curve_notes(curves: StrengthCurves) -> list[str]:

@@ -5,7 +5,6 @@ Each function returns plain values that the template lays out.
 
 import json
 import os
-import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from int8run.report.runs import (
 )
 from int8run.tracking.run_record import FINISHED, Record, find_varying_keys
 from int8run.utils.plurals import count_noun
+from int8run.utils.text import quote_for_shell
 
 
 @dataclass(frozen=True)
@@ -211,6 +211,6 @@ def list_commands(runs: Sequence[Run], page_folder: Path) -> list[Command]:
     commands = []
     for run in runs:
         folder = os.path.relpath(run.record.folder.absolute(), page_folder.absolute())
-        command = shlex.join(["int8run", *run.record.overrides])
+        command = " ".join(["int8run", *map(quote_for_shell, run.record.overrides)])
         commands.append(Command(run=run, text=command, folder=Path(folder).as_posix()))
     return commands

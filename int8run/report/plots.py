@@ -88,14 +88,15 @@ class Point:
 
 
 def draw_speed_quality(
-    points: Sequence[Point], x_label: str, *, faster_is_less: bool, name: str, width: int
+    points: Sequence[Point], x_label: str, *, faster_is_less: bool, has_one_front: bool, name: str, width: int
 ) -> str:
-    """PSNR against speed, with the Pareto front as a step line. Up and right is better.
+    """PSNR against speed. Up and right is better.
 
     Args:
         points: one per run.
         x_label: what the speed is.
         faster_is_less: whether x is a time, so that the axis is turned round.
+        has_one_front: whether the points of the front are those of a single one, which a step line joins.
         name: begins the ids of the SVG's parts.
         width: in CSS pixels.
 
@@ -114,16 +115,10 @@ def draw_speed_quality(
         if faster_is_less:
             axes.invert_xaxis()
 
-        corners = find_front_corners(axes, points, heights, faster_is_less=faster_is_less)
-        axes.step(
-            [x for x, _ in corners],
-            [y for _, y in corners],
-            where="pre",
-            color=SERIES[0],
-            linewidth=1.6,
-            dashes=(5, 3),
-            zorder=2,
-        )
+        corners: list[Position] = []
+        if has_one_front:
+            corners = find_front_corners(axes, points, heights, faster_is_less=faster_is_less)
+            draw_step_line(axes, corners)
         draw_dots(axes, points, heights)
         axes.xaxis.set_major_locator(MaxNLocator(4 if width < 500 else 7))
         set_y_ticks(axes, level_of_equal, has_equal=any(math.isinf(point.y) for point in points))
@@ -146,19 +141,35 @@ def find_front_corners(
     if faster_is_less:
         front.reverse()
     left_edge, bottom_edge = axes.get_xlim()[0], axes.get_ylim()[0]
-    return [(left_edge, max(heights)), *front, (front[-1][0], bottom_edge)]
+    highest = max(y for _, y in front)
+    fastest = front[-1][0]
+    return [(left_edge, highest), *front, (fastest, bottom_edge)]
+
+
+def draw_step_line(axes: Axes, corners: Sequence[Position]) -> None:
+    """Join the corners of the front, across and then down."""
+    axes.step(
+        [x for x, _ in corners],
+        [y for _, y in corners],
+        where="pre",
+        color=SERIES[0],
+        linewidth=1.6,
+        dashes=(5, 3),
+        zorder=2,
+    )
 
 
 def draw_dots(axes: Axes, points: Sequence[Point], heights: Sequence[float]) -> None:
     """A dot per run, filled where it is on the front; its id lets `to_svg` add a title."""
     for i, (point, y) in enumerate(zip(points, heights, strict=True)):
+        edge, face = (SERIES[0], SERIES[0]) if point.is_on_front else (MUTED, "none")
         (dot,) = axes.plot(
             point.x,
             y,
             "o",
             markersize=8,
-            markeredgecolor=SERIES[0] if point.is_on_front else MUTED,
-            markerfacecolor=SERIES[0] if point.is_on_front else "none",
+            markeredgecolor=edge,
+            markerfacecolor=face,
             zorder=3,
         )
         dot.set_gid(f"about-{i}")

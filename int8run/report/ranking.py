@@ -1,27 +1,40 @@
 """Which runs are ahead: the candidates, the Pareto front of speed and quality, the best of a metric.
 
+Runs are ranked among those with the same float images: a prompt, a seed or the strength of a LoRA changes
+what is generated, and with it every metric of quality, whatever the quantization.
+
 Used by the recommendation, the table of runs and the plots. Knows nothing of how they are shown.
 """
 
 import math
 import re
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from int8run.report.columns import PSNR_DB, SPEED_RATIO, STEP_MS
+from int8run.report.columns import PSNR_DB, SAME_FILE_LAYERS, SPEED_RATIO, STEP_MS
 from int8run.report.runs import Run, find_varying_settings, format_setting, format_tags, select_measured
 from int8run.tracking.run_record import shorten_keys
 
 # Settings that are chosen for the image that one wants. Runs that differ in them have different float images,
 # too.
-CONTENT_SETTINGS = re.compile(r"lora[.](adapters[.]\d+[.])?strength|seed|prompts([.].*)?")
+CONTENT_SETTINGS = re.compile(r"lora|lora[.](adapters([.].*)?|strength|insert_triggers)|seed|prompts([.].*)?")
+# All settings that decide which images the float model generates.
+IMAGE_SETTINGS = re.compile(rf"(model|sampler)([.].*)?|{CONTENT_SETTINGS.pattern}")
+
+WEIGHT_SQNR_DB = "quant/weight_sqnr_db_min"
+
+# The values of some settings, in the order of their keys.
+SettingValues = tuple[str, ...]
 
 
 def varies_content_only(keys: Iterable[str]) -> bool:
     """Whether jobs that differ in these settings are chosen by their images: no metric makes one the best."""
     keys = list(keys)
     return bool(keys) and all(CONTENT_SETTINGS.fullmatch(key) for key in keys)
+
+
+# -- candidates ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -38,9 +51,12 @@ class Candidate:
 
     def get_metric(self, name: str) -> float | None:
         """The median over the runs; None where one of them lacks the metric."""
-        values = [value for run in self.runs if (value := run.get_metric(name)) is not None]
-        if not values or len(values) < len(self.runs):
-            return None
+        values = []
+        for run in self.runs:
+            value = run.get_metric(name)
+            if value is None:
+                return None
+            values.append(value)
         if any(map(math.isinf, values)):
             # The mean of the two middle values would be infinite where one is: take the lower one.
             return statistics.median_low(values)
@@ -75,26 +91,47 @@ def group_candidates(runs: Sequence[Run]) -> CandidateSet:
     if content_keys and not choice_keys:
         return CandidateSet([Candidate("INT8", tuple(measured))], content_keys)
 
-    # The run of each choice, by its content.
-    groups: dict[tuple[str, ...], dict[tuple[str, ...], Run]] = {}
-    for run in measured:
-        choice = tuple(run.varied_settings[key] for key in choice_keys)
-        content = tuple(run.varied_settings[key] for key in content_keys)
-        groups.setdefault(choice, {})[content] = run
-
-    common = set.intersection(*map(set, groups.values())) if groups else set()
-    if not content_keys or len(groups) < 2 or len(common) < 2:
+    groups = group_by_choice(measured, choice_keys, content_keys)
+    contents_of_all = find_shared_contents(list(groups.values()))
+    is_grid = len(groups) >= 2 and len(contents_of_all) >= 2
+    if not content_keys or not is_grid:
         return CandidateSet([Candidate(run.name, (run,)) for run in measured], [])
 
     short_keys = shorten_keys(keys)
     candidates = []
     for choice, run_by_content in groups.items():
-        name = " ".join(
-            format_setting(short_keys[key], value) for key, value in zip(choice_keys, choice, strict=True)
-        )
-        members = tuple(run for content, run in run_by_content.items() if content in common)
-        candidates.append(Candidate(name, members))
+        settings = zip(choice_keys, choice, strict=True)
+        name = " ".join(format_setting(short_keys[key], value) for key, value in settings)
+        members = [run for content, run in run_by_content.items() if content in contents_of_all]
+        candidates.append(Candidate(name, tuple(members)))
     return CandidateSet(candidates, content_keys)
+
+
+def group_by_choice(
+    runs: Sequence[Run], choice_keys: Sequence[str], content_keys: Sequence[str]
+) -> dict[SettingValues, dict[SettingValues, Run]]:
+    """The runs by what one chooses, and within each choice by their content; of equal ones the last."""
+    groups: dict[SettingValues, dict[SettingValues, Run]] = {}
+    for run in runs:
+        choice = get_settings(run, choice_keys)
+        content = get_settings(run, content_keys)
+        groups.setdefault(choice, {})[content] = run
+    return groups
+
+
+def find_shared_contents(groups: Sequence[Mapping[SettingValues, Run]]) -> set[SettingValues]:
+    """The contents that every group has a run for."""
+    if not groups:
+        return set()
+    return set.intersection(*(set(group) for group in groups))
+
+
+def get_settings(run: Run, keys: Sequence[str]) -> SettingValues:
+    """The values of some settings that vary."""
+    return tuple(run.varied_settings[key] for key in keys)
+
+
+# -- speed and quality ---------------------------------------------------------------------------------------
 
 
 def choose_speed_metric(runs: Sequence[Run] | Sequence[Candidate]) -> str | None:
@@ -134,6 +171,63 @@ def list_speed_quality(runs: Sequence[Run] | Sequence[Candidate]) -> list[tuple[
     return points
 
 
+def is_own_baseline(run: Run) -> bool:
+    """Whether INT8 and the float model have the same numbers, those of one INT8 file.
+
+    The PSNR of such a run says nothing about the file, so it is not ranked by it. A file in another format,
+    such as fp8, is quantized again: that costs quality, and can be ranked.
+    """
+    if not run.get_metric(SAME_FILE_LAYERS):
+        return False
+    weight_sqnr = run.get_metric(WEIGHT_SQNR_DB)  # missing where no weight was quantized
+    return weight_sqnr is None or math.isinf(weight_sqnr)
+
+
+def group_comparable(runs: Sequence[Run]) -> list[list[int]]:
+    """The runs with a PSNR that may be ranked by it, in groups with the same float images.
+
+    Returns:
+        indices into `runs`.
+    """
+    image_keys = [key for key in find_varying_settings(runs) if IMAGE_SETTINGS.fullmatch(key)]
+    groups: dict[SettingValues, list[int]] = {}
+    for index, run in enumerate(runs):
+        if run.get_metric(PSNR_DB) is not None and not is_own_baseline(run):
+            groups.setdefault(get_settings(run, image_keys), []).append(index)
+    return list(groups.values())
+
+
+@dataclass(frozen=True)
+class ParetoFronts:
+    """The Pareto fronts of speed and quality, each among the runs with the same float images.
+
+    Args:
+        members: the runs on a front, as indices.
+        count: how many fronts there are.
+        num_groups: how many groups of runs with the same float images there are; a single run has no front.
+    """
+
+    members: set[int]
+    count: int
+    num_groups: int
+
+
+def find_fronts(runs: Sequence[Run]) -> ParetoFronts:
+    """Find the runs that no run with the same float images beats; one that has no such run is on no front."""
+    points = list_speed_quality(runs)
+    members: set[int] = set()
+    count = 0
+    groups = group_comparable(runs)
+    for group in groups:
+        ranked = [index for index in group if points[index] is not None]
+        if len(ranked) < 2:
+            continue
+        count += 1
+        front = find_pareto_front([points[index] for index in ranked])
+        members |= {ranked[position] for position in front}
+    return ParetoFronts(members=members, count=count, num_groups=len(groups))
+
+
 def find_pareto_front(points: Sequence[tuple[float, float] | None]) -> list[int]:
     """The points that no other beats in one number without being worse in the other.
 
@@ -164,20 +258,22 @@ def find_best(candidates: Sequence[Candidate], metric: str, direction: int) -> l
         metric: name of the metric.
         direction: 1 where more is better, -1 where less is.
     """
-    known = [
-        (direction * value, candidate)
-        for candidate in candidates
-        if (value := candidate.get_metric(metric)) is not None
-    ]
+    known = []
+    for candidate in candidates:
+        value = candidate.get_metric(metric)
+        if value is not None:
+            known.append((direction * value, candidate))
     best = max((value for value, _ in known), default=math.nan)
     return [candidate for value, candidate in known if value == best]
 
 
 def format_names(candidates: Sequence[Candidate]) -> str:
     """One or two candidates by name; of more, their tags, or two names and a number where they are groups."""
-    if len(candidates) > 2 and all(len(candidate.runs) == 1 for candidate in candidates):
+    num_more = len(candidates) - 2
+    are_single_runs = all(len(candidate.runs) == 1 for candidate in candidates)
+    if num_more > 0 and are_single_runs:
         return format_tags([candidate.runs[0].tag for candidate in candidates])
     text = " and ".join(candidate.name for candidate in candidates[:2])
-    if len(candidates) > 2:
-        text += f" and {len(candidates) - 2} more"
+    if num_more > 0:
+        text += f" and {num_more} more"
     return text

@@ -3,6 +3,7 @@
 The rest of the report works on these runs. Knows nothing of columns, plots or HTML.
 """
 
+import ast
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -104,7 +105,24 @@ def collect_settings(record: Record) -> dict[str, str]:
     Overrides are included because params hold only what has a value of its own: a list of LoRAs, for example,
     is known only as the user wrote it.
     """
-    return dict(map(split_override, record.overrides)) | record.params
+    written = dict(split_override(override) for override in record.overrides)
+    return {key: format_list(value) for key, value in (written | record.params).items()}
+
+
+def format_list(value: str) -> str:
+    """A list of texts without its brackets and quotes, as one reads it: `a fox, red; an owl`.
+
+    Args:
+        value: of a setting, with a list as Python writes it; anything else stays as it is.
+    """
+    if not value.startswith("["):
+        return value
+    try:
+        items = ast.literal_eval(value)
+    except (ValueError, SyntaxError, RecursionError, MemoryError):  # a list as the command line has it
+        return value
+    are_texts = bool(items) and all(isinstance(item, str) for item in items)
+    return "; ".join(items) if are_texts else value
 
 
 def find_distinguishing_keys(records: Sequence[Record], settings: Sequence[Mapping[str, str]]) -> list[str]:
@@ -154,14 +172,20 @@ def group_tags_by_value(runs: Sequence[Run], values: Sequence[str]) -> dict[str,
 
 def format_tags(tags: Sequence[str]) -> str:
     """Tags as a list in which three or more in a row become a range: `#0–#3, #7`."""
-    ranges: list[list[str]] = []
+    rows: list[list[str]] = []  # of tags whose numbers follow each other
+    last_number = None
     for tag in tags:
-        follows_last = bool(ranges) and int(tag[1:]) == int(ranges[-1][-1][1:]) + 1
-        if follows_last:
-            ranges[-1].append(tag)
+        number = int(tag.removeprefix("#"))
+        if last_number is not None and number == last_number + 1:
+            rows[-1].append(tag)
         else:
-            ranges.append([tag])
-    return ", ".join(f"{r[0]}–{r[-1]}" if len(r) > 2 else ", ".join(r) for r in ranges)
+            rows.append([tag])
+        last_number = number
+
+    texts = []
+    for row in rows:
+        texts += [f"{row[0]}–{row[-1]}"] if len(row) > 2 else row
+    return ", ".join(texts)
 
 
 def parse_number(text: str) -> float | None:

@@ -1,11 +1,18 @@
-"""The report's table of runs: a row per run, a column per metric that at least one run has."""
+"""The report's table of runs: a row per run, a column per metric that at least one run has.
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+Called by `html_page`, whose template lays it out. Knows nothing of HTML.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 
 from int8run.report.columns import METRIC_COLUMNS, MetricColumn
-from int8run.report.ranking import find_pareto_front, list_speed_quality
+from int8run.report.missing_metrics import explain_missing
+from int8run.report.ranking import find_fronts, group_comparable
 from int8run.report.runs import Run
+
+# Of metrics that depend on the images that are generated.
+QUALITY_PREFIXES = ("quality/", "clip/", "quant/")
 
 
 @dataclass(frozen=True)
@@ -15,17 +22,19 @@ class TableCell:
     Args:
         text: as shown.
         value: to sort by; None where it is missing.
-        is_best: whether it is the best of a column whose values differ.
+        is_best: whether it is the best of a column whose values differ and can be compared.
+        missing_reason: why there is no value.
     """
 
     text: str
     value: float | None
     is_best: bool
+    missing_reason: str = ""
 
 
 @dataclass(frozen=True)
 class TableRow:
-    """One run; `is_on_front` tells whether it is on the Pareto front of speed and PSNR."""
+    """One run; `is_on_front` tells whether it is on a Pareto front of speed and PSNR."""
 
     run: Run
     is_on_front: bool
@@ -39,49 +48,96 @@ class TableRow:
 
 @dataclass(frozen=True)
 class RunsTable:
-    """The columns and, for each run, a cell per column."""
+    """The columns and, for each run, a cell per column.
+
+    Args:
+        columns: those that a run has a value for.
+        rows: one per run.
+        has_front: whether a run is marked as one of a Pareto front.
+        has_different_images: whether the runs have different float images, so that quality is ranked, if at
+            all, among those with the same ones.
+    """
 
     columns: list[MetricColumn]
     rows: list[TableRow]
+    has_front: bool
+    has_different_images: bool
 
     @property
-    def has_front(self) -> bool:
-        """Whether a run is marked as one of the Pareto front."""
-        return any(row.is_on_front for row in self.rows)
+    def has_missing(self) -> bool:
+        """Whether a finished run lacks one of the metrics."""
+        return any(cell.missing_reason for row in self.rows if row.has_values for cell in row.cells)
 
 
 def build_runs_table(runs: Sequence[Run]) -> RunsTable:
-    """Lay out the metrics of the runs, and mark the best of each column and the Pareto front."""
+    """Lay out the metrics of the runs, and mark the best of each column and the Pareto fronts."""
     columns = choose_columns(runs)
     cells_by_column = [build_column_cells(column, runs) for column in columns]
-    front = set(find_pareto_front(list_speed_quality(runs))) if len(runs) > 1 else set()
-    rows = [
-        TableRow(run=run, is_on_front=index in front, cells=[cells[index] for cells in cells_by_column])
-        for index, run in enumerate(runs)
-    ]
-    return RunsTable(columns, rows)
+    fronts = find_fronts(runs)
+    rows = []
+    for index, run in enumerate(runs):
+        cells = [cells[index] for cells in cells_by_column]
+        rows.append(TableRow(run=run, is_on_front=index in fronts.members, cells=cells))
+    return RunsTable(
+        columns=columns,
+        rows=rows,
+        has_front=fronts.count > 0,
+        has_different_images=fronts.num_groups > 1,
+    )
 
 
 def choose_columns(runs: Sequence[Run]) -> list[MetricColumn]:
     """The columns that at least one run has a value for; objectives that are not among them come last."""
     known = {column.metric for column in METRIC_COLUMNS}
-    objectives = dict.fromkeys(run.record.objective for run in runs if run.record.objective not in known)
-    objective_columns = [MetricColumn(name, name, "metrics.objective", direction=0) for name in objectives]
-    return [
-        column
-        for column in (*METRIC_COLUMNS, *objective_columns)
-        if any(run.get_metric(column.metric) is not None for run in runs)
-    ]
+    columns = list(METRIC_COLUMNS)
+    for name in dict.fromkeys(run.record.objective for run in runs):
+        if name not in known:
+            columns.append(MetricColumn(name, name, "metrics.objective", direction=0))
+    return [column for column in columns if any(run.get_metric(column.metric) is not None for run in runs)]
 
 
 def build_column_cells(column: MetricColumn, runs: Sequence[Run]) -> list[TableCell]:
     """The cells of one column, one per run."""
     values = [run.get_metric(column.metric) for run in runs]
-    known = [value for value in values if value is not None]
-    decimals = column.choose_decimals(known)
-    has_best = column.direction != 0 and len(set(known)) > 1
-    best = max(known, key=lambda value: column.direction * value) if has_best else None
-    return [
-        TableCell(text=column.format(value, decimals), value=value, is_best=has_best and value == best)
-        for value in values
-    ]
+    decimals = column.choose_decimals([value for value in values if value is not None])
+    best = find_best_of_column(column, values, rank_runs(column, runs))
+    cells = []
+    for index, (run, value) in enumerate(zip(runs, values, strict=True)):
+        cell = TableCell(
+            text=column.format(value, decimals),
+            value=value,
+            is_best=index in best,
+        )
+        if value is None:
+            cell = replace(cell, missing_reason=explain_missing(run.record, column.metric))
+        cells.append(cell)
+    return cells
+
+
+def rank_runs(column: MetricColumn, runs: Sequence[Run]) -> Collection[int]:
+    """The runs whose values of a metric can be compared; none where they have different float images."""
+    if not column.metric.startswith(QUALITY_PREFIXES):
+        return range(len(runs))
+    groups = group_comparable(runs)
+    return groups[0] if len(groups) == 1 else []
+
+
+def find_best_of_column(
+    column: MetricColumn, values: Sequence[float | None], ranked: Collection[int]
+) -> set[int]:
+    """The runs that share the best value; empty where all values are the same.
+
+    Args:
+        column: says whether more or less is better.
+        values: of the runs.
+        ranked: the runs whose values can be compared.
+    """
+    known = {}
+    for index in ranked:
+        value = values[index]
+        if value is not None:
+            known[index] = value
+    if column.direction == 0 or len(set(known.values())) < 2:
+        return set()
+    best = max(known.values(), key=lambda value: column.direction * value)
+    return {index for index, value in known.items() if value == best}

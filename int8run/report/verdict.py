@@ -1,10 +1,10 @@
 """The recommendation at the top of a report: which setting to use, why, and what limits the advice.
 
-`recommend` compares the runs once and hands the result to one function per paragraph. Knows nothing of HTML.
+`recommend` compares the runs once (`comparison`) and hands the result to one function per paragraph. Chooses
+words alone: it ranks nothing, and knows nothing of HTML.
 """
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,35 +12,24 @@ from int8run.report.columns import (
     DENOISER_BYTES,
     DENOISER_RATIO,
     LATENT_ERROR,
-    METRIC_COLUMNS,
     PSNR_DB,
     SAME_FILE_LAYERS,
     SAME_FILE_LIMITS,
     SPEED_RATIO,
     STEP_MS,
+    find_column,
 )
+from int8run.report.comparison import SweepComparison, compare_runs, explain_incomparable_quality
 from int8run.report.ranking import (
     Candidate,
-    choose_speed_metric,
-    find_best,
+    find_fronts,
     find_pareto_front,
     format_names,
-    group_candidates,
+    is_own_baseline,
     list_speed_quality,
 )
-from int8run.report.runs import (
-    Run,
-    describe_machine,
-    find_varying_settings,
-    format_tags,
-    group_tags_by_value,
-    select_measured,
-)
-from int8run.report.step_times import has_scattered_times
+from int8run.report.runs import Run, format_tags, select_measured
 from int8run.utils.plurals import count_noun
-
-# Settings that decide which images the float model generates, LoRAs aside.
-IMAGE_SETTINGS = re.compile(r"(model|sampler|prompts|seed)\b")
 
 # Smaller differences than these would not show again in a second measurement.
 SPEED_NOISE = 0.03
@@ -79,38 +68,6 @@ class Recommendation:
     warnings: list[str]
 
 
-@dataclass(frozen=True)
-class SweepComparison:
-    """What the recommendation is written from.
-
-    Args:
-        runs: all runs of the report.
-        candidates: what one may choose between.
-        content_keys: the settings over which the candidates' metrics are medians.
-        speed_metric: what speeds are compared by; None where no run was timed.
-        fastest, closest, smallest: the candidates that share the best speed, PSNR and denoiser memory.
-        speed_problems: why speeds cannot be compared.
-        scattered_tags: runs whose step times vary too much.
-    """
-
-    runs: Sequence[Run]
-    candidates: list[Candidate]
-    content_keys: list[str]
-    speed_metric: str | None
-    fastest: list[Candidate]
-    closest: list[Candidate]
-    smallest: list[Candidate]
-    speed_problems: list[str]
-    scattered_tags: list[str]
-
-    @property
-    def has_comparable_speeds(self) -> bool:
-        """Whether one may say which candidate is the fastest: not where half of the timed runs scatter."""
-        num_timed = len(find_timed(self.runs))
-        mostly_scattered = num_timed > 0 and 2 * len(self.scattered_tags) >= num_timed
-        return not self.speed_problems and not mostly_scattered
-
-
 def recommend(runs: Sequence[Run]) -> Recommendation:
     """The recommendation that these runs support, as far as they support one."""
     comparison = compare_runs(runs)
@@ -118,38 +75,16 @@ def recommend(runs: Sequence[Run]) -> Recommendation:
         return Recommendation("No run finished with a measurement, so there is nothing to compare.", [], [])
 
     warnings = list_warnings(comparison)
-    # Where metrics are medians over contents, every candidate generated the same images.
-    different_images = None if comparison.content_keys else explain_incomparable_quality(runs)
+    different_images = explain_incomparable_quality(comparison)
     if different_images:
         return Recommendation(
-            "These runs generated different images, so they do not show which setting to use.",
-            [],
-            [different_images, *warnings],
+            verdict="These runs generated different images, so they do not show which setting to use.",
+            facts=list_fronts_by_images(runs),
+            warnings=[different_images, *warnings],
         )
     if len(comparison.candidates) == 1:
         return Recommendation(write_single_verdict(comparison), list_single_facts(comparison), warnings)
     return Recommendation(write_verdict(comparison), list_facts(comparison), warnings)
-
-
-def compare_runs(runs: Sequence[Run]) -> SweepComparison:
-    """Group the runs into candidates and find the best of them."""
-    groups = group_candidates(runs)
-    candidates = groups.candidates
-    speed_metric = choose_speed_metric([run for candidate in candidates for run in candidate.runs])
-    fastest = []
-    if speed_metric is not None:
-        fastest = find_best(candidates, speed_metric, direction=-1 if speed_metric == STEP_MS else 1)
-    return SweepComparison(
-        runs=runs,
-        candidates=candidates,
-        content_keys=groups.content_keys,
-        speed_metric=speed_metric,
-        fastest=fastest,
-        closest=find_best(candidates, PSNR_DB, direction=1),
-        smallest=find_best(candidates, DENOISER_BYTES, direction=-1),
-        speed_problems=explain_incomparable_speeds(runs),
-        scattered_tags=[run.tag for run in find_timed(runs) if has_scattered_times(run.record.metrics)],
-    )
 
 
 # -- warnings ------------------------------------------------------------------------------------------------
@@ -157,98 +92,102 @@ def compare_runs(runs: Sequence[Run]) -> SweepComparison:
 
 def list_warnings(comparison: SweepComparison) -> list[str]:
     """What limits the recommendation."""
-    warnings = list(comparison.speed_problems)
+    return [
+        *comparison.speed_problems,
+        *warn_of_speeds(comparison),
+        *warn_of_same_files(comparison),
+        *warn_of_missing_quality(comparison),
+    ]
+
+
+def warn_of_speeds(comparison: SweepComparison) -> list[str]:
+    """Which speeds say little, and which are missing."""
+    warnings = []
     if comparison.scattered_tags:
         tags = format_tags(comparison.scattered_tags)
         warnings.append(
             f"Step times of {tags} scatter by more than twice: other work ran on the machine, so these "
             "speeds say little."
         )
-    measured = select_measured(comparison.runs)
     if not comparison.fastest:
         warnings.append("No run measured its speed.")
-    elif untimed := [run.tag for run in measured if run.get_metric(STEP_MS) is None]:
+        return warnings
+
+    untimed = [run.tag for run in select_measured(comparison.runs) if run.get_metric(STEP_MS) is None]
+    if untimed:
         warnings.append(f"The speed of {format_tags(untimed)} was not measured.")
-    same_file = [run.tag for run in comparison.runs if run.get_metric(SAME_FILE_LAYERS)]
-    if same_file:
-        warnings.append(
-            f"The float model of {format_tags(same_file)} was read from the same quantized file: PSNR to "
-            f"float {SAME_FILE_LIMITS}."
-        )
-    if not comparison.closest:
-        warnings.append(
-            "No run generated the float model's images (metrics.baseline=none), so nothing is known about "
-            "quality."
-        )
-    elif unjudged := [run.tag for run in measured if run.get_metric(PSNR_DB) is None]:
-        warnings.append(f"The quality of {format_tags(unjudged)} was not measured.")
     return warnings
 
 
-def explain_incomparable_speeds(runs: Sequence[Run]) -> list[str]:
-    """Why the speeds of these runs cannot be compared; empty when they can."""
-    timed = find_timed(runs)
-    reasons = []
-    jobs_at_once = max((run.record.jobs_at_once for run in timed), default=1)
-    if jobs_at_once > 1:
-        reasons.append(
-            f"Speeds are not comparable: up to {jobs_at_once} jobs shared a machine while they were measured."
-        )
-    tags_by_machine = group_tags_by_value(timed, [describe_machine(run.record) for run in timed])
-    if len(tags_by_machine) > 1:
-        machines = "; ".join(
-            f"{machine or 'unknown'}: {format_tags(tags)}" for machine, tags in tags_by_machine.items()
-        )
-        reasons.append(f"Speeds are not comparable: the runs come from different machines ({machines}).")
-    return reasons
-
-
-def find_timed(runs: Sequence[Run]) -> list[Run]:
-    """The runs that measured their speed."""
-    return [run for run in runs if run.get_metric(STEP_MS) is not None]
-
-
-def explain_incomparable_quality(runs: Sequence[Run]) -> str | None:
-    """Why the quality of these runs cannot be compared; None when it can."""
-    measured = select_measured(runs)
-    keys = [key for key in find_varying_settings(measured) if IMAGE_SETTINGS.match(key)]
-    if not keys:
-        return None
-    if all(run.get_metric(PSNR_DB) is None for run in measured):
-        return f"The runs differ in {', '.join(keys)}, so each generated other images."
-    return (
-        f"Quality is not comparable: the runs differ in {', '.join(keys)}, so each was compared with "
-        "different images of the float model."
+def warn_of_same_files(comparison: SweepComparison) -> list[str]:
+    """Which runs had a float model whose numbers come from the file that was tested."""
+    same_file = [run.tag for run in comparison.runs if run.get_metric(SAME_FILE_LAYERS)]
+    if not same_file:
+        return []
+    warning = (
+        f"The float model of {format_tags(same_file)} was read from the same quantized file: PSNR to float "
+        f"{SAME_FILE_LIMITS}."
     )
+    unranked = [run.tag for run in comparison.runs if is_own_baseline(run)]
+    if unranked and len(comparison.runs) > 1:
+        warning += (
+            f" INT8 and float have the same numbers in {format_tags(unranked)}, so quality is not compared "
+            "with that of other runs."
+        )
+    return [warning]
+
+
+def warn_of_missing_quality(comparison: SweepComparison) -> list[str]:
+    """Which runs have no PSNR."""
+    measured = select_measured(comparison.runs)
+    unjudged = [run.tag for run in measured if run.get_metric(PSNR_DB) is None]
+    if len(unjudged) == len(measured):
+        return [
+            "No run generated the float model's images (metrics.baseline=none), so nothing is known about "
+            "quality."
+        ]
+    if unjudged:
+        return [f"The quality of {format_tags(unjudged)} was not measured."]
+    return []
 
 
 # -- one candidate -------------------------------------------------------------------------------------------
 
 
 def write_single_verdict(comparison: SweepComparison) -> str:
-    """What the only candidate measured."""
+    """What the only candidate measured, and why there is no other."""
     only = comparison.candidates[0]
+    text = summarize(only)
+    if comparison.differs_in_content_alone:
+        keys = " and ".join(comparison.content_keys)
+        return (
+            f"There is no setting to choose: these runs differ in {keys} alone, which changes what is "
+            f"generated and not how well it is quantized. Their medians: {text}."
+        )
+    if len(comparison.runs) > 1:
+        return f"Only {only.name} was measured: {text}."
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def summarize(candidate: Candidate) -> str:
+    """Speed, memory and quality of a candidate beside float, in one phrase."""
     parts = []
 
-    speed_ratio = only.get_metric(SPEED_RATIO)
+    speed_ratio = candidate.get_metric(SPEED_RATIO)
     if speed_ratio is not None:
-        parts.append(f"{'' if speed_ratio >= 1 else 'only '}{speed_ratio:.2f} times the float model's speed")
+        only = "" if speed_ratio >= 1 else "only "
+        parts.append(f"{only}{speed_ratio:.2f} times the float model's speed")
 
-    memory_ratio = only.get_metric(DENOISER_RATIO)
+    memory_ratio = candidate.get_metric(DENOISER_RATIO)
     if memory_ratio is not None:
         parts.append(f"a denoiser {memory_ratio:.2f} times smaller")
 
-    psnr = only.get_metric(PSNR_DB)
+    psnr = candidate.get_metric(PSNR_DB)
     if psnr is not None and math.isinf(psnr):
         parts.append("images identical to the float model's")
     elif psnr is not None:
         parts.append(f"images at {psnr:.1f} dB PSNR to the float model's")
-
-    text = ", ".join(parts) or "no comparison with float"
-    is_one_of_several = len(comparison.runs) > 1 and not comparison.content_keys
-    if is_one_of_several:
-        return f"Only {only.name} was measured: {text}."
-    return f"{text[0].upper()}{text[1:]}."
+    return ", ".join(parts) or "no comparison with float"
 
 
 def list_single_facts(comparison: SweepComparison) -> list[tuple[str, str]]:
@@ -257,7 +196,7 @@ def list_single_facts(comparison: SweepComparison) -> list[tuple[str, str]]:
     facts = []
     if comparison.fastest:
         facts.append(("Speed", describe_metrics(only, SPEED_METRICS)))
-    if comparison.closest:
+    if only.get_metric(PSNR_DB) is not None:
         facts.append(("Quality", describe_metrics(only, QUALITY_METRICS)))
     if comparison.smallest:
         facts.append(("Denoiser", describe_metrics(only, MEMORY_METRICS)))
@@ -333,18 +272,25 @@ def compute_speed_loss(comparison: SweepComparison) -> float | None:
     metric = comparison.speed_metric
     if metric is None:
         return None
-    fastest, closest = (best[0].get_metric(metric) for best in (comparison.fastest, comparison.closest))
-    if not fastest or not closest:
+    speed_of_fastest = comparison.fastest[0].get_metric(metric)
+    speed_of_closest = comparison.closest[0].get_metric(metric)
+    if not speed_of_fastest or not speed_of_closest:
         return None
     # The same for step times and for ratios to float.
-    return 1 - min(fastest, closest) / max(fastest, closest)
+    lower, higher = sorted((speed_of_fastest, speed_of_closest))
+    return 1 - lower / higher
 
 
 def compute_psnr_gain(comparison: SweepComparison) -> float | None:
-    """How many dB the closest candidate is ahead of the fastest; None where the fastest has no PSNR."""
-    psnr_of_fastest = comparison.fastest[0].get_metric(PSNR_DB)
-    psnr_of_closest = comparison.closest[0].get_metric(PSNR_DB) or 0.0
-    if psnr_of_fastest is None:
+    """How many dB the closest candidate is ahead of the fastest.
+
+    Returns:
+        None where the fastest has no PSNR, or one that may not be compared.
+    """
+    fastest, closest = comparison.fastest[0], comparison.closest[0]
+    psnr_of_fastest = fastest.get_metric(PSNR_DB)
+    psnr_of_closest = closest.get_metric(PSNR_DB) or 0.0
+    if psnr_of_fastest is None or fastest not in comparison.ranked_by_quality:
         return None
     if psnr_of_closest == psnr_of_fastest:
         return 0.0  # where both are infinite, too
@@ -352,39 +298,76 @@ def compute_psnr_gain(comparison: SweepComparison) -> float | None:
 
 
 def list_facts(comparison: SweepComparison) -> list[tuple[str, str]]:
-    """The best candidates with their numbers, those between them, and the Pareto front of the runs."""
+    """The best candidates with their numbers, those between them, and the Pareto front."""
+    return [
+        *list_extreme_facts(comparison),
+        *list_between_facts(comparison),
+        *list_memory_facts(comparison),
+        *list_front_facts(comparison),
+    ]
+
+
+def list_extreme_facts(comparison: SweepComparison) -> list[tuple[str, str]]:
+    """The fastest candidates and those that are the closest to float."""
     facts = []
     if comparison.fastest:
         term = "Fastest" if comparison.has_comparable_speeds else "Fastest as measured"
         facts.append((term, describe_best(comparison.fastest, comparison, SPEED_METRICS)))
     if comparison.closest:
         facts.append(("Closest to float", describe_best(comparison.closest, comparison, QUALITY_METRICS)))
+    return facts
 
-    between = list_between(comparison)
-    if between and comparison.has_comparable_speeds:
-        metrics = (*SPEED_METRICS, PSNR_DB)
-        texts = [describe_best([candidate], comparison, metrics) for candidate in between[:MAX_BETWEEN]]
-        facts.append(("Between them", "; ".join(texts)))
 
+def list_between_facts(comparison: SweepComparison) -> list[tuple[str, str]]:
+    """The candidates of the Pareto front that are neither the fastest nor the closest."""
+    if not comparison.has_comparable_speeds:
+        return []
+    extremes = {candidate.name for candidate in (*comparison.fastest, *comparison.closest)}
+    between = [candidate for candidate in list_front_candidates(comparison) if candidate.name not in extremes]
+    if not between:
+        return []
+    metrics = (*SPEED_METRICS, PSNR_DB)
+    texts = [describe_best([candidate], comparison, metrics) for candidate in between[:MAX_BETWEEN]]
+    return [("Between them", "; ".join(texts))]
+
+
+def list_memory_facts(comparison: SweepComparison) -> list[tuple[str, str]]:
+    """The smallest candidates, and over what every candidate's metrics are medians."""
+    facts = []
     if comparison.smallest:
         facts.append(("Smallest", describe_best(comparison.smallest, comparison, MEMORY_METRICS)))
     if comparison.content_keys:
         num_runs = count_noun(len(comparison.candidates[0].runs), "run")
         facts.append(("Medians over", describe_medians(comparison, f"{num_runs} each")))
-
-    front = find_pareto_front(list_speed_quality(comparison.runs))
-    if front:
-        tags = format_tags([comparison.runs[index].tag for index in front])
-        facts.append(("Pareto front", f"{tags}: no other run is faster without being further from float"))
     return facts
 
 
-def list_between(comparison: SweepComparison) -> list[Candidate]:
-    """The candidates of the Pareto front that are neither the fastest nor the closest."""
-    front = find_pareto_front(list_speed_quality(comparison.candidates))
-    extremes = {candidate.name for candidate in (*comparison.fastest, *comparison.closest)}
-    candidates = [comparison.candidates[index] for index in front]
-    return [candidate for candidate in candidates if candidate.name not in extremes]
+def list_front_facts(comparison: SweepComparison) -> list[tuple[str, str]]:
+    """The Pareto front of the candidates; empty where nothing can be compared."""
+    front = list_front_candidates(comparison)
+    if not front:
+        return []
+    if comparison.content_keys:
+        names, others = format_names(front), "no other setting"
+    else:
+        names, others = format_tags([candidate.runs[0].tag for candidate in front]), "no other run"
+    return [("Pareto front", f"{names}: {others} is faster without being further from float")]
+
+
+def list_front_candidates(comparison: SweepComparison) -> list[Candidate]:
+    """The candidates that no other beats in speed without being further from float."""
+    ranked = comparison.ranked_by_quality
+    return [ranked[index] for index in find_pareto_front(list_speed_quality(ranked))]
+
+
+def list_fronts_by_images(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    """The Pareto fronts of runs that generated different images, each among the runs with the same ones."""
+    front = sorted(find_fronts(runs).members)
+    if not front:
+        return []
+    tags = format_tags([runs[index].tag for index in front])
+    text = f"{tags}: no run with the same float images is faster without being further from float"
+    return [("Pareto front", text)]
 
 
 # -- phrases -------------------------------------------------------------------------------------------------
@@ -398,13 +381,12 @@ def describe_best(best: Sequence[Candidate], comparison: SweepComparison, metric
 
 def describe_metrics(candidate: Candidate, metrics: Sequence[str]) -> str:
     """Metrics of a candidate in words; those that are missing are left out."""
-    columns = {column.metric: column for column in METRIC_COLUMNS}
     phrases = []
     for metric in metrics:
         value = candidate.get_metric(metric)
         if value is None:
             continue
-        column = columns[metric]
+        column = find_column(metric)
         number = column.format(value, column.choose_decimals([value]))
         unit = UNITS.get(metric, "") if math.isfinite(value) else ""
         phrases.append(PHRASES[metric].format(number + unit))
@@ -414,5 +396,6 @@ def describe_metrics(candidate: Candidate, metrics: Sequence[str]) -> str:
 def describe_medians(comparison: SweepComparison, num_runs: str) -> str:
     """Over what the candidates' metrics are medians, and why."""
     keys = ", ".join(comparison.content_keys)
-    compared = "INT8 is compared with float" if comparison.closest else "speeds are compared"
+    has_quality = any(candidate.get_metric(PSNR_DB) is not None for candidate in comparison.candidates)
+    compared = "INT8 is compared with float" if has_quality else "speeds are compared"
     return f"{keys} ({num_runs}): chosen for the image, so {compared} at each value"

@@ -5,6 +5,7 @@ writing. Both would let a file name change what else stands on the screen. They 
 """
 
 import re
+import shlex
 from bisect import bisect_left
 from collections.abc import Callable
 
@@ -16,6 +17,11 @@ MAX_ERROR_LENGTH = 300
 UNSAFE_CHARACTERS = "\x00-\x1f\x7f-\x9f\u2028\u2029\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff"
 UNSAFE = re.compile(f"[{UNSAFE_CHARACTERS}]")
 UNSAFE_BUT_LINES = re.compile(f"(?![\\n\\t])[{UNSAFE_CHARACTERS}]")
+
+# What a shell does not take as it is: all but letters of any script, digits and some punctuation.
+SHELL_SPECIAL = re.compile(r"[^\w@%+=:,./-]")
+# What has a meaning between double quotes, too, such as a backslash before another or before the end.
+DOUBLE_QUOTES_SPECIAL = re.compile(r"[\"$`!]|\\(\\|\n|$)")
 
 
 def make_visible(value: object) -> str:
@@ -31,6 +37,15 @@ def make_lines_visible(text: str) -> str:
 def escape_character(match: re.Match[str]) -> str:
     """A character as Python writes it: `\\n`, `\\x1b`, `\\u202e`."""
     return match.group().encode("unicode_escape").decode()
+
+
+def quote_for_shell(text: str) -> str:
+    """A text as one argument of a POSIX shell: bare where it may be, else in quotes that it does not have."""
+    if text and not SHELL_SPECIAL.search(text):
+        return text
+    if "'" in text and not DOUBLE_QUOTES_SPECIAL.search(text):
+        return f'"{text}"'
+    return shlex.quote(text)
 
 
 def find_longest(length: int, fits: Callable[[int], bool]) -> int:

@@ -12,6 +12,7 @@ from support.run_job import save_lora
 from support.tiny_pipeline import random_pipeline
 
 import int8run.generate.generate as generate_module
+from int8run.jobs.sweep import count_images
 from int8run.pipeline import process_cache
 
 SMALL = ["sampler.height=16", "sampler.width=16", "sampler.steps=2", "prompts.prompts=[a]"]
@@ -115,6 +116,15 @@ def test_a_sweep_that_is_stopped_says_what_is_kept(
     kept = f"interrupted: 1 of 2 jobs are finished, in {folder}; image files kept of the others: 1"
     assert kept in said
     assert [path.name for path in (folder / "1" / "images").iterdir()] == ["000_a_s10.png"]
+
+
+def test_an_image_whose_write_was_cut_off_does_not_count(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    (folder / "000_a_s0.png").touch()
+    (folder / ".001_a_s1.png.new").touch()
+
+    assert count_images(tmp_path) == 1
 
 
 def test_one_failing_job_does_not_stop_the_others(command: Command, model: str) -> None:

@@ -66,7 +66,9 @@ def make_points(*positions):
 
 def draw(points, x_label="speed", faster_is_less=False):
     """The SVG of a small plot of speed against quality."""
-    return draw_speed_quality(points, x_label, faster_is_less=faster_is_less, name="p", width=500)
+    return draw_speed_quality(
+        points, x_label, faster_is_less=faster_is_less, has_one_front=True, name="p", width=500
+    )
 
 
 def test_an_svg_keeps_its_text():

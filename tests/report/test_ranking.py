@@ -7,7 +7,7 @@ import pytest
 from report.run_folders import make_metrics, write_runs, write_strengths_by_outlier
 
 from int8run.report.columns import PSNR_DB, SPEED_RATIO, STEP_MS
-from int8run.report.ranking import choose_speed_metric, find_pareto_front, group_candidates
+from int8run.report.ranking import choose_speed_metric, find_fronts, find_pareto_front, group_candidates
 
 
 @pytest.mark.parametrize(
@@ -116,3 +116,31 @@ def test_the_median_with_identical_images_is_a_number(tmp_path):
     )
 
     assert [c.get_metric(PSNR_DB) for c in group_candidates(runs).candidates] == [50.0, 50.0]
+
+
+def test_each_strength_has_a_front_of_its_own(tmp_path):
+    # at each strength convrot is slower and closer to float, but for the last, where it is as far away
+    runs = write_strengths_by_outlier(
+        tmp_path, lambda strength, outlier: 60 - 10 * strength + (outlier == "convrot" and strength < 1)
+    )
+
+    fronts = find_fronts(runs)
+
+    assert fronts.members == {0, 1, 2, 3, 4}
+    assert (fronts.count, fronts.num_groups) == (3, 3)
+
+
+def test_strengths_alone_have_no_front(tmp_path):
+    runs = write_runs(tmp_path, [make_metrics(psnr=58.0), make_metrics()], ("0", "1"), key="lora.strength")
+
+    assert find_fronts(runs).members == set()
+
+
+@pytest.mark.parametrize(("weight_sqnr", "is_ranked"), [(None, False), (math.inf, False), (41.0, True)])
+def test_a_run_that_is_its_own_baseline_is_on_no_front(tmp_path, weight_sqnr, is_ranked):
+    own = make_metrics(9, 2.2, 60, **{"quality/float_layers_from_same_file": 38})
+    if weight_sqnr is not None:
+        own["quant/weight_sqnr_db_min"] = weight_sqnr
+    runs = write_runs(tmp_path, [make_metrics(), make_metrics(), own], ("a", "b", "c"))
+
+    assert (2 in find_fronts(runs).members) == is_ranked

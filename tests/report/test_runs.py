@@ -6,7 +6,7 @@ import pytest
 from report.run_folders import make_metrics, write_run
 
 from int8run.report.columns import PSNR_DB, STEP_MS
-from int8run.report.runs import format_tags, name_runs
+from int8run.report.runs import format_list, format_tags, name_runs
 from int8run.tracking.run_record import find_records, find_varying_keys, shorten_keys
 
 
@@ -84,3 +84,18 @@ def test_a_key_that_only_some_runs_have_varies():
 
     assert find_varying_keys(settings) == ["seed"]
     assert find_varying_keys(settings[:1]) == [] and find_varying_keys([]) == []
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("['a fox, red', \"it's an owl\"]", "a fox, red; it's an owl"),
+        ("[]", "[]"),
+        ("[0.5, 1]", "[0.5, 1]"),
+        ("[fox,owl]", "[fox,owl]"),
+        ("[" * 5000, "[" * 5000),
+        ("none", "none"),
+    ],
+)
+def test_a_list_of_texts_is_shown_without_its_quotes(value, shown):
+    assert format_list(value) == shown

@@ -6,6 +6,7 @@ import pytest
 from report.run_folders import SSIM, make_metrics, write_run, write_runs
 
 from int8run.report.columns import DENOISER_BYTES, METRIC_COLUMNS, PSNR_DB, SPEED_RATIO, STEP_MS
+from int8run.report.missing_metrics import explain_missing
 from int8run.report.runs import name_runs
 from int8run.report.runs_table import build_runs_table
 
@@ -55,3 +56,64 @@ def test_the_objective_has_a_column_of_its_own(tmp_path):
 
     assert table.columns[-1].heading == "lora/overhead_ratio"
     assert table.rows[0].cells[-1].text == "1.25"
+
+
+@pytest.mark.parametrize(
+    ("params", "metric", "reason"),
+    [
+        ({"metrics.baseline": "none"}, PSNR_DB, "metrics.baseline=none: the float model did not run"),
+        ({"metrics.baseline": "none"}, SPEED_RATIO, "metrics.baseline=none: the float model did not run"),
+        (
+            {"metrics.baseline": "cached"},
+            SPEED_RATIO,
+            "metrics.baseline=cached: the float model's images are of an earlier run",
+        ),
+        (
+            {"metrics.baseline": "cached"},
+            "quant/output_sqnr_db_min",
+            "metrics.baseline=cached: the float model was not in memory",
+        ),
+        ({"metrics.layers": "False"}, "quant/output_sqnr_db_min", "metrics.layers=false"),
+        ({"int8.enable": "False"}, "quant/output_sqnr_db_min", "int8.enable=false: no layer is INT8"),
+        ({"clip": "keep"}, "clip/cosine_mean", "clip=keep: the text encoders are not quantized"),
+        ({}, "quality/lpips", "metrics.perceptual does not name lpips, or it could not be computed"),
+        ({}, "quality/ms_ssim", "the images are too small for it"),
+        ({}, "speed/frames_per_s", "images have no frames"),
+        ({}, STEP_MS, "not measured"),
+    ],
+)
+def test_an_empty_cell_says_why(tmp_path, params, metric, reason):
+    record = write_run(tmp_path, params=params, metrics={})
+
+    assert explain_missing(record, metric) == reason
+
+
+@pytest.mark.parametrize(
+    ("state", "reason"),
+    [("RUNNING", "the run has not ended"), ("FAILED", "the run failed"), ("KILLED", "the run was killed")],
+)
+def test_an_empty_cell_says_that_the_run_is_not_finished(tmp_path, state, reason):
+    status = {"pid": 1, "process_started": 0.0, "host": "elsewhere"}
+    record = write_run(tmp_path, metrics=None, state=state, **status)
+
+    assert explain_missing(record, PSNR_DB) == reason
+
+
+def test_only_empty_cells_have_a_reason(tmp_path):
+    table = build_runs_table(write_runs(tmp_path, [make_metrics(), make_metrics(psnr=math.nan)]))
+
+    reasons = [[cell.missing_reason for cell in row.cells if cell.missing_reason] for row in table.rows]
+    assert reasons == [[], ["the result is not a number"]]
+
+
+def test_no_quality_is_the_best_of_runs_with_different_images(tmp_path):
+    metrics = [make_metrics(10, psnr=40), make_metrics(11, psnr=45)]
+
+    table = build_runs_table(write_runs(tmp_path, metrics, ("0", "1"), key="lora.strength"))
+
+    best = [
+        column.metric for column, cell in zip(table.columns, table.rows[0].cells, strict=True) if cell.is_best
+    ]
+    assert best == [STEP_MS]
+    assert not any(cell.is_best for cell in table.rows[1].cells)
+    assert table.has_different_images and not table.has_front

@@ -1,5 +1,6 @@
 """The recommendation: what it says, what it rests on, and when it warns or declines."""
 
+import itertools
 import math
 
 import pytest
@@ -182,8 +183,11 @@ def test_runs_that_differ_in_strength_alone_are_summarized(tmp_path):
 
     found = recommend(write_runs(tmp_path, metrics, ("0", "1"), key="lora.strength"))
 
+    assert found.verdict.startswith(
+        "There is no setting to choose: these runs differ in lora.strength alone, which changes what is "
+        "generated and not how well it is quantized. Their medians: "
+    )
     assert "51.0 dB PSNR" in found.verdict
-    assert "Use" not in found.verdict and "strength=0" not in found.verdict
     assert (
         "Medians over",
         "lora.strength (2 runs): chosen for the image, so INT8 is compared with float at each value",
@@ -258,3 +262,54 @@ def test_the_report_and_the_run_call_the_same_jobs_scattered(tmp_path, metric):
 
     assert has_scattered_times(scattered) and not has_scattered_times(steady)
     assert found.warnings[0].startswith("Step times of #0 scatter by more than twice")
+
+
+def test_loras_are_not_recommended_for_their_quality(tmp_path):
+    metrics = [make_metrics(psnr=58.0), make_metrics(psnr=44.0)]
+
+    found = recommend(write_runs(tmp_path, metrics, ("none", "stack_a"), key="lora"))
+
+    assert found.verdict.startswith("There is no setting to choose: these runs differ in lora alone")
+    assert "Pareto front" not in dict(found.facts)
+
+
+def test_models_are_not_compared_although_both_ran_with_the_same_seeds(tmp_path):
+    for number, (model, seed) in enumerate(itertools.product(("a", "b"), (0, 1))):
+        overrides = [f"model.location={model}", f"seed={seed}"]
+        write_run(tmp_path, number, overrides, metrics=make_metrics(psnr=40.0 + number))
+
+    found = recommend(name_runs(find_records(tmp_path)))
+
+    assert found.verdict == "These runs generated different images, so they do not show which setting to use."
+
+
+def test_the_front_of_a_mixed_folder_is_that_of_runs_with_the_same_images(tmp_path):
+    psnr_by_overrides = {
+        ("prompts=a", "outlier=none"): 40,
+        ("prompts=a", "outlier=auto"): 45,
+        ("prompts=b",): 60,
+    }
+    for number, (overrides, psnr) in enumerate(psnr_by_overrides.items()):
+        write_run(tmp_path, number, overrides, metrics=make_metrics(psnr=float(psnr)))
+
+    found = recommend(name_runs(find_records(tmp_path)))
+
+    assert dict(found.facts) == {
+        "Pareto front": "#1: no run with the same float images is faster without being further from float"
+    }
+
+
+def test_a_run_that_is_its_own_baseline_is_not_the_closest_to_float(tmp_path):
+    """INT8 layers are used as they are in the file that the float model was read from."""
+    own = make_metrics(9, 2.2, math.inf, **{"quality/float_layers_from_same_file": 38})
+
+    found = recommend(write_runs(tmp_path, [make_metrics(10, 2.0, 40), own]))
+
+    assert found.verdict == (
+        "Choose: #1 outlier=convrot is the fastest; #0 outlier=none is the closest to float "
+        "at 9 % less speed."
+    )
+    assert found.warnings[0].endswith(
+        "INT8 and float have the same numbers in #1, so quality is not compared with that of other runs."
+    )
+    assert dict(found.facts)["Pareto front"].startswith("#0:")

@@ -1,11 +1,14 @@
 """Text of other people: what is obeyed becomes visible, and long texts are shortened with little work."""
 
+import subprocess
+
 import pytest
 
 from int8run.utils.text import (
     find_longest,
     make_lines_visible,
     make_visible,
+    quote_for_shell,
     shorten_error,
     shorten_text,
 )
@@ -76,3 +79,30 @@ def test_a_shortened_text_keeps_both_ends(text, max_length, shortened):
 )
 def test_an_error_of_another_library_is_one_line_cut_between_words(error, line):
     assert shorten_error(error, 10) == line
+
+
+@pytest.mark.parametrize(
+    ("text", "quoted"),
+    [
+        ("outlier=none", "outlier=none"),
+        ("prompts.prompts=狐狸", "prompts.prompts=狐狸"),
+        ("prompts=[fox,owl]", "'prompts=[fox,owl]'"),
+        ("prompts=['a fox',owl]", "\"prompts=['a fox',owl]\""),
+        ("prompts=['it\\'s',owl]", "\"prompts=['it\\'s',owl]\""),
+        ("a='$HOME'", "'a='\"'\"'$HOME'\"'\"''"),
+        ("", "''"),
+    ],
+)
+def test_a_text_is_quoted_where_the_shell_needs_it(text, quoted):
+    assert quote_for_shell(text) == quoted
+
+
+@pytest.mark.parametrize(
+    "text", ["a'b\\", "a'\\\\b", "~/x", "a=~", "it's `ls` !", "a b", "'\n'", "{a,b}", "x*?#;&|<>()"]
+)
+def test_a_shell_reads_a_quoted_text_as_it_was(text):
+    result = subprocess.run(
+        ["bash", "-c", f"printf %s {quote_for_shell(text)}"], capture_output=True, text=True
+    )
+
+    assert result.stdout == text
