@@ -11,7 +11,7 @@ import yaml
 from hydra.errors import ConfigCompositionException
 
 from int8run.config.compose import compose_jobs, create_run_spec
-from int8run.config.shared_files import COMMAND_LINE_KEYS, check_settings, matches
+from int8run.config.shared_settings import COMMAND_LINE_KEYS, check_settings, matches
 from int8run.errors import ConfigError
 
 SAMPLING = "_target_: int8run.models.sampling.Sampling\n"
