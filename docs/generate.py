@@ -8,16 +8,17 @@ import ast
 import inspect
 import re
 from collections.abc import Callable
-from importlib.resources import files
 from pathlib import Path
 
 import int8run
 from int8run.config.help import (
-    parse_key_comments,
-    read_config,
+    Group,
+    Setting,
+    list_options,
     read_description,
     read_groups,
-    read_option_keys,
+    read_option_settings,
+    read_own_settings,
 )
 
 DOCS = Path(__file__).parent
@@ -51,55 +52,41 @@ def render_settings() -> str:
         GENERATED.format(source="comments in conf/"),
         SETTINGS_INTRO,
         "## Keys without a group",
-        render_key_table(parse_key_comments(read_config(), prefix="")),
+        render_key_table(read_own_settings()),
     ]
-    for group, default, description in read_groups():
-        blocks += render_group(group, default, description)
+    for group in read_groups():
+        blocks += render_group(group)
     return "\n\n".join(blocks) + "\n"
 
 
-def render_group(group: str, default: str, description: str) -> list[str]:
-    """One group: its options with their descriptions, and the keys that they have.
-
-    Args:
-        group: name of the folder in `conf/`, such as `backend`.
-        default: option that is used where none is named.
-        description: what the group chooses.
-    """
-    folder = files("int8run.conf").joinpath(group)
-    option_keys = read_option_keys(group, default)
-    names = [default, *sorted(name for name in option_keys if name != default)]
+def render_group(group: Group) -> list[str]:
+    """One group: its options with their descriptions, and the keys that they have."""
     rows = ["| option | |", "|---|---|"]
-    for name in names:
-        meaning = read_description(folder.joinpath(f"{name}.yaml"))
-        suffix = " (default)" if name == default else ""
-        rows.append(f"| `{name}`{suffix} | {escape_cell(meaning)} |")
-    title = f"{description[:1].upper()}{description[1:]}."
-    blocks = [f"## `{group}=`", title, "\n".join(rows)]
-    own_keys = option_keys[default]
-    if own_keys:
-        blocks.append(render_key_table(own_keys))
-    known = {key for key, _, _ in own_keys}
-    for name in names[1:]:
-        further = [row for row in option_keys[name] if row[0] not in known]
+    for name, file in list_options(group.name, group.default).items():
+        suffix = " (default)" if name == group.default else ""
+        rows.append(f"| `{name}`{suffix} | {escape_cell(read_description(file))} |")
+    title = f"{group.description[:1].upper()}{group.description[1:]}."
+    blocks = [f"## `{group.name}=`", title, "\n".join(rows)]
+
+    known: set[str] = set()
+    for name, settings in read_option_settings(group.name, group.default).items():
+        further = [setting for setting in settings if setting.key not in known]
         # models and families repeat each other's keys: those of the first one that has a key stand for all
         if not further:
             continue
-        known |= {key for key, _, _ in further}
-        blocks += [f"With `{group}={name}` and others that have them:", render_key_table(further)]
+        known |= {setting.key for setting in further}
+        if name != group.default:
+            blocks.append(f"With `{group.name}={name}` and others that have them:")
+        blocks.append(render_key_table(further))
     return blocks
 
 
-def render_key_table(rows: list[tuple[str, str, str]]) -> str:
-    """A table of keys.
-
-    Args:
-        rows: key with its path, default value, comment.
-    """
+def render_key_table(settings: list[Setting]) -> str:
+    """A table of keys."""
     lines = ["| key | default | |", "|---|---|---|"]
-    for key, value, comment in rows:
-        shown = f"`{escape_cell(value)}`" if value else ""
-        lines.append(f"| `{key}` | {shown} | {escape_cell(comment)} |")
+    for setting in settings:
+        shown = f"`{escape_cell(setting.value)}`" if setting.value else ""
+        lines.append(f"| `{setting.key}` | {shown} | {escape_cell(setting.comment)} |")
     return "\n".join(lines)
 
 

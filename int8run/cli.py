@@ -3,6 +3,7 @@
 Nothing heavy is imported before a job starts: `--help`, `--cfg job` and tab completion load hydra alone.
 """
 
+import argparse
 import logging
 import os
 import signal
@@ -10,12 +11,17 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from int8run.config.error_messages import explain_error
 from int8run.errors import ConfigError, Int8RunError
 from int8run.utils.text import make_lines_visible
+
+if TYPE_CHECKING:
+    from int8run.config.compose import SingleRun
+    from int8run.config.run_spec import RunSpec
 
 log = logging.getLogger(__name__)
 HYDRA_MAIN = {"config_path": "pkg://int8run.conf", "config_name": "config", "version_base": "1.3"}
@@ -119,13 +125,29 @@ def raise_on_signals() -> Iterator[None]:
 def print_help(arguments: Sequence[str]) -> None:
     """Print the page of help that the command line asks for: `--help`, or `--help GROUP`.
 
-    Overrides and other flags on it are not looked at.
+    Overrides and other flags on it are not looked at, except the folder with options of the user's.
     """
     from int8run.config.help import render_help
 
-    following = arguments[1 + next(n for n, argument in enumerate(arguments) if argument in HELP_FLAGS) :]
-    topics = [argument for argument in following[:1] if not argument.startswith("-") and "=" not in argument]
-    sys.stdout.write(render_help(topics[0] if topics else None))
+    flag = next(argument for argument in arguments if argument in HELP_FLAGS)
+    following = arguments[arguments.index(flag) + 1 :]
+    topic = None
+    if following and not following[0].startswith("-") and "=" not in following[0]:
+        topic = following[0]
+    page = render_help(topic, find_config_dir(arguments))
+    sys.stdout.write(make_lines_visible(page))
+
+
+def find_config_dir(arguments: Sequence[str]) -> str | None:
+    """The folder of `--config-dir`; None: the command line has none."""
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    parser.add_argument("--config-dir", "-cd")
+    try:
+        known, _ = parser.parse_known_args(arguments)
+    except argparse.ArgumentError:  # the flag without a folder
+        return None
+    folder: str | None = known.config_dir
+    return folder
 
 
 def quiet_libraries() -> None:
@@ -174,54 +196,78 @@ def run_hydra(args: Any) -> None:
 
     from int8run.config.compose import check_command, compose_jobs
 
-    config_name = args.config_name or HYDRA_MAIN["config_name"]
-    overrides = list(args.overrides)
+    command = {
+        "config_dir": args.config_dir,
+        "config_name": args.config_name or HYDRA_MAIN["config_name"],
+        "multirun": args.multirun,
+    }
     if args.hydra_help:  # hydra sets up its logging from the config even for its help
-        compose_jobs(args.config_dir, config_name, overrides, args.multirun)
-    starts_jobs = not (args.cfg or args.info or args.shell_completion or args.hydra_help)
-    single = None
-    if starts_jobs:
-        single = check_command(args.config_dir, config_name, overrides, args.multirun, print_banner)
+        compose_jobs(args.overrides, **command)
+    # --resolve belongs to --cfg, and alone hydra refuses it
+    only_shows = args.cfg or args.info or args.shell_completion or args.hydra_help or args.resolve
+    single = None if only_shows else check_command(args.overrides, announce=print_banner, **command)
     if single is None:
         hydra_main(**HYDRA_MAIN)(run_job)()
-        return
-    with claim_output_folder(single, overrides):
-        run_single(hydra_main)
+    else:
+        run_single(single)
+
+
+def run_single(single: "SingleRun") -> None:
+    """Run the one job of the command line in the config that was composed for the check.
+
+    Does what hydra does for a single run: sets up logging, makes the output folder and writes `.hydra/` into
+    it. Hydra itself would compose twice more.
+    """
+    from hydra._internal.callbacks import Callbacks
+    from hydra.core import utils as hydra_utils
+    from hydra.types import HydraContext, RunMode
+    from omegaconf import read_write
+
+    from int8run.jobs.hydra_files import masked_hydra_files
+
+    config = single.config
+    with claim_output_folder(single), masked_hydra_files():
+        with read_write(config.hydra):
+            if config.hydra.mode is None:
+                config.hydra.mode = RunMode.RUN
+                config.hydra.overrides.hydra.append("hydra.mode=RUN")
+        hydra_utils.configure_log(config.hydra.hydra_logging, config.hydra.verbose)
+        outcome = hydra_utils.run_job(
+            hydra_context=HydraContext(config_loader=single.loader, callbacks=Callbacks(config)),
+            task_function=partial(run_job, spec=single.spec),
+            config=config,
+            job_dir_key="hydra.run.dir",
+            job_subdir_key=None,
+        )
+    if outcome.status is hydra_utils.JobStatus.FAILED and isinstance(outcome._return_value, Int8RunError):
+        raise outcome._return_value
+    _ = outcome.return_value  # raises any other error, after a line of hydra's
 
 
 @contextmanager
-def claim_output_folder(single: Any, overrides: list[str]) -> Iterator[None]:
-    """Take the output folder of a single run before hydra writes into it, and tell hydra its name.
+def claim_output_folder(single: "SingleRun") -> Iterator[None]:
+    """Take the output folder of a single run before anything is written into it, and tell hydra its name.
 
     Args:
-        single: the composed config and its RunSpec; a task without a record leaves no folder.
-        overrides: of the command line.
+        single: a task without a record leaves no folder.
     """
+    from hydra.core.override_parser.types import Quote, QuotedString
+    from omegaconf import read_write
+
     from int8run.jobs.folders import RUN_SETTING, claim_run_folder, resolve_run_folder
 
-    config, spec = single
-    if not spec.task.recorded:
+    if not single.spec.task.recorded:
         yield
         return
-    folder, setting = resolve_run_folder(config)
+    hydra_settings = single.config.hydra
+    folder, setting = resolve_run_folder(single.config)
     with claim_run_folder(folder, setting, print_warning) as claimed:
-        text = str(claimed).replace("\\", "\\\\").replace("'", "\\'")
-        sys.argv = insert_override(sys.argv, overrides, f"{RUN_SETTING}='{text}'")
+        quoted = QuotedString(str(claimed), Quote.single).with_quotes()
+        with read_write(hydra_settings):
+            hydra_settings.run.dir = str(claimed)
+            # .hydra/hydra.yaml shows it as an override
+            hydra_settings.overrides.hydra.append(f"{RUN_SETTING}={quoted}")
         yield
-
-
-def insert_override(arguments: list[str], overrides: list[str], override: str) -> list[str]:
-    """Add an override to a command line, behind those that it has; the last one of a key wins.
-
-    Args:
-        arguments: of the command.
-        overrides: those among them that are overrides.
-        override: to add.
-    """
-    position = len(arguments)
-    if overrides:
-        position -= arguments[::-1].index(overrides[-1])
-    return [*arguments[:position], override, *arguments[position:]]
 
 
 def print_warning(text: str) -> None:
@@ -231,30 +277,6 @@ def print_warning(text: str) -> None:
     from int8run.report.console import make_plain, print_lines
 
     print_lines(Text.assemble(("Warning: ", "bold yellow"), make_plain(text)))
-
-
-def run_single(hydra_main: Any) -> None:
-    """Let hydra run the one job of the command line.
-
-    Args:
-        hydra_main: hydra's decorator.
-    """
-    from int8run.jobs.hydra_files import masked_hydra_files
-
-    errors: list[Int8RunError] = []
-
-    def run_single_job(config: Any) -> float | None:
-        # raised after hydra has ended: it prints a line of its own for every error that passes through it
-        try:
-            return run_job(config)
-        except Int8RunError as error:
-            errors.append(error)
-            return None
-
-    with masked_hydra_files():
-        hydra_main(**HYDRA_MAIN)(run_single_job)()
-    if errors:
-        raise errors[0]
 
 
 def print_banner(jobs: int, choices: dict[str, str]) -> None:
@@ -281,11 +303,12 @@ def print_banner(jobs: int, choices: dict[str, str]) -> None:
     print_lines(Text.assemble(make_bold(f"int8run {__version__}"), make_plain(line)))
 
 
-def run_job(config: Any) -> float | None:
+def run_job(config: Any, spec: "RunSpec | None" = None) -> float | None:
     """Run one job. Launchers call this in other processes, too.
 
     Args:
-        config: composed; becomes the RunSpec.
+        config: composed.
+        spec: made from it; None: it is made here.
 
     Returns:
         The value of the job for a sweeper.
@@ -303,8 +326,7 @@ def run_job(config: Any) -> float | None:
     job = make_job(config, hydra_config, Path(hydra_config.runtime.output_dir))
     if job.sweep is not None:
         quiet_console()
-    spec = create_run_spec(config)
-    return execute_job(spec, job)
+    return execute_job(spec or create_run_spec(config), job)
 
 
 def quiet_console() -> None:

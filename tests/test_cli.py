@@ -496,6 +496,25 @@ def test_a_user_folder_adds_an_option(command, mine):
     assert_one_line(misspelt, 2, message)
 
 
+def test_help_knows_the_options_of_a_user_folder(command, mine):
+    mine("# my groups\n_target_: int8run.outlier.convrot.ConvRot\ngroup_size: 64 # of \x1b[31mtokens\n")
+
+    page = command("--config-dir", "mine", "--help", "outlier")
+    overview = command("--help", "-cd", "mine")
+
+    assert re.search(r"^  mine +my groups$", page.out, flags=re.MULTILINE)
+    assert "\\x1b[31mtokens" in page.out and "\x1b" not in page.out
+    assert "mine" in overview.out.partition("Sections of settings")[0]
+
+
+def test_a_group_without_an_option_is_shown_the_options_of_a_user_folder(command, mine):
+    mine("_target_: int8run.outlier.convrot.ConvRot\n")
+
+    outcome = command("--config-dir", "mine", "outlier=null")
+
+    assert_one_line(outcome, 2, r"outlier is None, .*choose from auto, convrot, hadanorm, mine, none")
+
+
 BROKEN = {
     "value out of range": (
         "_target_: int8run.outlier.convrot.ConvRot\ngroup_size: 5\n",

@@ -1,29 +1,63 @@
 """`int8run --help`, made from the YAML files in conf/: an overview, and a page for each group.
 
 Groups, options and settings are described by the comments beside them. Hydra's own page composes its config
-once per group and takes several times as long.
+once per group and takes several times as long. `cli.py` prints the pages; `error_messages.py` asks which
+option has a setting. Nothing here composes or checks a config.
 """
 
 import re
 import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from importlib.resources.abc import Traversable
+from itertools import pairwise
+from pathlib import Path
 
 from int8run.errors import ConfigError, suggest_similar
 
 WIDTH = 120
-LAUNCHER = ("hydra/launcher", "basic")  # hydra's own group, with our options
-LAUNCHER_DESCRIPTION = "where the jobs of a sweep run"
 ALL_PAGES = "all"
-# key with its path, default value, comment
-KeyComment = tuple[str, str, str]
+MAX_OPTION_CHARACTERS = 100_000  # of a file in a user's folder
 KEY = re.compile(r"^(?P<indent> *)(?P<key>[a-z_]\w*):(?P<value>[^#]*)(?:#\s*(?P<comment>.*))?$")
 DEFAULT = re.compile(r"^  - (?P<group>[a-z_]+): (?P<option>\w+)(?: +# (?P<comment>.*))?$", flags=re.MULTILINE)
 NAME_WIDTH = 16
 KEY_WIDTH = 44
 OVERVIEW_WIDTH = 22
 
+
+@dataclass(frozen=True)
+class Setting:
+    """A key of a YAML file that has a comment.
+
+    Args:
+        key: with its path.
+        value: the default, as it is written.
+        comment: what it is.
+    """
+
+    key: str
+    value: str
+    comment: str
+
+
+@dataclass(frozen=True)
+class Group:
+    """A group of options.
+
+    Args:
+        name: as on the command line.
+        default: the option that is used where none is named.
+        description: what its options decide.
+    """
+
+    name: str
+    default: str
+    description: str
+
+
+# hydra's own group, with our options
+LAUNCHER = Group("hydra/launcher", default="basic", description="where the jobs of a sweep run")
 USAGE = """\
 int8run: build a diffusion model in INT8 (W8A8), generate, and measure it against the float model.
 
@@ -45,30 +79,30 @@ Flags
 """
 
 
-def render_help(topic: str | None = None) -> str:
+def render_help(topic: str | None = None, config_dir: str | None = None) -> str:
     """A page of help.
 
     Args:
         topic: a group, a section of config.yaml such as `cache`, `all`, or None for the overview.
+        config_dir: a folder with options of the user's.
 
     Raises:
         ConfigError: for another topic.
     """
     if topic is None:
-        return render_overview()
-    groups = {group: default for group, default, _ in read_groups()}
+        return render_overview(config_dir)
+    groups = {group.name: group for group in read_groups()}
     sections = list_sections()
-    launcher_group = LAUNCHER[0]
-    if topic == launcher_group.rpartition("/")[2]:
-        topic = launcher_group
+    if topic == LAUNCHER.name.rpartition("/")[2]:
+        topic = LAUNCHER.name
     if topic in groups:
-        return render_group(topic, groups[topic])
+        return render_group(groups[topic], config_dir)
     if topic in sections:
         return render_section(topic)
     if topic == ALL_PAGES:
-        pages = [render_overview()]
+        pages = [render_overview(config_dir)]
         pages += [render_section(section) for section in sections]
-        pages += [render_group(group, default) for group, default in groups.items()]
+        pages += [render_group(group, config_dir) for group in groups.values()]
         return "\n".join(pages)
     known = [*groups, *sections, ALL_PAGES]
     raise ConfigError(
@@ -77,71 +111,79 @@ def render_help(topic: str | None = None) -> str:
     )
 
 
-def render_overview() -> str:
-    """The first page: what groups and settings there are. It fits a screen."""
+def render_overview(config_dir: str | None = None) -> str:
+    """The first page: what groups and settings there are. It fits a screen.
+
+    Args:
+        config_dir: a folder with options of the user's.
+    """
     lines = ["Groups, with the option that is used where none is named"]
-    for group, default, description in read_groups():
-        options = list_options(group, default)
-        label = f"{group}={default}"
-        text = f"{description}: {', '.join(options)}"
+    for group in read_groups():
+        options = list_options(group.name, group.default, config_dir)
+        text = f"{group.description}: {', '.join(options)}"
         if len(text) > WIDTH - OVERVIEW_WIDTH - 4:
-            text = f"{description}; {len(options)} options"
-        lines += format_row(label, text, OVERVIEW_WIDTH)
+            text = f"{group.description}; {len(options)} options"
+        lines += format_row(f"{group.name}={group.default}", text, OVERVIEW_WIDTH)
     sections = list_sections()
     section_lines: list[str] = []
     setting_lines: list[str] = []
-    for key, value, comment in parse_key_comments(read_config(), ""):
-        if key in sections:
-            section_lines += format_row(key, comment, OVERVIEW_WIDTH)
-        elif "." not in key:
-            setting_lines += format_row(f"{key}={value}", comment, OVERVIEW_WIDTH)
+    for setting in read_own_settings():
+        if setting.key in sections:
+            section_lines += format_row(setting.key, setting.comment, OVERVIEW_WIDTH)
+        elif "." not in setting.key:
+            setting_lines += format_row(f"{setting.key}={setting.value}", setting.comment, OVERVIEW_WIDTH)
     lines += ["", "Sections of settings", *section_lines, "", "Settings", *setting_lines]
     return "\n".join([USAGE, *lines, "", FLAGS])
 
 
-def render_group(group: str, default: str) -> str:
-    """The page of a group: its options, and what can be set with them."""
-    folder = files("int8run.conf").joinpath(group)
-    lines = [f"{group}=OPTION (default: {default})"]
-    options = list_options(group, default)
+def render_group(group: Group, config_dir: str | None = None) -> str:
+    """The page of a group: its options, and what can be set with them.
+
+    Args:
+        group: the group.
+        config_dir: a folder with options of the user's.
+    """
+    lines = [f"{group.name}=OPTION (default: {group.default})"]
+    options = list_options(group.name, group.default, config_dir)
     width = max(NAME_WIDTH, *(len(name) for name in options))
-    for name in options:
-        lines += format_row(name, read_description(folder.joinpath(f"{name}.yaml")), width)
-    keys = list_group_keys(group, default)
-    if keys:
+    for name, file in options.items():
+        lines += format_row(name, read_description(file), width)
+    rows = list_group_rows(group, config_dir)
+    if rows:
         lines += ["", "Settings (in brackets the options that have them, where the default has not)"]
-    for key, value, comment, owners in keys:
-        lines += format_row(f"{key}={value}", f"{comment}{owners}", KEY_WIDTH)
+    for label, text in rows:
+        lines += format_row(label, text, KEY_WIDTH)
     return "\n".join(lines) + "\n"
 
 
-def list_group_keys(group: str, default: str) -> list[tuple[str, str, str, str]]:
-    """Key, default value, comment, and in brackets its options, of all settings of a group.
+def list_group_rows(group: Group, config_dir: str | None) -> list[tuple[str, str]]:
+    """Label and description of all settings of a group.
 
-    What the default option has comes first; other options add what is their own.
+    What the default option has comes first. Other options add what is their own, with the names of these
+    options in brackets.
     """
-    option_keys = read_option_keys(group, default)
-    default_keys = option_keys.pop(default)
-    rows = [(key, value, comment, "") for key, value, comment in default_keys]
-    known = {key for key, _, _ in default_keys}
-    owners: dict[KeyComment, list[str]] = {}
-    for name, keys in option_keys.items():
-        for key_comment in keys:
-            if key_comment[0] not in known:
-                owners.setdefault(key_comment, []).append(name)
-    for (key, value, comment), names in owners.items():
-        rows.append((key, value, comment, f" [{', '.join(names)}]"))
+    settings_by_option = read_option_settings(group.name, group.default, config_dir)
+    default_settings = settings_by_option.pop(group.default)
+    rows = [(f"{setting.key}={setting.value}", setting.comment) for setting in default_settings]
+    known = {setting.key for setting in default_settings}
+    owners: dict[Setting, list[str]] = {}
+    for option, settings in settings_by_option.items():
+        for setting in settings:
+            if setting.key not in known:
+                owners.setdefault(setting, []).append(option)
+    for setting, options in owners.items():
+        rows.append((f"{setting.key}={setting.value}", f"{setting.comment} [{', '.join(options)}]"))
     return rows
 
 
 def render_section(section: str) -> str:
     """The page of a part of config.yaml, such as `cache`."""
-    comments = parse_key_comments(read_config(), "")
-    title = next(comment for key, _, comment in comments if key == section)
-    lines = [f"{section}: {title}"]
-    for key, value, comment in comments:
-        if key.startswith(f"{section}."):
-            lines += format_row(f"{key}={value}", comment, KEY_WIDTH)
+    lines = []
+    for setting in read_own_settings():
+        if setting.key == section:
+            lines.append(f"{section}: {setting.comment}")
+        if setting.key.startswith(f"{section}."):
+            lines += format_row(f"{setting.key}={setting.value}", setting.comment, KEY_WIDTH)
     return "\n".join(lines) + "\n"
 
 
@@ -151,29 +193,31 @@ def check_flags(arguments: Sequence[str]) -> None:
     Args:
         arguments: of the command line.
     """
-    names = {group for group, _, _ in read_groups()} | {
-        key for key, _, _ in parse_key_comments(read_config(), "")
-    }
-    for number, argument in enumerate(arguments):
+    names = {group.name for group in read_groups()}
+    names |= {setting.key for setting in read_own_settings()}
+    for argument, following in pairwise([*arguments, ""]):
+        if not argument.startswith("--"):
+            continue
         name, _, value = argument.removeprefix("--").partition("=")
         is_setting = name in names or name.partition(".")[0] in names
-        if not argument.startswith("--") or not is_setting:
+        if not is_setting:
             continue
-        following = [word for word in arguments[number + 1 : number + 2] if not word.startswith("-")]
-        example = value or (following[0] if following else "…")
-        raise ConfigError(f"{argument} is no flag; settings have no dashes: {name}={example}")
+        if not value and not following.startswith("-"):
+            value = following
+        raise ConfigError(f"{argument} is no flag; settings have no dashes: {name}={value or '…'}")
 
 
 def format_row(label: str, text: str, label_width: int) -> list[str]:
     """The lines of a label and its description; a long label has a line of its own."""
     indent = " " * (label_width + 4)
     # a long word is a list of values, which is cut where it must
-    wrapped = textwrap.wrap(text, WIDTH - len(indent), break_on_hyphens=False) or [""]
-    first = f"  {label:<{label_width}}  "
-    if len(first) > len(indent):
-        labels = textwrap.wrap(label, WIDTH - 4, initial_indent="  ", subsequent_indent="      ")
-        return [*labels, *(indent + line for line in wrapped)]
-    return [(first + wrapped[0]).rstrip(), *(indent + line for line in wrapped[1:])]
+    first, *others = textwrap.wrap(text, WIDTH - len(indent), break_on_hyphens=False) or [""]
+    following = [indent + line for line in others]
+    start = f"  {label:<{label_width}}  "
+    if len(start) <= len(indent):
+        return [(start + first).rstrip(), *following]
+    labels = textwrap.wrap(label, WIDTH - 4, initial_indent="  ", subsequent_indent="      ")
+    return [*labels, indent + first, *following]
 
 
 def read_config() -> str:
@@ -181,67 +225,106 @@ def read_config() -> str:
     return files("int8run.conf").joinpath("config.yaml").read_text()
 
 
-def read_groups() -> list[tuple[str, str, str]]:
-    """Name, default option and description of every group."""
-    found = [(row["group"], row["option"], row["comment"] or "") for row in DEFAULT.finditer(read_config())]
-    return [*found, (*LAUNCHER, LAUNCHER_DESCRIPTION)]
+def read_own_settings() -> list[Setting]:
+    """The settings of config.yaml, which belong to no group."""
+    return parse_settings(read_config(), prefix="")
+
+
+def read_groups() -> list[Group]:
+    """Every group of config.yaml, and the launchers of hydra."""
+    groups = [
+        Group(row["group"], row["option"], row["comment"] or "") for row in DEFAULT.finditer(read_config())
+    ]
+    return [*groups, LAUNCHER]
 
 
 def list_sections() -> list[str]:
     """The keys of config.yaml that have settings below them."""
-    keys = [key for key, _, _ in parse_key_comments(read_config(), "")]
-    parents = [key.partition(".")[0] for key in keys if "." in key]
+    parents = [setting.key.partition(".")[0] for setting in read_own_settings() if "." in setting.key]
     return list(dict.fromkeys(parents))
 
 
-def list_options(group: str, default: str) -> list[str]:
-    """The shipped options of a group, the default first; none of an unknown group."""
-    folder = files("int8run.conf").joinpath(group)
-    if not folder.is_dir():
-        return []
-    names = [file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml")]
-    return sorted(names, key=lambda name: (name != default, name))
+def list_options(group: str, default: str = "", config_dir: str | None = None) -> dict[str, Traversable]:
+    """The options of a group, and the file of each; none of an unknown group.
+
+    Args:
+        group: such as `model`, or `hydra/launcher`.
+        default: the option that comes first.
+        config_dir: a folder with options of the user's; one that is not there has none.
+    """
+    folders: list[Traversable] = [files("int8run.conf").joinpath(group)]
+    if config_dir is not None:
+        folders.append(Path(config_dir, group))
+    found: dict[str, Traversable] = {}
+    for folder in folders:
+        if not folder.is_dir():
+            continue
+        for file in folder.iterdir():
+            if file.name.endswith(".yaml"):  # of two with one name hydra takes the one that ships
+                found.setdefault(file.name.removesuffix(".yaml"), file)
+    names = sorted(found, key=lambda name: (name != default, name))
+    return {name: found[name] for name in names}
 
 
-def read_option_keys(group: str, default: str = "") -> dict[str, list[KeyComment]]:
-    """The keys of each shipped option of a group, the default option first; empty for an unknown group."""
-    folder = files("int8run.conf").joinpath(group)
-    found = {}
-    for name in list_options(group, default):
-        text = folder.joinpath(f"{name}.yaml").read_text()
-        prefix = "" if "@package _global_" in text else f"{group.replace('/', '.')}."
-        found[name] = parse_key_comments(text, prefix)
-    return found
+def read_option_settings(
+    group: str, default: str = "", config_dir: str | None = None
+) -> dict[str, list[Setting]]:
+    """The settings of each option of a group; see `list_options`."""
+    settings_by_option = {}
+    for name, file in list_options(group, default, config_dir).items():
+        text = read_option(file)
+        prefix = f"{group.replace('/', '.')}."
+        if "@package _global_" in text:
+            prefix = ""
+        settings_by_option[name] = parse_settings(text, prefix)
+    return settings_by_option
 
 
 def find_options_with(key: str) -> list[str]:
     """The options that have a key which the composed config lacks: `backend.tile` -> `backend=triton`."""
-    group = LAUNCHER[0] if key.startswith("hydra.launcher.") else key.partition(".")[0]
+    group = key.partition(".")[0]
+    if key.startswith("hydra.launcher."):
+        group = LAUNCHER.name
     options = []
-    for name, rows in read_option_keys(group).items():
-        keys = [row[0] for row in rows]
+    for name, settings in read_option_settings(group).items():
+        keys = [setting.key for setting in settings]
         if any(own == key or own.startswith(f"{key}.") for own in keys):
             options.append(f"{group}={name}")
     return options
 
 
+def read_option(file: Traversable) -> str:
+    """The text of an option; of a file in a user's folder, which may be anything, the beginning."""
+    with file.open(encoding="utf-8", errors="replace") as stream:
+        return stream.read(MAX_OPTION_CHARACTERS)
+
+
 def read_description(file: Traversable) -> str:
     """The description of an option: the first comment line that is not a directive."""
-    comments = [line[1:].strip() for line in file.read_text().splitlines() if line.startswith("#")]
-    return next((c for c in comments if not c.startswith("@")), "")
+    for line in read_option(file).splitlines():
+        comment = line.removeprefix("#").strip()
+        if line.startswith("#") and not comment.startswith("@"):
+            return comment
+    return ""
 
 
-def parse_key_comments(text: str, prefix: str) -> list[KeyComment]:
-    """(key with its path, default, comment) for every commented key of a YAML text."""
-    lines: list[KeyComment] = []
+def parse_settings(text: str, prefix: str) -> list[Setting]:
+    """Every key of a YAML text that has a comment.
+
+    Args:
+        text: the YAML; a level is two spaces.
+        prefix: of the keys, with a dot at its end; empty for none.
+    """
+    settings: list[Setting] = []
     path: list[str] = []
     for line in text.splitlines():
         found = KEY.match(line)
-        if not found:
+        if found is None:
             continue
         depth = len(found["indent"]) // 2
         path = [*path[:depth], found["key"]]
-        if path[0] in ("defaults", "hydra") or "adapters" in path[:-1] or not found["comment"]:
-            continue
-        lines.append((prefix + ".".join(path), found["value"].strip(), found["comment"]))
-    return lines
+        is_of_hydra = path[0] in ("defaults", "hydra")
+        is_example = "adapters" in path[:-1]  # a LoRA of a stack
+        if found["comment"] and not is_of_hydra and not is_example:
+            settings.append(Setting(prefix + ".".join(path), found["value"].strip(), found["comment"]))
+    return settings

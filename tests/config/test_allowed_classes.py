@@ -39,7 +39,7 @@ NONSENSE = {
 
 
 def make_spec(*words):
-    (config,) = compose_jobs(None, "config", ["device=cpu", *words], False)[1]
+    (config,) = compose_jobs(["device=cpu", *words])[1]
     return create_run_spec(config)
 
 
@@ -68,7 +68,7 @@ def test_a_command_refuses_a_half_made_class():
 def test_a_class_by_reference_is_that_of_its_place(tmp_path):
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "x.yaml").write_text("# @package _global_\noutlier: ${backend}\n")
-    (config,) = compose_jobs(str(tmp_path), "config", ["device=cpu", "+x=x"], False)[1]
+    (config,) = compose_jobs(["device=cpu", "+x=x"], config_dir=str(tmp_path))[1]
     with pytest.raises(ConfigError, match=r"outlier\._target_ is .*AutoBackend"):
         create_run_spec(config)
 

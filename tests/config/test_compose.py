@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_module
 from support.helpers import CONF
 
 from int8run.config.compose import compose_jobs, create_run_spec, int8run_options
-from int8run.config.help import parse_key_comments, read_description, render_help
+from int8run.config.help import Setting, parse_settings, read_description, render_help
 from int8run.config.run_spec import RunSpec
 from int8run.errors import ConfigError
 from int8run.models.family import AutoFamily, load_families, read_model_families
@@ -112,7 +112,7 @@ def test_a_family_of_the_users_own_is_chosen_by_its_name(tmp_path):
     (tmp_path / "model_type" / "mine.yaml").write_text(
         f"_target_: int8run.models.family.ModelFamily\nname: mine\n{rows}"
     )
-    _, (config,) = compose_jobs(str(tmp_path), "config", ["device=cpu", "model_type=mine"], False)
+    _, (config,) = compose_jobs(["device=cpu", "model_type=mine"], config_dir=str(tmp_path))
     family = create_run_spec(config).model_type
     assert family.find_skip_reason("head") == "final projection" and family.inputs == {"blocks.*.to_k": 64}
 
@@ -250,4 +250,5 @@ def test_help_names_every_top_level_key_with_its_default(key):
 
 def test_help_shows_nested_keys_with_their_path():
     text = "# a thing\nouter:\n  inner: 1 # how many\nbare: 2\nhydra:\n  x: 3 # no\n"
-    assert parse_key_comments(text, "g.") == [("g.outer.inner", "1", "how many")]
+
+    assert parse_settings(text, prefix="g.") == [Setting("g.outer.inner", value="1", comment="how many")]

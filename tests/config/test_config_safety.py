@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from int8run.config.compose import check_targets
+from int8run.config.config_safety import check_targets
 from int8run.errors import ConfigError
 
 # what hydra would call: creates the file `pwned` in the working folder

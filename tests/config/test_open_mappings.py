@@ -15,7 +15,7 @@ from int8run.jobs.hydra_plugins import POOL_CLASSES
 
 
 def compose_one(*words):
-    (config,) = compose_jobs(None, "config", ["device=cpu", *words], False)[1]
+    (config,) = compose_jobs(["device=cpu", *words])[1]
     return config
 
 
@@ -63,7 +63,7 @@ def test_another_value_takes_the_place_of_the_mapping():
 
 def test_the_mappings_of_a_sweep(tmp_path):
     words = ["device=cpu", "sampler.scheduler_settings={shift: 1.0},{shift: 3.0}"]
-    configs = compose_jobs(None, "config", words, True)[1]
+    configs = compose_jobs(words, multirun=True)[1]
     assert [create_run_spec(config).sampler.scheduler_settings for config in configs] == [
         {"shift": 1.0},
         {"shift": 3.0},

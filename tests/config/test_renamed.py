@@ -184,7 +184,7 @@ float_layers:
 def test_an_option_of_the_user_with_old_keys_and_items(tmp_path, caplog):
     write(tmp_path, "model_type/mine.yaml", OLD_FAMILY)
 
-    _, (config,) = compose_jobs(str(tmp_path), "config", ["device=cpu", "model_type=mine"], False)
+    _, (config,) = compose_jobs(["device=cpu", "model_type=mine"], config_dir=str(tmp_path))
 
     family = create_run_spec(config).model_type
     assert (family.mixed_precision, [(rule.pattern, rule.reason) for rule in family.ignore]) == (
@@ -201,7 +201,7 @@ def test_an_option_of_the_user_with_old_keys_and_items(tmp_path, caplog):
 def test_an_option_of_the_user_with_an_old_class(tmp_path, caplog):
     write(tmp_path, "sampler/mine.yaml", "_target_: int8run.models.family.Sampling\nsteps: 3\n")
 
-    _, (config,) = compose_jobs(str(tmp_path), "config", ["device=cpu", "sampler=mine"], False)
+    _, (config,) = compose_jobs(["device=cpu", "sampler=mine"], config_dir=str(tmp_path))
 
     assert create_run_spec(config).sampler.steps == 3
     (warning,) = warnings_of(caplog)
@@ -211,7 +211,7 @@ def test_an_option_of_the_user_with_an_old_class(tmp_path, caplog):
 def test_settings_of_a_file_for_the_whole_config(tmp_path):
     write(tmp_path, "extra/mine.yaml", "# @package _global_\ncalibration:\n  moments: 3\n  rows: 9\n")
 
-    _, (config,) = compose_jobs(str(tmp_path), "config", ["device=cpu", "+extra=mine"], False)
+    _, (config,) = compose_jobs(["device=cpu", "+extra=mine"], config_dir=str(tmp_path))
 
     calibration = create_run_spec(config).calibration
     assert (calibration.num_timesteps, calibration.max_tokens_per_layer) == (3, 9)
@@ -221,7 +221,7 @@ def test_a_sweep_that_is_written_in_a_file(tmp_path):
     sweep = "hydra: {sweeper: {params: {calibration.moments: '1,2', seed: 1}}}\n"
     write(tmp_path, "sweep/mine.yaml", "# @package _global_\n" + sweep)
 
-    jobs, configs = compose_jobs(str(tmp_path), "config", ["device=cpu", "+sweep=mine"], True)
+    jobs, configs = compose_jobs(["device=cpu", "+sweep=mine"], config_dir=str(tmp_path), multirun=True)
 
     assert [job[:2] for job in jobs] == [
         ["calibration.num_timesteps=1", "seed=1"],
@@ -234,7 +234,7 @@ def test_both_names_in_one_file_are_refused(tmp_path):
     write(tmp_path, "model_type/mine.yaml", OLD_FAMILY + "ignore: []\n")
 
     with pytest.raises(ConfigError, match=r"^model_type\.float_layers and model_type\.ignore are the same"):
-        compose_jobs(str(tmp_path), "config", ["device=cpu", "model_type=mine"], False)
+        compose_jobs(["device=cpu", "model_type=mine"], config_dir=str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -251,7 +251,7 @@ def test_the_check_of_classes_is_as_strict_as_before(tmp_path, target):
     write(tmp_path, "outlier/mine.yaml", f"_target_: {target}\n")
 
     with pytest.raises(ConfigError, match=r"^outlier\._target_ is .*; a config may only name classes of"):
-        check_command(str(tmp_path), "config", ["device=cpu", "outlier=mine"], False, lambda *_: None)
+        check_command(["device=cpu", "outlier=mine"], announce=lambda *_: None, config_dir=str(tmp_path))
 
 
 def test_files_of_other_programs_are_read_as_they_are(tmp_path):

@@ -26,7 +26,7 @@ def compose_file(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
         words = ["device=cpu", *overrides]
-        return compose_jobs(str(tmp_path / "shared"), "config", words, multirun)[1]
+        return compose_jobs(words, config_dir=str(tmp_path / "shared"), multirun=multirun)[1]
 
     return compose_with
 
@@ -374,7 +374,7 @@ def test_a_text_that_is_no_config_is_refused_at_once(tmp_path, text, message):
     encoding = "latin-1" if "é" in text else "utf-8"
     (tmp_path / "x" / "x.yaml").write_text(text, encoding=encoding)
     with pytest.raises(ConfigError, match=rf"x\.yaml.*{message}"):
-        compose_jobs(str(tmp_path), "config", ["+x=x"], False)
+        compose_jobs(["+x=x"], config_dir=str(tmp_path))
 
 
 def test_a_thousand_prompts_in_a_file_are_no_bomb(compose_file):

@@ -110,7 +110,7 @@ def test_every_command_composes(command):
         jobs = BasicSweeper.split_arguments(parsed, None)[0]
     with int8run_options():
         for job in jobs[:2]:
-            _, configs = compose_jobs(None, "config", list(job), False)
+            _, configs = compose_jobs(job)
             create_run_spec(configs[0])
 
 

@@ -161,15 +161,14 @@ def compose_file(folder: Path, words: list[str]) -> tuple[dict[str, Any], Any]:
     """
     try:
         with remembered_package_files():
-            found = check_command(str(folder), "config", words, False, lambda *_: None)
+            found = check_command(words, announce=lambda *_: None, config_dir=str(folder))
     except Exception as error:
         line, _ = explain_error(error)
         if line is None:
             raise
         raise ConfigError(line) from error
     assert found is not None, "a file made a sweep of a run"
-    config, spec = found
-    return get_plain_config(config), spec
+    return get_plain_config(found.config), found.spec
 
 
 def check_yaml(chance: Random, folder: Path) -> bool:

@@ -121,9 +121,9 @@ def test_a_real_pipeline_generates_with_it():
 
 def test_a_command_has_it_in_one_place():
     words = ["device=cpu", "prompts.negative_prompt=blurry"]
-    (config,) = compose_jobs(None, "config", words, False)[1]
+    (config,) = compose_jobs(words)[1]
     assert create_run_spec(config).prompts.negative_prompt == "blurry"
-    (config,) = compose_jobs(None, "config", [*words, "sampler.extra.negative_prompt=ugly"], False)[1]
+    (config,) = compose_jobs([*words, "sampler.extra.negative_prompt=ugly"])[1]
     with pytest.raises(ConfigError, match=r"are the same thing; give prompts\.negative_prompt alone"):
         create_run_spec(config)
 
