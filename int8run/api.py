@@ -30,12 +30,10 @@ from int8run.lora.installed import find_marks, format_names
 from int8run.lora.stack import LoraStack
 from int8run.models.dual_denoisers import split_denoiser
 from int8run.models.given_model import GivenModel, take_denoiser
-from int8run.pipeline.load import make_skip_rule, resolve_family
-from int8run.pipeline.quantize_denoiser import (
-    choose_fixed_method,
-    describe_skip_reasons,
-    select_int8_plans,
-)
+from int8run.pipeline.layer_selection import describe_skip_reasons, select_int8_plans
+from int8run.pipeline.load import resolve_family
+from int8run.pipeline.loaded_model import make_skip_rule
+from int8run.pipeline.outlier_choice import choose_fixed_method
 from int8run.ptq.quantize import build_int8_layers, check_backend, quantize_layers
 
 FLOAT_NAMES = ("float32", "bfloat16", "float16")

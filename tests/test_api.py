@@ -23,7 +23,8 @@ from int8run.generate.prompts import build_samples
 from int8run.layers.int8_linear import Int8Linear
 from int8run.lora.stack import LoraStack as TheStack
 from int8run.models.sampling import Sampling
-from int8run.pipeline.build import BuiltModel, build_model
+from int8run.pipeline.build import build_model
+from int8run.pipeline.built_model import BuiltModel
 from int8run.report.console import Progress
 
 KEEP_ALL = "model_type.ignore=[{pattern: '*', reason: asked}]"

@@ -24,7 +24,8 @@ from int8run.generate.capture import capture_step
 from int8run.generate.prompts import build_samples
 from int8run.metrics.layers import measure_layer_outputs
 from int8run.models.loader import read_library_versions
-from int8run.pipeline.build import BuiltModel, build_model
+from int8run.pipeline.build import build_model
+from int8run.pipeline.built_model import BuiltModel
 from int8run.report.console import Progress
 from int8run.report.run_files import collect_environment
 

@@ -19,7 +19,7 @@ from int8run.models.family import IgnoreRule, ModelFamily
 from int8run.models.sampling import Sampling
 from int8run.models.source import ResolvedModel
 from int8run.pipeline.build import select_quantization_settings
-from int8run.pipeline.load import LoadedModel
+from int8run.pipeline.loaded_model import LoadedModel
 from int8run.pipeline.quantize_denoiser import count_layer_rows, quantize_denoiser
 from int8run.report.console import Progress
 

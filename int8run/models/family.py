@@ -192,14 +192,27 @@ def load_families() -> Mapping[str, ModelFamily]:
     return families
 
 
+@dataclass(frozen=True)
+class ModelOption:
+    """What the YAML of an option of `model=` says, before it becomes a `ModelSource`.
+
+    Args:
+        location: of its checkpoint.
+        family: that it is made for; None: any.
+    """
+
+    location: str
+    family: str | None
+
+
 @functools.cache
-def read_model_families() -> Mapping[str, str | None]:
-    """Return the family that each option of `model=` is made for."""
-    families = {}
+def read_model_options() -> Mapping[str, ModelOption]:
+    """Return the options of `model=` that ship, by name."""
+    options: dict[str, ModelOption] = {}
     for file in sorted(MODEL_FOLDER.glob("*.yaml")):
         settings = yaml.safe_load(file.read_text(encoding="utf-8"))
-        families[file.stem] = settings.get("family")
-    return families
+        options[file.stem] = ModelOption(str(settings.get("location")), settings.get("family"))
+    return options
 
 
 @dataclass(frozen=True)

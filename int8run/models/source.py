@@ -78,7 +78,8 @@ class ResolvedDenoiser:
         for name, parameter in model.named_parameters():
             if not in_float32 & set(name.split(".")):
                 parameter.data = parameter.data.to(dtype)
-        return model.eval().requires_grad_(False)
+        skeleton: nn.Module = model.eval()
+        return skeleton.requires_grad_(requires_grad=False)
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,13 @@ functions that it calls take the settings that they use.
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from torch import nn
 
 from int8run.checkpoints.declared_format import AUTO, DeclaredFormat
@@ -21,7 +20,6 @@ from int8run.checkpoints.output_path import prepare_output_path
 from int8run.config.run_spec import RunSpec
 from int8run.generate.capture import capture_step
 from int8run.generate.generate import set_text_encoders
-from int8run.generate.prompt_cache import PromptCache
 from int8run.generate.prompts import Sample
 from int8run.layers.int8_linear import Int8Linear
 from int8run.layers.plan import LayerPlan
@@ -33,93 +31,30 @@ from int8run.lora.modes import Overhead
 from int8run.lora.stack import Entry, LoraStack
 from int8run.metrics.layers import count_macs, count_module_bytes
 from int8run.models.dual_denoisers import set_denoiser, split_denoiser
-from int8run.models.family import ModelFamily
 from int8run.models.given_model import find_text_encoders
-from int8run.pipeline.load import LoadedModel, LoadSettings, load_model, replace_missing_linears, set_offload
+from int8run.pipeline.built_model import BuiltModel
+from int8run.pipeline.given_files import check_checkpoint_fits, check_loras_fit
+from int8run.pipeline.layer_selection import select_int8_plans
+from int8run.pipeline.load import LoadSettings, load_model, set_offload
+from int8run.pipeline.loaded_model import LoadedModel, replace_missing_linears
 from int8run.pipeline.prequantized import PrequantizedLayers, PrequantizedRequest, find_prequantized
-from int8run.pipeline.provenance import build_cache_key, build_provenance, list_baked_loras
-from int8run.pipeline.quantize_denoiser import (
-    QuantizationSettings,
-    QuantizedDenoiser,
-    count_layer_rows,
-    quantize_denoiser,
-    select_int8_plans,
+from int8run.pipeline.provenance import (
+    QuantizationOrigin,
+    build_cache_key,
+    build_provenance,
+    list_baked_loras,
 )
+from int8run.pipeline.quantization_settings import QuantizationSettings
+from int8run.pipeline.quantize_denoiser import QuantizedDenoiser, count_layer_rows, quantize_denoiser
 from int8run.pipeline.store_layers import cache_layers, save_layers
 from int8run.pipeline.text_encoders import QuantizedEncoders, build_encoders
 from int8run.ptq.layer_costs import BranchCosts
-from int8run.ptq.mixed_precision import MixedPrecisionResult
 from int8run.report.columns import SAME_FILE_LIMITS
 from int8run.report.console import Progress
 from int8run.utils.plurals import count_noun
-from int8run.utils.timing import read_clock, time_medians
 
 log = logging.getLogger(__name__)
 OVERHEAD_ROUNDS = 11
-
-
-@dataclass
-class BuiltModel:
-    """A model ready to run.
-
-    Args:
-        component: the pipeline's name for its denoiser; of two, for the first one.
-        denoisers: by what generates with them: `float` where the run needs it, and what is compared with it,
-            `int8` or `clip`; the latter is the float denoiser once more.
-        float_bytes: size of the float denoiser, whether its weights are in memory or not.
-        num_params: numbers in its parameters.
-        macs: multiply-adds of its layers in one step, by name.
-        scheduler: as the checkpoint has it; a sampling may name another.
-        plans: what happened to each Linear.
-        encoders: the quantized text encoders.
-        text_encoders: by the names of `denoisers`, the components that differ between them.
-        float_text_encoder_bytes: size of the float text encoders, whether they are in memory or not.
-        text_strengths: of the LoRAs on the text encoders now.
-        num_dequantized_layers: Linears of the float model that are quantized numbers of its own file.
-        mixed_precision: what keeping layers float for `quality_db` brought, where that was asked for.
-        seconds: that loading and quantizing took.
-        lora_overhead: time of a step with LoRA branches over its time without, once it was measured; it does
-            not depend on the strengths.
-    """
-
-    pipe: DiffusionPipeline
-    component: str
-    family: ModelFamily
-    denoisers: dict[str, nn.Module]
-    float_bytes: int
-    num_params: int
-    macs: Mapping[str, int]
-    scheduler: Any
-    device: torch.device
-    plans: list[LayerPlan]
-    loras: LoraStack
-    encoders: QuantizedEncoders
-    text_encoders: dict[str, dict[str, nn.Module]]
-    float_text_encoder_bytes: int
-    text_strengths: list[float]
-    num_dequantized_layers: int = 0
-    mixed_precision: MixedPrecisionResult | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
-    lora_overhead: float | None = None
-
-    def set_strengths(self, strengths: Sequence[float], text_strengths: Sequence[float]) -> float:
-        """Set the LoRA strengths of all denoisers and text encoders; nothing is rebuilt.
-
-        Args:
-            strengths: of each LoRA on the denoisers.
-            text_strengths: of each LoRA on the text encoders.
-
-        Returns:
-            The seconds that it took.
-        """
-        started = read_clock(self.device)
-        has_new_text_strengths = list(text_strengths) != self.text_strengths
-        self.loras.set_strengths(strengths, text_strengths if has_new_text_strengths else None)
-        self.text_strengths = list(text_strengths)
-        if has_new_text_strengths:
-            self.encoders.set_strengths(text_strengths)
-            PromptCache.for_pipeline(self.pipe).clear()
-        return read_clock(self.device) - started
 
 
 @dataclass(frozen=True)
@@ -157,12 +92,14 @@ def build_model(
     """Load a model, put the LoRAs on it, and quantize it.
 
     Args:
+        spec: the settings of the run.
         probe: samples of one batch; the denoiser's call on them gives real shapes and activations.
         headers: the LoRA files of the stack, in its order.
+        progress: of each step.
     """
     entries = read_entries(spec, headers)
     prepare_save(spec)
-    loaded = load_model(select_load_settings(spec), progress)
+    loaded = load_model(select_load_settings(spec), progress, partial(check_given_files, spec, entries))
     warn_dequantized_baseline(spec, loaded)
     text_encoders = find_text_encoders(loaded.pipe.components)
     loras = LoraStack(loaded.denoiser, text_encoders, spec.lora.mode, spec.lora.strict, spec.seed)
@@ -179,8 +116,7 @@ def build_model(
     encoders = install_text_encoders(spec, loaded, matches, progress)
     report_loras(spec, loras)
     if spec.lora.is_baked:
-        read_joined_norms(matches.denoiser, loaded.read_weight)
-        loras.set_strengths(spec.lora.strengths)
+        bake_loras(spec, loaded, loras, matches)
 
     step = trace_step(spec, loaded, probe, progress)
     built = BuiltModel(
@@ -204,15 +140,8 @@ def build_model(
 
     started = time.perf_counter()
     if spec.int8.enable:
-        rows = count_layer_rows(step.denoiser, select_int8_plans(sources.plans), step.calls)
-        quantized = quantize_and_store(spec, loaded, sources, rows=rows, loras=loras, progress=progress)
-        built.denoisers["int8"] = quantized.denoiser
-        built.mixed_precision = quantized.mixed_precision
-        if entries and not spec.lora.is_baked:
-            attach_loras(built, spec, rows)
-    set_denoiser(built.pipe, built.denoisers[spec.candidate], built.component)
-    set_text_encoders(built.pipe, spec.candidate, encoders.modules)
-    set_offload(built.pipe, spec.offload, built.device)
+        add_int8_denoiser(built, spec, loaded, sources=sources, step=step, progress=progress)
+    install_candidate(built, spec)
     built.seconds = {"load": load_seconds, "quantize": time.perf_counter() - started}
     compile_denoisers(built.denoisers, spec.compile)
     return built
@@ -225,12 +154,14 @@ def select_load_settings(spec: RunSpec, *, needs_float_denoiser: bool | None = N
     """What decides how the model of a run is loaded.
 
     Args:
+        spec: the settings of the run.
         needs_float_denoiser: None: what the run needs.
     """
     if needs_float_denoiser is None:
         needs_float_denoiser = spec.needs_float_denoiser
     model = spec.model
-    if spec.int8.checkpoint is not None:  # of which these two speak then
+    if spec.int8.checkpoint is not None:
+        # these two say how the file of int8.checkpoint is read then, and not the model's own
         model = replace(model, quant_format=AUTO, sdnq=None)
     return LoadSettings(
         model=model,
@@ -256,8 +187,14 @@ def select_quantization_settings(spec: RunSpec) -> QuantizationSettings:
         calibration=spec.calibration,
         quality_db=spec.quality_db,
         dtype=getattr(torch, spec.model.dtype),
+        needs_calibration=spec.needs_calibration,
         has_fused_layers=spec.save is not None and Path(spec.save).suffix != "",
     )
+
+
+def select_origin(spec: RunSpec) -> QuantizationOrigin:
+    """The settings that the INT8 layers of a run are made with."""
+    return QuantizationOrigin(spec.model, spec.lora, select_quantization_settings(spec))
 
 
 # -- the steps -------------------------------------------------------------------------------------
@@ -265,10 +202,28 @@ def select_quantization_settings(spec: RunSpec) -> QuantizationSettings:
 
 def read_entries(spec: RunSpec, headers: Sequence[LoraHeader]) -> list[Entry]:
     """Read the LoRA files of the stack."""
-    return [
-        Entry(header.name, read_lora(header.path), components=adapter.components)
-        for header, adapter in zip(headers, spec.lora.adapters, strict=True)
-    ]
+    entries = []
+    for header, adapter in zip(headers, spec.lora.adapters, strict=True):
+        entries.append(Entry(header.name, read_lora(header.path), components=adapter.components))
+    return entries
+
+
+def check_given_files(
+    spec: RunSpec, entries: Sequence[Entry], build_skeletons: Callable[[], Mapping[str, nn.Module]]
+) -> None:
+    """Refuse an `int8.checkpoint` or a LoRA that is for another model, before the weights are read.
+
+    Args:
+        spec: the settings of the run.
+        entries: the LoRAs.
+        build_skeletons: the denoisers without weights, by component.
+    """
+    if spec.int8.checkpoint is None and not entries:
+        return
+    skeletons = build_skeletons()
+    if spec.int8.checkpoint is not None:
+        check_checkpoint_fits(spec.int8.checkpoint, skeletons, spec.model)
+    check_loras_fit(entries, skeletons)
 
 
 def prepare_save(spec: RunSpec) -> None:
@@ -300,6 +255,8 @@ def find_layer_sources(
     """Plan every Linear, and find the INT8 layers that exist already.
 
     Args:
+        spec: the settings of the run.
+        loaded: the model.
         entries: the LoRAs, which are part of the cache's key where they are baked in.
         matches: the layers that they change.
     """
@@ -308,15 +265,7 @@ def find_layer_sources(
         return LayerSources(plans, prequantized=None, cache_key=None)
     cache_key = None
     if spec.cache.limit_gb and spec.int8.checkpoint is None:
-        cache_key = build_cache_key(
-            loaded,
-            select_quantization_settings(spec),
-            model=spec.model,
-            lora=spec.lora,
-            entries=entries,
-            needs_calibration=spec.needs_calibration,
-            cache=spec.cache,
-        )
+        cache_key = build_cache_key(loaded, select_origin(spec), entries, spec.cache)
     request = PrequantizedRequest(
         checkpoint=spec.int8.checkpoint,
         outlier=spec.outlier,
@@ -339,6 +288,12 @@ def install_text_encoders(
     return encoders
 
 
+def bake_loras(spec: RunSpec, loaded: LoadedModel, loras: LoraStack, matches: Matches) -> None:
+    """Give the LoRAs their strengths before anything is quantized: they become part of the weights."""
+    read_joined_norms(matches.denoiser, loaded.read_weight)
+    loras.set_strengths(spec.lora.strengths)
+
+
 def report_loras(spec: RunSpec, loras: LoraStack) -> None:
     """Log what each LoRA changes, and warn of strengths that change nothing."""
     for line in loras.report():
@@ -354,7 +309,10 @@ def trace_step(spec: RunSpec, loaded: LoadedModel, probe: Sequence[Sample], prog
     """Run one denoising step, for the shapes in it and for activations.
 
     Args:
+        spec: the settings of the run.
+        loaded: the model.
         probe: samples of one batch.
+        progress: of the step.
     """
     with progress.track_step("Tracing one denoising step"):
         denoiser = replace_missing_linears(loaded.denoiser)
@@ -378,6 +336,7 @@ def select_text_encoders(
     """The text encoders that differ between the float model and what is compared with it, for each of them.
 
     Args:
+        spec: the settings of the run.
         text_encoders: the pipeline's, by component.
         quantized: those that `clip=` quantizes.
     """
@@ -388,53 +347,73 @@ def select_text_encoders(
     return selected
 
 
-def quantize_and_store(
+def add_int8_denoiser(
+    built: BuiltModel,
     spec: RunSpec,
     loaded: LoadedModel,
-    sources: LayerSources,
     *,
-    rows: Mapping[str, int],
-    loras: LoraStack,
+    sources: LayerSources,
+    step: TracedStep,
     progress: Progress,
-) -> QuantizedDenoiser:
-    """Make the INT8 denoiser; keep its layers in the cache, and in the file of `save=`."""
-    settings = select_quantization_settings(spec)
+) -> None:
+    """Quantize the denoiser, and bring the LoRAs to its INT8 layers.
+
+    Args:
+        built: gets the INT8 denoiser.
+        spec: the settings of the run.
+        loaded: the float model.
+        sources: what is decided for its layers.
+        step: shows how many rows each layer sees.
+        progress: of each step.
+    """
+    rows = count_layer_rows(step.denoiser, select_int8_plans(sources.plans), step.calls)
     quantized = quantize_denoiser(
         loaded,
         sources.plans,
-        settings,
+        select_quantization_settings(spec),
         rows=rows,
         prequantized=sources.prequantized,
-        loras=loras,
+        loras=built.loras,
         progress=progress,
     )
-    is_new = sources.prequantized is None and sources.cache_key is not None
-    if not is_new and spec.save is None:
-        return quantized
+    store_quantized(spec, loaded, sources, quantized)
+    built.denoisers["int8"] = quantized.denoiser
+    built.mixed_precision = quantized.mixed_precision
+    if built.loras.entries and not spec.lora.is_baked:
+        attach_loras(built, spec, rows)
+
+
+def store_quantized(
+    spec: RunSpec, loaded: LoadedModel, sources: LayerSources, quantized: QuantizedDenoiser
+) -> None:
+    """Keep the INT8 layers in the cache, where they are new, and in the file of `save=`."""
+    cache_key = None
+    if sources.prequantized is None:
+        cache_key = sources.cache_key
+    if cache_key is None and spec.save is None:
+        return
     provenance = build_provenance(
         loaded,
         sources.plans,
-        settings,
-        model=spec.model,
-        lora=spec.lora,
+        select_origin(spec),
         seed=spec.seed,
-        needs_calibration=spec.needs_calibration,
         prequantized=sources.prequantized,
         cache=spec.cache,
     )
-    if is_new and sources.cache_key is not None:
-        result = quantized.mixed_precision
-        budget = {"budget": None if result is None else asdict(result)}
-        cache_layers(spec.cache, sources.cache_key, quantized.layers, provenance | budget)
+    if cache_key is not None:
+        search = quantized.mixed_precision
+        budget = None if search is None else asdict(search)
+        cache_layers(spec.cache, cache_key, quantized.layers, {**provenance, "budget": budget})
     if spec.save is not None:  # after the cache, so that nothing is lost where it cannot be written
         save_layers(spec.save, loaded, quantized.layers, provenance)
-    return quantized
 
 
 def attach_loras(built: BuiltModel, spec: RunSpec, rows: Mapping[str, int]) -> None:
     """Bring the LoRAs to the INT8 layers, each by the mode that it can have.
 
     Args:
+        built: has the INT8 denoiser and the stack.
+        spec: the settings of the run.
         rows: that each layer sees in one step, by name.
     """
     overhead: Overhead | None = None
@@ -459,6 +438,13 @@ def attach_loras(built: BuiltModel, spec: RunSpec, rows: Mapping[str, int]) -> N
             log.info("%s", line)
 
 
+def install_candidate(built: BuiltModel, spec: RunSpec) -> None:
+    """Give the pipeline the denoiser and the text encoders that the run is about, and its offloading."""
+    set_denoiser(built.pipe, built.denoisers[spec.candidate], built.component)
+    set_text_encoders(built.pipe, spec.candidate, built.encoders.modules)
+    set_offload(built.pipe, spec.offload, built.device)
+
+
 def compile_denoisers(denoisers: Mapping[str, nn.Module], mode: str) -> None:
     """Compile all denoisers, float and INT8 alike, by torch.compile.
 
@@ -472,28 +458,3 @@ def compile_denoisers(denoisers: Mapping[str, nn.Module], mode: str) -> None:
             part.compile_repeated_blocks(fullgraph=True)
         elif mode == "full":
             part.compile(fullgraph=True)
-
-
-@torch.no_grad()
-def measure_lora_overhead(
-    built: BuiltModel, calls: Sequence[Mapping[str, Any]], rounds: int = OVERHEAD_ROUNDS
-) -> float:
-    """Time of an INT8 step with the LoRA branches over its time without: medians of calls that take turns.
-
-    Args:
-        calls: arguments of the denoiser; of two denoisers those of each.
-        rounds: how often each is timed.
-    """
-    denoiser = built.denoisers["int8"]
-
-    def run_step(has_branches: bool) -> None:
-        # takes a few microseconds for each layer, both times the same
-        for layer in built.loras.dynamic_layers:
-            layer.switch_branch(has_branches)
-        for call in calls:
-            denoiser(**call)
-
-    without, with_branches = time_medians(
-        [partial(run_step, False), partial(run_step, True)], built.device, rounds
-    )
-    return with_branches / without

@@ -50,6 +50,7 @@ class FileWeights:
         model: the denoiser that the weights are for; only shapes and names of its parameters are used.
         is_partial: whether the file may lack parameters, as a file of INT8 layers alone.
         declared: what the user says of the file; it decides what the file leaves open.
+        reports_unused: whether the log says what of the file is not used.
 
     Raises:
         ConfigError: when no layer has the format that is asked for.
@@ -60,8 +61,10 @@ class FileWeights:
         self,
         path: Path,
         model: nn.Module,
+        *,
         is_partial: bool = False,
         declared: DeclaredFormat = UNDECLARED,
+        reports_unused: bool = True,
     ):
         self.path = path
         self.class_name = type(model).__name__
@@ -78,7 +81,8 @@ class FileWeights:
         self.check_dtypes(model.state_dict())
         if not is_partial:
             self.check_complete(len(model_shapes))
-        self.report_unused()
+        if reports_unused:
+            self.report_unused()
 
     # -- what is in the file -----------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from int8run.lora.header_info import LoraHeader
 from int8run.models.family import ModelSource
 from int8run.models.loader import pick_device, read_library_versions
 from int8run.models.source import resolve_model
-from int8run.pipeline.load import hash_model_files
+from int8run.pipeline.model_files import hash_model_files
 from int8run.utils.disk_cache import DiskCache, hash_parts
 from int8run.utils.hardware import get_device_name
 

@@ -1,56 +1,50 @@
 """Load a model: whole and in float, or as a skeleton whose weights are read when they are quantized.
 
-build.py and task=bench call `load_model`. Nothing is quantized here, and no LoRA is known here.
+build.py and task=bench call `load_model`. What can be refused by names and headers is refused before weights
+are read. Nothing is quantized here, and no LoRA is known here.
 """
 
 import logging
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from torch import Tensor, nn
+from torch import nn
 
 from int8run.backends.base import Backend
 from int8run.checkpoints.declared_format import DeclaredFormat
-from int8run.checkpoints.detect import list_quantized_weights, read_layers
-from int8run.checkpoints.layer import FLOAT
-from int8run.checkpoints.reader import TensorFiles
-from int8run.checkpoints.unsupported import read_quant_config
-from int8run.errors import BackendError, ConfigError, FileError
+from int8run.errors import BackendError, ConfigError
 from int8run.generate.pipeline_call import find_unknown_arguments
-from int8run.layers.assemble import copy_sharing_tensors
-from int8run.layers.int8_linear import get_linear
-from int8run.layers.plan import LayerPlan, plan_layers
-from int8run.models.dual_denoisers import DualDenoiser, split_denoiser
+from int8run.models.dual_denoisers import DualDenoiser
 from int8run.models.family import (
     AutoFamily,
     ModelFamily,
     ModelSource,
     load_families,
-    read_model_families,
+    read_model_options,
 )
 from int8run.models.loader import list_block_prefixes, load_parts, load_pipeline, pick_device
-from int8run.models.resolve_weights import download_side_files
+from int8run.models.resolve_weights import download_side_files, to_local_path
 from int8run.models.sampling import Sampling
 from int8run.models.schedulers import set_scheduler
 from int8run.models.source import ResolvedModel, resolve_model
 from int8run.pipeline.checkpoint_weights import DenoiserWeights, FileWeights
+from int8run.pipeline.loaded_model import LoadedModel
+from int8run.pipeline.model_files import check_float_components, has_quantized_weights
 from int8run.pipeline.text_encoders import OpenedEncoder, open_encoders
 from int8run.ptq.quantize import check_backend
 from int8run.report.console import Progress
 from int8run.text_encoders.base import TextEncoders
-from int8run.utils.disk_cache import DiskCache
-from int8run.utils.plurals import count_noun
 from int8run.utils.text import shorten_error
 
 log = logging.getLogger(__name__)
 CPU = torch.device("cpu")
-# files of a diffusers folder that decide what a model computes
-HASHED_SUFFIXES = (".safetensors", ".json", ".model", ".txt")
+# is given a function that builds the skeletons of the denoisers, by component
+CheckFiles = Callable[[Callable[[], Mapping[str, nn.Module]]], None]
 
 
 @dataclass(frozen=True)
@@ -88,89 +82,16 @@ class LoadSettings:
         return dtype
 
 
-@dataclass
-class LoadedModel:
-    """A model as it was loaded, and what is known about it.
+def load_model(
+    settings: LoadSettings, progress: Progress, check_files: CheckFiles = lambda skeletons: None
+) -> LoadedModel:
+    """Load the pipeline and recognize the family of its denoiser.
 
     Args:
-        component: the pipeline's name for its denoiser; of two, for the first one.
-        denoiser: the float model, or a skeleton; of two denoisers a module that holds both.
-        scheduler: as the checkpoint has it; a sampling may name another.
-        checkpoint: the denoiser's weights; None where diffusers has read them.
-        encoders: the text encoders that `clip=` changes, opened.
-        seconds: that loading took.
-    """
-
-    pipe: DiffusionPipeline
-    component: str
-    denoiser: nn.Module
-    scheduler: Any
-    family: ModelFamily
-    sampling: Sampling
-    device: torch.device
-    source: ResolvedModel
-    checkpoint: DenoiserWeights | None
-    encoders: Mapping[str, OpenedEncoder]
-    seconds: float = 0.0
-
-    @property
-    def skeleton_encoders(self) -> tuple[str, ...]:
-        """Text encoders of the pipeline that are skeletons, to be replaced by quantized ones."""
-        return tuple(
-            name for name, opened in self.encoders.items() if getattr(self.pipe, name) is opened.skeleton
-        )
-
-    @property
-    def float_bytes(self) -> int:
-        """Size of the float denoiser in memory, whether its weights are read or not."""
-        tensors = [*self.denoiser.parameters(), *self.denoiser.buffers()]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-    @property
-    def num_dequantized_layers(self) -> int:
-        """Linears of the float model whose weights are quantized numbers of its own file."""
-        if self.checkpoint is None:
-            return 0
-        return len(self.checkpoint.find_int8_layers()) + len(self.checkpoint.find_inexact_layers())
-
-    def plan_layers(self) -> list[LayerPlan]:
-        """Every Linear of the denoiser, with the family's reason where one stays float."""
-        return plan_layers(self.denoiser, make_skip_rule(self.family, self.denoiser))
-
-    def read_weight(self, name: str) -> Tensor:
-        """The float weight of a Linear, on the device; read from the file where the model has none.
-
-        Args:
-            name: of the Linear.
-
-        Returns:
-            [N, K]
-        """
-        weight = get_linear(self.denoiser, name).weight.detach()
-        if not weight.is_meta:
-            return weight.to(self.device)  # with offload= the float model waits in memory
-        assert self.checkpoint is not None
-        return self.checkpoint.read_tensor(f"{name}.weight").to(self.device, weight.dtype)
-
-    def fill_weights(self, except_for: Iterable[str] = ()) -> None:
-        """Read what the skeleton lacks, except for the weights of some Linears.
-
-        Args:
-            except_for: names of the Linears.
-        """
-        left_out = {f"{name}.weight" for name in except_for}
-        state = self.denoiser.state_dict()
-        missing = [name for name, tensor in state.items() if tensor.is_meta and name not in left_out]
-        if self.checkpoint is not None:
-            self.checkpoint.fill_parameters(self.denoiser, missing, self.device)
-        for module in self.denoiser.modules():  # buffers that no checkpoint holds
-            for name, buffer in module._buffers.items():
-                if buffer is not None and not buffer.is_meta:
-                    module._buffers[name] = buffer.to(self.device)
-
-
-def load_model(settings: LoadSettings, progress: Progress) -> LoadedModel:
-    """Load the pipeline and recognize the family of its denoiser.
+        settings: what to load, and how.
+        progress: of the loading.
+        check_files: called when the denoisers are known and before weights are read, with what builds their
+            skeletons, to refuse files that are not for them.
 
     Raises:
         BackendError: for a device or a backend that cannot run here; nothing is loaded then.
@@ -183,18 +104,18 @@ def load_model(settings: LoadSettings, progress: Progress) -> LoadedModel:
     with progress.track_step("Loading the model"):
         source = resolve_model(settings.model)
         check_model_family(settings.model, source.denoisers[0].class_name)
+        check_files(partial(build_skeletons, source, settings.dtype))
+
         skeletons: dict[str, nn.Module] = {}
-        checkpoint = None
-        if source.has_single_files or not settings.needs_float_denoiser or needs_own_reader(source, settings):
-            skeletons = {d.component: d.build_skeleton(settings.dtype) for d in source.denoisers}
+        checkpoint: DenoiserWeights | None = None
+        if needs_skeletons(source, settings):
+            skeletons = build_skeletons(source, settings.dtype)
             download_quantization_configs(source, settings.model)
             checkpoint = open_denoiser_weights(source, skeletons, settings.model)
         encoders = open_encoders(settings.clip, source.folder, settings.model.parts, settings.dtype)
-        pipe = load_float_parts(source, settings, skeletons, encoders, device)
-        denoisers = {d.component: getattr(pipe, d.component) for d in source.denoisers}
-        for denoiser in denoisers.values():
-            denoiser.eval().requires_grad_(False)
-            set_attention(denoiser, settings.attention)
+        pipe = load_float_parts(source, settings, skeletons=skeletons, encoders=encoders, device=device)
+
+        denoisers = prepare_denoisers(pipe, source, settings.attention)
         check_sampling(pipe, settings.sampling)
         scheduler = pipe.scheduler
         set_scheduler(pipe, scheduler, settings.sampling)
@@ -240,6 +161,7 @@ def open_denoiser_weights(
     """Open the weights of every denoiser, by the prefix that its layers have beside those of another.
 
     Args:
+        source: where they are.
         skeletons: of the denoisers, by component.
         model: what decides where the files leave open how their layers are stored.
     """
@@ -253,20 +175,20 @@ def open_denoiser_weights(
     return DenoiserWeights({f"{component}.": file for component, file in files.items()})
 
 
-def needs_own_reader(source: ResolvedModel, settings: LoadSettings) -> bool:
-    """Whether a pipeline's folder has denoisers with quantized weights, which diffusers takes for floats."""
+def needs_skeletons(source: ResolvedModel, settings: LoadSettings) -> bool:
+    """Whether int8run reads the weights of the denoisers itself, into skeletons, and not diffusers."""
+    if source.has_single_files or not settings.needs_float_denoiser:
+        return True
     declared = DeclaredFormat(settings.model.quant_format, settings.model.sdnq)
     if not declared.is_empty:
         return True
+    # diffusers would take quantized weights for floats
     return any(has_quantized_weights(denoiser.weights) for denoiser in source.denoisers)
 
 
-def has_quantized_weights(path: Path) -> bool:
-    """Whether a safetensors file, or those of a folder, hold quantized weights."""
-    if path.is_dir() and not any(path.glob("*.safetensors")):
-        return False
-    with TensorFiles.open(path) as files:
-        return bool(list_quantized_weights(files))
+def build_skeletons(source: ResolvedModel, dtype: torch.dtype) -> dict[str, nn.Module]:
+    """The denoisers without weights, by component."""
+    return {denoiser.component: denoiser.build_skeleton(dtype) for denoiser in source.denoisers}
 
 
 def download_quantization_configs(source: ResolvedModel, model: ModelSource) -> None:
@@ -274,49 +196,18 @@ def download_quantization_configs(source: ResolvedModel, model: ModelSource) -> 
     if not source.has_single_files:
         return
     for denoiser in source.denoisers:
+        if not has_quantized_weights(denoiser.weights):
+            continue
         location = model.location
         if isinstance(location, Mapping):
             location = location[denoiser.component]
-        if has_quantized_weights(denoiser.weights):
-            download_side_files(str(location), model.revision)
-
-
-def check_float_components(folder: Path, without: Collection[str]) -> None:
-    """Check that diffusers and transformers read the right numbers in the components of a pipeline.
-
-    They take quantized weights for floats and leave out scales that they do not know. Plain casts to fp8 are
-    floats. A component whose config names a method is left to the library of that method.
-
-    Args:
-        folder: of the pipeline.
-        without: components that are not loaded from there.
-
-    Raises:
-        FileError: naming the component and what reads it.
-    """
-    for part in sorted(folder.iterdir()):
-        if not part.is_dir() or part.name in without or not has_quantized_weights(part):
-            continue
-        with TensorFiles.open(part) as files:
-            if read_quant_config(files):
-                continue
-            layers = read_layers(files)
-        quantized = [layer for layer in layers.values() if layer.storage_dtype != FLOAT and layer.granularity]
-        if not quantized:
-            continue
-        how = "take a pipeline with its float weights"
-        if part.name.startswith("text_encoder"):
-            how = f"set clip=auto 'clip.path={{{part.name}: {part}}}' metrics.baseline=none, which reads them"
-        weights = count_noun(len(quantized), "quantized weight")
-        raise FileError(
-            f"{part} holds {weights} ({quantized[0].label}), which diffusers would "
-            f"use without their scales; {how}"
-        )
+        download_side_files(str(location), model.revision)
 
 
 def load_float_parts(
     source: ResolvedModel,
     settings: LoadSettings,
+    *,
     skeletons: Mapping[str, nn.Module],
     encoders: Mapping[str, OpenedEncoder],
     device: torch.device,
@@ -324,18 +215,34 @@ def load_float_parts(
     """Load the pipeline with everything in float that is not a skeleton.
 
     Args:
+        source: where its parts are.
+        settings: how it is loaded.
         skeletons: denoisers whose weights are not read here.
         encoders: text encoders that are quantized later.
         device: of the model; with offloading, parts wait in memory until they are moved there.
     """
-    empty_encoders: dict[str, nn.Module] = {}
+    empty_modules = dict(skeletons)
+    parts = dict(settings.model.parts)
     if not settings.needs_float_encoders:
-        empty_encoders = {name: opened.skeleton for name, opened in encoders.items()}
-    check_float_components(source.folder, without={*skeletons, *empty_encoders})
-    needed_parts = {n: part for n, part in settings.model.parts.items() if n not in empty_encoders}
-    parts = load_parts(source.folder, needed_parts, settings.dtype)
+        for name, opened in encoders.items():
+            empty_modules[name] = opened.skeleton
+            parts.pop(name, None)
+    check_float_components(source.folder, without=empty_modules)
+    loaded_parts = load_parts(source.folder, parts, settings.dtype)
     place = device if settings.offload == "none" else CPU
-    return load_pipeline(source.folder, {**skeletons, **empty_encoders}, settings.dtype, place, parts)
+    return load_pipeline(source.folder, empty_modules, settings.dtype, place, loaded_parts)
+
+
+def prepare_denoisers(pipe: DiffusionPipeline, source: ResolvedModel, attention: str) -> dict[str, nn.Module]:
+    """The denoisers of a pipeline by component, ready for inference, with the attention of the settings."""
+    denoisers = {}
+    for denoiser in source.denoisers:
+        module = getattr(pipe, denoiser.component)
+        module.eval()
+        module.requires_grad_(requires_grad=False)
+        set_attention(module, attention)
+        denoisers[denoiser.component] = module
+    return denoisers
 
 
 def resolve_family(model_type: ModelFamily | AutoFamily, denoiser: nn.Module) -> ModelFamily:
@@ -355,11 +262,15 @@ def check_model_family(model: ModelSource, denoiser: str) -> None:
         ConfigError: naming what the location holds, and the models of that family.
     """
     families = load_families()
-    if model.family is None or model.family not in families or denoiser in families[model.family].denoisers:
+    if model.family is None or model.family not in families:
+        return
+    if denoiser in families[model.family].denoisers:
         return
     found = [name for name, family in families.items() if denoiser in family.denoisers]
-    options = [option for option, family in read_model_families().items() if family in found]
-    choice = f"choose model={' or '.join(options)}" if options else "write a model of your own"
+    choice = "write a model of your own"
+    options = list_model_options(model.location, found)
+    if options:
+        choice = f"choose model={' or '.join(options)}"
     raise ConfigError(
         f"model.location={model.location} holds a {denoiser} ({' or '.join(found) or 'no known family'}), "
         f"and the steps, guidance and size of this model are made for {model.family}; {choice}, or set "
@@ -367,12 +278,27 @@ def check_model_family(model: ModelSource, denoiser: str) -> None:
     )
 
 
+def list_model_options(location: object, families: Collection[str]) -> list[str]:
+    """The options of `model=` for a location: the one that has it, else all that are made for its family.
+
+    Args:
+        location: that was given.
+        families: names of those that its denoiser may be of.
+    """
+    options = read_model_options()
+    folder = to_local_path(str(location)).resolve()
+    for name, option in options.items():
+        if folder.exists() and to_local_path(option.location).resolve() == folder:
+            return [name]
+    return [name for name, option in options.items() if option.family in families]
+
+
 def warn_of_other_family(
     model: ModelSource, model_type: ModelFamily | AutoFamily, family: ModelFamily
 ) -> None:
     """Warn where only the widths of the layers show another family: denoisers of one class may differ so."""
-    is_named = isinstance(model_type, ModelFamily)
-    if model.family in (None, family.name) or is_named:
+    is_chosen_by_name = isinstance(model_type, ModelFamily)
+    if model.family in (None, family.name) or is_chosen_by_name:
         return
     log.warning(
         "The denoiser is of the family %s, and the steps, guidance and size are those of a model of %s; set "
@@ -382,83 +308,11 @@ def warn_of_other_family(
     )
 
 
-def make_skip_rule(family: ModelFamily, denoiser: nn.Module) -> Callable[[str], str | None]:
-    """Why a Linear of a denoiser stays float, by its name; None: it does not.
-
-    Of two denoisers, the family describes the layers of each.
-    """
-    is_single = "" in split_denoiser(denoiser)
-
-    def find_skip_reason(name: str) -> str | None:
-        return family.find_skip_reason(name if is_single else name.partition(".")[2])
-
-    return find_skip_reason
-
-
-def hash_model_files(source: ResolvedModel, cache: DiskCache) -> list[tuple[str, str]]:
-    """Name and SHA-256 of every file that decides what a model generates.
-
-    Args:
-        cache: remembers hashes of files that did not change.
-    """
-    files = {
-        path.relative_to(source.folder).as_posix(): path
-        for path in source.folder.rglob("*")
-        if path.suffix in HASHED_SUFFIXES
-    }
-    if source.has_single_files:
-        for denoiser in source.denoisers:
-            for path in list_safetensors(denoiser.weights):
-                files[f"{denoiser.component}: {path.name}"] = path
-    return [(name, cache.hash_file(path)) for name, path in sorted(files.items())]
-
-
-def list_safetensors(path: Path) -> list[Path]:
-    """The `.safetensors` files of a folder, or the one file that a path names."""
-    return sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-
-
-class SkeletonLinear(nn.Module):
-    """Takes the place of a Linear whose weight is not read: zeros of the right shape.
-
-    The denoiser runs with it, and so the other layers show how many rows they see.
-
-    Args:
-        in_features: K.
-        out_features: N.
-    """
-
-    def __init__(self, in_features: int, out_features: int):
-        super().__init__()
-        self.in_features = in_features
-        self.out_features = out_features
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [..., K] -> zeros [..., N]."""
-        return x.new_zeros(*x.shape[:-1], self.out_features)
-
-
-def replace_missing_linears(denoiser: nn.Module) -> nn.Module:
-    """A copy of the module tree with a SkeletonLinear for every Linear without a weight.
-
-    Returns:
-        The copy, which shares all tensors; the module itself where every Linear has a weight.
-    """
-    linears = {name: m for name, m in denoiser.named_modules() if isinstance(m, nn.Linear)}
-    missing = {name: linear for name, linear in linears.items() if linear.weight.is_meta}
-    if not missing:
-        return denoiser
-    copy = copy_sharing_tensors(denoiser)
-    for name, linear in missing.items():
-        parent, _, child = name.rpartition(".")
-        setattr(copy.get_submodule(parent), child, SkeletonLinear(linear.in_features, linear.out_features))
-    return copy
-
-
 def set_offload(pipe: DiffusionPipeline, mode: str, device: torch.device) -> None:
     """Turn on diffusers' offloading for everything that the pipeline has now.
 
     Args:
+        pipe: is changed.
         mode: `none`; `model`: one component on the GPU at a time; `group`: one block at a time.
         device: the GPU.
     """

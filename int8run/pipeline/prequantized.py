@@ -20,7 +20,7 @@ from int8run.models.dual_denoisers import split_denoiser
 from int8run.outlier.auto import AutoOutlier
 from int8run.outlier.base import NONE, OutlierMethod
 from int8run.pipeline.checkpoint_weights import DenoiserWeights, FileWeights
-from int8run.pipeline.load import LoadedModel
+from int8run.pipeline.loaded_model import LoadedModel
 from int8run.ptq.quantize import check_weight
 from int8run.quant.weight import QuantizedWeight, quantize_weight, sqnr_db
 from int8run.text_encoders.detect import find_encoders
@@ -142,13 +142,31 @@ def open_given_checkpoint(
     """
     components = [denoiser.component for denoiser in loaded.source.denoisers]
     found = open_checkpoint(loaded, resolve_checkpoint_paths(checkpoint, components), request)
-    if not found.layers:
-        check_is_no_text_encoder(found.weights)
-        raise FileError(
-            f"{checkpoint} holds no INT8 layer that can be used as it is; set model.location to it, or "
-            "quantize anew"
-        )
+    check_has_int8_layers(found.weights, checkpoint)
     return found
+
+
+def check_has_int8_layers(weights: DenoiserWeights, checkpoint: str | Mapping[str, str]) -> None:
+    """Check that the files of `int8.checkpoint` hold INT8 layers of the model.
+
+    Args:
+        weights: the files, opened.
+        checkpoint: as it was given, for the message.
+
+    Raises:
+        FileError: when they hold none; it says what they hold, where that is known.
+    """
+    if weights.find_int8_layers():
+        return
+    check_is_no_text_encoder(weights)
+    for file in weights.parts.values():
+        other = file.describe_other_model()
+        if other:
+            raise FileError(f"int8.checkpoint={checkpoint} is no checkpoint of a {file.class_name}{other}")
+    raise FileError(
+        f"{checkpoint} holds no INT8 layer that can be used as it is; set model.location to it, or "
+        "quantize anew"
+    )
 
 
 def check_is_no_text_encoder(weights: DenoiserWeights) -> None:

@@ -6,7 +6,8 @@ names.
 
 import importlib.metadata
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,27 @@ from int8run.layers.plan import LayerPlan
 from int8run.lora.config import LoraSettings
 from int8run.lora.stack import Entry
 from int8run.models.family import ModelSource
-from int8run.pipeline.load import LoadedModel, hash_model_files, list_safetensors
+from int8run.pipeline.layer_selection import select_int8_plans
+from int8run.pipeline.loaded_model import LoadedModel
+from int8run.pipeline.model_files import hash_model_files, list_safetensors
 from int8run.pipeline.prequantized import BakedLoras, PrequantizedLayers
-from int8run.pipeline.quantize_denoiser import QuantizationSettings
+from int8run.pipeline.quantization_settings import QuantizationSettings
 from int8run.utils.disk_cache import DiskCache, hash_parts
+
+
+@dataclass(frozen=True)
+class QuantizationOrigin:
+    """The settings that INT8 layers were made with.
+
+    Args:
+        model: where the float model is, and its dtype.
+        lora: the stack, of which the strengths count where it is baked in.
+        settings: how the layers become INT8.
+    """
+
+    model: ModelSource
+    lora: LoraSettings
+    settings: QuantizationSettings
 
 
 def list_baked_loras(lora: LoraSettings) -> BakedLoras:
@@ -35,54 +53,28 @@ def list_weight_files(loaded: LoadedModel) -> list[Path]:
     return [path for denoiser in loaded.source.denoisers for path in list_safetensors(denoiser.weights)]
 
 
+# -- the key of the cache --------------------------------------------------------------------------
+
+
 def build_cache_key(
-    loaded: LoadedModel,
-    settings: QuantizationSettings,
-    *,
-    model: ModelSource,
-    lora: LoraSettings,
-    entries: Sequence[Entry],
-    needs_calibration: bool,
-    cache: DiskCache,
+    loaded: LoadedModel, origin: QuantizationOrigin, entries: Sequence[Entry], cache: DiskCache
 ) -> str:
     """The key of the INT8 layers in the cache, from everything that they depend on.
 
     Args:
         loaded: the model.
-        settings: how layers become INT8.
-        model: for the dtype of the float model.
-        lora: the stack, whose strengths count where they are baked in.
-        entries: the files of the stack, in its order.
-        needs_calibration: whether something is fitted to activations.
+        origin: the settings of the layers.
+        entries: the files of the LoRA stack, in its order.
         cache: remembers the hashes of files that did not change.
     """
-    baked = []
-    if lora.is_baked:
-        for entry, strength in zip(entries, lora.strengths, strict=True):
-            # not its identity, which is equal for files with other names of layers
-            file_hash = cache.hash_file(entry.file.path)
-            baked.append((file_hash, entry.file.outside, entry.components, strength))
-    sources: list[tuple[str, str]] = []
-    calibration: tuple[object, ...] | None = None
-    if needs_calibration:
-        # what is generated for a calibration depends on the whole pipeline
-        sources = hash_model_files(loaded.source, cache)
-        calibration = (
-            settings.calibration,
-            loaded.sampling,
-            settings.quality_db,
-            settings.backend,
-            str(loaded.device),
-        )
-    if not sources:
-        sources = [("", cache.hash_file(path)) for path in list_weight_files(loaded)]
+    settings, model = origin.settings, origin.model
     configs = []
     for denoiser in loaded.source.denoisers:
-        configs.append((denoiser.class_name, sorted(denoiser.config.items(), key=lambda item: item[0])))
+        configs.append((denoiser.class_name, sorted(denoiser.config.items(), key=itemgetter(0))))
     return hash_parts(
         [
             importlib.metadata.version("int8run"),
-            sources,
+            hash_sources(loaded, settings, cache),
             configs,
             model.dtype,
             model.quant_format,
@@ -90,21 +82,59 @@ def build_cache_key(
             loaded.family,
             settings.outlier,
             settings.rounding,
-            calibration,
-            baked,
+            select_calibration(loaded, settings),
+            hash_baked_loras(origin.lora, entries, cache),
         ]
     )
+
+
+def hash_sources(
+    loaded: LoadedModel, settings: QuantizationSettings, cache: DiskCache
+) -> list[tuple[str, str]]:
+    """Name and hash of the files that the layers are made from; of weights alone the names do not count."""
+    sources: list[tuple[str, str]] = []
+    if settings.needs_calibration:
+        # what is generated for a calibration depends on the whole pipeline
+        sources = hash_model_files(loaded.source, cache)
+    return sources or [("", cache.hash_file(path)) for path in list_weight_files(loaded)]
+
+
+def select_calibration(loaded: LoadedModel, settings: QuantizationSettings) -> tuple[object, ...] | None:
+    """Everything that the activations of a calibration and their use depend on; None: there is none."""
+    if not settings.needs_calibration:
+        return None
+    return (
+        settings.calibration,
+        loaded.sampling,
+        settings.quality_db,
+        settings.backend,
+        str(loaded.device),
+    )
+
+
+def hash_baked_loras(
+    lora: LoraSettings, entries: Sequence[Entry], cache: DiskCache
+) -> list[tuple[object, ...]]:
+    """What is added to the float weights: hash, left out keys, components and strength of each LoRA."""
+    if not lora.is_baked:
+        return []
+    baked: list[tuple[object, ...]] = []
+    for entry, strength in zip(entries, lora.strengths, strict=True):
+        # not its identity, which is equal for files with other names of layers
+        file_hash = cache.hash_file(entry.file.path)
+        baked.append((file_hash, entry.file.outside, entry.components, strength))
+    return baked
+
+
+# -- the header of a file --------------------------------------------------------------------------
 
 
 def build_provenance(
     loaded: LoadedModel,
     plans: Sequence[LayerPlan],
-    settings: QuantizationSettings,
+    origin: QuantizationOrigin,
     *,
-    model: ModelSource,
-    lora: LoraSettings,
     seed: int,
-    needs_calibration: bool,
     prequantized: PrequantizedLayers | None,
     cache: DiskCache,
 ) -> dict[str, Any]:
@@ -113,37 +143,38 @@ def build_provenance(
     Args:
         loaded: the model.
         plans: of every Linear, after the quantization.
-        settings: how layers became INT8.
-        model: where the model is.
-        lora: the stack.
+        origin: the settings of the layers.
         seed: of the run.
-        needs_calibration: whether something was fitted to activations.
         prequantized: a file that some layers come from; None: all were quantized in this run.
         cache: remembers the hashes of files that did not change.
     """
     version = importlib.metadata.version("int8run")
     if prequantized is not None and prequantized.is_cached:
         return {**prequantized.provenance, "int8run": version}
+    settings = origin.settings
+    checkpoint: str | None = None
     method_settings: dict[str, Any] = {}
-    if prequantized is None:
-        choices: dict[str, Any] = {"outlier": settings.outlier, "rounding": settings.rounding}
-        method_settings = {name: asdict(choice) for name, choice in choices.items()}
-    int8_plans = [plan for plan in plans if plan.skip_reason is None]
+    if prequantized is not None:
+        checkpoint = prequantized.source
+    else:
+        methods: dict[str, Any] = {"outlier": settings.outlier, "rounding": settings.rounding}
+        method_settings = {name: asdict(method) for name, method in methods.items()}
+    int8_plans = select_int8_plans(plans)
     return {
         "int8run": version,
-        "model": str(model.location),
-        "revision": model.revision,
+        "model": str(origin.model.location),
+        "revision": origin.model.revision,
         "source_sha256": {path.name: cache.hash_file(path) for path in list_weight_files(loaded)},
         "family": loaded.family.name,
         "denoiser": loaded.source.denoisers[0].class_name,
         "outlier": settings.outlier.name,
         "rounding": int8_plans[0].rounding if int8_plans else None,
-        "checkpoint": None if prequantized is None else prequantized.source,
+        "checkpoint": checkpoint,
         "settings": method_settings,
-        "calibration": asdict(settings.calibration) if needs_calibration else None,
+        "calibration": asdict(settings.calibration) if settings.needs_calibration else None,
         "quality_db": settings.quality_db,
         "seed": seed,
-        "loras": list_baked_loras(lora),
+        "loras": list_baked_loras(origin.lora),
         "kept_float": {plan.name: plan.skip_reason for plan in plans if plan.skip_reason is not None},
         "layers": {plan.name: describe_layer(plan) for plan in int8_plans},
     }

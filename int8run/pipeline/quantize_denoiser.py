@@ -1,72 +1,34 @@
-"""From a float denoiser to an INT8 one, step by step.
+"""From a float denoiser to an INT8 one: select, calibrate, choose outlier methods, quantize, assemble.
 
-build.py calls `quantize_denoiser`, and caches and saves what it returns. `quantize_` of api.py uses the two
-checks. The loops over single layers are in ptq/.
+build.py calls `quantize_denoiser`, which tells the order, and caches and saves what it returns. api.py uses
+single steps. The loops over layers are in ptq/. Nothing here knows the settings of a run as a whole, or where
+the weights come from: `LoadedModel` reads them.
 """
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from int8run.backends.base import Backend
-from int8run.errors import ConfigError
-from int8run.export.save_denoiser import find_fused_layers
-from int8run.generate.calibration_settings import CalibrationSettings
 from int8run.generate.capture import capture_layers, check_finite
 from int8run.layers.assemble import assemble_int8_model
-from int8run.layers.fusion import group_by_shared_input
 from int8run.layers.int8_linear import Int8Linear, QuantizedLayer
-from int8run.layers.plan import Int8Settings, LayerPlan
+from int8run.layers.plan import LayerPlan
 from int8run.lora.stack import LoraStack
-from int8run.models.dual_denoisers import split_denoiser
 from int8run.outlier.auto import AutoOutlier
-from int8run.outlier.base import LayerStatistics, OutlierMethod
-from int8run.pipeline.load import LoadedModel, SkeletonLinear
+from int8run.outlier.base import LayerStatistics
+from int8run.pipeline.layer_selection import SelectedLayers, select_int8_plans, select_layers
+from int8run.pipeline.loaded_model import LoadedModel, SkeletonLinear
+from int8run.pipeline.outlier_choice import choose_methods
 from int8run.pipeline.prequantized import PrequantizedLayers, read_prequantized_layers
+from int8run.pipeline.quantization_settings import QuantizationSettings
 from int8run.ptq.calibration import capture_calibration_calls, collect_layer_statistics
-from int8run.ptq.layer_costs import TransformCosts
 from int8run.ptq.mixed_precision import MixedPrecisionResult, MixedPrecisionSearch
 from int8run.ptq.quantize import build_int8_layers, check_backend, check_outlier_method, quantize_layers
-from int8run.quant.rounding import Rounding
 from int8run.report.console import Progress
-
-
-@dataclass(frozen=True)
-class QuantizationSettings:
-    """What decides how the layers of a denoiser become INT8.
-
-    Args:
-        outlier: the method, or `auto`.
-        rounding: of the weights.
-        backend: of the layers.
-        int8: when a layer computes in float all the same.
-        calibration: which images the float model generates where something is fitted to it.
-        quality_db: keep sensitive layers float until this is reached; None: no search,
-            only the layers that the family excludes stay float.
-        dtype: of the float model.
-        has_fused_layers: whether the layers will be saved under their original names, which have some of them
-            as one layer. These get one outlier method.
-    """
-
-    outlier: OutlierMethod | AutoOutlier
-    rounding: Rounding
-    backend: Backend
-    int8: Int8Settings
-    calibration: CalibrationSettings
-    quality_db: float | None
-    dtype: torch.dtype
-    has_fused_layers: bool
-
-    @property
-    def is_fitted(self) -> bool:
-        """Whether layers that are quantized here are fitted to activations."""
-        return self.outlier.needs_calibration or self.rounding.needs_calibration
 
 
 @dataclass(frozen=True)
@@ -126,106 +88,79 @@ def quantize_denoiser(
         BackendError: when the backend cannot run here or cannot take a layer.
         FileError: when a layer of `prequantized` does not fit.
     """
-    chosen = select_int8_plans(plans)
-    if not chosen:
-        raise ConfigError(
-            f"{loaded.source.denoisers[0].class_name}: no layer became INT8 "
-            f"({describe_skip_reasons(plans)}); choose another model_type= or set int8.enable=false"
-        )
-    check_backend(settings.backend, loaded.device, chosen)
-    existing: Mapping[str, object] = prequantized.layers if prequantized is not None else {}
-    new = [plan for plan in chosen if plan.name not in existing]
-    methods: Mapping[str, OutlierMethod] = {}
-    if new and not isinstance(settings.outlier, AutoOutlier):
-        methods = choose_fixed_method(new, settings.outlier)
-    needs_search = settings.quality_db is not None and not (prequantized and prequantized.is_cached)
+    layers = select_layers(loaded, plans, rows=rows, prequantized=prequantized)
+    check_settings(loaded, layers, settings)
 
-    groups = group_by_shared_input([plan.name for plan in new], loaded.family.same_input)
-    data = calibrate(loaded, new, settings, groups=groups, needs_search=needs_search, progress=progress)
-    if new and isinstance(settings.outlier, AutoOutlier):
-        methods = choose_methods_by_error(
-            loaded, new, settings, rows=rows, groups=groups, statistics=data.statistics, progress=progress
-        )
+    needs_search = settings.quality_db is not None and not is_from_cache(prequantized)
+    calibration = calibrate(loaded, layers, settings, needs_search=needs_search, progress=progress)
+    methods = choose_methods(loaded, layers, settings, statistics=calibration.statistics, progress=progress)
 
-    def read_weight(name: str) -> Tensor:
-        return loras.merge_weight(name, loaded.read_weight(name))
-
-    quantized: Iterable[tuple[LayerPlan, QuantizedLayer]] = quantize_layers(
+    # Both are read or quantized layer by layer while `bind_layers` takes them: the float weights are never in
+    # memory together.
+    read_weight = partial(read_merged_weight, loaded, loras)
+    existing = read_existing_layers(loaded, layers, prequantized, read_weight)
+    new = quantize_layers(
         loaded.denoiser,
-        new,
+        layers.new,
         methods=methods,
         rounding=settings.rounding,
-        statistics=data.statistics,
+        statistics=calibration.statistics,
         read=read_weight,
     )
-    if prequantized is not None:
-        old = [plan for plan in chosen if plan.name in existing]
-        quantized = chain(read_prequantized_layers(loaded, old, prequantized, read_weight), quantized)
-    label = "Quantizing layers" if new else "Loading INT8 layers"
-    with progress.track_loop(label, len(chosen)) as advance:
-        layers = build_int8_layers(
-            loaded.denoiser,
-            quantized,
-            backend=settings.backend,
-            settings=settings.int8,
-            rows=rows,
-            on_layer=lambda plan: advance(1),
-            device=loaded.device,
-        )
+    int8_layers = bind_layers(loaded, layers, settings, quantized=chain(existing, new), progress=progress)
 
     if needs_search:
         return search_mixed_precision(
-            loaded, chosen, settings, layers=layers, rows=rows, calls=data.calls, progress=progress
+            loaded, layers, settings, int8_layers=int8_layers, calls=calibration.calls, progress=progress
         )
     return QuantizedDenoiser(
-        denoiser=assemble_int8_model(loaded.denoiser, layers, loaded.family),
-        layers=layers,
-        mixed_precision=None if prequantized is None else read_mixed_precision(prequantized),
+        denoiser=assemble_int8_model(loaded.denoiser, int8_layers, loaded.family),
+        layers=int8_layers,
+        mixed_precision=read_mixed_precision(prequantized),
     )
 
 
 # -- the steps -------------------------------------------------------------------------------------
 
 
-def select_int8_plans(plans: Sequence[LayerPlan]) -> list[LayerPlan]:
-    """The layers that become INT8."""
-    return [plan for plan in plans if plan.skip_reason is None]
+def check_settings(loaded: LoadedModel, layers: SelectedLayers, settings: QuantizationSettings) -> None:
+    """Check that backend and outlier method can take the layers, before anything is generated for them.
 
-
-def describe_skip_reasons(plans: Sequence[LayerPlan]) -> str:
-    """Why the layers of a denoiser stay float, with the number of layers for each reason."""
-    reasons = Counter(plan.skip_reason for plan in plans if plan.skip_reason is not None)
-    counts = "; ".join(f"{count} × {reason}" for reason, count in reasons.items())
-    return counts or "it has no Linear at all"
-
-
-def choose_fixed_method(plans: Sequence[LayerPlan], outlier: OutlierMethod) -> dict[str, OutlierMethod]:
-    """The one outlier method for every layer that it can take.
+    Args:
+        loaded: the model.
+        layers: why the outlier method skips one is noted in its plan.
+        settings: how layers become INT8.
 
     Raises:
-        ConfigError: when it can take none.
+        BackendError: when the backend cannot run here or cannot take a layer.
+        ConfigError: when the outlier method can take none.
     """
-    check_outlier_method(outlier, plans)
-    return {plan.name: outlier for plan in plans if not plan.outlier_skip_reason}
+    check_backend(settings.backend, loaded.device, layers.plans)
+    if layers.new and not isinstance(settings.outlier, AutoOutlier):
+        check_outlier_method(settings.outlier, layers.new)
 
 
 def calibrate(
     loaded: LoadedModel,
-    plans: Sequence[LayerPlan],
+    layers: SelectedLayers,
     settings: QuantizationSettings,
     *,
-    groups: Sequence[Sequence[str]],
     needs_search: bool,
     progress: Progress,
 ) -> CalibrationData:
     """Let the float model generate the calibration images, where anything needs them.
 
     Args:
-        plans: of the layers that are quantized here.
-        groups: names of layers that read the same tensor.
+        loaded: the float model.
+        layers: those that are quantized here may need statistics.
+        settings: how layers become INT8.
         needs_search: whether a mixed precision search follows, which needs the calls alone.
+        progress: of the images.
+
+    Returns:
+        Nothing in it where nothing needs it.
     """
-    needs_statistics = bool(plans) and settings.is_fitted
+    needs_statistics = bool(layers.new) and settings.is_fitted
     if not needs_statistics and not needs_search:
         return CalibrationData()
     calls = capture_calibration_calls(
@@ -239,99 +174,91 @@ def calibrate(
     if not needs_statistics:
         return CalibrationData(calls)
     statistics = collect_layer_statistics(
-        loaded.denoiser, plans, groups=groups, calls=calls, calibration=settings.calibration
+        loaded.denoiser, layers.new, groups=layers.groups, calls=calls, calibration=settings.calibration
     )
     return CalibrationData(calls, statistics)
 
 
-def choose_methods_by_error(
+def read_merged_weight(loaded: LoadedModel, loras: LoraStack, name: str) -> Tensor:
+    """The float weight of a Linear with the baked LoRAs added, [N, K]."""
+    return loras.merge_weight(name, loaded.read_weight(name))
+
+
+def read_existing_layers(
     loaded: LoadedModel,
-    plans: Sequence[LayerPlan],
+    layers: SelectedLayers,
+    prequantized: PrequantizedLayers | None,
+    read_weight: Callable[[str], Tensor],
+) -> Iterator[tuple[LayerPlan, QuantizedLayer]]:
+    """Read the layers that exist already, one at a time; see `read_prequantized_layers`."""
+    if prequantized is not None:
+        yield from read_prequantized_layers(loaded, layers.existing, prequantized, read_weight)
+
+
+def bind_layers(
+    loaded: LoadedModel,
+    layers: SelectedLayers,
     settings: QuantizationSettings,
     *,
-    rows: Mapping[str, int],
-    groups: Sequence[Sequence[str]],
-    statistics: Mapping[str, LayerStatistics],
+    quantized: Iterable[tuple[LayerPlan, QuantizedLayer]],
     progress: Progress,
-) -> dict[str, OutlierMethod]:
-    """`outlier=auto`: for each layer the method with the least error on its own activations.
+) -> dict[str, Int8Linear]:
+    """Give each quantized layer its backend.
 
     Args:
-        plans: of the layers that are quantized here; why a layer gets no method is noted there.
-        rows: that each layer sees in one step, by name.
-        groups: names of layers that read the same tensor.
-        statistics: of the layers that the calibration reached.
+        loaded: the model.
+        layers: all that `quantized` yields.
+        settings: how layers become INT8.
+        quantized: the layers, one at a time.
+        progress: of the layers.
     """
-    auto = settings.outlier
-    assert isinstance(auto, AutoOutlier)
-    costs = TransformCosts(settings.backend, loaded.device, settings.dtype)
-    group_sizes = {name: len(group) for group in groups for name in group}
-    scores: dict[str, dict[str, float]] = {}
-    with progress.track_loop("Comparing outlier methods", len(plans)) as advance:
-        for plan in plans:
-            if plan.name in statistics:
-                shape = (rows[plan.name], plan.in_features, plan.out_features)
-                cost = partial(costs.get_ratio, shape=shape, sharing=group_sizes[plan.name])
-                weight = loaded.read_weight(plan.name)
-                scores[plan.name] = auto.score_candidates(weight, statistics[plan.name], cost)
-            advance(1)
-    fused = list_fused_layers(loaded.denoiser) if settings.has_fused_layers else []
-    chosen = auto.choose_methods(scores, select_names(groups, scores), select_names(fused, scores))
-    methods = {}
-    for plan in plans:
-        candidate = chosen.get(plan.name)
-        if candidate is not None:
-            methods[plan.name] = auto.candidates[candidate]
-        elif plan.name in scores:
-            plan.outlier_skip_reason = "no candidate of outlier=auto takes it at that cost"
-        else:
-            plan.outlier_skip_reason = "not seen in the calibration"
-    return methods
-
-
-def list_fused_layers(denoiser: nn.Module) -> list[list[str]]:
-    """Names of the Linears that are one layer under the original names; of two denoisers those of each."""
-    fused = []
-    for prefix, part in split_denoiser(denoiser).items():
-        fused += [[prefix + name for name in names] for names in find_fused_layers(part)]
-    return fused
-
-
-def select_names(groups: Iterable[Sequence[str]], known: Mapping[str, object]) -> list[list[str]]:
-    """The names of each group that are known, without groups of which none is."""
-    selected = [[name for name in group if name in known] for group in groups]
-    return [group for group in selected if group]
+    label = "Quantizing layers" if layers.new else "Loading INT8 layers"
+    with progress.track_loop(label, len(layers.plans)) as advance:
+        return build_int8_layers(
+            loaded.denoiser,
+            quantized,
+            backend=settings.backend,
+            settings=settings.int8,
+            rows=layers.rows,
+            on_layer=lambda plan: advance(1),
+            device=loaded.device,
+        )
 
 
 def search_mixed_precision(
     loaded: LoadedModel,
-    plans: Sequence[LayerPlan],
+    layers: SelectedLayers,
     settings: QuantizationSettings,
     *,
-    layers: Mapping[str, Int8Linear],
-    rows: Mapping[str, int],
+    int8_layers: Mapping[str, Int8Linear],
     calls: Sequence[Mapping[str, Any]],
     progress: Progress,
 ) -> QuantizedDenoiser:
     """Keep the most sensitive layers float until `quality_db` is met.
 
     Args:
-        plans: of the INT8 layers; those that stay float are noted there.
-        layers: the INT8 layers, by name.
-        rows: that each layer sees in one step, by name.
+        loaded: the float model.
+        layers: those that stay float after all are noted in their plans.
+        settings: the quality, and the images that it is measured on.
+        int8_layers: of all plans, by name.
         calls: arguments of the denoiser at some timesteps of the calibration images.
+        progress: of the search.
 
     Raises:
         ConfigError: when only the float model meets it.
     """
 
     def assemble(names: Sequence[str]) -> nn.Module:
-        return assemble_int8_model(loaded.denoiser, {name: layers[name] for name in names}, loaded.family)
+        kept_int8 = {name: int8_layers[name] for name in names}
+        return assemble_int8_model(loaded.denoiser, kept_int8, loaded.family)
 
+    macs = {}
+    for plan in layers.plans:
+        macs[plan.name] = layers.rows[plan.name] * plan.in_features * plan.out_features
     search = MixedPrecisionSearch(
         float_denoiser=loaded.denoiser,
-        layers=layers,
-        macs={plan.name: rows[plan.name] * plan.in_features * plan.out_features for plan in plans},
+        layers=int8_layers,
+        macs=macs,
         assemble=assemble,
         pipe=loaded.pipe,
         component=loaded.component,
@@ -342,20 +269,25 @@ def search_mixed_precision(
         progress=progress,
     )
     denoiser, result = search.run()
-    for plan in plans:
+    for plan in layers.plans:
         if plan.name in result.kept:
             share = result.kept[plan.name]
             plan.skip(f"quality budget: alone it makes {share:.1%} of all layers' error")
-    int8_layers = {plan.name: layers[plan.name] for plan in plans if plan.skip_reason is None}
-    return QuantizedDenoiser(denoiser, int8_layers, result)
+    still_int8 = {plan.name: int8_layers[plan.name] for plan in select_int8_plans(layers.plans)}
+    return QuantizedDenoiser(denoiser, still_int8, result)
 
 
-def read_mixed_precision(prequantized: PrequantizedLayers) -> MixedPrecisionResult | None:
+def is_from_cache(prequantized: PrequantizedLayers | None) -> bool:
+    """Whether the layers are those of an earlier run with the same settings, its search included."""
+    return prequantized is not None and prequantized.is_cached
+
+
+def read_mixed_precision(prequantized: PrequantizedLayers | None) -> MixedPrecisionResult | None:
     """What the search of an earlier run brought, where the layers are that run's; else None."""
-    facts = prequantized.provenance.get("budget")
-    if not prequantized.is_cached or not facts:
+    if prequantized is None or not prequantized.is_cached:
         return None
-    return MixedPrecisionResult(**facts)
+    facts = prequantized.provenance.get("budget")
+    return MixedPrecisionResult(**facts) if facts else None
 
 
 def count_layer_rows(

@@ -11,7 +11,7 @@ from typing import Any
 from int8run.export.save_denoiser import keep_own_names, save_denoiser, write_tensors
 from int8run.layers.int8_linear import Int8Linear
 from int8run.models.dual_denoisers import split_denoiser
-from int8run.pipeline.load import LoadedModel
+from int8run.pipeline.loaded_model import LoadedModel
 from int8run.utils.disk_cache import DiskCache
 from int8run.utils.plurals import count_noun
 

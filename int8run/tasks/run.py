@@ -29,7 +29,8 @@ from int8run.metrics.quality import average_quality, compare_generations, comput
 from int8run.models.sampling import SCHEDULE_ARGUMENTS, Sampling
 from int8run.models.schedulers import set_scheduler
 from int8run.pipeline import process_cache
-from int8run.pipeline.build import BuiltModel, build_model
+from int8run.pipeline.build import build_model
+from int8run.pipeline.built_model import BuiltModel
 from int8run.pipeline.float_baseline import get_float_baseline
 from int8run.report.console import Progress, print_lines
 from int8run.report.formatting import format_pairs

@@ -24,7 +24,7 @@ from int8run.metrics.layers import (
 from int8run.metrics.quality import SampleQuality, average_frames, find_half_error_step
 from int8run.metrics.speed import compute_speed, list_step_times
 from int8run.models.given_model import find_text_encoders
-from int8run.pipeline.build import BuiltModel, measure_lora_overhead
+from int8run.pipeline.built_model import BuiltModel, measure_lora_overhead
 from int8run.report.columns import SAME_FILE_LAYERS
 
 log = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from int8run.metrics.layers import compute_int8_shares
 from int8run.metrics.quality import SampleQuality, select_key_frames
 from int8run.models.loader import read_library_versions
 from int8run.models.sampling import Sampling
-from int8run.pipeline.build import BuiltModel
+from int8run.pipeline.built_model import BuiltModel
 from int8run.report.image_files import DIFFERENCE_GAIN, make_difference_image, make_image_grid
 from int8run.report.run_files import collect_environment, write_json, write_layers_csv
 from int8run.tasks.image_writer import ImageWriter

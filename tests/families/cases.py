@@ -29,7 +29,8 @@ from int8run.models.state_dict_adapter import TensorPart, to_original
 from int8run.outlier.convrot import ConvRot
 from int8run.outlier.none import NoOutlier
 from int8run.pipeline import load
-from int8run.pipeline.build import BuiltModel, build_model
+from int8run.pipeline.build import build_model
+from int8run.pipeline.built_model import BuiltModel
 from int8run.report.console import Progress
 from int8run.tasks.quantize_checkpoint import quantize_file
 

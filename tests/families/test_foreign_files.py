@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from int8run.errors import ConfigError, FileError
 from int8run.lora.config import Adapter
-from int8run.pipeline.build import BuiltModel
+from int8run.pipeline.built_model import BuiltModel
 from int8run.pipeline.checkpoint_weights import FileWeights
 
 pytestmark = pytest.mark.usefixtures("one_thread")

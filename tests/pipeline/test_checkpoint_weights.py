@@ -58,7 +58,7 @@ def to_int8(
 
 def opened(tensors: dict[str, Tensor], path: Path, model: nn.Module, is_partial: bool = False) -> FileWeights:
     save_file(tensors, path)
-    return FileWeights(path, model, is_partial)
+    return FileWeights(path, model, is_partial=is_partial)
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])

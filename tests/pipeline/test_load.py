@@ -21,18 +21,15 @@ from int8run.errors import BackendError, ConfigError, FileError
 from int8run.generate.prompts import build_samples
 from int8run.layers.int8_linear import Int8Linear
 from int8run.models.family import AutoFamily, load_families
+from int8run.models.resolve_weights import ASSETS_FOLDER
 from int8run.models.source import ResolvedDenoiser, resolve_model
 from int8run.pipeline import load as module
-from int8run.pipeline.build import BuiltModel, build_model, select_load_settings
+from int8run.pipeline.build import build_model, select_load_settings
+from int8run.pipeline.built_model import BuiltModel
 from int8run.pipeline.checkpoint_weights import DenoiserWeights, FileWeights
-from int8run.pipeline.load import (
-    LoadedModel,
-    SkeletonLinear,
-    hash_model_files,
-    load_model,
-    replace_missing_linears,
-    set_offload,
-)
+from int8run.pipeline.load import load_model, set_offload
+from int8run.pipeline.loaded_model import LoadedModel, SkeletonLinear, replace_missing_linears
+from int8run.pipeline.model_files import hash_model_files
 from int8run.quant.weight import quantize_weight
 from int8run.report.console import Progress
 from int8run.utils.disk_cache import DiskCache
@@ -402,6 +399,13 @@ def test_a_model_of_another_family_is_refused_before_it_is_read(folder: Path) ->
     )
     with pytest.raises(ConfigError, match=message):
         loaded(folder, "model.family=sdxl")
+
+
+def test_the_tiny_models_own_folder_is_refused_with_its_own_option() -> None:
+    model = make_spec(["model=sdxl", f"model.location={ASSETS_FOLDER / 'tiny'}"]).model
+
+    with pytest.raises(ConfigError, match=r"made for sdxl; choose model=tiny, or set model\.family=null"):
+        module.check_model_family(model, "FluxTransformer2DModel")
 
 
 def test_a_model_of_the_right_family_or_of_any_is_read(folder: Path) -> None:

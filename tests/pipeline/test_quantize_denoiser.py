@@ -41,6 +41,8 @@ from int8run.outlier.convrot import ConvRot
 from int8run.outlier.none import NoOutlier
 from int8run.outlier.smoothquant import SmoothQuant
 from int8run.pipeline.checkpoint_weights import DenoiserWeights, FileWeights
+from int8run.pipeline.layer_selection import SelectedLayers
+from int8run.pipeline.outlier_choice import choose_fixed_method, choose_methods_by_error
 from int8run.pipeline.prequantized import (
     PrequantizedLayers,
     PrequantizedRequest,
@@ -51,11 +53,7 @@ from int8run.pipeline.prequantized import (
     resolve_checkpoint_paths,
 )
 from int8run.pipeline.provenance import list_baked_loras
-from int8run.pipeline.quantize_denoiser import (
-    QuantizationSettings,
-    choose_fixed_method,
-    choose_methods_by_error,
-)
+from int8run.pipeline.quantization_settings import QuantizationSettings
 from int8run.ptq import layer_costs as costs_module
 from int8run.ptq import mixed_precision as budgets
 from int8run.ptq.calibration import capture_calibration_calls
@@ -465,6 +463,7 @@ def chosen_for(
         calibration=CALIBRATION,
         quality_db=None,
         dtype=torch.float32,
+        needs_calibration=False,
         has_fused_layers=False,
     )
     loaded: Any = SimpleNamespace(
@@ -474,10 +473,14 @@ def chosen_for(
         return choose_fixed_method(plans, outlier), plans
     methods = choose_methods_by_error(
         loaded,
-        plans,
+        SelectedLayers(
+            plans=plans,
+            new=plans,
+            existing=[],
+            rows=dict.fromkeys(LINEARS, 4),
+            groups=groups or [[name] for name in LINEARS],
+        ),
         settings,
-        rows=dict.fromkeys(LINEARS, 4),
-        groups=groups or [[name] for name in LINEARS],
         statistics=seen,
         progress=QUIET,
     )

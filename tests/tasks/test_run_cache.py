@@ -17,8 +17,8 @@ from support.run_job import run_job, save_lora
 from support.tiny_pipeline import random_pipeline, save_random_pipeline
 
 from int8run.pipeline import build, process_cache, quantize_denoiser
-from int8run.pipeline.load import LoadedModel, LoadSettings
-from int8run.report.console import Progress
+from int8run.pipeline.load import LoadSettings
+from int8run.pipeline.loaded_model import LoadedModel
 from int8run.tasks.run import RunResult
 from int8run.utils.content_hash import get_hash_path, hash_content
 
@@ -310,9 +310,9 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     seen: list[bool] = []
     real = build.load_model
 
-    def watched(settings: LoadSettings, progress: Progress) -> LoadedModel:
+    def watched(settings: LoadSettings, *arguments: Any) -> LoadedModel:
         seen.append(settings.needs_float_denoiser)
-        return real(settings, progress)
+        return real(settings, *arguments)
 
     monkeypatch.setattr(build, "load_model", watched)
     return seen

@@ -29,7 +29,7 @@ from int8run.models.sampling import Sampling
 from int8run.models.schedulers import set_scheduler
 from int8run.outlier.convrot import ConvRot
 from int8run.pipeline import process_cache
-from int8run.pipeline.build import BuiltModel
+from int8run.pipeline.built_model import BuiltModel
 from int8run.ptq import layer_costs as costs
 from int8run.tasks import run as run_module
 from int8run.tasks.run import RunResult, run

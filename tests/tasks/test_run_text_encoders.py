@@ -36,7 +36,7 @@ from int8run.lora.match import Matches
 from int8run.models.sampling import Sampling
 from int8run.outlier.convrot import ConvRot
 from int8run.pipeline import process_cache
-from int8run.pipeline.build import BuiltModel
+from int8run.pipeline.built_model import BuiltModel
 from int8run.pipeline.text_encoders import QuantizedEncoders, build_encoders, open_encoders
 from int8run.quant.formats import FORMATS, choose_format
 from int8run.report.console import Progress

@@ -1,0 +1,154 @@
+"""A model as it was loaded: its pipeline, its denoiser, and where the denoiser's weights are.
+
+load.py makes it; everything that quantizes reads weights through it, whether they are in memory or still in a
+file. Nothing is quantized here, and no LoRA is known here.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from int8run.layers.assemble import copy_sharing_tensors
+from int8run.layers.int8_linear import get_linear
+from int8run.layers.plan import LayerPlan, plan_layers
+from int8run.models.dual_denoisers import split_denoiser
+from int8run.models.family import ModelFamily
+from int8run.models.sampling import Sampling
+from int8run.models.source import ResolvedModel
+from int8run.pipeline.checkpoint_weights import DenoiserWeights
+from int8run.pipeline.text_encoders import OpenedEncoder
+
+
+@dataclass
+class LoadedModel:
+    """A model as it was loaded, and what is known about it.
+
+    Args:
+        component: the pipeline's name for its denoiser; of two, for the first one.
+        denoiser: the float model, or a skeleton; of two denoisers a module that holds both.
+        scheduler: as the checkpoint has it; a sampling may name another.
+        checkpoint: the denoiser's weights; None where diffusers has read them.
+        encoders: the text encoders that `clip=` changes, opened.
+        seconds: that loading took.
+    """
+
+    pipe: DiffusionPipeline
+    component: str
+    denoiser: nn.Module
+    scheduler: Any
+    family: ModelFamily
+    sampling: Sampling
+    device: torch.device
+    source: ResolvedModel
+    checkpoint: DenoiserWeights | None
+    encoders: Mapping[str, OpenedEncoder]
+    seconds: float = 0.0
+
+    @property
+    def skeleton_encoders(self) -> tuple[str, ...]:
+        """Text encoders of the pipeline that are skeletons, to be replaced by quantized ones."""
+        return tuple(
+            name for name, opened in self.encoders.items() if getattr(self.pipe, name) is opened.skeleton
+        )
+
+    @property
+    def float_bytes(self) -> int:
+        """Size of the float denoiser in memory, whether its weights are read or not."""
+        tensors = [*self.denoiser.parameters(), *self.denoiser.buffers()]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    @property
+    def num_dequantized_layers(self) -> int:
+        """Linears of the float model whose weights are quantized numbers of its own file."""
+        if self.checkpoint is None:
+            return 0
+        return len(self.checkpoint.find_int8_layers()) + len(self.checkpoint.find_inexact_layers())
+
+    def plan_layers(self) -> list[LayerPlan]:
+        """Every Linear of the denoiser, with the family's reason where one stays float."""
+        return plan_layers(self.denoiser, make_skip_rule(self.family, self.denoiser))
+
+    def read_weight(self, name: str) -> Tensor:
+        """The float weight of a Linear, on the device; read from the file where the model has none.
+
+        Args:
+            name: of the Linear.
+
+        Returns:
+            [N, K]
+        """
+        weight = get_linear(self.denoiser, name).weight.detach()
+        if not weight.is_meta:
+            return weight.to(self.device)  # with offload= the float model waits in memory
+        assert self.checkpoint is not None
+        return self.checkpoint.read_tensor(f"{name}.weight").to(self.device, weight.dtype)
+
+    def fill_weights(self, except_for: Iterable[str] = ()) -> None:
+        """Read what the skeleton lacks, except for the weights of some Linears.
+
+        Args:
+            except_for: names of the Linears.
+        """
+        left_out = {f"{name}.weight" for name in except_for}
+        state = self.denoiser.state_dict()
+        missing = [name for name, tensor in state.items() if tensor.is_meta and name not in left_out]
+        if self.checkpoint is not None:
+            self.checkpoint.fill_parameters(self.denoiser, missing, self.device)
+        for module in self.denoiser.modules():  # buffers that no checkpoint holds
+            for name, buffer in module._buffers.items():
+                if buffer is not None and not buffer.is_meta:
+                    module._buffers[name] = buffer.to(self.device)
+
+
+def make_skip_rule(family: ModelFamily, denoiser: nn.Module) -> Callable[[str], str | None]:
+    """Why a Linear of a denoiser stays float, by its name; None: it does not.
+
+    Of two denoisers, the family describes the layers of each.
+    """
+    is_single = "" in split_denoiser(denoiser)
+
+    def find_skip_reason(name: str) -> str | None:
+        return family.find_skip_reason(name if is_single else name.partition(".")[2])
+
+    return find_skip_reason
+
+
+class SkeletonLinear(nn.Module):
+    """Takes the place of a Linear whose weight is not read: zeros of the right shape.
+
+    The denoiser runs with it, and so the other layers show how many rows they see.
+
+    Args:
+        in_features: K.
+        out_features: N.
+    """
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., K] -> zeros [..., N]."""
+        return x.new_zeros(*x.shape[:-1], self.out_features)
+
+
+def replace_missing_linears(denoiser: nn.Module) -> nn.Module:
+    """A copy of the module tree with a SkeletonLinear for every Linear without a weight.
+
+    Returns:
+        The copy, which shares all tensors; the module itself where every Linear has a weight.
+    """
+    linears = {name: m for name, m in denoiser.named_modules() if isinstance(m, nn.Linear)}
+    missing = {name: linear for name, linear in linears.items() if linear.weight.is_meta}
+    if not missing:
+        return denoiser
+    copy = copy_sharing_tensors(denoiser)
+    for name, linear in missing.items():
+        parent, _, child = name.rpartition(".")
+        setattr(copy.get_submodule(parent), child, SkeletonLinear(linear.in_features, linear.out_features))
+    return copy

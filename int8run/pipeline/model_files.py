@@ -1,0 +1,84 @@
+"""The files of a model: their hashes, and which of them hold quantized weights.
+
+load.py checks them before diffusers reads them. The hashes are part of the keys of both caches, and of the
+provenance of what is written.
+"""
+
+from collections.abc import Collection
+from pathlib import Path
+
+from int8run.checkpoints.detect import list_quantized_weights, read_layers
+from int8run.checkpoints.layer import FLOAT
+from int8run.checkpoints.reader import TensorFiles
+from int8run.checkpoints.unsupported import read_quant_config
+from int8run.errors import FileError
+from int8run.models.source import ResolvedModel
+from int8run.utils.disk_cache import DiskCache
+from int8run.utils.plurals import count_noun
+
+# files of a diffusers folder that decide what a model computes
+HASHED_SUFFIXES = (".safetensors", ".json", ".model", ".txt")
+
+
+def hash_model_files(source: ResolvedModel, cache: DiskCache) -> list[tuple[str, str]]:
+    """Name and SHA-256 of every file that decides what a model generates.
+
+    Args:
+        cache: remembers hashes of files that did not change.
+    """
+    files = {
+        path.relative_to(source.folder).as_posix(): path
+        for path in source.folder.rglob("*")
+        if path.suffix in HASHED_SUFFIXES
+    }
+    if source.has_single_files:
+        for denoiser in source.denoisers:
+            for path in list_safetensors(denoiser.weights):
+                files[f"{denoiser.component}: {path.name}"] = path
+    return [(name, cache.hash_file(path)) for name, path in sorted(files.items())]
+
+
+def list_safetensors(path: Path) -> list[Path]:
+    """The `.safetensors` files of a folder, or the one file that a path names."""
+    return sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+
+
+def has_quantized_weights(path: Path) -> bool:
+    """Whether a safetensors file, or those of a folder, hold quantized weights."""
+    if path.is_dir() and not any(path.glob("*.safetensors")):
+        return False
+    with TensorFiles.open(path) as files:
+        return bool(list_quantized_weights(files))
+
+
+def check_float_components(folder: Path, without: Collection[str]) -> None:
+    """Check that diffusers and transformers read the right numbers in the components of a pipeline.
+
+    They take quantized weights for floats and leave out scales that they do not know. Plain casts to fp8 are
+    floats. A component whose config names a method is left to the library of that method.
+
+    Args:
+        folder: of the pipeline.
+        without: components that are not loaded from there.
+
+    Raises:
+        FileError: naming the component and what reads it.
+    """
+    for part in sorted(folder.iterdir()):
+        if not part.is_dir() or part.name in without or not has_quantized_weights(part):
+            continue
+        with TensorFiles.open(part) as files:
+            if read_quant_config(files):
+                continue
+            layers = read_layers(files)
+        quantized = [layer for layer in layers.values() if layer.storage_dtype != FLOAT and layer.granularity]
+        if not quantized:
+            continue
+        how = "take a pipeline with its float weights"
+        if part.name.startswith("text_encoder"):
+            how = f"set clip=auto 'clip.path={{{part.name}: {part}}}' metrics.baseline=none, which reads them"
+        weights = count_noun(len(quantized), "quantized weight")
+        raise FileError(
+            f"{part} holds {weights} ({quantized[0].label}), which diffusers would "
+            f"use without their scales; {how}"
+        )
