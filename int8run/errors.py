@@ -6,6 +6,7 @@ Imported by every other package, and imports none of them. Also holds the checks
 
 import difflib
 import errno
+import unicodedata
 from collections.abc import Collection, Iterable
 
 WRITE_ELSEWHERE = "write elsewhere: hydra.run.dir=FOLDER (of a sweep hydra.sweep.dir=FOLDER)"
@@ -42,9 +43,17 @@ class ConfigError(Int8RunError):
 
 
 class FileError(Int8RunError):
-    """A missing or damaged file."""
+    """A missing or damaged file.
+
+    Args:
+        message: may hold names out of a stranger's file, or of a file: their line breaks and other control
+            characters are shown as escapes, so that the message stays one line and moves no terminal.
+    """
 
     exit_code = 3
+
+    def __init__(self, message: object = ""):
+        super().__init__(escape_control_characters(str(message)))
 
 
 class LoraError(FileError):
@@ -59,6 +68,13 @@ class BackendError(Int8RunError):
 
 class TrackingError(Int8RunError):
     """The store of the tracker does not answer. Whatever was to be logged is in the output folder."""
+
+
+def escape_control_characters(text: str) -> str:
+    """The text with each control character as Python would write it, such as `\\n` for a line break."""
+    if text.isprintable():
+        return text
+    return "".join(repr(char)[1:-1] if unicodedata.category(char) == "Cc" else char for char in text)
 
 
 def find_int8run_error(error: BaseException) -> Int8RunError | None:

@@ -1,0 +1,28 @@
+"""Messages stay one line, whatever a stranger's file is called or calls its tensors."""
+
+import pickle
+
+import pytest
+
+from int8run.errors import FileError, LoraError
+
+
+@pytest.mark.parametrize("error_class", [FileError, LoraError])
+def test_control_characters_of_a_name_are_shown_as_escapes(error_class):
+    error = error_class("lora\n.safetensors: conv_\x1b[31m\r\x00 has no alpha")
+
+    assert str(error) == r"lora\n.safetensors: conv_\x1b[31m\r\x00 has no alpha"
+
+
+def test_other_letters_stay_as_they_are():
+    message = "C:\\models\\лиса é 🦊.safetensors is not there"
+
+    assert str(FileError(message)) == message
+
+
+def test_an_error_comes_through_a_process_unchanged():
+    error = FileError("two\nlines")
+
+    copy = pickle.loads(pickle.dumps(error))
+
+    assert str(copy) == str(error) == r"two\nlines"
