@@ -33,8 +33,9 @@ from int8run.layers.int8_linear import Int8Linear, QuantizedLayer
 from int8run.lora.adapters.change import LoraChange
 from int8run.lora.adapters.lora import LoRA
 from int8run.lora.apply import DynamicLayer, Int8LoraLayer
+from int8run.lora.entries import Entry
 from int8run.lora.load import LoraFile
-from int8run.lora.stack import Entry, LoraStack
+from int8run.lora.stack import LoraStack
 from int8run.outlier.base import OutlierMethod
 from int8run.outlier.convrot import ConvRot
 from int8run.outlier.none import NoOutlier

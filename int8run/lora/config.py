@@ -272,6 +272,12 @@ class LoraSettings:
         return self.get_strengths_at(0)
 
     @property
+    def largest_strengths(self) -> list[float]:
+        """The strength of each adapter in the denoiser when it is farthest from 0."""
+        by_time = [self.get_strengths_at(fraction) for fraction in self.change_points]
+        return [max(strengths, key=abs) for strengths in zip(*by_time, strict=True)]
+
+    @property
     def text_strengths(self) -> list[float]:
         """The strength of each adapter's part for text encoders."""
         text_strengths = []

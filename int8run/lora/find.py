@@ -20,7 +20,13 @@ MAX_SOURCE_CHARS = 100
 FOLDER_FILES = (PEFT_FILE, "pytorch_lora_weights.safetensors")
 
 
-def find_lora(source: str, weight_name: str | None, folder: Path | None = None) -> Path:
+def find_lora(
+    source: str,
+    weight_name: str | None,
+    folder: Path | None = None,
+    *,
+    folder_setting: str = "lora_dir=FOLDER",
+) -> Path:
     """Find the file of a source. Names in a folder may leave `.safetensors` out.
 
     Args:
@@ -28,6 +34,7 @@ def find_lora(source: str, weight_name: str | None, folder: Path | None = None) 
             of a shipped LoRA, or with `weight_name` a hub id.
         weight_name: the name of a file in a hub repository.
         folder: where names are looked up, before the shipped LoRAs.
+        folder_setting: how the user sets `folder`, for messages.
 
     Raises:
         LoraError: when it is not found; the message has the path tried, the folders searched and the nearest
@@ -41,7 +48,7 @@ def find_lora(source: str, weight_name: str | None, folder: Path | None = None) 
     if weight_name is not None:
         return download_lora(source, weight_name)
     try:
-        return find_local_lora(expand_path(source), folder)
+        return find_local_lora(expand_path(source), folder, folder_setting)
     except LoraError:
         raise
     except (OSError, FileError) as error:
@@ -49,7 +56,7 @@ def find_lora(source: str, weight_name: str | None, folder: Path | None = None) 
         raise LoraError(f"LoRA {source[:MAX_SOURCE_CHARS]!r} cannot be looked for: {reason}") from error
 
 
-def find_local_lora(path: Path, folder: Path | None) -> Path:
+def find_local_lora(path: Path, folder: Path | None, folder_setting: str) -> Path:
     """Find a LoRA on this machine, see `find_lora`.
 
     Raises:
@@ -65,7 +72,12 @@ def find_local_lora(path: Path, folder: Path | None) -> Path:
         found = find_in_lora_folder(place)
         if found is not None:
             return found
-    raise LoraError(describe_failed_search(path, [file.parent for file in files_in_folders], folder))
+    message = describe_failed_search(path, [file.parent for file in files_in_folders])
+    if is_bare_name(path) and folder is None:
+        message += f"; {folder_setting} adds a folder of yours"
+    if looks_like_hub_id(path):
+        message += "; a repository on the hub needs weight_name as well"
+    raise LoraError(message)
 
 
 def find_lora_of_folder(folder: Path) -> Path | None:
@@ -158,8 +170,13 @@ def list_home_folders(path: Path, folder: Path | None) -> list[Path]:
     return homes
 
 
-def describe_failed_search(path: Path, searched_homes: Sequence[Path], folder: Path | None) -> str:
-    """The message for a file that was not found: what was searched, what is similar, what may be meant."""
+def looks_like_hub_id(path: Path) -> bool:
+    """Whether a path may be meant as `owner/repository`."""
+    return not has_suffix(path) and not path.is_absolute() and len(path.parts) == 2
+
+
+def describe_failed_search(path: Path, searched_homes: Sequence[Path]) -> str:
+    """The message for a file that was not found: what was searched, and what is similar there."""
     is_path = has_suffix(path) or not is_bare_name(path)
     searched = [path.parent, *searched_homes] if is_path else list(searched_homes)
     present = {file for place in searched if place.is_dir() for file in place.glob(f"*{SUFFIX}")}
@@ -168,9 +185,4 @@ def describe_failed_search(path: Path, searched_homes: Sequence[Path], folder: P
 
     message = f"LoRA file not found: {path}; searched {', '.join(str(place.resolve()) for place in searched)}"
     message += f"; nearest there: {', '.join(nearest)}" if nearest else "; no .safetensors file there"
-    if is_bare_name(path) and folder is None:
-        message += "; lora_dir=FOLDER adds a folder of yours"
-    looks_like_hub_id = not has_suffix(path) and not path.is_absolute() and len(path.parts) == 2
-    if looks_like_hub_id:
-        message += "; a repository on the hub needs weight_name as well"
     return message

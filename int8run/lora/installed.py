@@ -4,15 +4,19 @@ Every module that a stack changes refers to the same `InstalledLoras`. So a mode
 as it lives, whatever becomes of the stack: a later stack takes back what one left behind that is gone.
 """
 
+import logging
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
+from int8run.errors import ConfigError, LoraError
 from int8run.lora.apply import Int8LoraLayer
 from int8run.lora.float_merge import FloatMerge
 from int8run.lora.key_parsing import DENOISER
 from int8run.lora.module_names import find_target_module
+
+log = logging.getLogger(__name__)
 
 # attribute of a module that LoRAs change
 MARK = "_int8run_loras"
@@ -79,13 +83,61 @@ class InstalledLoras:
         Args:
             parts: the models, by component.
         """
-        changed = [name for merge in self.merges.values() for name in merge.find_outside_changes()]
-        changed += [
-            name
-            for name, layer in self.layers.items()
-            if find_target_module(parts[DENOISER], name) is not layer.find_layer()
-        ]
+        changed = []
+        for merge in self.merges.values():
+            changed += merge.find_outside_changes()
+        for name, layer in self.layers.items():
+            if find_target_module(parts[DENOISER], name) is not layer.find_layer():
+                changed.append(name)
         return changed
+
+    def check_unchanged_outside(self, parts: Mapping[str, nn.Module]) -> None:
+        """Check that what the stack changed is still there, as the stack left it.
+
+        Args:
+            parts: the models, by component.
+
+        Raises:
+            ConfigError: when another part of the program replaced it, or wrote to it.
+        """
+        changed = self.find_outside_changes(parts)
+        if changed:
+            raise ConfigError(
+                f"{format_some(changed)}: replaced or written to by another part of the program since the "
+                "LoRAs were put on; call clear(), then add them again"
+            )
+
+    def check_weights_in_memory(self) -> None:
+        """Check that every float weight that a LoRA changes can be written to now.
+
+        Raises:
+            LoraError: when it cannot.
+        """
+        for merge in self.merges.values():
+            if merge.deferred:
+                raise LoraError(
+                    f"{format_some(list(merge.deferred))}: the weight is not in memory, but on the meta "
+                    "device; put LoRAs on before enable_sequential_cpu_offload, or use another offloading"
+                )
+            if merge.unreachable:
+                raise LoraError(
+                    f"{format_some(merge.unreachable)}: the weight is no parameter of its module, so no LoRA "
+                    "can be added to it; put LoRAs on before the model is changed by other programs"
+                )
+
+    def warn_float8_weights(self) -> None:
+        """Warn where weights are rounded to 8 bits, in which most of a LoRA is lost."""
+        num_weights = num_float8 = 0
+        for merge in self.merges.values():
+            num_weights += len(merge.weights)
+            num_float8 += sum(weight.is_float8 for weight in merge.weights.values())
+        if num_float8:
+            log.warning(
+                "%d of %d weights that the LoRAs change are float8, which rounds away most of a small "
+                "change; put LoRAs on a bfloat16 model (before enable_layerwise_casting), or on INT8 layers",
+                num_float8,
+                num_weights,
+            )
 
     def restore(self) -> None:
         """Leave every module as it was found, to the bit, but for those that somebody else changed since."""
@@ -112,6 +164,9 @@ class InstalledLoras:
         self.remember()
 
 
+# -- what is on a model ------------------------------------------------------------------------------------
+
+
 def find_marks(models: Iterable[nn.Module]) -> list[InstalledLoras | tuple[str, ...]]:
     """What holds these models: stacks, and of copies of models with LoRAs the names of those."""
     found: list[InstalledLoras | tuple[str, ...]] = []
@@ -123,7 +178,41 @@ def find_marks(models: Iterable[nn.Module]) -> list[InstalledLoras | tuple[str, 
     return found
 
 
+def find_left_behind(models: Iterable[nn.Module]) -> list[InstalledLoras]:
+    """What stacks that are gone left on these models."""
+    marks = find_marks(models)
+    return [mark for mark in marks if isinstance(mark, InstalledLoras) and mark.owner is None]
+
+
+def check_no_other_owner(models: Iterable[nn.Module], owner: object) -> None:
+    """Check that no other stack than this one changes the models: each would undo the other's changes.
+
+    Raises:
+        ConfigError: when one does, or a model is a copy of one that has LoRAs.
+    """
+    for mark in find_marks(models):
+        if not isinstance(mark, InstalledLoras):
+            raise ConfigError(
+                f"this model is a copy of one with LoRAs on it ({format_names([mark])}), and they cannot "
+                "be taken off the copy; copy a model before it gets LoRAs, or after clear()"
+            )
+        if mark.owner not in (None, owner):
+            raise ConfigError(
+                f"this model has a LoraStack already, with {format_names([mark])}; add the LoRA to that "
+                "one, or clear() it first (LoraStack.of(model) returns it)"
+            )
+
+
 def format_names(marks: Iterable[InstalledLoras | tuple[str, ...]]) -> str:
     """The LoRAs of several marks, for messages."""
-    names = [name for mark in marks for name in (mark.names if isinstance(mark, InstalledLoras) else mark)]
+    names: list[str] = []
+    for mark in marks:
+        names += mark.names if isinstance(mark, InstalledLoras) else mark
     return ", ".join(repr(name) for name in dict.fromkeys(names))
+
+
+def format_some(names: Sequence[str]) -> str:
+    """The first of several names, and how many more there are."""
+    if len(names) == 1:
+        return names[0]
+    return f"{names[0]} and {len(names) - 1} more"

@@ -5,54 +5,50 @@ in steps of its own (`int8run.pipeline.build`): match, install, then attach to t
 """
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
 from torch import Tensor, nn
 
-from int8run.errors import ConfigError, LoraError, check_choice
+from int8run.errors import ConfigError, check_choice
 from int8run.layers.int8_linear import Int8Linear
-from int8run.lora.apply import BakedLayer, DynamicLayer, IndexedChanges, Int8LoraLayer, StochasticLayer
-from int8run.lora.change_size import ChangeSize, compute_median_steps, format_sizes, measure_change
-from int8run.lora.config import MODES, check_strength
+from int8run.lora.apply import DynamicLayer, IndexedChanges, Int8LoraLayer
+from int8run.lora.change_size import (
+    ChangeSize,
+    compute_median_steps,
+    describe_large_change,
+    measure_change,
+)
+from int8run.lora.config import MODES
+from int8run.lora.entries import Entry, check_strengths, describe_entry, warn_duplicates
 from int8run.lora.find import find_lora, get_default_name
-from int8run.lora.float_merge import FloatMerge, name_module
-from int8run.lora.installed import InstalledLoras, find_marks, format_names
+from int8run.lora.float_merge import FloatMerge
+from int8run.lora.installed import (
+    InstalledLoras,
+    check_no_other_owner,
+    find_left_behind,
+    find_marks,
+    format_names,
+    format_some,
+)
+from int8run.lora.int8_layers import Int8LayerMaker, compute_clipped_share, count_modes
 from int8run.lora.joined_norms import read_joined_norms
 from int8run.lora.key_parsing import DENOISER
-from int8run.lora.load import LoraFile, read_lora
+from int8run.lora.load import read_lora
 from int8run.lora.match import Matches, MatchRequest, match_loras
-from int8run.lora.modes import ModeChoice, ModeChooser, Overhead
+from int8run.lora.modes import ModeChooser, Overhead
 from int8run.lora.module_names import find_target
 from int8run.lora.weight_reader import WeightReader
 from int8run.models.given_model import GivenModel, check_text_encoders, take_denoiser, take_text_encoders
-from int8run.quant.rounding import AbsMax, Rounding
+from int8run.quant.rounding import Rounding
 from int8run.utils.plurals import count_noun
 
 log = logging.getLogger(__name__)
 
-
-@dataclass
-class Entry:
-    """One LoRA of the stack and how strong it is.
-
-    Args:
-        name: for people and for `set_strength`.
-        file: what it holds.
-        strength: in the denoiser.
-        text_strength: in the text encoders.
-        components: the parts of the file that are applied; None: all.
-    """
-
-    name: str
-    file: LoraFile
-    strength: float = 0.0
-    text_strength: float = 0.0
-    components: Sequence[str] | None = None
+# what a program sets for a folder of LoRAs, for messages; on the command line it is lora_dir
+FOLDER_SETTING = "LoraStack(…, folder=FOLDER)"
 
 
 class LoraStack:
@@ -83,6 +79,7 @@ class LoraStack:
         denoiser: GivenModel,
         text_encoders: Mapping[str, nn.Module] | None = None,
         mode: str = "auto",
+        *,
         strict: bool = True,
         seed: int = 0,
         folder: Path | None = None,
@@ -109,6 +106,11 @@ class LoraStack:
             if isinstance(mark, InstalledLoras) and isinstance(mark.owner, LoraStack):
                 return mark.owner
         return None
+
+    def __repr__(self) -> str:
+        """The LoRAs with their strengths: `<LoraStack on FluxTransformer2DModel: 'ink' 0.8, 'gloss' 0.4>`."""
+        loras = [entry.format_strengths() for entry in self.entries]
+        return f"<LoraStack on {type(self.denoiser).__name__}: {', '.join(loras) or 'no LoRAs'}>"
 
     def __reduce__(self) -> NoReturn:
         """A copy would undo what the stack does.
@@ -147,7 +149,7 @@ class LoraStack:
             LoraError: when the file cannot be read or does not fit. Whatever the error, model and stack are
                 as they were.
         """
-        path = find_lora(str(source), weight_name, self.folder)
+        path = find_lora(str(source), weight_name, self.folder, folder_setting=FOLDER_SETTING)
         name = name or get_default_name(str(source), path)
         if name in self.names:
             raise ConfigError(
@@ -155,12 +157,9 @@ class LoraStack:
                 f"set_strength({name!r}, …) changes its strength, or give another name="
             )
         check_strengths(name, strength, text_strength)
-        entry = Entry(
-            name,
-            read_lora(path),
-            strength=strength,
-            text_strength=strength if text_strength is None else text_strength,
-        )
+        if text_strength is None:
+            text_strength = strength
+        entry = Entry(name, read_lora(path), strength=strength, text_strength=text_strength)
         self.replace_entries([*self.entries, entry])
         return self
 
@@ -185,7 +184,7 @@ class LoraStack:
             ConfigError: when this stack has no LoRA, and another one has.
         """
         if not self.entries:  # else others share a part with this stack and not its changes
-            self.check_no_other_stack()
+            check_no_other_owner(self.parts.values(), self)
         changed = self.installed.find_outside_changes(self.parts)
         if changed:
             log.warning(
@@ -193,7 +192,7 @@ class LoraStack:
                 "it put there is left as it is",
                 format_some(changed),
             )
-        for installed in (self.installed, *self.find_left_behind()):
+        for installed in (self.installed, *find_left_behind(self.parts.values())):
             installed.restore()
         self.entries, self.matches = [], Matches({}, ())
         self.installed, self.sizes = InstalledLoras(), {}
@@ -212,10 +211,11 @@ class LoraStack:
         """
         entry = self.find_entry(name)
         check_strengths(name, strength, text_strength)
-        self.check_unchanged_outside()
+        self.installed.check_unchanged_outside(self.parts)
         before = entry.strength, entry.text_strength
-        entry.strength = strength
-        entry.text_strength = strength if text_strength is None else text_strength
+        if text_strength is None:
+            text_strength = strength
+        entry.strength, entry.text_strength = strength, text_strength
         try:
             self.apply()
         except BaseException:  # an interrupt, too
@@ -248,9 +248,9 @@ class LoraStack:
             ConfigError: when another stack changes the model, or layers are not there any more.
             LoraError: when a LoRA does not fit.
         """
-        self.check_unchanged_outside()
-        self.check_no_other_stack()
-        left_behind = self.find_left_behind()
+        self.installed.check_unchanged_outside(self.parts)
+        check_no_other_owner(self.parts.values(), self)
+        left_behind = find_left_behind(self.parts.values())
         matches = self.match_entries(entries)
         before = self.entries, self.matches, self.installed, self.sizes
         taken_off = [self.installed, *left_behind]
@@ -258,7 +258,7 @@ class LoraStack:
             for installed in taken_off:
                 installed.restore()
             self.install(entries, matches)
-            self.check_weights_in_memory()
+            self.installed.check_weights_in_memory()
             self.attach(self.denoiser)
             self.apply()
         except BaseException:  # an interrupt, too
@@ -270,24 +270,12 @@ class LoraStack:
         for component, modules in matches.by_component.items():
             self.installed.mark(find_target(self.parts[component], name)[0] for name in modules)
         self.installed.remember()
-        self.warn_float8_weights()
+        self.installed.warn_float8_weights()
         if left_behind:
             log.warning(
                 "taken off the model: %s, of a LoraStack that is gone; keep the stack in a variable, and add "
                 "to it, to have all of them",
                 format_names(left_behind),
-            )
-
-    def warn_float8_weights(self) -> None:
-        """Warn where weights are rounded to 8 bits, in which most of a LoRA is lost."""
-        weights = [weight for merge in self.merges.values() for weight in merge.weights.values()]
-        num_float8 = sum(weight.is_float8 for weight in weights)
-        if num_float8:
-            log.warning(
-                "%d of %d weights that the LoRAs change are float8, which rounds away most of a small "
-                "change; put LoRAs on a bfloat16 model (before enable_layerwise_casting), or on INT8 layers",
-                num_float8,
-                len(weights),
             )
 
     def find_entry(self, name: str) -> Entry:
@@ -301,60 +289,6 @@ class LoraStack:
                 f"the stack has no LoRA called {name!r}; it has {', '.join(self.names) or 'none'}"
             )
         return self.entries[self.names.index(name)]
-
-    def find_left_behind(self) -> list[InstalledLoras]:
-        """What stacks that are gone left on the model."""
-        marks = find_marks(self.parts.values())
-        return [mark for mark in marks if isinstance(mark, InstalledLoras) and mark.owner is None]
-
-    def check_no_other_stack(self) -> None:
-        """Check that no other stack changes the model: each would undo the other's changes.
-
-        Raises:
-            ConfigError: when one does, or the model is a copy of one that has LoRAs.
-        """
-        for mark in find_marks(self.parts.values()):
-            if not isinstance(mark, InstalledLoras):
-                raise ConfigError(
-                    f"this model is a copy of one with LoRAs on it ({format_names([mark])}), and they cannot "
-                    "be taken off the copy; copy a model before it gets LoRAs, or after clear()"
-                )
-            if mark.owner not in (None, self):
-                raise ConfigError(
-                    f"this model has a LoraStack already, with {format_names([mark])}; add the LoRA to that "
-                    "one, or clear() it first (LoraStack.of(model) returns it)"
-                )
-
-    def check_unchanged_outside(self) -> None:
-        """Check that what the stack changed is still there, as the stack left it.
-
-        Raises:
-            ConfigError: when another part of the program replaced it, or wrote to it.
-        """
-        changed = self.installed.find_outside_changes(self.parts)
-        if changed:
-            raise ConfigError(
-                f"{format_some(changed)}: replaced or written to by another part of the program since the "
-                "LoRAs were put on; call clear(), then add them again"
-            )
-
-    def check_weights_in_memory(self) -> None:
-        """Check that every float weight that a LoRA changes can be written to now.
-
-        Raises:
-            LoraError: when it cannot.
-        """
-        for merge in self.installed.merges.values():
-            if merge.deferred:
-                raise LoraError(
-                    f"{format_some(list(merge.deferred))}: the weight is not in memory, but on the meta "
-                    "device; put LoRAs on before enable_sequential_cpu_offload, or use another offloading"
-                )
-            if merge.unreachable:
-                raise LoraError(
-                    f"{format_some(merge.unreachable)}: the weight is no parameter of its module, so no LoRA "
-                    "can be added to it; put LoRAs on before the model is changed by other programs"
-                )
 
     # -- the steps of a run, in their order ------------------------------------------------------------------
 
@@ -393,6 +327,7 @@ class LoraStack:
     def attach(
         self,
         int8: nn.Module,
+        *,
         float_weights: bool = False,
         rounding: Rounding | None = None,
         scheduled: bool = False,
@@ -419,8 +354,8 @@ class LoraStack:
             overhead=overhead,
             max_overhead=max_overhead,
         )
+        maker = Int8LayerMaker(chooser, self.entries, rounding, self.seed)
         read_joined_norms(self.matches.denoiser, partial(self.find_int8_weight, int8))
-        reasons: Counter[str] = Counter()
         layers: dict[str, Int8LoraLayer] = {}
         for name, changes in self.matches.denoiser.items():
             layer, _ = find_target(int8, name)
@@ -429,13 +364,11 @@ class LoraStack:
             read_weight = WeightReader(name, layer, self.merges[DENOISER] if float_weights else None)
             if float_weights:  # reading integers back only for a log line would take long
                 self.record_sizes(layer, changes, read_weight)
-            choice = chooser.choose(name, layer, changes, read_weight)
-            reasons.update(list_mode_reasons(choice, rounding))
-            layers[name] = self.make_layer(name, layer, changes, choice, read_weight, rounding)
+            layers[name] = maker.make(name, layer, changes, read_weight)
         self.installed.layers = layers
         for lora_layer in layers.values():
             lora_layer.attach()
-        for reason, count in reasons.items():
+        for reason, count in maker.reasons.items():
             log.info("LoRAs on %s by lora.mode=%s", count_noun(count, "layer"), reason)
 
     def find_int8_weight(self, int8: nn.Module, name: str) -> Tensor | None:
@@ -451,36 +384,9 @@ class LoraStack:
         layer, _ = find_target(int8, name)
         if isinstance(layer, Int8Linear):
             return WeightReader(name, layer, None)()
-        return self.merges[DENOISER].find_original(name) if DENOISER in self.merges else None
-
-    def make_layer(
-        self,
-        name: str,
-        layer: Int8Linear,
-        changes: IndexedChanges,
-        choice: ModeChoice,
-        read_weight: Callable[[], Tensor],
-        rounding: Rounding | None,
-    ) -> Int8LoraLayer:
-        """Prepare one INT8 layer for its LoRAs, by the mode that was chosen for it; it is not changed yet.
-
-        Args:
-            name: of the layer.
-            layer: the one to be changed.
-            changes: of the layer.
-            choice: of the mode.
-            read_weight: the weight without any LoRA.
-            rounding: of baked weights; one that needs calibration is replaced by absmax.
-        """
-        if choice.mode == "dynamic":
-            with name_module(name):
-                return DynamicLayer(layer, changes, choice.branches)
-        if choice.mode == "bake":
-            if rounding is None or rounding.needs_calibration:
-                rounding = AbsMax()
-            return BakedLayer(layer, changes, read_weight(), rounding)
-        files = [self.entries[index].file.identity for index, _ in changes]
-        return StochasticLayer(layer, changes, read_weight, seed=(self.seed, name, "lora", *files))
+        if DENOISER not in self.merges:
+            return None
+        return self.merges[DENOISER].find_original(name)
 
     def merge_weight(self, name: str, weight: Tensor) -> Tensor:
         """A weight of the denoiser that was just read, with the LoRAs added at the present strengths."""
@@ -516,19 +422,12 @@ class LoraStack:
     @property
     def layers_by_mode(self) -> dict[str, int]:
         """How many INT8 layers get their LoRAs by each mode."""
-        modes = {DynamicLayer: "dynamic", BakedLayer: "bake", StochasticLayer: "stochastic"}
-        return dict(Counter(modes[type(layer)] for layer in self.layers.values()))
+        return count_modes(self.layers)
 
     @property
     def clipped_share(self) -> float:
         """Of the weights with stochastic rounding, the share that the old scales would have clipped."""
-        num_weights, num_clipped = 0, 0.0
-        for layer in self.layers.values():
-            if isinstance(layer, StochasticLayer):
-                size = layer.layer.in_features * layer.layer.out_features
-                num_weights += size
-                num_clipped += size * layer.clipped_share
-        return num_clipped / num_weights if num_weights else 0.0
+        return compute_clipped_share(self.layers)
 
     def changes_text_encoder(self, index: int) -> bool:
         """Whether a LoRA changes a text encoder."""
@@ -539,8 +438,9 @@ class LoraStack:
         """How many modules of each component a LoRA changes."""
         counts = {}
         for component, modules in self.matches.by_component.items():
-            indices = [i for changes in modules.values() for i, _ in changes]
-            counts[component] = indices.count(index)
+            counts[component] = 0
+            for changes in modules.values():
+                counts[component] += sum(changing == index for changing, _ in changes)
         return counts
 
     def report(self) -> list[str]:
@@ -549,14 +449,8 @@ class LoraStack:
 
     def describe(self, index: int) -> str:
         """What is in the file of one LoRA, and what it changes."""
-        entry = self.entries[index]
-        counts = ", ".join(f"{component} {n}" for component, n in self.count_modules(index).items() if n)
-        line = f"LoRA {entry.name!r} ({entry.file.path.name}): {format_contents(entry.file)}"
-        line += f"; modules changed: {counts}"
-        n_unmatched = sum(i == index for i, _, _ in self.matches.unmatched)
-        if n_unmatched:
-            line += f"; {n_unmatched} not applied"
-        return "; ".join([line, *entry.file.notes])
+        num_unmatched = sum(lora == index for lora, _, _ in self.matches.unmatched)
+        return describe_entry(self.entries[index], self.count_modules(index), num_unmatched)
 
     def record_sizes(
         self, layer: Int8Linear, changes: IndexedChanges, read_weight: Callable[[], Tensor]
@@ -570,62 +464,19 @@ class LoraStack:
 
     def compute_median_steps(self, index: int) -> float | None:
         """The typical size of a LoRA's changes in steps of the layers' grids; None: no INT8 layer has it."""
-        return compute_median_steps(self.sizes[index]) if index in self.sizes else None
+        if index not in self.sizes:
+            return None
+        return compute_median_steps(self.sizes[index])
 
-    def format_size(self, index: int) -> str | None:
-        """The size of a LoRA at strength 1, for people; None where no INT8 layer has it."""
-        return format_sizes(self.entries[index].name, self.sizes[index]) if index in self.sizes else None
+    def list_large_changes(self, strengths: Sequence[float]) -> list[str]:
+        """A warning for each LoRA that changes the INT8 layers so much that images break.
 
-
-def list_mode_reasons(choice: ModeChoice, rounding: Rounding | None) -> list[str]:
-    """Why a layer does not get its LoRAs as was asked for, each with the mode that it gets.
-
-    Args:
-        choice: the mode.
-        rounding: of baked weights, as asked for.
-    """
-    reasons = []
-    if choice.reason:
-        reasons.append(f"{choice.mode}: {choice.reason}")
-    if choice.mode == "bake" and rounding is not None and rounding.needs_calibration:
-        reasons.append(f"bake: rounded by {AbsMax().name}, because {rounding.name} needs calibration")
-    return reasons
-
-
-def format_contents(file: LoraFile) -> str:
-    """Adapter types, ranks and scales in a file: `40 × LoRA, rank 8, alpha/rank 1`."""
-    parts = [f"{n} × {adapter_type}" for adapter_type, n in file.adapter_types.most_common()]
-    for name, counts in (("rank", file.ranks), ("alpha/rank", file.scales)):
-        if len(counts) == 1:
-            parts.append(f"{name} {min(counts):g}")
-        elif counts:
-            parts.append(f"{name} {min(counts):g} to {max(counts):g}")
-    return ", ".join(parts)
-
-
-def format_some(names: Sequence[str]) -> str:
-    """The first of several names, and how many more there are."""
-    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    return f"{names[0]}{more}"
-
-
-def check_strengths(name: str, strength: float, text_strength: float | None) -> None:
-    """Check that both strengths of a LoRA are in range."""
-    check_strength(f"strength of LoRA {name!r}", strength)
-    if text_strength is not None:
-        check_strength(f"text_strength of LoRA {name!r}", text_strength)
-
-
-def warn_duplicates(entries: Sequence[Entry]) -> None:
-    """Warn where two LoRAs are the same file."""
-    if len(entries) < 2:
-        return  # a hash reads the whole file
-    first_names: dict[str, str] = {}
-    for entry in entries:
-        first_name = first_names.setdefault(entry.file.identity, entry.name)
-        if first_name != entry.name:
-            log.warning(
-                "LoRA %r holds the same weights as %r; together they act like one with both strengths added",
-                entry.name,
-                first_name,
-            )
+        Args:
+            strengths: at which the LoRAs are used, one for each.
+        """
+        warnings = []
+        for index, sizes in sorted(self.sizes.items()):
+            warning = describe_large_change(self.entries[index].name, strengths[index], sizes)
+            if warning is not None:
+                warnings.append(warning)
+        return warnings

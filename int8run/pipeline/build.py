@@ -23,12 +23,13 @@ from int8run.generate.generate import set_text_encoders
 from int8run.generate.prompts import Sample
 from int8run.layers.int8_linear import Int8Linear
 from int8run.layers.plan import LayerPlan
+from int8run.lora.entries import Entry
 from int8run.lora.header_info import LoraHeader
 from int8run.lora.joined_norms import read_joined_norms
 from int8run.lora.load import read_lora
 from int8run.lora.match import Matches
 from int8run.lora.modes import Overhead
-from int8run.lora.stack import Entry, LoraStack
+from int8run.lora.stack import LoraStack
 from int8run.metrics.layers import count_macs, count_module_bytes
 from int8run.models.dual_denoisers import set_denoiser, split_denoiser
 from int8run.models.given_model import find_text_encoders
@@ -102,7 +103,7 @@ def build_model(
     loaded = load_model(select_load_settings(spec), progress, partial(check_given_files, spec, entries))
     warn_dequantized_baseline(spec, loaded)
     text_encoders = find_text_encoders(loaded.pipe.components)
-    loras = LoraStack(loaded.denoiser, text_encoders, spec.lora.mode, spec.lora.strict, spec.seed)
+    loras = LoraStack(loaded.denoiser, text_encoders, spec.lora.mode, strict=spec.lora.strict, seed=spec.seed)
     matches = loras.match_entries(entries)
 
     started = time.perf_counter()
@@ -432,10 +433,8 @@ def attach_loras(built: BuiltModel, spec: RunSpec, rows: Mapping[str, int]) -> N
         overhead=overhead,
         max_overhead=spec.lora.max_overhead,
     )
-    for index in range(len(built.loras.entries)):
-        line = built.loras.format_size(index)
-        if line is not None:
-            log.info("%s", line)
+    for warning in built.loras.list_large_changes(spec.lora.largest_strengths):
+        log.warning("%s", warning)
 
 
 def install_candidate(built: BuiltModel, spec: RunSpec) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from int8run.layers.plan import LayerPlan
 from int8run.lora.config import LoraSettings
-from int8run.lora.stack import Entry
+from int8run.lora.entries import Entry
 from int8run.models.family import ModelSource
 from int8run.pipeline.layer_selection import select_int8_plans
 from int8run.pipeline.loaded_model import LoadedModel

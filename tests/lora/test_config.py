@@ -283,6 +283,13 @@ def test_max_overhead_out_of_range_is_rejected(share):
         LoraSettings(max_overhead=share)
 
 
+def test_largest_strength_of_a_schedule_is_the_one_farthest_from_0():
+    scheduled = Adapter("a", "a", strength=[[0, 0.5], [0.3, -2], [0.6, 1]])
+    settings = LoraSettings([scheduled, Adapter("b", "b", strength=0.4)], strength=0.5)
+
+    assert settings.largest_strengths == [-1.0, 0.2]
+
+
 def test_unusual_strengths_are_listed_once_for_each_lora():
     adapters = [
         Adapter("usual", "a", 2),

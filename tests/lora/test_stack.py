@@ -23,7 +23,8 @@ from int8run.lora.adapters.lora import LoRA
 from int8run.lora.adapters.low_rank import LowRankPair
 from int8run.lora.adapters.oft import OFT, RotationStage
 from int8run.lora.apply import balance_factors
-from int8run.lora.stack import Entry, LoraStack
+from int8run.lora.entries import Entry
+from int8run.lora.stack import LoraStack
 from int8run.outlier.base import OutlierMethod
 from int8run.outlier.convrot import ConvRot
 from int8run.outlier.hadanorm import HadaNorm
@@ -440,6 +441,21 @@ def test_sizes_are_measured_in_steps_of_the_grid() -> None:
     assert loras.compute_median_steps(0) == pytest.approx(0.3) and loras.compute_median_steps(1) is None
 
 
+def test_a_change_is_warned_of_at_the_strength_that_is_used() -> None:
+    model = TinyModel()
+    int8, _ = to_int8(model)
+    half = LoraChange(Diff(0.5 * model.get_submodule("blocks.0.1").weight.detach()))
+
+    loras = on_int8(model, int8, [{"blocks.0.1": half}, {"blocks.0.1": half}], "bake")
+
+    assert loras.list_large_changes([1.0, -1.3]) == []
+    assert loras.list_large_changes([1.0, -3.0]) == [
+        "LoRA 'lora1' at strength -3 changes the model's weights by 150% of their own size (median of the "
+        "INT8 layers); most LoRAs change them by a few percent, beyond 70% images break: take a strength of "
+        "at most 1.4"
+    ]
+
+
 def test_balanced_factors_have_the_same_product() -> None:
     lora_A, lora_B = randn(8, 64) * torch.logspace(0, 3, 8)[:, None], randn(48, 8, seed=1)
     a, b = balance_factors(lora_A, lora_B)
@@ -582,6 +598,21 @@ def test_layer_gets_its_float_fallback_back() -> None:
     loras.clear()
 
     assert layer.float_weight is not None and torch.equal(int8(X), plain)
+
+
+def test_repr_shows_model_loras_and_strengths(files: list[Path]) -> None:
+    stack = LoraStack(TinyModel())
+
+    assert repr(stack) == "<LoraStack on TinyModel: no LoRAs>"
+
+    stack.add(files[0], 0.8).add(files[1], -1, text_strength=0.5)
+
+    assert repr(stack) == "<LoraStack on TinyModel: 'style' 0.8, 'other' -1 (text 0.5)>"
+
+
+def test_missing_file_is_told_in_the_words_of_a_program() -> None:
+    with pytest.raises(LoraError, match=r"LoraStack\(…, folder=FOLDER\) adds a folder of yours$"):
+        LoraStack(TinyModel()).add("missing")
 
 
 def test_what_is_no_model_is_rejected() -> None:

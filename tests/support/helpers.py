@@ -15,9 +15,10 @@ from int8run.backends.reference import Reference
 from int8run.layers.assemble import assemble_int8_model
 from int8run.layers.plan import Int8Settings, LayerPlan, plan_layers
 from int8run.lora.adapters.change import LoraChange
+from int8run.lora.entries import Entry
 from int8run.lora.key_parsing import DENOISER
 from int8run.lora.load import LoraFile
-from int8run.lora.stack import Entry, LoraStack
+from int8run.lora.stack import LoraStack
 from int8run.models.family import ModelFamily
 from int8run.outlier.base import LayerStatistics, OutlierMethod
 from int8run.outlier.none import NoOutlier

@@ -30,9 +30,10 @@ from text_encoders.probes import load_weights, probe_weights, strip_root
 from torch import nn
 
 from int8run.errors import ConfigError, FileError
+from int8run.lora.entries import Entry
 from int8run.lora.float_merge import FloatMerge
 from int8run.lora.load import read_lora
-from int8run.lora.stack import Entry, LoraStack
+from int8run.lora.stack import LoraStack
 from int8run.pipeline.text_encoders import make_merge_reader
 from int8run.text_encoders.build import build_encoder
 from int8run.text_encoders.kernels import Kernels
