@@ -27,13 +27,21 @@ IndexedBranches = Sequence[tuple[int, RuntimeBranch]]
 
 
 def get_weight_deltas(changes: IndexedChanges) -> list[tuple[int, LoraDelta]]:
-    """The changes of the weight."""
-    return [(index, change.weight_delta) for index, change in changes if change.weight_delta is not None]
+    """The changes of the weight, each with the index of its LoRA."""
+    deltas = []
+    for index, change in changes:
+        if change.weight_delta is not None:
+            deltas.append((index, change.weight_delta))
+    return deltas
 
 
 def get_bias_deltas(changes: IndexedChanges) -> list[tuple[int, Tensor]]:
-    """The changes of the bias."""
-    return [(index, change.bias_delta) for index, change in changes if change.bias_delta is not None]
+    """The changes of the bias, [N], each with the index of its LoRA."""
+    deltas = []
+    for index, change in changes:
+        if change.bias_delta is not None:
+            deltas.append((index, change.bias_delta))
+    return deltas
 
 
 def add_deltas(start: Tensor, deltas: IndexedDeltas, strengths: Sequence[float], original: Tensor) -> Tensor:
@@ -43,7 +51,7 @@ def add_deltas(start: Tensor, deltas: IndexedDeltas, strengths: Sequence[float],
         start: what the changes are added to, in the shape of the weight.
         deltas: by index of their LoRA.
         strengths: one for each LoRA of the stack.
-        original: the weight without any LoRA.
+        original: the weight without any LoRA, which the changes are computed from.
     """
     total = start.float()
     for index, delta in deltas:
@@ -64,6 +72,7 @@ class Int8BiasMerge:
     """
 
     def __init__(self, layer: Int8Linear, changes: IndexedChanges):
+        # in the dtype and on the device of the scale, as the layer keeps its bias
         self.deltas = [(index, delta.to(layer.scale)) for index, delta in get_bias_deltas(changes)]
         self.original = None if layer.bias is None else layer.bias.clone()
 
@@ -148,57 +157,60 @@ class DynamicLayer(Int8LoraLayer):
     def __init__(self, layer: Int8Linear, changes: IndexedChanges, branches: IndexedBranches):
         super().__init__(layer, changes)
         self.float_weight = layer.float_weight
-        self.scale = layer.scale.clone()
-        self.row_factors = [
-            (index, branch.row_factor.to(layer.scale))
-            for index, branch in branches
-            if branch.row_factor is not None
-        ]
+        self.scale = layer.scale.clone()  # [N, 1], without any LoRA
+        self.row_factors: list[tuple[int, Tensor]] = []
         self.indices: list[int] = []  # of the LoRAs that have a low-rank part
-        pairs: list[tuple[Tensor, Tensor]] = []
+        pairs: list[tuple[Tensor, Tensor]] = []  # lora_A [r, K], lora_B [N, r]
         for index, branch in branches:
+            if branch.row_factor is not None:
+                self.row_factors.append((index, branch.row_factor.to(layer.scale)))
             if branch.lora_A is not None and branch.lora_B is not None:
+                lora_A, lora_B = balance_factors(branch.lora_A, branch.lora_B)
+                check_fits(lora_A, layer.dtype)
                 self.indices.append(index)
-                pairs.append(balance_factors(branch.lora_A, branch.lora_B))
-                check_fits(pairs[-1][0], layer.dtype)
-        self.branch = None
-        if pairs:
-            self.branch = LowRankBranch(pairs, layer.dtype, layer.scale.device)
-            self.branch.fuse_into_backend(layer.backend, layer.transform)
-            has_float_fallback = layer.float_weight is not None and not self.row_factors
-            if self.branch.fused is not None and not has_float_fallback:
-                self.branch.drop_float_factors()
+                pairs.append((lora_A, lora_B))
+        self.branch = self.make_branch(layer, pairs) if pairs else None
+
+    def make_branch(self, layer: Int8Linear, pairs: Sequence[tuple[Tensor, Tensor]]) -> LowRankBranch:
+        """One branch for all low-rank parts, inside the backend's product where that can be."""
+        branch = LowRankBranch(pairs, layer.dtype, layer.scale.device)
+        branch.fuse_into_backend(layer.backend, layer.transform)
+        # a layer that may run in float needs the branch in float as well
+        has_float_fallback = layer.float_weight is not None and not self.row_factors
+        if branch.fused is not None and not has_float_fallback:
+            branch.drop_float_factors()
+        return branch
 
     def attach(self) -> None:
-        self.bias.attach(self.layer)
-        self.switch_branch(True)
-
-    def switch_branch(self, on: bool) -> None:
-        """Put the branch beside its layer, or take it off."""
+        """Put the branch beside the layer."""
         layer = self.layer
-        layer.adapter = self.branch if on else None
-        if not self.row_factors or self.float_weight is None:
-            return
-        # a float copy of the weight would have to follow every strength of an adapter that scales rows
-        layer.float_weight = None if on else self.float_weight.to(layer.scale.device)
+        self.bias.attach(layer)
+        layer.adapter = self.branch
+        if self.row_factors:
+            # a float copy of the weight would have to follow every strength of an adapter that scales rows
+            layer.float_weight = None
 
     @torch.no_grad()
     def restore(self) -> None:
+        """Take the branch off, and bring back the scales and the float copy of the weight."""
         layer = self.layer
         if self.branch is not None:
             self.branch.set_strengths([0.0] * len(self.indices))
+        layer.adapter = None
         if self.row_factors:
             layer.scale.copy_(self.scale)
-        self.switch_branch(False)
+            if self.float_weight is not None:
+                layer.float_weight = self.float_weight.to(layer.scale.device)
         self.bias.restore(layer)
 
     @torch.no_grad()
     def set_strengths(self, strengths: Sequence[float]) -> None:
+        """Write the strengths into the branch, and the rows' scales times `1 + sum of strength * factor`."""
         layer = self.layer
         if self.branch is not None:
             self.branch.set_strengths([strengths[index] for index in self.indices])
         if self.row_factors:
-            total_factor = torch.ones_like(self.scale)
+            total_factor = torch.ones_like(self.scale)  # [N, 1]
             for index, factor in self.row_factors:
                 total_factor.add_(factor, alpha=strengths[index])
             layer.scale.copy_(self.scale * total_factor)
@@ -218,10 +230,12 @@ def balance_factors(lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         The new [r, K] and [N, r].
     """
-    q, triangle = torch.linalg.qr(lora_A.T)  # A = triangleᵀ qᵀ, so that the SVD is one of r columns
-    u, s, v = torch.linalg.svd(lora_B @ triangle.T, full_matrices=False)
+    # A = triangleᵀ qᵀ, so that the SVD is one of r columns
+    q, triangle = torch.linalg.qr(lora_A.T)  # [K, r], [r, r]
+    u, s, v = torch.linalg.svd(lora_B @ triangle.T, full_matrices=False)  # [N, r], [r], [r, r]
     generator = torch.Generator().manual_seed(0)
-    rotation = torch.linalg.qr(torch.randn(len(s), len(s), generator=generator)).Q.to(u.device)
+    random_matrix = torch.randn(len(s), len(s), generator=generator)
+    rotation = torch.linalg.qr(random_matrix).Q.to(u.device)  # [r, r]
     return rotation.T @ (s[:, None] * v) @ q.T, u @ rotation
 
 
@@ -237,9 +251,11 @@ class MergedLayer(Int8LoraLayer):
         self.clipped_share = 0.0
 
     def attach(self) -> None:
+        """Give the layer a bias where LoRAs need one; its weight stays until there are strengths."""
         self.bias.attach(self.layer)
 
     def restore(self) -> None:
+        """Write the integers as they were, and the bias."""
         self.write_weight([0.0 for _ in self.deltas], self.original)
         self.bias.restore(self.layer)
 
@@ -247,7 +263,9 @@ class MergedLayer(Int8LoraLayer):
         """Write the weight for these strengths, unless the layer has it; at 0 it is the original exactly."""
         own_strengths = [strengths[index] for index, _ in self.deltas]
         if own_strengths != self.written_strengths:
-            weight = self.compute_weight(strengths) if any(own_strengths) else self.original
+            weight = self.original
+            if any(own_strengths):
+                weight = self.compute_weight(strengths)
             self.write_weight(own_strengths, weight)
         self.bias.set_strengths(self.layer, strengths)
 
@@ -282,6 +300,7 @@ class BakedLayer(MergedLayer):
 
     @torch.no_grad()
     def compute_weight(self, strengths: Sequence[float]) -> QuantizedWeight:
+        """`round(transform(W0 + sum of strength * delta))`."""
         merged = add_deltas(self.float_weight, self.deltas, strengths, self.float_weight)
         return self.rounding.round_weight(self.layer.transform.transform_weight(merged), None)
 
@@ -308,11 +327,11 @@ class StochasticLayer(MergedLayer):
 
     @torch.no_grad()
     def compute_weight(self, strengths: Sequence[float]) -> QuantizedWeight:
-        original = self.read_weight()
+        """`integers + stochastic_round(transform(sum of strength * delta) / scale)`."""
+        original = self.read_weight()  # [N, K]
         zeros = torch.zeros(original.shape, device=original.device)
         change = add_deltas(zeros, self.deltas, strengths, original)
-        rounded = add_with_stochastic_rounding(
-            self.original, self.layer.transform.transform_weight(change), make_generator(*self.seed)
-        )
+        transformed_change = self.layer.transform.transform_weight(change)
+        rounded = add_with_stochastic_rounding(self.original, transformed_change, make_generator(*self.seed))
         self.clipped_share = rounded.clipped_share
         return rounded.weight

@@ -70,7 +70,8 @@ class LoraBase:
 @functools.cache
 def load_table() -> Mapping[str, Any]:
     """The content of `bases.yaml`."""
-    return yaml.safe_load(TABLE_FILE.read_text(encoding="utf-8"))
+    table: Mapping[str, Any] = yaml.safe_load(TABLE_FILE.read_text(encoding="utf-8"))
+    return table
 
 
 def detect_lora_base(header: Mapping[str, Mapping[str, Any]], metadata: Mapping[str, str]) -> LoraBase | None:
@@ -85,17 +86,18 @@ def detect_lora_base(header: Mapping[str, Mapping[str, Any]], metadata: Mapping[
     """
     possible = find_possible_bases(read_layer_sizes(header))
     tag, tagged = read_tag(metadata)
+    if not possible and not tagged:
+        return None
     if not possible:
-        return LoraBase(tagged[0], "tag", alternatives=tuple(tagged[1:])) if tagged else None
+        return LoraBase(tagged[0], "tag", alternatives=tuple(tagged[1:]))
 
     # a tag may choose between bases of the same shapes, and cannot add one
     likely = sorted(possible, key=lambda name: name not in tagged)
-    details = {describe_main_size(name) for name in likely}
     is_contradicted = bool(tagged) and likely[0] not in tagged
     return LoraBase(
         name=likely[0],
         evidence="shapes",
-        detail=details.pop() if len(details) == 1 else "",
+        detail=describe_common_size(likely),
         alternatives=tuple(likely[1:]),
         tag=tag if is_contradicted else None,
     )
@@ -118,9 +120,9 @@ def check_lora_base(path: Path, found: LoraBase | None, model_base: str) -> str 
     if found is None or model_base not in load_table()["bases"]:
         return None
     model_title = get_title(model_base)
+    if model_base in found.possible_names and found.tag is None:
+        return None
     if model_base in found.possible_names:
-        if found.tag is None:
-            return None
         return (
             f"{path.name}: its header says {found.tag!r}, its shapes are those of {get_title(found.name)}; "
             "the shapes count"
@@ -134,8 +136,9 @@ def check_lora_base(path: Path, found: LoraBase | None, model_base: str) -> str 
     titles = format_titles(found.possible_names)
     if found.evidence == "tag":
         return f"{path.name}: its header says that it was made for {titles}, the model is {model_title}"
+    reason = found.detail or "by the names in it"
     raise LoraError(
-        f"{path.name} was made for {titles} ({found.detail or 'by the names in it'}), "
+        f"{path.name} was made for {titles} ({reason}), "
         f"the model is {model_title} ({describe_main_size(model_base)}); "
         f"choose a LoRA made for {model_title}, or the model that this one was made for"
     )
@@ -143,7 +146,8 @@ def check_lora_base(path: Path, found: LoraBase | None, model_base: str) -> str 
 
 def get_title(name: str) -> str:
     """The name of a base for messages."""
-    return load_table()["bases"][name]["title"]
+    title: str = load_table()["bases"][name]["title"]
+    return title
 
 
 def format_titles(names: Sequence[str]) -> str:
@@ -155,6 +159,14 @@ def describe_main_size(name: str) -> str:
     """The size that distinguishes a base from similar ones."""
     sizes = load_table()["bases"][name]["sizes"]
     return f"hidden {sizes['h']}" if "h" in sizes else f"text width {sizes['t']}"
+
+
+def describe_common_size(names: Sequence[str]) -> str:
+    """The size that distinguishes these bases from others; empty where they differ in it."""
+    sizes = {describe_main_size(name) for name in names}
+    if len(sizes) > 1:
+        return ""
+    return sizes.pop()
 
 
 # -- sizes of the layers in a file ---------------------------------------------------------------------------
@@ -171,32 +183,49 @@ def read_layer_sizes(header: Mapping[str, Mapping[str, Any]]) -> dict[str, Layer
 
 
 def infer_layer_size(shapes: Mapping[str, Sequence[Any]]) -> LayerSize:
-    """The size of the layer that an adapter belongs to.
+    """The size of the layer that an adapter belongs to, by the parts that its type has.
+
+    With a Tucker core (`hada_t1`, `lokr_t2`) the left factors of a LoHa or LoKr are stored transposed, and
+    nothing is inferred from them.
 
     Args:
         shapes: part of the adapter -> its shape, as the header says.
     """
-    if "down" in shapes or "up" in shapes:
-        return LayerSize(get_dim(shapes, "down", 1), get_dim(shapes, "up", 0))
-    if "hada_w1_a" in shapes and "hada_t1" not in shapes:
-        return LayerSize(get_dim(shapes, "hada_w1_b", 1), get_dim(shapes, "hada_w1_a", 0))
-    is_lokr = any(part.startswith("lokr_") for part in shapes)
-    if is_lokr and "lokr_t2" not in shapes:
+    is_lora = "down" in shapes or "up" in shapes
+    is_loha = "hada_w1_a" in shapes and "hada_t1" not in shapes
+    is_lokr = "lokr_t2" not in shapes and any(part.startswith("lokr_") for part in shapes)
+    is_oft = not shapes.keys().isdisjoint(OFT_PARTS)
+
+    if is_lora:
+        return infer_size(shapes, right="down", left="up")
+    if is_loha:
+        return infer_size(shapes, right="hada_w1_b", left="hada_w1_a")
+    if is_lokr:
         return infer_lokr_size(shapes)
-    if shapes.keys() & set(OFT_PARTS):
+    if is_oft:
         return infer_oft_size(shapes)
-    dense = "diff" if "diff" in shapes else "weight"
-    return LayerSize(get_dim(shapes, dense, 1), get_dim(shapes, dense, 0))
+    if "diff" in shapes:
+        return infer_size(shapes, right="diff", left="diff")
+    return infer_size(shapes, right="weight", left="weight")
+
+
+def infer_size(shapes: Mapping[str, Sequence[Any]], *, right: str, left: str) -> LayerSize:
+    """The size of the product of two factors: inputs [r, K] of the right one, outputs [N, r] of the left."""
+    return LayerSize(in_features=get_dim(shapes, right, 1), out_features=get_dim(shapes, left, 0))
 
 
 def infer_oft_size(shapes: Mapping[str, Sequence[Any]]) -> LayerSize:
     """The size of the layer that an OFT or BOFT rotates: its rows, or by PEFT its inputs."""
-    rows = [get_rotated_features(shapes, part) for part in ("oft_blocks", *KOHYA_OFT_PARTS) if part in shapes]
-    out_features = get_dim(shapes, "boft_s", 0)
-    if rows:
-        known = [count for count in rows if count is not None]
-        out_features = sum(known) if len(known) == len(rows) else None
-    return LayerSize(get_rotated_features(shapes, "boft_R"), out_features)
+    row_parts = [part for part in ("oft_blocks", *KOHYA_OFT_PARTS) if part in shapes]
+    rows = [get_rotated_features(shapes, part) for part in row_parts]
+    known_rows = [count for count in rows if count is not None]
+    if not rows:
+        out_features = get_dim(shapes, "boft_s", 0)
+    elif len(known_rows) == len(rows):
+        out_features = sum(known_rows)
+    else:
+        out_features = None
+    return LayerSize(in_features=get_rotated_features(shapes, "boft_R"), out_features=out_features)
 
 
 def get_rotated_features(shapes: Mapping[str, Sequence[Any]], part: str) -> int | None:
@@ -204,31 +233,59 @@ def get_rotated_features(shapes: Mapping[str, Sequence[Any]], part: str) -> int 
     shape = shapes.get(part, ())
     if len(shape) < 3:
         return None
-    return multiply_if_known([size if type(size) is int else None for size in (shape[-3], shape[-1])])
+    num_blocks, block_size = shape[-3], shape[-1]
+    if type(num_blocks) is not int or type(block_size) is not int:
+        return None
+    return num_blocks * block_size
 
 
 def infer_lokr_size(shapes: Mapping[str, Sequence[Any]]) -> LayerSize:
     """The size of the layer that a LoKr belongs to: the product of its factors' sizes, whole or low-rank."""
     inputs, outputs = [], []
     for factor in ("lokr_w1", "lokr_w2"):
-        inputs.append(get_dim(shapes, factor, 1) or get_dim(shapes, f"{factor}_b", 1))
-        outputs.append(get_dim(shapes, factor, 0) or get_dim(shapes, f"{factor}_a", 0))
+        whole = infer_size(shapes, right=factor, left=factor)
+        low_rank = infer_size(shapes, right=f"{factor}_b", left=f"{factor}_a")
+        inputs.append(whole.in_features or low_rank.in_features)
+        outputs.append(whole.out_features or low_rank.out_features)
     return LayerSize(multiply_if_known(inputs), multiply_if_known(outputs))
 
 
 def get_dim(shapes: Mapping[str, Sequence[Any]], part: str, dim: int) -> int | None:
     """One dimension of a part; None where the file has no such part, or its shape is not one of a matrix."""
     shape = shapes.get(part, ())
-    return shape[dim] if len(shape) > 1 and type(shape[dim]) is int else None
+    if len(shape) < 2:
+        return None
+    size = shape[dim]
+    return size if type(size) is int else None
 
 
 def multiply_if_known(factors: Sequence[int | None]) -> int | None:
     """The product; None where a factor is not known."""
     known = [factor for factor in factors if factor is not None]
-    return math.prod(known) if len(known) == len(factors) else None
+    if len(known) < len(factors):
+        return None
+    return math.prod(known)
 
 
 # -- comparison with the table -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class KnownLayer:
+    """A layer of a file that some architecture has.
+
+    Args:
+        size: in the file.
+        sizes_by_architecture: the sizes that it has in each architecture that has it.
+    """
+
+    size: LayerSize
+    sizes_by_architecture: Mapping[str, Sequence[ExpectedSize]]
+
+    def can_belong_to(self, base: Mapping[str, Any]) -> bool:
+        """Whether a base of `bases.yaml` has such a layer, in this size."""
+        expected_sizes = self.sizes_by_architecture.get(base["architecture"], ())
+        return has_expected_size(self.size, expected_sizes, base["sizes"])
 
 
 def find_possible_bases(layer_sizes: Mapping[str, LayerSize]) -> list[str]:
@@ -241,24 +298,22 @@ def find_possible_bases(layer_sizes: Mapping[str, LayerSize]) -> list[str]:
         layer_sizes: of the modules in the file, by name with every `.` as `_`.
     """
     last_blocks = find_last_blocks(layer_sizes)
-    # layers that an architecture knows: size in the file, and architecture -> sizes there
     known_layers = []
     for name, size in drop_similar_blocks(layer_sizes).items():
-        architectures = find_architectures(name)
-        if architectures:
-            known_layers.append((size, architectures))
+        sizes_by_architecture = find_architectures(name)
+        if sizes_by_architecture:
+            known_layers.append(KnownLayer(size, sizes_by_architecture))
     if not known_layers:
         return []
 
     num_complete_lists: dict[str, int] = {}
     for name, base in load_table()["bases"].items():
-        has_expected_sizes = all(
-            has_expected_size(size, architectures.get(base["architecture"], ()), base["sizes"])
-            for size, architectures in known_layers
-        )
-        counts = {prefix: n for prefix, n in base.get("blocks", {}).items() if prefix in last_blocks}
-        if has_expected_sizes and all(last_blocks[prefix] < n for prefix, n in counts.items()):
-            num_complete_lists[name] = sum(last_blocks[prefix] == n - 1 for prefix, n in counts.items())
+        if not all(layer.can_belong_to(base) for layer in known_layers):
+            continue
+        num_blocks = {blocks: n for blocks, n in base.get("blocks", {}).items() if blocks in last_blocks}
+        if any(last_blocks[blocks] >= n for blocks, n in num_blocks.items()):
+            continue
+        num_complete_lists[name] = sum(last_blocks[blocks] == n - 1 for blocks, n in num_blocks.items())
     return sorted(num_complete_lists, key=lambda name: -num_complete_lists[name])
 
 
@@ -329,7 +384,9 @@ def resolve_size(expression: str | int | None, letters: Mapping[str, int]) -> in
     if not isinstance(expression, str):
         return expression
     factor, letter = expression[:-1], expression[-1]
-    return int(factor or 1) * letters[letter] if letter in letters else None
+    if letter not in letters:
+        return None
+    return int(factor or 1) * letters[letter]
 
 
 # -- tags ----------------------------------------------------------------------------------------------------
@@ -342,13 +399,23 @@ def read_tag(metadata: Mapping[str, str]) -> tuple[str | None, list[str]]:
     """
     for key in TAG_KEYS:
         raw = metadata.get(key, "")[:MAX_TAG_CHARS]
-        words = re.sub(r"[^a-z0-9]+", "-", raw.lower()).strip("-") + "-"
-        matched_chars = {
-            name: max((len(tag) for tag in base["tags"] if words.startswith(f"{tag}-")), default=0)
-            for name, base in load_table()["bases"].items()
-        }
+        matched_chars = count_matched_chars(raw)
         longest = max(matched_chars.values())
         if longest:
             printable = " ".join(re.sub(r"[^ -~]", " ", raw).split())
             return printable, [name for name, count in matched_chars.items() if count == longest]
     return None, []
+
+
+def count_matched_chars(raw: str) -> dict[str, int]:
+    """The length of each base's longest tag that a tag of the metadata begins with; 0 where none is.
+
+    Args:
+        raw: such as `flux-1-dev/lora`; only letters and digits count.
+    """
+    words = re.sub(r"[^a-z0-9]+", "-", raw.lower()).strip("-") + "-"
+    matched_chars = {}
+    for name, base in load_table()["bases"].items():
+        tags = [tag for tag in base["tags"] if words.startswith(f"{tag}-")]
+        matched_chars[name] = max(map(len, tags), default=0)
+    return matched_chars
