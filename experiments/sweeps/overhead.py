@@ -31,7 +31,7 @@ def run_alone(overrides: list[str]) -> None:
     from int8run.pipeline.process_cache import get_or_build
     from int8run.report.console import Progress
     from int8run.tasks.image_writer import ImageWriter
-    from int8run.tasks.run import generate_all
+    from int8run.tasks.run import RunInputs, generate_all
 
     class NoFiles(ImageWriter):
         """Has the samples of a job and saves none of its images."""
@@ -50,7 +50,7 @@ def run_alone(overrides: list[str]) -> None:
         built, _ = get_or_build(spec.build_key, create_model)
         set_scheduler(built.pipe, built.scheduler, spec.sampling)
         built.set_strengths(spec.lora.strengths, spec.lora.text_strengths)
-        generate_all(spec, built, spec.candidate, writer, progress)
+        generate_all(spec, built, spec.candidate, RunInputs(headers, writer, progress))
 
 
 def time_command(command: list[str], folder: Path) -> float:

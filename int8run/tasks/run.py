@@ -1,4 +1,8 @@
-"""`task=run`: one run on one screen. Build, generate with both models in turn, measure, write."""
+"""`task=run`: one run on one screen. Build, generate with both models in turn, measure, write.
+
+`options.Run` calls `run`. `run_metrics` has the numbers, `run_outputs` the files, `image_writer` the images.
+How a model is built or a pipeline is called is not known here.
+"""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,7 +41,7 @@ from int8run.report.formatting import format_pairs
 from int8run.report.result_tables import build_result_table
 from int8run.report.step_times import has_scattered_times
 from int8run.tasks.image_writer import ImageWriter
-from int8run.tasks.run_metrics import RunComparison, measure_run
+from int8run.tasks.run_metrics import DenoiserCalls, RunComparison, measure_run
 from int8run.tasks.run_outputs import describe_build, name_candidate, write_outputs
 from int8run.utils.hardware import get_device_name
 from int8run.utils.paths import expand_path
@@ -66,6 +70,30 @@ class RunResult:
     output_dir: Path
 
 
+@dataclass(frozen=True)
+class RunInputs:
+    """What a run is given besides its settings.
+
+    Args:
+        headers: of the LoRA files, in the order of the stack.
+        writer: saves the images, and has the samples.
+        progress: shows the steps.
+    """
+
+    headers: Sequence[LoraHeader]
+    writer: ImageWriter
+    progress: Progress
+
+    @property
+    def samples(self) -> Sequence[Sample]:
+        """All that are generated."""
+        return self.writer.samples
+
+    def get_first_batch(self, spec: RunSpec) -> Sequence[Sample]:
+        """The samples of the pipeline's first call."""
+        return self.samples[: spec.sampling.batch]
+
+
 def run(spec: RunSpec, job: Job) -> RunResult:
     """Do everything that one job does, in order.
 
@@ -75,16 +103,19 @@ def run(spec: RunSpec, job: Job) -> RunResult:
         spec: the settings.
         job: where they came from, and where to write.
     """
-    progress = Progress(spec.progress, transient=job.sweep is not None)
+    check_output_type(spec)
     headers = read_headers(spec)
     samples = build_samples(
         spec.prompts.read(), spec.prompts.seeds_per_prompt, spec.seed, spec.prompts.negative_prompt
     )
     samples = add_trigger_words(samples, headers, spec.lora)
-    check_output_type(spec)
-    writer = ImageWriter(spec, samples, job.output_dir)
-    with reported_when_stopped(writer):
-        return generate_and_measure(spec, job, headers, writer, progress)
+    inputs = RunInputs(
+        headers=headers,
+        writer=ImageWriter(spec, samples, job.output_dir),
+        progress=Progress(spec.progress, transient=job.sweep is not None),
+    )
+    with reported_when_stopped(inputs.writer):
+        return generate_and_measure(spec, job, inputs)
 
 
 def check_output_type(spec: RunSpec) -> None:
@@ -103,41 +134,35 @@ def reported_when_stopped(writer: ImageWriter) -> Iterator[None]:
         raise
 
 
-def generate_and_measure(
-    spec: RunSpec, job: Job, headers: Sequence[LoraHeader], writer: ImageWriter, progress: Progress
-) -> RunResult:
+def generate_and_measure(spec: RunSpec, job: Job, inputs: RunInputs) -> RunResult:
     """Build the models, generate with them, and measure.
 
     Args:
         spec: the settings.
         job: where they came from, and where to write.
-        headers: of the LoRA files.
-        writer: saves the images, and has the samples.
-        progress: shows the steps.
+        inputs: samples, and what saves their images.
     """
-    samples = writer.samples
-    first_batch = samples[: spec.sampling.batch]
-    cached_baseline, is_fresh = get_cached_baseline(spec, headers, writer, progress)
-    if cached_baseline is not None and is_fresh:
-        log.info("the float model ran before, not in turn with INT8: their speed ratio compares two moments")
+    is_alone = job.sweep is None
+    cached_baseline, is_fresh = get_cached_baseline(spec, inputs)
     built, is_reused = process_cache.get_or_build(
-        spec.build_key, lambda: build_model(spec, first_batch, headers, progress)
+        spec.build_key,
+        lambda: build_model(spec, inputs.get_first_batch(spec), inputs.headers, inputs.progress),
     )
-    change_seconds = apply_settings(spec, built, headers, samples)
-    if job.sweep is None:
+    change_seconds = apply_settings(spec, built, inputs)
+    if is_alone:
         print_build(spec, built, is_reused=is_reused)
 
-    generations = generate_all(spec, built, spec.candidate, writer, progress)
+    generations = generate_all(spec, built, spec.candidate, inputs)
     baseline = cached_baseline or generations.get("float")
     if baseline is not None:
-        writer.write_all("float", baseline, built.pipe)
+        inputs.writer.write_all("float", baseline, built.pipe)
     check_images(generations[spec.candidate], name_candidate(spec))
     log_rounded(spec, built, generations[spec.candidate])
-    comparison = make_comparison(spec, samples, generations, baseline, is_baseline_fresh=is_fresh)
+    comparison = make_comparison(spec, inputs.samples, generations, baseline, is_baseline_fresh=is_fresh)
 
-    denoiser = built.denoisers.get("float", built.denoisers[spec.candidate])
-    calls = capture_step(built.pipe, built.component, denoiser, first_batch, spec.sampling)
-    metrics = measure_run(spec, built, comparison, calls, is_reused=is_reused)
+    metrics = measure_run(
+        spec, built, comparison, capture_denoiser_calls(spec, built, inputs), is_reused=is_reused
+    )
     if spec.lora.adapters:
         metrics["lora/change_ms"] = 1000 * change_seconds
     # after the peak of the memory was read: perceptual metrics load networks of their own
@@ -145,33 +170,42 @@ def generate_and_measure(
         comparison = measure_quality(spec, comparison, baseline)
         metrics |= average_quality(comparison.quality)
 
-    write_outputs(spec, built, comparison, metrics, writer)
-    if has_scattered_times(metrics):
-        log.warning(
-            "step times scatter by more than twice: other work runs on this machine, so the speeds say little"
-        )
-    if job.sweep is None:
+    write_outputs(spec, built, comparison, metrics, inputs.writer)
+    warn_scattered_times(metrics)
+    if is_alone:
         print_result(spec, job, built, metrics)
     return RunResult(metrics, comparison.candidate, baseline, job.output_dir)
 
 
-def apply_settings(
-    spec: RunSpec, built: BuiltModel, headers: Sequence[LoraHeader], samples: Sequence[Sample]
-) -> float:
+def capture_denoiser_calls(spec: RunSpec, built: BuiltModel, inputs: RunInputs) -> DenoiserCalls:
+    """The denoiser's arguments in one step of the first batch; of the float model where it is in memory."""
+    denoiser = built.denoisers.get("float", built.denoisers[spec.candidate])
+    batch = inputs.get_first_batch(spec)
+    return capture_step(built.pipe, built.component, denoiser, batch, spec.sampling)
+
+
+def warn_scattered_times(metrics: Mapping[str, float]) -> None:
+    """Log that speeds say little, where steps of one model took very different times."""
+    if has_scattered_times(metrics):
+        log.warning(
+            "step times scatter by more than twice: other work runs on this machine, so the speeds say little"
+        )
+
+
+def apply_settings(spec: RunSpec, built: BuiltModel, inputs: RunInputs) -> float:
     """Give a model, which may be that of an earlier job, the scheduler and the strengths of this one.
 
     Args:
         spec: the settings; what is unusual about them is logged.
         built: the model.
-        headers: of the LoRA files.
-        samples: to generate.
+        inputs: samples and LoRA headers.
 
     Returns:
         Seconds that the change of strengths took.
     """
     set_scheduler(built.pipe, built.scheduler, spec.sampling)
-    log_lora_warnings(spec, built, headers)
-    log_unused_negative_prompts(spec, built, samples)
+    log_lora_warnings(spec, built, inputs.headers)
+    log_unused_negative_prompts(spec, built, inputs.samples)
     return built.set_strengths(spec.lora.strengths, spec.lora.text_strengths)
 
 
@@ -216,16 +250,12 @@ def read_headers(spec: RunSpec) -> list[LoraHeader]:
     return read_lora_headers(spec.lora, spec.model.lora_base, lora_dir)
 
 
-def get_cached_baseline(
-    spec: RunSpec, headers: Sequence[LoraHeader], writer: ImageWriter, progress: Progress
-) -> tuple[Generation | None, bool]:
+def get_cached_baseline(spec: RunSpec, inputs: RunInputs) -> tuple[Generation | None, bool]:
     """With `metrics.baseline=cached`, get what the float model generates before any other model is built.
 
     Args:
         spec: the settings.
-        headers: of the LoRA files.
-        writer: saves the images, and has the samples.
-        progress: shows the steps.
+        inputs: samples, and what saves their images.
 
     Returns:
         What the float model generated, and whether it did so in this run; (None, True) with another
@@ -235,37 +265,35 @@ def get_cached_baseline(
         return None, True
     # else a model of an earlier job would be in memory beside the float one
     process_cache.clear_build()
-    generate_baseline = partial(generate_float, spec.float_only, headers, writer, progress)
-    return get_float_baseline(
+    baseline, is_fresh = get_float_baseline(
         spec.model,
-        headers,
-        writer.samples,
+        inputs.headers,
+        inputs.samples,
         settings_key=spec.float_key,
         device=spec.device,
         cache=spec.cache,
-        generate=generate_baseline,
+        generate=partial(generate_float, spec.float_only, inputs),
     )
+    if is_fresh:
+        log.info("the float model ran before, not in turn with INT8: their speed ratio compares two moments")
+    return baseline, is_fresh
 
 
-def generate_float(
-    spec: RunSpec, headers: Sequence[LoraHeader], writer: ImageWriter, progress: Progress
-) -> Generation:
+def generate_float(spec: RunSpec, inputs: RunInputs) -> Generation:
     """Build the float model alone and let it generate.
 
     Args:
         spec: of the float model.
-        headers: of the LoRA files.
-        writer: saves the images, and has the samples.
-        progress: shows the steps.
+        inputs: samples, and what saves their images.
     """
-    built = build_model(spec, writer.samples[: spec.sampling.batch], headers, progress)
+    built = build_model(spec, inputs.get_first_batch(spec), inputs.headers, inputs.progress)
     set_scheduler(built.pipe, built.scheduler, spec.sampling)
     built.set_strengths(spec.lora.strengths, spec.lora.text_strengths)
-    return generate_all(spec, built, "float", writer, progress)["float"]
+    return generate_all(spec, built, "float", inputs)["float"]
 
 
 def generate_all(
-    spec: RunSpec, built: BuiltModel, candidate: str, writer: ImageWriter, progress: Progress
+    spec: RunSpec, built: BuiltModel, candidate: str, inputs: RunInputs
 ) -> dict[str, Generation]:
     """Generate with the float model and the candidate in turn, after a short warm-up that is not timed.
 
@@ -273,16 +301,14 @@ def generate_all(
         spec: the settings.
         built: the model, at the strengths of the LoRAs.
         candidate: `int8`, `clip`, or `float` for the float model alone.
-        writer: saves each image when it is there, and has the samples.
-        progress: shows the images.
+        inputs: samples, and what saves each image when it is there.
 
     Returns:
         Generations by the same names, `float` included with `metrics.baseline=run`. Where the float images
         are those of an earlier job there is FLOAT_TIMING, too: a few steps of the float model now.
     """
-    samples = writer.samples
     needs_float = spec.metrics.baseline == "run" and candidate != "float"
-    float_key = repr((spec.float_key, samples))
+    float_key = repr((spec.float_key, inputs.samples))
     known_float = process_cache.get(float_key) if needs_float else None
     if known_float is not None:
         log.info(
@@ -291,10 +317,8 @@ def generate_all(
         )
     names = ["float", candidate] if needs_float else [candidate]
     denoisers = {name: built.denoisers[name] for name in names}
-    run_warm_up(spec, built, denoisers, samples[: spec.sampling.batch])
-    generations = generate_in_turn(
-        spec, built, denoisers, writer, progress, only_times_float=known_float is not None
-    )
+    run_warm_up(spec, built, denoisers, inputs.get_first_batch(spec))
+    generations = generate_in_turn(spec, built, denoisers, inputs, only_times_float=known_float is not None)
     built.set_strengths(spec.lora.strengths, spec.lora.text_strengths)
     if known_float is not None:
         return {"float": known_float, FLOAT_TIMING: generations["float"], candidate: generations[candidate]}
@@ -307,8 +331,7 @@ def generate_in_turn(
     spec: RunSpec,
     built: BuiltModel,
     denoisers: Mapping[str, torch.nn.Module],
-    writer: ImageWriter,
-    progress: Progress,
+    inputs: RunInputs,
     *,
     only_times_float: bool,
 ) -> dict[str, Generation]:
@@ -318,31 +341,33 @@ def generate_in_turn(
         spec: the settings.
         built: the model.
         denoisers: by name.
-        writer: saves the images, and has the samples.
-        progress: shows the images.
+        inputs: samples, and what saves their images.
         only_times_float: whether `float` runs a few steps only and makes no images.
     """
-    samples = writer.samples
-    drawing = [name for name in denoisers if not (only_times_float and name == "float")]
-    other_samplings = {"float": shorten_for_timing(spec.sampling)} if only_times_float else {}
+    makes_images = list(denoisers)
+    other_samplings = {}
+    if only_times_float:
+        makes_images.remove("float")
+        other_samplings["float"] = shorten_for_timing(spec.sampling)
+    num_images = len(inputs.samples) * len(makes_images)
 
     def set_scheduled_strengths(fraction: float) -> None:
         if spec.lora.is_scheduled:
             built.set_strengths(spec.lora.get_strengths_at(fraction), spec.lora.text_strengths)
 
-    with progress.track_loop("Generating", len(samples) * len(drawing), line_each=True) as advance:
+    with inputs.progress.track_loop("Generating", num_images, line_each=True) as advance:
 
         def keep_batch(name: str, batch: Sequence[Sample], generation: Generation) -> None:
             generation.peak_bytes = max(generation.peak_bytes, read_peak_bytes(built.device))
-            if name in drawing:
-                writer.write_batch(name, batch, generation, built.pipe)
+            if name in makes_images:
+                inputs.writer.write_batch(name, batch, generation, built.pipe)
                 advance(len(batch))
 
         return generate(
             built.pipe,
             built.component,
             denoisers,
-            samples,
+            inputs.samples,
             spec.sampling,
             before_batch=lambda name: reset_peak_memory(built.device),
             on_batch=keep_batch,
@@ -397,10 +422,9 @@ def check_images(generation: Generation, name: str) -> None:
     Raises:
         FileError: when latents are NaN or infinite.
     """
-    is_finite = [bool(torch.isfinite(latents).all()) for latents in generation.trajectories]
-    broken = is_finite.count(False)
+    broken = sum(not torch.isfinite(latents).all() for latents in generation.trajectories)
     if broken:
-        samples = count_noun(len(is_finite), "sample")
+        samples = count_noun(len(generation.trajectories), "sample")
         raise FileError(
             f"the latents of {broken} of {samples} of the {name} model are NaN or infinite; "
             "its weights are damaged, or model.dtype=float16 is too narrow for them"

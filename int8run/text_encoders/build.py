@@ -100,12 +100,15 @@ def build_encoder(
     check_kernels(kernels, plans, weights.where)
     quantized = {plan.name for plan in plans if plan.skip_reason is None}
     fill_skeleton(skeleton, weights, layout, without=quantized, device=kernels.device)
+    change_weight: WeightChange = keep_weight
+    if attach_loras is not None:
+        change_weight = attach_loras(skeleton)
     source = LayerSource(
         skeleton=skeleton,
         weights=weights,
         layout=layout,
         kernels=kernels,
-        change_weight=keep_weight if attach_loras is None else attach_loras(skeleton),
+        change_weight=change_weight,
     )
     built = BuiltEncoder(copy_sharing_tensors(skeleton), plans, target, source)
     built.rebuild(built.quantized_plans)
@@ -190,25 +193,46 @@ def fill_skeleton(
         device: where the values go.
     """
     left_out = {name + WEIGHT for name in without}
-    # tied parameters are read once
-    read: dict[tuple[tuple[TensorPart, ...], torch.dtype], nn.Parameter] = {}
+    reader = ParameterReader(weights, device)
     for prefix, module in skeleton.named_modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in list(tensors.items()):
                 key = f"{prefix}.{name}".removeprefix(".")
-                if tensor is None or (tensor.is_meta and key in left_out):
+                if tensor is None:
                     continue
                 if not tensor.is_meta:
                     tensors[name] = tensor.to(device)
-                    continue
-                parts = layout.parts[key]
-                if (parts, tensor.dtype) not in read:
-                    value = read_parts(weights, parts).to(tensor.dtype).reshape(tensor.shape)
-                    read[parts, tensor.dtype] = nn.Parameter(
-                        value.contiguous().to(device), requires_grad=False
-                    )
-                parameter = read[parts, tensor.dtype]
-                tensors[name] = parameter if tensors is module._parameters else parameter.data
+                elif key not in left_out:
+                    parameter = reader.read(layout.parts[key], tensor)
+                    tensors[name] = parameter if tensors is module._parameters else parameter.data
+
+
+class ParameterReader:
+    """Reads parameters to a device; tied ones are read once and are one object.
+
+    Args:
+        weights: the source.
+        device: where the values go.
+    """
+
+    def __init__(self, weights: EncoderWeights, device: torch.device):
+        self.weights = weights
+        self.device = device
+        self.known: dict[tuple[tuple[TensorPart, ...], torch.dtype], nn.Parameter] = {}
+
+    def read(self, parts: tuple[TensorPart, ...], like: Tensor) -> nn.Parameter:
+        """Return a parameter.
+
+        Args:
+            parts: of the source, one after the other.
+            like: has its dtype and shape.
+        """
+        key = (parts, like.dtype)
+        if key not in self.known:
+            value = read_parts(self.weights, parts).to(like.dtype).reshape(like.shape)
+            on_device = value.contiguous().to(self.device)
+            self.known[key] = nn.Parameter(on_device, requires_grad=False)
+        return self.known[key]
 
 
 def replace_module(model: nn.Module, name: str, layer: nn.Module) -> None:
@@ -222,20 +246,18 @@ def warn_formats(built: BuiltEncoder) -> None:
     if built.target is None:
         return
     where, target = built.source.weights.where, built.target.name
-    fallbacks = Counter(
-        f"{plan.rounding}: {plan.outlier_skip_reason}"
-        for plan in built.quantized_plans
-        if plan.outlier_skip_reason
-    )
-    if fallbacks:
-        layers = count_noun(fallbacks.total(), "layer")
-        log.warning("%s: %s cannot be %s: %s", where, layers, target, format_counts(fallbacks))
+    fallbacks: Counter[str] = Counter()
     requantized: Counter[str] = Counter()
     for plan in built.quantized_plans:
+        if plan.outlier_skip_reason:
+            fallbacks[f"{plan.rounding}: {plan.outlier_skip_reason}"] += 1
         source_layer = find_source_layer(built.source.layout.parts[plan.name + WEIGHT])
         source_format = built.source.weights.get_format(source_layer or "")
         if source_format not in ("", plan.rounding):
             requantized[source_format] += 1
+    if fallbacks:
+        layers = count_noun(fallbacks.total(), "layer")
+        log.warning("%s: %s cannot be %s: %s", where, layers, target, format_counts(fallbacks))
     if requantized:
         log.warning(
             "%s: quantized layers are dequantized and rounded once more: %s",

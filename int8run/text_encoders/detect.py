@@ -59,8 +59,9 @@ def find_encoder_of_class(class_name: str, shapes: Mapping[str, Shape]) -> Encod
     candidates = {
         name: encoder for name, encoder in list_supported_encoders().items() if class_name in encoder.classes
     }
-    matching = match_encoders(shapes, candidates)
-    return next(iter([*matching, *candidates.values()]), None)
+    for encoder in (*match_encoders(shapes, candidates), *candidates.values()):
+        return encoder
+    return None
 
 
 def detect_encoder(shapes: Mapping[str, Shape], which: str | None = None) -> DetectedEncoder:
@@ -97,11 +98,11 @@ def choose_prefix(found: Mapping[str, EncoderFamily], which: str | None) -> str:
     Raises:
         FileError: when none or several are meant.
     """
-    chosen = [
-        prefix
-        for prefix, encoder in found.items()
-        if which in (None, encoder.name, prefix, *prefix.split("."))
-    ]
+    chosen = []
+    for prefix, encoder in found.items():
+        own_names = (encoder.name, prefix, *prefix.split("."))
+        if which is None or which in own_names:
+            chosen.append(prefix)
     if len(chosen) == 1:
         return chosen[0]
     held = ", ".join(f"{encoder.name} ({prefix or 'no prefix'})" for prefix, encoder in found.items())
@@ -189,7 +190,7 @@ def describe_near_misses(shapes: Mapping[str, Shape]) -> str:
             missing = [key for key in fingerprint.all if not has_match(key, shapes)]
             if len(missing) < len(fingerprint.all):
                 missing_names[encoder.name] = missing
-    return "; ".join(
-        f"{name} would have {', '.join(missing) or 'other sizes'}"
-        for name, missing in list(missing_names.items())[:SHOWN_NEAR_MISSES]
-    )
+    descriptions = []
+    for name, missing in missing_names.items():
+        descriptions.append(f"{name} would have {', '.join(missing) or 'other sizes'}")
+    return "; ".join(descriptions[:SHOWN_NEAR_MISSES])

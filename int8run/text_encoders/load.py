@@ -8,7 +8,7 @@ Its two functions are public. The tensors and the metadata between them are plai
     encoder = build_text_encoder(state_dict, metadata)
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,27 +82,22 @@ def load_text_encoder(
     """
     check_choice("kernel_backend", kernel_backend, list_kernel_backends())
     folder = expand_path(path)
-    if config is not None:
-        config = dict(config)
-    elif (folder / CONFIG_NAME).is_file():
-        config = dict(read_json(folder / CONFIG_NAME))
-    class_name = find_class_name(config or {})
+    own_config = read_own_config(folder, config)
+    class_name = find_class_name(own_config)
     # a file that holds one encoder among others is looked through by names; a folder is of one class
     source = EncoderFile(folder, quant_format, which, class_name if folder.is_dir() else "")
     # the class that the folder names comes first
     classes = sorted(source.encoder.classes, key=lambda name: name != class_name)
     with source.files:
         with name_file_in_errors(source.where):
-            config = config or build_config(source.encoder, source.shapes)
-            layout = fit_weights(source, build_skeleton(classes[0], config, torch.bfloat16))
-            check_missing(source, layout)
-            check_unused(source, layout)
+            complete_config = own_config or build_config(source.encoder, source.shapes)
+            check_fits(source, classes[0], complete_config)
             names, dropped = map_canonical_names(source.encoder, source.shapes)
         loaded = read_tensors(source, names)
     return loaded.state_dict, {
         "encoder": source.encoder.name,
         "classes": classes,
-        "config": config,
+        "config": complete_config,
         "prefix": source.prefix,
         "quant_format": {"asked": quant_format, "found": source.found_format},
         "kernel_backend": kernel_backend,
@@ -115,15 +110,40 @@ def load_text_encoder(
     }
 
 
+def read_own_config(folder: Path, config: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the config that was passed, else that of the folder; empty where there is none."""
+    if config is not None:
+        return dict(config)
+    file = folder / CONFIG_NAME
+    return dict(read_json(file)) if file.is_file() else {}
+
+
 def find_class_name(config: Mapping[str, Any]) -> str:
     """Return the class of transformers that a config names, if a supported encoder has it; else nothing."""
-    supported: Collection[str] = {
-        name for encoder in list_supported_encoders().values() for name in encoder.classes
-    }
+    supported: set[str] = set()
+    for encoder in list_supported_encoders().values():
+        supported.update(encoder.classes)
     for name in config.get("architectures") or ():
         if name in supported:
             return str(name)
     return ""
+
+
+def check_fits(source: EncoderFile, class_name: str, config: Mapping[str, Any]) -> None:
+    """Check that a file has all tensors of a model, of its sizes, and no others.
+
+    Args:
+        source: the file.
+        class_name: of transformers.
+        config: of that class.
+
+    Raises:
+        ConfigError: for a class that transformers does not have.
+        FileError: when it has not.
+    """
+    layout = fit_weights(source, build_skeleton(class_name, config, torch.bfloat16))
+    check_missing(source, layout)
+    check_unused(source, layout)
 
 
 def read_tensors(source: EncoderFile, names: Mapping[str, tuple[TensorPart, ...]]) -> LoadedTensors:
@@ -137,9 +157,9 @@ def read_tensors(source: EncoderFile, names: Mapping[str, tuple[TensorPart, ...]
     for key, parts in names.items():
         name = key.removesuffix(WEIGHT)
         source_layer = parts[0].key.removesuffix(WEIGHT)
-        can_stay = key.endswith(WEIGHT) and len(parts) == 1
-        layer = source.read_packed(source_layer) if can_stay else None
         source_format = source.get_format(source_layer)
+        is_one_weight = key.endswith(WEIGHT) and len(parts) == 1
+        layer = source.read_packed(source_layer) if is_one_weight else None
         if layer is not None:
             loaded.state_dict |= name_layer_tensors(name, layer)
             loaded.layers[name] = describe_layer(layer, source_format)
@@ -178,8 +198,11 @@ def build_text_encoder(
     encoder = get_encoder(metadata["encoder"])
     name = class_name or encoder.classes[0]
     check_choice("class_name", name, encoder.classes)
-    place = torch.device(device)
-    skeleton = build_skeleton(name, dict(metadata["config"] if config is None else config), dtype)
+    if config is None:
+        config = metadata["config"]
+    skeleton = build_skeleton(name, dict(config), dtype)
     weights = EncoderState(encoder, state_dict, metadata)
-    kernels = Kernels(metadata["kernel_backend"], place, num_tokens=rows or encoder.num_tokens)
-    return build_encoder(skeleton, weights, None, kernels).module.to(place)
+    target_device = torch.device(device)
+    kernels = Kernels(metadata["kernel_backend"], target_device, num_tokens=rows or encoder.num_tokens)
+    built = build_encoder(skeleton, weights, target=None, kernels=kernels)
+    return built.module.to(target_device)

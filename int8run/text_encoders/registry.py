@@ -20,7 +20,7 @@ Everything else about text encoders builds on this module; it knows nothing of f
 """
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -97,6 +97,14 @@ class EncoderIgnoreRule:
     pattern: str
     reason: str
     formats: Sequence[str] = ()
+
+    def applies_to(self, format_name: str) -> bool:
+        """Return whether the rule is about weights of this format."""
+        return not self.formats or format_name in self.formats
+
+    def matches_any(self, names: Iterable[str]) -> bool:
+        """Return whether any of these layers is one of the rule's."""
+        return any(fnmatch.fnmatchcase(name, self.pattern) for name in names)
 
 
 @dataclass(frozen=True)
@@ -196,9 +204,7 @@ class EncoderFamily:
         """
         names = [part.key.removesuffix(".weight") for part in self.to_canonical(f"{layer}.weight")]
         for rule in self.ignore:
-            if rule.formats and format_name not in rule.formats:
-                continue
-            if any(fnmatch.fnmatchcase(name, rule.pattern) for name in names):
+            if rule.applies_to(format_name) and rule.matches_any(names):
                 return rule.reason
         return None
 
@@ -217,10 +223,11 @@ def count_rows(shape: Shape) -> int:
 @cache
 def load_encoders(folder: Path = ENCODER_FOLDER) -> Mapping[str, EncoderFamily]:
     """Return all encoders that are known by name; read only by jobs that need them."""
-    return {
-        file.stem: EncoderFamily(name=file.stem, **yaml.safe_load(file.read_text(encoding="utf-8")))
-        for file in sorted(folder.glob("*.yaml"))
-    }
+    encoders = {}
+    for file in sorted(folder.glob("*.yaml")):
+        fields = yaml.safe_load(file.read_text(encoding="utf-8"))
+        encoders[file.stem] = EncoderFamily(name=file.stem, **fields)
+    return encoders
 
 
 def list_supported_encoders() -> dict[str, EncoderFamily]:

@@ -14,7 +14,7 @@ from torch import nn
 
 from int8run.errors import ConfigError, FileError
 from int8run.models.state_dict_adapter import Shape
-from int8run.text_encoders.registry import EncoderFamily
+from int8run.text_encoders.registry import EncoderFamily, OptionalModules
 from int8run.text_encoders.state_dict_adapter import split_dropped
 from int8run.utils.text import shorten_error
 
@@ -52,18 +52,45 @@ def build_skeleton(class_name: str, config: Mapping[str, Any], dtype: torch.dtyp
         ConfigError: for a class that transformers does not have.
         FileError: when the class does not take the config.
     """
-    from accelerate import init_empty_weights
-    from huggingface_hub.errors import StrictDataclassError
-
     cls = get_model_class(class_name)
     # transformers completes inner configs in place
     own_config = copy.deepcopy(select_config(cls.config_class, config))
     try:
-        with init_empty_weights(include_buffers=False):
-            model = cls(cls.config_class.from_dict(own_config))
-        # parameters without values were made one by one
-        model.tie_weights()
-    except (
+        model = build_on_meta(cls, own_config)
+    except list_config_errors() as error:
+        reason = shorten_error(error)
+        raise FileError(
+            f"the config does not fit {class_name}: {reason}; take the one of its model"
+        ) from error
+    in_float32 = list_float32_modules(cls, dtype)
+    for name, parameter in model.named_parameters():
+        if in_float32.isdisjoint(name.split(".")):
+            parameter.data = parameter.data.to(dtype)
+    return model.eval().requires_grad_(requires_grad=False)
+
+
+def build_on_meta(cls: Any, config: Mapping[str, Any]) -> nn.Module:
+    """Build a model of a class of transformers; its parameters have shapes and no values.
+
+    Args:
+        cls: the class.
+        config: of that class.
+    """
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        model = cls(cls.config_class.from_dict(config))
+    # parameters without values were made one by one
+    model.tie_weights()
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def list_config_errors() -> tuple[type[Exception], ...]:
+    """Return what classes of transformers raise for a config that does not fit them."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    return (
         TypeError,
         ValueError,
         KeyError,
@@ -71,16 +98,7 @@ def build_skeleton(class_name: str, config: Mapping[str, Any], dtype: torch.dtyp
         AssertionError,
         ZeroDivisionError,
         StrictDataclassError,
-    ) as error:
-        reason = shorten_error(error)
-        raise FileError(
-            f"the config does not fit {class_name}: {reason}; take the one of its model"
-        ) from error
-    in_float32 = list_float32_modules(cls, dtype)
-    for name, parameter in model.named_parameters():
-        if not in_float32 & set(name.split(".")):
-            parameter.data = parameter.data.to(dtype)
-    return model.eval().requires_grad_(False)
+    )
 
 
 def get_model_class(class_name: str) -> Any:
@@ -126,26 +144,55 @@ def remove_optional_modules(
     Returns:
         The modules that were taken out, with the reason.
     """
-    kept, _ = split_dropped(encoder, shapes)
-    in_file = {part.key for key in kept for part in encoder.to_canonical(key)}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     names = {name: encoder.get_canonical_name(name) for name in parameters}
-    # one of two tied parameters in the file is enough
-    filled = {id(parameters[name]) for name, canonical in names.items() if canonical in in_file}
+    filled = find_filled(encoder, shapes, parameters, names)
     removed: dict[str, str] = {}
     for modules in encoder.optional_modules:
         optional = [name for name in parameters if fnmatch.fnmatchcase(names[name], modules.pattern)]
-        is_in_file = any(id(parameters[name]) in filled for name in optional)
-        if not optional or modules.required or is_in_file:
+        if not optional or modules.required or not filled.isdisjoint(optional):
             continue
-        name = find_common_module(optional)
-        stand_in = nn.Identity() if modules.pass_through else RemovedModule(name, modules.reason)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, stand_in)
-        removed[name] = modules.reason
+        common = find_common_module(optional)
+        take_out(model, common, modules)
+        removed[common] = modules.reason
     for name, reason in removed.items():
         log.info("%s is not in the file: %s", name, reason)
     return removed
+
+
+def find_filled(
+    encoder: EncoderFamily,
+    shapes: Mapping[str, Shape],
+    parameters: Mapping[str, nn.Parameter],
+    names: Mapping[str, str],
+) -> set[str]:
+    """Return the parameters that a file has values for; one of two tied parameters in the file is enough.
+
+    Args:
+        encoder: that the file holds.
+        shapes: as of `remove_optional_modules`.
+        parameters: of the model by name; tied ones are the same object.
+        names: the canonical name of each.
+    """
+    kept, _ = split_dropped(encoder, shapes)
+    in_file = {part.key for key in kept for part in encoder.to_canonical(key)}
+    filled_ids = {id(parameters[name]) for name, canonical in names.items() if canonical in in_file}
+    return {name for name, parameter in parameters.items() if id(parameter) in filled_ids}
+
+
+def take_out(model: nn.Module, name: str, modules: OptionalModules) -> None:
+    """Put a stand-in in the place of a module.
+
+    Args:
+        model: is changed.
+        name: of the module.
+        modules: what is known of it.
+    """
+    stand_in: nn.Module = RemovedModule(name, modules.reason)
+    if modules.pass_through:
+        stand_in = nn.Identity()
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, stand_in)
 
 
 def find_common_module(names: Iterable[str]) -> str:

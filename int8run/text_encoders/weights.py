@@ -97,23 +97,23 @@ class EncoderFile:
         layers = read_layers(self.files, self.prefix, self.declared)
         self.layers = {name.removeprefix(self.prefix): layer for name, layer in layers.items()}
         self.shapes = self.collect_shapes()
-        for key, shape in self.shapes.items():
-            if 0 in shape:
-                raise FileError(
-                    f"{self.where}: {key} has the shape {list(shape)}, it is empty; the file is damaged"
-                )
+        self.check_shapes()
         self.check_markers()
         self.check_requested_format()
 
     def collect_shapes(self) -> dict[str, Shape]:
         """Return the logical shapes of the encoder's tensors, but those that belong to quantized weights."""
-        sibling_keys = {key for layer in self.layers.values() for key in layer.sibling_keys}
+        not_weights: set[str] = set()
+        for layer in self.layers.values():
+            not_weights.update(layer.sibling_keys)
         shapes: dict[str, Shape] = {}
         for key, info in self.files.items():
-            if key.startswith(self.prefix) and key not in sibling_keys and not is_scaled_fp8_marker(key):
-                shapes[key.removeprefix(self.prefix)] = info.shape
+            if not key.startswith(self.prefix) or key in not_weights or is_scaled_fp8_marker(key):
+                continue
+            shapes[key.removeprefix(self.prefix)] = info.shape
         for name, layer in self.layers.items():
-            if len(layer.shape) == 2:
+            is_matrix = len(layer.shape) == 2
+            if is_matrix:
                 shapes[name + WEIGHT] = (layer.rows, layer.columns)
         return shapes
 
@@ -135,14 +135,20 @@ class EncoderFile:
         Casts beside layers of the same type with scales are usual and do not count.
         """
         counts = self.format_counts
-        formats: set[str] = set()
-        for name in counts:
-            scaled = name.removesuffix(CAST_SUFFIX)
-            if scaled == name or scaled not in counts:
-                formats.add(name)
+        formats = [name for name in counts if not is_cast_beside_scaled(name, counts)]
         if not formats:
             return NO_FORMAT
-        return formats.pop() if len(formats) == 1 else MIXED
+        if len(formats) > 1:
+            return MIXED
+        return formats[0]
+
+    def check_shapes(self) -> None:
+        """Raise FileError, naming the first, for a tensor without numbers."""
+        for key, shape in self.shapes.items():
+            if 0 in shape:
+                raise FileError(
+                    f"{self.where}: {key} has the shape {list(shape)}, it is empty; the file is damaged"
+                )
 
     def check_markers(self) -> None:
         """Check that a file of ours has the markers that say how its layers were made.
@@ -156,14 +162,19 @@ class EncoderFile:
         written = FORMATS.get(str(provenance.get("format")))
         if written is None or not written.marker_format or not self.format_counts:
             return
-        has_markers = METADATA_KEY in self.files.metadata or any(
-            "marker" in layer.part_keys for layer in self.layers.values()
+        if self.has_markers:
+            return
+        raise FileError(
+            f"{self.where} was made as {written.name}, and the comfy_quant markers of its layers are not "
+            "there, so it is not known how to read them; make it again"
         )
-        if not has_markers:
-            raise FileError(
-                f"{self.where} was made as {written.name}, and the comfy_quant markers of its layers are not "
-                "there, so it is not known how to read them; make it again"
-            )
+
+    @property
+    def has_markers(self) -> bool:
+        """Whether the header or a tensor says how a layer was made."""
+        if METADATA_KEY in self.files.metadata:
+            return True
+        return any("marker" in layer.part_keys for layer in self.layers.values())
 
     def check_requested_format(self) -> None:
         """Check that the file has the format that was asked for, and no other.
@@ -172,12 +183,7 @@ class EncoderFile:
             ConfigError: naming both.
         """
         requested, counts = self.declared.quant_format, self.format_counts
-        if requested == AUTO:
-            return
-        accepted = self.declared.accepted_formats
-        # casts, and layers whose shape the format does not take, may be beside them
-        allowed = {*accepted, requested + CAST_SUFFIX, FORMATS[requested].fallback}
-        if any(name in counts for name in accepted) and all(name in allowed for name in counts):
+        if requested == AUTO or fits_declared(counts, self.declared):
             return
         if not counts:
             raise ConfigError(
@@ -185,7 +191,7 @@ class EncoderFile:
                 f"`int8run task=quantize task.component=text_encoder clip={requested} "
                 "model.location=FILE save=NEW` quantizes it"
             )
-        held = ", ".join(f"{count_noun(n, 'layer')} {name}" for name, n in counts.items())
+        held = ", ".join(f"{count_noun(count, 'layer')} {name}" for name, count in counts.items())
         raise ConfigError(
             f"{self.where} holds {held}, and {requested} was asked for; "
             "clip=auto (quant_format in a program) takes what there is"
@@ -196,10 +202,9 @@ class EncoderFile:
         padded = {name: layer for name, layer in self.layers.items() if layer.is_padded}
         if not padded:
             return
-        model_shapes = {
-            self.encoder.get_canonical_name(name): tuple(parameter.shape)
-            for name, parameter in model.named_parameters()
-        }
+        model_shapes: dict[str, Shape] = {}
+        for name, parameter in model.named_parameters():
+            model_shapes[self.encoder.get_canonical_name(name)] = tuple(parameter.shape)
         for name, layer in padded.items():
             shape = model_shapes.get(self.encoder.get_canonical_name(name + WEIGHT))
             if shape is not None and layer.fits_shape(shape):
@@ -256,6 +261,34 @@ class EncoderFile:
         return rows, columns
 
 
+def fits_declared(counts: Mapping[str, int], declared: DeclaredFormat) -> bool:
+    """Whether layers have the format that the user says they have.
+
+    Casts, and layers whose shape the format does not take, may be beside them.
+
+    Args:
+        counts: how many layers each format has.
+        declared: what the user says; a format.
+    """
+    accepted = set(declared.accepted_formats)
+    if accepted.isdisjoint(counts):
+        return False
+    format_name = declared.quant_format
+    allowed = {*accepted, format_name + CAST_SUFFIX, FORMATS[format_name].fallback}
+    return allowed.issuperset(counts)
+
+
+def is_cast_beside_scaled(format_name: str, counts: Mapping[str, int]) -> bool:
+    """Whether a format is that of casts, and there are layers of the same type with scales.
+
+    Args:
+        format_name: one of `counts`.
+        counts: how many layers each format has.
+    """
+    scaled = format_name.removesuffix(CAST_SUFFIX)
+    return scaled != format_name and scaled in counts
+
+
 def detect_file_encoder(files: TensorFiles, class_name: str, which: str | None) -> tuple[EncoderFamily, str]:
     """Return the encoder that files hold, and what stands before its names.
 
@@ -273,13 +306,15 @@ def detect_file_encoder(files: TensorFiles, class_name: str, which: str | None) 
             found = detect_encoder(shapes, which)
         return found.encoder, found.prefix
     encoder = find_encoder_of_class(class_name, shapes)
-    if encoder is None:
-        classes = [name for known in list_supported_encoders().values() for name in known.classes]
-        raise FileError(
-            f"{files.path} is a {class_name}; int8run quantizes {', '.join(dict.fromkeys(classes))}; "
-            "leave it out: clip.components names the others"
-        )
-    return encoder, ""
+    if encoder is not None:
+        return encoder, ""
+    classes: dict[str, None] = {}  # in order, each once
+    for supported in list_supported_encoders().values():
+        classes.update(dict.fromkeys(supported.classes))
+    raise FileError(
+        f"{files.path} is a {class_name}; int8run quantizes {', '.join(classes)}; "
+        "leave it out: clip.components names the others"
+    )
 
 
 @contextmanager

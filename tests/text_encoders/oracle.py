@@ -359,11 +359,7 @@ def read(path: Path, prefix: str = "") -> dict[str, Reading]:
     tensors, metadata = tensors_of(path)
     everything, tensors = tensors, {key: tensor for key, tensor in tensors.items() if key.startswith(prefix)}
     for key, tensor in tensors.items():
-        layer, _, suffix = key.rpartition(".")
-        need(suffix not in FOREIGN, f"{key} is another program's")
-        beside = suffix in BESIDE and not (layer.endswith(".weight") and layer in tensors)
-        need(not beside or f"{layer}.weight" in tensors, f"{key} without its weight")
-        need(tensor.dtype != "I8" or suffix in ("weight", "weight_packed", "hadamard_quip"), f"{key} is I8")
+        refuse_strays(tensors, key, tensor)
     need("tensor_names" not in metadata or not any("_weight_qdata" in key for key in tensors), "torchao")
     need("svdquant" not in metadata.get("quantization_config", ""), "nunchaku")
     fields = {name: told for name, told in said(everything, metadata).items() if name.startswith(prefix)}
@@ -374,26 +370,36 @@ def read(path: Path, prefix: str = "") -> dict[str, Reading]:
     return {name: reading for name, reading in found.items() if reading is not None}
 
 
+def refuse_strays(tensors: Mapping[str, Tensor], key: str, tensor: Tensor) -> None:
+    """Refuse a tensor of another program, one without the weight that it belongs to, and stray integers."""
+    layer, _, suffix = key.rpartition(".")
+    need(suffix not in FOREIGN, f"{key} is another program's")
+    is_own_weight = layer.endswith(".weight") and layer in tensors
+    if suffix in BESIDE and not is_own_weight:
+        need(f"{layer}.weight" in tensors, f"{key} without its weight")
+    need(tensor.dtype != "I8" or suffix in ("weight", "weight_packed", "hadamard_quip"), f"{key} is I8")
+
+
 def refuse_lost(
     tensors: Mapping[str, Tensor], fields: Mapping[str, Mapping[str, Any]], names: list[str]
 ) -> None:
     """Refuse files that lost markers or scales of some layers."""
-    int8 = [name for name in names if tensors[f"{name}.weight"].dtype == "I8"]
-    need(
-        all(name in fields for name in int8)
-        or not any(group_of(fields[name]) for name in int8 if name in fields),
-        "a marker was lost",
-    )
-    for mark in (key for key in tensors if key.rpartition(".")[2] == "scaled_fp8"):
-        fp8 = [
-            n
-            for n in names
-            if n.startswith(mark.removesuffix("scaled_fp8")) and tensors[f"{n}.weight"].dtype in FP8
-        ]
-        need(
-            not fp8 or any(f"{n}.{suffix}" in tensors for n in fp8 for suffix in SCALES),
-            "the scales were lost",
-        )
+    unmarked = False
+    rotated = False
+    for name in names:
+        if tensors[f"{name}.weight"].dtype != "I8":
+            continue
+        if name not in fields:
+            unmarked = True
+        elif group_of(fields[name]):
+            rotated = True
+    need(not (unmarked and rotated), "a marker was lost")
+    for key in tensors:
+        if key.rpartition(".")[2] == "scaled_fp8":
+            prefix = key.removesuffix("scaled_fp8")
+            fp8 = [n for n in names if n.startswith(prefix) and tensors[f"{n}.weight"].dtype in FP8]
+            has_scale = any(f"{n}.{suffix}" in tensors for n in fp8 for suffix in SCALES)
+            need(not fp8 or has_scale, "the scales were lost")
 
 
 def blocks_of(weight: Tensor) -> tuple[int, int]:
@@ -446,124 +452,173 @@ def reading_of(
     fields: Mapping[str, Any] | None,
     swizzled: Mapping[str, set[bool]],
 ) -> Reading | None:
-    """One weight; None for a float that is no matrix."""
+    """One weight; None for a float that is no matrix.
+
+    Args:
+        tensors: of the file.
+        name: of the layer.
+        fields: of its marker; None without one.
+        swizzled: layouts of block scales that the file leaves possible, by dtype of the weight.
+    """
     weight, scale = tensors[f"{name}.weight"], scale_of(tensors, name)
     beside = {suffix: tensors[f"{name}.{suffix}"] for suffix in BESIDE if f"{name}.{suffix}" in tensors}
     if weight.dtype in FLOATS:
-        need(
-            fields is None and not set(beside) - set(SCALES),
-            f"{name} is a float and has a quantized weight's tensors",
-        )
+        has_others = bool(set(beside) - set(SCALES))
+        need(fields is None and not has_others, f"{name} is a float and has a quantized weight's tensors")
         need(scale is None or (positive(scale, name) == 1).all(), f"{name} is a float and has a scale")
         return Reading(numbers(weight), "") if len(weight.shape) == 2 else None
-    word = (fields or {}).get("format", "")
+    known = fields or {}
+    word = known.get("format", "")
     need(not word or weight.dtype in FORMATS[word], f"{name} has another kind's marker")
     need(fields is None or word or weight.dtype == "I8", f"{name}'s marker names no format")
     if weight.dtype == "I8":
-        return int8(weight, scale, beside, fields or {})
+        return int8(weight, scale, beside, known)
+
     need(weight.dtype in (*FP8, "U8"), f"{name} is {weight.dtype}")
-    need(not group_of(fields or {}), f"{name} is rotated and not int8")
-    need(
-        not set(beside) & {*QUIP, *OLD_QUIP, *FACTORS[1:], "smooth_factors"},
-        f"{name} has another kind's tensors",
-    )
+    need(not group_of(known), f"{name} is rotated and not int8")
+    of_other_kinds = {*QUIP, *OLD_QUIP, *FACTORS[1:], "smooth_factors"}
+    need(of_other_kinds.isdisjoint(beside), f"{name} has another kind's tensors")
     if weight.dtype == "U8":
-        read = nvfp4(weight, scale, beside, swizzled["U8"])
+        reading = nvfp4(weight, scale, beside, swizzled["U8"])
     else:
-        need("weight_scale_2" not in beside, f"{name} has two scales")
-        if scale is not None and scale.dtype in ("U8", "F8_E8M0"):
-            read = mxfp8(weight, scale, swizzled["F8_E4M3"])
-        else:
-            need(
-                word not in ("mxfp8", "hybrid_mxfp8") and "weight_scalar" not in beside,
-                f"{name} is mxfp8 and has no such scale",
-            )
-            read = fp8(weight, scale, word, fields)
-            need(is_cast(tensors, name, scale) or not read, "fp8 that fills its range has lost its scale")
-    if "pre_quant_scale" not in beside or read is None:
-        return read
+        reading = fp8_or_mxfp8(tensors, name, fields, swizzled["F8_E4M3"])
+    if reading is None or "pre_quant_scale" not in beside:
+        return reading
     factor = positive(beside["pre_quant_scale"], "a factor")
-    need(factor.shape == (math.prod(read.weight.shape[1:]),), "a factor's width")
-    return Reading(read.weight * factor.reshape(read.weight.shape[1:]), read.word, 2)
+    need(factor.shape == (math.prod(reading.weight.shape[1:]),), "a factor's width")
+    return Reading(reading.weight * factor.reshape(reading.weight.shape[1:]), reading.word, 2)
+
+
+def fp8_or_mxfp8(
+    tensors: Mapping[str, Tensor], name: str, fields: Mapping[str, Any] | None, swizzled: set[bool]
+) -> Reading | None:
+    """A weight of 8-bit floats: mxfp8 where its scales have 8 bits, too.
+
+    Args:
+        tensors: of the file.
+        name: of the layer.
+        fields: of its marker; None without one.
+        swizzled: layouts of block scales that the file leaves possible.
+    """
+    weight, scale = tensors[f"{name}.weight"], scale_of(tensors, name)
+    word = (fields or {}).get("format", "")
+    need(f"{name}.weight_scale_2" not in tensors, f"{name} has two scales")
+    if scale is not None and scale.dtype in ("U8", "F8_E8M0"):
+        return mxfp8(weight, scale, swizzled)
+    is_mxfp8 = word in ("mxfp8", "hybrid_mxfp8") or f"{name}.weight_scalar" in tensors
+    need(not is_mxfp8, f"{name} is mxfp8 and has no such scale")
+    reading = fp8(weight, scale, word, fields)
+    need(is_cast(tensors, name, scale) or not reading, "fp8 that fills its range has lost its scale")
+    return reading
 
 
 def int8(
     weight: Tensor, scale: Tensor | None, beside: Mapping[str, Tensor], fields: Mapping[str, Any]
 ) -> Reading:
-    """Rows, groups, blocks, rotated or not, and what other programs make of them."""
-    need(
-        scale is not None and len(weight.shape) == 2 and math.prod(weight.shape),
-        "an int8 weight is a matrix and has a scale",
-    )
-    need(not {"weight_scale_2", "weight_scalar"} & set(beside), "an int8 weight with a second scale")
-    codes, group = numbers(weight), group_of(fields)
-    real, word = scaled(codes, positive(scale, "a scale"), "int8", fields or None)
-    sylvester = group > 0 and group.bit_length() % 2 == 0
+    """Rows, groups, blocks, rotated or not, and what other programs make of them.
+
+    Args:
+        weight: I8 [N, K].
+        scale: its scale.
+        beside: tensors of the layer by suffix.
+        fields: of its marker; empty without one.
+    """
+    is_matrix = len(weight.shape) == 2 and math.prod(weight.shape) > 0
+    need(scale is not None and is_matrix, "an int8 weight is a matrix and has a scale")
+    need({"weight_scale_2", "weight_scalar"}.isdisjoint(beside), "an int8 weight with a second scale")
+    real, word = scaled(numbers(weight), positive(scale, "a scale"), "int8", fields or None)
     if set(beside) & {*QUIP, *OLD_QUIP}:
-        need(not group and not set(beside) & set(FACTORS), "transformed twice")
-        real = unquip(real, beside)
-        return Reading(real, "", 99)
-    need("quarot_hadamard" not in beside or not group, "rotated twice")
-    if "quarot_hadamard" in beside:
-        matrix = numbers(beside["quarot_hadamard"])
-        group, sylvester = len(matrix) if matrix.ndim == 2 else 0, True
-        need(matrix.shape == (group, group) and group & (group - 1) == 0 and group > 1, "a matrix")
-        if not np.allclose(matrix, hadamard(group, True), atol=0.02 / group**0.5):
-            sylvester = False
-            need(
-                group.bit_length() % 2 == 1
-                and np.allclose(matrix, hadamard(group, False), atol=0.02 / group**0.5),
-                "a Hadamard matrix",
-            )
+        need(not group_of(fields) and not set(beside) & set(FACTORS), "transformed twice")
+        return Reading(unquip(real, beside), "", 99)
+
+    group, sylvester = rotation_of(beside, fields)
     if group:
-        need(real.shape[1] % group == 0, f"groups of {group}")
-        matrix = hadamard(group, sylvester)
-        real = np.concatenate(
-            [real[:, at : at + group] @ matrix for at in range(0, real.shape[1], group)], axis=1
-        )
-        word = "int8_convrot" if word in ("int8_rowwise", "int8_tensorwise") and not sylvester else ""
+        real = rotate(real, group, sylvester)
+        is_convrot = word in ("int8_rowwise", "int8_tensorwise") and not sylvester
+        word = "int8_convrot" if is_convrot else ""
     need(not ({"pre_quant_scale"} < {*beside} & {*FACTORS}), "two kinds of factors")
     for part, power in (("pre_quant_scale", 1), ("hadanorm_sigma", -1)):
         if part in beside:
             factor = positive(beside[part], "a factor")
             need(factor.shape == (real.shape[1],), "a factor's width")
             real = real * factor**power
-    word = "int8_rowwise" if word == TURNED else word
-    # ComfyUI has no name for a centered layer
-    word = "" if "hadanorm_sigma" in beside else word
-    return Reading(real, word, 99 if group else 1 + len(set(beside) & set(FACTORS)))
+    if word == TURNED:
+        word = "int8_rowwise"
+    if "hadanorm_sigma" in beside:  # ComfyUI has no name for a centered layer
+        word = ""
+    products = 99 if group else 1 + len(set(beside) & set(FACTORS))
+    return Reading(real, word, products)
+
+
+def rotation_of(beside: Mapping[str, Tensor], fields: Mapping[str, Any]) -> tuple[int, bool]:
+    """Columns that were rotated together, 0 for none; and whether by Sylvester's matrix.
+
+    Args:
+        beside: tensors of the layer by suffix; the matrix may be among them.
+        fields: of its marker.
+    """
+    group = group_of(fields)
+    if "quarot_hadamard" not in beside:
+        # a power of 4 is rotated by the regular matrix
+        is_power_of_4 = group.bit_length() % 2 == 1
+        return group, group > 0 and not is_power_of_4
+    need(not group, "rotated twice")
+    matrix = numbers(beside["quarot_hadamard"])
+    size = len(matrix) if matrix.ndim == 2 else 0
+    need(matrix.shape == (size, size) and size & (size - 1) == 0 and size > 1, "a matrix")
+    tolerance = 0.02 / size**0.5
+    if np.allclose(matrix, hadamard(size, sylvester=True), atol=tolerance):
+        return size, True
+    has_regular = size.bit_length() % 2 == 1
+    need(
+        has_regular and np.allclose(matrix, hadamard(size, sylvester=False), atol=tolerance),
+        "a Hadamard matrix",
+    )
+    return size, False
+
+
+def rotate(real: Array, group: int, sylvester: bool) -> Array:
+    """Groups of columns, each times the matrix, which is its own inverse."""
+    need(real.shape[1] % group == 0, f"groups of {group}")
+    matrix = hadamard(group, sylvester)
+    starts = range(0, real.shape[1], group)
+    return np.concatenate([real[:, start : start + group] @ matrix for start in starts], axis=1)
 
 
 def unquip(real: Array, beside: Mapping[str, Tensor]) -> Array:
     """QuIP undone: by signs and Sylvester's matrices, or in the older form by vectors or matrices."""
     new, old = set(beside) & set(QUIP), set(beside) & set(OLD_QUIP)
     need((len(new) == len(QUIP) and not old) or (len(old) == 2 and not new), "a part of QuIP is missing")
-    (n, k) = real.shape
     if new:
-        sizes = [numbers(beside[part]) for part in QUIP[1:3]]
-        signs = [numbers(beside[part]) for part in QUIP[3:]]
-        need([x.tolist() for x in sizes] == [n, k], "QuIP's sizes")
-        need(
-            [x.shape for x in signs] == [(n,), (k,)] and all((abs(x) == 1).all() for x in signs),
-            "QuIP's signs",
-        )
-        real = signs[0][:, None] * (hadamard(n, True) @ real @ hadamard(k, True)) * signs[1]
+        real = undo_signs(real, beside)
     else:
-        u, v = (numbers(beside[part]) for part in OLD_QUIP)
-        need(
-            u.shape in ((n,), (n, n))
-            and v.shape in ((k,), (k, k))
-            and np.isfinite(u).all()
-            and np.isfinite(v).all(),
-            "QuIP's u and v",
-        )
-        real = u[:, None] * real if u.ndim == 1 else u @ real
-        real = real * v if v.ndim == 1 else real @ v.T
+        real = undo_matrices(real, *(numbers(beside[part]) for part in OLD_QUIP))
     if "smooth_factors" in beside:
         factors = positive(beside["smooth_factors"], "a factor")
-        need(factors.ndim == 1 and len(factors) <= k, "a factor's width")
+        need(factors.ndim == 1 and len(factors) <= real.shape[1], "a factor's width")
         real = real[:, : len(factors)] / factors
     return real
+
+
+def undo_signs(real: Array, beside: Mapping[str, Tensor]) -> Array:
+    """QuIP by signs and Sylvester's matrices of both sides."""
+    n, k = real.shape
+    sizes = [numbers(beside[part]).tolist() for part in QUIP[1:3]]
+    need(sizes == [n, k], "QuIP's sizes")
+    row_signs, column_signs = (numbers(beside[part]) for part in QUIP[3:])
+    has_shapes = row_signs.shape == (n,) and column_signs.shape == (k,)
+    need(has_shapes and (abs(row_signs) == 1).all() and (abs(column_signs) == 1).all(), "QuIP's signs")
+    rotated = hadamard(n, sylvester=True) @ real @ hadamard(k, sylvester=True)
+    return row_signs[:, None] * rotated * column_signs
+
+
+def undo_matrices(real: Array, u: Array, v: Array) -> Array:
+    """QuIP in its older form: by a vector or a matrix on each side."""
+    n, k = real.shape
+    has_shapes = u.shape in ((n,), (n, n)) and v.shape in ((k,), (k, k))
+    need(has_shapes and np.isfinite(u).all() and np.isfinite(v).all(), "QuIP's u and v")
+    real = u[:, None] * real if u.ndim == 1 else u @ real
+    return real * v if v.ndim == 1 else real @ v.T
 
 
 def size_of_blocks(axes: list[tuple[int, int]], named: int | None) -> int:
