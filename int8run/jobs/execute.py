@@ -89,10 +89,18 @@ def end_failed_record(
     """
     # an interrupt, and an exit that hydra or a worker asks for, are no fault of the job
     state = FAILED if isinstance(error, Exception) else KILLED
-    message = mask_secrets(" ".join(str(disk_full or error).split()))
-    if isinstance(error, KeyboardInterrupt) and not message:
-        message = "interrupted by Ctrl-C"
-    return end_record(record, state, message or type(error).__name__, warnings)
+    message = describe_error(error if disk_full is None else disk_full)
+    return end_record(record, state, message, warnings)
+
+
+def describe_error(error: BaseException) -> str:
+    """Return an error in one line, without secrets: its message, or its name where it has none."""
+    message = mask_secrets(" ".join(str(error).split()))
+    if message:
+        return message
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted by Ctrl-C"
+    return type(error).__name__
 
 
 def build_status(spec: RunSpec, job: Job) -> dict[str, object]:
@@ -120,6 +128,7 @@ class WarningCollector(logging.Handler):
         self.lines = lines
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Append the message of a record."""
         self.lines.append(mask_secrets(record.getMessage()))
 
 
@@ -169,9 +178,14 @@ def upload_record(tracker: Tracker, record: Record) -> Record:
         return record
     except OSError as error:
         # a file that cannot be read or written is no reason to lose how the job ended
-        reason = as_disk_full_error(error) or as_not_writable_error(error) or error
+        reason = explain_file_error(error)
         log.warning("job %s is not logged: %s", record.name, reason)
         return record
+
+
+def explain_file_error(error: OSError) -> Exception:
+    """Return what to tell a user about a file that could not be written: in our words, where we have some."""
+    return as_disk_full_error(error) or as_not_writable_error(error) or error
 
 
 def build_sync_command(record: Record, folder: Path) -> str:

@@ -7,8 +7,8 @@ import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from int8run.errors import TrackingError, as_disk_full_error, as_not_writable_error
-from int8run.jobs.execute import build_sync_command, upload_record
+from int8run.errors import TrackingError
+from int8run.jobs.execute import build_sync_command, explain_file_error, upload_record
 from int8run.jobs.manifest import SweepManifest
 from int8run.report.console import print_lines
 from int8run.report.html_page import write_report
@@ -36,12 +36,7 @@ def finalize_sweep(
         log.warning("%s", line)
     print_lines(build_sweep_table(records, manifest.varying))
     page = folder / REPORT_FILE
-    try:
-        write_report(records, page, f"sweep {manifest.id}")
-    except OSError as error:
-        log.error("%s", as_disk_full_error(error) or as_not_writable_error(error) or error)
-    else:
-        print_lines(f"report:   {page}")
+    write_page(records, page, manifest)
     for tracker in dict.fromkeys(trackers.values()):
         uploaded = [r for r in records if r.uploaded and trackers.get(r.number) == tracker]
         if not uploaded:
@@ -49,6 +44,16 @@ def finalize_sweep(
         view_hint = share_dashboard(tracker, manifest, uploaded, page)
         if view_hint:
             print_lines(f"runs:     {view_hint}")
+
+
+def write_page(records: Sequence[Record], page: Path, manifest: SweepManifest) -> None:
+    """Write the page that compares the jobs, and print where it is; where it cannot be written, log why."""
+    try:
+        write_report(records, page, f"sweep {manifest.id}")
+    except OSError as error:
+        log.error("%s", explain_file_error(error))
+    else:
+        print_lines(f"report:   {page}")
 
 
 def upload_if_missing(record: Record, tracker: Tracker | None) -> Record:

@@ -8,7 +8,7 @@ another one is refused, and what an earlier job left there is moved aside. Impor
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence, Set
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -140,7 +140,8 @@ class FolderClaim:
         wanted = self.folder
         wanted.parent.mkdir(parents=True, exist_ok=True)
         for number in count(1):
-            self.folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
+            if number > 1:
+                self.folder = wanted.with_name(f"{wanted.name}-{number}")
             try:
                 self.folder.mkdir()  # only one process succeeds
             except FileExistsError:
@@ -165,10 +166,9 @@ class FolderClaim:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            owner = path.read_text().split() if path.is_file() else []
-            who = f"process {owner[0]} on {owner[1]}" if len(owner) > 1 else "another process"
             raise ConfigError(
-                f"{who} is writing to {self.folder}; wait for it, or choose another folder: {self.key}=FOLDER"
+                f"{read_owner(path)} is writing to {self.folder}; wait for it, or choose another folder: "
+                f"{self.key}=FOLDER"
             ) from None
         self.lock = lock
         path.write_text(f"{os.getpid()}\n{socket.gethostname()}\n")
@@ -177,6 +177,11 @@ class FolderClaim:
         """Remove the lock; a process that waits for it looks for the file again."""
         if self.lock is not None:
             (self.folder / LOCK_FILE).unlink(missing_ok=True)
+            self.unlock()
+
+    def unlock(self) -> None:
+        """Give the lock up, wherever its file is now."""
+        if self.lock is not None:
             self.lock.release()
             self.lock = None
 
@@ -187,23 +192,28 @@ class FolderClaim:
             ConfigError: for files that no single run or sweep has left, and when a job runs there.
         """
         try:
-            if not self.must_be_emptied():
-                return
-            self.check_earlier_jobs()
-            aside = move_aside(self.folder, self.folder)
-            # the lock has moved with its folder
-            (aside / LOCK_FILE).unlink(missing_ok=True)
-            if self.lock is not None:
-                self.lock.release()
-                self.lock = None
-            self.say(f"{self.folder} held an earlier {self.kind}, which is now {aside}")
-            self.folder.mkdir(exist_ok=True)
-            self.take_lock()
-            if self.own_file in self.list_files():
-                raise ConfigError(f"another process writes to {self.folder}; {self.advice}")
+            if self.must_be_emptied():
+                self.check_earlier_jobs()
+                self.replace_folder()
         except BaseException:
             self.release()
             raise
+
+    def replace_folder(self) -> None:
+        """Move the folder aside, and take a new one by its name.
+
+        Raises:
+            ConfigError: when another process takes that name in between.
+        """
+        aside = move_aside(self.folder, self.folder)
+        # the lock has moved with its folder
+        (aside / LOCK_FILE).unlink(missing_ok=True)
+        self.unlock()
+        self.say(f"{self.folder} held an earlier {self.kind}, which is now {aside}")
+        self.folder.mkdir(exist_ok=True)
+        self.take_lock()
+        if self.own_file in self.list_files():
+            raise ConfigError(f"another process writes to {self.folder}; {self.advice}")
 
     def list_files(self) -> set[str]:
         """The names of what is in the folder, without the lock."""
@@ -218,13 +228,19 @@ class FolderClaim:
         names = self.list_files()
         if self.own_file in names:
             return True
-        foreign = names - FIRST_FILES if self.kind == "run" else names & {STATUS}
+        foreign = self.find_foreign_files(names)
         if foreign:
             raise ConfigError(
                 f"{self.folder} holds files of something else than an earlier {self.kind}, such as "
                 f"{min(foreign)}; {self.advice}"
             )
         return self.kind == "run" and bool(names)
+
+    def find_foreign_files(self, names: Set[str]) -> Set[str]:
+        """Find those files of the folder that are not of an earlier job of this kind, nor a user's own."""
+        if self.kind == "run":
+            return names - FIRST_FILES
+        return names & {STATUS}  # of a single run: a sweep's jobs write it below the sweep's folder
 
     def check_earlier_jobs(self) -> None:
         """Raise ConfigError when a job runs in the folder, or when it cannot be moved whole."""
@@ -236,6 +252,15 @@ class FolderClaim:
             raise ConfigError(
                 f"{self.folder} holds an earlier {self.kind}, and is the working folder; {self.advice}"
             )
+
+
+def read_owner(lock: Path) -> str:
+    """Say who has a lock, as far as its file tells."""
+    owner = lock.read_text().split() if lock.is_file() else []
+    if len(owner) < 2:  # the process has not written it yet
+        return "another process"
+    process, host = owner[:2]
+    return f"process {process} on {host}"
 
 
 def check_parents(folder: Path) -> None:
@@ -260,8 +285,11 @@ def check_none_runs(records: Sequence[Record], advice: str) -> None:
 
 def move_aside(folder: Path, place: Path) -> Path:
     """Rename a folder to the first of `<place>.1`, `<place>.2` … that is free, and return the new path."""
-    numbered = (place.with_name(f"{place.name}.{number}") for number in count(1))
-    return folder.rename(next(path for path in numbered if not path.exists()))
+    for number in count(1):
+        path = place.with_name(f"{place.name}.{number}")
+        if not path.exists():
+            return folder.rename(path)
+    raise AssertionError("count never ends")
 
 
 # -- the jobs of a sweep -------------------------------------------------------------------------------------
@@ -290,13 +318,18 @@ def check_job_folders(sweep_folder: Path, folders: Sequence[Path]) -> None:
         if path in taken:
             refuse_shared_folder(path)
         taken.add(path)
-    for path in taken:
-        outer = next((parent for parent in path.parents if parent in taken), None)
-        if outer is not None:
-            raise ConfigError(
-                f"hydra.sweep.subdir puts one job into {path} and another one into {outer}; "
-                "let no job's folder be inside that of another"
-            )
+    check_not_nested(taken)
+
+
+def check_not_nested(folders: Collection[Path]) -> None:
+    """Raise ConfigError where a job's folder is inside that of another."""
+    for folder in folders:
+        for parent in folder.parents:
+            if parent in folders:
+                raise ConfigError(
+                    f"hydra.sweep.subdir puts one job into {folder} and another one into {parent}; "
+                    "let no job's folder be inside that of another"
+                )
 
 
 def refuse_shared_folder(folder: Path) -> NoReturn:

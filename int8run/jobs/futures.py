@@ -38,6 +38,11 @@ def describe_exit_code(exit_code: int) -> str:
     if exit_code >= 0:
         return f"its process ended by itself with exit code {exit_code}"
     number = -exit_code
-    name = next((s.name for s in signal.Signals if s == number), "unknown")
-    hint = "; the kernel does that when memory runs out" if name == "SIGKILL" else ""
+    try:
+        name = signal.Signals(number).name
+    except ValueError:
+        name = "unknown"
+    hint = ""
+    if name == "SIGKILL":
+        hint = "; the kernel does that when memory runs out"
     return f"its process was killed by signal {number} ({name}){hint}"

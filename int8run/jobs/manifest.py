@@ -87,4 +87,7 @@ def find_varying_overrides(jobs: Sequence[Sequence[str]]) -> tuple[str, ...]:
     Returns:
         The keys, in the order of the command line.
     """
-    return tuple(find_varying_keys([dict(map(split_override, overrides)) for overrides in jobs]))
+    values_by_key = []  # of each job
+    for overrides in jobs:
+        values_by_key.append(dict(split_override(override) for override in overrides))
+    return tuple(find_varying_keys(values_by_key))

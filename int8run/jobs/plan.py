@@ -65,7 +65,9 @@ def plan_jobs(
         specs: made from `configs`, in the same order.
         resume: whether the sweep goes on in its folder.
     """
-    earlier_records = [r for r in find_records(folder) if r.sweep is not None] if resume else []
+    earlier_records = []
+    if resume:
+        earlier_records = [record for record in find_records(folder) if record.sweep is not None]
     used_folders = {record.folder for record in earlier_records}
     by_config_hash = {record.config_hash: record for record in earlier_records}
     planned = []
@@ -78,17 +80,27 @@ def plan_jobs(
             next_number = choose_free_number(config, used_folders, next_number)
         origin = make_job(config, config.hydra, get_job_folder(config))
         used_folders.add(origin.output_dir)
-        status = build_status(spec, origin)
-        job = SweepJob(
-            number=origin.number,
-            overrides=tuple(origin.overrides),
-            config=config,
-            folder=origin.output_dir,
-            config_hash=str(status["config_hash"]),
-            build_key=str(status["build_key"]),
-        )
-        planned.append(PlannedJob(spec, origin, job))
+        planned.append(PlannedJob(spec, origin, make_sweep_job(config, spec, origin)))
     return planned
+
+
+def make_sweep_job(config: DictConfig, spec: RunSpec, origin: Job) -> SweepJob:
+    """Return what a worker is given of a job.
+
+    Args:
+        config: composed, hydra's part included.
+        spec: made from `config`.
+        origin: says its number, folder and overrides.
+    """
+    status = build_status(spec, origin)
+    return SweepJob(
+        number=origin.number,
+        overrides=tuple(origin.overrides),
+        config=config,
+        folder=origin.output_dir,
+        config_hash=str(status["config_hash"]),
+        build_key=str(status["build_key"]),
+    )
 
 
 def get_job_folder(config: DictConfig) -> Path:
@@ -119,7 +131,7 @@ def choose_free_number(config: DictConfig, used_folders: Collection[Path], next_
         if next_folder == folder:
             refuse_shared_folder(folder)
         folder = next_folder
-    return config.hydra.job.num + 1
+    return int(config.hydra.job.num) + 1
 
 
 def find_finished_jobs(manifest: SweepManifest, planned: Sequence[PlannedJob]) -> dict[int, Record]:
@@ -132,24 +144,37 @@ def find_finished_jobs(manifest: SweepManifest, planned: Sequence[PlannedJob]) -
     Raises:
         ConfigError: when a job of the sweep still runs on this machine.
     """
-    finished = {}
-    for job in (p.job for p in planned):
-        record = try_read_record(job.folder)
-        if record is None:
-            continue
-        check_not_running(record)
-        if record.state == FINISHED:
-            finished[job.number] = record
-    missing = [p for p in planned if p.spec.task.tracked and p.job.number not in finished]
+    finished = read_finished_jobs([p.job for p in planned])
+    # the jobs that a tracker may know, by tracker
+    missing: dict[Tracker, list[SweepJob]] = {}
+    for p in planned:
+        if p.spec.task.tracked and p.job.number not in finished:
+            missing.setdefault(p.spec.tracker, []).append(p.job)
     try:
-        for tracker in dict.fromkeys(p.spec.tracker for p in missing):
-            jobs = [p.job for p in missing if p.spec.tracker == tracker]
+        for tracker, jobs in missing.items():
             for record in download_finished_jobs(tracker, manifest, jobs):
                 finished[record.number] = record
     except TrackingError as error:
         log.warning("%s; only jobs that are finished in the sweep's folder are left out", error)
     folder = planned[0].job.folder.parent
     log.info("%d of %d jobs are finished already; going on in %s", len(finished), len(planned), folder)
+    return finished
+
+
+def read_finished_jobs(jobs: Sequence[SweepJob]) -> dict[int, Record]:
+    """Read the records of the jobs that are finished in the sweep's folder, by number.
+
+    Raises:
+        ConfigError: when one of the jobs still runs on this machine.
+    """
+    finished = {}
+    for job in jobs:
+        record = try_read_record(job.folder)
+        if record is None:
+            continue
+        check_not_running(record)
+        if record.state == FINISHED:
+            finished[job.number] = record
     return finished
 
 
@@ -182,11 +207,10 @@ def download_finished_jobs(
     for run_id in tracker.find_running(manifest.id):
         tracker.end_run(run_id, KILLED, KILLED_MESSAGE)
     run_ids = tracker.find_finished([job.config_hash for job in jobs])
-    sweep_folder = Path(str(jobs[0].config.hydra.sweep.dir)) if jobs else Path()
     for job in jobs:
         if job.config_hash not in run_ids:
             continue
-        clear_job_folder(sweep_folder, job.folder)
+        clear_job_folder(Path(str(job.config.hydra.sweep.dir)), job.folder)
         tracker.download_run(run_ids[job.config_hash], job.folder)
         # the job may have had another number in the sweep that it comes from
         yield update_record(read_record(job.folder), number=job.number)

@@ -27,10 +27,12 @@ def find_sweep_folder(configs: Sequence[Any]) -> Path:
         The absolute path of a new folder; with `resume=true` that of the sweep that goes on, unless the user
         names a folder.
     """
-    new = Path(str(configs[0].hydra.sweep.dir)).absolute()
-    hydra_overrides = configs[0].hydra.overrides.hydra
-    is_named_by_user = any(override.startswith("hydra.sweep.dir=") for override in hydra_overrides)
-    if not configs[0].get("resume") or is_named_by_user:
+    first = configs[0]
+    new = Path(str(first.hydra.sweep.dir)).absolute()
+    is_named_by_user = any(
+        override.startswith("hydra.sweep.dir=") for override in first.hydra.overrides.hydra
+    )
+    if not first.get("resume") or is_named_by_user:
         return new
     root = new.parents[1] if is_dated_folder(new) else new.parent
     hashes = {hash_config(get_plain_config(config)) for config in configs}

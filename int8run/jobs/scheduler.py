@@ -1,13 +1,15 @@
 """Which worker runs which job of a sweep.
 
-Jobs that use the same built model go to the same worker, which builds the model once. A worker that dies
-takes only the job that it was running along: the jobs behind it go back to the queue.
+A worker keeps the model that it built last. So jobs that use the same built model form a group, and a worker
+stays with its group as long as jobs of it wait. A worker that dies takes only the job that it was running
+along: the jobs behind it go back to the queue.
 
-Called by `jobs.sweep`; knows workers only by the protocols of `jobs.base`.
+Called by `jobs.sweep`. It must not know what a worker is, a process here or a job of a cluster: `jobs.base`
+has the protocols.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 
@@ -35,9 +37,14 @@ class WorkerSlot:
 
 
 class JobQueue:
-    """The waiting jobs, grouped by the model that they use."""
+    """The waiting jobs, grouped by the model that they use.
+
+    Args:
+        jobs: of all models, in the order in which they are to run.
+    """
 
     def __init__(self, jobs: Iterable[SweepJob]):
+        # build key -> its jobs; a group that has none left is removed
         self.groups: dict[str, list[SweepJob]] = {}
         for job in jobs:
             self.groups.setdefault(job.build_key, []).append(job)
@@ -45,12 +52,8 @@ class JobQueue:
     def __bool__(self) -> bool:
         return bool(self.groups)
 
-    def choose_group(self, built: str | None, in_use: set[str]) -> str | None:
+    def choose_group(self, built: str | None, in_use: Collection[str]) -> str | None:
         """Choose the model that a worker runs next.
-
-        In this order: the model that it has built; the largest group that no other worker uses; a share of
-            the largest group that others use. The last job of such a group is left to the worker that has
-            built its model.
 
         Args:
             built: key of the model that the worker has built; None for a new worker.
@@ -62,22 +65,34 @@ class JobQueue:
         if built in self.groups:
             return built
         unused = [key for key in self.groups if key not in in_use]
-        shared = [key for key, jobs in self.groups.items() if key in in_use and len(jobs) > 1]
-        candidates = unused or shared
-        if not candidates:
-            return None
-        return max(candidates, key=lambda key: len(self.groups[key]))
+        if unused:
+            return self.find_largest(unused)
+        # Another worker has to build the model again. For the last job of a group it does not: that one is left
+        # to the worker that has the model.
+        shareable = [key for key, jobs in self.groups.items() if len(jobs) > 1]
+        if shareable:
+            return self.find_largest(shareable)
+        return None
 
-    def take_jobs(self, key: str, whole_group: bool) -> list[SweepJob]:
-        """Remove the first job of a group, or all of its jobs, and return them."""
+    def find_largest(self, keys: Iterable[str]) -> str:
+        """Return the key with the most waiting jobs, the first of several."""
+        return max(keys, key=self.count_jobs)
+
+    def count_jobs(self, key: str) -> int:
+        """Count the waiting jobs of a model."""
+        return len(self.groups[key])
+
+    def take_group(self, key: str) -> list[SweepJob]:
+        """Remove all jobs of a group, and return them."""
+        return self.groups.pop(key)
+
+    def take_job(self, key: str) -> SweepJob:
+        """Remove the first job of a group, and return it."""
         group = self.groups[key]
-        count = len(group) if whole_group else 1
-        taken, rest = group[:count], group[count:]
-        if rest:
-            self.groups[key] = rest
-        else:
+        job = group.pop(0)
+        if not group:
             del self.groups[key]
-        return taken
+        return job
 
     def requeue(self, jobs: Sequence[SweepJob]) -> None:
         """Put jobs that their worker did not come to back to the front of their groups."""
@@ -144,17 +159,25 @@ class Scheduler:
 
     def start_new(self) -> None:
         """Start workers for jobs that no idle worker has taken, up to the limit."""
-        while len(self.busy) + len(self.idle) < self.max_workers:
-            in_use = {other.build_key for other in [*self.busy.values(), *self.idle]}
+        while len(self.slots) < self.max_workers:
+            in_use = {other.build_key for other in self.slots}
             key = self.queue.choose_group(None, in_use)
             if key is None:
                 return
             self.submit(WorkerSlot(self.pool.start(), key), key)
 
+    @property
+    def slots(self) -> list[WorkerSlot]:
+        """Every worker that runs, busy or idle."""
+        return [*self.busy.values(), *self.idle]
+
     def submit(self, slot: WorkerSlot, key: str) -> None:
         """Submit the next jobs of a group to a worker."""
         slot.build_key = key
-        slot.jobs = self.queue.take_jobs(key, self.pool.whole_groups)
+        if self.pool.whole_groups:
+            slot.jobs = self.queue.take_group(key)
+        else:
+            slot.jobs = [self.queue.take_job(key)]
         for job in slot.jobs:
             self.on_start(job)
         future = slot.worker.submit(self.make_call(slot.jobs))
@@ -163,6 +186,7 @@ class Scheduler:
     def collect(self, future: Future[Sequence[Outcome]]) -> None:
         """Report how the jobs of a finished call ended; what its worker did not come to waits again."""
         slot = self.busy.pop(future)
+        # before the result is asked for: where the call raised an error, `close` must find the worker
         self.idle.append(slot)
         try:
             outcomes = future.result()
@@ -173,18 +197,21 @@ class Scheduler:
         by_number = {outcome.number: outcome for outcome in outcomes}
         not_reached = []
         for job in slot.jobs:
-            if job.number not in by_number:
+            if job.number in by_number:
+                self.report_end(job, by_number[job.number])
+            else:
                 not_reached.append(job)
-                continue
-            outcome = by_number[job.number]
-            if outcome.files is not None:  # from a machine that does not share our disk
-                unzip_files(outcome.files, job.folder)
-            self.on_end(job, outcome)
         self.queue.requeue(not_reached)
+
+    def report_end(self, job: SweepJob, outcome: Outcome) -> None:
+        """Report how a job ended, once its files are in its folder."""
+        if outcome.files is not None:  # from a machine that does not share our disk
+            unzip_files(outcome.files, job.folder)
+        self.on_end(job, outcome)
 
     def close(self) -> None:
         """End all workers; jobs that still run, as after Ctrl-C, are recorded as killed."""
-        for slot in [*self.busy.values(), *self.idle]:
+        for slot in self.slots:
             slot.worker.close()
         for slot in self.busy.values():
             for job in slot.jobs:
@@ -211,21 +238,22 @@ def fail_jobs(jobs: Sequence[SweepJob], death: WorkerDied) -> list[Outcome]:
         if record is not None and record.ended is not None:
             outcomes.append(make_outcome(job, record))
             continue
-        is_running = record is not None
+        if record is None and outcomes:
+            break  # it died between two jobs: this one did not start
         if record is not None:
             end_record(record, KILLED, str(death))
-        if is_running or not outcomes:
-            outcomes.append(Outcome(job.number, KILLED, error=str(death), exit_code=1))
+        outcomes.append(Outcome(job.number, KILLED, error=str(death), exit_code=1))
         break
     return outcomes
 
 
 def make_outcome(job: SweepJob, record: Record) -> Outcome:
     """Return how a job ended by itself, from its record."""
+    exit_code = 0 if record.state == FINISHED else 1
     return Outcome(
         job.number,
         record.state,
         value=record.metrics.get(record.objective),
         error=record.error,
-        exit_code=0 if record.state == FINISHED else 1,
+        exit_code=exit_code,
     )

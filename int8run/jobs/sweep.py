@@ -84,7 +84,7 @@ def run_sweep(
     folder = Path(str(configs[0].hydra.sweep.dir))
     resume = bool(configs[0].get("resume"))
     check_job_folders(folder, [get_job_folder(config) for config in configs])
-    manifest = prepare_manifest(folder, configs, resume)
+    manifest = prepare_manifest(folder, configs, resume=resume)
     planned = plan_jobs(folder, configs, specs, resume=resume)
     trackers = {p.job.number: p.spec.tracker for p in planned if p.spec.task.tracked}
     for tracker in set(trackers.values()):
@@ -98,14 +98,18 @@ def run_sweep(
     return [sweep.outcomes[p.job.number].value for p in planned]
 
 
-def prepare_manifest(folder: Path, configs: Sequence[DictConfig], resume: bool) -> SweepManifest:
+def prepare_manifest(folder: Path, configs: Sequence[DictConfig], *, resume: bool) -> SweepManifest:
     """Write sweep.json: with a new identity, or with that of the sweep that goes on."""
     earlier = read_manifest(folder) if resume else None
+    if earlier is None:
+        sweep_id, created = make_sweep_id(folder), time.time()
+    else:
+        sweep_id, created = earlier.id, earlier.created
     manifest = SweepManifest(
-        id=earlier.id if earlier else make_sweep_id(folder),
+        id=sweep_id,
         varying=find_varying_overrides([list(config.hydra.overrides.task) for config in configs]),
         jobs=len(configs),
-        created=earlier.created if earlier else time.time(),
+        created=created,
     )
     write_manifest(folder, manifest)
     return manifest
@@ -138,10 +142,13 @@ class SweepRun:
             value = record.metrics.get(record.objective)
             self.outcomes[number] = Outcome(number, FINISHED, value=value)
         spec = planned[0].spec
+        objective: str | None = spec.metrics.objective
+        if varies_content_only(manifest.varying):
+            objective = None  # jobs with other prompts or seeds are not better or worse
         self.progress = SweepProgress(
             total=len(planned),
             finished=list(finished.values()),
-            objective=None if varies_content_only(manifest.varying) else spec.metrics.objective,
+            objective=objective,
             enabled=spec.progress,
         )
 
@@ -157,22 +164,16 @@ class SweepRun:
             # how many jobs share a machine is known of a cluster only once the pool is open
             self.manifest = replace(self.manifest, jobs_at_once=min(pool.jobs_at_once, len(jobs)))
             write_manifest(self.folder, self.manifest)
-            parent = ParentProcess(
-                manifest=self.manifest,
-                hydra_context=hydra_context,
-                task_function=task_function,
-                singletons=Singleton.get_state(),
-                working_folder=str(Path.cwd()),
-                pid=os.getpid(),
-            )
-            Scheduler(
+            parent = describe_parent(self.manifest, hydra_context, task_function)
+            scheduler = Scheduler(
                 jobs,
                 pool,
                 max_workers=max_workers,
                 make_call=lambda some_jobs: partial(run_jobs, parent, some_jobs),
                 on_start=self.report_start,
                 on_end=self.report_end,
-            ).run()
+            )
+            scheduler.run()
         except KeyboardInterrupt:
             self.upload_interrupted_jobs()
             raise
@@ -228,18 +229,33 @@ class SweepRun:
         for planned in self.planned:
             number = planned.job.number
             outcome = self.outcomes[number]
-            if outcome.state != FINISHED:
-                name = shorten_value(planned.origin.name)
-                lines.append(f"  job {number} ({name}) {outcome.state}: {outcome.error}")
-                exit_codes.add(outcome.exit_code)
+            if outcome.state == FINISHED:
+                continue
+            name = shorten_value(planned.origin.name)
+            lines.append(f"  job {number} ({name}) {outcome.state}: {outcome.error}")
+            exit_codes.add(outcome.exit_code)
         if not lines:
             return
         summary = (
             f"{len(lines)} of {len(self.planned)} jobs did not finish; "
             "the same command with resume=true runs these alone"
         )
-        exit_code = exit_codes.pop() if len(exit_codes) == 1 else 1
+        exit_code = 1
+        if len(exit_codes) == 1:
+            exit_code = exit_codes.pop()
         raise SweepError("\n".join([summary, *lines]), exit_code)
+
+
+def describe_parent(manifest: SweepManifest, hydra_context: Any, task_function: Any) -> ParentProcess:
+    """Return what the workers are told of this process; see `run_sweep` for the arguments."""
+    return ParentProcess(
+        manifest=manifest,
+        hydra_context=hydra_context,
+        task_function=task_function,
+        singletons=Singleton.get_state(),
+        working_folder=str(Path.cwd()),
+        pid=os.getpid(),
+    )
 
 
 def count_images(folder: Path) -> int:

@@ -69,17 +69,25 @@ def run_sweep_job(parent: ParentProcess, job: SweepJob) -> Outcome:
     folder = Path(tempfile.mkdtemp(prefix="int8run-"))
     try:
         write_manifest(folder, parent.manifest)
-        with open_dict(job.config):
-            job.config.hydra.sweep.dir = str(folder)
-            job.config.hydra.sweep.subdir = "job"
-            is_server = str(job.config.tracker.get("uri") or "").startswith("http")
-            if not is_server:
-                # a database on the parent's disk: the parent copies the record when it has come back
-                job.config.tracker = {"_target_": "int8run.tracking.base.NoTracker"}
+        redirect_job(job, folder)
         outcome = run_hydra_job(parent, job)
         return replace(outcome, files=zip_folder(folder / "job"))
     finally:
         shutil.rmtree(folder)
+
+
+def redirect_job(job: SweepJob, folder: Path) -> None:
+    """Let a job write to a folder of this machine, below it to `job`.
+
+    A tracker that is a database on the parent's disk gets nothing from here: the parent copies the record when
+    it has come back.
+    """
+    tracker_address = str(job.config.tracker.get("uri") or "")
+    with open_dict(job.config):
+        job.config.hydra.sweep.dir = str(folder)
+        job.config.hydra.sweep.subdir = "job"
+        if not tracker_address.startswith("http"):
+            job.config.tracker = {"_target_": "int8run.tracking.base.NoTracker"}
 
 
 def run_hydra_job(parent: ParentProcess, job: SweepJob) -> Outcome:
@@ -100,7 +108,9 @@ def run_hydra_job(parent: ParentProcess, job: SweepJob) -> Outcome:
     if result.status != JobStatus.COMPLETED:
         return make_failed_outcome(job, result._return_value)
     value = result.return_value
-    return Outcome(job.number, FINISHED, value=None if value is None else float(value))
+    if value is not None:
+        value = float(value)
+    return Outcome(job.number, FINISHED, value=value)
 
 
 def make_failed_outcome(job: SweepJob, error: Exception) -> Outcome:
