@@ -60,10 +60,9 @@ class SweepLauncher(Launcher):
         """
         setup_globals()
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
-        configs = [
-            self.compose_job(overrides, number)
-            for number, overrides in enumerate(job_overrides, start=initial_job_idx)
-        ]
+        configs = []
+        for number, overrides in enumerate(job_overrides, start=initial_job_idx):
+            configs.append(self.compose_job(overrides, number))
         specs = check_jobs(job_overrides, configs)
         if isinstance(self.pool, InProcess | Processes):  # another machine may have other files
             check_files_of_jobs(job_overrides, configs)
@@ -90,7 +89,7 @@ class SweepLauncher(Launcher):
 
     def compose_job(self, overrides: Sequence[str], number: int) -> DictConfig:
         """Compose the config of one job."""
-        config = self.context.config_loader.load_sweep_config(self.config, list(overrides))
+        config: DictConfig = self.context.config_loader.load_sweep_config(self.config, list(overrides))
         with open_dict(config):
             config.hydra.job.num = number
             config.hydra.job.id = number
@@ -120,7 +119,8 @@ class Grid(Sweeper):
         parser = OverridesParser.create(config_loader=self.loader)
         overrides = parser.parse_overrides([*from_file, *arguments])
         (jobs,) = BasicSweeper.split_arguments(overrides, max_batch_size=None)
-        return self.launcher.launch(jobs, initial_job_idx=0)
+        returns: Sequence[JobReturn] = self.launcher.launch(jobs, initial_job_idx=0)
+        return returns
 
 
 def make_job_return(config: DictConfig, value: float | None) -> JobReturn:

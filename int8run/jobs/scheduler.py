@@ -67,8 +67,8 @@ class JobQueue:
         unused = [key for key in self.groups if key not in in_use]
         if unused:
             return self.find_largest(unused)
-        # Another worker has to build the model again. For the last job of a group it does not: that one is left
-        # to the worker that has the model.
+        # Another worker has to build the model again. For a group's last job it does not: the worker that has
+        # the model will run it.
         shareable = [key for key, jobs in self.groups.items() if len(jobs) > 1]
         if shareable:
             return self.find_largest(shareable)

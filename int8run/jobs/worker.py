@@ -79,8 +79,8 @@ def run_sweep_job(parent: ParentProcess, job: SweepJob) -> Outcome:
 def redirect_job(job: SweepJob, folder: Path) -> None:
     """Let a job write to a folder of this machine, below it to `job`.
 
-    A tracker that is a database on the parent's disk gets nothing from here: the parent copies the record when
-    it has come back.
+    A tracker that is a database on the parent's disk gets nothing from here: the parent copies the record
+    when it has come back.
     """
     tracker_address = str(job.config.tracker.get("uri") or "")
     with open_dict(job.config):
