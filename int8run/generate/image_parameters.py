@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from int8run.generate.negative_prompts import get_negative_prompt
+from int8run.generate.negative_prompts import Guidance, get_negative_prompt
 from int8run.generate.prompts import Sample
 from int8run.models.sampling import Sampling
 
@@ -36,7 +36,13 @@ SAMPLER_NAMES = {
 
 
 def format_parameters(
-    sample: Sample, sampling: Sampling, *, scheduler: str, model: str, details: Mapping[str, object]
+    sample: Sample,
+    sampling: Sampling,
+    *,
+    scheduler: str,
+    model: str,
+    details: Mapping[str, object],
+    guidance: Guidance | None = None,
 ) -> str:
     """The text chunk `parameters`.
 
@@ -46,20 +52,30 @@ def format_parameters(
         scheduler: class of diffusers.
         model: name of the checkpoint.
         details: further names and values, such as the precision; those that are None are left out.
+        guidance: of the pipeline; None: plain classifier-free guidance.
     """
+    if guidance is None:
+        guidance = Guidance("sampler.guidance", sampling.guidance)
     facts: dict[str, object] = {
         "Steps": sampling.steps,
         "Sampler": SAMPLER_NAMES.get(scheduler, scheduler),
-        "CFG scale": None if sampling.guidance is None else f"{sampling.guidance:g}",
+        "CFG scale": format_scale(guidance.scale),
+        # as Forge writes the guidance of FLUX
+        "Distilled CFG Scale": format_scale(guidance.distilled_scale),
         "Seed": sample.seed,
         "Size": f"{sampling.width}x{sampling.height}",
         "Model": model,
         **details,
     }
     settings = ", ".join(f"{name}: {quote(value)}" for name, value in facts.items() if value is not None)
-    negative = get_negative_prompt(sample, sampling)
+    negative = get_negative_prompt(sample, sampling) if guidance.uses_negative_prompt else ""
     # ComfyUI looks for the second line even where there is nothing to avoid
     return f"{sample.prompt}\nNegative prompt: {negative}\n{settings}"
+
+
+def format_scale(scale: float | None) -> str | None:
+    """A guidance scale without needless zeros; None for none."""
+    return None if scale is None else f"{scale:g}"
 
 
 def quote(value: object) -> str:

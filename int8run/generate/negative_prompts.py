@@ -1,6 +1,11 @@
-"""Negative prompts: what an image shall not show, where the pipeline takes one and its guidance uses it."""
+"""Negative prompts: what an image shall not show, where the pipeline takes one and its guidance uses it.
+
+The call of a pipeline takes them from here, the log says where they have no effect, and the text in the file
+of an image leaves those out.
+"""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from diffusers import DiffusionPipeline
 
@@ -44,6 +49,51 @@ def get_negative_prompt(sample: Sample, sampling: Sampling) -> str:
     return str(sampling.extra.get(NEGATIVE_PROMPT) or "")
 
 
+@dataclass(frozen=True)
+class Guidance:
+    """The guidance of a call.
+
+    Args:
+        setting: that the scale of the classifier-free guidance is given by.
+        scale: of it; a negative prompt counts where it is above 1. None: not known.
+        distilled_scale: number that a model with a distilled guidance is given; None: it takes none.
+    """
+
+    setting: str
+    scale: float | None
+    distilled_scale: float | None = None
+
+    @property
+    def uses_negative_prompt(self) -> bool:
+        """Whether a negative prompt changes the image."""
+        return self.scale is None or self.scale > 1
+
+
+def read_guidance(pipe: DiffusionPipeline, sampling: Sampling) -> Guidance:
+    """The guidance that a pipeline generates with.
+
+    Args:
+        pipe: to be called.
+        sampling: with all defaults filled in.
+    """
+    parameters = list_call_parameters(pipe)
+    if TRUE_GUIDANCE in parameters:
+        setting = f"sampler.extra.{TRUE_GUIDANCE}"
+        true_scale = sampling.extra.get(TRUE_GUIDANCE)
+        if true_scale is None:
+            true_scale = parameters[TRUE_GUIDANCE].default
+        return Guidance(setting, as_scale(true_scale), distilled_scale=sampling.guidance)
+    scale: object = None
+    if GUIDANCE in parameters:
+        scale = parameters[GUIDANCE].default if sampling.guidance is None else sampling.guidance
+    return Guidance("sampler.guidance", as_scale(scale))
+
+
+def as_scale(value: object) -> float | None:
+    """A number as it is; None for a parameter without a default, and for everything else."""
+    return value if isinstance(value, int | float) else None
+
+
 def explain_unused_negative_prompt(
     pipe: DiffusionPipeline, texts: Sequence[str | None], sampling: Sampling
 ) -> str | None:
@@ -58,20 +108,10 @@ def explain_unused_negative_prompt(
     """
     if not any(texts):
         return None
-    parameters = list_call_parameters(pipe)
-    if TRUE_GUIDANCE in parameters:
-        scale, setting = sampling.extra.get(TRUE_GUIDANCE), f"sampler.extra.{TRUE_GUIDANCE}"
-        default = parameters[TRUE_GUIDANCE].default
-    elif GUIDANCE in parameters:
-        scale, setting = sampling.guidance, "sampler.guidance"
-        default = parameters[GUIDANCE].default
-    else:
-        return None
-    if scale is None:
-        scale = default
-    if not isinstance(scale, int | float) or scale > 1:
+    guidance = read_guidance(pipe, sampling)
+    if guidance.uses_negative_prompt:
         return None
     return (
-        f"the negative prompt has no effect: {type(pipe).__name__} uses it with {setting} above 1, and "
-        f"it is {scale:g}"
+        f"the negative prompt has no effect: {type(pipe).__name__} uses it with {guidance.setting} above 1, "
+        f"and it is {guidance.scale:g}"
     )

@@ -158,7 +158,8 @@ def get_execution_device(pipe: DiffusionPipeline) -> torch.device:
 
     Offloaded modules are elsewhere between their turns, and the pipeline's `device` would name that place.
     """
-    return getattr(pipe, "_execution_device", pipe.device)
+    device: torch.device = getattr(pipe, "_execution_device", pipe.device)
+    return device
 
 
 def extract_frames(output: Any) -> list[list[Image]]:

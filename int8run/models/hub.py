@@ -1,10 +1,17 @@
-"""Asks the hub about a repository before anything of it is downloaded.
+"""Asks the hub about a repository before anything of it is downloaded, and words what went wrong.
 
 The libraries that download try again and again where there is no network, and say after half a minute what
 was known at once. `source.py`, `resolve_weights.py` and the tasks call `check_repository` first.
 """
 
+import functools
 import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import yaml
 
 from int8run.errors import FileError
 from int8run.utils.text import shorten_error
@@ -13,6 +20,37 @@ log = logging.getLogger(__name__)
 TIMEOUT_S = 10.0
 MAX_REASON_LENGTH = 200
 SAFETENSORS = ".safetensors"
+KNOWN_REPOSITORIES = Path(__file__).parent / "known_repositories.yaml"
+BFLOAT16_BYTES = 2
+
+
+@dataclass(frozen=True)
+class KnownRepository:
+    """What is known of a repository without asking the hub.
+
+    Args:
+        parameters_b: billions of parameters of everything that its pipeline loads.
+        file_bytes: that one takes in its files.
+        gated: whether its terms must be accepted first.
+    """
+
+    parameters_b: float
+    file_bytes: int
+    gated: bool = False
+
+    def describe_size(self) -> str:
+        """`about 34 GB to download, about 34 GB of memory as bfloat16; gated: its terms must be accepted`."""
+        download = self.parameters_b * self.file_bytes
+        memory = self.parameters_b * BFLOAT16_BYTES
+        sizes = f"about {download:.0f} GB to download, about {memory:.0f} GB of memory as bfloat16"
+        return f"{sizes}; gated: its terms must be accepted on its page" if self.gated else sizes
+
+
+@functools.cache
+def read_known_repositories() -> Mapping[str, KnownRepository]:
+    """Return what `known_repositories.yaml` says, by repository."""
+    settings = yaml.safe_load(KNOWN_REPOSITORIES.read_text(encoding="utf-8"))
+    return {repository: KnownRepository(**facts) for repository, facts in settings.items()}
 
 
 def check_repository(repository: str, setting: str, revision: str | None = None) -> None:
@@ -30,13 +68,10 @@ def check_repository(repository: str, setting: str, revision: str | None = None)
             access.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+    # each version has another library for the network, whose errors these are made from
+    network_errors = cast(tuple[type[Exception], ...], HfHubHTTPError.__bases__)
     if has_snapshot(repository, revision):
         return
     hub = HfApi()
@@ -44,31 +79,13 @@ def check_repository(repository: str, setting: str, revision: str | None = None)
         info = hub.model_info(repository, revision=revision, timeout=TIMEOUT_S, files_metadata=True)
         if info.gated:
             hub.auth_check(repository)
-    except GatedRepoError as error:
-        raise FileError(
-            f"{setting}={repository} is gated: accept its terms at https://huggingface.co/{repository}, log "
-            f"in with `hf auth login`, and start again; or set {setting} to a folder that you have"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise FileError(f"{setting}={repository} has no revision {revision!r} on the hub") from error
-    except RepositoryNotFoundError as error:
-        raise FileError(
-            f"{setting}={repository} is not on this machine, and the hub knows no repository of that name, "
-            f"or it is private (`hf auth login`); set {setting} to a folder that you have"
-        ) from error
-    except HFValidationError as error:
-        raise FileError(
-            f"{setting}={repository} is not on this machine, and no repository of the hub can be called so; "
-            f"set {setting} to a folder that you have, or to org/name"
-        ) from error
-    except Exception as error:  # each library of the network has its own
-        raise FileError(
-            f"{setting}={repository} is not on this machine, and the hub cannot be reached "
-            f"({describe_reason(error)}); set {setting} to a folder that you have, or fetch it where there "
-            f"is a network: hf download {repository}"
-        ) from error
-    sizes = [file.size or 0 for file in info.siblings or () if file.rfilename.endswith(SAFETENSORS)]
-    log.info("Downloading %s, whose weights are %.1f GB in all variants", repository, sum(sizes) / 1e9)
+    except (OSError, HFValidationError, *network_errors) as error:
+        raise make_access_error(repository, setting, error, revision) from error
+    num_bytes = 0
+    for file in info.siblings or ():
+        if file.rfilename.endswith(SAFETENSORS):
+            num_bytes += file.size or 0
+    log.info("Downloading %s, whose weights are %.1f GB in all variants", repository, num_bytes / 1e9)
 
 
 def has_snapshot(repository: str, revision: str | None) -> bool:
@@ -83,8 +100,53 @@ def has_snapshot(repository: str, revision: str | None) -> bool:
     return True
 
 
+def make_access_error(
+    repository: str, setting: str, error: Exception, revision: str | None = None
+) -> FileError:
+    """Return the error for a repository that the hub does not give, or was not asked for.
+
+    Args:
+        repository: `organization/name`.
+        setting: what it was given as.
+        error: of the hub, or of the network.
+        revision: on the hub.
+    """
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    given = f"{setting}={repository}"
+    if isinstance(error, GatedRepoError):
+        return FileError(
+            f"{given} is gated: accept its terms at https://huggingface.co/{repository}, log "
+            f"in with `hf auth login`, and start again; or set {setting} to a folder that you have"
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return FileError(f"{given} has no revision {revision!r} on the hub")
+    if isinstance(error, RepositoryNotFoundError):
+        return FileError(
+            f"{given} is not on this machine, and the hub knows no repository of that name, "
+            f"or it is private (`hf auth login`); set {setting} to a folder that you have"
+        )
+    if isinstance(error, HFValidationError):
+        return FileError(
+            f"{given} is not on this machine, and no repository of the hub can be called so; "
+            f"set {setting} to a folder that you have, or to org/name"
+        )
+    known = read_known_repositories().get(repository)
+    size = f" ({known.describe_size()})" if known is not None else ""
+    return FileError(
+        f"{given} is not on this machine, and the hub cannot be reached "
+        f"({describe_reason(error)}); set {setting} to a folder that you have, or fetch it where there "
+        f"is a network: hf download {repository}{size}"
+    )
+
+
 def make_download_error(location: str, setting: str, error: Exception) -> FileError:
-    """Return the error for a location that is not here and whose download failed."""
+    """Return the error for a location that is not here and whose download failed after it began."""
     return FileError(
         f"{setting}={location} is not on this machine and could not be downloaded "
         f"({describe_reason(error)}); set {setting} to a folder that you have, "

@@ -19,6 +19,7 @@ from int8run.generate.call_parameters import get_call_default
 from int8run.generate.generate import Generation
 from int8run.generate.generated_sampling import read_generated_sampling
 from int8run.generate.image_parameters import describe_sampling, format_parameters
+from int8run.generate.negative_prompts import read_guidance
 from int8run.generate.pipeline_call import get_frame_rate
 from int8run.generate.prompts import Sample
 from int8run.metrics.quality import select_key_frames
@@ -98,6 +99,7 @@ class ImageWriter:
         """
         sampling = read_generated_sampling(self.spec.sampling, generation)
         sampling = fill_guidance(sampling, pipe)
+        guidance = read_guidance(pipe, sampling)
         scheduler = type(pipe.scheduler).__name__
         details = describe_model(self.spec, model)
         name = name_model(str(self.spec.model.location))
@@ -109,11 +111,12 @@ class ImageWriter:
             scheduler=scheduler,
             model=name,
             details={"Frames": num_frames if num_frames > 1 else None, **details, "Version": version},
+            guidance=guidance,
         )
         facts: dict[str, object] = {
             "version": version,
             "prompt": sample.prompt,
-            "negative_prompt": sample.negative_prompt,
+            "negative_prompt": sample.negative_prompt if guidance.uses_negative_prompt else None,
             "seed": sample.seed,
             "model": name,
             "sampling": mask_settings(describe_sampling(sampling, scheduler)),

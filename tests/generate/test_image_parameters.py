@@ -2,10 +2,12 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
 from int8run.generate.image_parameters import SAMPLER_NAMES, format_parameters
+from int8run.generate.negative_prompts import Guidance
 from int8run.generate.prompts import Sample
 from int8run.models.sampling import Sampling
 
@@ -66,6 +68,27 @@ def test_prompt_and_settings_come_back(prompt: str) -> None:
 
 def test_the_line_of_the_negative_prompt_is_there_without_one() -> None:
     assert read_as_comfyui(format_sample("fox", Sampling(steps=1)))[:2] == ("fox", "")
+
+
+def test_the_guidance_of_a_distilled_model_has_its_own_name() -> None:
+    text = format_parameters(
+        Sample("fox", 7, "key"),
+        SAMPLING,
+        scheduler="EulerDiscreteScheduler",
+        model="tiny",
+        details={},
+        guidance=Guidance("sampler.extra.true_cfg_scale", 4.0, distilled_scale=3.5),
+    )
+
+    _, negative, settings = read_as_web_ui(text)
+    assert negative == "blurry, dark"
+    assert (settings["CFG scale"], settings["Distilled CFG Scale"]) == ("4", "3.5")
+
+
+def test_a_negative_prompt_without_effect_is_left_out() -> None:
+    text = format_sample("fox", replace(SAMPLING, guidance=1.0))
+
+    assert read_as_web_ui(text)[1] == read_as_comfyui(text)[1] == ""
 
 
 def test_what_is_not_known_is_left_out() -> None:

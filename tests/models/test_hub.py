@@ -7,6 +7,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import (
     GatedRepoError,
+    HfHubHTTPError,
     HFValidationError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -50,6 +51,10 @@ FAILURES = {
         r"\(OSError: .* not known\); set model.location to a folder that you have, or fetch it .*: "
         r"hf download org/name$",
     ),
+    "no network, as the library of this version says it": (
+        HfHubHTTPError.__bases__[0]("All connection attempts failed"),
+        "^model.location=org/name is not on this machine, and the hub cannot be reached",
+    ),
     "unknown": (
         make_http_error(RepositoryNotFoundError),
         "the hub knows no repository of that name, or it is private",
@@ -73,6 +78,30 @@ def test_a_download_that_cannot_succeed_is_refused_at_once(hub, error, message):
         check_repository(REPOSITORY, "model.location", "v9")
 
     assert "\n" not in str(raised.value)
+
+
+def test_an_error_of_the_program_itself_is_not_taken_for_one_of_the_network(hub):
+    hub.info = AttributeError("a mistake")
+
+    with pytest.raises(AttributeError):
+        check_repository(REPOSITORY, "model.location")
+
+
+@pytest.mark.parametrize(
+    ("repository", "size"),
+    [
+        (
+            "black-forest-labs/FLUX.1-dev",
+            "about 34 GB to download, about 34 GB of memory as bfloat16; gated: ",
+        ),
+        ("stabilityai/stable-diffusion-xl-base-1.0", "about 14 GB to download, about 7 GB of memory as bf"),
+    ],
+)
+def test_without_a_network_the_size_of_a_known_model_is_told(hub, repository, size):
+    hub.info = OSError("no network")
+
+    with pytest.raises(FileError, match=rf"hf download {repository} \({size}"):
+        check_repository(repository, "model.location")
 
 
 def test_a_gated_repository_needs_access(hub, caplog):

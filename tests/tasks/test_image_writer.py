@@ -98,7 +98,8 @@ def test_each_image_says_what_it_was_made_with(model: str, tmp_path: Path) -> No
     assert (prompt, negative) == ("лиса", "Negative prompt: ")
     folder = Path(model.removeprefix("model.location=")).name
     assert settings.startswith(
-        f"Steps: 2, Sampler: Euler, CFG scale: 3.5, Seed: 3, Size: 16x16, Model: {folder},"
+        "Steps: 2, Sampler: Euler, CFG scale: 1, Distilled CFG Scale: 3.5, Seed: 3, Size: 16x16, "
+        f"Model: {folder},"
     )
     assert 'Precision: INT8, Outlier: convrot, LoRAs: "style: 0.5", Version: int8run' in settings
     assert 'Precision: float32, LoRAs: "style: 0.5", Version: int8run' in float_texts["parameters"]
