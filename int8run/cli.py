@@ -164,11 +164,12 @@ def check_and_run() -> None:
     from int8run.config.prompt_argument import rewrite_negative_prompt, rewrite_prompt_arguments
     from int8run.config.renamed import rename_overrides, report_once
 
-    # hydra reads the overrides there
     arguments = rewrite_prompt_arguments(rewrite_negative_prompt(sys.argv[1:]))
     check_flags(arguments)
-    sys.argv = [sys.argv[0], *rename_overrides(arguments, report_once())]
-    args = get_args_parser().parse_args()
+    arguments = rename_overrides(arguments, report_once())
+    args = get_args_parser().parse_intermixed_args(arguments)
+    # hydra reads them there once more
+    sys.argv = [sys.argv[0], *move_overrides_to_front(arguments, args.overrides)]
     if args.experimental_rerun:
         raise ConfigError(
             "--experimental-rerun opens a pickled file, which can run code; "
@@ -184,6 +185,19 @@ def check_and_run() -> None:
     register_plugins()
     with int8run_options():
         run_hydra(args)
+
+
+def move_overrides_to_front(arguments: Sequence[str], overrides: Sequence[str]) -> list[str]:
+    """The arguments with all overrides first: hydra's parser takes those that stand together.
+
+    Args:
+        arguments: of the command line.
+        overrides: those of them that are overrides, in their order.
+    """
+    flags = list(arguments)
+    for override in overrides:
+        flags.remove(override)
+    return [*overrides, *flags]
 
 
 def run_hydra(args: Any) -> None:

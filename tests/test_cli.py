@@ -713,6 +713,31 @@ def test_cfg_prints_the_composed_config_and_starts_nothing(command):
     assert (outcome.code, outcome.err, command.made()) == (0, "", [])
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["outlier=convrot", "--cfg", "job", "seed=7"],
+        ["outlier=convrot", "seed=7", "--cfg", "job"],
+        ["--cfg", "job", "outlier=convrot", "seed=7"],
+    ],
+    ids=["around", "before", "behind"],
+)
+def test_overrides_stand_before_and_behind_flags(command, arguments):
+    outcome = command(*arguments)
+
+    shown = yaml.safe_load(outcome.out)
+    assert (shown["seed"], shown["outlier"]["group_size"]) == (7, 256)
+    assert (outcome.code, outcome.err) == (0, "")
+
+
+def test_overrides_before_the_flag_of_a_sweep_belong_to_it(command):
+    outcome = command("tracker=none", "-m", "seed=0,-1")
+
+    assert "2 jobs" in outcome.out
+    assert outcome.code == 2
+    assert "1 of 2 jobs cannot run" in outcome.err and "job 1 (seed=-1): seed is -1" in outcome.err
+
+
 def test_an_unknown_flag_is_refused(command):
     outcome = command("--nonsense")
 

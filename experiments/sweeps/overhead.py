@@ -39,7 +39,7 @@ def run_alone(overrides: list[str]) -> None:
         def write_sample(self, *_: object) -> None:
             pass
 
-    _, configs = compose_jobs(None, "config", overrides, multirun=True)
+    _, configs = compose_jobs(overrides, multirun=True)
     specs = sorted((create_run_spec(config) for config in configs), key=lambda spec: spec.build_key)
     progress = Progress(False)
     for spec in specs:

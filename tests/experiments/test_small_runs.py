@@ -297,7 +297,7 @@ def test_the_study_is_a_sweep_of_36_jobs(tmp_path: Path, monkeypatch: pytest.Mon
     assert os.spawnlp(os.P_WAIT, "bash", "bash", script) == 0
 
     multirun, *overrides = words.read_text().splitlines()
-    _, jobs = compose_jobs(None, "config", overrides, multirun=True)
+    _, jobs = compose_jobs(overrides, multirun=True)
     assert multirun == "-m"
     assert len(jobs) == 36
     assert (tmp_path / "study.html").read_text() == "a report"
