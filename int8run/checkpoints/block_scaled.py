@@ -6,7 +6,8 @@ stand, and what the weight's shape is without padding. ComfyUI keeps the scales 
 the even columns in the low half. Where N is a multiple of 128 and the blocks of a row are one of 4, no shape
 shows which it is.
 
-`detect.py` checks layers and finds their format with this module, `layer.py` reads their numbers.
+`classify.py` checks layers with this module, `detect.py` finds their format with it when all of them are
+known, `layer.py` reads their numbers.
 """
 
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from int8run.checkpoints.granularity import check_positive
+from int8run.checkpoints.layer_evidence import LayerEvidence
 from int8run.checkpoints.quant_metadata import Marker
 from int8run.checkpoints.reader import TensorFiles, TensorInfo
 from int8run.checkpoints.unsupported import is_modelopt
@@ -24,6 +26,7 @@ from int8run.errors import FileError
 from int8run.kernels.dequantize.reference import MXFP8_BLOCK, NVFP4_BLOCK, compute_swizzled_offsets
 from int8run.quant.formats import SCALE_TILE
 from int8run.quant.packed_weight import PackedWeight, round_up
+from int8run.utils.plurals import count_noun
 
 NVFP4, MXFP8 = "nvfp4", "mxfp8"
 TILE_ROWS, TILE_COLUMNS = SCALE_TILE
@@ -59,6 +62,10 @@ class BlockFormat:
         """K of a weight in the file, with its padding."""
         return info.shape[1] * self.values_per_byte
 
+    def get_padded_shape(self, info: TensorInfo) -> tuple[int, int]:
+        """N and K of a weight in the file, with their padding."""
+        return info.shape[0], self.count_columns(info)
+
 
 BLOCK_FORMATS = {
     NVFP4: BlockFormat(
@@ -87,9 +94,8 @@ BLOCK_FORMATS = {
 MINUS_ZERO = 0x80  # in e4m3
 SWIZZLED_NAMES = {block_format.swizzled_name for block_format in BLOCK_FORMATS.values()}
 FORMATS_BY_NAME = {
-    name: block_format
-    for block_format in BLOCK_FORMATS.values()
-    for name in (block_format.swizzled_name, block_format.row_major_name)
+    **{block_format.swizzled_name: block_format for block_format in BLOCK_FORMATS.values()},
+    **{block_format.row_major_name: block_format for block_format in BLOCK_FORMATS.values()},
 }
 
 
@@ -118,62 +124,42 @@ class BlockScaledLayer(Protocol):
     def part_keys(self) -> Mapping[str, str]: ...
 
 
-def check_block_scaled(
-    files: TensorFiles,
-    info: TensorInfo,
-    *,
-    name: str,
-    storage_dtype: str,
-    keys: Mapping[str, str],
-    marker: Marker | None,
-) -> LogicalShape:
+def check_block_scaled(evidence: LayerEvidence, storage_dtype: str) -> LogicalShape:
     """Check a weight and what stands beside it, except for the numbers of the block scales.
 
     These are left to `check_block_scales`, when the order in which they stand is known.
 
     Args:
-        files: the checkpoint.
-        info: of the weight.
-        name: of the layer.
+        evidence: what the file says about the layer.
         storage_dtype: mxfp8 or nvfp4.
-        keys: what for -> key, of the tensors beside the weight.
-        marker: of the layer, if it has one.
 
     Returns:
-        The weight's shape.
+        The weight's shape without padding.
 
     Raises:
         FileError: dtypes or shapes that do not go together, a tensor that is missing, or a marker, a bias or
             a factor for another weight.
     """
-    block_format = BLOCK_FORMATS[storage_dtype]
-    for part, suffix in block_format.required_parts.items():
-        if part not in keys:
-            raise FileError(
-                f"{info.file}: {info.key} is {info.dtype} and has no {name}.{suffix}; int8run reads such "
-                "weights of "
-                f"{storage_dtype}, which needs it"
-            )
-    check_weight(info, storage_dtype)
-    if marker is not None:
-        check_marker(marker, storage_dtype)
+    check_required_parts(evidence, storage_dtype)
+    check_weight(evidence.weight, storage_dtype)
+    if evidence.marker is not None:
+        check_marker(evidence.marker, storage_dtype)
+    check_scale_dtype(evidence.get_part("scale"), storage_dtype)
+    find_layouts(evidence.weight, evidence.get_part("scale"), storage_dtype)
+    if evidence.has_part("global"):
+        check_global_scale(evidence)
+    return infer_logical_shape(evidence, storage_dtype)
 
-    scale = files[keys["scale"]]
-    if scale.dtype not in block_format.scale_dtypes:
-        allowed = " or ".join(block_format.scale_dtypes)
-        raise FileError(
-            f"{scale.file}: {scale.key} is {scale.dtype}; the scales of {storage_dtype} are {allowed}"
-        )
-    find_layouts(info, scale, storage_dtype)
-    if "global" in keys:
-        global_scale = files[keys["global"]]
-        if global_scale.shape not in ((), (1,), (1, 1)):
+
+def check_required_parts(evidence: LayerEvidence, storage_dtype: str) -> None:
+    """Raise FileError for a scale that a weight needs and that is not there."""
+    weight = evidence.weight
+    for part, suffix in BLOCK_FORMATS[storage_dtype].required_parts.items():
+        if not evidence.has_part(part):
             raise FileError(
-                f"{global_scale.file}: {global_scale.key} has the shape {list(global_scale.shape)}; "
-                "it is one number for the whole weight"
+                f"{weight.file}: {weight.key} is {weight.dtype} and has no {evidence.name}.{suffix}; "
+                f"int8run reads such weights of {storage_dtype}, which needs it"
             )
-        check_positive(files, global_scale.key)
-    return infer_logical_shape(files, info, name=name, storage_dtype=storage_dtype, keys=keys, marker=marker)
 
 
 def check_weight(info: TensorInfo, storage_dtype: str) -> None:
@@ -205,6 +191,27 @@ def check_marker(marker: Marker, storage_dtype: str) -> None:
         )
 
 
+def check_scale_dtype(scale: TensorInfo, storage_dtype: str) -> None:
+    """Raise FileError for block scales in a dtype that the format does not have."""
+    allowed = BLOCK_FORMATS[storage_dtype].scale_dtypes
+    if scale.dtype not in allowed:
+        raise FileError(
+            f"{scale.file}: {scale.key} is {scale.dtype}; the scales of {storage_dtype} are "
+            f"{' or '.join(allowed)}"
+        )
+
+
+def check_global_scale(evidence: LayerEvidence) -> None:
+    """Raise FileError unless the scale of the whole weight is one number, finite and above 0."""
+    scale = evidence.get_part("global")
+    if scale.shape not in ((), (1,), (1, 1)):
+        raise FileError(
+            f"{scale.file}: {scale.key} has the shape {list(scale.shape)}; it is one number for the whole "
+            "weight"
+        )
+    check_positive(evidence.files, scale.key)
+
+
 def find_layouts(info: TensorInfo, scale: TensorInfo, storage_dtype: str) -> list[bool]:
     """Whether block scales can lie in tiles, by the shapes.
 
@@ -220,8 +227,9 @@ def find_layouts(info: TensorInfo, scale: TensorInfo, storage_dtype: str) -> lis
         FileError: they fit neither way.
     """
     block_format = BLOCK_FORMATS[storage_dtype]
-    in_rows = info.shape[0], block_format.count_columns(info) // block_format.block_size
-    in_tiles = round_up(in_rows[0], TILE_ROWS), round_up(in_rows[1], TILE_COLUMNS)
+    blocks_per_row = block_format.count_columns(info) // block_format.block_size
+    in_rows = (info.shape[0], blocks_per_row)
+    in_tiles = (round_up(info.shape[0], TILE_ROWS), round_up(blocks_per_row, TILE_COLUMNS))
     layouts = []
     if scale.shape == in_tiles:
         layouts.append(True)
@@ -230,54 +238,82 @@ def find_layouts(info: TensorInfo, scale: TensorInfo, storage_dtype: str) -> lis
     if not layouts:
         raise FileError(
             f"{scale.file}: {scale.key} has the shape {list(scale.shape)}; of {info.key} {list(info.shape)} "
-            "in "
-            f"{storage_dtype} it is {list(in_tiles)} in tiles, {list(in_rows)} in rows"
+            f"in {storage_dtype} it is {list(in_tiles)} in tiles, {list(in_rows)} in rows"
         )
     return layouts
 
 
-def infer_logical_shape(
-    files: TensorFiles,
-    info: TensorInfo,
-    *,
-    name: str,
-    storage_dtype: str,
-    keys: Mapping[str, str],
-    marker: Marker | None,
-) -> LogicalShape:
+def infer_logical_shape(evidence: LayerEvidence, storage_dtype: str) -> LogicalShape:
     """Find N and K without padding.
 
     The marker says them, else the bias has N numbers and the factor K, else they are the padded sizes.
-    Arguments as of `check_block_scaled`.
+
+    Args:
+        evidence: what the file says about the layer.
+        storage_dtype: mxfp8 or nvfp4.
 
     Raises:
         FileError: where the weight is not padded from what is said.
     """
     block_format = BLOCK_FORMATS[storage_dtype]
-    padded = info.shape[0], block_format.count_columns(info)
-    multiple = block_format.padding_multiple
-    original = None if marker is None else marker.fields.get("orig_shape")
-    if marker is not None and original is not None:
-        is_pair = isinstance(original, list) and [type(size) for size in original] == [int, int]
-        if not is_pair or not is_padded_from((original[0], original[1]), padded, multiple):
-            raise FileError(
-                f"{marker.location} names the shape {str(original)[:80]}, and {info.key} has {list(padded)}, "
-                "which is not padded from it"
-            )
-        return LogicalShape(original[0], original[1], declared=(True, True))
+    weight, marker = evidence.weight, evidence.marker
+    if marker is not None and marker.fields.get("orig_shape") is not None:
+        return parse_original_shape(marker, weight, block_format)
 
-    sizes = list(padded)
-    for axis, key in enumerate((f"{name}.bias", keys.get("factor", ""))):
-        if key not in files:
-            continue
-        shape = files[key].shape
-        if len(shape) != 1 or not is_padded_from(shape, (padded[axis],), multiple):
-            raise FileError(
-                f"{files[key].file}: {key} has the shape {list(shape)}, and {info.key} has {list(padded)}, "
-                "which is not padded from it"
-            )
-        sizes[axis] = shape[0]
-    return LogicalShape(sizes[0], sizes[1], declared=(f"{name}.bias" in files, "factor" in keys))
+    rows, columns = block_format.get_padded_shape(weight)
+    bias_key = f"{evidence.name}.bias"
+    has_bias = bias_key in evidence.files
+    if has_bias:
+        rows = infer_size(evidence.files[bias_key], weight, block_format, axis=0)
+    factor = evidence.find_part("factor")
+    if factor is not None:
+        columns = infer_size(factor, weight, block_format, axis=1)
+    return LogicalShape(rows, columns, declared=(has_bias, factor is not None))
+
+
+def parse_original_shape(marker: Marker, weight: TensorInfo, block_format: BlockFormat) -> LogicalShape:
+    """The shape without padding that a marker names.
+
+    Args:
+        marker: with an `orig_shape`.
+        weight: as it is in the file.
+        block_format: of the weight.
+
+    Raises:
+        FileError: it is not a shape, or the weight is not padded from it.
+    """
+    original = marker.fields["orig_shape"]
+    padded = block_format.get_padded_shape(weight)
+    is_pair = isinstance(original, list) and [type(size) for size in original] == [int, int]
+    if not is_pair or not is_padded_from(tuple(original), padded, block_format.padding_multiple):
+        raise FileError(
+            f"{marker.location} names the shape {str(original)[:80]}, and {weight.key} has {list(padded)}, "
+            "which is not padded from it"
+        )
+    rows, columns = original
+    return LogicalShape(rows, columns, declared=(True, True))
+
+
+def infer_size(vector: TensorInfo, weight: TensorInfo, block_format: BlockFormat, *, axis: int) -> int:
+    """N or K of a weight without padding, by a bias or a factor that has as many numbers.
+
+    Args:
+        vector: the bias or the factor.
+        weight: that it belongs to.
+        block_format: of the weight.
+        axis: 0: N, 1: K.
+
+    Raises:
+        FileError: where the weight is not padded from it.
+    """
+    padded = block_format.get_padded_shape(weight)
+    is_vector = len(vector.shape) == 1
+    if not is_vector or not is_padded_from(vector.shape, (padded[axis],), block_format.padding_multiple):
+        raise FileError(
+            f"{vector.file}: {vector.key} has the shape {list(vector.shape)}, and {weight.key} has "
+            f"{list(padded)}, which is not padded from it"
+        )
+    return vector.shape[0]
 
 
 def is_padded_from(shape: tuple[int, ...], padded: tuple[int, ...], multiple: int) -> bool:
@@ -311,37 +347,62 @@ def resolve_format_name(
     """
     block_format = BLOCK_FORMATS[storage_dtype]
     swizzled, row_major = block_format.swizzled_name, block_format.row_major_name
-    evidence: dict[bool, str] = {}  # whether scales lie in tiles -> the first layer that shows it
-    for name, layer in layers.items():
-        scale_key = layer.part_keys["scale"]
-        layouts = find_layouts(files[layer.key], files[scale_key], storage_dtype)
-        if name in markers and True not in layouts:
-            raise FileError(
-                f"{markers[name].location} says {markers[name].format_name!r}, whose scales lie in tiles, "
-                "and "
-                f"{scale_key} has the shape of scales in rows; they contradict each other, so the weight "
-                "cannot be read"
-            )
-        if name in markers or len(layouts) == 1:
-            evidence.setdefault(layouts[0], name)
+    evidence = find_layout_evidence(files, storage_dtype, layers, markers)
     if len(evidence) == 2:
         raise FileError(
             f"{files.path}: the scales of {evidence[True]} lie in tiles as ComfyUI has them, those of "
-            f"{evidence[False]} "
-            "in rows as ModelOpt has them; a file has one maker, so this one cannot be read"
+            f"{evidence[False]} in rows as ModelOpt has them; a file has one maker, so this one cannot be "
+            "read"
         )
-    if evidence:
-        return swizzled if True in evidence else row_major
+    if True in evidence:
+        return swizzled
+    if False in evidence:
+        return row_major
     if quant_format in (swizzled, row_major):
         return quant_format
     if is_modelopt(files):
         return row_major
     raise FileError(
-        f"{files.path}: {len(layers)} weights are {storage_dtype} (first: {next(iter(layers))}) by ComfyUI "
-        f"or by ModelOpt, and neither shapes nor markers show which; set model.quant_format={swizzled} or "
-        f"model.quant_format={row_major}, for a text encoder clip={swizzled} or clip={row_major} "
-        "(quant_format in a program)"
+        f"{files.path}: {count_noun(len(layers), 'weight', 'are')} {storage_dtype} (first: "
+        f"{next(iter(layers))}) by ComfyUI or by ModelOpt, and neither shapes nor markers show which; set "
+        f"model.quant_format={swizzled} or model.quant_format={row_major}, for a text encoder "
+        f"clip={swizzled} or clip={row_major} (quant_format in a program)"
     )
+
+
+def find_layout_evidence(
+    files: TensorFiles,
+    storage_dtype: str,
+    layers: Mapping[str, BlockScaledLayer],
+    markers: Mapping[str, Marker],
+) -> dict[bool, str]:
+    """Find the layers that show how block scales lie: those with a marker, or a shape of one layout alone.
+
+    Args:
+        files: the checkpoint.
+        storage_dtype: mxfp8 or nvfp4.
+        layers: all that have it.
+        markers: of the layers that have one.
+
+    Returns:
+        Whether scales lie in tiles -> the first layer that shows it.
+
+    Raises:
+        FileError: for a marker that the shape of the scales contradicts.
+    """
+    evidence: dict[bool, str] = {}
+    for name, layer in layers.items():
+        scale_key = layer.part_keys["scale"]
+        layouts = find_layouts(files[layer.key], files[scale_key], storage_dtype)
+        marker = markers.get(name)
+        if marker is not None and True not in layouts:
+            raise FileError(
+                f"{marker.location} says {marker.format_name!r}, whose scales lie in tiles, and {scale_key} "
+                "has the shape of scales in rows; they contradict each other, so the weight cannot be read"
+            )
+        if marker is not None or len(layouts) == 1:
+            evidence.setdefault(layouts[0], name)
+    return evidence
 
 
 def check_block_scales(files: TensorFiles, info: TensorInfo, format_name: str, scale_key: str) -> None:
@@ -408,15 +469,13 @@ def read_packed_rows(
         keys: what for -> key, of the tensors beside the weight.
         rows: the first, and the one after the last.
     """
-    block_format, is_comfy = FORMATS_BY_NAME[format_name], format_name in SWIZZLED_NAMES
+    block_format = FORMATS_BY_NAME[format_name]
+    is_comfy = format_name in SWIZZLED_NAMES
     start, stop = rows
     columns = block_format.count_columns(files[key])
     if is_comfy:
-        tile_start = start // TILE_ROWS * TILE_ROWS
-        scale = files.read(keys["scale"], slice(tile_start, round_up(stop, TILE_ROWS)))
-        offsets = compute_swizzled_offsets(stop - tile_start, columns // block_format.block_size)
-        wanted = offsets[start - tile_start :]  # [rows, blocks of a row]
-        scale = scale.view(torch.uint8).flatten()[wanted].view(scale.dtype)
+        blocks_per_row = columns // block_format.block_size
+        scale = read_swizzled_rows(files, keys["scale"], start, stop, blocks_per_row)
     else:
         scale = files.read(keys["scale"], slice(start, stop))
     return PackedWeight(
@@ -429,6 +488,31 @@ def read_packed_rows(
     )
 
 
+def read_swizzled_rows(
+    files: TensorFiles, scale_key: str, start: int, stop: int, blocks_per_row: int
+) -> Tensor:
+    """Read the block scales of some rows out of tiles.
+
+    Args:
+        files: the checkpoint.
+        scale_key: of the scales.
+        start: the first row.
+        stop: the row after the last.
+        blocks_per_row: without the blocks that fill up a tile.
+
+    Returns:
+        [stop - start, blocks_per_row], in the dtype of the file.
+    """
+    tile_start = start // TILE_ROWS * TILE_ROWS
+    tiles = files.read(scale_key, slice(tile_start, round_up(stop, TILE_ROWS)))
+    offsets = compute_swizzled_offsets(stop - tile_start, blocks_per_row)  # [stop - tile_start, blocks]
+    requested = offsets[start - tile_start :]  # [rows, blocks]
+    # as bytes: not every torch can index floats of 8 bits
+    return tiles.view(torch.uint8).flatten()[requested].view(tiles.dtype)
+
+
 def read_global_scale(files: TensorFiles, keys: Mapping[str, str]) -> Tensor | None:
     """The scale of the whole weight, float32 []; None in formats without one."""
-    return files.read(keys["global"]).float().reshape(()) if "global" in keys else None
+    if "global" not in keys:
+        return None
+    return files.read(keys["global"]).float().reshape(())

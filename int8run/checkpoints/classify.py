@@ -1,26 +1,23 @@
 """Find out what one weight of a checkpoint is: float, fp8, mxfp8, nvfp4 or INT8.
 
-`detect.py` calls `classify_weight` for each weight of a file. What INT8 weights need stands in
-`classify_int8.py`.
+`detect.py` calls `classify_weight` for each weight of a file. The dtype of the weight, the tensors beside it
+and its marker decide, in this order; what contradicts itself is refused. What INT8 weights need stands in
+`classify_int8.py`, mxfp8 and nvfp4 in `block_scaled.py`. Nothing here knows the other layers of the file.
 """
 
-from collections.abc import Mapping
 from math import prod
 
 from int8run.checkpoints import block_scaled, quip
 from int8run.checkpoints.block_scaled import BLOCK_FORMATS, MXFP8, NVFP4
 from int8run.checkpoints.classify_int8 import parse_int8_layer
-from int8run.checkpoints.format_names import (
-    FORMAT_NAMES,
-    MARKER_FORMATS,
-    name_granularity,
-)
+from int8run.checkpoints.format_names import FORMAT_NAMES, MARKER_FORMATS, name_granularity
 from int8run.checkpoints.granularity import Granularity, check_positive, read_granularity
 from int8run.checkpoints.header import DTYPES
 from int8run.checkpoints.layer import FLOAT, FP8, INT8, CheckpointLayer
+from int8run.checkpoints.layer_evidence import LayerEvidence
 from int8run.checkpoints.part_dtypes import check_part_dtypes
 from int8run.checkpoints.quant_metadata import Marker
-from int8run.checkpoints.reader import TensorFiles, TensorInfo
+from int8run.checkpoints.reader import TensorFiles
 from int8run.checkpoints.sdnq import SdnqMethod
 from int8run.checkpoints.unsupported import READERS, has_sdnq_scale, make_unsupported_error
 from int8run.errors import FileError
@@ -92,44 +89,59 @@ def classify_weight(
     Raises:
         FileError: a weight that cannot be read.
     """
-    info = files[f"{name}.weight"]
     if marker is not None and marker.format_name in READERS:
         raise make_unsupported_error(files, marker.format_name, f"{name} says so")
-    if info.dtype not in STORAGE_DTYPES:
-        raise FileError(
-            f"{info.file}: {info.key} is {info.dtype}; int8run reads weights of {', '.join(STORAGE_DTYPES)}"
-        )
-    storage_dtype = STORAGE_DTYPES[info.dtype]
-    keys = find_parts(files, name, storage_dtype)
-    scale_dtype = files[keys["scale"]].dtype if "scale" in keys else None
-    if storage_dtype == FP8 and scale_dtype in BLOCK_FORMATS[MXFP8].scale_dtypes:
-        storage_dtype = MXFP8
-    check_parts(info, storage_dtype, keys, marker)
-    check_part_dtypes(files, keys)
+    evidence = gather_evidence(files, name, marker)
+    storage_dtype = find_storage_dtype(evidence)
+    check_parts(evidence, storage_dtype)
+    check_part_dtypes(files, evidence.part_keys)
 
     if storage_dtype == FLOAT:
-        return parse_float_layer(files, info, name=name, keys=keys)
+        return parse_float_layer(evidence)
     if marker is not None:
-        check_marker_format(files, info, storage_dtype, keys, marker)
+        check_marker_format(evidence, marker, storage_dtype)
     if storage_dtype in BLOCK_FORMATS:
-        return parse_block_layer(
-            files, info, name=name, storage_dtype=storage_dtype, keys=keys, marker=marker
-        )
-    if storage_dtype == INT8:
-        return parse_int8_layer(
-            files,
-            info,
-            name=name,
-            keys=keys,
-            marker=marker,
-            assume_rotated=assume_rotated,
-            sdnq=sdnq if has_sdnq_scale(files, name) else None,
-        )
-    return parse_fp8_layer(files, info, name=name, keys=keys, marker=marker)
+        return parse_block_layer(evidence, storage_dtype)
+    if storage_dtype == FP8:
+        return parse_fp8_layer(evidence)
+    made_by_sdnq = has_sdnq_scale(files, name)
+    return parse_int8_layer(evidence, assume_rotated=assume_rotated, sdnq=sdnq if made_by_sdnq else None)
 
 
-def find_parts(files: TensorFiles, name: str, storage_dtype: str) -> dict[str, str]:
-    """Find the tensors beside a weight. Returns what for -> key.
+# -- what the file says about a weight -------------------------------------------------------------
+
+
+def gather_evidence(files: TensorFiles, name: str, marker: Marker | None) -> LayerEvidence:
+    """Collect what a file says about one weight.
+
+    Args:
+        files: the checkpoint.
+        name: of the layer.
+        marker: of the layer, if it has one.
+
+    Raises:
+        FileError: a dtype that is never a weight's, or two scales.
+    """
+    weight = files[f"{name}.weight"]
+    if weight.dtype not in STORAGE_DTYPES:
+        raise FileError(
+            f"{weight.file}: {weight.key} is {weight.dtype}; int8run reads weights of "
+            f"{', '.join(STORAGE_DTYPES)}"
+        )
+    part_keys = find_parts(files, name, is_float=STORAGE_DTYPES[weight.dtype] == FLOAT)
+    return LayerEvidence(files=files, name=name, weight=weight, part_keys=part_keys, marker=marker)
+
+
+def find_parts(files: TensorFiles, name: str, *, is_float: bool) -> dict[str, str]:
+    """Find the tensors beside a weight.
+
+    Args:
+        files: the checkpoint.
+        name: of the layer.
+        is_float: whether the weight is a float one, beside which some names mean something else.
+
+    Returns:
+        What for -> key.
 
     Raises:
         FileError: two scales.
@@ -138,7 +150,7 @@ def find_parts(files: TensorFiles, name: str, storage_dtype: str) -> dict[str, s
     for part, suffixes in PART_SUFFIXES.items():
         keys = []
         for suffix in suffixes:
-            may_be_another = storage_dtype == FLOAT and suffix in AMBIGUOUS_SUFFIXES
+            may_be_another = is_float and suffix in AMBIGUOUS_SUFFIXES
             if f"{name}.{suffix}" in files and not may_be_another:
                 keys.append(f"{name}.{suffix}")
         if len(keys) > 1 and part == "scale":
@@ -151,9 +163,26 @@ def find_parts(files: TensorFiles, name: str, storage_dtype: str) -> dict[str, s
     return parts
 
 
-def check_parts(info: TensorInfo, storage_dtype: str, keys: Mapping[str, str], marker: Marker | None) -> None:
+def find_storage_dtype(evidence: LayerEvidence) -> str:
+    """How the weight is stored: float, int8, fp8, mxfp8 or nvfp4.
+
+    fp8 and mxfp8 have the same dtype; the scales of mxfp8 are powers of 2, in a dtype of their own.
+    """
+    storage_dtype = STORAGE_DTYPES[evidence.weight.dtype]
+    scale = evidence.find_part("scale")
+    if storage_dtype == FP8 and scale is not None and scale.dtype in BLOCK_FORMATS[MXFP8].scale_dtypes:
+        return MXFP8
+    return storage_dtype
+
+
+# -- whether it makes sense ------------------------------------------------------------------------
+
+
+def check_parts(evidence: LayerEvidence, storage_dtype: str) -> None:
     """Raise FileError for a tensor or a marker that a weight of this storage dtype cannot have."""
-    not_allowed = [key for part, key in keys.items() if part not in ALLOWED_PARTS[storage_dtype]]
+    allowed = ALLOWED_PARTS[storage_dtype]
+    not_allowed = [key for part, key in evidence.part_keys.items() if part not in allowed]
+    marker, weight = evidence.marker, evidence.weight
     if not_allowed:
         what = not_allowed[0]
     elif storage_dtype == FLOAT and marker is not None:
@@ -161,14 +190,12 @@ def check_parts(info: TensorInfo, storage_dtype: str, keys: Mapping[str, str], m
     else:
         return
     raise FileError(
-        f"{info.file}: {info.key} is {info.dtype} and has {what}, which such a weight cannot have; the file "
-        "is damaged"
+        f"{weight.file}: {weight.key} is {weight.dtype} and has {what}, which such a weight cannot have; "
+        "the file is damaged"
     )
 
 
-def check_marker_format(
-    files: TensorFiles, info: TensorInfo, storage_dtype: str, keys: Mapping[str, str], marker: Marker
-) -> None:
+def check_marker_format(evidence: LayerEvidence, marker: Marker, storage_dtype: str) -> None:
     """Raise FileError for a marker whose format is unknown or belongs to another storage dtype."""
     name = marker.format_name
     is_legacy_int8 = name == "" and storage_dtype == INT8
@@ -177,9 +204,11 @@ def check_marker_format(
             f"{marker.location} names the format {name!r}; int8run reads {', '.join(MARKER_FORMATS)}"
         )
     if name and MARKER_FORMATS[name].storage_dtype != storage_dtype:
-        scale = f"a scale in {files[keys['scale']].dtype}" if "scale" in keys else "no scale"
+        scale = evidence.find_part("scale")
+        found = "no scale" if scale is None else f"a scale in {scale.dtype}"
+        weight = evidence.weight
         raise FileError(
-            f"{marker.location} names the format {name!r}, and {info.key} is {info.dtype} with {scale}; "
+            f"{marker.location} names the format {name!r}, and {weight.key} is {weight.dtype} with {found}; "
             "they contradict each other, so the weight cannot be read"
         )
     if marker.fields.get("num_experts") is not None:
@@ -188,95 +217,113 @@ def check_marker_format(
         )
 
 
-def parse_float_layer(
-    files: TensorFiles, info: TensorInfo, *, name: str, keys: Mapping[str, str]
-) -> CheckpointLayer | None:
-    """A weight that is not quantized; None where it is not a matrix."""
-    if "scale" in keys:
-        check_positive(files, keys["scale"])
-        if bool((files.read(keys["scale"]).float() != 1).any()):
+# -- what it is ------------------------------------------------------------------------------------
+
+
+def parse_float_layer(evidence: LayerEvidence) -> CheckpointLayer | None:
+    """A weight that is not quantized; None where it is not a matrix.
+
+    Raises:
+        FileError: beside it stands a scale that is not 1.
+    """
+    weight = evidence.weight
+    scale = evidence.find_part("scale")
+    if scale is not None:
+        check_positive(evidence.files, scale.key)
+        if bool((evidence.read_part("scale") != 1).any()):
             raise FileError(
-                f"{info.file}: {info.key} is {info.dtype} and has {keys['scale']}, which is not 1; "
+                f"{weight.file}: {weight.key} is {weight.dtype} and has {scale.key}, which is not 1; "
                 "it is unclear whether it was applied"
             )
-    if len(info.shape) != 2:
+    if len(weight.shape) != 2:
         return None
-    rows, columns = info.shape
+    rows, columns = weight.shape
     return CheckpointLayer(
-        name=name,
+        name=evidence.name,
         storage_dtype=FLOAT,
-        shape=info.shape,
+        shape=weight.shape,
         rows=rows,
         columns=columns,
-        label=DTYPES[info.dtype].torch_name,
-        part_keys=keys,
+        label=DTYPES[weight.dtype].torch_name,
+        part_keys=evidence.part_keys,
     )
 
 
-def parse_fp8_layer(
-    files: TensorFiles, info: TensorInfo, *, name: str, keys: Mapping[str, str], marker: Marker | None
-) -> CheckpointLayer | None:
+def parse_fp8_layer(evidence: LayerEvidence) -> CheckpointLayer | None:
     """An fp8 weight: a plain cast without a scale, else stored numbers times scale.
 
     Whether it is e4m3 or e5m2 the tensor's dtype says, not the marker. None for a single number.
+
+    Raises:
+        FileError: a marker that says it is rotated or has a scale that is not there, or a scale or factor
+            that does not fit.
     """
+    weight, marker = evidence.weight, evidence.marker
     if marker is not None and marker.rotation_group_size():
         raise FileError(
             f"{marker.location} says that an fp8 weight is rotated; int8run does not know such a format"
         )
-    if not info.shape:
+    if not weight.shape:
         return None
-    rows, columns = info.shape[0], prod(info.shape[1:])
-    granularity = Granularity("")
-    if "scale" in keys:
-        granularity = read_granularity(files, info, keys["scale"], marker)
-    elif marker is not None:
-        raise FileError(
-            f"{marker.location} names the format {marker.format_name!r}, and {name} has no weight_scale, "
-            "without which its numbers mean nothing; the file is incomplete, download it again"
-        )
-    if "factor" in keys:
-        check_positive(files, keys["factor"], (columns,))
-    dtype_name = DTYPES[info.dtype].torch_name
+    rows, columns = weight.shape[0], prod(weight.shape[1:])  # [N, ...] -> [N, K]
+    granularity = read_fp8_granularity(evidence)
+    if evidence.has_part("factor"):
+        check_positive(evidence.files, evidence.part_keys["factor"], (columns,))
+
+    dtype_name = DTYPES[weight.dtype].torch_name
+    label = f"{dtype_name} scaled, {granularity}"
+    if not granularity.name:
+        label = f"{dtype_name} cast"
     known_granularity = name_granularity(granularity.name, rows, columns, marker)
     return CheckpointLayer(
-        name=name,
+        name=evidence.name,
         storage_dtype=FP8,
-        shape=info.shape,
+        shape=weight.shape,
         rows=rows,
         columns=columns,
-        label=f"{dtype_name} scaled, {granularity}" if granularity.name else f"{dtype_name} cast",
+        label=label,
         granularity=granularity.name,
         block_size=granularity.block_size,
-        format_name=FORMAT_NAMES.get((info.dtype, known_granularity), ""),
-        part_keys=keys,
+        format_name=FORMAT_NAMES.get((weight.dtype, known_granularity), ""),
+        part_keys=evidence.part_keys,
     )
 
 
-def parse_block_layer(
-    files: TensorFiles,
-    info: TensorInfo,
-    *,
-    name: str,
-    storage_dtype: str,
-    keys: Mapping[str, str],
-    marker: Marker | None,
-) -> CheckpointLayer:
-    """A weight in mxfp8 or nvfp4; `resolve_block_layers` finds its format name when all layers are known."""
-    logical_shape = block_scaled.check_block_scaled(
-        files, info, name=name, storage_dtype=storage_dtype, keys=keys, marker=marker
-    )
-    if "factor" in keys:
-        check_positive(files, keys["factor"], (logical_shape.columns,))
+def read_fp8_granularity(evidence: LayerEvidence) -> Granularity:
+    """Which numbers of an fp8 weight share a scale; an empty name for a cast, which has none.
+
+    Raises:
+        FileError: a scale that does not fit, or none where the marker promises one.
+    """
+    if evidence.has_part("scale"):
+        return read_granularity(evidence)
+    marker = evidence.marker
+    if marker is not None:
+        raise FileError(
+            f"{marker.location} names the format {marker.format_name!r}, and {evidence.name} has no "
+            "weight_scale, without which its numbers mean nothing; the file is incomplete, download it again"
+        )
+    return Granularity("")
+
+
+def parse_block_layer(evidence: LayerEvidence, storage_dtype: str) -> CheckpointLayer:
+    """A weight in mxfp8 or nvfp4; `resolve_block_layers` finds its format name when all layers are known.
+
+    Raises:
+        FileError: a weight that does not go together with what stands beside it.
+    """
+    logical_shape = block_scaled.check_block_scaled(evidence, storage_dtype)
+    if evidence.has_part("factor"):
+        check_positive(evidence.files, evidence.part_keys["factor"], (logical_shape.columns,))
     return CheckpointLayer(
-        name=name,
+        name=evidence.name,
         storage_dtype=storage_dtype,
-        shape=info.shape,
+        shape=evidence.weight.shape,
         rows=logical_shape.rows,
         columns=logical_shape.columns,
         label=storage_dtype,
         granularity="block",
         block_size=BLOCK_FORMATS[storage_dtype].block_size,
-        part_keys=keys,
+        part_keys=evidence.part_keys,
         declared=logical_shape.declared,
     )

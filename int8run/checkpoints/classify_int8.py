@@ -1,7 +1,8 @@
 """Find out what one INT8 weight of a checkpoint is: which numbers share a scale, and how it was transformed.
 
 Called by `classify.py`. ComfyUI's markers, int8run's own, the INT8-Toolkit's tensors and QuIP's say how a
-weight was transformed before it was rounded; two of them on one weight contradict each other.
+weight was transformed before it was rounded; two of them on one weight contradict each other. Of the numbers
+only scales, factors and matrices are read, never the weight.
 """
 
 from collections.abc import Mapping
@@ -14,8 +15,9 @@ from int8run.checkpoints.format_names import name_granularity, name_int8_format
 from int8run.checkpoints.granularity import Granularity, check_positive, read_granularity
 from int8run.checkpoints.header import FLOATS
 from int8run.checkpoints.layer import INT8, MAX_EXACT_GROUP_SIZE, CheckpointLayer, get_hadamard
-from int8run.checkpoints.quant_metadata import INT8RUN_FORMAT, Marker, is_power_of_4
-from int8run.checkpoints.reader import TensorFiles, TensorInfo
+from int8run.checkpoints.layer_evidence import LayerEvidence
+from int8run.checkpoints.powers import is_power_of_2, is_power_of_4
+from int8run.checkpoints.quant_metadata import INT8RUN_FORMAT, Marker
 from int8run.checkpoints.sdnq import SdnqMethod
 from int8run.errors import FileError
 from int8run.outlier.base import NONE
@@ -28,126 +30,152 @@ USUAL_GROUP_SIZES = (256, 64, 16)
 
 @dataclass(frozen=True)
 class TransformInfo:
-    """What was done to an INT8 weight before it was rounded; its factors are tensors of the file."""
+    """What was done to an INT8 weight before it was rounded; its factors are tensors of the file.
+
+    Args:
+        method: the outlier method.
+        group_size: columns that were rotated together; 0: none.
+        is_sylvester: whether by Sylvester's matrix, not by the regular one.
+        is_centered: whether tokens are centered before the product.
+    """
 
     method: str = NONE
-    group_size: int = 0  # columns that were rotated together; 0: none
+    group_size: int = 0
     is_sylvester: bool = False
     is_centered: bool = False
 
     @property
     def label(self) -> str:
         """Method and group size, for people."""
-        return f"{self.method} {self.group_size}" if self.group_size else self.method
+        if not self.group_size:
+            return self.method
+        return f"{self.method} {self.group_size}"
 
 
 def parse_int8_layer(
-    files: TensorFiles,
-    info: TensorInfo,
-    *,
-    name: str,
-    keys: Mapping[str, str],
-    marker: Marker | None,
-    assume_rotated: bool,
-    sdnq: SdnqMethod | None = None,
+    evidence: LayerEvidence, *, assume_rotated: bool, sdnq: SdnqMethod | None = None
 ) -> CheckpointLayer:
     """An INT8 weight: which numbers share a scale, and what was done to it before it was rounded.
 
     Args:
-        files: the checkpoint.
-        info: of the weight.
-        name: of the layer.
-        keys: what for -> key, of the tensors beside the weight.
-        marker: of the layer, if it has one.
+        evidence: what the file says about the layer.
         assume_rotated: whether a weight with a scale for each row is rotated where it does not say so.
         sdnq: how SDNQ made the weight, where it did.
 
     Raises:
         FileError: a weight that cannot be read.
     """
-    check_int8_weight(info, name, keys)
-    granularity = read_granularity(files, info, keys["scale"], marker, may_be_transposed=sdnq is not None)
-    rows, columns = info.shape[::-1] if granularity.name == "transposed" else info.shape
-    transform = parse_transform(files, info, name=name, keys=keys, marker=marker)
-    if sdnq is not None:
-        transform = make_sdnq_transform(sdnq, columns)
-    elif assume_rotated and granularity.name == "row" and not is_transformed_by_tensors(keys):
-        transform = assume_rotation(columns, transform)
-    check_transform(info, name, keys, columns, granularity, transform)
-    if quip.is_transformed(keys):
-        quip.check_quip(files, keys, info)
-        transform = replace(transform, method="quip")
-    for part in ("factor", "sigma"):
-        if part in keys:
-            check_positive(files, keys[part], (columns,))
+    check_int8_weight(evidence)
+    granularity = read_granularity(evidence, may_be_transposed=sdnq is not None)
+    rows, columns = evidence.weight.shape
+    if granularity.name == "transposed":
+        columns, rows = evidence.weight.shape
 
-    labels = [marker.format_name if marker and marker.format_name else "int8", str(granularity)]
-    if transform.method != NONE:
-        labels.append(transform.label)
-    has_name = not (transform.is_sylvester or transform.is_centered or quip.is_transformed(keys))
-    known_granularity = name_granularity(granularity.name, rows, columns, marker)
+    transform = find_transform(evidence, granularity, columns, assume_rotated=assume_rotated, sdnq=sdnq)
+    check_transform(evidence, transform, granularity, columns)
+    check_factors(evidence, columns)
+
     return CheckpointLayer(
-        name=name,
+        name=evidence.name,
         storage_dtype=INT8,
-        shape=info.shape,
+        shape=evidence.weight.shape,
         rows=rows,
         columns=columns,
-        label=", ".join(labels),
+        label=describe_layer(evidence.marker, granularity, transform),
         granularity=granularity.name,
         block_size=granularity.block_size,
-        format_name=name_int8_format(known_granularity, transform.group_size) if has_name else "",
-        part_keys=keys,
+        format_name=find_format_name(evidence, granularity, transform, rows, columns),
+        part_keys=evidence.part_keys,
         outlier_method=transform.method,
-        outlier_settings=read_settings(marker, transform.group_size),
+        outlier_settings=read_settings(evidence.marker, transform.group_size),
         rotation_group_size=transform.group_size,
         is_sylvester=transform.is_sylvester,
         is_centered=transform.is_centered,
     )
 
 
-def check_int8_weight(info: TensorInfo, name: str, keys: Mapping[str, str]) -> None:
+def check_int8_weight(evidence: LayerEvidence) -> None:
     """Raise FileError unless an INT8 weight is a matrix and has a scale."""
-    if len(info.shape) != 2 or 0 in info.shape:
+    weight = evidence.weight
+    if len(weight.shape) != 2 or 0 in weight.shape:
         raise FileError(
-            f"{info.file}: {info.key} is I8 {list(info.shape)}; int8run reads int8 weights [N, K]"
+            f"{weight.file}: {weight.key} is I8 {list(weight.shape)}; int8run reads int8 weights [N, K]"
         )
-    if "scale" not in keys:
+    if not evidence.has_part("scale"):
         raise FileError(
-            f"{info.file}: {name} is INT8 and has no weight_scale, so its numbers mean nothing; "
+            f"{weight.file}: {evidence.name} is INT8 and has no weight_scale, so its numbers mean nothing; "
             "the file is incomplete, download it again"
         )
 
 
-def parse_transform(
-    files: TensorFiles, info: TensorInfo, *, name: str, keys: Mapping[str, str], marker: Marker | None
+# -- what was done to the weight -------------------------------------------------------------------
+
+
+def find_transform(
+    evidence: LayerEvidence,
+    granularity: Granularity,
+    columns: int,
+    *,
+    assume_rotated: bool,
+    sdnq: SdnqMethod | None,
 ) -> TransformInfo:
+    """What was done to an INT8 weight, by what the file says and by what is known of its maker.
+
+    Args:
+        evidence: what the file says about the layer.
+        granularity: of the weight.
+        columns: K of the weight.
+        assume_rotated: whether a weight with a scale for each row is rotated where it does not say so.
+        sdnq: how SDNQ made the weight, where it did.
+
+    Raises:
+        FileError: marker and tensors that contradict each other, or a matrix that is not a Hadamard matrix.
+    """
+    transform = parse_transform(evidence)
+    if sdnq is not None:
+        transform = make_sdnq_transform(sdnq, columns)
+    elif assume_rotated and granularity.name == "row" and not is_transformed_by_tensors(evidence.part_keys):
+        transform = assume_rotation(transform, columns)
+    if quip.is_transformed(evidence.part_keys):
+        return replace(transform, method="quip")
+    return transform
+
+
+def parse_transform(evidence: LayerEvidence) -> TransformInfo:
     """What was done to an INT8 weight, by its marker or by the INT8-Toolkit's tensors; QuIP is left out.
 
     Raises:
         FileError: marker and tensors that contradict each other, or a matrix that is not a Hadamard matrix.
     """
+    marker = evidence.marker
     if marker is not None and marker.format_name == INT8RUN_FORMAT:
-        return parse_int8run_transform(name, keys, marker)
-    group_size = 0 if marker is None else marker.rotation_group_size()
-    is_sylvester = marker is not None and marker.is_sylvester()
-    if TOOLKIT_PARTS & set(keys):
-        if group_size or "factor" in keys:
+        return parse_int8run_transform(evidence, marker)
+
+    group_size, is_sylvester = 0, False
+    if marker is not None:
+        group_size, is_sylvester = marker.rotation_group_size(), marker.is_sylvester()
+
+    if TOOLKIT_PARTS & set(evidence.part_keys):
+        if group_size or evidence.has_part("factor"):
             raise FileError(
-                f"{info.file}: {name} is rotated by its marker and by the INT8-Toolkit's tensors; "
-                "they contradict each other"
+                f"{evidence.weight.file}: {evidence.name} is rotated by its marker and by the INT8-Toolkit's "
+                "tensors; they contradict each other"
             )
-        return parse_toolkit_transform(files, keys)
+        return parse_toolkit_transform(evidence)
     if group_size:
-        return TransformInfo("quarot" if is_sylvester else "convrot", group_size, is_sylvester)
-    return TransformInfo("smoothquant" if "factor" in keys else NONE)
+        return make_rotation(group_size, is_sylvester=is_sylvester)
+    if evidence.has_part("factor"):
+        return TransformInfo("smoothquant")
+    return TransformInfo()
 
 
-def parse_int8run_transform(name: str, keys: Mapping[str, str], marker: Marker) -> TransformInfo:
+def parse_int8run_transform(evidence: LayerEvidence, marker: Marker) -> TransformInfo:
     """What int8run's own marker says."""
-    if marker.fields["factor"] != ("factor" in keys) or TOOLKIT_PARTS & set(keys):
+    has_promised_factor = marker.fields["factor"] == evidence.has_part("factor")
+    if not has_promised_factor or TOOLKIT_PARTS & set(evidence.part_keys):
         raise FileError(
-            f"{marker.location} and the tensors of {name} contradict each other in their factors; the file "
-            "is damaged"
+            f"{marker.location} and the tensors of {evidence.name} contradict each other in their factors; "
+            "the file is damaged"
         )
     return TransformInfo(
         method=marker.fields["outlier"],
@@ -157,54 +185,54 @@ def parse_int8run_transform(name: str, keys: Mapping[str, str], marker: Marker) 
     )
 
 
-def parse_toolkit_transform(files: TensorFiles, keys: Mapping[str, str]) -> TransformInfo:
+def parse_toolkit_transform(evidence: LayerEvidence) -> TransformInfo:
     """What the INT8-Toolkit did: the matrix itself, and the factors of HadaNorm, stand beside the weight."""
-    group_size, is_sylvester = identify_hadamard(files, keys["matrix"]) if "matrix" in keys else (0, False)
-    if "sigma" in keys:
-        return TransformInfo("hadanorm", group_size, is_sylvester, is_centered=True)
-    return TransformInfo("quarot" if is_sylvester else "convrot", group_size, is_sylvester)
+    rotation = TransformInfo()
+    if evidence.has_part("matrix"):
+        rotation = identify_hadamard(evidence)
+    if evidence.has_part("sigma"):
+        return replace(rotation, method="hadanorm", is_centered=True)
+    return rotation
 
 
-def identify_hadamard(files: TensorFiles, key: str) -> tuple[int, bool]:
-    """Find out which Hadamard matrix a file holds.
-
-    Returns:
-        Its size, and whether it is Sylvester's.
+def identify_hadamard(evidence: LayerEvidence) -> TransformInfo:
+    """Find out which Hadamard matrix stands beside a weight.
 
     Raises:
         FileError: it is neither Sylvester's nor a regular one.
     """
-    info = files[key]
+    info = evidence.get_part("matrix")
     is_square = len(info.shape) == 2 and info.shape[0] == info.shape[1]
     size = info.shape[0] if is_square else 0
-    is_power_of_2 = 2 <= size <= MAX_EXACT_GROUP_SIZE and size & (size - 1) == 0
-    if is_power_of_2 and info.dtype in FLOATS:
-        matrix = files.read(key).float()
+    if is_power_of_2(size) and 2 <= size <= MAX_EXACT_GROUP_SIZE and info.dtype in FLOATS:
+        matrix = evidence.read_part("matrix")  # [size, size]
         tolerance = 0.01 / size**0.5  # half precision is good enough
-        for is_sylvester in (True, False):
-            exists = is_sylvester or is_power_of_4(size)
-            if exists and torch.allclose(matrix, get_hadamard(size, is_sylvester), atol=tolerance):
-                return size, is_sylvester
+        if torch.allclose(matrix, get_hadamard(size, is_sylvester=True), atol=tolerance):
+            return make_rotation(size, is_sylvester=True)
+        has_regular = is_power_of_4(size)
+        if has_regular and torch.allclose(matrix, get_hadamard(size, is_sylvester=False), atol=tolerance):
+            return make_rotation(size, is_sylvester=False)
     raise FileError(
-        f"{info.file}: {key} {info.dtype} {list(info.shape)} is not a Hadamard matrix by Sylvester or a "
+        f"{info.file}: {info.key} {info.dtype} {list(info.shape)} is not a Hadamard matrix by Sylvester or a "
         "regular one"
     )
 
 
-def is_transformed_by_tensors(keys: Mapping[str, str]) -> bool:
-    """Whether tensors beside a weight say how it was transformed, so that it needs no marker."""
-    return quip.is_transformed(keys) or bool(TOOLKIT_PARTS & set(keys))
-
-
 def make_sdnq_transform(sdnq: SdnqMethod, columns: int) -> TransformInfo:
     """How SDNQ rotated a weight of so many columns."""
-    group_size, is_sylvester = sdnq.get_group_size(columns), sdnq.is_sylvester(columns)
+    group_size = sdnq.get_group_size(columns)
     if not group_size:
         return TransformInfo()
-    return TransformInfo("quarot" if is_sylvester else "convrot", group_size, is_sylvester)
+    return make_rotation(group_size, is_sylvester=sdnq.is_sylvester(columns))
 
 
-def assume_rotation(columns: int, transform: TransformInfo) -> TransformInfo:
+def make_rotation(group_size: int, *, is_sylvester: bool) -> TransformInfo:
+    """A rotation alone, by the name of the method that does it: Sylvester's matrix is QuaRot's."""
+    method = "quarot" if is_sylvester else "convrot"
+    return TransformInfo(method, group_size, is_sylvester)
+
+
+def assume_rotation(transform: TransformInfo, columns: int) -> TransformInfo:
     """The rotation that an `int8_convrot` file leaves out, if a usual group size divides the columns."""
     for group_size in USUAL_GROUP_SIZES:
         if columns % group_size == 0:
@@ -212,33 +240,87 @@ def assume_rotation(columns: int, transform: TransformInfo) -> TransformInfo:
     return transform
 
 
+def is_transformed_by_tensors(part_keys: Mapping[str, str]) -> bool:
+    """Whether tensors beside a weight say how it was transformed, so that it needs no marker.
+
+    Args:
+        part_keys: what for -> key, of the tensors beside the weight.
+    """
+    return quip.is_transformed(part_keys) or bool(TOOLKIT_PARTS & set(part_keys))
+
+
+# -- whether it fits -------------------------------------------------------------------------------
+
+
 def check_transform(
-    info: TensorInfo,
-    name: str,
-    keys: Mapping[str, str],
-    columns: int,
-    granularity: Granularity,
-    transform: TransformInfo,
+    evidence: LayerEvidence, transform: TransformInfo, granularity: Granularity, columns: int
 ) -> None:
-    """Raise FileError for a rotation that does not fit, or one beside QuIP's own transform."""
+    """Raise FileError for a rotation that does not fit, or one beside QuIP's own transform.
+
+    Args:
+        evidence: what the file says about the layer.
+        transform: what was done to the weight.
+        granularity: of the weight.
+        columns: K of the weight.
+    """
+    where = f"{evidence.weight.file}: {evidence.name}"
     group_size = transform.group_size
     if group_size and columns % group_size:
         raise FileError(
-            f"{info.file}: {name} is rotated in groups of {group_size}, which do not divide its {columns} "
-            "inputs; "
+            f"{where} is rotated in groups of {group_size}, which do not divide its {columns} inputs; "
             "the file is damaged"
         )
-    if not quip.is_transformed(keys):
+    if not quip.is_transformed(evidence.part_keys):
         return
-    if group_size or {"factor", "sigma"} & set(keys) or granularity.name == "transposed":
+    has_factor = evidence.has_part("factor") or evidence.has_part("sigma")
+    if group_size or has_factor or granularity.name == "transposed":
         raise FileError(
-            f"{info.file}: {name} is transformed by QuIP and in another way too; int8run does not know such "
-            "a format"
+            f"{where} is transformed by QuIP and in another way too; int8run does not know such a format"
         )
+    quip.check_quip(evidence)
+
+
+def check_factors(evidence: LayerEvidence, columns: int) -> None:
+    """Raise FileError unless the factors of the columns, float [K], are finite and above 0."""
+    for part in ("factor", "sigma"):
+        if evidence.has_part(part):
+            check_positive(evidence.files, evidence.part_keys[part], (columns,))
+
+
+# -- how it is called ------------------------------------------------------------------------------
+
+
+def describe_layer(marker: Marker | None, granularity: Granularity, transform: TransformInfo) -> str:
+    """A short description for messages and lists, such as `int8_tensorwise, row, convrot 256`."""
+    labels = ["int8", str(granularity)]
+    if marker is not None and marker.format_name:
+        labels[0] = marker.format_name
+    if transform.method != NONE:
+        labels.append(transform.label)
+    return ", ".join(labels)
+
+
+def find_format_name(
+    evidence: LayerEvidence, granularity: Granularity, transform: TransformInfo, rows: int, columns: int
+) -> str:
+    """The layer's format name of `clip=`; empty: there is none for how it is stored.
+
+    Args:
+        evidence: what the file says about the layer.
+        granularity: of the weight, by the shapes.
+        transform: what was done to the weight.
+        rows: N of the weight.
+        columns: K of the weight.
+    """
+    if transform.is_sylvester or transform.is_centered or quip.is_transformed(evidence.part_keys):
+        return ""
+    known_granularity = name_granularity(granularity.name, rows, columns, evidence.marker)
+    return name_int8_format(known_granularity, transform.group_size)
 
 
 def read_settings(marker: Marker | None, group_size: int) -> Mapping[str, float]:
     """The settings of the outlier method, as far as the file says."""
     if marker is not None and marker.format_name == INT8RUN_FORMAT:
-        return marker.fields["settings"]
+        settings: Mapping[str, float] = marker.fields["settings"]
+        return settings
     return {"group_size": group_size} if group_size else {}

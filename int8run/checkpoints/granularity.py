@@ -1,8 +1,8 @@
 """Which numbers of a quantized weight share a scale.
 
-The shapes of weight and scale decide; what a marker says is compared with them. `detect.py` calls this for
-int8 and fp8, `block_scaled.py` and `quip.py` check their numbers with it. Weights are not read here, scales
-are.
+The shapes of weight and scale decide; what a marker says is compared with them. `classify.py` and
+`classify_int8.py` ask for the granularity of fp8 and int8 weights, `block_scaled.py` and `quip.py` check
+their numbers with `check_positive`. Weights are not read here, scales are.
 """
 
 from collections.abc import Sequence
@@ -12,6 +12,8 @@ from math import prod
 import torch
 
 from int8run.checkpoints.header import FLOATS
+from int8run.checkpoints.layer_evidence import LayerEvidence
+from int8run.checkpoints.powers import is_power_of_2
 from int8run.checkpoints.quant_metadata import Marker
 from int8run.checkpoints.reader import TensorFiles, TensorInfo
 from int8run.checkpoints.unsupported import read_quant_config
@@ -40,21 +42,11 @@ class Granularity:
         return f"{self.name} {self.block_size}" if self.block_size else self.name
 
 
-def read_granularity(
-    files: TensorFiles,
-    info: TensorInfo,
-    scale_key: str,
-    marker: Marker | None,
-    *,
-    may_be_transposed: bool = False,
-) -> Granularity:
+def read_granularity(evidence: LayerEvidence, *, may_be_transposed: bool = False) -> Granularity:
     """Infer from the shapes which numbers share a scale, and check that every scale is finite and above 0.
 
     Args:
-        files: the checkpoint.
-        info: of the weight.
-        scale_key: of the scales.
-        marker: of the layer, if it has one.
+        evidence: what the file says about the layer, which has a scale.
         may_be_transposed: whether the program that wrote it stores weights as [in, out] where the scale says
             so, square ones too.
 
@@ -62,47 +54,49 @@ def read_granularity(
         FileError: an unknown shape, a scale that is not a float, a block size in the marker that contradicts
             the shape.
     """
-    scale = files[scale_key]
+    weight, scale, marker = evidence.weight, evidence.get_part("scale"), evidence.marker
     if scale.dtype not in FLOATS:
         raise FileError(
-            f"{scale.file}: {scale_key} is {scale.dtype}, and {info.key} is {info.dtype}; "
+            f"{scale.file}: {scale.key} is {scale.dtype}, and {weight.key} is {weight.dtype}; "
             f"its scales are {', '.join(FLOATS)}"
         )
     if not may_be_transposed:
-        check_orientation(info, scale, marker)
-    block_size = find_named_block_size(files, marker)
+        check_orientation(weight, scale, marker)
+    named_block_size = find_named_block_size(evidence.files, marker)
     granularity = infer_granularity(
-        info.shape, scale.shape, is_int8=info.dtype == "I8", block_size=block_size
+        weight.shape, scale.shape, is_int8=weight.dtype == "I8", block_size=named_block_size
     )
     if granularity is None:
         raise FileError(
-            f"{scale.file}: {scale_key} has the shape {list(scale.shape)}, which does not fit a weight "
-            f"{list(info.shape)}; scales are {SCALE_SHAPES}, with blocks of one known size"
+            f"{scale.file}: {scale.key} has the shape {list(scale.shape)}, which does not fit a weight "
+            f"{list(weight.shape)}; scales are {SCALE_SHAPES}, with blocks of one known size"
         )
-    check_positive(files, scale_key)
+    check_positive(evidence.files, scale.key)
     block_size = granularity.block_size
     if block_size and marker is not None and marker.block_size not in (None, block_size):
         raise FileError(
-            f"{marker.location} names blocks of {marker.block_size}, and {scale_key} {list(scale.shape)} "
+            f"{marker.location} names blocks of {marker.block_size}, and {scale.key} {list(scale.shape)} "
             f"has blocks of {block_size}; they contradict each other, so the weight cannot be read"
         )
     return granularity
 
 
-def check_orientation(info: TensorInfo, scale: TensorInfo, marker: Marker | None) -> None:
+def check_orientation(weight: TensorInfo, scale: TensorInfo, marker: Marker | None) -> None:
     """Raise FileError for a scale [1, N] that may belong to columns as well as to rows.
 
     Programs that store an int8 weight as [in, out] write it so. comfy-kitchen multiplies the columns in one
     place and the rows in another, so that no file of ComfyUI has it with a meaning.
     """
-    is_row = len(info.shape) == 2 and scale.shape == (1, info.shape[1]) and info.shape[1] > 1
-    if not is_row or info.dtype != "I8" or info.shape[0] == 1:
+    if weight.dtype != "I8" or len(weight.shape) != 2:
         return
-    if info.shape[0] == info.shape[1]:
+    rows, columns = weight.shape
+    if scale.shape != (1, columns) or rows == 1 or columns == 1:
+        return
+    if rows == columns:
         raise FileError(
-            f"{scale.file}: {scale.key} has the shape {list(scale.shape)}, and {info.key} is square: it may "
-            "belong to the rows of a weight that is stored as [in, out], or to columns; write it as "
-            f"[{info.shape[0]}, 1], with the weight as [out, in]"
+            f"{scale.file}: {scale.key} has the shape {list(scale.shape)}, and {weight.key} is square: it "
+            "may belong to the rows of a weight that is stored as [in, out], or to columns; write it as "
+            f"[{rows}, 1], with the weight as [out, in]"
         )
     if marker is not None:
         raise FileError(
@@ -116,10 +110,11 @@ def find_named_block_size(files: TensorFiles, marker: Marker | None) -> int | No
     """The size of blocks that a marker names, else the config beside the file; None: neither does."""
     if marker is not None and marker.block_size is not None:
         return marker.block_size
-    sizes = read_quant_config(files).get("weight_block_size")
-    if not isinstance(sizes, list) or [type(size) for size in sizes] != [int, int] or sizes[1] < 1:
+    sizes = read_quant_config(files).get("weight_block_size")  # [rows of a block, columns of a block]
+    if not isinstance(sizes, list) or [type(size) for size in sizes] != [int, int]:
         return None
-    return int(sizes[1])
+    columns = int(sizes[1])
+    return columns if columns >= 1 else None
 
 
 def infer_granularity(
@@ -148,10 +143,9 @@ def infer_granularity(
         None for shapes that do not fit.
     """
     shape = tuple(scale)
-    n = weight[0] if weight else 1
-    k = prod(weight[1:])
     if prod(shape) == 1:
         return Granularity("tensor")
+    n, k = weight[0] if weight else 1, prod(weight[1:])
     one_per_row = (n, *(1 for _ in weight[1:]))
     if shape in ((n,), one_per_row):
         return Granularity("row")
@@ -159,9 +153,7 @@ def infer_granularity(
         return None
 
     if len(shape) == 3:
-        size = infer_block_size([(k, shape[1])], block_size)
-        is_block3d = shape[0] == n and shape[2] == 1 and size is not None
-        return Granularity("block3d", size or 0) if is_block3d else None
+        return infer_block3d((n, k), shape, block_size)
     if len(shape) != 2:
         return None
     if shape[0] == n and shape[1] < k:
@@ -173,6 +165,24 @@ def infer_granularity(
     if is_int8 and shape == (1, k):
         return Granularity("transposed")
     return None
+
+
+def infer_block3d(
+    weight: tuple[int, int], scale: tuple[int, ...], block_size: int | None
+) -> Granularity | None:
+    """Groups of a row whose scales are [N, K/b, 1]; None for other shapes.
+
+    Args:
+        weight: N and K.
+        scale: shape of the scales, three numbers.
+        block_size: that is named somewhere; None: shapes decide.
+    """
+    n, k = weight
+    rows, blocks_per_row, last = scale
+    if rows != n or last != 1:
+        return None
+    size = infer_block_size([(k, blocks_per_row)], block_size)
+    return None if size is None else Granularity("block3d", size)
 
 
 def infer_block_size(axes: Sequence[tuple[int, int]], named: int | None) -> int | None:
@@ -188,15 +198,22 @@ def infer_block_size(axes: Sequence[tuple[int, int]], named: int | None) -> int 
     """
     if named is not None and fits_blocks(axes, named):
         return named
-    quotients = {size // count for size, count in axes if size % count == 0}
-    exact = None
-    if len(quotients) == 1 and all(size % count == 0 for size, count in axes):
-        exact = quotients.pop()
-    ragged = [size for size in USUAL_BLOCK_SIZES if fits_blocks(axes, size) and size != exact]
-    is_usual = exact is not None and exact & (exact - 1) == 0
-    if exact is not None and (is_usual or not ragged):
-        return exact
-    return ragged[0] if exact is None and len(ragged) == 1 else None
+    exact = find_exact_block_size(axes)
+    others = [size for size in USUAL_BLOCK_SIZES if size != exact and fits_blocks(axes, size)]
+    if exact is None:
+        return others[0] if len(others) == 1 else None
+    is_clear = is_power_of_2(exact) or not others
+    return exact if is_clear else None
+
+
+def find_exact_block_size(axes: Sequence[tuple[int, int]]) -> int | None:
+    """The size of blocks that divide a weight along every axis without a rest; None where there is none."""
+    sizes = set()
+    for size, count in axes:
+        if size % count:
+            return None
+        sizes.add(size // count)
+    return sizes.pop() if len(sizes) == 1 else None
 
 
 def fits_blocks(axes: Sequence[tuple[int, int]], block_size: int) -> bool:

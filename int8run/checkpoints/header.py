@@ -70,7 +70,7 @@ class Header(NamedTuple):
     data_start: int  # where the tensors begin, in bytes from the beginning of the file
 
 
-def read_header(path: Path) -> tuple[dict[str, dict], dict[str, str]]:
+def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """Read tensor entries and metadata of a safetensors file; no tensor is read.
 
     Raises:

@@ -141,7 +141,7 @@ class CheckpointLayer:
             factor = 1 / files.read(self.part_keys["sigma"]).float()
         rotation = None
         if self.rotation_group_size:
-            matrix = get_hadamard(self.rotation_group_size, self.is_sylvester)
+            matrix = get_hadamard(self.rotation_group_size, is_sylvester=self.is_sylvester)
             rotation = Rotation(matrix, self.is_sylvester)
         return OutlierTransform(
             self.outlier_method, self.outlier_settings, factor, rotation, self.is_centered
@@ -280,6 +280,6 @@ class CheckpointLayer:
 
 
 @cache
-def get_hadamard(group_size: int, is_sylvester: bool) -> Tensor:
+def get_hadamard(group_size: int, *, is_sylvester: bool) -> Tensor:
     """The Hadamard matrix of a group size, one for all layers. Returns float32 [group_size, group_size]."""
     return sylvester_hadamard(group_size) if is_sylvester else regular_hadamard(group_size)

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from int8run.checkpoints.powers import is_power_of_2, is_power_of_4
 from int8run.checkpoints.reader import TensorFiles
 from int8run.errors import FileError
 from int8run.utils.untrusted_json import parse_untrusted_json
@@ -53,7 +54,8 @@ class Marker:
     @property
     def format_name(self) -> str:
         """The format's name; empty in legacy files."""
-        return self.fields.get("format", "")
+        name: str = self.fields.get("format", "")
+        return name
 
     @property
     def block_size(self) -> int | None:
@@ -89,8 +91,7 @@ class Marker:
 
     def check_group_size(self, size: Any) -> int:
         """Return a group size out of a file; raise FileError where a Hadamard matrix cannot have it."""
-        is_power_of_2 = type(size) is int and size > 0 and size & (size - 1) == 0
-        if not is_power_of_2 or not 2 <= size <= MAX_GROUP_SIZE:
+        if type(size) is not int or not is_power_of_2(size) or not 2 <= size <= MAX_GROUP_SIZE:
             raise FileError(
                 f"{self.location} names groups of {size!r}; rotated are groups of a power of 2 from 2 to "
                 f"{MAX_GROUP_SIZE}"
@@ -106,11 +107,6 @@ class Marker:
             return self.fields.get("rotation") == "sylvester"
         group_size = self.rotation_group_size()
         return group_size > 0 and not is_power_of_4(group_size)
-
-
-def is_power_of_4(power_of_2: int) -> bool:
-    """Whether a power of 2 is one of 4 as well, so that a regular Hadamard matrix of that size exists."""
-    return power_of_2.bit_length() % 2 == 1
 
 
 def read_markers(files: TensorFiles, prefix: str) -> dict[str, Marker]:

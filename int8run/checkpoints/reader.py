@@ -415,10 +415,11 @@ def read_weight_map(index: Path) -> dict[str, str]:
         raise FileError(f"{index} is not an index of shards: it has no `weight_map` of keys and file names")
     if len(weight_map) > MAX_TENSORS:
         raise make_too_many_error(index, len(weight_map), "tensors", MAX_TENSORS)
-    longest = max((*weight_map, *weight_map.values()), key=len)
+    names_by_key: dict[str, str] = weight_map
+    longest = max((*names_by_key, *names_by_key.values()), key=len)
     if len(longest) > MAX_NAME_CHARS:
         raise FileError(
             f"{index} cannot be read: it has a name of {len(longest)} characters ({longest[:40]!r}...), "
             f"{MAX_NAME_CHARS} are allowed; ask who made the file"
         )
-    return weight_map
+    return names_by_key

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from int8run.checkpoints.layer import INT8, CheckpointLayer, get_hadamard
-from int8run.checkpoints.quant_metadata import is_power_of_4
+from int8run.checkpoints.powers import is_power_of_4
 from int8run.checkpoints.reader import TensorFiles
 
 log = logging.getLogger(__name__)
@@ -127,7 +127,7 @@ def measure_tails(
     for layer in chosen:
         rows = files.read(layer.key, slice(0, min(layer.rows, MAX_ROWS))).float()
         groups = rows.reshape(-1, group_size)
-        rotated = groups @ get_hadamard(group_size, is_sylvester)
+        rotated = groups @ get_hadamard(group_size, is_sylvester=is_sylvester)
         is_known = groups.abs().sum(1) > 0  # a group of zeros has no tails
         before.append(compute_kurtosis(groups[is_known]))
         after.append(compute_kurtosis(rotated[is_known]))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from int8run.checkpoints.declared_format import DeclaredFormat
-from int8run.checkpoints.quant_metadata import is_power_of_4
+from int8run.checkpoints.powers import is_power_of_4, round_up_to_power_of_2
 from int8run.checkpoints.reader import TensorFiles
 from int8run.checkpoints.unsupported import SDNQ, has_sdnq_scale, make_unsupported_error, read_quant_config
 from int8run.errors import ConfigError, FileError
@@ -41,7 +41,7 @@ class SdnqMethod:
         if not self.hadamard_group_size:
             return 0
         limit = min(columns, self.hadamard_group_size)
-        group_size = 1 << (limit - 1).bit_length()
+        group_size = round_up_to_power_of_2(limit)
         while columns % group_size:
             group_size //= 2
         return group_size if group_size >= MIN_GROUP_SIZE else 0

@@ -124,12 +124,15 @@ def restore_layer(state_dict: Mapping[str, Tensor], name: str, description: Mapp
         is_swizzled=description["swizzled"],
         high_nibble_first=description["high_first"],
     )
-    group_size, sylvester = description["group_size"], description["sylvester"]
+    group_size, is_sylvester = description["group_size"], description["sylvester"]
+    rotation = None
+    if group_size:
+        rotation = Rotation(get_hadamard(group_size, is_sylvester=is_sylvester), is_sylvester)
     transform = OutlierTransform(
         method=description["outlier"],
         settings=description["settings"],
         factor=state_dict.get(f"{name}.{FACTOR}"),
-        rotation=Rotation(get_hadamard(group_size, sylvester), sylvester) if group_size else None,
+        rotation=rotation,
         centered=description["centered"],
     )
     return PackedLayer(weight, transform, None)

@@ -1510,7 +1510,7 @@ MISTAKES: dict[str, tuple[Callable[[], CheckpointDraft], str]] = {
     "nvfp4 of nobody": (
         lambda: draft_ambiguous_blocks("nvfp4"),
         (
-            "1 weights are nvfp4 .first: blocks.0.q. by ComfyUI or by ModelOpt, "
+            "1 weight is nvfp4 .first: blocks.0.q. by ComfyUI or by ModelOpt, "
             "and neither shapes nor markers show which; set model.quant_format=nvfp4 or "
             "model.quant_format=nvfp4_modelopt, for a text encoder clip=nvfp4 or clip=nvfp4_modelopt "
             ".quant_format in a program."
@@ -1519,7 +1519,7 @@ MISTAKES: dict[str, tuple[Callable[[], CheckpointDraft], str]] = {
     "mxfp8 of nobody": (lambda: draft_ambiguous_blocks("mxfp8"), "clip=mxfp8 or clip=mxfp8_rows"),
     "mxfp8 of nobody beside nvfp4": (
         lambda: merge_layers(draft_blocks("nvfp4"), draft_ambiguous_blocks("mxfp8")),
-        "1 weights are mxfp8 .first: blocks.1.q. by",
+        "1 weight is mxfp8 .first: blocks.1.q. by",
     ),
     "nvfp4's scale is nan": (
         lambda: draft_with_block_scale("nvfp4", 0x7F),

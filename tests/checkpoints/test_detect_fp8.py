@@ -518,7 +518,7 @@ def test_requested_format_decides_where_the_file_does_not(kind: str, tiles: bool
     ):  # a word for another kind says nothing
         with pytest.raises(
             FileError,
-            match=rf"1 weights are {kind} .*clip={FORMAT_NAMES[kind][0]} or clip={FORMAT_NAMES[kind][1]}",
+            match=rf"1 weight is {kind} .*clip={FORMAT_NAMES[kind][0]} or clip={FORMAT_NAMES[kind][1]}",
         ):
             read_layers(files, declared=DeclaredFormat(requested))
 
