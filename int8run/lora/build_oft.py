@@ -253,8 +253,9 @@ def make_peft_butterfly(num_features: int, num_blocks: int, block_size: int, sta
 def cayley(skew: Tensor) -> Tensor:
     """`(I + Q)(I - Q)⁻¹` of skew-symmetric matrices, which is orthogonal. [..., b, b], float32."""
     identity = torch.eye(skew.shape[-1])
-    # Q and (I - Q)⁻¹ commute, so it may stand on the left
-    return torch.linalg.solve(identity - skew, identity + skew)
+    # (I + Q) and (I - Q)⁻¹ commute, so that the inverse may stand on the left
+    rotations: Tensor = torch.linalg.solve(identity - skew, identity + skew)
+    return rotations
 
 
 def check_square(part: str, blocks: Tensor, dims: tuple[int, ...]) -> None:

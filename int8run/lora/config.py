@@ -322,16 +322,24 @@ def check_schedule(name: str, entries: Schedule) -> None:
         ConfigError: naming the setting and the form.
     """
     form = "[[fraction of the steps, strength], …] with rising fractions from 0 on, such as [[0,1],[0.5,0]]"
-    for entry in entries:
-        if isinstance(entry, str) or not isinstance(entry, Sequence) or len(entry) != 2:
-            raise ConfigError(f"{name} is {list(entries)!r}; a schedule is {form}")
-        fraction, strength = entry
+    if not all(is_pair(entry) for entry in entries):
+        raise ConfigError(f"{name} is {list(entries)!r}; a schedule is {form}")
+
+    fractions = []
+    for fraction, strength in entries:
         check_range(f"fraction in the {name}", fraction, 0, 1)
         check_strength(name, strength)
-    fractions = [entry[0] for entry in entries]
+        fractions.append(fraction)
+
+    starts_at_0 = bool(fractions) and fractions[0] == 0
     is_rising = all(first < second for first, second in itertools.pairwise(fractions))
-    if not fractions or fractions[0] != 0 or not is_rising:
+    if not starts_at_0 or not is_rising:
         raise ConfigError(f"{name} is {list(entries)!r}; a schedule is {form}")
+
+
+def is_pair(value: object) -> bool:
+    """Whether a value is a list of two."""
+    return isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2
 
 
 def parse_adapter(given: object) -> Adapter:
@@ -342,8 +350,9 @@ def parse_adapter(given: object) -> Adapter:
     """
     if isinstance(given, Adapter):
         return given
-    known = [f.name for f in fields(Adapter)]
-    if not isinstance(given, Mapping) or not {"name", "path"} <= set(given) <= set(known):
+    known = [field.name for field in fields(Adapter)]
+    has_known_fields = isinstance(given, Mapping) and {"name", "path"} <= set(given) <= set(known)
+    if not isinstance(given, Mapping) or not has_known_fields:
         raise ConfigError(
             f"an entry of lora.adapters is {given!r}; "
             f"it takes name and path, and may have {', '.join(known[2:])}"

@@ -1,12 +1,11 @@
-"""LoRAs that make a model generate in few steps: how each is meant to be run, and what contradicts that.
+"""LoRAs that make a model generate in few steps: how each is meant to be run.
 
 A preset is a row of `few_step.yaml`. It is named at an adapter (`few_step: lcm`), or recognized by the words
-in a file's name and header. `lora/config.py` takes settings from it, `lora/header_info.py` warns where a run
-differs.
+in a file's name and header. `lora/config.py` takes settings from it, `lora/few_step_differences.py` compares
+a run with it.
 """
 
 import functools
-import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,8 +27,6 @@ MAX_TEXT_CHARS = 500
 WITHOUT_MARK = "without "
 # `8steps`, `4-step`
 STEPS_PATTERN = re.compile(r"(?<![a-z0-9])(\d{1,2})[-_ ]?steps?(?![a-z0-9])")
-# relative difference of strengths that is not worth a warning
-STRENGTH_TOLERANCE = 0.1
 
 
 @dataclass(frozen=True)
@@ -67,16 +64,13 @@ class FewStepPreset:
     note: str | None = None
 
     def __post_init__(self) -> None:
-        preset = f"few-step preset {self.name!r} for {self.base!r}"
+        preset = self.title
         check_range(f"steps of {preset}", self.steps, 1, 1000, whole=True)
         check_range(f"strength of {preset}", self.strength, -20, 20)
         check_choice(f"source of {preset}", self.source, SOURCES)
         if self.guidance is None and self.guidance_range is not None:
             raise ConfigError(f"{preset} has a guidance_range and no guidance; give both or none")
-        if self.steps_range is None:
-            object.__setattr__(self, "steps_range", (self.steps, self.steps))
-        if self.guidance_range is None and self.guidance is not None:
-            object.__setattr__(self, "guidance_range", (self.guidance, self.guidance))
+        self.complete_ranges()
         check_limits(preset, "steps", self.steps, self.steps_range)
         check_limits(preset, "guidance", self.guidance, self.guidance_range)
         if not self.scheduler.endswith("Scheduler"):
@@ -85,12 +79,31 @@ class FewStepPreset:
             )
         if self.companions is not None:
             check_range(f"companions of {preset}", self.companions, 0, 20)
+        self.check_values_per_step()
+
+    @property
+    def title(self) -> str:
+        """What messages call it."""
+        return f"few-step preset {self.name!r} for {self.base!r}"
+
+    def complete_ranges(self) -> None:
+        """Make ranges of the recommended values alone, where none are given."""
+        if self.steps_range is None:
+            object.__setattr__(self, "steps_range", (self.steps, self.steps))
+        if self.guidance_range is None and self.guidance is not None:
+            object.__setattr__(self, "guidance_range", (self.guidance, self.guidance))
+
+    def check_values_per_step(self) -> None:
+        """Check that lists with a value for each step have as many.
+
+        Raises:
+            ConfigError: naming the preset and the list.
+        """
         for name in ("sigmas", "timesteps"):
-            if name in self.extra and len(self.extra[name]) != self.steps:
-                count = len(self.extra[name])
-                raise ConfigError(
-                    f"{preset} has {count} {name} for {count_noun(self.steps, 'step')}; give one for each"
-                )
+            values = self.extra.get(name)
+            if values is not None and len(values) != self.steps:
+                steps = count_noun(self.steps, "step")
+                raise ConfigError(f"{self.title} has {len(values)} {name} for {steps}; give one for each")
 
     @property
     def sampling(self) -> Sampling:
@@ -125,13 +138,16 @@ def check_limits(preset: str, name: str, value: float | None, limits: Sequence[f
 @functools.cache
 def load_table() -> Mapping[str, Any]:
     """The content of `few_step.yaml`."""
-    return yaml.safe_load(TABLE_FILE.read_text(encoding="utf-8"))
+    table: Mapping[str, Any] = yaml.safe_load(TABLE_FILE.read_text(encoding="utf-8"))
+    return table
 
 
 def list_presets(base: str | None = None) -> list[str]:
     """Names of all presets, or of those for one base model."""
     presets = load_table()["presets"]
-    return [name for name, entry in presets.items() if base is None or base in entry["bases"]]
+    if base is None:
+        return list(presets)
+    return [name for name, preset in presets.items() if base in preset["bases"]]
 
 
 def has_preset(name: str, base: str) -> bool:
@@ -155,9 +171,10 @@ def get_preset(name: str, base: str, steps: int | None = None) -> FewStepPreset:
     check_choice("few_step", name, list_presets())
     bases = load_table()["presets"][name]["bases"]
     if base not in bases:
+        others = ", ".join(list_presets(base)) or "none"
         raise ConfigError(
             f"few_step preset {name!r} is not made for {base!r}; it is for {', '.join(sorted(bases))}. "
-            f"Presets for {base!r}: {', '.join(list_presets(base)) or 'none'}"
+            f"Presets for {base!r}: {others}"
         )
     row = dict(bases[base])
     by_steps = row.pop("by_steps", {})
@@ -243,93 +260,16 @@ def extract_words(text: str) -> set[str]:
     without_digits = {word.strip("0123456789") for word in words}
     # only `8steps`: `step0001000` is how far a training was
     steps = {f"{int(number)}step" for number in STEPS_PATTERN.findall(text)}
-    return words | without_digits | steps | ({"Nstep"} if steps else set())
+    if steps:
+        steps.add("Nstep")
+    return words | without_digits | steps
 
 
 def has_words(needed: Iterable[str], words: Collection[str]) -> bool:
     """Whether all of the needed words are there, and none that is marked with `without`."""
     for word in needed:
-        if word.startswith(WITHOUT_MARK):
-            if word.removeprefix(WITHOUT_MARK) in words:
-                return False
-        elif word not in words:
+        must_be_there = not word.startswith(WITHOUT_MARK)
+        is_there = word.removeprefix(WITHOUT_MARK) in words
+        if is_there != must_be_there:
             return False
     return True
-
-
-# -- what of a run contradicts a preset ----------------------------------------------------------------------
-
-
-def list_differences(
-    preset: FewStepPreset,
-    sampling: Sampling,
-    *,
-    scheduler: str | None = None,
-    strength: float | None = None,
-    companions: Mapping[str, float] | None = None,
-    scheduler_config: Mapping[str, Any] | None = None,
-) -> list[str]:
-    """One line for each setting of a run that contradicts a preset; none when all agree.
-
-    Args:
-        preset: what the LoRA was made for.
-        sampling: of the run; steps and guidance that are None are not compared.
-        scheduler: class name of the scheduler that the run uses; None: that of `sampling`, not compared when
-            it names none either.
-        strength: of the few-step LoRA; None: not compared.
-        companions: strengths of the other LoRAs, by name.
-        scheduler_config: of the scheduler in use; None: the settings of `sampling`, compared as far as they
-            go.
-    """
-    made_for = f"{preset.name} on {preset.base} is made for"
-    lines = []
-    for name, value, best, limits in (
-        ("steps", sampling.steps, preset.steps, preset.steps_range),
-        ("guidance", sampling.guidance, preset.guidance, preset.guidance_range),
-    ):
-        if value is not None and limits is not None and not limits[0] <= value <= limits[1]:
-            lines.append(f"sampler.{name} is {value:g}; {made_for} {format_best(best, limits)}")
-
-    scheduler = scheduler or sampling.scheduler
-    settings = sampling.scheduler_settings if scheduler_config is None else scheduler_config
-    if scheduler is not None and scheduler != preset.scheduler:
-        best_scheduler = f"{preset.scheduler}{format_settings(preset.scheduler_settings)}"
-        lines.append(f"the scheduler is {scheduler}; {made_for} {best_scheduler}")
-    else:
-        for name, value in preset.scheduler_settings.items():
-            if name in settings and settings[name] != value:
-                lines.append(f"the scheduler's {name} is {settings[name]}; {made_for} {value}")
-
-    for name, value in preset.extra.items():
-        given = sampling.extra.get(name)
-        if given != value:
-            shown = "not set" if given is None else given
-            lines.append(f"sampler.extra.{name} is {shown}; {made_for} {value}")
-
-    if strength is not None and not math.isclose(strength, preset.strength, rel_tol=STRENGTH_TOLERANCE):
-        lines.append(f"its strength is {strength:g}; {made_for} {preset.strength:g}")
-    return lines + list_strong_companions(preset, companions or {})
-
-
-def list_strong_companions(preset: FewStepPreset, companions: Mapping[str, float]) -> list[str]:
-    """One line for each other LoRA that is stronger than advised beside a preset's."""
-    if preset.companions is None:
-        return []
-    limit = f"beside {preset.name} at most {preset.companions:g} is advised"
-    return [
-        f"LoRA {name!r} has strength {strength:g}; {limit}"
-        for name, strength in companions.items()
-        if abs(strength) > preset.companions
-    ]
-
-
-def format_best(best: float | None, limits: Sequence[float]) -> str:
-    """`4 (2 to 8)`, or `4` where no other value works."""
-    if limits[0] == limits[1]:
-        return f"{best:g}"
-    return f"{best:g} ({limits[0]:g} to {limits[1]:g})"
-
-
-def format_settings(settings: Mapping[str, Any]) -> str:
-    """` with a=1, b=2`, or nothing."""
-    return f" with {', '.join(f'{name}={value}' for name, value in settings.items())}" if settings else ""

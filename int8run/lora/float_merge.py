@@ -1,7 +1,8 @@
 """LoRAs added to float weights and biases, with the originals kept: every strength starts from them.
 
-`LoraStack` makes one `FloatMerge` for each float model, the denoiser and each text encoder. Making one
-changes nothing; `attach`, `set_strengths` and `restore` do.
+`LoraStack` makes one `FloatMerge` for each float model, the denoiser and each text encoder. It holds one
+`MergedParameter` for each weight and bias that is changed. Making one changes nothing; `attach`,
+`set_strengths` and `restore` do. INT8 layers are left to `int8run.lora.apply`.
 """
 
 import weakref
@@ -107,9 +108,12 @@ class MergedParameter:
     def compute_value(self, strengths: Sequence[float]) -> Tensor:
         """The value for these strengths, in float32 unless it is the original."""
         assert self.parameter is not None
-        original = torch.zeros_like(self.parameter) if self.original is None else self.original
-        original = original.to(self.parameter.device)  # the model may have moved since
-        if not any(strengths[index] for index, _ in self.deltas):
+        if self.original is None:
+            original = torch.zeros_like(self.parameter)
+        else:
+            original = self.original.to(self.parameter.device)  # the model may have moved since
+        is_untouched = not any(strengths[index] for index, _ in self.deltas)
+        if is_untouched:
             return original
         return add_deltas(original, self.deltas, strengths, original)
 
@@ -141,14 +145,10 @@ class MergedParameter:
         has_version = self.version in (NO_VERSION, get_tensor_version(parameter))
         if has_version and self.checksum in (None, compute_checksum(parameter)):
             return False
-        known = [self.compute_value(self.strengths)]
+        known_values = [self.compute_value(self.strengths)]
         if self.original is not None:
-            known.append(self.original)
-        return not any(
-            torch.equal(parameter, value.to(dtype).to(parameter))
-            for value in known
-            for dtype in (parameter.dtype, *ROUNDING_DTYPES)
-        )
+            known_values.append(self.original)
+        return not any(equals_after_moving(parameter, value) for value in known_values)
 
 
 class FloatMerge:
@@ -198,28 +198,62 @@ class FloatMerge:
             changes: of the LoRAs.
             earlier: see above.
         """
-        deltas, bias_deltas = get_weight_deltas(changes), get_bias_deltas(changes)
-        weight: Any = getattr(module, attribute)
-        bias = getattr(module, "bias", None)
-        known_weights = {} if earlier is None else earlier.weights
-        known_biases = {} if earlier is None else earlier.biases
-        if deltas and not isinstance(weight, nn.Parameter):
-            self.unreachable.append(name)
-        elif deltas and weight.is_meta:
-            self.deferred[name] = deltas
-        elif deltas:
-            check_is_float(name, weight.dtype)
-            known = get_original(known_weights, name, weight)
-            self.weights[name] = MergedParameter(module, attribute, deltas, known)
+        weight_deltas, bias_deltas = get_weight_deltas(changes), get_bias_deltas(changes)
+        if weight_deltas:
+            known = {} if earlier is None else earlier.weights
+            self.add_weight(name, module, attribute, weight_deltas, known)
         if bias_deltas:
-            if not hasattr(module, "bias"):
-                raise LoraError(
-                    f"{name} gets a change of its bias, and a {type(module).__name__} has no bias; "
-                    "the LoRA was made for another architecture"
-                )
-            known = get_original(known_biases, name, bias)
-            as_deltas = [(index, Diff(delta)) for index, delta in bias_deltas]
-            self.biases[name] = MergedParameter(module, "bias", as_deltas, known)
+            known = {} if earlier is None else earlier.biases
+            self.add_bias(name, module, [(index, Diff(delta)) for index, delta in bias_deltas], known)
+
+    def add_weight(
+        self,
+        name: str,
+        module: nn.Module,
+        attribute: str,
+        deltas: IndexedDeltas,
+        known: Mapping[str, MergedParameter],
+    ) -> None:
+        """Keep the original of a weight, or note why that is not possible now.
+
+        Args:
+            name: what the changes are known by, see `find_target`.
+            module: that has the weight.
+            attribute: of the module.
+            deltas: of the weight.
+            known: the weights of an earlier merge, by name.
+        """
+        weight: Any = getattr(module, attribute)
+        if not isinstance(weight, nn.Parameter):
+            self.unreachable.append(name)
+        elif weight.is_meta:
+            self.deferred[name] = deltas
+        else:
+            check_is_float(name, weight.dtype)
+            original = get_original(known, name, weight)
+            self.weights[name] = MergedParameter(module, attribute, deltas, original)
+
+    def add_bias(
+        self, name: str, module: nn.Module, deltas: IndexedDeltas, known: Mapping[str, MergedParameter]
+    ) -> None:
+        """Keep the original of a bias.
+
+        Args:
+            name: what the changes are known by, see `find_target`.
+            module: that gets the bias.
+            deltas: of the bias.
+            known: the biases of an earlier merge, by name.
+
+        Raises:
+            LoraError: for a class of modules that has no bias.
+        """
+        if not hasattr(module, "bias"):
+            raise LoraError(
+                f"{name} gets a change of its bias, and a {type(module).__name__} has no bias; "
+                "the LoRA was made for another architecture"
+            )
+        original = get_original(known, name, module.bias)
+        self.biases[name] = MergedParameter(module, "bias", deltas, original)
 
     def check_tied_weights(self) -> None:
         """Check that no weight is changed under two names: one change would undo the other.
@@ -249,7 +283,9 @@ class FloatMerge:
 
     def find_original(self, name: str) -> Tensor | None:
         """The weight of a module without any LoRA; None where it is not in memory."""
-        return self.weights[name].original if name in self.weights else None
+        if name not in self.weights:
+            return None
+        return self.weights[name].original
 
     def attach(self) -> None:
         """Give modules without a bias one of zeros where LoRAs add to it."""
@@ -301,6 +337,12 @@ class FloatMerge:
             with name_module(name):
                 parameter.merge(strengths)
         self.strengths = list(strengths)
+
+
+def equals_after_moving(parameter: Tensor, value: Tensor) -> bool:
+    """Whether a parameter has this value, be it rounded by a dtype that the model was moved to and back."""
+    dtypes = (parameter.dtype, *ROUNDING_DTYPES)
+    return any(torch.equal(parameter, value.to(dtype).to(parameter)) for dtype in dtypes)
 
 
 def compute_checksum(tensor: Tensor) -> int:

@@ -16,6 +16,7 @@ from int8run.generate.prompts import Sample
 from int8run.lora import few_step
 from int8run.lora.base_model import LoraBase, check_lora_base, detect_lora_base
 from int8run.lora.config import Adapter, LoraSettings
+from int8run.lora.few_step_differences import list_differences
 from int8run.lora.find import find_lora
 from int8run.lora.side_files import list_side_files
 from int8run.lora.trigger_words import (
@@ -111,7 +112,9 @@ def add_trigger_words(
         log_trigger_words(header.name, triggers, samples, is_inserting=stack.insert_triggers)
         # guessed ones are frequent in the training captions, but nobody named them as triggers
         if stack.insert_triggers and not triggers.is_guessed:
-            samples = [replace(s, prompt=append_triggers(s.prompt, triggers.words)) for s in samples]
+            samples = [
+                replace(sample, prompt=append_triggers(sample.prompt, triggers.words)) for sample in samples
+            ]
     return list(samples)
 
 
@@ -181,41 +184,49 @@ def list_few_step_warnings(
         distilled_warning = few_step.warn_about_distilled_model(preset_name, location)
         if distilled_warning is not None:
             lines.append(f"LoRA {adapter.name!r}: {distilled_warning}")
-        if not few_step.has_preset(preset_name, lora_base):
+        if few_step.has_preset(preset_name, lora_base):
+            steps = few_step.parse_steps_in_name(header.path) or sampling.steps
+            preset = few_step.get_preset(preset_name, lora_base, steps)
+            lines += list_preset_warnings(adapter, preset, stack, sampling, scheduler)
+        else:
             lines.append(
                 f"LoRA {adapter.name!r} looks like a few-step LoRA ({preset_name}), and nothing is known "
                 f"about it on {lora_base}; "
                 "set sampler.steps, sampler.guidance and sampler.scheduler as its author says"
             )
-            continue
-        preset = few_step.get_preset(
-            preset_name, lora_base, few_step.parse_steps_in_name(header.path) or sampling.steps
-        )
-        lines += list_preset_warnings(adapter, preset, stack, sampling, scheduler)
     return lines
 
 
 def find_preset_name(adapter: Adapter, header: LoraHeader, lora_base: str) -> str | None:
-    """The few-step preset of a LoRA: named at its adapter, or recognized by its file; None without one."""
-    return (
-        adapter.few_step
-        or few_step.detect_preset(header.path, header.metadata, lora_base)
-        or few_step.detect_preset(header.path, header.metadata)
-    )
+    """The few-step preset of a LoRA: named at its adapter, or recognized by its file; None without one.
+
+    One that is made for the base model counts before others with the same words.
+    """
+    if adapter.few_step is not None:
+        return adapter.few_step
+    preset_for_base = few_step.detect_preset(header.path, header.metadata, lora_base)
+    if preset_for_base is not None:
+        return preset_for_base
+    return few_step.detect_preset(header.path, header.metadata)
 
 
 def list_preset_warnings(
     adapter: Adapter, preset: few_step.FewStepPreset, stack: LoraSettings, sampling: Sampling, scheduler: Any
 ) -> list[str]:
     """One line for each setting of a run that contradicts the preset of one adapter."""
-    strengths = {other.name: s for other, s in zip(stack.adapters, stack.strengths, strict=True)}
-    own_strength = strengths.pop(adapter.name)
-    differences = few_step.list_differences(
+    own_strength: float | None = None
+    companions: dict[str, float] = {}
+    for other, strength in zip(stack.adapters, stack.strengths, strict=True):
+        if other.name == adapter.name:
+            own_strength = strength
+        elif strength:
+            companions[other.name] = strength
+    differences = list_differences(
         preset,
         sampling,
         scheduler=type(scheduler).__name__,
         strength=own_strength,
-        companions={name: strength for name, strength in strengths.items() if strength},
+        companions=companions,
         scheduler_config=scheduler.config,
     )
     hint = ""

@@ -30,16 +30,26 @@ def find_initial_adapter(path: Path) -> Path | None:
     Raises:
         LoraError: when there are several.
     """
-    beside = [file for file in path.parent.glob("*.safetensors") if file != path]
-    files = [file for file in beside if INITIAL_WORD in file.stem.lower()]
+    files = []
+    for file in path.parent.glob("*.safetensors"):
+        if file != path and INITIAL_WORD in file.stem.lower():
+            files.append(file)
     for folder in path.parent.glob("*"):
         if folder.is_dir() and INITIAL_WORD in folder.name.lower():
-            named = folder / PEFT_FILE
-            files += [named] if named.is_file() else list(folder.glob("*.safetensors"))
+            files += list_adapter_files(folder)
+
     if len(files) > 1:
         names = ", ".join(sorted(str(file.relative_to(path.parent)) for file in files))
         raise LoraError(f"{path}: several files may hold its initial factors ({names}); leave one of them")
     return files[0] if files else None
+
+
+def list_adapter_files(folder: Path) -> list[Path]:
+    """The adapter in a folder: PEFT's file, else every `.safetensors` file."""
+    named = folder / PEFT_FILE
+    if named.is_file():
+        return [named]
+    return list(folder.glob("*.safetensors"))
 
 
 def split_initial_keys(keys: Iterable[str]) -> tuple[list[str], dict[str, str]]:
@@ -69,16 +79,24 @@ def subtract_initial(change: LoraChange, initial: LoraChange | None) -> LoraChan
     Raises:
         LoraError: when there are no initial factors for it, or they do not fit.
     """
-    delta, start = change.weight_delta, None if initial is None else initial.weight_delta
-    if isinstance(start, DoRA):
-        start = start.inner  # its norms are those of the base
-    if not isinstance(start, LoRA):
+    start = find_initial_pair(initial)
+    if start is None:
         raise LoraError("has no initial factors; the file of the initial adapter is not that of this LoRA")
-    if isinstance(delta, DoRA) and isinstance(delta.inner, LoRA):
-        return replace(change, weight_delta=replace(delta, inner=subtract_pair(delta.inner, start)))
-    if not isinstance(delta, LoRA):
-        raise LoraError("is not a low-rank pair, and its initial factors cannot be subtracted")
-    return replace(change, weight_delta=subtract_pair(delta, start))
+    trained = change.weight_delta
+    if isinstance(trained, LoRA):
+        return replace(change, weight_delta=subtract_pair(trained, start))
+    if isinstance(trained, DoRA) and isinstance(trained.inner, LoRA):
+        inner = subtract_pair(trained.inner, start)
+        return replace(change, weight_delta=replace(trained, inner=inner))
+    raise LoraError("is not a low-rank pair, and its initial factors cannot be subtracted")
+
+
+def find_initial_pair(initial: LoraChange | None) -> LoRA | None:
+    """The low-rank pair of an initial adapter; None: it has none."""
+    delta = None if initial is None else initial.weight_delta
+    if isinstance(delta, DoRA):
+        delta = delta.inner  # its norms are those of the base
+    return delta if isinstance(delta, LoRA) else None
 
 
 def subtract_pair(trained: LoRA, initial: LoRA) -> LoRA:
@@ -95,8 +113,8 @@ def subtract_pair(trained: LoRA, initial: LoRA) -> LoRA:
     if trained.scale == 0:
         raise LoraError("has alpha 0, and its initial factors cannot be subtracted")
     ratio = initial.scale / trained.scale
-    down = torch.cat([trained.lora_A.float(), initial.lora_A.float()])
-    up = torch.cat([trained.lora_B.float(), -ratio * initial.lora_B.float()], dim=1)
+    down = torch.cat([trained.lora_A.float(), initial.lora_A.float()])  # [r + r0, K]
+    up = torch.cat([trained.lora_B.float(), -ratio * initial.lora_B.float()], dim=1)  # [N, r + r0]
     return replace(trained, lora_A=down, lora_B=up)
 
 

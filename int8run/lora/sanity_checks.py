@@ -86,7 +86,8 @@ def has_effect(peaks: Mapping[str, float], change: LoraChange) -> bool:
         return True  # its norms change a weight even then
     if isinstance(change.weight_delta, OFT | StackedRows):
         return not change.weight_delta.is_identity
-    if any(peaks.get(part) for part in BIAS_PARTS):
+    changes_bias = any(peaks.get(part) for part in BIAS_PARTS)
+    if changes_bias:
         return True
     factors = [peak for part, peak in peaks.items() if part not in BIAS_PARTS]
     return bool(factors) and all(factors)

@@ -37,11 +37,11 @@ def format_value(value: object) -> str:
     """A text as it is, a number as text, and nothing for anything else."""
     if isinstance(value, str):
         return value
-    if isinstance(value, bool):
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, bool) or not isinstance(value, int):
         return ""
-    if isinstance(value, int):
-        return str(value) if abs(value) < LARGEST_INTEGER else ""
-    return f"{value:.6g}" if isinstance(value, float) else ""
+    return str(value) if abs(value) < LARGEST_INTEGER else ""
 
 
 def is_empty(text: str) -> bool:

@@ -14,12 +14,12 @@ from int8run.lora.few_step import (
     detect_preset,
     get_preset,
     is_for_training_only,
-    list_differences,
     list_presets,
     load_table,
     parse_steps_in_name,
     warn_about_distilled_model,
 )
+from int8run.lora.few_step_differences import list_differences
 from int8run.models.sampling import Sampling
 
 ROWS = [(name, base) for name, entry in load_table()["presets"].items() for base in entry["bases"]]
