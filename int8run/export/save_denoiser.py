@@ -1,4 +1,8 @@
-"""Write a denoiser with INT8 layers to a file or a folder, one tensor at a time."""
+"""Write a denoiser with INT8 layers to a file or a folder, one tensor at a time.
+
+`pipeline.store_layers` calls it with a model that is in memory; `stream_quantizer` makes the same files
+without one. Both write what stands beside a weight by `weight_layers`.
+"""
 
 import functools
 import json
@@ -9,19 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from int8run.checkpoints.comfy_int8 import (
-    FACTOR,
-    SCALE,
-    WEIGHT,
-    encode_marker,
-    plan_int8_entries,
-    sibling_key,
-)
+from int8run.checkpoints.comfy_int8 import SCALE, WEIGHT, plan_int8_entries, sibling_key
 from int8run.checkpoints.data_hash import add_placeholder
 from int8run.checkpoints.provenance import PROVENANCE_KEY
-from int8run.checkpoints.quant_metadata import MARKER
 from int8run.checkpoints.writer import StreamWriter, TensorEntry
 from int8run.errors import ConfigError
+from int8run.export.weight_layers import find_weight_layer, iterate_transform_tensors
 from int8run.layers.int8_linear import Int8Linear
 from int8run.models.resolve_weights import CONFIG_NAME, WEIGHTS_NAME
 from int8run.models.state_dict_adapter import TensorPart, join_shapes, to_original
@@ -59,6 +56,7 @@ def save_denoiser(
     else becomes a diffusers folder.
 
     Args:
+        location: where to write.
         model: float, with a value for everything that is not in `layers`.
         layers: the INT8 layers by module name.
         note: how it was made, for the header.
@@ -72,13 +70,13 @@ def save_denoiser(
         FileError: when it cannot be written.
     """
     path = expand_path(location).absolute()
-    state = {
-        name: t
-        for name, t in model.state_dict().items()
-        if not (name.endswith(WEIGHT) and name.removesuffix(WEIGHT) in layers)
-    }
-    shapes = {name: tuple(t.shape) for name, t in state.items()}
-    shapes |= {name + WEIGHT: (layer.out_features, layer.in_features) for name, layer in layers.items()}
+    state = {}  # what stays float
+    for name, tensor in model.state_dict().items():
+        if find_weight_layer(layers, name) is None:
+            state[name] = tensor
+    shapes = list_shapes(state)
+    for name, layer in layers.items():
+        shapes[name + WEIGHT] = (layer.out_features, layer.in_features)
     if path.suffix == ".safetensors":
         write_tensors(path, to_original(shapes, type(model).__name__), layers, state, note)
         return path
@@ -87,16 +85,19 @@ def save_denoiser(
     return path / WEIGHTS_NAME
 
 
+def list_shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor, by name."""
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
 def find_fused_layers(model: nn.Module) -> list[list[str]]:
     """Modules that are one layer in a file with the authors' names."""
-    names = to_original(
-        {name: tuple(t.shape) for name, t in model.state_dict().items()}, type(model).__name__
-    )
-    return [
-        [part.key.removesuffix(WEIGHT) for part in parts]
-        for key, parts in names.items()
-        if len(parts) > 1 and key.endswith(WEIGHT)
-    ]
+    original_keys = to_original(list_shapes(model.state_dict()), type(model).__name__)
+    fused = []
+    for key, parts in original_keys.items():
+        if len(parts) > 1 and key.endswith(WEIGHT):
+            fused.append([part.key.removesuffix(WEIGHT) for part in parts])
+    return fused
 
 
 def write_tensors(
@@ -109,24 +110,25 @@ def write_tensors(
     """Write tensors under these names.
 
     Args:
+        path: of the file.
         names: key in the file -> the parameters that it holds, one after the other.
+        layers: the INT8 layers by module name.
+        state: everything else by name.
+        note: how it was made, for the header.
 
     Raises:
         ConfigError: when parameters under one key cannot be one tensor.
     """
     entries: list[TensorEntry] = []
-    shapes = {name: tuple(t.shape) for name, t in state.items()}
+    shapes = list_shapes(state)
     for key, parts in names.items():
-        made = get_int8_parts(key, parts, layers)
-        if made:
-            rows, columns = sum(layer.out_features for layer in made), made[0].in_features
-            entries += plan_int8_entries(key, (rows, columns), made[0].transform)
+        int8_parts = get_int8_parts(key, parts, layers)
+        if int8_parts:
+            rows, columns = sum(layer.out_features for layer in int8_parts), int8_parts[0].in_features
+            entries += plan_int8_entries(key, (rows, columns), int8_parts[0].transform)
         else:
-            entries.append(
-                TensorEntry(
-                    key, DTYPE_NAMES[get_joined_dtype(parts, state)], join_shapes(parts, shapes) or ()
-                )
-            )
+            dtype_name = DTYPE_NAMES[get_joined_dtype(parts, state)]
+            entries.append(TensorEntry(key, dtype_name, join_shapes(parts, shapes) or ()))
     metadata = {"format": "pt", PROVENANCE_KEY: json.dumps(add_placeholder(note))}
     with StreamWriter(path, entries, metadata) as writer:
         for key, parts in names.items():
@@ -139,19 +141,18 @@ def iterate_pieces(
     key: str, parts: tuple[TensorPart, ...], layers: Mapping[str, Int8Linear], state: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, Any]]:
     """The data of one key and of what stands beside it, in pieces."""
-    made = get_int8_parts(key, parts, layers)
-    if not made:
+    int8_parts = get_int8_parts(key, parts, layers)
+    if not int8_parts:
+        dtype = get_joined_dtype(parts, state)
         for part in parts:
-            tensor = state[part.key]
-            yield key, part.extract(tensor.detach().to("cpu", get_joined_dtype(parts, state))).contiguous()
+            tensor = state[part.key].detach().to("cpu", dtype)
+            yield key, part.extract(tensor).contiguous()
         return
-    for part, layer in zip(parts, made, strict=True):
+    for part, layer in zip(parts, int8_parts, strict=True):
         weight = layer.read_quantized_weight()
         yield key, part.extract(weight.qdata.cpu()).contiguous()
         yield sibling_key(key, SCALE), part.extract(weight.scale.float().cpu()).contiguous()
-    yield sibling_key(key, MARKER), encode_marker(made[0].transform)
-    if made[0].transform.factor is not None:
-        yield sibling_key(key, FACTOR), made[0].transform.factor.float().cpu().contiguous()
+    yield from iterate_transform_tensors(key, int8_parts[0].transform)
 
 
 def get_int8_parts(
@@ -162,23 +163,22 @@ def get_int8_parts(
     Raises:
         ConfigError: when only some are INT8, or they were treated differently.
     """
-    made = {
-        part.key: layers.get(part.key.removesuffix(WEIGHT)) if part.key.endswith(WEIGHT) else None
-        for part in parts
-    }
-    found = [layer for layer in made.values() if layer is not None]
+    made = [find_weight_layer(layers, part.key) for part in parts]
+    found = [layer for layer in made if layer is not None]
+    if not found:
+        return []
     advice = "save to a folder, which keeps diffusers' own layers: save=my-int8/"
-    if found and len(found) < len(parts):
-        lone = next(name for name, layer in made.items() if layer is None)
+    if len(found) < len(parts):
+        lone = parts[made.index(None)].key
         raise ConfigError(
             f"{key} is one layer in the file, and {lone} of it is float where the rest is INT8; {advice}"
         )
-    for layer in found[1:]:
-        if not layer.transform.has_same_input_transform(found[0].transform):
-            labels = ", ".join(dict.fromkeys(layer.transform.label for layer in found))
-            raise ConfigError(
-                f"{key} is one layer in the file, and its parts were treated differently ({labels}); {advice}"
-            )
+    first, *others = found
+    if not all(layer.transform.has_same_input_transform(first.transform) for layer in others):
+        labels = ", ".join(dict.fromkeys(layer.transform.label for layer in found))
+        raise ConfigError(
+            f"{key} is one layer in the file, and its parts were treated differently ({labels}); {advice}"
+        )
     return found
 
 

@@ -1,219 +1,48 @@
 """Quantize a checkpoint from file to file, a few megabytes at a time: the model is never in memory.
 
-What is written is planned from the headers alone. Then one thread reads, one quantizes and one writes.
+task=quantize plans the new file with `stream_plan` and writes it with `write_targets`. One thread reads, one
+quantizes and one writes. Names of layers and families are not known here.
 """
 
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from int8run.checkpoints.comfy_int8 import (
-    FACTOR,
-    SCALE,
-    WEIGHT,
-    encode_marker,
-    plan_int8_entries,
-    sibling_key,
-)
-from int8run.checkpoints.detect import get_logical_shapes, is_scaled_fp8_marker
+from int8run.checkpoints.comfy_int8 import SCALE, WEIGHT, sibling_key
 from int8run.checkpoints.header import DTYPES
 from int8run.checkpoints.layer import FLOAT, CheckpointLayer
-from int8run.checkpoints.part_dtypes import PARAMETER, check_part_dtype
-from int8run.checkpoints.quant_metadata import MARKER
 from int8run.checkpoints.reader import TensorFiles
-from int8run.checkpoints.writer import StreamWriter, TensorEntry
+from int8run.checkpoints.writer import StreamWriter
 from int8run.errors import ConfigError, FileError
+from int8run.export.stream_plan import DTYPE_NAMES, QuantizationRecipe, Target
+from int8run.export.weight_layers import find_weight_layer, iterate_transform_tensors
 from int8run.kernels.cpu import rows as kernel
 from int8run.kernels.cpu.rows import RowSums, quantize_weight_rows
 from int8run.kernels.quantize_rowwise.reference import INT8_MAX
-from int8run.layers.plan import LayerPlan
-from int8run.models.state_dict_adapter import TensorPart, join_shapes
-from int8run.outlier.base import OutlierMethod, OutlierTransform
+from int8run.models.state_dict_adapter import TensorPart
+from int8run.outlier.base import OutlierTransform
 from int8run.ptq.quantize import check_weight
-from int8run.quant.rounding import AbsMax, Rounding
+from int8run.quant.rounding import AbsMax
 
 BLOCK_BYTES = 4 * 2**20  # of a weight that are read at a time
 BUFFERS = 3  # one that is read into, one that is quantized, one that is written
-DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-KeyParts = Mapping[str, tuple[TensorPart, ...]]
-
-
-@dataclass(frozen=True)
-class QuantizationRecipe:
-    """How layers become INT8.
-
-    Args:
-        dtype: of weights that are quantized in the source and are to be float.
-    """
-
-    outlier: OutlierMethod
-    rounding: Rounding
-    dtype: torch.dtype = torch.bfloat16
-
-
-@dataclass
-class Target:
-    """One tensor of the new file, and what is written beside it.
-
-    Args:
-        parts: rows of the source's tensors, one after the other; keys as they are in the source.
-        dtype: the format's word.
-        plan: of a weight with two dimensions.
-        copied: its integers are taken as they are.
-        transform: of an INT8 weight; one that is fitted to the weight itself is replaced when that was read.
-    """
-
-    key: str
-    parts: tuple[TensorPart, ...]
-    shape: tuple[int, ...]
-    dtype: str
-    plan: LayerPlan | None = None
-    copied: bool = False
-    transform: OutlierTransform = field(default_factory=OutlierTransform)
-
-    @property
-    def int8(self) -> bool:
-        """Whether it is written as INT8."""
-        return self.plan is not None and self.plan.skip_reason is None
-
-    def entries(self) -> list[TensorEntry]:
-        """What it adds to the new file."""
-        return (
-            plan_int8_entries(self.key, self.shape, self.transform)
-            if self.int8
-            else [TensorEntry(self.key, self.dtype, self.shape)]
-        )
-
-
-def keep_own_names(files: TensorFiles, stored: Mapping[str, CheckpointLayer]) -> KeyParts:
-    """Every tensor under its own name, without what stands beside quantized weights."""
-    beside = {key for layer in stored.values() for key in layer.sibling_keys}
-    return {key: (TensorPart(key),) for key in files if key not in beside and not is_scaled_fp8_marker(key)}
-
-
-def plan_targets(
-    files: TensorFiles,
-    stored: Mapping[str, CheckpointLayer],
-    names: KeyParts,
-    why_float: Callable[[str, tuple[TensorPart, ...]], str | None],
-    recipe: QuantizationRecipe,
-) -> list[Target]:
-    """What the new file will hold, in the order in which the source is read best.
-
-    Args:
-        stored: the source's weights by name.
-        names: key in the new file -> what it is made of.
-        why_float: the reason why a weight (its new key, its parts) stays float, or None.
-
-    Raises:
-        FileError: when tensors that are to be one do not go together.
-    """
-    shapes = get_logical_shapes(files, stored)
-    transforms: dict[int, OutlierTransform] = {}  # by width: what a method does to any weight of it
-    targets = []
-    for key, parts in names.items():
-        shape = join_shapes(parts, shapes)
-        if shape is None:
-            listed = ", ".join(f"{part.key} {list(shapes[part.key])}" for part in parts)
-            raise FileError(
-                f"{files.path}: {listed} are to be one tensor, {key}, and their shapes do not go together; "
-                "the file is damaged"
-            )
-        layers = [
-            stored.get(part.key.removesuffix(WEIGHT)) if part.key.endswith(WEIGHT) else None for part in parts
-        ]
-        check_can_be_written(key, parts, files)
-        target = Target(
-            key,
-            parts,
-            shape,
-            choose_float_dtype([files[part.key].dtype for part in parts], layers, recipe.dtype),
-        )
-        matrices = [layer for layer in layers if layer is not None and len(layer.shape) == 2]
-        if matrices and len(matrices) == len(parts):
-            plan_layer(target, matrices, files, why_float(key, parts), recipe, transforms)
-        targets.append(target)
-    place = {key: i for i, key in enumerate(files)}
-    return sorted(targets, key=lambda target: min(place[part.key] for part in target.parts))
-
-
-def check_can_be_written(key: str, parts: Sequence[TensorPart], files: TensorFiles) -> None:
-    """Check that tensors can be written: copied as they are, or joined as floats where their dtypes differ.
-
-    Args:
-        key: of the tensor in the new file.
-        parts: what it is made of.
-        files: the source.
-
-    Raises:
-        FileError: for numbers of less than a byte, and integers that are to be one tensor with floats.
-    """
-    infos = [files[part.key] for part in parts]
-    is_mixed = len({info.dtype for info in infos}) > 1
-    for info in infos:
-        if DTYPES[info.dtype].bits < 8:
-            raise FileError(
-                f"{info.file}: {info.key} is {info.dtype}, which int8run cannot write into {key}; "
-                "take a checkpoint in another format"
-            )
-        if is_mixed and not info.key.endswith(WEIGHT):  # weights were looked at when they were classified
-            check_part_dtype(info, PARAMETER)
-
-
-def plan_layer(
-    target: Target,
-    layers: Sequence[CheckpointLayer],
-    files: TensorFiles,
-    why: str | None,
-    recipe: QuantizationRecipe,
-    transforms: dict[int, OutlierTransform],
-) -> None:
-    """Decide what becomes of a weight with two dimensions."""
-    rows, columns = sum(layer.rows for layer in layers), layers[0].columns
-    target.plan = plan = LayerPlan(target.key.removesuffix(WEIGHT), columns, rows, why)
-    if target.shape != (rows, columns) or not target.key.endswith(WEIGHT):
-        plan.skip_reason = why or "no matrix in this naming"
-        return
-    if not rows * columns:
-        plan.skip_reason = why or "empty"
-        return
-    if all(layer.is_exact for layer in layers):
-        found = [layer.read_transform(files) for layer in layers]
-        if all(transform.has_same_input_transform(found[0]) for transform in found):
-            target.transform, target.copied = found[0], True
-            plan.skip_reason, plan.outlier, plan.rounding = None, found[0].label, "as in the source"
-            return
-    if why is not None:
-        return
-    plan.rounding = recipe.rounding.name
-    plan.outlier_skip_reason = recipe.outlier.unsupported_reason(columns) or ""
-    if not plan.outlier_skip_reason:
-        if columns not in transforms:
-            transforms[columns] = recipe.outlier.fit(torch.ones(1, columns), None)
-        target.transform = transforms[columns]
-    plan.outlier = target.transform.label
-
-
-def choose_float_dtype(
-    words: Sequence[str], layers: Sequence[CheckpointLayer | None], dtype: torch.dtype
-) -> str:
-    """The dtype of a tensor that stays float: its own, unless it has a scale, which is multiplied in."""
-    scaled = [layer is not None and layer.granularity != "" for layer in layers]
-    found = {DTYPE_NAMES[dtype] if s else word for word, s in zip(words, scaled, strict=True)}
-    return found.pop() if len(found) == 1 else "F32"
 
 
 @dataclass(frozen=True)
 class Block:
     """Rows of one tensor of the source, as many as are processed at a time.
 
-    `rows` is None for all of a tensor without dimensions.
+    Args:
+        target: that they belong to.
+        key: of the tensor.
+        rows: None: all of a tensor without dimensions.
+        last: whether it is the last block of the target.
     """
 
     target: Target
@@ -228,12 +57,12 @@ def check_finite_values(path: Path, key: str, data: Tensor) -> None:
     Raises:
         FileError: naming the tensor.
     """
+    if data.dtype not in DTYPE_NAMES:
+        return
     # a sum is quicker than a look at each number, and finite if they all are, but for overflow
-    if (
-        data.dtype in DTYPE_NAMES
-        and not math.isfinite(data.sum(dtype=torch.float32).item())
-        and not data.isfinite().all()
-    ):
+    if math.isfinite(data.sum(dtype=torch.float32).item()):
+        return
+    if not data.isfinite().all():
         raise FileError(f"{path}: {key} holds NaN or infinity; the file is damaged")
 
 
@@ -249,26 +78,47 @@ def iterate_blocks(
 def iterate_row_spans(
     part: TensorPart, files: TensorFiles, stored: Mapping[str, CheckpointLayer]
 ) -> Iterator[tuple[str, slice | None]]:
-    """The rows of one part in pieces; halves that change places come the other way round."""
-    layer = stored.get(part.key.removesuffix(WEIGHT)) if part.key.endswith(WEIGHT) else None
-    shape = files[part.key].shape if layer is None or len(layer.shape) != 2 else (layer.rows, layer.columns)
+    """The rows of one part in pieces; halves that change places come the other way round.
+
+    Args:
+        part: rows of a tensor of the source.
+        files: the source.
+        stored: the source's weights by name.
+    """
+    layer = find_weight_layer(stored, part.key)
+    shape = files[part.key].shape
+    if layer is not None and len(layer.shape) == 2:
+        shape = (layer.rows, layer.columns)
     if not shape:
         yield part.key, None
         return
     first, end, _ = (part.rows or slice(None)).indices(shape[0])
-    half = end - (end - first) // 2
-    row_bytes = math.prod(shape[1:]) * max(1, DTYPES[files[part.key].dtype][0] // 8)
-    step = max(1, BLOCK_BYTES // max(1, row_bytes))
-    if layer is not None and layer.storage_dtype != FLOAT:
-        # its numbers become float32 on the way; some kinds are undone as a whole
-        step = (
-            max(1, step // 4)
-            if layer.granularity != "transposed" and layer.outlier_method != "quip"
-            else shape[0]
-        )
-    for start, stop in ((half, end), (first, half)) if part.swap_halves else ((first, end),):
+    spans = [(first, end)]
+    if part.swap_halves:
+        half = end - (end - first) // 2
+        spans = [(half, end), (first, half)]
+    step = count_block_rows(shape, DTYPES[files[part.key].dtype].bits, layer)
+    for start, stop in spans:
         for row in range(start, stop, step):
             yield part.key, slice(row, min(row + step, stop))
+
+
+def count_block_rows(shape: Sequence[int], bits: int, layer: CheckpointLayer | None) -> int:
+    """How many rows of a tensor are one block.
+
+    Args:
+        shape: of the tensor.
+        bits: of one number in the file.
+        layer: whose weight it is.
+    """
+    row_bytes = math.prod(shape[1:]) * max(1, bits // 8)
+    rows = max(1, BLOCK_BYTES // max(1, row_bytes))
+    if layer is None or layer.storage_dtype == FLOAT:
+        return rows
+    # weights that are stored as [K, N], or transformed on both sides, are dequantized as a whole
+    if layer.granularity == "transposed" or layer.outlier_method == "quip":
+        return shape[0]
+    return max(1, rows // 4)  # one byte becomes float32 on the way
 
 
 class Streamer:
@@ -277,7 +127,10 @@ class Streamer:
     All errors are raised by `run`.
 
     Args:
+        files: the source.
+        stored: the source's weights by name.
         writer: has an entry for everything that the targets add.
+        recipe: how layers become INT8.
         on_bytes: called with the number of bytes read, for progress.
     """
 
@@ -289,13 +142,11 @@ class Streamer:
         recipe: QuantizationRecipe,
         on_bytes: Callable[[int], None],
     ):
-        self.files, self.stored, self.writer, self.recipe, self.on_bytes = (
-            files,
-            stored,
-            writer,
-            recipe,
-            on_bytes,
-        )
+        self.files = files
+        self.stored = stored
+        self.writer = writer
+        self.recipe = recipe
+        self.on_bytes = on_bytes
         self.sources = [torch.empty(BLOCK_BYTES, dtype=torch.uint8) for _ in range(BUFFERS)]
         self.results = [torch.empty(BLOCK_BYTES // 2, dtype=torch.int8) for _ in range(BUFFERS - 1)]
         self.writes: deque[tuple[Future[None], list[Tensor], Tensor | None]] = deque()
@@ -345,8 +196,9 @@ class Streamer:
             Float weights as the file has them; quantized ones dequantized, in float32, or where they are
             copied their integers.
         """
-        layer = self.stored.get(block.key.removesuffix(WEIGHT)) if block.key.endswith(WEIGHT) else None
-        if layer is not None and layer.granularity and not block.target.copied:
+        layer = find_weight_layer(self.stored, block.key)
+        is_dequantized = layer is not None and layer.granularity != "" and not block.target.copied
+        if layer is not None and is_dequantized:
             found = layer.read_weight(self.files, block.rows).contiguous()
         elif self.files.get_byte_range(block.key, block.rows)[1] <= buffer.numel():
             found = self.files.read_into(block.key, block.rows, buffer)
@@ -358,7 +210,9 @@ class Streamer:
     def held(self, block: Block) -> slice | None:
         """The rows in the file: a weight that is stored as [K, N] is one block."""
         layer = self.stored.get(block.key.removesuffix(WEIGHT))
-        return None if layer is not None and layer.granularity == "transposed" else block.rows
+        if layer is not None and layer.granularity == "transposed":
+            return None
+        return block.rows
 
     def handle(self, block: Block, buffer: Tensor, reading: "Future[Tensor]") -> None:
         """What happens to a block once it is read."""
@@ -373,9 +227,8 @@ class Streamer:
             check_finite_values(self.files.path, block.key, data)
             self.write(target.key, self.convert(block, data), self.sources, buffer)
         if block.last and target.int8:
-            self.write(sibling_key(target.key, MARKER), encode_marker(target.transform), self.sources)
-            if target.transform.factor is not None:
-                self.write(sibling_key(target.key, FACTOR), target.transform.factor, self.sources)
+            for key, tensor in iterate_transform_tensors(target.key, target.transform):
+                self.write(key, tensor, self.sources)
             self.judge(target)
         self.on_bytes(self.files.get_byte_range(block.key, self.held(block))[1])
 
@@ -400,23 +253,21 @@ class Streamer:
         """One scale for each row of a weight whose integers are copied. Returns float32 [rows, 1]."""
         rows = block.rows
         assert rows is not None
-        return (
-            self.stored[block.key.removesuffix(WEIGHT)]
-            .read_scales(self.files, rows.start, rows.stop)
-            .contiguous()
-        )
+        layer = self.stored[block.key.removesuffix(WEIGHT)]
+        return layer.read_scales(self.files, rows.start, rows.stop).contiguous()
 
     def quantize(self, block: Block, data: Tensor) -> None:
         """Quantize the rows of a block and let them be written. data: float [rows, K]."""
         target, (rows, columns) = block.target, data.shape
         if not self.sums:
             self.fit(target)
-        buffer = (
-            self.free(self.results)
-            if rows * columns <= BLOCK_BYTES // 2
-            else torch.empty(rows * columns, dtype=torch.int8)
-        )
-        q, scale = buffer[: rows * columns].view(rows, columns), torch.empty(rows, 1)
+        num_values = rows * columns
+        if num_values <= BLOCK_BYTES // 2:
+            buffer = self.free(self.results)
+        else:
+            buffer = torch.empty(num_values, dtype=torch.int8)
+        q = buffer[:num_values].view(rows, columns)
+        scale = torch.empty(rows, 1)
         sums = self.round(data, q, scale, target.transform)
         if not sums.finite:
             assert target.plan is not None
@@ -426,11 +277,19 @@ class Streamer:
                 "checkpoint"
             )
         self.sums.append(sums)
-        self.write(target.key, q, self.results, buffer if buffer.numel() == BLOCK_BYTES // 2 else None)
+        is_pooled = buffer.numel() == BLOCK_BYTES // 2
+        self.write(target.key, q, self.results, buffer if is_pooled else None)
         self.write(sibling_key(target.key, SCALE), scale, self.results)
 
     def round(self, data: Tensor, q: Tensor, scale: Tensor, transform: OutlierTransform) -> RowSums:
-        """Transform and round rows into `q` and `scale`."""
+        """Transform and round rows into `q` and `scale`.
+
+        Args:
+            data: float [rows, K].
+            q: int8 [rows, K], is filled.
+            scale: float32 [rows, 1], is filled.
+            transform: of the weight.
+        """
         if isinstance(self.recipe.rounding, AbsMax):
             return quantize_weight_rows(data, q, scale, transform.factor, transform.rotation)
         x = kernel.transform_rows(data.float(), transform.factor, transform.rotation)
@@ -463,13 +322,14 @@ class Streamer:
         """Note in the plan how good the integers are."""
         assert target.plan is not None
         if not target.copied:
-            signal, noise = sum(s.signal for s in self.sums), sum(s.noise for s in self.sums)
+            signal = sum(sums.signal for sums in self.sums)
+            noise = sum(sums.noise for sums in self.sums)
+            saturated = sum(sums.saturated for sums in self.sums)
+            has_error = signal and noise
             target.plan.measured["weight_sqnr_db"] = (
-                10 * math.log10(signal / noise) if signal and noise else math.inf
+                10 * math.log10(signal / noise) if has_error else math.inf
             )
-            target.plan.measured["saturated_share"] = sum(s.saturated for s in self.sums) / math.prod(
-                target.shape
-            )
+            target.plan.measured["saturated_share"] = saturated / math.prod(target.shape)
         self.sums = []
 
 
@@ -482,8 +342,26 @@ def write_targets(
     recipe: QuantizationRecipe,
     on_bytes: Callable[[int], None] = lambda count: None,
 ) -> int:
-    """Write the targets to a file. Returns its size."""
-    with StreamWriter(path, [entry for target in targets for entry in target.entries()], metadata) as writer:
+    """Write the targets to a file.
+
+    Args:
+        files: the source.
+        stored: the source's weights by name.
+        targets: as `plan_targets` gives them.
+        path: of the new file.
+        metadata: of its header.
+        recipe: how layers become INT8.
+        on_bytes: called with the number of bytes read, for progress.
+
+    Returns:
+        The size of the file in bytes.
+
+    Raises:
+        ConfigError: for a weight that cannot be quantized.
+        FileError: when the source cannot be read or the new file not be written.
+    """
+    entries = [entry for target in targets for entry in target.list_entries()]
+    with StreamWriter(path, entries, metadata) as writer:
         Streamer(files, stored, writer, recipe, on_bytes).run(targets)
         writer.finish()
         return writer.nbytes

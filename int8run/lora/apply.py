@@ -190,6 +190,13 @@ class DynamicLayer(Int8LoraLayer):
             # a float copy of the weight would have to follow every strength of an adapter that scales rows
             layer.float_weight = None
 
+    def switch_branch(self, *, on: bool) -> None:
+        """Put the branch beside its layer, or take it off for as long as the layer's own time is measured."""
+        layer = self.layer
+        layer.adapter = self.branch if on else None
+        if self.row_factors and self.float_weight is not None:
+            layer.float_weight = None if on else self.float_weight.to(layer.scale.device)
+
     @torch.no_grad()
     def restore(self) -> None:
         """Take the branch off, and bring back the scales and the float copy of the weight."""

@@ -72,6 +72,7 @@ def check_repository(repository: str, setting: str, revision: str | None = None)
 
     # each version has another library for the network, whose errors these are made from
     network_errors = cast(tuple[type[Exception], ...], HfHubHTTPError.__bases__)
+    errors: tuple[type[Exception], ...] = (OSError, HFValidationError, *network_errors)
     if has_snapshot(repository, revision):
         return
     hub = HfApi()
@@ -79,7 +80,7 @@ def check_repository(repository: str, setting: str, revision: str | None = None)
         info = hub.model_info(repository, revision=revision, timeout=TIMEOUT_S, files_metadata=True)
         if info.gated:
             hub.auth_check(repository)
-    except (OSError, HFValidationError, *network_errors) as error:
+    except errors as error:
         raise make_access_error(repository, setting, error, revision) from error
     num_bytes = 0
     for file in info.siblings or ():

@@ -104,7 +104,7 @@ def measure_lora_overhead(
     def run_step(*, has_branches: bool) -> None:
         # takes a few microseconds for each layer, both times the same
         for layer in built.loras.dynamic_layers:
-            layer.switch_branch(has_branches)
+            layer.switch_branch(on=has_branches)
         for call in calls:
             denoiser(**call)
 

@@ -13,7 +13,7 @@ from int8run.checkpoints.comfy_int8 import WEIGHT
 from int8run.checkpoints.detect import get_logical_shapes
 from int8run.checkpoints.layer import CheckpointLayer
 from int8run.checkpoints.reader import TensorFiles
-from int8run.export.stream_quantizer import keep_own_names
+from int8run.export.stream_plan import keep_own_names
 from int8run.models.detect_family import detect_denoiser
 from int8run.models.family import AutoFamily, ModelFamily, load_families
 from int8run.models.key_mapping import KeyMapping, load_mappings

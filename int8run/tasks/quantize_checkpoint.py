@@ -29,15 +29,15 @@ from int8run.checkpoints.writer import make_write_error
 from int8run.config.job import Job
 from int8run.config.run_spec import RunSpec
 from int8run.errors import ConfigError
-from int8run.export.stream_quantizer import (
+from int8run.export.stream_plan import (
     DTYPE_NAMES,
     KeyParts,
     QuantizationRecipe,
     Target,
     keep_own_names,
     plan_targets,
-    write_targets,
 )
+from int8run.export.stream_quantizer import write_targets
 from int8run.layers.plan import LayerPlan
 from int8run.models.resolve_weights import (
     CONFIG_NAME,

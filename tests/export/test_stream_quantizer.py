@@ -23,7 +23,8 @@ from int8run.checkpoints.detect import read_layers
 from int8run.checkpoints.reader import TensorFiles
 from int8run.errors import ConfigError, FileError
 from int8run.export import stream_quantizer as module
-from int8run.export.stream_quantizer import QuantizationRecipe, keep_own_names, plan_targets, write_targets
+from int8run.export.stream_plan import QuantizationRecipe, keep_own_names, plan_targets
+from int8run.export.stream_quantizer import write_targets
 from int8run.models.state_dict_adapter import TensorPart
 from int8run.outlier.convrot import ConvRot
 from int8run.outlier.hadanorm import HadaNorm
@@ -472,18 +473,18 @@ def test_a_disk_that_fills_up(tmp_path, monkeypatch, left):
 SLOW = """
 import sys, time
 from pathlib import Path
-from int8run.export import stream_quantizer as module
+from int8run.export import stream_plan, stream_quantizer as module
 from int8run.checkpoints.detect import read_layers
 from int8run.checkpoints.reader import TensorFiles
 from int8run.outlier.none import NoOutlier
 from int8run.quant.rounding import AbsMax
 
 module.BLOCK_BYTES = 4096
-recipe = module.QuantizationRecipe(NoOutlier(), AbsMax())
+recipe = stream_plan.QuantizationRecipe(NoOutlier(), AbsMax())
 files = TensorFiles.open(Path(sys.argv[1]))
 stored = read_layers(files)
-names = module.keep_own_names(files, stored)
-targets = module.plan_targets(files, stored, names, lambda key, parts: None, recipe)
+names = stream_plan.keep_own_names(files, stored)
+targets = stream_plan.plan_targets(files, stored, names, lambda key, parts: None, recipe)
 done = []
 
 def slow(count):
@@ -517,7 +518,7 @@ MEMORY = """
 import sys
 from pathlib import Path
 import torch
-from int8run.export import stream_quantizer as module
+from int8run.export import stream_plan, stream_quantizer as module
 from int8run.checkpoints.detect import read_layers
 from int8run.checkpoints.reader import TensorFiles
 from int8run.outlier.convrot import ConvRot
@@ -529,13 +530,13 @@ def peak():
     high_water = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
     return int(high_water.split()[1]) / 1024
 
-recipe = module.QuantizationRecipe(ConvRot(), AbsMax())
+recipe = stream_plan.QuantizationRecipe(ConvRot(), AbsMax())
 
 def convert(source, target):
     files = TensorFiles.open(Path(source))
     stored = read_layers(files)
-    names = module.keep_own_names(files, stored)
-    targets = module.plan_targets(files, stored, names, lambda key, parts: None, recipe)
+    names = stream_plan.keep_own_names(files, stored)
+    targets = stream_plan.plan_targets(files, stored, names, lambda key, parts: None, recipe)
     module.write_targets(files, stored, targets, Path(target), {}, recipe)
 
 convert(sys.argv[1], sys.argv[3])

@@ -22,7 +22,7 @@ from int8run.checkpoints.reader import TensorFiles
 from int8run.config.compose import create_run_spec, get_plain_config
 from int8run.config.job import Job
 from int8run.errors import ConfigError, FileError
-from int8run.export.stream_quantizer import QuantizationRecipe, plan_targets
+from int8run.export.stream_plan import QuantizationRecipe, plan_targets
 from int8run.models.family import load_families
 from int8run.models.resolve_weights import ASSETS_FOLDER, ResolvedWeights
 from int8run.models.state_dict_adapter import find_prefix, join_shapes, to_original
