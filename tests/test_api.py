@@ -41,7 +41,7 @@ def location(tmp_path_factory: pytest.TempPathFactory) -> str:
 def build_by_command(location: str, *words: str) -> BuiltModel:
     """What `int8run` makes of a model with these words."""
     size = ["sampler.height=16", "sampler.width=16", "sampler.steps=2", "backend=reference"]
-    return build_model(make_spec([location, *size, *words]), PROBE, [], Progress(False))
+    return build_model(make_spec([location, *size, *words]), PROBE, [], Progress(enabled=False))
 
 
 def predict(model: nn.Module, call: dict[str, object]) -> Tensor:

@@ -71,7 +71,7 @@ def build_variant(backend: str, outlier: str, batch: int) -> Variant:
     with initialize_config_module("int8run.conf", version_base="1.3"):
         spec = create_run_spec(compose("config", overrides))
     samples = build_samples(["red apple"] * batch, 1, 0)
-    built = build_model(spec, samples, [], Progress(False))
+    built = build_model(spec, samples, [], Progress(enabled=False))
     float_denoiser = built.denoisers["float"]
     calls = capture_step(built.pipe, built.component, float_denoiser, samples, spec.sampling)
     return Variant(backend, outlier, built, calls[0])

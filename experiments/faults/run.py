@@ -27,16 +27,8 @@ from mlflow.entities import Run
 
 from int8run.jobs.manifest import read_manifest
 from int8run.tracking import mlflow_payload
-from int8run.tracking.run_record import (
-    FAILED,
-    FINISHED,
-    KILLED,
-    RUNNING,
-    Record,
-    find_records,
-    is_process_gone,
-    read_record,
-)
+from int8run.tracking.process_identity import is_process_gone
+from int8run.tracking.run_record import FAILED, FINISHED, KILLED, RUNNING, Record, find_records, read_record
 
 sys.path.append(str(Path(__file__).parents[2] / "tests"))
 

@@ -19,7 +19,8 @@ from pathlib import Path
 from PIL import Image
 
 from int8run.tracking.mlflow_tracker import MlflowTracker
-from int8run.tracking.run_record import FINISHED, Record, describe_process, read_record
+from int8run.tracking.process_identity import describe_process
+from int8run.tracking.run_record import FINISHED, Record, read_record
 
 METRICS, STEPS, LAYERS = 60, 30, 150
 

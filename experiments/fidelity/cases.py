@@ -81,7 +81,7 @@ def read_tiny(width: int) -> Iterator[Case]:
     """
     with initialize_config_module("int8run.conf", version_base="1.3"):
         spec = create_run_spec(compose("config", ["tracker=none", "device=cpu", "sampler.batch=1"]))
-    quiet = Progress(False)
+    quiet = Progress(enabled=False)
     loaded = load_model(select_load_settings(spec, needs_float_denoiser=True), quiet)
     model, family = loaded.denoiser, loaded.family
     plans = [p for p in plan_layers(model, family.find_skip_reason) if p.skip_reason is None]

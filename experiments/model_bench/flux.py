@@ -162,7 +162,7 @@ def quantize_with_int8run(
         rows=count_layer_rows(model, chosen, [call]),
         prequantized=None,
         loras=LoraStack(model),
-        progress=Progress(False),
+        progress=Progress(enabled=False),
     ).denoiser
 
 

@@ -41,7 +41,7 @@ def run_alone(overrides: list[str]) -> None:
 
     _, configs = compose_jobs(overrides, multirun=True)
     specs = sorted((create_run_spec(config) for config in configs), key=lambda spec: spec.build_key)
-    progress = Progress(False)
+    progress = Progress(enabled=False)
     for spec in specs:
         headers = read_lora_headers(spec.lora, spec.model.lora_base, None)
         samples = build_samples(spec.prompts.read(), spec.prompts.seeds_per_prompt, spec.seed)

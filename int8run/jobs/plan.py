@@ -20,13 +20,13 @@ from int8run.jobs.folders import clear_job_folder, refuse_shared_folder
 from int8run.jobs.job import make_job
 from int8run.jobs.manifest import SweepManifest
 from int8run.tracking.base import Tracker
+from int8run.tracking.process_identity import describe_process
 from int8run.tracking.run_record import (
     FINISHED,
     KILLED,
     KILLED_MESSAGE,
     RUNNING,
     Record,
-    describe_process,
     find_records,
     hash_config,
     read_record,

@@ -28,9 +28,13 @@ def compute_encoder_metrics(plans: Sequence[LayerPlan], pairs: Iterable[tuple[An
     if sqnr:
         metrics["clip/weight_sqnr_db_mean"] = sum(sqnr) / len(sqnr)
         metrics["clip/weight_sqnr_db_min"] = min(sqnr)
-    results = [result for reference, actual in pairs for result in compare_embeddings(reference, actual)]
-    if results:
-        cosines, errors = zip(*results, strict=True)
+    cosines: list[float] = []
+    errors: list[float] = []
+    for reference, actual in pairs:
+        for cosine, error in compare_embeddings(reference, actual):
+            cosines.append(cosine)
+            errors.append(error)
+    if cosines:
         metrics["clip/cosine_mean"] = sum(cosines) / len(cosines)
         metrics["clip/cosine_min"] = min(cosines)
         metrics["clip/rel_err"] = sum(errors) / len(errors)
@@ -66,12 +70,15 @@ def compute_embedding_cosine(a: Tensor, b: Tensor) -> float:
     The mean over tokens keeps a few tokens with huge embeddings from hiding the others.
 
     Args:
-        a, b: [..., tokens, K].
+        a: embeddings of a prompt, [..., tokens, K].
+        b: others of the same prompt, [..., tokens, K].
     """
-    return torch.nn.functional.cosine_similarity(a.double(), b.double(), dim=-1).mean().item()
+    cosines = torch.nn.functional.cosine_similarity(a.double(), b.double(), dim=-1)  # [..., tokens]
+    return cosines.mean().item()
 
 
 def compute_relative_error(reference: Tensor, actual: Tensor) -> float:
     """Norm of the difference over the norm of the reference."""
     reference, actual = reference.double(), actual.double()
-    return ((actual - reference).norm() / reference.norm()).item()
+    ratio: Tensor = (actual - reference).norm() / reference.norm()
+    return ratio.item()

@@ -76,8 +76,9 @@ def is_linear_or_convolution(module: nn.Module) -> bool:
 def count_macs_per_output(layer: Any) -> int:
     """Multiply-adds for one number of a layer's output."""
     if hasattr(layer, "in_features"):
-        return layer.in_features
-    return layer.weight[0].numel()  # [out, in / groups, *kernel]
+        return int(layer.in_features)
+    weight: Tensor = layer.weight  # [out, in / groups, *kernel]
+    return weight[0].numel()
 
 
 def compute_int8_shares(

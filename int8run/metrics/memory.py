@@ -1,4 +1,4 @@
-"""Peak memory of a generation."""
+"""Peak memory of a generation, as the system or the GPU keeps it. `generate` resets and reads it."""
 
 import resource
 import sys
@@ -29,9 +29,10 @@ def read_peak_bytes(device: torch.device) -> float:
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if STATUS.is_file():
-        for line in STATUS.read_text().splitlines():
-            if line.startswith(PEAK_LINE):
-                return int(line.split()[1]) * 1024
+    lines = STATUS.read_text().splitlines() if STATUS.is_file() else []
+    for line in lines:
+        if line.startswith(PEAK_LINE):
+            kibibytes = int(line.split()[1])  # `VmHWM:  12345 kB`
+            return kibibytes * 1024
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kibibytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

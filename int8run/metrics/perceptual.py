@@ -59,9 +59,9 @@ def load_measures(names: Iterable[str], smallest_side: int) -> dict[str, Measure
 
 
 def load_ms_ssim(side: int) -> Measure:
-    """SSIM over five scales with the weights of Wang et al. 2003.
+    """SSIM over five scales with the weights of Wang et al. 2003, as torchmetrics computes it.
 
-    As in torchmetrics: a scale whose mean contrast term is negative counts as 0, the last scale mirrors
+    A scale whose mean contrast term is negative counts as 0, the last scale mirrors
     its border.
     """
     check_side(side, MS_SSIM_SIDE)
@@ -71,7 +71,7 @@ def load_ms_ssim(side: int) -> Measure:
 
 
 def load_lpips(side: int) -> Measure:
-    """LPIPS of Zhang et al. 2018, AlexNet, version 0.1.
+    """LPIPS of Zhang et al. 2018 (arXiv:1801.03924), AlexNet, version 0.1.
 
     torchmetrics ships the weights of its layers, torchvision downloads those of AlexNet.
     """
@@ -140,7 +140,8 @@ def compute_effnet_features(network: Any, image: Tensor) -> Tensor:
     """
     size = (EFFNET_SIDE, EFFNET_SIDE)
     resized = F.interpolate(image, size, mode="bicubic", antialias=True).clamp(0, 1)
-    return network.extract_features((255 * resized - 127) / 128).mean((2, 3))
+    features: Tensor = network.extract_features((255 * resized - 127) / 128)  # [1, 1280, 7, 7]
+    return features.mean((2, 3))
 
 
 def compute_cosine_distance(a: Tensor, b: Tensor) -> float:
@@ -158,7 +159,7 @@ def load_clip_score(side: int) -> Measure:
     It is computed for the candidate and for the float image. CLIP reads 77 tokens of a prompt; the rest is
     ignored.
     """
-    from huggingface_hub.errors import HTTPError  # of the HTTP library that the hub uses
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined,unused-ignore]
     from safetensors import SafetensorError
     from torchmetrics.functional.multimodal import clip_score
 
@@ -170,11 +171,14 @@ def load_clip_score(side: int) -> Measure:
 
     def process(**inputs: Any) -> Any:
         # A text that is cut by the tokenizer keeps its end token, whose features are the text's.
-        return processor(**inputs, truncation=True) if "text" in inputs else processor(**inputs)
+        if "text" in inputs:
+            return processor(**inputs, truncation=True)
+        return processor(**inputs)
 
     def score(image: Tensor, prompt: str) -> float:
         pixels = (255 * image[0]).round().byte()
-        return clip_score(pixels, prompt, lambda: (BareFeatures(model), process)).item()
+        result: Tensor = clip_score(pixels, prompt, lambda: (BareFeatures(model), process))
+        return result.item()
 
     return lambda a, b, prompt: {"clip_score": score(a, prompt), "float/clip_score": score(b, prompt)}
 
@@ -184,7 +188,7 @@ def load_clip() -> tuple[Any, Any]:
     from huggingface_hub import constants, hf_hub_url
     from transformers import CLIPModel, CLIPProcessor
 
-    def load(local: bool) -> tuple[Any, Any]:
+    def load(*, local: bool) -> tuple[Any, Any]:
         model = CLIPModel.from_pretrained(
             CLIP, local_files_only=local, use_safetensors=True, dtype=torch.float32
         )

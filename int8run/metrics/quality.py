@@ -39,10 +39,10 @@ def compare_generations(
 ) -> list[SampleQuality]:
     """Compare each image or video with the float model's; videos frame by frame.
 
-    `psnr_db` has data range 1 and is infinite for identical images. `ssim` is Wang et al. 2004 with a
-    Gaussian window of 11x11, sigma 1.5. `latent_rel_err` is `|a - b| / |b|` of the last latents, all frames
-    together. `ms_ssim` is added where all images are large enough for it. `clip_score` uses the first, the
-    middle and the last frame of a video.
+    `psnr_db` has data range 1 and is infinite for identical images. `ssim` is Wang et al. 2004
+    (doi 10.1109/TIP.2003.819861) with a Gaussian window of 11x11, sigma 1.5. `latent_rel_err` is
+    `|a - b| / |b|` of the last latents, all frames together. `ms_ssim` is added where all images are large
+    enough for it. `clip_score` uses the first, the middle and the last frame of a video.
 
     Args:
         candidate: of the INT8 model.
@@ -51,12 +51,7 @@ def compare_generations(
         perceptual: names of metrics in `metrics.perceptual` to add. One that cannot be computed is skipped
             with a warning.
     """
-    smallest_side = min(
-        min(frame.size)
-        for generation in (candidate, baseline)
-        for frames in generation.frames
-        for frame in frames
-    )
+    smallest_side = min(find_smallest_side(candidate), find_smallest_side(baseline))
     always = ["ms_ssim"] if smallest_side >= MS_SSIM_SIDE else []
     measures = load_measures(dict.fromkeys([*always, *perceptual]), smallest_side)
 
@@ -66,13 +61,19 @@ def compare_generations(
     qualities = []
     for frames, float_frames, latents, float_latents, prompt in samples:
         frame_metrics = compare_frames(frames, float_frames, prompt, measures)
-        values = {
-            name: float(np.mean([metrics[name] for metrics in frame_metrics if name in metrics]))
-            for name in frame_metrics[0]
-        }
+        values = {}
+        for name in frame_metrics[0]:
+            # a metric of the key frames alone is missing from the others
+            measured = [metrics[name] for metrics in frame_metrics if name in metrics]
+            values[name] = float(np.mean(measured))
         values["latent_rel_err"] = compute_relative_error(latents[-1], float_latents[-1])
         qualities.append(SampleQuality(values, frame_metrics))
     return qualities
+
+
+def find_smallest_side(generation: Generation) -> int:
+    """The shorter side of the smallest image, in pixels."""
+    return min(min(frame.size) for frames in generation.frames for frame in frames)
 
 
 def compare_frames(
@@ -102,12 +103,14 @@ def compute_psnr(x: Tensor, y: Tensor) -> float:
     """Peak signal-to-noise ratio in dB of two images [1, 3, H, W] in 0..1; infinite for identical ones."""
     if torch.equal(x, y):
         return math.inf
-    return peak_signal_noise_ratio(x, y, data_range=1.0).item()
+    psnr: Tensor = peak_signal_noise_ratio(x, y, data_range=1.0)
+    return psnr.item()
 
 
 def compute_ssim(x: Tensor, y: Tensor) -> float:
     """SSIM of two images [1, 3, H, W] in 0..1."""
     ssim = structural_similarity_index_measure(x, y, data_range=1.0, gaussian_kernel=True, sigma=1.5)
+    assert isinstance(ssim, Tensor)  # and not a tuple with its maps, which are asked for with other arguments
     return ssim.item()
 
 
@@ -120,12 +123,11 @@ def select_key_frames(num_frames: int) -> dict[str, int]:
 
 def average_quality(samples: Sequence[SampleQuality]) -> dict[str, float]:
     """The mean over samples of each metric, under its public name; `float/…` is one already."""
-    return {
-        name if "/" in name else f"quality/{name}": float(
-            np.mean([sample.values[name] for sample in samples])
-        )
-        for name in samples[0].values
-    }
+    means = {}
+    for name in samples[0].values:
+        public_name = name if "/" in name else f"quality/{name}"
+        means[public_name] = float(np.mean([sample.values[name] for sample in samples]))
+    return means
 
 
 def average_frames(samples: Sequence[SampleQuality], name: str) -> list[float]:
@@ -136,10 +138,10 @@ def average_frames(samples: Sequence[SampleQuality], name: str) -> list[float]:
 
 def compute_trajectory_error(candidate: Generation, baseline: Generation) -> list[float]:
     """Relative latent error after each step, mean over samples: where the candidate drifts away."""
-    errors_of_samples = [
-        [compute_relative_error(x, y) for x, y in zip(latents, float_latents, strict=True)]
-        for latents, float_latents in zip(candidate.trajectories, baseline.trajectories, strict=True)
-    ]
+    errors_of_samples = []
+    for latents, float_latents in zip(candidate.trajectories, baseline.trajectories, strict=True):
+        steps = zip(latents, float_latents, strict=True)
+        errors_of_samples.append([compute_relative_error(x, y) for x, y in steps])
     return [float(np.mean(errors)) for errors in zip(*errors_of_samples, strict=True)]
 
 
@@ -154,4 +156,5 @@ def find_half_error_step(errors: Sequence[float]) -> int:
 def compute_relative_error(actual: Tensor, reference: Tensor) -> float:
     """Norm of the difference over the norm of the reference."""
     difference = torch.linalg.vector_norm(actual - reference)
-    return (difference / torch.linalg.vector_norm(reference)).item()
+    ratio: Tensor = difference / torch.linalg.vector_norm(reference)
+    return ratio.item()

@@ -40,7 +40,8 @@ class MetricsSettings:
         object.__setattr__(self, "perceptual", tuple(self.perceptual))
         for name in self.perceptual:
             check_choice("an entry of metrics.perceptual", name, PERCEPTUAL)
-            if self.perceptual.count(name) > 1:
+            is_repeated = self.perceptual.count(name) > 1
+            if is_repeated:
                 raise ConfigError(f"metrics.perceptual has {name!r} twice; name each metric once")
         if self.perceptual and self.baseline == "none":
             raise ConfigError(

@@ -13,7 +13,11 @@ def list_step_times(generation: Generation) -> list[float]:
 
     The first step of each batch, which includes text encoding, is left out where there are others.
     """
-    return [1000 * seconds for batch in generation.step_seconds for seconds in (batch[1:] or batch)]
+    times = []
+    for batch in generation.step_seconds:
+        timed = batch[1:] or batch
+        times += [1000 * seconds for seconds in timed]
+    return times
 
 
 def compute_speed(candidate: Generation, baseline: Generation | None) -> dict[str, float]:

@@ -31,9 +31,16 @@ def choose_caption_font(text: str, size: float) -> tuple[str, Font]:
         return text, ImageFont.load_default(size=size)
     path = find_font_file(frozenset(text))
     if path is None:
-        spelled = "".join(letter if is_plain(letter) else anyascii(letter) for letter in text)
-        return spelled, ImageFont.load_default(size=size)
+        return spell_with_latin(text), ImageFont.load_default(size=size)
     return text, ImageFont.truetype(path, size=size)
+
+
+def spell_with_latin(text: str) -> str:
+    """A text with the letters that Pillow's own font lacks spelled in Latin ones."""
+    letters = []
+    for letter in text:
+        letters.append(letter if is_plain(letter) else anyascii(letter))
+    return "".join(letters)
 
 
 def is_plain(letter: str) -> bool:
@@ -49,12 +56,12 @@ def find_font_file(letters: frozenset[str]) -> str | None:
 
     codes = {ord(letter) for letter in letters}
     own = str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")
-    regular = [
-        font.fname
-        for font in fontManager.ttflist
-        if font.style == "normal" and font.weight == 400 and not font.name.startswith(PLACEHOLDER_FONT)
-    ]
-    for path in [own, *sorted(set(regular))]:
+    regular = set()
+    for font in fontManager.ttflist:
+        is_regular = font.style == "normal" and font.weight == 400
+        if is_regular and not font.name.startswith(PLACEHOLDER_FONT):
+            regular.add(font.fname)
+    for path in [own, *sorted(regular)]:
         if codes <= read_letters(path):
             return path
     return None

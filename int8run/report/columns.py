@@ -66,9 +66,11 @@ class MetricColumn:
 
         shown = value * self.scale
         smallest_step = 10.0**-decimals
-        if 0 < shown < smallest_step / 2:
+        is_rounded_to_zero = 0 < shown < smallest_step / 2
+        if is_rounded_to_zero:
             return f"<{smallest_step:.{decimals}f}{self.suffix}"
-        if shown < self.ceiling <= round(shown, decimals):
+        is_rounded_to_ceiling = shown < self.ceiling <= round(shown, decimals)
+        if is_rounded_to_ceiling:
             return f">{self.ceiling - smallest_step:.{decimals}f}{self.suffix}"
         return f"{shown:.{decimals}f}{self.suffix}"
 

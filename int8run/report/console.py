@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from rich import get_console
 from rich import progress as bars
 from rich.cells import cell_len
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -111,8 +112,10 @@ def make_literal(table: Table) -> None:
     for column in table.columns:
         if isinstance(column.header, str):
             column.header = make_plain(column.header)
-        # rich offers no other way to change the cells of a table
-        column._cells = [make_plain(cell) if isinstance(cell, str) else cell for cell in column._cells]
+        cells: list[RenderableType] = []
+        for cell in column.cells:
+            cells.append(make_plain(cell) if isinstance(cell, str) else cell)
+        column._cells = cells  # rich offers no other way to change the cells of a table
 
 
 def print_text(text: Text) -> None:
@@ -170,7 +173,7 @@ class Progress:
         transient: the bars disappear when they are done, as in a sweep, where one line for each job stays.
     """
 
-    def __init__(self, enabled: bool, transient: bool = False):
+    def __init__(self, *, enabled: bool, transient: bool = False):
         self.enabled = enabled
         self.transient = transient
         self.has_bars = enabled and is_interactive()

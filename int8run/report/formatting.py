@@ -13,7 +13,9 @@ def format_duration(seconds: float) -> str:
     """`1:05:09` or `0:42`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+    if hours:
+        return f"{hours}:{minutes:02d}:{rest:02d}"
+    return f"{minutes}:{rest:02d}"
 
 
 def format_megabytes(nbytes: float) -> str:
@@ -39,5 +41,9 @@ def shorten_to_width(text: str, width: int) -> str:
     """
     if cell_len(text) <= width:
         return text
-    length = find_longest(len(text), lambda length: cell_len(shorten_text(text, length)) <= width)
+
+    def fits(length: int) -> bool:
+        return cell_len(shorten_text(text, length)) <= width
+
+    length = find_longest(len(text), fits)
     return shorten_text(text, length) if length else ""

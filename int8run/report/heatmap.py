@@ -85,20 +85,26 @@ def build_heatmap(runs: Sequence[Run], max_cells: int = MAX_CELLS) -> Heatmap | 
     if not with_layers:
         return None
 
-    layers_by_name = [{layer["name"]: layer for layer in run.record.layers} for run in with_layers]
     metrics = [choose_metric(run.record.layers) for run in with_layers]
     low, high = find_range(with_layers, metrics)
 
+    layers_of_runs = []  # of each run its layers by name
+    names: dict[str, None] = {}  # of the layers of all runs, in the order of the model
+    for run in with_layers:
+        layer_by_name = {layer["name"]: layer for layer in run.record.layers}
+        layers_of_runs.append(layer_by_name)
+        names |= dict.fromkeys(layer_by_name)
+
     rows = []
-    for name in dict.fromkeys(name for layers in layers_by_name for name in layers):
-        layers = [by_name.get(name) for by_name in layers_by_name]
-        cells = [
-            build_cell(layer, metric, low=low, high=high)
-            for layer, metric in zip(layers, metrics, strict=True)
-        ]
+    for name in names:
+        layers = [layer_by_name.get(name) for layer_by_name in layers_of_runs]
+        cells = []
+        for layer, metric in zip(layers, metrics, strict=True):
+            cells.append(build_cell(layer, metric, low=low, high=high))
         rows.append(build_row(name, cells, layers))
 
-    kept = keep_worst_rows(rows, max(1, max_cells // len(with_layers)))
+    max_rows = max(1, max_cells // len(with_layers))
+    kept = keep_worst_rows(rows, max_rows)
     return Heatmap(
         runs=with_layers,
         metrics=metrics,
@@ -117,13 +123,13 @@ def choose_metric(layers: Sequence[Mapping[str, str]]) -> str:
 
 def find_range(runs: Sequence[Run], metrics: Sequence[str]) -> tuple[float, float]:
     """The smallest and the largest finite value of all runs, in dB."""
-    values = [
-        read_sqnr(layer, metric)
-        for run, metric in zip(runs, metrics, strict=True)
-        for layer in run.record.layers
-    ]
-    finite = [value for value in values if value is not None and math.isfinite(value)] or [0.0]
-    return min(finite), max(finite)
+    finite = []
+    for run, metric in zip(runs, metrics, strict=True):
+        for layer in run.record.layers:
+            value = read_sqnr(layer, metric)
+            if value is not None and math.isfinite(value):
+                finite.append(value)
+    return min(finite, default=0.0), max(finite, default=0.0)
 
 
 def keep_worst_rows(rows: Sequence[HeatmapRow], max_rows: int) -> list[HeatmapRow]:
@@ -142,7 +148,10 @@ def read_sqnr(layer: Mapping[str, str], metric: str) -> float | None:
 def build_row(name: str, cells: list[HeatmapCell], layers: Sequence[Mapping[str, str] | None]) -> HeatmapRow:
     """A layer's cells with what is worst among them and why it is float."""
     worst_sqnr = min((cell.value for cell in cells if cell.value is not None), default=math.inf)
-    reasons = dict.fromkeys(layer["why_not"] for layer in layers if layer and layer.get("why_not"))
+    reasons: dict[str, None] = {}
+    for layer in layers:
+        if layer is not None and layer.get("why_not"):
+            reasons[layer["why_not"]] = None
     return HeatmapRow(name=name, cells=cells, worst_sqnr=worst_sqnr, float_reasons="; ".join(reasons))
 
 
@@ -152,7 +161,8 @@ def build_cell(layer: Mapping[str, str] | None, metric: str, *, low: float, high
     Args:
         layer: its row in layers.csv; None where the run has no such layer.
         metric: which ratio to show.
-        low, high: the values in dB that the colors span.
+        low: the value in dB that has the first color.
+        high: that of the last color.
     """
     if layer is None:
         return HeatmapCell(MISSING, "this run has no such layer")
@@ -165,8 +175,12 @@ def build_cell(layer: Mapping[str, str] | None, metric: str, *, low: float, high
     if value is None:
         return HeatmapCell(MISSING, f"not measured; {description}")
 
-    text = "equal" if math.isinf(value) else f"{value:.1f}"
-    return HeatmapCell(text, description, value, choose_color(value, low=low, high=high))
+    return HeatmapCell(
+        text="equal" if math.isinf(value) else f"{value:.1f}",
+        description=description,
+        value=value,
+        color=choose_color(value, low=low, high=high),
+    )
 
 
 def choose_color(value: float, *, low: float, high: float) -> int:

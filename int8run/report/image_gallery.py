@@ -134,6 +134,10 @@ class EmbeddedImages:
             self.nbytes += len(uri)
         return self._ids[digest]
 
+    def keep_first(self, number: int) -> None:
+        """Drop all but the images that were added first."""
+        self.uris = dict(islice(self.uris.items(), number))
+
     def encode(self, image: Image.Image) -> str:
         """The data URI of an image: exact where it is small, else of a thumbnail."""
         buffer = io.BytesIO()
@@ -170,21 +174,23 @@ def build_gallery(runs: Sequence[Run], *, max_bytes: int = MAX_BYTES, max_cells:
         files = [files_by_tag[run.tag].get(key) for run in columns]
         row = GalleryRow(format_caption(key), build_row(columns, files, images, max_bytes))
         if rows and images.nbytes > max_bytes:
-            images.uris = dict(islice(images.uris.items(), num_before))
+            images.keep_first(num_before)  # the row that was one too many
             break
         rows.append(row)
 
     rows = mark_first_images(rows)
-    left_out_keys = keys[len(rows) :]
-    num_left_out = sum(key in files_by_tag[run.tag] for key in left_out_keys for run in columns)
+    num_left_out = 0
+    for key in keys[len(rows) :]:
+        num_left_out += sum(key in files_by_tag[run.tag] for run in columns)
     notes = []
     if num_left_out:
         notes.append(
             f"{count_noun(num_left_out, 'image')} left out: a page holds at most {max_bytes / 1e6:g} MB of "
             f"images and {max_cells} cells. The runs' images/ folders have them all."
         )
-    notes += list_notes(rows, has_videos=any(key.frame for key in keys), has_thumbnails=images.has_thumbnails)
-    return Gallery(columns, rows, images.uris, notes)
+    has_videos = any(key.frame for key in keys)
+    notes += list_notes(rows, has_videos=has_videos, has_thumbnails=images.has_thumbnails)
+    return Gallery(runs=columns, rows=rows, uris=images.uris, notes=notes)
 
 
 def find_sample_files(run: Run) -> dict[SampleKey, SampleFiles]:
@@ -197,9 +203,11 @@ def find_sample_files(run: Run) -> dict[SampleKey, SampleFiles]:
         num_seen[prompt, seed] += 1
         names = sample.get("stills") or [sample["file"]]
         float_names = sample.get("float_stills") or [sample.get("float")]
-        float_names = [*float_names, *[None] * (len(names) - len(float_names))]
-        for name, float_name in zip(names, float_names, strict=False):
-            key = SampleKey(prompt, seed, num_seen[prompt, seed], name_frame(sample, name))
+        for position, name in enumerate(names):
+            float_name = float_names[position] if position < len(float_names) else None
+            key = SampleKey(
+                prompt=prompt, seed=seed, repeat=num_seen[prompt, seed], frame=name_frame(sample, name)
+            )
             found[key] = SampleFiles(
                 image=folder / name,
                 float_image=folder / float_name if float_name else None,
@@ -227,12 +235,13 @@ def build_row(
         max_bytes: of embedded images, after which cells stay empty.
     """
     cells = []
-    tag_of_image: dict[str | None, str] = {}
+    tag_of_image: dict[str, str] = {}  # the first run with an image, by the image's id
     for run, sample in zip(runs, files, strict=True):
         cell = build_cell(run, sample, images, max_bytes)
-        if cell.image is not None:
-            cell = replace(cell, same_as=tag_of_image.get(cell.image, ""))
-            tag_of_image.setdefault(cell.image, run.tag)
+        image = cell.image
+        if image is not None:
+            cell = replace(cell, same_as=tag_of_image.get(image, ""))
+            tag_of_image.setdefault(image, run.tag)
         cells.append(cell)
     return cells
 

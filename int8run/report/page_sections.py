@@ -61,11 +61,12 @@ class Command:
 
 def list_facts(runs: Sequence[Run]) -> list[tuple[str, str]]:
     """What ran, when and where, as term and text."""
-    facts = [("Runs", count_states(runs)), ("When", format_period([run.record for run in runs]))]
+    records = [run.record for run in runs]
+    facts = [("Runs", count_states(runs)), ("When", format_period(records))]
     values_by_term = {
-        "Machine": [describe_machine(run.record) for run in runs],
-        "Host": [str(run.record.status.get("host") or "") for run in runs],
-        "Model": [run.record.params.get("model", "") for run in runs],
+        "Machine": [describe_machine(record) for record in records],
+        "Host": [str(record.status.get("host") or "") for record in records],
+        "Model": [record.params.get("model", "") for record in records],
     }
     for term, values in values_by_term.items():
         known = [value for value in dict.fromkeys(values) if value]
@@ -81,20 +82,22 @@ def list_facts(runs: Sequence[Run]) -> list[tuple[str, str]]:
 
 def describe_sizes(runs: Sequence[Run]) -> str:
     """`, 96 × 96 pixels`: every size that was generated; empty for runs that do not say it."""
-    samples = [sample for run in runs for sample in run.record.images]
-    sizes = dict.fromkeys((s["width"], s["height"]) for s in samples if "width" in s and "height" in s)
+    sizes: dict[str, None] = {}
+    for run in runs:
+        for sample in run.record.images:
+            if "width" in sample and "height" in sample:
+                sizes[f"{sample['width']} × {sample['height']}"] = None
     if not sizes:
         return ""
-    return f", {' or '.join(f'{width} × {height}' for width, height in sizes)} pixels"
+    return f", {' or '.join(sizes)} pixels"
 
 
 def format_rounded(runs: Sequence[Run]) -> str:
     """What the pipelines did otherwise than asked: `sampler.width=100 to 96`; may be empty."""
-    changes = dict.fromkeys(
-        f"{name}={change['asked']} to {change['generated']}"
-        for run in runs
-        for name, change in run.record.rounded.items()
-    )
+    changes: dict[str, None] = {}
+    for run in runs:
+        for name, change in run.record.rounded.items():
+            changes[f"{name}={change['asked']} to {change['generated']}"] = None
     return ", ".join(changes)
 
 
@@ -104,7 +107,9 @@ def count_states(runs: Sequence[Run]) -> str:
     # Finished runs come first.
     states = sorted(tags_by_state, key=lambda state: state != FINISHED)
     counts = [f"{len(tags_by_state[state])} {state.lower()}" for state in states]
-    return counts[0] if len(counts) == 1 else f"{len(runs)}: {', '.join(counts)}"
+    if len(counts) == 1:
+        return counts[0]
+    return f"{len(runs)}: {', '.join(counts)}"
 
 
 def count_samples(runs: Sequence[Run]) -> str:
@@ -136,7 +141,9 @@ def format_utc(seconds: float) -> str:
 
 def select_deferred_images(gallery: Gallery) -> dict[str, str]:
     """The data URIs that no `<img>` of the page holds itself, by id: the script shows them on demand."""
-    held = {cell.image for row in gallery.rows for cell in row.cells if cell.is_first}
+    held = set()
+    for row in gallery.rows:
+        held |= {cell.image for cell in row.cells if cell.is_first}
     return {name: uri for name, uri in gallery.uris.items() if name not in held}
 
 
@@ -144,14 +151,15 @@ def describe_heatmap_metric(heatmap: Heatmap | None) -> str:
     """Which ratio the heatmap shows; empty without a heatmap."""
     if heatmap is None:
         return ""
-    weight_runs = [
-        run for run, metric in zip(heatmap.runs, heatmap.metrics, strict=True) if metric != OUTPUT_SQNR
-    ]
-    if not weight_runs:
+    weight_tags = []
+    for run, metric in zip(heatmap.runs, heatmap.metrics, strict=True):
+        if metric != OUTPUT_SQNR:
+            weight_tags.append(run.tag)
+    if not weight_tags:
         return "of each layer's output to the float layer's, for the same input"
-    if len(weight_runs) == len(heatmap.runs):
+    if len(weight_tags) == len(heatmap.runs):
         return "of each layer's weight; outputs were not measured"
-    return f"of each layer's output; of its weight in {format_tags([run.tag for run in weight_runs])}"
+    return f"of each layer's output; of its weight in {format_tags(weight_tags)}"
 
 
 # -- settings, environment, commands -------------------------------------------------------------------------
@@ -171,17 +179,20 @@ def compare_environments(runs: Sequence[Run]) -> list[tuple[str, list[FactValue]
     """Facts about machines and libraries, each with its different values and the runs that have them."""
     known = [run for run in runs if run.record.environment]
     facts_of_runs = []
+    names: dict[str, None] = {}
     for run in known:
         host = str(run.record.status.get("host", MISSING))
-        facts_of_runs.append(flatten_facts(run.record.environment) | {"host": host})
+        facts = flatten_facts(run.record.environment) | {"host": host}
+        facts_of_runs.append(facts)
+        names |= dict.fromkeys(facts)
 
     rows = []
-    for name in dict.fromkeys(name for facts in facts_of_runs for name in facts):
+    for name in names:
         tags_by_value = group_tags_by_value(known, [facts.get(name, MISSING) for facts in facts_of_runs])
-        is_common = len(tags_by_value) == 1
-        values = [
-            FactValue(text, "" if is_common else format_tags(tags)) for text, tags in tags_by_value.items()
-        ]
+        if len(tags_by_value) == 1:
+            values = [FactValue(text, tags="") for text in tags_by_value]
+        else:
+            values = [FactValue(text, format_tags(tags)) for text, tags in tags_by_value.items()]
         rows.append((name, values))
     return rows
 

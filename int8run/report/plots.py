@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from itertools import pairwise
 from typing import Any
 
 from matplotlib import rc_context
@@ -18,6 +17,14 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from int8run.report.label_placement import (
+    Box,
+    Position,
+    place_labels,
+    surround_dot,
+    surround_step_line,
+)
 
 # Colors that stand for the page's variables until the SVG is written.
 INK, MUTED, LINE = "#010101", "#020202", "#030303"
@@ -33,9 +40,6 @@ DASHES: tuple[tuple[int, ...], ...] = ((), (7, 3), (2, 2), (9, 2, 2, 2))
 WIDE, NARROW = 760, 350  # px; one for a screen, one for a phone
 SCATTER_HEIGHT, CURVES_HEIGHT = 380, 260  # px
 LABEL_FONT_SIZE = 11
-LABEL_DISTANCES = (9, 16, 26, 38, 52, 70, 90)  # px between a point and its label
-LABEL_DIRECTIONS = ((1, 0), (0, 1), (0, -1), (-1, 0), (1, 1), (1, -1), (-1, 1), (-1, -1))
-DOT_RADIUS = 6  # px that labels keep clear
 LEADER_DISTANCE = 14  # px; a label that is further from its point is joined to it by a line
 
 STYLE: Any = {
@@ -63,9 +67,6 @@ STYLE: Any = {
     "figure.facecolor": "none",
     "savefig.facecolor": "none",
 }
-
-Box = tuple[float, float, float, float]  # left, bottom, right, top
-Position = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -195,12 +196,13 @@ def draw_curves(
         values = [y for line in lines for _, y in line]
         level_of_equal = choose_level_of_equal(values)
         for i, line in enumerate(lines):
+            dashes = DASHES[i % len(DASHES)] or None  # None: a solid line
             axes.plot(
                 [x for x, _ in line],
                 [min(y, level_of_equal) for _, y in line],
                 "o",
                 color=SERIES[i % len(SERIES)],
-                linestyle=(0, DASHES[i % len(DASHES)] or None),
+                linestyle=(0, dashes),
                 linewidth=1.8,
                 markersize=5,
             )
@@ -253,9 +255,11 @@ def set_y_ticks(axes: Axes, level_of_equal: float, *, has_equal: bool) -> None:
     if has_equal:
         room = (high - low) / 12
         ticks = [tick for tick in ticks if tick < level_of_equal - room] + [level_of_equal]
-        axes.yaxis.set_major_formatter(
-            FuncFormatter(lambda value, _: "equal" if value == level_of_equal else f"{value:g}")
-        )
+
+        def format_tick(value: float, _: int | None) -> str:
+            return "equal" if value == level_of_equal else f"{value:g}"
+
+        axes.yaxis.set_major_formatter(FuncFormatter(format_tick))
     axes.set_yticks(ticks)
 
 
@@ -278,6 +282,7 @@ def label_points(
         heights: y of each point as drawn.
         corners: of the step line.
     """
+    # From here on the axes stay where they are: labels are placed in pixels.
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
@@ -285,13 +290,18 @@ def label_points(
     frame = (window.x0, window.y0, window.x1 + 8, window.y1 + 8)
 
     to_pixels = axes.transData.transform
-    all_spots = [tuple(to_pixels((point.x, y))) for point, y in zip(points, heights, strict=True)]
-    labelled = [(point, spot) for point, spot in zip(points, all_spots, strict=True) if point.label]
+    labelled: list[tuple[Point, Position]] = []
+    obstacles: list[Box] = []
+    for point, y in zip(points, heights, strict=True):
+        spot = tuple(to_pixels((point.x, y)))
+        if point.label:
+            labelled.append((point, spot))
+        else:
+            obstacles.append(surround_dot(spot))
+    obstacles += surround_step_line([tuple(to_pixels(corner)) for corner in corners])
+
     sizes = [measure_label(figure, point.label, renderer) for point, _ in labelled]
-    line_boxes = surround_step_line([tuple(to_pixels(corner)) for corner in corners])
-    other_dots = [surround_dot(s) for point, s in zip(points, all_spots, strict=True) if not point.label]
-    taken = [*other_dots, *line_boxes]
-    boxes = place_labels([spot for _, spot in labelled], sizes, frame, taken)
+    boxes = place_labels([spot for _, spot in labelled], sizes, frame, obstacles)
     for (point, spot), box in zip(labelled, boxes, strict=True):
         draw_label(axes, point, spot, box)
 
@@ -305,13 +315,6 @@ def measure_label(figure: Figure, label: str, renderer: Any) -> Position:
         box = text.get_window_extent(renderer)
     text.remove()
     return box.width, box.height
-
-
-def surround_step_line(corners: Sequence[Position]) -> list[Box]:
-    """Narrow boxes around the parts of a step line: across, then down."""
-    across = [(min(a[0], b[0]), b[1] - 2, max(a[0], b[0]), b[1] + 2) for a, b in pairwise(corners)]
-    down = [(a[0] - 2, min(a[1], b[1]), a[0] + 2, max(a[1], b[1])) for a, b in pairwise(corners)]
-    return [*across, *down]
 
 
 def draw_label(axes: Axes, point: Point, spot: Position, box: Box) -> None:
@@ -342,71 +345,7 @@ def draw_label(axes: Axes, point: Point, spot: Position, box: Box) -> None:
     )
 
 
-def place_labels(
-    spots: Sequence[Position], sizes: Sequence[Position], frame: Box, taken: Sequence[Box] = ()
-) -> list[Box]:
-    """A box for each label: inside the frame, near its point, clear of points and other labels if possible.
-    Lengths are in pixels; y points up. The first labels choose first.
-
-    Args:
-        spots: of the points.
-        sizes: width and height of each label.
-        frame: where labels may be.
-        taken: further boxes to keep clear of.
-    """
-    dots = list(map(surround_dot, spots))
-    placed: list[Box] = []
-    for spot, size in zip(spots, sizes, strict=True):
-        obstacles = [*placed, *dots, *taken]
-        options = list_label_boxes(spot, size, frame)
-        # `min` takes the first of the clearest: options come in the order of preference.
-        placed.append(min(options, key=lambda box: sum(compute_overlap(box, other) for other in obstacles)))
-    return placed
-
-
-def surround_dot(spot: Position) -> Box:
-    """The box around a point that labels keep clear of."""
-    x, y = spot
-    return x - DOT_RADIUS, y - DOT_RADIUS, x + DOT_RADIUS, y + DOT_RADIUS
-
-
-def list_label_boxes(spot: Position, size: Position, frame: Box) -> list[Box]:
-    """Where a label may go: around its point, the nearest places first, each moved into the frame."""
-    x, y = spot
-    width, height = min(size[0], frame[2] - frame[0]), size[1]
-    boxes = []
-    for distance in LABEL_DISTANCES:
-        for dx, dy in LABEL_DIRECTIONS:
-            left = x + dx * distance + align(dx, width)
-            bottom = y + dy * distance + align(dy, height)
-            left = min(max(left, frame[0]), frame[2] - width)
-            bottom = min(max(bottom, frame[1]), frame[3] - height)
-            boxes.append((left, bottom, left + width, bottom + height))
-    return boxes
-
-
-def align(direction: int, length: float) -> float:
-    """Offset of a label's lower edge on one axis, so that it begins, is centered or ends beside its point."""
-    if direction < 0:
-        return -length
-    return 0.0 if direction > 0 else -length / 2
-
-
-def compute_overlap(a: Box, b: Box) -> float:
-    """The area that two boxes share."""
-    width = min(a[2], b[2]) - max(a[0], b[0])
-    height = min(a[3], b[3]) - max(a[1], b[1])
-    return max(0.0, width) * max(0.0, height)
-
-
 # -- SVG -----------------------------------------------------------------------------------------------------
-
-
-def adapt_tag(tag: str, name: str) -> str:
-    """A tag of the SVG with the page's font and colors, and with ids of this plot."""
-    tag = re.sub(r" font-family: [^;]*;", "", tag)
-    tag = re.sub("|".join(PAGE_COLORS), lambda match: PAGE_COLORS[match.group()], tag)
-    return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", tag)
 
 
 def to_svg(figure: Figure, name: str, description: str, titles: Mapping[str, str]) -> str:
@@ -418,19 +357,15 @@ def to_svg(figure: Figure, name: str, description: str, titles: Mapping[str, str
         description: for screen readers.
         titles: by id, shown when the pointer rests on that part.
     """
-    buffer = io.StringIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")
-        figure.savefig(buffer, format="svg")
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>|<defs>\s*<style.*?</style>\s*</defs>", "", svg, flags=re.DOTALL)
+    svg = write_svg(figure)
     # In tags alone: a label is free to say `#010101` or `id="x"`.
     svg = re.sub(r"<[^>]+>", lambda match: adapt_tag(match.group(), name), svg)
 
     def add_title(match: re.Match[str]) -> str:
         title = titles.get(match[1])
-        return match.group() if title is None else f"{match.group()}<title>{escape(title)}</title>"
+        if title is None:
+            return match.group()
+        return f"{match.group()}<title>{escape(title)}</title>"
 
     svg = re.sub(rf'<g id="{name}-([^"]*)">', add_title, svg)
 
@@ -441,3 +376,21 @@ def to_svg(figure: Figure, name: str, description: str, titles: Mapping[str, str
     )
     after_opening = svg[svg.index(">") + 1 :]
     return re.sub(r"\s*\n\s*", "\n", opening + after_opening)
+
+
+def write_svg(figure: Figure) -> str:
+    """What matplotlib writes, without what stands before the element, its metadata and its style."""
+    buffer = io.StringIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph")
+        figure.savefig(buffer, format="svg")
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    return re.sub(r"<metadata>.*?</metadata>|<defs>\s*<style.*?</style>\s*</defs>", "", svg, flags=re.DOTALL)
+
+
+def adapt_tag(tag: str, name: str) -> str:
+    """A tag of the SVG with the page's font and colors, and with ids of this plot."""
+    tag = re.sub(r" font-family: [^;]*;", "", tag)
+    tag = re.sub("|".join(PAGE_COLORS), lambda match: PAGE_COLORS[match.group()], tag)
+    return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", tag)

@@ -7,8 +7,6 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
-from typing import Any
 
 from rich import box, get_console
 from rich.cells import cell_len
@@ -18,6 +16,7 @@ from rich.text import Text
 from int8run.report.columns import (
     DENOISER_BYTES,
     LATENT_ERROR,
+    MISSING,
     PSNR_DB,
     SAME_FILE_LAYERS,
     SAME_FILE_LIMITS,
@@ -27,6 +26,7 @@ from int8run.report.columns import (
 )
 from int8run.report.console import make_plain
 from int8run.report.formatting import format_decibels, format_megabytes, shorten_to_width
+from int8run.report.missing_metrics import explain_missing
 from int8run.tracking.run_record import FINISHED, Record, shorten_keys, split_override
 from int8run.utils.text import make_visible
 
@@ -154,10 +154,15 @@ class ResultRows:
         value = self.metrics.get(metric)
         if value is None:
             return
-        float_value = self.metrics.get(f"float/{metric.rpartition('/')[2]}")
-        float_text = "–" if float_value is None else form(float_value)
-        ratio_text = f"{ratio(float_value, value):.2f}×" if ratio and float_value and value else ""
-        self.table.add_row(label, float_text, form(value), ratio_text)
+        _, _, name = metric.rpartition("/")
+        float_value = self.metrics.get(f"float/{name}")
+        if float_value is None:
+            self.table.add_row(label, MISSING, form(value), "")
+            return
+        ratio_text = ""
+        if ratio is not None and float_value and value:
+            ratio_text = f"{ratio(float_value, value):.2f}×"
+        self.table.add_row(label, form(float_value), form(value), ratio_text)
 
     def add_value(self, label: str, metric: str, form: Format) -> None:
         """A metric that only the candidate has; no row where it is missing."""
@@ -248,27 +253,28 @@ def build_sweep_table(records: Sequence[Record], varying: Sequence[str]) -> Tabl
         metrics.pop()
     room = width - measure_columns([*fixed, *metrics])
     shown, left_out = fit_settings(settings, room)
-    return build_text_table([number, *shown, *metrics, *states], describe_left_out(left_out))
+    notes = [*describe_left_out(left_out), *explain_empty_cells(records, num_metrics=len(metrics))]
+    return build_text_table([number, *shown, *metrics, *states], caption="\n".join(notes))
 
 
 def build_metric_columns(records: Sequence[Record]) -> list[TextColumn]:
     """A column for each metric that a job has, headed and written as in the report."""
     columns = []
-    for metric in SWEEP_METRICS:
+    for metric in list_shared_metrics(records):
         values = [get_number(record, metric) for record in records]
-        known = [value for value in values if value is not None]
-        if known:
-            column = find_column(metric)
-            decimals = column.choose_decimals(known)
-            cells = [column.format(value, decimals) for value in values]
-            columns.append(TextColumn(column.heading, cells, is_number=True))
+        column = find_column(metric)
+        decimals = column.choose_decimals([value for value in values if value is not None])
+        cells = [column.format(value, decimals) for value in values]
+        columns.append(TextColumn(column.heading, cells, is_number=True))
     return columns
 
 
 def get_number(record: Record, metric: str) -> float | None:
     """A metric of a job; None where it is missing or NaN."""
     value = record.metrics.get(metric)
-    return None if value is None or math.isnan(value) else value
+    if value is None or math.isnan(value):
+        return None
+    return value
 
 
 def list_states(records: Sequence[Record]) -> list[TextColumn]:
@@ -298,26 +304,68 @@ def fit_settings(columns: Sequence[TextColumn], room: int) -> tuple[list[TextCol
     Returns:
         The columns with room, and those without any.
     """
-    least_widths = [column.shorten(MIN_SETTING_WIDTH).width for column in columns]
-    ends = accumulate(width + COLUMN_GAP for width in least_widths)
-    num_shown = sum(end <= room for end in ends)
-    shown, left_out = list(columns[:num_shown]), list(columns[num_shown:])
+    num_shown = 0
+    least_room = 0
+    for column in columns:
+        least_room += column.shorten(MIN_SETTING_WIDTH).width + COLUMN_GAP
+        if least_room > room:
+            break
+        num_shown += 1
+    shown, left_out = columns[:num_shown], columns[num_shown:]
 
-    widths = [column.width for column in shown]
-    room_for_text = room - COLUMN_GAP * num_shown
+    limit = choose_width_limit([column.width for column in shown], room - COLUMN_GAP * num_shown)
+    return [column.shorten(limit) for column in shown], list(left_out)
+
+
+def choose_width_limit(widths: Sequence[int], room: int) -> int:
+    """The width to which settings are shortened, so that all of them have room together.
+
+    Args:
+        widths: of the columns, in characters.
+        room: for their texts, in characters.
+    """
     limit = MAX_SETTING_WIDTH
-    while limit > MIN_SETTING_WIDTH and sum(min(width, limit) for width in widths) > room_for_text:
+    while limit > MIN_SETTING_WIDTH and sum(min(width, limit) for width in widths) > room:
         limit -= 1
-    return [column.shorten(limit) for column in shown], left_out
+    return limit
 
 
-def describe_left_out(columns: Sequence[TextColumn]) -> str:
+def describe_left_out(columns: Sequence[TextColumn]) -> list[str]:
     """What a narrow table says below it; empty where nothing is left out."""
     if not columns:
-        return ""
+        return []
     names = ", ".join(column.title for column in columns)
     shown = "shows it" if len(columns) == 1 else "shows them"
-    return f"no room for {names}; a wider terminal or the report {shown}"
+    return [f"no room for {names}; a wider terminal or the report {shown}"]
+
+
+def explain_empty_cells(records: Sequence[Record], num_metrics: int) -> list[str]:
+    """Why finished jobs lack a metric that others have, a line for each reason.
+
+    Args:
+        records: of the jobs. Of one that is not finished the state says why.
+        num_metrics: how many columns of metrics are shown.
+    """
+    numbers_by_reason: dict[str, dict[int, None]] = {}
+    for metric in list_shared_metrics(records)[:num_metrics]:
+        for record in records:
+            if record.state == FINISHED and get_number(record, metric) is None:
+                reason = explain_missing(record, metric)
+                numbers_by_reason.setdefault(reason, {})[record.number] = None
+    lines = []
+    for reason, numbers in numbers_by_reason.items():
+        jobs = "job" if len(numbers) == 1 else "jobs"
+        lines.append(f"{MISSING} in {jobs} {', '.join(map(str, numbers))}: {reason}")
+    return lines
+
+
+def list_shared_metrics(records: Sequence[Record]) -> list[str]:
+    """The metrics of the table that a job has."""
+    shared = []
+    for metric in SWEEP_METRICS:
+        if any(get_number(record, metric) is not None for record in records):
+            shared.append(metric)
+    return shared
 
 
 def measure_columns(columns: Sequence[TextColumn]) -> int:
@@ -330,11 +378,11 @@ def build_text_table(columns: Sequence[TextColumn], caption: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, caption_justify="left")
     table.caption = caption or None
     for column in columns:
-        added: dict[str, Any] = {"header": Text(column.title), "style": column.style}
+        header = Text(column.title)
         if column.is_number:
-            table.add_column(**added, justify="right", min_width=column.width)
+            table.add_column(header, style=column.style, justify="right", min_width=column.width)
         else:
-            table.add_column(**added, width=column.width)
+            table.add_column(header, style=column.style, width=column.width)
     for cells in zip(*(column.cells for column in columns), strict=True):
         table.add_row(*map(make_plain, cells))
     return table

@@ -38,22 +38,26 @@ def write_layers_csv(plans: Sequence[LayerPlan], path: Path) -> None:
         writer = csv.DictWriter(file, LAYER_COLUMNS)
         writer.writeheader()
         for plan in plans:
-            measured = {name: f"{value:.6g}" for name, value in plan.measured.items()}
-            writer.writerow(
-                {
-                    "name": plan.name,
-                    "out_features": plan.out_features,
-                    "in_features": plan.in_features,
-                    "quantized": "true" if plan.skip_reason is None else "false",
-                    "why_not": plan.skip_reason or "",
-                    "outlier": plan.outlier,
-                    "outlier_why_not": plan.outlier_skip_reason,
-                    "rounding": plan.rounding,
-                    "backend_asked": plan.backend_asked,
-                    "backend_used": plan.backend_used,
-                    **measured,
-                }
-            )
+            writer.writerow(build_layer_row(plan))
+
+
+def build_layer_row(plan: LayerPlan) -> dict[str, object]:
+    """The row of a layer in `layers.csv`, by column."""
+    is_quantized = plan.skip_reason is None
+    measured = {name: f"{value:.6g}" for name, value in plan.measured.items()}
+    return {
+        "name": plan.name,
+        "out_features": plan.out_features,
+        "in_features": plan.in_features,
+        "quantized": "true" if is_quantized else "false",
+        "why_not": plan.skip_reason or "",
+        "outlier": plan.outlier,
+        "outlier_why_not": plan.outlier_skip_reason,
+        "rounding": plan.rounding,
+        "backend_asked": plan.backend_asked,
+        "backend_used": plan.backend_used,
+        **measured,
+    }
 
 
 def write_json(data: object, path: Path) -> None:
@@ -68,8 +72,8 @@ def write_json(data: object, path: Path) -> None:
 
 def replace_non_finite(value: object) -> object:
     """A value with its non-finite floats as strings, in mappings and sequences at any depth."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
     if isinstance(value, Mapping):
         return {str(key): replace_non_finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -24,13 +24,24 @@ class StrengthCurves:
     lines: Mapping[str, list[tuple[float, Run]]]
     excluded: list[str]
 
+    @property
+    def strengths(self) -> set[float]:
+        """The strengths of all points."""
+        return {strength for line in self.lines.values() for strength, _ in line}
+
 
 def build_strength_curves(runs: Sequence[Run]) -> list[StrengthCurves]:
     """The curves of each LoRA strength that has at least two values among the measured runs."""
     measured = select_measured(runs)
     keys = find_varying_settings(measured)
-    curves = [group_by_strength(measured, key, keys) for key in keys if STRENGTH_KEY.fullmatch(key)]
-    return [c for c in curves if len({strength for line in c.lines.values() for strength, _ in line}) > 1]
+    found = []
+    for key in keys:
+        if not STRENGTH_KEY.fullmatch(key):
+            continue
+        curves = group_by_strength(measured, key, keys)
+        if len(curves.strengths) > 1:
+            found.append(curves)
+    return found
 
 
 def group_by_strength(runs: Sequence[Run], strength_key: str, keys: Sequence[str]) -> StrengthCurves:
@@ -49,9 +60,10 @@ def group_by_strength(runs: Sequence[Run], strength_key: str, keys: Sequence[str
         if strength is None:
             excluded.append(run.tag)
             continue
-        others = [
-            format_setting(short_keys[key], run.varied_settings[key]) for key in keys if key != strength_key
-        ]
+        others = []
+        for key in keys:
+            if key != strength_key:
+                others.append(format_setting(short_keys[key], run.varied_settings[key]))
         lines.setdefault(" ".join(others) or "all runs", []).append((strength, run))
     for line in lines.values():
         line.sort(key=lambda point: point[0])

@@ -29,11 +29,6 @@ SMALLER_IS_BETTER = (
     "fallback_layers",
 )
 METRIC_NAMES = {"quality/psnr_db": "PSNR"}
-OUTCOME_PHRASES = {
-    "quality/psnr_db": lambda value: f"PSNR {format_decibels(value)}",
-    "speed/ratio_vs_float": lambda value: f"{value:.2f}× float's speed",
-    "speed/step_ms_p50": lambda value: f"{value:.1f} ms per step",
-}
 
 
 class SweepProgress:
@@ -47,7 +42,7 @@ class SweepProgress:
         enabled: whether to show anything.
     """
 
-    def __init__(self, total: int, finished: Sequence[Record], objective: str | None, enabled: bool):
+    def __init__(self, total: int, finished: Sequence[Record], objective: str | None, *, enabled: bool):
         self.total = total
         self.num_ended = len(finished)
         self.num_ran = 0  # in this process and its workers
@@ -71,17 +66,14 @@ class SweepProgress:
         if not self.enabled:
             return
 
-        line = " · ".join(
-            [
-                f"Job {record.number} ({shorten_value(record.name)}): {describe_outcome(record)}",
-                self.describe_remaining(),
-                *self.describe_best(),
-            ]
-        )
+        outcome = f"Job {record.number} ({shorten_value(record.name)}): {describe_outcome(record)}"
+        line = " · ".join([outcome, self.describe_remaining(), *self.describe_best()])
         if is_interactive():
             print_lines(line)
+        elif record.state == FINISHED:
+            log.info("%s", line)
         else:
-            log.log(logging.INFO if record.state == FINISHED else logging.ERROR, "%s", line)
+            log.error("%s", line)
 
     def describe_remaining(self) -> str:
         """`2 of 4 done, 1:00 elapsed, about 2:00 left`."""
@@ -105,16 +97,23 @@ def describe_outcome(record: Record) -> str:
     """How a job ended: its main metrics, or its error."""
     if record.state != FINISHED:
         return textwrap.shorten(f"{record.state}: {record.error}", MAX_ERROR_LENGTH, placeholder=" …")
-    phrases = [
-        phrase(record.metrics[name]) for name, phrase in OUTCOME_PHRASES.items() if name in record.metrics
-    ]
+    metrics = record.metrics
+    phrases = []
+    if "quality/psnr_db" in metrics:
+        phrases.append(f"PSNR {format_decibels(metrics['quality/psnr_db'])}")
+    if "speed/ratio_vs_float" in metrics:
+        phrases.append(f"{metrics['speed/ratio_vs_float']:.2f}× float's speed")
+    if "speed/step_ms_p50" in metrics:
+        phrases.append(f"{metrics['speed/step_ms_p50']:.1f} ms per step")
     return ", ".join(phrases) or "finished"
 
 
 def format_metric(record: Record, name: str) -> str:
     """One metric of a job as text."""
     value = record.metrics[name]
-    return format_decibels(value) if name.endswith("_db") else f"{value:.4g}"
+    if name.endswith("_db"):
+        return format_decibels(value)
+    return f"{value:.4g}"
 
 
 def choose_better(best: Record | None, record: Record, objective: str | None) -> Record | None:
@@ -127,14 +126,17 @@ def choose_better(best: Record | None, record: Record, objective: str | None) ->
     """
     if objective is None:
         return None
-    value = record.metrics.get(objective) if record.state == FINISHED else None
+    if record.state != FINISHED:
+        return best
+    value = record.metrics.get(objective)
     if value is None or math.isnan(value):
         return best
     if best is None:
         return record
-    best_value = best.metrics[objective]
-    is_better = value < best_value if is_smaller_better(objective) else value > best_value
-    return record if is_better else best
+    gain = value - best.metrics[objective]
+    if is_smaller_better(objective):
+        gain = -gain
+    return record if gain > 0 else best
 
 
 def is_smaller_better(metric: str) -> bool:

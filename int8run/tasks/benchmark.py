@@ -109,7 +109,7 @@ def run_benchmark(spec: RunSpec, job: Job, rounds: int) -> None:
     Raises:
         ConfigError: when the model has no layer to quantize.
     """
-    progress = Progress(spec.progress)
+    progress = Progress(enabled=spec.progress)
     loaded = load_model(select_load_settings(spec, needs_float_denoiser=True), progress)
     plans = [plan for plan in loaded.plan_layers() if plan.skip_reason is None]
     if not plans:

@@ -193,7 +193,7 @@ def write_file(spec: RunSpec, source: ResolvedWeights, plan: FilePlan) -> int:
     """
     metadata = build_metadata(plan.files, spec, plan.checkpoint, plan.layer_plans)
     num_megabytes = count_megabytes(plan.files)
-    with Progress(spec.progress).track_loop("Quantizing megabytes", num_megabytes) as advance:
+    with Progress(enabled=spec.progress).track_loop("Quantizing megabytes", num_megabytes) as advance:
         bytes_written = write_targets(
             plan.files, plan.layers, plan.targets, plan.path, metadata, plan.recipe, MegabyteProgress(advance)
         )

@@ -491,7 +491,7 @@ def write_file(spec: RunSpec, weights: EncoderFile, plan: EncoderFilePlan) -> in
     num_megabytes = count_megabytes(weights.files)
     with (
         StreamWriter(plan.path, entries, metadata) as writer,
-        Progress(spec.progress).track_loop("Quantizing megabytes", num_megabytes) as advance,
+        Progress(enabled=spec.progress).track_loop("Quantizing megabytes", num_megabytes) as advance,
     ):
         on_bytes = MegabyteProgress(advance)
         for target in plan.targets:

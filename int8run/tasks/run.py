@@ -112,7 +112,7 @@ def run(spec: RunSpec, job: Job) -> RunResult:
     inputs = RunInputs(
         headers=headers,
         writer=ImageWriter(spec, samples, job.output_dir),
-        progress=Progress(spec.progress, transient=job.sweep is not None),
+        progress=Progress(enabled=spec.progress, transient=job.sweep is not None),
     )
     with reported_when_stopped(inputs.writer):
         return generate_and_measure(spec, job, inputs)

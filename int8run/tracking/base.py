@@ -98,7 +98,8 @@ class Tracker(Protocol):
 class NoTracker:
     """`tracker=none`: the output folder is all that is kept."""
 
-    def prepare(self) -> None: ...
+    def prepare(self) -> None:
+        """Nothing to prepare."""
 
     def start_run(self, record: Record) -> str | None:
         """No run."""
@@ -116,19 +117,22 @@ class NoTracker:
         """None is known."""
         return {}
 
-    def end_run(self, run_id: str, state: str, error: str) -> None: ...
+    def end_run(self, run_id: str, state: str, error: str) -> None:
+        """No run to end."""
 
     def find_sweep_runs(self, sweep: str) -> list[str]:
         """None is known."""
         return []
 
-    def download_run(self, run_id: str, folder: Path) -> None: ...
+    def download_run(self, run_id: str, folder: Path) -> None:
+        """No run to download."""
 
     def share_sweep(self, sweep: str, records: Sequence[Record]) -> str | None:
         """No dashboard."""
         return None
 
-    def attach_file(self, run_id: str, path: Path) -> None: ...
+    def attach_file(self, run_id: str, path: Path) -> None:
+        """No run to keep a file with."""
 
     def get_location(self) -> dict[str, str]:
         """Nowhere."""

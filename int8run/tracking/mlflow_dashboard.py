@@ -121,8 +121,8 @@ def find_varying_params(params: Iterable[Mapping[str, str]]) -> dict[str, list[s
     found: dict[str, list[str | None]] = {}
     for name in find_varying_keys(runs):
         values = [run.get(name) for run in runs]
-        options = [option for option in list_beginnings(name) if option in found]
-        if not any(is_decided_by(values, found[option]) for option in options):
+        options = [found[option] for option in list_beginnings(name) if option in found]
+        if not any(is_decided_by(values, option) for option in options):
             found[name] = values
     return found
 
@@ -168,13 +168,7 @@ def build_view_state(
     """
     metrics = sorted(set(metrics))
     param_names = list(params)[:MAX_PARAMS]
-    sections = build_sections(params, param_names, metrics, image_keys)
-    layouts = [section.build_layout(f"section{n}") for n, section in enumerate(sections)]
-    charts = [
-        {"metricSectionId": f"section{n}", **chart}
-        for n, section in enumerate(sections)
-        for chart in section.charts
-    ]
+    layouts, charts = lay_out(build_sections(params, param_names, metrics, image_keys))
     # the name of each column by its key
     columns = {f"params.`{name}`": name for name in param_names}
     columns |= {f"metrics.`{name}`": name for name in TABLE_METRICS if name in metrics}
@@ -192,8 +186,20 @@ def build_view_state(
         "columnWidths": {RUN_NAME_COLUMN: RUN_NAME_PX, **column_widths},
         **PAGE_SETTINGS,
         "compareRunSections": layouts,
-        "compareRunCharts": [{"uuid": f"chart{n}", **chart} for n, chart in enumerate(charts)],
+        "compareRunCharts": charts,
     }
+
+
+def lay_out(sections: Sequence[Section]) -> tuple[list[dict[str, Any]], list[Chart]]:
+    """The sections and their charts as MLflow keeps them: in two lists, joined by the sections' ids."""
+    layouts: list[dict[str, Any]] = []
+    charts: list[Chart] = []
+    for section in sections:
+        section_id = f"section{len(layouts)}"
+        layouts.append(section.build_layout(section_id))
+        for chart in section.charts:
+            charts.append({"uuid": f"chart{len(charts)}", "metricSectionId": section_id, **chart})
+    return layouts, charts
 
 
 def build_sections(
@@ -213,36 +219,37 @@ def build_sections(
     num_runs = max(map(len, params.values()), default=1)
     main = [name for name in MAIN_METRICS if name in metrics]
     axes = [name for name in param_names if is_plottable(params[name])]
-    sections = [
-        Section(
-            "Images: prompts x runs",
-            [build_image_grid(image_keys)] if image_keys else [],
-            height=compute_grid_height(len(image_keys), num_runs),
-        ),
-        Section(
-            "Settings, memory, speed, quality",
-            [build_parallel_chart(axes, main[::-1])] if axes and main else [],
-            height=420,
-        ),
-        Section(
-            "Quality against speed and memory",
-            [build_scatter_chart(name, QUALITY) for name in main[1:]] if QUALITY in main else [],
-            columns=2,
-        ),
-        Section("Speed, quality, memory", [build_bar_chart(name) for name in main], columns=3),
-        Section(
-            "Step by step",
-            [build_line_chart(name) for name in metrics if name.startswith(SERIES_PREFIX)],
-            columns=2,
-        ),
-    ]
-    sections = [section for section in sections if section.charts]
+    series = [name for name in metrics if name.startswith(SERIES_PREFIX)]
 
-    # The page adds a chart for every other metric and every single image: into these sections, one by prefix.
+    sections = []
+    if image_keys:
+        height = compute_grid_height(len(image_keys), num_runs)
+        sections.append(Section("Images: prompts x runs", [build_image_grid(image_keys)], height=height))
+    if axes and main:
+        chart = build_parallel_chart(axes, main[::-1])
+        sections.append(Section("Settings, memory, speed, quality", [chart], height=420))
+    if QUALITY in main and len(main) > 1:
+        scatter_charts = [build_scatter_chart(name, QUALITY) for name in main[1:]]
+        sections.append(Section("Quality against speed and memory", scatter_charts, columns=2))
+    if main:
+        bar_charts = [build_bar_chart(name) for name in main]
+        sections.append(Section("Speed, quality, memory", bar_charts, columns=3))
+    if series:
+        line_charts = [build_line_chart(name) for name in series]
+        sections.append(Section("Step by step", line_charts, columns=2))
+    return sections + build_closed_sections(sections, [*image_keys, *metrics])
+
+
+def build_closed_sections(sections: Sequence[Section], names: Sequence[str]) -> list[Section]:
+    """Sections for the charts that the page adds by itself, of what has no chart yet: one by prefix.
+
+    Args:
+        sections: that have charts.
+        names: of all metrics and images.
+    """
     charted = {chart.get("metricKey") for section in sections for chart in section.charts}
-    others = [name for name in [*image_keys, *metrics] if name not in charted]
-    prefixes = dict.fromkeys(name.rpartition("/")[0] for name in others)
-    return sections + [Section(prefix, [], is_open=False) for prefix in prefixes if prefix]
+    prefixes = dict.fromkeys(name.rpartition("/")[0] for name in names if name not in charted)
+    return [Section(prefix, [], is_open=False) for prefix in prefixes if prefix]
 
 
 def build_chart(chart_type: str, **settings: Any) -> Chart:
@@ -364,21 +371,24 @@ def limit_images(state: Mapping[str, Any], num_images: int) -> dict[str, Any]:
     for chart in state["compareRunCharts"]:
         if chart["type"] != "IMAGE":
             charts.append(chart)
-        elif chart["imageKeys"][:num_images]:
-            charts.append({**chart, "imageKeys": chart["imageKeys"][:num_images]})
+            continue
+        image_keys = chart["imageKeys"][:num_images]
+        if image_keys:
+            charts.append({**chart, "imageKeys": image_keys})
     return {**state, "compareRunCharts": charts}
 
 
 def decode_view(value: str) -> dict[str, Any]:
     """The state in a tag's value, as MLflow's page reads it."""
     packed = json.loads(value)["state"].removeprefix("deflate;")
-    return json.loads(zlib.decompress(base64.b64decode(packed)))
+    state: dict[str, Any] = json.loads(zlib.decompress(base64.b64decode(packed)))
+    return state
 
 
 # -- links ---------------------------------------------------------------------------------------------------
 
 
-def build_view_link(address: str, experiment_id: str, key: str, charts: bool = True) -> str:
+def build_view_link(address: str, experiment_id: str, key: str, *, charts: bool = True) -> str:
     """The page that opens with a view.
 
     Args:

@@ -134,7 +134,11 @@ def name_run(record: Record) -> str:
 
 def build_start_tags(record: Record) -> dict[str, str]:
     """What is known when a job starts."""
-    known = {name: str(record.status[name]) for name in START_TAGS if record.status.get(name) is not None}
+    known = {}
+    for name in START_TAGS:
+        value = record.status.get(name)
+        if value is not None:
+            known[name] = str(value)
     return {
         **known,
         "record": identify_record(record),
@@ -180,14 +184,17 @@ def build_metrics(record: Record) -> list["Metric"]:
     from mlflow.entities import Metric
 
     now = get_timestamp(record)
-    metrics = [Metric(sanitize_name(name), value, now, 0) for name, value in record.metrics.items()]
+    metrics = []
+    for name, value in record.metrics.items():
+        metrics.append(Metric(sanitize_name(name), value, now, 0))
     for name, values in record.series.items():
-        metrics += [Metric(sanitize_name(name), value, now, step) for step, value in enumerate(values)]
+        for step, value in enumerate(values):
+            metrics.append(Metric(sanitize_name(name), value, now, step))
     for step, row in enumerate(read_csv_rows(record.folder / "system.csv")):
         timestamp = to_milliseconds(float(row.pop("time")))
-        for name, value in row.items():
-            if value:
-                metrics.append(Metric(sanitize_name(f"system/{name}"), float(value), timestamp, step))
+        for name, text in row.items():
+            if text:
+                metrics.append(Metric(sanitize_name(f"system/{name}"), float(text), timestamp, step))
     return metrics
 
 
@@ -208,9 +215,13 @@ def find_image_files(record: Record) -> dict[str, Path]:
 
     Equal prompts and seeds have equal keys in all runs. MLflow takes ASCII letters alone.
     """
-    names = [name for sample in record.images for name in sample.get("stills") or [sample["file"]]]
-    paths = [record.folder / name for name in names if name.endswith(".png")]
-    return {f"sample/{make_image_key(path.stem)}": path for path in paths if path.is_file()}
+    files = {}
+    for sample in record.images:
+        for name in sample.get("stills") or [sample["file"]]:
+            path = record.folder / name
+            if name.endswith(".png") and path.is_file():
+                files[f"sample/{make_image_key(path.stem)}"] = path
+    return files
 
 
 def make_image_key(name: str) -> str:
@@ -230,12 +241,14 @@ def find_logged_images(paths: Iterable[str]) -> dict[str, str | None]:
         By key: None for a complete image, else the name of the large copy, without its ending.
     """
     names = {Path(path).name for path in paths}
-    logged = {}
+    logged: dict[str, str | None] = {}
     for name in sorted(names):
-        if name.endswith(".png"):
-            large_copy = name.removesuffix(".png")
-            key = large_copy.split("+")[0].replace("~", "/")
-            logged[key] = None if large_copy + SMALL_COPY_SUFFIX in names else large_copy
+        if not name.endswith(".png"):
+            continue
+        large_copy = name.removesuffix(".png")
+        key = large_copy.split("+")[0].replace("~", "/")
+        is_complete = large_copy + SMALL_COPY_SUFFIX in names
+        logged[key] = None if is_complete else large_copy
     return logged
 
 
@@ -258,11 +271,9 @@ def list_artifacts(record: Record) -> Iterator[tuple[Path, str | None]]:
     for path in sorted(record.folder.iterdir()):
         if path.suffix in KEPT_SUFFIXES and path.is_file():
             yield path, None
-    image_folder = record.folder / "images"
-    if image_folder.is_dir():
-        for path in sorted(image_folder.iterdir()):
-            if path.suffix in (".png", ".webp"):
-                yield path, SAMPLES
+    for path in sorted(record.folder.glob("images/*")):
+        if path.suffix in (".png", ".webp"):
+            yield path, SAMPLES
 
 
 def build_tables(record: Record) -> dict[str, dict[str, Any]]:
@@ -308,18 +319,16 @@ def build_dataset(record: Record) -> "DatasetInput | None":
     if not prompts:
         return None
     name = str(record.params.get("prompts", "prompts"))
-    path = get_prompt_settings(record).get("path")
-    listed = prompts[:MAX_PROMPTS]
+    source = get_prompt_settings(record).get("path") or f"prompts={name}"
+    listed = [truncate(text, MAX_PROMPT_LENGTH) for text in prompts[:MAX_PROMPTS]]
+    columns = [{"name": "prompt", "type": "string", "required": True}]
     dataset = Dataset(
         name=truncate(name, MAX_PARAM_LENGTH),
         digest=hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16],
         source_type="local",
-        source=json.dumps({"uri": str(path or f"prompts={name}")}),
-        schema=json.dumps({"mlflow_colspec": [{"name": "prompt", "type": "string", "required": True}]}),
-        profile=json.dumps(
-            {"num_rows": len(prompts), "prompts": [truncate(text, MAX_PROMPT_LENGTH) for text in listed]},
-            ensure_ascii=False,
-        ),
+        source=json.dumps({"uri": str(source)}),
+        schema=json.dumps({"mlflow_colspec": columns}),
+        profile=json.dumps({"num_rows": len(prompts), "prompts": listed}, ensure_ascii=False),
     )
     return DatasetInput(dataset, [InputTag("mlflow.data.context", "prompts")])
 

@@ -32,17 +32,9 @@ from int8run.tracking.mlflow_payload import (
     to_milliseconds,
     truncate,
 )
+from int8run.tracking.process_identity import describe_process, is_process_gone
 from int8run.tracking.retry import ping, translate_errors, with_retries
-from int8run.tracking.run_record import (
-    KILLED,
-    KILLED_MESSAGE,
-    RUNNING,
-    Record,
-    describe_process,
-    is_process_gone,
-    read_record,
-    update_record,
-)
+from int8run.tracking.run_record import KILLED, KILLED_MESSAGE, RUNNING, Record, read_record, update_record
 from int8run.tracking.secrets import remove_login
 from int8run.utils.paths import check_path, expand_path
 
@@ -104,8 +96,11 @@ class MlflowTracker:
         """Where the files of runs go: beside a database; None: the server decides."""
         if self.is_server:
             return None
-        folder = self.database.parent if self.database else expand_path(self.folder).absolute()
-        return (folder / "mlartifacts" / re.sub(r"[^\w. -]", "_", self.experiment)).as_uri()
+        folder = expand_path(self.folder).absolute()
+        if self.database is not None:
+            folder = self.database.parent
+        experiment_folder = re.sub(r"[^\w. -]", "_", self.experiment)
+        return (folder / "mlartifacts" / experiment_folder).as_uri()
 
     def get_location(self) -> dict[str, str]:
         """Store and experiment."""
@@ -121,18 +116,16 @@ class MlflowTracker:
 
     def prepare(self) -> None:
         """Create database and experiment where they are missing; close runs of this machine that have died.
+
         Raises:
             ConfigError: the experiment was deleted, or the address can never work.
             TrackingError: no answer.
         """
         host = describe_process()["host"]
         condition = f"attributes.status = 'RUNNING' and {build_tag_filter('host', host)}"
-        with self.open_client(user=True) as (client, experiment_id):
+        with self.open_client(checks_settings=True) as (client, experiment_id):
             for run in search_runs(client, experiment_id, condition):
-                tags = run.data.tags
-                pid, started = tags.get("pid"), tags.get("process_started")
-                since_boot = tags.get("process_since_boot")
-                if pid and started and is_process_gone(host, int(pid), float(started), since_boot):
+                if has_died(run, host):
                     close_run(client, run, KILLED, KILLED_MESSAGE)
 
     def start_run(self, record: Record) -> str:
@@ -147,7 +140,8 @@ class MlflowTracker:
         with self.open_client() as (client, experiment_id):
             run = mlflow_upload.find_or_create_run(client, experiment_id, record, known_id)
             mlflow_upload.upload_record(client, run, record)
-            return run.info.run_id
+            run_id: str = run.info.run_id
+            return run_id
 
     def find_finished(self, hashes: Iterable[str]) -> dict[str, str]:
         """The newest finished run of each config that has one."""
@@ -190,10 +184,11 @@ class MlflowTracker:
 
     def share_sweep(self, sweep: str, records: Sequence[Record]) -> str | None:
         """Write the sweep's dashboard into the experiment."""
-        image_keys = dict.fromkeys(
-            key for record in records for key in mlflow_payload.find_image_files(record)
-        )
-        metrics = dict.fromkeys(name for record in records for name in [*record.metrics, *record.series])
+        image_keys: dict[str, None] = {}
+        metrics: dict[str, None] = {}
+        for record in records:
+            image_keys |= dict.fromkeys(mlflow_payload.find_image_files(record))
+            metrics |= dict.fromkeys([*record.metrics, *record.series])
         params = find_varying_params(record.params for record in records)
         state = build_view_state(params, metrics, list(image_keys), sweep)
         key = make_view_key(sweep)
@@ -218,16 +213,16 @@ class MlflowTracker:
     # -- the connection --------------------------------------------------------------------------------------
 
     @contextmanager
-    def open_client(self, user: bool = False) -> Iterator[tuple["MlflowClient", str]]:
+    def open_client(self, *, checks_settings: bool = False) -> Iterator[tuple["MlflowClient", str]]:
         """A client and the id of the experiment, which is created where it is missing.
 
         Args:
-            user: see `translate_errors`.
+            checks_settings: see `translate_errors`.
 
         Raises:
             ConfigError, TrackingError: in place of the errors of the `with` block.
         """
-        with translate_errors(self.store, user):
+        with translate_errors(self.store, checks_settings=checks_settings):
             self.check_address()
             if self.is_server:
                 ping(self.address)
@@ -242,18 +237,21 @@ class MlflowTracker:
             ConfigError: with the address and what to use instead.
         """
         is_uri = "://" in self.address or self.address.startswith("databricks")
-        if self.address.startswith("file:") or not is_uri:
+        is_folder = self.address.startswith("file:") or not is_uri
+        if is_folder:
             raise ConfigError(
                 f"tracker.uri={self.store} is a folder, and MLflow no longer keeps runs in folders; use "
                 f"{SQLITE_PREFIX}/absolute/path/mlflow.db, http://HOST:PORT, or null for mlflow.db in "
                 "tracker.folder"
             )
-        if self.address in ("sqlite://", SQLITE_PREFIX) or ":memory:" in self.address:
+        is_in_memory = self.address in ("sqlite://", SQLITE_PREFIX) or ":memory:" in self.address
+        if is_in_memory:
             raise ConfigError(
                 f"tracker.uri={self.store} keeps its runs in memory, where they end with the command; use "
                 "sqlite:////path/mlflow.db"
             )
-        if self.uri is None and set("%?") & set(self.address):
+        has_special_letters = "%" in self.address or "?" in self.address
+        if self.uri is None and has_special_letters:
             raise ConfigError(
                 f"{self.database} has % or ? in its path, which are special in MLflow's addresses; run in "
                 "another folder, or set tracker.folder=FOLDER"
@@ -331,6 +329,20 @@ class MlflowTracker:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
         return client.get_experiment_by_name(self.experiment)
+
+
+def has_died(run: "Run", host: str) -> bool:
+    """Whether the process of an open run is gone; False where the run does not name its process.
+
+    Args:
+        run: of this machine.
+        host: name of this machine.
+    """
+    tags = run.data.tags
+    pid, started = tags.get("pid"), tags.get("process_started")
+    if not pid or not started:
+        return False
+    return is_process_gone(host, int(pid), float(started), tags.get("process_since_boot"))
 
 
 def search_runs(client: "MlflowClient", experiment_id: str, condition: str) -> list["Run"]:

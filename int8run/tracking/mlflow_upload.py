@@ -18,7 +18,7 @@ from int8run.tracking.run_record import RUNNING, Record
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Run
+    from mlflow.entities import FileInfo, Run
 
 T = TypeVar("T")
 
@@ -39,7 +39,8 @@ def create_run(client: "MlflowClient", experiment_id: str, record: Record) -> st
     tags = mlflow_payload.build_start_tags(record)
     run = with_retries(client.create_run, experiment_id, start, tags, mlflow_payload.name_run(record))
     log_params(client, run, record)
-    return run.info.run_id
+    run_id: str = run.info.run_id
+    return run_id
 
 
 def find_or_create_run(
@@ -53,12 +54,15 @@ def find_or_create_run(
         record: of the job.
         run_id: the run that the record names in this store.
     """
-    named = find_run(client, experiment_id, run_id) if run_id is not None else None
-    if named is not None:
-        return named
+    if run_id is not None:
+        named = find_run(client, experiment_id, run_id)
+        if named is not None:
+            return named
     condition = mlflow_payload.build_tag_filter("record", mlflow_payload.identify_record(record))
     known = client.search_runs([experiment_id], condition)
-    return known[0] if known else client.get_run(create_run(client, experiment_id, record))
+    if known:
+        return known[0]
+    return client.get_run(create_run(client, experiment_id, record))
 
 
 def find_run(client: "MlflowClient", experiment_id: str, run_id: str) -> "Run | None":
@@ -143,8 +147,9 @@ def log_images(client: "MlflowClient", run: "Run", record: Record) -> None:
     logged_files = client.list_artifacts(run.info.run_id, "images")
     logged = mlflow_payload.find_logged_images(file.path for file in logged_files)
     for key, path in files.items():
-        if key in logged and logged[key] is None:
-            continue  # complete
+        is_complete = key in logged and logged[key] is None
+        if is_complete:
+            continue
         image = mlflow_payload.open_image(path)
         if image is None:
             continue
@@ -213,18 +218,28 @@ def download_files(client: "MlflowClient", run_id: str, folder: Path) -> None:
         folder: made where it is missing.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    artifacts = client.list_artifacts(run_id)
-    names = [Path(artifact.path).name for artifact in artifacts if not artifact.is_dir]
-    has_samples = any(artifact.is_dir and artifact.path == mlflow_payload.SAMPLES for artifact in artifacts)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        for name in names:
-            if Path(name).suffix in mlflow_payload.KEPT_SUFFIXES and name not in mlflow_payload.TABLE_FILES:
+        for artifact in client.list_artifacts(run_id):
+            name = Path(artifact.path).name
+            if is_kept_file(artifact):
                 Path(client.download_artifacts(run_id, name, temporary)).replace(folder / name)
-        if has_samples:
-            samples = Path(client.download_artifacts(run_id, mlflow_payload.SAMPLES, temporary))
-            (folder / "images").mkdir(exist_ok=True)
-            for path in samples.iterdir():
-                path.replace(folder / "images" / path.name)
+            elif artifact.is_dir and artifact.path == mlflow_payload.SAMPLES:
+                samples = Path(client.download_artifacts(run_id, artifact.path, temporary))
+                move_files(samples, folder / "images")
+
+
+def is_kept_file(artifact: "FileInfo") -> bool:
+    """Whether a file of a run is one of `log_files`, and no table that was made for MLflow's page."""
+    path = Path(artifact.path)
+    is_ours = path.suffix in mlflow_payload.KEPT_SUFFIXES and path.name not in mlflow_payload.TABLE_FILES
+    return is_ours and not artifact.is_dir
+
+
+def move_files(source: Path, target: Path) -> None:
+    """Move all files of a folder into another one, which is made where it is missing."""
+    target.mkdir(exist_ok=True)
+    for path in source.iterdir():
+        path.replace(target / path.name)
 
 
 def split_batches(items: Sequence[T], size: int) -> Iterator[list[T]]:

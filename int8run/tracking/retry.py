@@ -70,17 +70,17 @@ def ping(address: str) -> None:
 
 
 @contextmanager
-def translate_errors(store: str, user: bool) -> Iterator[None]:
+def translate_errors(store: str, *, checks_settings: bool) -> Iterator[None]:
     """Turn an error of the store into one line.
 
     Args:
         store: its address, without a password.
-        user: whether the settings are still being checked: what cannot work with them is then an error of the
-            user. Later, it must not end a run.
+        checks_settings: whether the settings are still being checked: what cannot work with them is then an
+            error of the user. Later, it must not end a run.
 
     Raises:
         TrackingError: the store does not answer, or does not accept what it is given.
-        ConfigError: with `user`, what can never work with these settings.
+        ConfigError: while settings are checked, what can never work with them.
     """
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
@@ -92,11 +92,11 @@ def translate_errors(store: str, user: bool) -> Iterator[None]:
             if is_unreachable(error, store):
                 raise TrackingError(f"tracker.uri={store} does not answer: {explain_error(error)}") from error
             line = f"tracker.uri={store} cannot be used: {explain_error(error)}"
-            if not user:
-                raise TrackingError(line) from error
-            raise ConfigError(f"{line}; tracker=none runs without") from error
+            if checks_settings:
+                raise ConfigError(f"{line}; tracker=none runs without") from error
+            raise TrackingError(line) from error
         except ConfigError as error:
-            if user:
+            if checks_settings:
                 raise
             raise TrackingError(str(error)) from error
 
@@ -132,11 +132,16 @@ def is_unreachable(error: BaseException, store: str) -> bool:
 def explain_error(error: BaseException) -> str:
     """What went wrong, in one line without passwords and without the names of libraries."""
     text = mask_secrets(" ".join(str(error).split()))
+    is_of_connection = "Max retries" in text or "Connection" in text
     system_error = re.search(r"\[Errno -?\d+\] ([^'\")\]:]+)", text)
-    if system_error and ("Max retries" in text or "Connection" in text):
+    if system_error and is_of_connection:
         return system_error[1].strip().lower()
     if "timed out" in text.lower():
         return "it takes too long"
+    # what SQLAlchemy adds: its own class, the statement, a link
     text = re.sub(r"^\(\S+Error\) | \[SQL: .*|\(Background on this error at: \S+\)", "", text).strip()
-    text = text or type(error).__name__
-    return text if len(text) <= MAX_REASON_LENGTH else text[:MAX_REASON_LENGTH] + "…"
+    if not text:
+        return type(error).__name__
+    if len(text) > MAX_REASON_LENGTH:
+        return text[:MAX_REASON_LENGTH] + "…"
+    return text

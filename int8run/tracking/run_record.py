@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import re
-import socket
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -20,13 +19,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import psutil
 import yaml
 
 from int8run.errors import FileError
+from int8run.tracking.process_identity import describe_process, is_process_gone
 
 log = logging.getLogger(__name__)
-BOOT_ID_FILE = Path("/proc/sys/kernel/random/boot_id")  # another one after each start of the machine
 
 STATUS = "status.json"
 EARLIER_ATTEMPTS = "earlier_attempts"  # of a sweep's jobs that ran again; a folder in that of the sweep
@@ -53,7 +51,7 @@ class Record:
     @property
     def state(self) -> str:
         """RUNNING, FINISHED, FAILED or KILLED."""
-        return self.status["state"]
+        return str(self.status["state"])
 
     @property
     def error(self) -> str | None:
@@ -63,7 +61,7 @@ class Record:
     @property
     def name(self) -> str:
         """The overrides that differ from the defaults, as on the command line."""
-        return self.status["name"]
+        return str(self.status["name"])
 
     @property
     def label(self) -> str:
@@ -73,18 +71,10 @@ class Record:
         """
         if self.sweep is None:
             return self.name
-        overrides = [override.lstrip("+").partition("=") for override in self.name.split(" ")]
-        if not all(separator for _, separator, _ in overrides):
+        overrides = self.name.split(" ")
+        if not all("=" in override for override in overrides):
             return self.name  # a value has a space in it
-        short_keys = shorten_keys([key for key, _, _ in overrides])
-        counts = Counter(value for _, _, value in overrides)
-        is_only_one = len(overrides) == 1
-        words = []
-        for key, _, value in overrides:
-            is_option = "." not in key and value.isidentifier()
-            stands_alone = is_option and counts[value] == 1 and not is_only_one
-            words.append(value if stands_alone else f"{short_keys[key]}={value}")
-        return " ".join(words)
+        return shorten_overrides(overrides)
 
     @property
     def overrides(self) -> list[str]:
@@ -109,17 +99,17 @@ class Record:
     @property
     def config_hash(self) -> str:
         """Equal for jobs whose results must be equal; see `hash_config`."""
-        return self.status["config_hash"]
+        return str(self.status["config_hash"])
 
     @property
     def build_key(self) -> str:
         """Equal for jobs that use the same built model."""
-        return self.status["build_key"]
+        return str(self.status["build_key"])
 
     @property
     def objective(self) -> str:
         """The metric that the best job is chosen by."""
-        return self.status["objective"]
+        return str(self.status["objective"])
 
     @property
     def started(self) -> float:
@@ -163,7 +153,8 @@ class Record:
         if not path.is_file():
             return {}
         try:
-            return restore_numbers(json.loads(path.read_text()))
+            measured: dict[str, Any] = restore_numbers(json.loads(path.read_text()))
+            return measured
         except ValueError as error:
             log.warning("%s is damaged and is ignored: %s", path, error)
             return {}
@@ -171,22 +162,26 @@ class Record:
     @property
     def metrics(self) -> dict[str, float]:
         """Final values by name."""
-        return self._measured.get("metrics", {})
+        metrics: dict[str, float] = self._measured.get("metrics", {})
+        return metrics
 
     @property
     def series(self) -> dict[str, list[float]]:
         """One value per step or frame, by name."""
-        return self._measured.get("series", {})
+        series: dict[str, list[float]] = self._measured.get("series", {})
+        return series
 
     @property
     def rounded(self) -> dict[str, dict[str, Any]]:
         """By setting: what was `asked`, and what the pipeline `generated` in its place."""
-        return self._measured.get("rounded", {})
+        rounded: dict[str, dict[str, Any]] = self._measured.get("rounded", {})
+        return rounded
 
     @property
     def images(self) -> list[dict[str, Any]]:
         """Prompt, seed, files and quality of every generated image or video."""
-        return self._measured.get("images", [])
+        images: list[dict[str, Any]] = self._measured.get("images", [])
+        return images
 
     @cached_property
     def layers(self) -> list[dict[str, str]]:
@@ -210,13 +205,38 @@ class Record:
         return yaml.safe_load(path.read_text()) if path.is_file() else {}
 
 
+def shorten_overrides(overrides: Sequence[str]) -> str:
+    """Overrides of a sweep's job with short keys, and options without theirs.
+
+    Args:
+        overrides: each with a `=`.
+    """
+    pairs = []
+    for override in overrides:
+        key, _, value = override.lstrip("+").partition("=")
+        pairs.append((key, value))
+    short_keys = shorten_keys([key for key, _ in pairs])
+    counts = Counter(value for _, value in pairs)
+    texts = []
+    for key, value in pairs:
+        is_option = "." not in key and value.isidentifier()
+        stands_alone = is_option and counts[value] == 1 and len(pairs) > 1
+        texts.append(value if stands_alone else f"{short_keys[key]}={value}")
+    return " ".join(texts)
+
+
 def restore_numbers(value: Any) -> Any:
     """JSON with the strings for non-finite numbers turned back into numbers."""
-    if isinstance(value, dict):
-        return {key: item if key in TEXT_KEYS else restore_numbers(item) for key, item in value.items()}
     if isinstance(value, list):
         return [restore_numbers(item) for item in value]
-    return float(value) if value in ("inf", "-inf", "nan") else value
+    if isinstance(value, dict):
+        restored = {}
+        for key, item in value.items():
+            restored[key] = item if key in TEXT_KEYS else restore_numbers(item)
+        return restored
+    if value in ("inf", "-inf", "nan"):
+        return float(value)
+    return value
 
 
 def read_record(folder: Path) -> Record:
@@ -230,21 +250,26 @@ def read_record(folder: Path) -> Record:
     path = folder / STATUS
     try:
         status = json.loads(path.read_text())
-        is_dead = status["state"] == RUNNING and is_process_gone(
-            status["host"],
-            status["pid"],
-            status["process_started"],
-            status.get("process_since_boot"),
-        )
+        was_killed = status["state"] == RUNNING and is_writer_gone(status)
     except FileNotFoundError:
         raise FileError(f"{folder} holds no {STATUS}: no job of int8run wrote it") from None
     except OSError as error:
         raise FileError(f"{path} cannot be read: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise FileError(f"{path} is damaged: {error!r}") from error
-    if is_dead:
+    if was_killed:
         status |= {"state": KILLED, "error": KILLED_MESSAGE}
     return Record(folder, status)
+
+
+def is_writer_gone(status: Mapping[str, Any]) -> bool:
+    """Whether the process that a status.json names has ended."""
+    return is_process_gone(
+        host=status["host"],
+        pid=status["pid"],
+        started=status["process_started"],
+        since_boot=status.get("process_since_boot"),
+    )
 
 
 def find_records(folder: Path) -> list[Record]:
@@ -258,7 +283,11 @@ def find_records(folder: Path) -> list[Record]:
         is_earlier = EARLIER_ATTEMPTS in path.relative_to(folder).parts
         if path.parent.name != "artifacts" and not is_earlier:
             folders.append(path.parent)
-    found = [record for record in map(try_read_record, folders) if record is not None]
+    found = []
+    for job_folder in folders:
+        record = try_read_record(job_folder)
+        if record is not None:
+            found.append(record)
     return sorted(found, key=lambda record: (record.number, record.started))
 
 
@@ -317,7 +346,11 @@ def shorten_keys(keys: Sequence[str]) -> dict[str, str]:
     Tables, plots, labels and names of runs all head a setting with this, so that no two look the same.
     """
     counts = Counter(end for key in dict.fromkeys(keys) for end in list_ends(key))
-    return {key: next((end for end in list_ends(key) if counts[end] == 1), key) for key in keys}
+    shortened = {}
+    for key in keys:
+        unique_ends = [end for end in list_ends(key) if counts[end] == 1]
+        shortened[key] = unique_ends[0] if unique_ends else key
+    return shortened
 
 
 def list_ends(key: str) -> list[str]:
@@ -334,54 +367,6 @@ def replace_unusual(name: str) -> str:
 def hash_text(text: str) -> str:
     """16 hexadecimal digits of a text."""
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
-
-
-# -- processes -----------------------------------------------------------------------------------------------
-
-
-def describe_process() -> dict[str, Any]:
-    """This process, so that others can tell whether it is still running."""
-    process = psutil.Process()
-    return {
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "process_started": process.create_time(),
-        "process_since_boot": describe_start(process),
-    }
-
-
-def describe_start(process: psutil.Process) -> str:
-    """When a process started: the boot of the machine, and the seconds since then.
-
-    The Unix time of a start moves when the clock is set, and a process that runs would seem to be another.
-    """
-    try:
-        boot = BOOT_ID_FILE.read_text().strip()
-    except OSError:
-        boot = "-"  # another system than Linux
-    return f"{boot} {process.create_time() - psutil.boot_time():.2f}"
-
-
-def is_process_gone(host: str, pid: int, started: float, since_boot: str | None = None) -> bool:
-    """Whether a process has ended; False for one of another machine, about which nothing is known.
-
-    Args:
-        host: its machine.
-        pid: its number.
-        started: when it started, as Unix time in seconds: the number may belong to another process by now.
-        since_boot: the same from `describe_start`, which is believed instead; None: of an earlier int8run.
-    """
-    if host != socket.gethostname():
-        return False
-    try:
-        process = psutil.Process(pid)
-        if since_boot is None:
-            return abs(process.create_time() - started) > 1
-        boot, _, seconds = describe_start(process).rpartition(" ")
-        boot_before, _, seconds_before = since_boot.rpartition(" ")
-        return boot != boot_before or abs(float(seconds) - float(seconds_before)) > 1
-    except psutil.NoSuchProcess:
-        return True
 
 
 # -- writing -------------------------------------------------------------------------------------------------

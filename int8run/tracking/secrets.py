@@ -56,6 +56,7 @@ def mask_settings(value: Any, key: str = "") -> Any:
         return [mask_settings(inner, key) for inner in value]
     if not isinstance(value, str):
         return value
-    if SECRET_KEY.fullmatch(key) and value and not value.startswith("${"):
+    is_variable = value.startswith("${")  # a name where a secret stands, and not the secret
+    if value and SECRET_KEY.fullmatch(key) and not is_variable:
         return MASK
     return mask_secrets(value)

@@ -89,12 +89,12 @@ def read_checked_json(path: Path) -> dict[str, Any]:
     A file that is absent, or of an earlier version without a hash, is empty without a word: what is in it can
     be made again.
     """
+    # a pipe or a device would never end
+    if not path.is_file():
+        return {}
     try:
-        # a pipe or a device would never end
-        text = path.read_bytes() if path.is_file() else None
+        text = path.read_bytes()
     except OSError:
-        text = None
-    if text is None:
         return {}
     try:
         found = parse_untrusted_json(text)

@@ -67,17 +67,26 @@ def check_readable(setting: str, path: Path, *, takes_folder: bool = True) -> No
         raise FileError(f"{named}: no such file (looked for {path.absolute()})") from None
     except OSError as error:
         raise FileError(f"{named} cannot be looked for: {error.strerror or error}") from error
-    if stat.S_ISDIR(mode) and not takes_folder:
+    is_folder = stat.S_ISDIR(mode)
+    if is_folder and not takes_folder:
         raise FileError(f"{named} is a folder; name a file in it")
-    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-        kind = next((name for is_kind, name in SPECIAL_FILES if is_kind(mode)), "something else")
-        raise FileError(f"{named} is {kind}, and neither a file nor a folder")
-    # a folder is entered besides
-    needed = os.R_OK | os.X_OK if stat.S_ISDIR(mode) else os.R_OK
+    if not stat.S_ISREG(mode) and not is_folder:
+        raise FileError(f"{named} is {name_special_file(mode)}, and neither a file nor a folder")
+    needed = os.R_OK
+    if is_folder:
+        needed |= os.X_OK  # to enter it
     if not os.access(path, needed):
         raise FileError(
             f"{named} cannot be read: permission denied; let your user read it (chmod u+rX, chown)"
         )
+
+
+def name_special_file(mode: int) -> str:
+    """What a path leads to that is neither a file nor a folder: `a pipe`."""
+    for is_kind, name in SPECIAL_FILES:
+        if is_kind(mode):
+            return name
+    return "something else"
 
 
 def get_cache_folder() -> Path:

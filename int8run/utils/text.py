@@ -59,7 +59,8 @@ def find_longest(length: int, fits: Callable[[int], bool]) -> int:
     Returns:
         0 where not even 1 fits.
     """
-    return bisect_left(range(1, length), True, key=lambda number: not fits(number))
+    numbers = range(1, length)
+    return bisect_left(numbers, 1, key=lambda number: 0 if fits(number) else 1)
 
 
 def shorten_error(error: object, max_length: int = MAX_ERROR_LENGTH) -> str:
@@ -68,7 +69,8 @@ def shorten_error(error: object, max_length: int = MAX_ERROR_LENGTH) -> str:
     if len(text) <= max_length:
         return text
     beginning = text[:max_length]
-    return f"{beginning.rpartition(' ')[0] or beginning} …"
+    whole_words = beginning.rpartition(" ")[0]
+    return f"{whole_words or beginning} …"
 
 
 def shorten_text(text: str, max_length: int) -> str:
@@ -78,5 +80,7 @@ def shorten_text(text: str, max_length: int) -> str:
     if len(text) <= max_length:
         return text
     kept = max_length - 1
-    end = kept // 3
-    return f"{text[: kept - end]}…{text[len(text) - end :] if end else ''}"
+    end_length = kept // 3
+    beginning = text[: kept - end_length]
+    end = text[len(text) - end_length :]
+    return f"{beginning}…{end}"

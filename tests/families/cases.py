@@ -145,7 +145,7 @@ class Case:
         """A build of these weights; streamed, if no change of the spec asks for the float model."""
         stack = LoraSettings(mode=mode, adapters=loras)
         spec = replace(self.spec, model=self.make_source(location, base), lora=stack, **changes)
-        built = build_model(spec, self.samples, read_lora_headers(spec.lora, "none"), Progress(False))
+        built = build_model(spec, self.samples, read_lora_headers(spec.lora, "none"), Progress(enabled=False))
         built.set_strengths(spec.lora.strengths, spec.lora.text_strengths)
         return built
 

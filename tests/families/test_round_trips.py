@@ -56,7 +56,9 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def test_denoiser_weights_are_not_read_before_they_are_needed(case: Case) -> None:
     spec = replace(case.spec, model=case.make_source())
-    skeleton = load_model(select_load_settings(spec, needs_float_denoiser=False), Progress(False)).denoiser
+    skeleton = load_model(
+        select_load_settings(spec, needs_float_denoiser=False), Progress(enabled=False)
+    ).denoiser
 
     assert {name for name, value in skeleton.named_parameters() if not value.is_meta} == set()
 
@@ -154,7 +156,7 @@ def test_float_file_with_original_names_is_the_model(case: Case, kind: str) -> N
     spec = replace(
         case.spec, model=case.make_source(write_original_files(case, kind)), int8=Int8Settings(enable=False)
     )
-    loaded = load_model(select_load_settings(spec, needs_float_denoiser=True), Progress(False))
+    loaded = load_model(select_load_settings(spec, needs_float_denoiser=True), Progress(enabled=False))
 
     assert loaded.family.name == case.instance.family
     assert_same_tensors(loaded.denoiser.state_dict(), collect_float_weights(case))

@@ -27,7 +27,7 @@ def no_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
 def build(*overrides: str) -> None:
     spec = make_spec(["backend=reference", *overrides])
     headers = read_lora_headers(spec.lora, spec.model.lora_base, None)
-    build_model(spec, build_samples(["a"], 1, 0), headers, Progress(False))
+    build_model(spec, build_samples(["a"], 1, 0), headers, Progress(enabled=False))
 
 
 def test_a_lora_as_int8_checkpoint_is_refused_with_what_it_is() -> None:

@@ -35,7 +35,7 @@ from int8run.report.console import Progress
 from int8run.utils.disk_cache import DiskCache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-QUIET = Progress(False)
+QUIET = Progress(enabled=False)
 PROBE = build_samples(["a"], 1, 0)
 SMALL = [
     "sampler.height=16",

@@ -72,7 +72,7 @@ from int8run.utils.disk_cache import DiskCache
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 LINEARS = ["proj_in", "blocks.0.1", "blocks.0.3", "blocks.1.1", "blocks.1.3", "proj_out"]
-QUIET = Progress(False)
+QUIET = Progress(enabled=False)
 AUTO = AutoOutlier({"none": NoOutlier()})
 
 

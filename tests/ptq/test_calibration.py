@@ -128,7 +128,7 @@ def recorded(calibration, steps, batch=1):
         denoiser,
         calibration=calibration,
         sampling=Sampling(steps=steps, batch=batch),
-        progress=Progress(False),
+        progress=Progress(enabled=False),
     )
     for call in calls:
         # the state of that step, and not of the last one
@@ -175,7 +175,12 @@ def test_images_come_in_the_batches_of_the_run(batch, seeds):
 def test_no_hook_stays_behind():
     denoiser = Step()
     capture_calibration_calls(
-        Pipe(), "denoiser", denoiser, calibration=TWO, sampling=Sampling(steps=2), progress=Progress(False)
+        Pipe(),
+        "denoiser",
+        denoiser,
+        calibration=TWO,
+        sampling=Sampling(steps=2),
+        progress=Progress(enabled=False),
     )
     collect_layer_statistics(
         denoiser,
@@ -447,7 +452,7 @@ def flux():
             denoiser,
             calibration=calibration,
             sampling=sampling,
-            progress=Progress(False),
+            progress=Progress(enabled=False),
         ),
         calibration,
     )

@@ -17,7 +17,7 @@ from report.run_folders import (
 from support.hostile_texts import HOSTILE_TEXTS
 
 from int8run.errors import ConfigError
-from int8run.report import plots
+from int8run.report import label_placement
 from int8run.report.html_page import write_report
 from int8run.report.page_plots import build_speed_quality_plot
 from int8run.report.runs import name_runs
@@ -323,13 +323,13 @@ def test_a_page_without_float_images_says_nothing_of_a_comparison_with_float(tmp
 
 def test_the_work_of_a_page_grows_with_its_runs(tmp_path, monkeypatch):
     calls = []
-    compute_overlap = plots.compute_overlap
+    compute_overlap = label_placement.compute_overlap
 
     def count(a, b):
         calls.append(1)
         return compute_overlap(a, b)
 
-    monkeypatch.setattr(plots, "compute_overlap", count)
+    monkeypatch.setattr(label_placement, "compute_overlap", count)
     runs = []
     for number in range(150):
         metrics = make_metrics(10 + number, 2 + number / 100, 90 - number / 4)

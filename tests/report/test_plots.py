@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from report.run_folders import make_metrics, write_run, write_runs, write_strengths_by_outlier
 
-from int8run.report import plots
+from int8run.report import label_placement, plots
 from int8run.report.plots import Point, draw_curves, draw_speed_quality
 from int8run.report.runs import name_runs
 from int8run.report.strength_curves import build_strength_curves
@@ -141,16 +141,16 @@ def test_labels_stand_clear_of_each_other_and_inside():
     random_spots = np.random.default_rng(0).uniform((60, 40), (640, 320), (14, 2))
     spots = [(float(x), float(y)) for x, y in random_spots] + [(300.0, 200.0), (302.0, 201.0)]
 
-    boxes = plots.place_labels(spots, [(90, 13)] * len(spots), FRAME)
+    boxes = label_placement.place_labels(spots, [(90, 13)] * len(spots), FRAME)
 
     for a, b in itertools.combinations(boxes, 2):
-        assert plots.compute_overlap(a, b) == 0
+        assert label_placement.compute_overlap(a, b) == 0
     for left, bottom, right, top in boxes:
         assert FRAME[0] <= left and FRAME[1] <= bottom and right <= FRAME[2] and top <= FRAME[3]
 
 
 def test_a_label_at_the_edge_stays_inside():
-    (box,) = plots.place_labels([(690, 335)], [(90, 13)], FRAME)
+    (box,) = label_placement.place_labels([(690, 335)], [(90, 13)], FRAME)
 
     assert box[2] <= 700
 

@@ -209,3 +209,20 @@ def test_each_warning_is_listed_once_with_its_count(tmp_path):
 
     assert count_warnings(records) == ["odd (2 of 2 jobs)", "rare (1 of 2 jobs)"]
     assert count_warnings(records[1:]) == ["odd", "rare"]
+
+
+def test_the_table_of_a_sweep_says_why_cells_are_empty(tmp_path, print_sweep_table):
+    without_float = {"speed/step_ms_p50": 7.1}
+    jobs = [write_job(tmp_path, 0, "metrics.baseline=run", **JOB_METRICS)]
+    for number in (1, 2):
+        job = write_job(tmp_path, number, "metrics.baseline=none", **without_float)
+        job.status["params"] = {"metrics.baseline": "none"}
+        jobs.append(job)
+    jobs.append(write_job(tmp_path, 3, "metrics.baseline=run", state="FAILED"))
+
+    lines = print_sweep_table(160, jobs, ["metrics.baseline"])
+
+    notes = " ".join(" ".join(line) for line in lines if line[0] not in ("0", "1", "2", "3"))
+    assert "– in jobs 1, 2: metrics.baseline=none: the float model did not run" in notes
+    assert "– in jobs 1, 2: not measured" in notes, "the denoiser's memory"
+    assert "jobs 3" not in notes and "job 3" not in notes, "its state says why"

@@ -87,9 +87,9 @@ def on_the_fly(model: Path, component: str, word: str) -> nn.Module:
     """The encoder of a run with `clip=<word>`."""
     clip = TextEncoders(format=word, kernel_backend="dequantize", components=[component])
     opened = open_encoders(clip, model, {}, torch.float32)
-    return build_encoders(opened, clip, CPU, Sampling(1, 16, 16), Matches({}, []), Progress(False)).modules[
-        component
-    ]
+    return build_encoders(
+        opened, clip, CPU, Sampling(1, 16, 16), Matches({}, []), Progress(enabled=False)
+    ).modules[component]
 
 
 @pytest.mark.parametrize("word", WRITTEN)

@@ -135,7 +135,9 @@ def test_the_second_identical_run_gives_the_same_bits(small: list[str], tmp_path
 @pytest.mark.skipif(without_vnni(), reason="needs a CPU with VNNI")
 def test_two_backends_in_one_process_do_not_see_each_other(small: list[str]) -> None:
     first, second = (
-        build_model(make_spec([*small, f"backend={name}"]), build_samples(["a"], 1, 0), [], Progress(False))
+        build_model(
+            make_spec([*small, f"backend={name}"]), build_samples(["a"], 1, 0), [], Progress(enabled=False)
+        )
         for name in ("reference", "torch_int_mm")
     )
     for built, name in ((first, "reference"), (second, "torch_int_mm")):

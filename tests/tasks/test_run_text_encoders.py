@@ -178,7 +178,9 @@ def filled(model: Path) -> Callable[..., QuantizedEncoders]:
     def fill(folder: Path = model, **settings: Any) -> QuantizedEncoders:
         clip = TextEncoders(**settings)
         opened = open_encoders(clip, folder, {}, torch.float32)
-        return build_encoders(opened, clip, CPU, Sampling(1, 16, 16), Matches({}, []), Progress(False))
+        return build_encoders(
+            opened, clip, CPU, Sampling(1, 16, 16), Matches({}, []), Progress(enabled=False)
+        )
 
     return fill
 

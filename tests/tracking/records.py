@@ -9,7 +9,8 @@ import mlflow
 from PIL import Image
 
 from int8run.tracking.mlflow_tracker import MlflowTracker
-from int8run.tracking.run_record import FINISHED, Record, describe_process, read_record
+from int8run.tracking.process_identity import describe_process
+from int8run.tracking.run_record import FINISHED, Record, read_record
 
 PROMPTS = ("fox", "red apple")
 

@@ -25,15 +25,8 @@ from int8run.tracking import mlflow_tracker, retry
 from int8run.tracking.base import NoTracker
 from int8run.tracking.mlflow_dashboard import decode_view
 from int8run.tracking.mlflow_tracker import MlflowTracker
-from int8run.tracking.run_record import (
-    FAILED,
-    FINISHED,
-    KILLED,
-    KILLED_MESSAGE,
-    RUNNING,
-    describe_process,
-    read_record,
-)
+from int8run.tracking.process_identity import describe_process
+from int8run.tracking.run_record import FAILED, FINISHED, KILLED, KILLED_MESSAGE, RUNNING, read_record
 
 
 @pytest.fixture(scope="module")
@@ -670,7 +663,7 @@ def test_a_call_to_a_locked_database_is_retried(monkeypatch: pytest.MonkeyPatch)
 
     with (
         pytest.raises(TrackingError, match=r"^tracker\.uri=sqlite:///x does not answer: database is locked$"),
-        retry.translate_errors("sqlite:///x", user=True),
+        retry.translate_errors("sqlite:///x", checks_settings=True),
     ):
         retry.with_retries(locked)
 

@@ -11,16 +11,15 @@ import psutil
 import pytest
 
 from int8run.errors import FileError
+from int8run.tracking.process_identity import describe_process, is_process_gone
 from int8run.tracking.run_record import (
     FAILED,
     FINISHED,
     KILLED,
     RUNNING,
-    describe_process,
     end_record,
     find_records,
     hash_config,
-    is_process_gone,
     read_record,
     start_record,
     update_record,
