@@ -59,25 +59,39 @@ class AutoBackend:
         Raises:
             BackendError: when no candidate can run on the device and there is no last resort.
         """
-        unsupported = {b.name: b.limits.unsupported_reasons(device) for b in self.candidates.values()}
-        usable = [b for b in self.candidates.values() if not unsupported[b.name]]
-        if not usable:
-            listed = "; ".join(f"{name}: {', '.join(reasons)}" for name, reasons in unsupported.items())
-            if self.last_resort is None:
-                raise BackendError(f"backend=auto has no candidate for {device}: {listed}")
-            log.warning("backend=auto uses %s, the slow definition: %s", self.last_resort.name, listed)
+        usable: list[Backend] = []
+        missing: dict[str, str] = {}  # name of a backend that cannot run here -> why
         for backend in self.candidates.values():
-            reasons, is_expected = unsupported[backend.name], device.type in backend.limits.devices
-            if reasons and is_expected and not backend.limits.is_optional:
-                log.info("backend=auto runs without %s: it %s", backend.name, ", ".join(reasons))
+            reasons = backend.limits.unsupported_reasons(device)
+            if reasons:
+                missing[backend.name] = ", ".join(reasons)
+            else:
+                usable.append(backend)
+        if not usable:
+            self._announce_last_resort(device, missing)
+        self._report_missing(device, missing)
+        table = expand_path(self.table) if self.table else None
         return BackendChooser(
             candidates=usable,
             rounds=self.rounds,
-            cache=AutotuneCache(expand_path(self.table) if self.table else None, device, dtype),
+            cache=AutotuneCache(table, device, dtype),
             device=device,
             dtype=dtype,
             last_resort=self.last_resort,
         )
+
+    def _announce_last_resort(self, device: torch.device, missing: Mapping[str, str]) -> None:
+        listed = "; ".join(f"{name}: {reasons}" for name, reasons in missing.items())
+        if self.last_resort is None:
+            raise BackendError(f"backend=auto has no candidate for {device}: {listed}")
+        log.warning("backend=auto uses %s, the slow definition: %s", self.last_resort.name, listed)
+
+    def _report_missing(self, device: torch.device, missing: Mapping[str, str]) -> None:
+        """Log the candidates that one would expect on this device."""
+        for backend in self.candidates.values():
+            is_expected = device.type in backend.limits.devices and not backend.limits.is_optional
+            if is_expected and backend.name in missing:
+                log.info("backend=auto runs without %s: it %s", backend.name, missing[backend.name])
 
 
 @dataclass
@@ -145,7 +159,9 @@ class BackendChooser:
     def measured_float_rows(self, in_features: int, out_features: int) -> int | None:
         """Up to how many rows `task=bench` found float to be faster; None where it was not measured."""
         found = self.cache.get(f"float_rows | {in_features}x{out_features}")
-        return None if found is None or not found.isdigit() else int(found)
+        if found is None or not found.isdigit():
+            return None
+        return int(found)
 
     def measure_seconds(
         self, backends: Iterable[Backend], rows: int, in_features: int, out_features: int

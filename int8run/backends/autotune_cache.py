@@ -51,15 +51,8 @@ class AutotuneCache:
         """Keep a value, here and in the file; a file that cannot be written is reported once."""
         entry = {f"{self.environment} | {key}": value}
         self.entries |= entry
-        # written whole under another name and moved, so that a reader never sees half a file
-        unfinished = self.path.with_suffix(f".{time.time_ns()}")
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            # several jobs of a sweep may write at once: each keeps the entries of the others
-            with FileLock(f"{self.path}.lock", timeout=LOCK_TIMEOUT_S):
-                entries = read_entries(self.path) | entry
-                unfinished.write_text(format_checked_json(entries))
-                unfinished.replace(self.path)
+            self._write_entry(entry)
         except OSError as error:
             if self.is_writable:
                 log.warning(
@@ -68,6 +61,17 @@ class AutotuneCache:
                     error.strerror or error,
                 )
             self.is_writable = False
+
+    def _write_entry(self, entry: dict[str, str]) -> None:
+        """Add an entry to the file, which may have got others since it was read."""
+        # written whole under another name and moved, so that a reader never sees half a file
+        unfinished = self.path.with_suffix(f".{time.time_ns()}")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        # several jobs of a sweep may write at once: each keeps the entries of the others
+        with FileLock(f"{self.path}.lock", timeout=LOCK_TIMEOUT_S):
+            entries = read_entries(self.path) | entry
+            unfinished.write_text(format_checked_json(entries))
+            unfinished.replace(self.path)
 
 
 def describe_environment(device: torch.device, dtype: torch.dtype | None) -> str:

@@ -75,7 +75,8 @@ class OneDnn:
 
     def pack_weight(self, weight: QuantizedWeight) -> Tensor:
         """oneDNN's private blocked layout, [K, N]; opaque, so it cannot be saved."""
-        return torch.ops.onednn.qlinear_prepack(weight.qdata, None)
+        packed: Tensor = torch.ops.onednn.qlinear_prepack(weight.qdata, None)
+        return packed
 
     def quantize(
         self,
@@ -103,4 +104,5 @@ class OneDnn:
         strengths: Tensor | None = None,
     ) -> Tensor:
         """x: [M, K] -> [M, N]."""
-        return onednn_linear(x.q, x.scale, packed, w_scale, bias, dtype)
+        y: Tensor = onednn_linear(x.q, x.scale, packed, w_scale, bias, dtype)
+        return y

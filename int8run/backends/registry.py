@@ -37,7 +37,8 @@ def make_backend(name: str) -> Backend:
             settings.setdefault(field, {})[key] = part
         else:
             settings[field] = part
-    return instantiate(settings)
+    backend: Backend = instantiate(settings)
+    return backend
 
 
 def instantiate(value: Any) -> Any:
@@ -63,7 +64,9 @@ def list_usable_backends(device: torch.device) -> list[str]:
 
 def read_backend_option(name: str) -> Mapping[str, Any]:
     """The YAML file of one option."""
-    return yaml.safe_load(files("int8run.conf").joinpath("backend", f"{name}.yaml").read_text())
+    text = files("int8run.conf").joinpath("backend", f"{name}.yaml").read_text()
+    option: Mapping[str, Any] = yaml.safe_load(text)
+    return option
 
 
 def import_object(path: str) -> Any:

@@ -67,8 +67,8 @@ class Triton:
         from int8run.kernels.quantize_rowwise.kernel import quantize_rowwise
 
         if x.shape[0] == 0:  # an empty grid cannot be launched
-            q, scale = x.new_empty(x.shape, dtype=torch.int8), x.new_empty((0, 1), dtype=torch.float32)
-            return QuantizedInput(q, scale)
+            no_rows = x.new_empty(x.shape, dtype=torch.int8)
+            return QuantizedInput(no_rows, scale=x.new_empty((0, 1), dtype=torch.float32))
         if x.shape[1] != 1 and x.stride(1) != 1:
             x = x.contiguous()
         if down is not None and down.dtype != x.dtype:  # an input that is not in the model's dtype
@@ -150,8 +150,10 @@ class Triton:
         tiles = []
         for rows in BUCKETS:
             measured = cache.get(tile_key(rows, k, n))  # the fields of a tile, separated by commas
-            tile = Tile(*map(int, measured.split(","))) if measured else choose_tile(capability, rows)
-            tiles.append(tile)
+            if measured:
+                tiles.append(Tile(*map(int, measured.split(","))))
+            else:
+                tiles.append(choose_tile(capability, rows))
         return tuple(tiles)
 
     def tune(self, timer: Timer, rows: int, in_features: int, out_features: int) -> None:

@@ -85,5 +85,6 @@ class BlockInt8Linear(KeepsDtypes):
         return self.transform.restore_weight(torch.cat(blocks, dim=1))
 
     def extra_repr(self) -> str:
+        """What `print(model)` shows of the layer."""
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"{sizes}, block={self.block}, backend={self.backend.name}"

@@ -99,8 +99,9 @@ class LowRankBranch(nn.Module):
         self.fused = backend.fuse_branch(lora_A, self.lora_B.float(), self.lora_A.dtype)
         if self.fused is None:
             return
+        # as buffers, the factors and scales count as the model's memory
         for name, operand in self.fused._asdict().items():
-            if isinstance(operand, Tensor):  # as a buffer it counts as the model's memory
+            if isinstance(operand, Tensor):
                 self.register_buffer(f"fused_{name}", operand, persistent=False)
 
     def drop_float_factors(self) -> None:
@@ -188,7 +189,8 @@ class KeepsDtypes(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        return super()._apply(move, recurse)
+        layer: Self = super()._apply(move, recurse)
+        return layer
 
 
 class Int8Linear(KeepsDtypes):
@@ -267,6 +269,7 @@ class Int8Linear(KeepsDtypes):
         return self._forward(x, gelu_from=None, shared=None)
 
     def _forward(self, x: Tensor, gelu_from: int | None, shared: SharedInput | None) -> Tensor:
+        """Few rows in float, many in int8; then a branch that is not in the product. As `forward`."""
         rows = x.reshape(-1, self.in_features)  # [..., K] -> [M, K]
         branch = self._active_branch()
         if self.float_weight is not None and rows.shape[0] <= self.float_rows:
@@ -347,6 +350,7 @@ class Int8Linear(KeepsDtypes):
         return branch.add_product(y, apply_gelu_to_columns(rows, gelu_from))
 
     def extra_repr(self) -> str:
+        """What `print(model)` shows of the layer."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, backend={self.backend.name}"
         )

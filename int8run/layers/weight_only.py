@@ -147,9 +147,12 @@ class WeightOnlyLinear(WeightOnlyLayer):
         parts, start = [], 0
         for weight in self.iter_float_rows(self.dtype):
             stop = start + len(weight)
-            parts.append(F.linear(x, weight, None if bias is None else bias[start:stop]))
+            part_of_bias = None if bias is None else bias[start:stop]
+            parts.append(F.linear(x, weight, part_of_bias))
             start = stop
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat(parts, dim=1)
 
     def _scaled_mm_product(self, x: Tensor) -> Tensor:
         """In fp8. x: [M, K] -> float32 [M, N].
@@ -157,7 +160,8 @@ class WeightOnlyLinear(WeightOnlyLayer):
         All scales follow the product: torch's own scaling per row takes only weights in e4m3 and gives only
         bfloat16 on most GPUs, and some GPUs have none.
         """
-        q, scale = quantize_fp8(x, per_row=self.scale is not None and self.scale.numel() > 1)
+        has_row_scales = self.scale is not None and self.scale.numel() > 1
+        q, scale = quantize_fp8(x, per_row=has_row_scales)
         padding = (0, self.qdata.shape[1] - self.in_features)
         q = F.pad(q.view(torch.uint8), padding).view(E4M3)  # as bytes, because torch does not pad fp8
         one = torch.ones((), device=x.device)
@@ -165,9 +169,12 @@ class WeightOnlyLinear(WeightOnlyLayer):
         if self.scale is not None:
             y = y.mul_(self.scale.flatten())
         y = y[:, : self.out_features]  # [M, N padded] -> [M, N]
-        return y if self.bias is None else y + self.bias
+        if self.bias is not None:
+            y = y + self.bias
+        return y
 
     def extra_repr(self) -> str:
+        """What `print(model)` shows of the layer."""
         dtype = self.packed_weight.storage_dtype
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"{sizes}, {dtype}, kernels={self.kernels}"
@@ -209,6 +216,7 @@ class WeightOnlyEmbedding(WeightOnlyLayer):
         return rows.reshape(*index.shape, self.embedding_dim)
 
     def extra_repr(self) -> str:
+        """What `print(model)` shows of the layer."""
         return f"{self.num_embeddings}, {self.embedding_dim}, {self.packed_weight.storage_dtype}"
 
 
@@ -276,9 +284,10 @@ def to_quantized_weight(weight: PackedWeight) -> QuantizedWeight:
 
 def scaled_mm_unsupported_reason(weight: PackedWeight, device: torch.device) -> str | None:
     """Why torch's fp8 product cannot take a weight on a device; None when it can."""
-    dtype = weight.storage_dtype
-    if dtype != "fp8" or not is_rowwise(weight):
-        found = "fp8 with scales per block" if dtype == "fp8" else dtype
+    found = weight.storage_dtype
+    if found == "fp8" and not is_rowwise(weight):
+        found = "fp8 with scales per block"
+    if found != "fp8":
         return f"scaled_mm takes fp8 weights with one scale or one per output row, this one is {found}"
     if device.type not in ("cpu", "cuda"):
         return f"scaled_mm runs on cpu and cuda, not on {device.type}"
@@ -305,7 +314,7 @@ def pad_for_scaled_mm(weight: PackedWeight) -> PackedWeight:
     return replace(weight, qdata=qdata, scale=scale)
 
 
-def quantize_fp8(x: Tensor, per_row: bool) -> tuple[Tensor, Tensor]:
+def quantize_fp8(x: Tensor, *, per_row: bool) -> tuple[Tensor, Tensor]:
     """Round to e4m3: `scale = absmax / 448`, ties to even.
 
     Args:

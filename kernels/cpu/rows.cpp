@@ -40,7 +40,8 @@ inline float from_bf16(uint16_t h) { return bit_cast<float>(static_cast<uint32_t
 inline float from_f16(uint16_t h) {
   const int32_t sign = (h & 0x8000) << 16, magnitude = h & 0x7FFF;
   const float subnormal = static_cast<float>(magnitude) * 0x1p-24f;
-  // another bias of the exponent; infinity and NaN stay
+  // float32's exponent has a bias of 127, float16's of 15: 112 more, in the bits from 23 on (0x38000000). Of
+  // infinity and NaN all bits of the exponent are set in both, which takes 224 more (0x70000000).
   const int32_t normal = (magnitude << 13) + (magnitude >= 0x7C00 ? 0x70000000 : 0x38000000);
   return bit_cast<float>((magnitude < 0x0400 ? bit_cast<int32_t>(subnormal) : normal) | sign);
 }
@@ -65,7 +66,14 @@ int32_t max_magnitude(const float* row, int64_t K) {
 // --- rotation: each group of a row times a Hadamard matrix, as a butterfly
 //
 // The matrix is a Kronecker power of a small block. Groups of 16 are multiplied by a matrix of signs; parts
-// that are rotated already are then joined, `radix` at a time, until they are as large as the group.
+// that are rotated already are then joined, `radix` at a time, until they are as large as the group. For a
+// group of 256 and the regular matrix, radix 4:
+//
+//     16 | 16 | 16 | 16 | 16 | ...    each 16 numbers by the matrix of signs
+//     |<-  4 x 16 = 64  ->| ...       join4, span 16: the k-th numbers of four parts become four new ones
+//     |<-      4 x 64 = 256       ->| join4, span 64
+//
+// The square root of the group is divided out once, at the end.
 
 struct Rotation {
   int64_t group;  // numbers that are rotated together; 0: none
@@ -112,7 +120,10 @@ void rotate_row(float* row, int64_t K, const Rotation& by) {
   rotate_lanes(row, K, by.signs);
   for (int64_t span = LANES; span < by.group; span *= by.radix)
     for (int64_t start = 0; start < K; start += by.radix * span)
-      by.radix == 4 ? join4(row + start, span) : join2(row + start, span);
+      if (by.radix == 4)
+        join4(row + start, span);
+      else
+        join2(row + start, span);
   for (int64_t k = 0; k < K; k++) row[k] *= by.norm;
 }
 

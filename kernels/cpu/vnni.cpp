@@ -11,16 +11,25 @@
 //
 //     sum += u0 * s0 + u1 * s1 + u2 * s2 + u3 * s3          u: unsigned, s: signed
 //
-// Weights are signed, so they are s. Activations q are signed as well (-127..127), so that u = q + 128
-// (1..255) is stored in their place, and what that adds is taken off again:
+// AVX512-VNNI has no such instruction for signed by signed bytes. Weights are signed, so they are s.
+// Activations q are signed as well (-127..127), so that u = q + 128 (1..255) is stored in their place, and
+// what that adds is taken off again:
 //
-//     sum_k u[k] w[k]  =  sum_k q[k] w[k]  +  128 * sum_k w[k]
+//     sum_k u[k] w[k]  =  sum_k (q[k] + 128) w[k]
+//                      =  sum_k q[k] w[k]  +  128 * sum_k w[k]
 //                                             ----------------
 //                                             compensation of the output column
 //
+//     for K = 2:   q = (-3, 100)   u = (125, 228)   w = (5, -7)
+//                  125 * 5 - 228 * 7 = -971         128 * (5 - 7) = -256         -971 + 256 = -715
+//                                                                                -3 * 5 - 100 * 7 = -715
+//
 // The compensation does not depend on the activations. It is computed once, when the weight is packed, and
-// subtracted once, when a column's sum is complete. Sums of u w may exceed 32 bits; they wrap around and the
-// subtraction wraps back, as long as the sum of q w fits.
+// subtracted once, when a column's sum is complete. vpdpbusd wraps around at 32 bits and does not saturate
+// (its sibling vpdpbusds does). So sums of u w may exceed 32 bits: the subtraction wraps back, as long as the
+// sum of q w fits, and whoever calls this sees to that (at most 132,104 columns: 2^31 / (128 * 127)).
+//
+// Beyond K, packed weights are 0, so that whatever stands in the activations there adds nothing.
 //
 //
 // Packed weight: int8 [ceil(N / 64)][1 + ceil(K / 4)][256 bytes], a panel for each 64 output columns.
@@ -87,9 +96,12 @@ enum Dtype { F32 = 0, BF16 = 1, F16 = 2 };
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-// The mask of the first n of 16 lanes; n may be below 0 or above 16.
+// The mask of the first n of 16 lanes; n may be below 0 or above 16. One expression: with returns GCC places
+// the branches otherwise in every kernel that asks for a mask.
 __mmask16 first_lanes(int64_t n) {
-  return n >= 16 ? 0xFFFF : n <= 0 ? 0 : static_cast<__mmask16>((1u << n) - 1);
+  return n >= 16 ? 0xFFFF
+         : n <= 0 ? 0
+                  : static_cast<__mmask16>((1u << n) - 1);
 }
 
 // --- 16 numbers of each dtype to float32 and back, under a mask
@@ -374,6 +386,7 @@ void quantize_rows(const RowsInput& in, uint8_t* q, int64_t q_stride, float* sca
         continue;
       }
       float magnitude = changed ? load_row<X>(in, from, row) : 0.0f;
+      // a row that is only rotated is read from x, without a pass that copies it
       if (in.rotation) magnitude = changed ? rotate_row<Float32>(in, row, row) : rotate_row<X>(in, from, row);
       scale[i] = quantize_row<Float32>(row, in.K, magnitude, unit, to);
     }
@@ -439,7 +452,7 @@ struct Product {
   Quantized x;
   Weight w;
   const float* bias;  // [N] or null
-  // low-rank branch: x A, scaled by the strengths and quantized per row; q is null without a branch
+  // low-rank branch: t = x . down, quantized per row (t.q is null without a branch), times `up`
   Quantized t;
   Weight up;
   void* y;  // [M, N]
@@ -569,8 +582,8 @@ extern "C" {
 void int8run_quantize(const void* x, int dtype, int64_t M, int64_t K, int64_t stride, const float* factor,
                       int64_t rotation, int sylvester, int64_t gelu_from, uint8_t* q, float* scale,
                       int threads) {
-  quantize_rows({x, M, K, stride, factor, rotation, sylvester != 0, gelu_from}, dtype, q, round_up(K, 4),
-                scale, threads);
+  const RowsInput rows{x, M, K, stride, factor, rotation, sylvester != 0, gelu_from};
+  quantize_rows(rows, dtype, q, round_up(K, 4), scale, threads);
 }
 
 // y [M, N] = q . w * w_scale * x_scale + bias + low-rank branch; q and x_scale as int8run_quantize writes
@@ -580,19 +593,27 @@ void int8run_linear(const uint8_t* q, const float* x_scale, int64_t M, int64_t K
                     const int8_t* packed, const float* w_scale, const float* bias, int64_t rank,
                     const int8_t* down, const float* down_scale, const int8_t* up, const float* up_scale,
                     void* y, int dtype, int threads) {
-  const int64_t stride = round_up(K, 4), rank4 = round_up(rank, 4);
-  Product p{{q, stride, x_scale}, {packed, w_scale, ceil_div(K, 4)}, bias,
-            {nullptr, rank4, nullptr}, {up, up_scale, rank4 / 4}, y, M, N};
-  if (!rank) return multiply(p, dtype, threads);
+  const Quantized x{q, round_up(K, 4), x_scale};
+  const Weight weight{packed, w_scale, ceil_div(K, 4)};
+  const Quantized no_rows{nullptr, 0, nullptr};
+  const Weight no_weight{nullptr, nullptr, 0};
+  if (!rank) return multiply({x, weight, bias, no_rows, no_weight, y, M, N}, dtype, threads);
 
-  std::unique_ptr<float[]> t(new float[M * rank]), t_scale(new float[M]);
-  std::unique_ptr<uint8_t[]> t_q(new uint8_t[M * rank4]);
-  Product inner{p.x, {down, down_scale, p.w.steps}, nullptr,
-                {nullptr, 0, nullptr}, {nullptr, nullptr, 0}, t.get(), M, rank};
-  multiply(inner, F32, threads);
-  quantize_rows({t.get(), M, rank, rank, nullptr, 0, false, -1}, F32, t_q.get(), rank4, t_scale.get(),
-                threads);
-  p.t = {t_q.get(), rank4, t_scale.get()};
-  multiply(p, dtype, threads);
+  // x . down, float32 [M, rank], as a product of its own
+  std::unique_ptr<float[]> t(new float[M * rank]);
+  const Weight down_weight{down, down_scale, weight.steps};
+  multiply({x, down_weight, nullptr, no_rows, no_weight, t.get(), M, rank}, F32, threads);
+
+  // its rows as bytes, as x itself is
+  const int64_t t_stride = round_up(rank, 4);
+  std::unique_ptr<uint8_t[]> t_q(new uint8_t[M * t_stride]);
+  std::unique_ptr<float[]> t_scale(new float[M]);
+  const RowsInput t_rows{t.get(), M, rank, /* stride */ rank, /* factor */ nullptr,
+                         /* rotation */ 0, /* sylvester */ false, /* gelu_from */ -1};
+  quantize_rows(t_rows, F32, t_q.get(), t_stride, t_scale.get(), threads);
+
+  const Quantized t_quantized{t_q.get(), t_stride, t_scale.get()};
+  const Weight up_weight{up, up_scale, t_stride / 4};
+  multiply({x, weight, bias, t_quantized, up_weight, y, M, N}, dtype, threads);
 }
 }

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from int8run.kernels.cpu.library import load_vnni_library
+from int8run.kernels.quantize_rowwise.reference import check_factor
 
 PANEL = 64  # output columns of a panel, as in vnni.cpp
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -53,7 +54,12 @@ def unpack_weight(packed: Tensor, n: int, k: int) -> Tensor:
 
 
 def quantize_rows(
-    x: Tensor, factor: Tensor | None = None, rotation: int = 0, sylvester: bool = False, gelu_from: int = -1
+    x: Tensor,
+    factor: Tensor | None = None,
+    rotation: int = 0,
+    *,
+    sylvester: bool = False,
+    gelu_from: int = -1,
 ) -> tuple[Tensor, Tensor]:
     """Quantize rows to unsigned bytes: `scale = absmax / 127`, `q = round(x / scale) + 128`.
 
@@ -70,7 +76,9 @@ def quantize_rows(
     Raises:
         ValueError: for a rotation or a factor that does not fit.
     """
-    return torch.ops.int8run.vnni_quantize.default(x, factor, rotation, sylvester, gelu_from)
+    op = torch.ops.int8run.vnni_quantize.default
+    outputs: tuple[Tensor, Tensor] = op(x, factor, rotation, sylvester, gelu_from)
+    return outputs
 
 
 def int8_linear(
@@ -105,9 +113,9 @@ def int8_linear(
     Returns:
         [M, N].
     """
-    return torch.ops.int8run.vnni_linear.default(
-        q, x_scale, packed, w_scale, bias, down, down_scale, up, up_scale, dtype
-    )
+    op = torch.ops.int8run.vnni_linear.default
+    y: Tensor = op(q, x_scale, packed, w_scale, bias, down, down_scale, up, up_scale, dtype)
+    return y
 
 
 # -- what the operators do -------------------------------------------------------------------------
@@ -121,11 +129,8 @@ def _quantize_rows_impl(
     if x.stride(1) != 1:
         x = x.contiguous()
     m, k = x.shape
-    _check_rotation(rotation, sylvester, k)
-    if factor is not None and (
-        factor.shape != (k,) or factor.dtype != torch.float32 or not factor.is_contiguous()
-    ):
-        raise ValueError(f"factor must be contiguous float32 [{k}], not {factor.dtype} {list(factor.shape)}")
+    _check_rotation(rotation, k, sylvester=sylvester)
+    check_factor(factor, k)
     q = x.new_empty((m, -(-k // 4) * 4), dtype=torch.uint8)
     scale = x.new_empty(m, dtype=torch.float32)
     load_vnni_library().int8run_quantize(
@@ -145,16 +150,22 @@ def _quantize_rows_impl(
     return q, scale
 
 
-def _check_rotation(rotation: int, sylvester: bool, columns: int) -> None:
+def _check_rotation(rotation: int, columns: int, *, sylvester: bool) -> None:
     if rotation == 0:
         return
     base = 2 if sylvester else 4
-    is_power_of_2 = rotation >= base and rotation & (rotation - 1) == 0
-    is_power_of_base = is_power_of_2 and (base == 2 or rotation.bit_length() % 2 == 1)
-    if not is_power_of_base or columns % rotation:
+    if not is_power(rotation, base) or columns % rotation:
         raise ValueError(
             f"rotation must be 0 or a power of {base} that divides {columns} columns, not {rotation}"
         )
+
+
+def is_power(number: int, base: int) -> bool:
+    """Whether a number is `base`, or its square, cube, and so on."""
+    power = base
+    while power < number:
+        power *= base
+    return power == number
 
 
 def _int8_linear_impl(
@@ -199,8 +210,7 @@ def _pointer_or_null(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-# -- what torch.compile must know: shapes and dtypes of the results
-# ---------------------------------------------------------
+# -- what torch.compile must know: shapes and dtypes of the results --------------------------------
 
 
 def _quantize_rows_fake(

@@ -45,7 +45,7 @@ def dequantize_mxfp8(
     """See the reference."""
     check_qdata(qdata, *FP8)
     n, k = qdata.shape
-    scale = unswizzle_scales(scale, torch.float8_e8m0fnu, n, ceil(k / MXFP8_BLOCK), swizzled)
+    scale = unswizzle_scales(scale, torch.float8_e8m0fnu, n, ceil(k / MXFP8_BLOCK), swizzled=swizzled)
     return multiply_blocks_(decode_fp8(qdata), scale, (1, MXFP8_BLOCK)).to(dtype)
 
 
@@ -62,7 +62,7 @@ def dequantize_nvfp4(
     check_qdata(qdata, torch.uint8)
     check_global_scale(global_scale)
     n, k = qdata.shape[0], 2 * qdata.shape[1]
-    scale = unswizzle_scales(scale, torch.float8_e4m3fn, n, ceil(k / NVFP4_BLOCK), swizzled)
+    scale = unswizzle_scales(scale, torch.float8_e4m3fn, n, ceil(k / NVFP4_BLOCK), swizzled=swizzled)
     # a table of the two numbers of each byte, [256, 2]
     values = torch.tensor(E2M1, device=qdata.device)
     high, low = values.repeat_interleave(16), values.repeat(16)

@@ -15,8 +15,8 @@ one block of the weight, so that its scale is read once:
 GROUP is the largest power of two in the block's width; of a scale for the whole row, all 2,048.
 """
 
+from dataclasses import dataclass
 from math import ceil
-from typing import Any
 
 import torch
 import triton
@@ -113,14 +113,30 @@ def _dequantize_kernel(
     tl.store(out_ptr + n * K + k, w.to(out_ptr.dtype.element_ty), mask=k < K)
 
 
+@dataclass(frozen=True)
+class Storage:
+    """How the bytes of a weight and of its scales are to be read.
+
+    Args:
+        codes: int8, e4m3, e5m2 or e2m1.
+        scales: float32, e8m0 or e4m3.
+        swizzled: whether the scales lie in cuBLAS's tiles.
+        high_first: of e2m1, whether even columns are in the high half of a byte.
+    """
+
+    codes: str
+    scales: str
+    swizzled: bool = False
+    high_first: bool = False
+
+
 def _launch(
     qdata: Tensor,
     scale: Tensor,
     out: Tensor,
     blocks: tuple[int, int],
-    code_format: str,
-    scale_format: str,
-    **options: Any,
+    storage: Storage,
+    global_scale: Tensor | None = None,
 ) -> Tensor:
     """Run the kernel over a weight.
 
@@ -129,33 +145,35 @@ def _launch(
         scale: one for each block.
         out: [N, K], written.
         blocks: rows and columns of a block.
-        code_format: of qdata: int8, e4m3, e5m2 or e2m1.
-        scale_format: float32, e8m0 or e4m3.
-        options: arguments of the kernel that only some formats have.
+        storage: of qdata and scale.
+        global_scale: one number, with e2m1.
 
     Returns:
         `out`.
     """
     n, k = out.shape
     height, width = blocks
-    options = {"global_scale_ptr": None, "SWIZZLED": False, "HIGH_FIRST": False} | options
-    # the largest power of two that divides the width
-    group = BLOCK_COLUMNS if width >= k else min(width & -width, BLOCK_COLUMNS)
+    group = BLOCK_COLUMNS
+    if width < k:
+        # the largest power of two that divides the width
+        group = min(width & -width, BLOCK_COLUMNS)
     grid = (n, ceil(k / BLOCK_COLUMNS))
     with torch.cuda.device_of(qdata):
         _dequantize_kernel[grid](
             qdata.contiguous(),
             scale.contiguous(),
+            global_scale_ptr=global_scale,
             out_ptr=out,
             K=k,
             columns=ceil(k / width),
             height=height,
             width=width,
-            FORMAT=code_format,
-            SCALE=scale_format,
+            FORMAT=storage.codes,
+            SCALE=storage.scales,
+            SWIZZLED=storage.swizzled,
+            HIGH_FIRST=storage.high_first,
             GROUPS=BLOCK_COLUMNS // group,
             GROUP=group,
-            **options,
         )
     return out
 
@@ -168,7 +186,7 @@ def dequantize_int8(
     check_qdata(qdata, torch.int8)
     blocks = infer_block_shape(qdata.shape, scale.shape, block)
     out = qdata.new_empty(qdata.shape, dtype=dtype)
-    return _launch(qdata, scale.float(), out, blocks, "int8", "float32")
+    return _launch(qdata, scale.float(), out, blocks, Storage("int8", "float32"))
 
 
 @torch.library.custom_op("int8run::triton_dequantize_fp8", mutates_args=())
@@ -179,7 +197,8 @@ def dequantize_fp8(
     check_qdata(qdata, *FP8)
     blocks = infer_block_shape(qdata.shape, scale.shape, block)
     out = qdata.new_empty(qdata.shape, dtype=dtype)
-    return _launch(qdata.view(torch.uint8), scale.float(), out, blocks, FP8_FORMATS[qdata.dtype], "float32")
+    storage = Storage(FP8_FORMATS[qdata.dtype], "float32")
+    return _launch(qdata.view(torch.uint8), scale.float(), out, blocks, storage)
 
 
 @torch.library.custom_op("int8run::triton_dequantize_mxfp8", mutates_args=())
@@ -189,16 +208,10 @@ def dequantize_mxfp8(
     """See the reference."""
     check_qdata(qdata, *FP8)
     n, k = qdata.shape
-    scale = view_scale_bytes(scale, torch.float8_e8m0fnu, n, ceil(k / MXFP8_BLOCK), swizzled)
-    return _launch(
-        qdata.view(torch.uint8),
-        scale,
-        qdata.new_empty(n, k, dtype=dtype),
-        (1, MXFP8_BLOCK),
-        FP8_FORMATS[qdata.dtype],
-        "e8m0",
-        SWIZZLED=swizzled,
-    )
+    scale = view_scale_bytes(scale, torch.float8_e8m0fnu, n, ceil(k / MXFP8_BLOCK), swizzled=swizzled)
+    out = qdata.new_empty(n, k, dtype=dtype)
+    storage = Storage(FP8_FORMATS[qdata.dtype], "e8m0", swizzled=swizzled)
+    return _launch(qdata.view(torch.uint8), scale, out, (1, MXFP8_BLOCK), storage)
 
 
 @torch.library.custom_op("int8run::triton_dequantize_nvfp4", mutates_args=())
@@ -215,22 +228,13 @@ def dequantize_nvfp4(
     check_qdata(qdata, torch.uint8)
     check_global_scale(global_scale)
     n, k = qdata.shape[0], 2 * qdata.shape[1]
-    scale = view_scale_bytes(scale, torch.float8_e4m3fn, n, ceil(k / NVFP4_BLOCK), swizzled)
-    return _launch(
-        qdata,
-        scale,
-        qdata.new_empty(n, k, dtype=dtype),
-        (1, NVFP4_BLOCK),
-        "e2m1",
-        "e4m3",
-        global_scale_ptr=global_scale,
-        SWIZZLED=swizzled,
-        HIGH_FIRST=high_first,
-    )
+    scale = view_scale_bytes(scale, torch.float8_e4m3fn, n, ceil(k / NVFP4_BLOCK), swizzled=swizzled)
+    out = qdata.new_empty(n, k, dtype=dtype)
+    storage = Storage("e2m1", "e4m3", swizzled=swizzled, high_first=high_first)
+    return _launch(qdata, scale, out, (1, NVFP4_BLOCK), storage, global_scale)
 
 
-# -- what torch.compile must know: shapes and dtypes of the results
-# ---------------------------------------------------------
+# -- what torch.compile must know: shapes and dtypes of the results --------------------------------
 
 
 @dequantize_int8.register_fake

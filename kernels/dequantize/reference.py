@@ -87,7 +87,7 @@ def dequantize_mxfp8(
     """
     check_qdata(qdata, *FP8)
     n, k = qdata.shape
-    scale = unswizzle_scales(scale, torch.float8_e8m0fnu, n, ceil(k / MXFP8_BLOCK), swizzled)
+    scale = unswizzle_scales(scale, torch.float8_e8m0fnu, n, ceil(k / MXFP8_BLOCK), swizzled=swizzled)
     scale = scale.repeat_interleave(MXFP8_BLOCK, dim=1)[:, :k]  # [N, ceil(K / 32)] -> [N, K]
     return (qdata.float() * scale).to(dtype)
 
@@ -125,7 +125,7 @@ def dequantize_nvfp4(
     check_qdata(qdata, torch.uint8)
     check_global_scale(global_scale)
     n, k = qdata.shape[0], 2 * qdata.shape[1]
-    scale = unswizzle_scales(scale, torch.float8_e4m3fn, n, ceil(k / NVFP4_BLOCK), swizzled)
+    scale = unswizzle_scales(scale, torch.float8_e4m3fn, n, ceil(k / NVFP4_BLOCK), swizzled=swizzled)
     scale = scale.repeat_interleave(NVFP4_BLOCK, dim=1)[:, :k]  # [N, ceil(K / 16)] -> [N, K]
     high, low = qdata >> 4, qdata & 15
     halves = (high, low) if high_first else (low, high)
@@ -214,7 +214,7 @@ def expand_scales(scale: Tensor, weight: torch.Size, block: int | None) -> Tenso
     return grid[(n // height)[:, None], (k // width)[None, :]]
 
 
-def view_scale_bytes(scale: Tensor, dtype: torch.dtype, rows: int, columns: int, swizzled: bool) -> Tensor:
+def view_scale_bytes(scale: Tensor, dtype: torch.dtype, rows: int, columns: int, *, swizzled: bool) -> Tensor:
     """Block scales as uint8, checked against the blocks they serve.
 
     Args:
@@ -256,13 +256,13 @@ def compute_swizzled_offsets(rows: int, columns: int) -> Tensor:
     return tile * 512 + in_tile
 
 
-def unswizzle_scales(scale: Tensor, dtype: torch.dtype, rows: int, columns: int, swizzled: bool) -> Tensor:
+def unswizzle_scales(scale: Tensor, dtype: torch.dtype, rows: int, columns: int, *, swizzled: bool) -> Tensor:
     """Scales in rows, whatever their layout was. Arguments as of `view_scale_bytes`.
 
     Returns:
         float32 [rows, columns].
     """
-    scale = view_scale_bytes(scale, dtype, rows, columns, swizzled)
+    scale = view_scale_bytes(scale, dtype, rows, columns, swizzled=swizzled)
     if swizzled:
         scale = scale.flatten()[compute_swizzled_offsets(rows, columns).to(scale.device)]
     return scale.view(dtype).float()

@@ -74,7 +74,8 @@ def int8_linear(
         ValueError: for shapes, dtypes or strides that do not fit each other, or K above 131072.
     """
     op = torch.ops.int8run.triton_int8_linear.default
-    return op(q, x_scale, qdata, w_scale, group, bias, h, up, strengths, out_dtype, tile.as_list())
+    y: Tensor = op(q, x_scale, qdata, w_scale, group, bias, h, up, strengths, out_dtype, tile.as_list())
+    return y
 
 
 def _launch_int8_linear(

@@ -116,6 +116,9 @@ CANDIDATE_SHAPES = {
     1024: ((64, 64, 4), (64, 128, 4), (128, 128, 8), (64, 256, 8), (128, 128, 4), (128, 64, 8)),
     MANY_ROWS: ((64, 128, 4), (128, 128, 8), (128, 256, 8), (256, 128, 8), (128, 128, 4), (128, 64, 8)),
 }
+# block_k and stages that it tries with each shape
+CANDIDATE_DEPTHS_FEW_ROWS, CANDIDATE_DEPTHS = (128, 256, 512), (64, 128)
+CANDIDATE_STAGES = (3, 4, 5)
 
 
 def find_bucket(rows: int) -> int:
@@ -123,7 +126,7 @@ def find_bucket(rows: int) -> int:
     return next(bucket for bucket in BUCKETS if rows <= bucket)
 
 
-def choose_tile(capability: tuple[int, int], rows: int, grouped: bool = False) -> Tile:
+def choose_tile(capability: tuple[int, int], rows: int, *, grouped: bool = False) -> Tile:
     """The tile to start with.
 
     Args:
@@ -136,33 +139,35 @@ def choose_tile(capability: tuple[int, int], rows: int, grouped: bool = False) -
     """
     tiles = DEFAULTS[_newest_supported(DEFAULTS, capability)]
     tile = tiles[BUCKETS.index(find_bucket(rows))]
-    if tile.sums_per_thread > _most_sums(capability, grouped):
+    if tile.sums_per_thread > _most_sums(capability, grouped=grouped):
         return replace(tile, block_n=tile.block_n // 2)
     return tile
 
 
-def list_candidates(capability: tuple[int, int], rows: int, grouped: bool = False) -> list[Tile]:
+def list_candidates(capability: tuple[int, int], rows: int, *, grouped: bool = False) -> list[Tile]:
     """What a tuner should measure for a bucket of rows, the default first.
 
     Arguments and errors as for `choose_tile`.
     """
-    first = choose_tile(capability, rows, grouped)
+    first = choose_tile(capability, rows, grouped=grouped)
     shared_memory = SHARED_MEMORY[_newest_supported(SHARED_MEMORY, capability)] - RESERVED_SHARED_MEMORY
-    depths = (128, 256, 512) if rows <= FEW_ROWS else (64, 128)
+    most_sums = _most_sums(capability, grouped=grouped)
+    shapes = CANDIDATE_SHAPES[find_bucket(rows)]
+    depths = CANDIDATE_DEPTHS_FEW_ROWS if rows <= FEW_ROWS else CANDIDATE_DEPTHS
     candidates = [first]
-    for (block_m, block_n, warps), block_k, stages in product(
-        CANDIDATE_SHAPES[find_bucket(rows)], depths, (3, 4, 5)
-    ):
-        tile = Tile(block_m, block_n, block_k, first.group_m, warps, stages)
+    for (block_m, block_n, warps), block_k, stages in product(shapes, depths, CANDIDATE_STAGES):
+        tile = Tile(block_m, block_n, block_k, group_m=first.group_m, warps=warps, stages=stages)
         fits_memory = tile.shared_bytes <= shared_memory
-        fits_registers = tile.sums_per_thread <= _most_sums(capability, grouped)
+        fits_registers = tile.sums_per_thread <= most_sums
         if fits_memory and fits_registers and tile != first:
             candidates.append(tile)
     return candidates
 
 
-def _most_sums(capability: tuple[int, int], grouped: bool) -> int:
-    return MOST_SUMS[_newest_supported(MOST_SUMS, capability)] // (2 if grouped else 1)
+def _most_sums(capability: tuple[int, int], *, grouped: bool) -> int:
+    """How many sums a thread can hold; see MOST_SUMS."""
+    most = MOST_SUMS[_newest_supported(MOST_SUMS, capability)]
+    return most // 2 if grouped else most
 
 
 def _newest_supported(table: Mapping[int, object], capability: tuple[int, int]) -> int:

@@ -27,6 +27,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from int8run.kernels.quantize_rowwise.reference import check_factor
+
 MAX_K_IN_REGISTERS = 16384  # the longest row that stays in registers
 MAX_RANK = 256
 ROTATIONS = (0, 4, 16, 64, 256, 1024)
@@ -41,6 +43,7 @@ def quantize_rowwise(
     x: Tensor,
     factor: Tensor | None = None,
     rotation: int = 0,
+    *,
     sylvester: bool = False,
     gelu_from: int = -1,
     down: Tensor | None = None,
@@ -67,13 +70,15 @@ def quantize_rowwise(
     Raises:
         ValueError: for a shape, stride, dtype, rotation or rank that the kernels do not take.
     """
-    return torch.ops.int8run.triton_quantize_rowwise.default(x, factor, rotation, sylvester, gelu_from, down)
+    op = torch.ops.int8run.triton_quantize_rowwise.default
+    outputs: tuple[Tensor, Tensor, Tensor] = op(x, factor, rotation, sylvester, gelu_from, down)
+    return outputs
 
 
 def _launch_quantize_rowwise(
     x: Tensor, factor: Tensor | None, rotation: int, sylvester: bool, gelu_from: int, down: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_arguments(x, factor, rotation, sylvester, down)
+    _check_arguments(x, factor, down, rotation=rotation, sylvester=sylvester)
     q, scale, h = _allocate_outputs(x, down)
     rows, columns = x.shape
     rank = h.shape[1]
@@ -136,7 +141,9 @@ def choose_block_r(rank: int) -> int:
     the second is not wider than high, and 16 rows do not divide; every warp would then compute the whole
     rotation, with spilled registers.
     """
-    return max(2 * BLOCK_M.value, triton.next_power_of_2(rank)) if rank else 0
+    if rank == 0:
+        return 0
+    return max(2 * BLOCK_M.value, triton.next_power_of_2(rank))
 
 
 def choose_row_block_warps(rotation: int, block_r: int) -> int:
@@ -146,7 +153,9 @@ def choose_row_block_warps(rotation: int, block_r: int) -> int:
     """
     if block_r == 256:
         return 16
-    return 8 if block_r or rotation == 1024 else 4
+    if block_r or rotation == 1024:
+        return 8
+    return 4
 
 
 def _quantize_rowwise_fake(
@@ -165,7 +174,7 @@ def _allocate_outputs(x: Tensor, down: Tensor | None) -> tuple[Tensor, Tensor, T
 
 
 def _check_arguments(
-    x: Tensor, factor: Tensor | None, rotation: int, sylvester: bool, down: Tensor | None
+    x: Tensor, factor: Tensor | None, down: Tensor | None, *, rotation: int, sylvester: bool
 ) -> None:
     if x.dim() != 2 or 0 in x.shape or (x.shape[1] > 1 and x.stride(1) != 1):
         raise ValueError(
@@ -174,17 +183,16 @@ def _check_arguments(
     if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ValueError(f"x must be bfloat16, float16 or float32, not {x.dtype}")
     columns = x.shape[1]
-    if factor is not None and (
-        factor.shape != (columns,) or factor.dtype != torch.float32 or not factor.is_contiguous()
-    ):
-        raise ValueError(
-            f"factor must be contiguous float32 [{columns}], not {factor.dtype} {list(factor.shape)}"
-        )
+    check_factor(factor, columns)
     rotations = SYLVESTER_ROTATIONS if sylvester else ROTATIONS
     if rotation not in rotations or (rotation and columns % rotation):
         raise ValueError(f"rotation must be one of {rotations} and divide {columns} columns, not {rotation}")
-    if down is None:
-        return
+    if down is not None:
+        _check_down(down, x)
+
+
+def _check_down(down: Tensor, x: Tensor) -> None:
+    columns = x.shape[1]
     if down.dim() != 2 or down.shape[1] != columns or down.dtype != x.dtype or not down.is_contiguous():
         raise ValueError(
             f"down must be contiguous {x.dtype} [R, {columns}], not {down.dtype} {list(down.shape)}"

@@ -26,6 +26,16 @@ def quantize_rowwise(x: Tensor) -> tuple[Tensor, Tensor]:
     return q.to(torch.int8), scale
 
 
+def check_factor(factor: Tensor | None, columns: int) -> None:
+    """Raise ValueError unless a kernel can read a factor for each column, or there is none."""
+    if factor is None:
+        return
+    if factor.shape != (columns,) or factor.dtype != torch.float32 or not factor.is_contiguous():
+        raise ValueError(
+            f"factor must be contiguous float32 [{columns}], not {factor.dtype} {list(factor.shape)}"
+        )
+
+
 def apply_gelu_to_columns(x: Tensor, start: int | None) -> Tensor:
     """Apply GELU (tanh) to the columns from `start` on; None or -1: none. x: [..., K]."""
     if start is None or start < 0:

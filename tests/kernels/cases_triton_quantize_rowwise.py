@@ -26,7 +26,7 @@ def transform_by_reference(x, factor, rotation, sylvester, gelu_from):
 
 def assert_equals_reference(x, factor=None, rotation=0, sylvester=False, gelu_from=-1, down=None):
     """Compare everything that comes out with the reference."""
-    q, scale, h = quantize_rowwise(x, factor, rotation, sylvester, gelu_from, down)
+    q, scale, h = quantize_rowwise(x, factor, rotation, sylvester=sylvester, gelu_from=gelu_from, down=down)
     y = transform_by_reference(x, factor, rotation, sylvester, gelu_from)
     expected, expected_scale = reference.quantize_rowwise(y)
     assert q.dtype == torch.int8

@@ -47,9 +47,9 @@ def test_rows_fall_into_buckets(rows, name):
 @pytest.mark.parametrize("number", sorted(SHARED_MEMORY))
 def test_candidates_fit_the_gpu_and_begin_with_the_default(number, grouped):
     for rows in BUCKETS:
-        tiles = list_candidates(divmod(number, 10), rows, grouped)
+        tiles = list_candidates(divmod(number, 10), rows, grouped=grouped)
 
-        assert tiles[0] == choose_tile(divmod(number, 10), rows, grouped)
+        assert tiles[0] == choose_tile(divmod(number, 10), rows, grouped=grouped)
         assert len(tiles) == len(set(tiles)) > 5
         assert all(t.shared_bytes < SHARED_MEMORY[number] for t in tiles)
 

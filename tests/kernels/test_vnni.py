@@ -55,7 +55,7 @@ def assert_differs_at_ties_only(x, factor=None, rotation=0, sylvester=False, gel
     )
     exact = transform_rows(x.double(), None if factor is None else factor.double(), by, gelu_from)
     expected, expected_scale = quantize_rowwise(exact)
-    q, scale = vnni.quantize_rows(x, factor, rotation, sylvester, gelu_from)
+    q, scale = vnni.quantize_rows(x, factor, rotation, sylvester=sylvester, gelu_from=gelu_from)
     torch.testing.assert_close(scale, expected_scale[:, 0], rtol=1e-6, atol=0)
     steps = exact / expected_scale.double()
     differ = as_signed(q, x.shape[1]).short() - expected.short()
@@ -196,7 +196,7 @@ def test_nan_and_infinity_stay_in_their_row(value, steps, dtype):
     x, weight = randn(5, 80, dtype=dtype), quantize_weight(randn(70, 80, seed=2))
 
     def run(x):
-        return vnni.quantize_rows(x, factor, rotation, sylvester, gelu_from)
+        return vnni.quantize_rows(x, factor, rotation, sylvester=sylvester, gelu_from=gelu_from)
 
     finite_q, finite_scale = run(x)
 
@@ -226,7 +226,7 @@ def test_zero_rows_stay_zero(steps):
     x = randn(4, 48)
     x[[0, 2]] = 0
     q, scale = vnni.quantize_rows(
-        x, randn(48, seed=1) if with_factor else None, rotation, sylvester, gelu_from
+        x, randn(48, seed=1) if with_factor else None, rotation, sylvester=sylvester, gelu_from=gelu_from
     )
 
     assert (q[[0, 2]] == 128).all()
@@ -369,7 +369,7 @@ def test_any_number_of_threads_gives_the_same_bits(limit_threads, rank):
         rotated = [
             t
             for sylvester in (False, True)
-            for t in vnni.quantize_rows(x, randn(4224, seed=7), 64, sylvester, 100)
+            for t in vnni.quantize_rows(x, randn(4224, seed=7), 64, sylvester=sylvester, gelu_from=100)
         ]
         results.append((y, *rotated))
 
@@ -402,7 +402,7 @@ def test_non_contiguous_weight_packs_to_the_same():
 
 
 def test_zero_rows_of_input():
-    q, scale = vnni.quantize_rows(torch.zeros(0, 12), torch.ones(12), 4, False, 3)
+    q, scale = vnni.quantize_rows(torch.zeros(0, 12), torch.ones(12), 4, gelu_from=3)
 
     assert q.shape == (0, 12)
     assert scale.shape == (0,)
@@ -416,8 +416,8 @@ def test_arguments_are_not_changed():
     plain, branch, x, *_ = make_layer(7, 64, 66, 3)
     tensors = [x, *(t for t in (*plain, *branch) if isinstance(t, torch.Tensor))]
     before = [t.clone() for t in tensors]
-    vnni.quantize_rows(x, torch.full((64,), 2.0), 16, False, 0)
-    vnni.quantize_rows(x, None, 64, True)
+    vnni.quantize_rows(x, torch.full((64,), 2.0), 16, gelu_from=0)
+    vnni.quantize_rows(x, None, 64, sylvester=True)
     compute_with_branch(plain, branch, torch.ones(3))
 
     assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
@@ -430,7 +430,7 @@ def test_compiles_in_one_graph_for_any_number_of_rows(dtype, sylvester):
     (_, _, packed, w_scale, bias, _), branch, *_ = make_layer(7, 80, 66, 3, dtype)
 
     def run(x):
-        q, scale = vnni.quantize_rows(x, factor, 16, sylvester, 70)
+        q, scale = vnni.quantize_rows(x, factor, 16, sylvester=sylvester, gelu_from=70)
         return vnni.int8_linear(
             q, scale, packed, w_scale, bias, dtype, branch.down, branch.down_scale, branch.up, branch.up_scale
         )

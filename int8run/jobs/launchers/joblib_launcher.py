@@ -52,32 +52,25 @@ class Processes:
             check_range("hydra.launcher.n_jobs", self.n_jobs, 1, 1024, whole=True)
         if self.threads is not None:
             check_range("hydra.launcher.threads", self.threads, 1, 1024, whole=True)
-        if self.gpus is None:
-            return
-        is_list = not isinstance(self.gpus, str | int) and len(self.gpus) > 0
-        if not is_list or not all(is_gpu_number(gpu) for gpu in self.gpus):
-            raise ConfigError(
-                f"hydra.launcher.gpus is {self.gpus!r}; name GPUs as nvidia-smi numbers them, such as [0,1], "
-                "or null for all"
-            )
-        if self.n_jobs is not None and self.n_jobs != len(self.gpus):
-            raise ConfigError(
-                f"hydra.launcher.n_jobs is {self.n_jobs}, and gpus={list(self.gpus)} has places for "
-                f"{len(self.gpus)}; leave n_jobs out, or name a GPU once for every job that shares it, "
-                "such as gpus=[0,0,1,1]"
-            )
+        if self.gpus is not None:
+            check_gpus(self.gpus, self.n_jobs)
 
     @property
     def jobs_at_once(self) -> int:
+        """One per GPU that is named, unless `n_jobs` says how many."""
         if self.n_jobs is not None:
             return self.n_jobs
-        return DEFAULT_JOBS if self.gpus is None else len(self.gpus)
+        if self.gpus is not None:
+            return len(self.gpus)
+        return DEFAULT_JOBS
 
     def open(self, jobs: int) -> int:
+        """Check that processes can be started; see `jobs.base.Pool`."""
         check_shared_memory()
         return min(self.jobs_at_once, jobs)
 
     def start(self) -> Worker:
+        """Start a process in the first free slot."""
         slot = self.find_free_slot()
         self.workers[slot] = ProcessWorker(self.make_environment(slot))
         return self.workers[slot]
@@ -115,6 +108,7 @@ class Processes:
         return environment
 
     def close(self) -> None:
+        """End all processes, and wait until they are gone."""
         for worker in self.workers.values():
             worker.close()
         for worker in self.workers.values():
@@ -133,6 +127,22 @@ def check_shared_memory() -> None:
             f"{error.strerror or error}); give the container some (docker run --shm-size=1g), or leave the "
             "launcher out"
         ) from error
+
+
+def check_gpus(gpus: Sequence[int | str], n_jobs: int | None) -> None:
+    """Raise ConfigError unless `gpus` is a list of GPUs that has a place for each of `n_jobs` jobs."""
+    is_list = not isinstance(gpus, str | int) and len(gpus) > 0
+    if not is_list or not all(is_gpu_number(gpu) for gpu in gpus):
+        raise ConfigError(
+            f"hydra.launcher.gpus is {gpus!r}; name GPUs as nvidia-smi numbers them, such as [0,1], "
+            "or null for all"
+        )
+    if n_jobs is not None and n_jobs != len(gpus):
+        raise ConfigError(
+            f"hydra.launcher.n_jobs is {n_jobs}, and gpus={list(gpus)} has places for "
+            f"{len(gpus)}; leave n_jobs out, or name a GPU once for every job that shares it, "
+            "such as gpus=[0,0,1,1]"
+        )
 
 
 def is_gpu_number(gpu: object) -> bool:
@@ -172,6 +182,7 @@ class ProcessWorker:
             self.process = psutil.Process(pid.result())
 
     def submit(self, call: Callable[[], Sequence[Outcome]]) -> OutcomesFuture:
+        """Start a call in the process; see `jobs.base.Worker`."""
         from joblib.externals.loky.process_executor import BrokenProcessPool
 
         try:
@@ -182,6 +193,7 @@ class ProcessWorker:
         return self.latest
 
     def close(self) -> None:
+        """End the process; one that runs a call is killed."""
         # An idle process is not killed, so that it removes its semaphores: Python complains of those left
         # behind.
         is_busy = self.latest is None or not self.latest.done()

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median_high
 from threading import Timer
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 from int8run.errors import ConfigError, check_bool, check_range
 from int8run.jobs.base import Outcome, Worker, WorkerDied
@@ -91,23 +91,19 @@ class RayCluster:
         if self.num_gpus is not None:
             check_range("hydra.launcher.num_gpus", self.num_gpus, 0, 1024)
             check_amount("hydra.launcher.num_gpus", self.num_gpus)
-        for name, amount in (self.resources or {}).items():
-            if name in RAYS_OWN_RESOURCES:
-                raise ConfigError(
-                    f"hydra.launcher.resources names {name}; allowed are a cluster's own; num_cpus and "
-                    "num_gpus set cores and GPUs"
-                )
-            check_range(f"hydra.launcher.resources.{name}", amount, 0, 1e6)
-            check_amount(f"hydra.launcher.resources.{name}", amount)
+        if self.resources is not None:
+            check_resources(self.resources)
         if self.workers is not None:
             check_range("hydra.launcher.workers", self.workers, 1, 10000, whole=True)
         check_bool("hydra.launcher.include_dashboard", self.include_dashboard)
 
     @property
     def jobs_at_once(self) -> int:
+        """How many workers fit on one machine; known once the pool is open."""
         return self.state.jobs_at_once
 
     def open(self, jobs: int) -> int:
+        """Connect to the cluster and plan the workers; see `jobs.base.Pool`."""
         self.connect()
         try:
             return self.plan_workers(jobs)
@@ -156,32 +152,28 @@ class RayCluster:
         """
         import ray
 
-        nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
-        machines = [node["Resources"] for node in nodes.values()]
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        machines = [node["Resources"] for node in nodes]
         resources = choose_resources(
             machines, cpus=self.num_cpus, gpus=self.num_gpus, custom=self.resources or {}
         )
-        workers_by_node = {}
-        for node_id, node in nodes.items():
+        room = []  # how many workers each machine that has room takes
+        hosts = {}  # their node id -> host name
+        for node in nodes:
             count = count_workers(node["Resources"], resources)
             if count > 0:
-                workers_by_node[node_id] = count
-        if not workers_by_node:
-            largest = {name: max(machine.get(name, 0) for machine in machines) for name in resources}
-            raise ConfigError(
-                f"a job asks for {format_resources(resources)}, and no machine of the cluster has that: the "
-                f"largest have {format_resources(largest)}; ask for less with hydra.launcher.num_cpus, "
-                "num_gpus and resources, or join another cluster with hydra.launcher.address"
-            )
-        check_int8run_installed(
-            {node_id: nodes[node_id]["NodeManagerHostname"] for node_id in workers_by_node}
-        )
-        workers = min(jobs, self.workers or sum(workers_by_node.values()))
+                room.append(count)
+                hosts[node["NodeID"]] = node["NodeManagerHostname"]
+        if not room:
+            refuse_resources(machines, resources)
+        check_int8run_installed(hosts)
+        workers = min(jobs, self.workers or sum(room))
         self.state.resources = resources
-        self.state.jobs_at_once = min(workers, max(workers_by_node.values()))
+        self.state.jobs_at_once = min(workers, max(room))
         return workers
 
     def start(self) -> Worker:
+        """Start an actor; it may have to wait for its resources."""
         worker = RayWorker(self.state.resources, self.warn_waiting)
         self.state.workers.append(worker)
         return worker
@@ -203,6 +195,7 @@ class RayCluster:
         )
 
     def close(self) -> None:
+        """Disconnect from the cluster, unless a program that uses int8run had connected to it."""
         for worker in self.state.workers:
             worker.stop_timer()
         self.state.workers.clear()
@@ -245,6 +238,7 @@ class RayWorker:
         self.timer.start()
 
     def submit(self, call: Callable[[], Sequence[Outcome]]) -> OutcomesFuture:
+        """Start a call in the actor; see `jobs.base.Worker`."""
         return translate_errors(self.actor.call.remote(call).future(), to_worker_error)
 
     def stop_timer(self) -> None:
@@ -256,6 +250,7 @@ class RayWorker:
         self.timer.join()
 
     def close(self) -> None:
+        """Kill the actor."""
         import ray
 
         self.stop_timer()
@@ -266,6 +261,7 @@ class CallActor:
     """What lives in a worker's process."""
 
     def call(self, call: Callable[[], Sequence[Outcome]]) -> Sequence[Outcome]:
+        """Run a call."""
         return call()
 
 
@@ -289,7 +285,8 @@ def to_worker_error(error: BaseException) -> BaseException:
     from ray.exceptions import RayError, RayTaskError
 
     if isinstance(error, RayTaskError):
-        return error.cause if isinstance(error.cause, BaseException) else error
+        cause: object = error.cause
+        return cause if isinstance(cause, BaseException) else error
     if isinstance(error, RayError):
         reason = extract_death_reason(str(error))
         return WorkerDied(f"its Ray worker ended ({type(error).__name__}): {reason}")
@@ -307,7 +304,21 @@ def extract_death_reason(text: str) -> str:
             "ran out"
         )
     reason = DEATH_REASON.search(text)
-    return (reason[1] if reason else text)[:MAX_REASON_LENGTH]
+    if reason is not None:
+        text = reason[1]
+    return text[:MAX_REASON_LENGTH]
+
+
+def check_resources(resources: Mapping[str, float]) -> None:
+    """Raise ConfigError unless these are amounts of resources that only a cluster can have named."""
+    for name, amount in resources.items():
+        if name in RAYS_OWN_RESOURCES:
+            raise ConfigError(
+                f"hydra.launcher.resources names {name}; allowed are a cluster's own; num_cpus and "
+                "num_gpus set cores and GPUs"
+            )
+        check_range(f"hydra.launcher.resources.{name}", amount, 0, 1e6)
+        check_amount(f"hydra.launcher.resources.{name}", amount)
 
 
 def check_amount(name: str, amount: float) -> None:
@@ -342,6 +353,18 @@ def choose_resources(
     return {"CPU": float(cpus), **resources}
 
 
+def refuse_resources(machines: Sequence[Mapping[str, float]], resources: Mapping[str, float]) -> NoReturn:
+    """Raise ConfigError for resources that no machine has; see `choose_resources`."""
+    largest = {}
+    for name in resources:
+        largest[name] = max(machine.get(name, 0) for machine in machines)
+    raise ConfigError(
+        f"a job asks for {format_resources(resources)}, and no machine of the cluster has that: the "
+        f"largest have {format_resources(largest)}; ask for less with hydra.launcher.num_cpus, "
+        "num_gpus and resources, or join another cluster with hydra.launcher.address"
+    )
+
+
 def share_cores(machines: Sequence[Mapping[str, float]], resources: Mapping[str, float]) -> float:
     """Share the cores of a typical machine among the workers that it has room for.
 
@@ -352,7 +375,9 @@ def share_cores(machines: Sequence[Mapping[str, float]], resources: Mapping[str,
         count = count_workers(machine, resources)
         if machine.get("CPU") and count > 0:
             shares.append(machine["CPU"] // count)
-    return max(1.0, median_high(shares)) if shares else 1.0
+    if not shares:
+        return 1.0
+    return max(1.0, median_high(shares))
 
 
 def count_workers(machine: Mapping[str, float], resources: Mapping[str, float]) -> int:

@@ -117,6 +117,7 @@ class Slurm:
         check_one_line("hydra.launcher.folder", self.folder)
 
     def open(self, jobs: int) -> int:
+        """Check that jobs can be submitted from here; see `jobs.base.Pool`."""
         try:
             import submitit  # noqa: F401
         except ModuleNotFoundError as error:
@@ -132,6 +133,7 @@ class Slurm:
         return min(jobs, self.workers or jobs)
 
     def start(self) -> Worker:
+        """Return a worker; a Slurm job is submitted with each of its calls."""
         from submitit import SlurmExecutor
 
         folder = Path(self.folder).absolute()
@@ -144,6 +146,9 @@ class Slurm:
     def make_parameters(self) -> dict[str, Any]:
         """Return what submitit writes into the script of a Slurm job."""
         thread_variables = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+        memory = None
+        if self.mem_gb is not None:
+            memory = f"{round(self.mem_gb * 1024)}M"
         return {
             "job_name": "int8run",
             "partition": self.partition,
@@ -152,7 +157,7 @@ class Slurm:
             "ntasks_per_node": 1,
             "cpus_per_task": self.cpus,
             "gpus_per_node": self.gpus or None,
-            "mem": None if self.mem_gb is None else f"{round(self.mem_gb * 1024)}M",
+            "mem": memory,
             "setup": [f"export {name}={self.cpus}" for name in thread_variables],
             "use_srun": False,  # since Slurm 22.05, a step of srun gets one of the job's cores
             # a requeued Slurm job would run jobs again that have ended; the scheduler goes on where the
@@ -161,6 +166,7 @@ class Slurm:
         }
 
     def close(self) -> None:
+        """Cancel the Slurm jobs that are left."""
         self.watcher.stop()
 
 
@@ -211,12 +217,9 @@ class SlurmWorker:
         except (FailedJobError, FailedSubmissionError) as error:
             reason = " ".join(str(error).split())
             if self.watcher.num_accepted == 0:
-                is_about_gpus = "gres" in reason
-                hint = (
-                    "hydra.launcher.gpus=0 asks for no GPU"
-                    if is_about_gpus
-                    else "see the settings of hydra.launcher"
-                )
+                hint = "see the settings of hydra.launcher"
+                if "gres" in reason:  # what sbatch calls GPUs
+                    hint = "hydra.launcher.gpus=0 asks for no GPU"
                 raise ConfigError(f"Slurm does not take the job: {reason}; {hint}") from error
             rejected: OutcomesFuture = OutcomesFuture()
             rejected.set_exception(WorkerDied(f"Slurm did not take the job: {reason}"))
@@ -226,6 +229,7 @@ class SlurmWorker:
         return self.latest.future
 
     def close(self) -> None:
+        """Cancel the Slurm job of the latest call, unless it has ended."""
         if self.latest is not None:
             self.watcher.cancel_job(self.latest)
 
@@ -326,12 +330,17 @@ class JobWatcher:
         """Until the watcher is stopped, search for results often, and look at the queue at times."""
         queue_checked = time.monotonic()
         while not self.stop_event.wait(RESULT_POLL_S):
-            for entry in self.list_pending():
-                if entry.job.paths.result_pickle.exists() and self.take_job(entry):
-                    deliver_result(entry)
-            if self.pending and time.monotonic() - queue_checked >= QUEUE_POLL_S:
-                queue_checked = time.monotonic()
-                self.check_queue(queue_checked)
+            self.collect_results()
+            now = time.monotonic()
+            if self.pending and now - queue_checked >= QUEUE_POLL_S:
+                queue_checked = now
+                self.check_queue(now)
+
+    def collect_results(self) -> None:
+        """Deliver the results that have been written."""
+        for entry in self.list_pending():
+            if entry.job.paths.result_pickle.exists() and self.take_job(entry):
+                deliver_result(entry)
 
     def check_queue(self, now: float) -> None:
         """Find jobs that wait, and jobs that left the queue without a result.
@@ -345,25 +354,39 @@ class JobWatcher:
         if queue is None:  # Slurm does not answer at the moment; its jobs run on
             return
         for entry in entries:
-            reason = queue.get(entry.job.job_id)
-            if reason is None:
+            if entry.job.job_id in queue:
+                entry.missing_since = None
+                warn_waiting(entry, queue[entry.job.job_id], now)
+            else:
                 self.check_missing_job(entry, now)
-                continue
-            entry.missing_since = None
-            if reason and not entry.has_warned and now - entry.submitted >= WARN_AFTER_S:
-                entry.has_warned = True
-                log.warning("Slurm job %s waits: %s", entry.job.job_id, reason)
 
     def check_missing_job(self, entry: PendingJob, now: float) -> None:
         """Report the death of a job that left the queue, unless its result may still arrive."""
         if entry.missing_since is None:
             entry.missing_since = now
-        state, message = describe_job_end(entry.job)
-        may_have_result = state in ("COMPLETED", None)
+        end = read_job_end(entry.job.job_id)
+        may_have_result = end is None or end.state == "COMPLETED"
         if may_have_result and now - entry.missing_since < RESULT_GRACE_S:
             return
-        if not entry.job.paths.result_pickle.exists() and self.take_job(entry):
-            entry.future.set_exception(WorkerDied(message))
+        if entry.job.paths.result_pickle.exists():
+            return  # delivered at the next search
+        if self.take_job(entry):
+            entry.future.set_exception(WorkerDied(describe_job_end(entry.job, end)))
+
+
+def warn_waiting(entry: PendingJob, reason: str, now: float) -> None:
+    """Warn, once, that a job waits in the queue.
+
+    Args:
+        entry: the job.
+        reason: why it waits; empty for a job that does not.
+        now: of time.monotonic().
+    """
+    if not reason or entry.has_warned:
+        return
+    if now - entry.submitted >= WARN_AFTER_S:
+        entry.has_warned = True
+        log.warning("Slurm job %s waits: %s", entry.job.job_id, reason)
 
 
 def deliver_result(entry: PendingJob) -> None:
@@ -409,29 +432,42 @@ def read_queue() -> dict[str, str] | None:
     return reasons
 
 
-def describe_job_end(job: Any) -> tuple[str | None, str]:
-    """Ask Slurm how a job ended.
+@dataclass(frozen=True)
+class JobEnd:
+    """What Slurm knows of a job that ended.
+
+    Args:
+        state: Slurm's word, such as TIMEOUT.
+        exit_code: of the script; as a shell counts, above 128 where a signal ended it.
+    """
+
+    state: str
+    exit_code: int
+
+
+def describe_job_end(job: Any, end: JobEnd | None) -> str:
+    """Say how a job ended that left no result.
 
     Args:
         job: submitit's.
-
-    Returns:
-        Slurm's state of the job, None where it has forgotten the job; and a message for the user.
+        end: what Slurm says of it; None where Slurm has forgotten the job.
     """
-    state, exit_code = read_job_state(job.job_id)
-    if state is None:
-        reason = "gone from the queue"
-    elif state in STATE_HINTS:
-        reason = f"{state}{STATE_HINTS[state]}"
-    elif exit_code > 128:  # as a shell counts signals
-        reason = f"{state}: {describe_exit_code(128 - exit_code)}"
-    else:
-        reason = state
-    return state, f"Slurm job {job.job_id} ended without a result: {reason}; its log: {job.paths.stderr}"
+    return f"Slurm job {job.job_id} ended without a result: {explain_end(end)}; its log: {job.paths.stderr}"
 
 
-def read_job_state(job_id: str) -> tuple[str | None, int]:
-    """Read the state and the exit code of a job; (None, 0) where Slurm has forgotten it."""
+def explain_end(end: JobEnd | None) -> str:
+    """Say what happened to a job, and what can be done about it; see `describe_job_end`."""
+    if end is None:
+        return "gone from the queue"
+    if end.state in STATE_HINTS:
+        return f"{end.state}{STATE_HINTS[end.state]}"
+    if end.exit_code > 128:
+        return f"{end.state}: {describe_exit_code(128 - end.exit_code)}"
+    return end.state
+
+
+def read_job_end(job_id: str) -> JobEnd | None:
+    """Ask Slurm how a job ended; None where it has forgotten the job."""
     text = run_program("scontrol", "--oneliner", "show", "job", job_id) or ""
     state = re.search(r"\bJobState=(\w+)", text)
     exit_code = re.search(r"\bExitCode=(\d+):", text)
@@ -441,7 +477,9 @@ def read_job_state(job_id: str) -> tuple[str | None, int]:
         text = run_program("sacct", *options, "--jobs", job_id) or ""
         state = re.match(r"(\w+)", text)
         exit_code = re.search(r"\|(\d+):", text)
-    return state[1] if state else None, int(exit_code[1]) if exit_code else 0
+    if state is None:
+        return None
+    return JobEnd(state[1], exit_code=0 if exit_code is None else int(exit_code[1]))
 
 
 def run_program(*command: str) -> str | None:

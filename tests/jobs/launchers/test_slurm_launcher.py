@@ -282,18 +282,19 @@ def test_accounting_is_asked_when_the_controller_has_forgotten(cluster, monkeypa
     job = types.SimpleNamespace(job_id="7", paths=types.SimpleNamespace(stderr="7_log.err"))
 
     (cluster / "sacct").symlink_to("/bin/true")
-    state, message = slurm_launcher.describe_job_end(job)
+    end = slurm_launcher.read_job_end("7")
 
-    assert state == "OUT_OF_MEMORY"
-    assert message == (
+    assert end == slurm_launcher.JobEnd("OUT_OF_MEMORY", exit_code=0)
+    assert slurm_launcher.describe_job_end(job, end) == (
         "Slurm job 7 ended without a result: OUT_OF_MEMORY; hydra.launcher.mem_gb asks for more; "
         "its log: 7_log.err"
     )
 
     (cluster / "sacct").unlink()
-    state, message = slurm_launcher.describe_job_end(job)
+    end = slurm_launcher.read_job_end("7")
 
-    assert state is None
+    assert end is None
+    message = slurm_launcher.describe_job_end(job, end)
     assert message == "Slurm job 7 ended without a result: gone from the queue; its log: 7_log.err"
     assert asked == ["scontrol", "sacct", "scontrol"]
 
