@@ -132,7 +132,7 @@ def find_best_of_column(
         values: of the runs.
         ranked: the runs whose values can be compared.
     """
-    known = {}
+    known: dict[int, float] = {}
     for index in ranked:
         value = values[index]
         if value is not None:

@@ -323,12 +323,13 @@ def list_between_facts(comparison: SweepComparison) -> list[tuple[str, str]]:
     if not comparison.has_comparable_speeds:
         return []
     extremes = {candidate.name for candidate in (*comparison.fastest, *comparison.closest)}
-    between = [candidate for candidate in list_front_candidates(comparison) if candidate.name not in extremes]
-    if not between:
+    texts = []
+    for candidate in list_front_candidates(comparison):
+        if candidate.name not in extremes:
+            texts.append(describe_best([candidate], comparison, (*SPEED_METRICS, PSNR_DB)))
+    if not texts:
         return []
-    metrics = (*SPEED_METRICS, PSNR_DB)
-    texts = [describe_best([candidate], comparison, metrics) for candidate in between[:MAX_BETWEEN]]
-    return [("Between them", "; ".join(texts))]
+    return [("Between them", "; ".join(texts[:MAX_BETWEEN]))]
 
 
 def list_memory_facts(comparison: SweepComparison) -> list[tuple[str, str]]:

@@ -6,6 +6,7 @@ JSON stands on `parse_untrusted_json`.
 """
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 # Commas and opening brackets, those in texts too: a header of 20,000 tensors has 180,000. A million take a
@@ -71,11 +72,17 @@ def check_nesting(found: Any) -> None:
     """Raise ValueError for values nested so deeply that functions which follow them could fail."""
     level = [found] if isinstance(found, dict | list) else []
     for _ in range(MAX_NESTING):
-        children: list[Any] = []
-        for node in level:
-            values = node.values() if isinstance(node, dict) else node
-            children += [value for value in values if isinstance(value, dict | list)]
+        children = list_nested(level)
         if not children:
             return
         level = children
     raise ValueError(f"is nested in more than {MAX_NESTING} levels")
+
+
+def list_nested(values: Iterable[Any]) -> list[Any]:
+    """The objects and arrays that stand directly in some objects and arrays."""
+    nested = []
+    for value in values:
+        items = value.values() if isinstance(value, dict) else value
+        nested += [item for item in items if isinstance(item, dict | list)]
+    return nested

@@ -363,3 +363,24 @@ def test_a_number_that_no_axis_takes_does_not_cost_the_report(tmp_path, metric, 
     page, _ = render_report(find_records(tmp_path), tmp_path)
 
     assert len(page.find_all("section", id="speed-quality")) == 1
+
+
+def test_a_run_that_failed_looks_like_one_wherever_it_is_listed(sweep_report):
+    _, page, html = sweep_report
+
+    assert '<tr id="run-4" class="failed">' in html
+    marked = [element["text"] for element in page.find_all("span", class_="state unfinished")]
+    assert marked == ["failed", "failed"], "above its settings and its command"
+
+
+def test_an_empty_cell_of_the_page_shows_its_reason(tmp_path):
+    records = [write_run(tmp_path, 0, ["outlier=none"], metrics=make_metrics())]
+    without_float = {"metrics.baseline": "none"}
+    metrics = make_metrics(ratio=None, psnr=None)
+    records.append(write_run(tmp_path, 1, ["outlier=auto"], without_float, metrics=metrics))
+
+    page, html = render_report(records, tmp_path)
+
+    reasons = [cell["title"] for cell in page.find_all("td", class_="num") if "title" in cell]
+    assert reasons == ["metrics.baseline=none: the float model did not run"] * 2
+    assert "The pointer on a – shows why there is no value." in html
