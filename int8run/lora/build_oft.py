@@ -62,24 +62,38 @@ def build_lycoris(tensors: Mapping[str, Tensor]) -> OFT:
         raise LoraError("has no oft_blocks; the file is incomplete")
     blocks = tensors["oft_blocks"].float()
     check_square("oft_blocks", blocks, dims=(3, 4))
-    num_rows = blocks.shape[-3] * blocks.shape[-1]
+    block_size = blocks.shape[-1]
+    num_rows = blocks.shape[-3] * block_size
+    rescale = read_rescale(tensors, num_rows)
+
     skew = blocks - blocks.mT
     bound = read_bound(tensors) * num_rows
     norm = skew.norm()
     if 0 < bound < norm:
         skew = skew * (bound / norm)
-    rotations = cayley(skew)
-    rescale = tensors.get("rescale")
-    if rescale is not None and rescale.numel() != num_rows:
-        raise LoraError(f"has {rescale.numel()} factors (rescale) for {num_rows} rows; the file is broken")
-    flat_rescale = None if rescale is None else rescale.float().flatten()
+    rotations = cayley(skew)  # [D, b, b] or [stages, D, b, b]
+
     if blocks.dim() == 3:
-        return OFT((RotationStage(rotations.mT),), num_rows, flat_rescale)
-    stages = tuple(
-        RotationStage(stage, make_butterfly(num_rows, blocks.shape[-1], i))
-        for i, stage in enumerate(rotations)
-    )
-    return OFT(stages, num_rows, flat_rescale, adapter_type="BOFT")
+        return OFT((RotationStage(rotations.mT),), num_rows, rescale)
+    stages = []
+    for i, stage_rotations in enumerate(rotations):
+        order = make_butterfly(num_rows, block_size, i)
+        stages.append(RotationStage(stage_rotations, order))
+    return OFT(tuple(stages), num_rows, rescale, adapter_type="BOFT")
+
+
+def read_rescale(tensors: Mapping[str, Tensor], num_rows: int) -> Tensor | None:
+    """The factors of the rows of a LyCORIS file, [N]; None where it has none.
+
+    Raises:
+        LoraError: when there is not one for each row.
+    """
+    rescale = tensors.get("rescale")
+    if rescale is None:
+        return None
+    if rescale.numel() != num_rows:
+        raise LoraError(f"has {rescale.numel()} factors (rescale) for {num_rows} rows; the file is broken")
+    return rescale.float().flatten()
 
 
 def make_butterfly(num_rows: int, block_size: int, stage: int) -> Tensor:
@@ -98,31 +112,42 @@ def make_butterfly(num_rows: int, block_size: int, stage: int) -> Tensor:
 
 
 def build_kohya(tensors: Mapping[str, Tensor]) -> LoraDelta:
-    """kohya's OFT: `alpha` times the number of rows always bounds the norm, and parts of a fused matrix have
-    blocks of their own."""
+    """kohya's OFT: `alpha` bounds it, and parts of a fused matrix have blocks of their own."""
     given = [i for i, part in enumerate(KOHYA_OFT_PARTS) if part in tensors]
     if given != list(range(len(given))):
         missing = min(set(range(len(KOHYA_OFT_PARTS))) - set(given))
         raise LoraError(f"has no oft_blocks.{missing}; the file is incomplete")
     if "alpha" not in tensors:
         raise LoraError("is an OFT of kohya without its alpha, which bounds it; the file is incomplete")
-    parts = []
-    for i in given:
-        blocks = tensors[KOHYA_OFT_PARTS[i]].float()
-        check_square("oft_blocks", blocks, dims=(3,))
-        num_rows = blocks.shape[0] * blocks.shape[-1]
-        skew = blocks - blocks.mT
-        norm = skew.norm()
-        bounded = norm.clamp(max=read_bound(tensors) * num_rows)
-        rotations = cayley(skew * ((bounded + 1e-8) / (norm + 1e-8)))
-        parts.append(OFT((RotationStage(rotations.mT),), num_rows))
-    return parts[0] if len(parts) == 1 else StackedRows(tuple(parts))
+    bound = read_bound(tensors)
+    parts = [build_kohya_part(tensors[KOHYA_OFT_PARTS[i]].float(), bound) for i in given]
+    if len(parts) == 1:
+        return parts[0]
+    return StackedRows(tuple(parts))
+
+
+def build_kohya_part(blocks: Tensor, bound: float) -> OFT:
+    """The OFT of some rows of a matrix, or of all.
+
+    Args:
+        blocks: [D, b, b].
+        bound: times the number of rows the largest norm that all blocks together may have.
+    """
+    check_square("oft_blocks", blocks, dims=(3,))
+    num_rows = blocks.shape[0] * blocks.shape[-1]
+    skew = blocks - blocks.mT
+    norm = skew.norm()
+    bounded_norm = norm.clamp(max=bound * num_rows)
+    rotations = cayley(skew * ((bounded_norm + 1e-8) / (norm + 1e-8)))  # [D, b, b]
+    return OFT((RotationStage(rotations.mT),), num_rows)
 
 
 def read_bound(tensors: Mapping[str, Tensor]) -> float:
     """The `alpha` of a module, which bounds its rotation; 0 where there is none."""
     alpha = tensors.get("alpha")
-    return 0.0 if alpha is None else read_alpha(alpha)
+    if alpha is None:
+        return 0.0
+    return read_alpha(alpha)
 
 
 # -- PEFT: inputs are rotated --------------------------------------------------------------------------------
@@ -141,6 +166,27 @@ def build_peft_oft(triangles: Tensor, settings: Mapping[str, Any]) -> OFT:
             "is an OFT of PEFT, and use_cayley_neumann, which says to which side it turns, stands nowhere; "
             "put adapter_config.json beside the file"
         )
+    skew = unpack_triangles(triangles)  # [D, b, b]
+    num_blocks, block_size, _ = skew.shape
+    if settings.get("coft"):
+        skew = bound_blocks(skew, read_number(settings, "eps", PEFT_DEFAULT_EPS) / math.sqrt(num_blocks))
+    if settings["use_cayley_neumann"]:
+        check_series_version(settings)
+        terms = int(read_number(settings, "num_cayley_neumann_terms", PEFT_DEFAULT_TERMS))
+        rotations = sum_neumann_series(skew, terms)
+    else:
+        rotations = cayley(-skew)
+    is_shared = bool(settings.get("block_share")) and num_blocks == 1
+    num_features = None if is_shared else num_blocks * block_size
+    return OFT((RotationStage(rotations),), num_features, on_input=True)
+
+
+def unpack_triangles(triangles: Tensor) -> Tensor:
+    """The skew-symmetric matrices whose upper triangles PEFT stores: [D, b (b - 1) / 2] -> [D, b, b].
+
+    Raises:
+        LoraError: when the numbers are no triangles.
+    """
     if triangles.dim() != 2:
         raise LoraError(
             f"has an oft_R of {list(triangles.shape)}; it is [blocks, numbers], the file is broken"
@@ -154,18 +200,7 @@ def build_peft_oft(triangles: Tensor, settings: Mapping[str, Any]) -> OFT:
     skew = torch.zeros(num_blocks, block_size, block_size)
     rows, columns = torch.triu_indices(block_size, block_size, 1)
     skew[:, rows, columns] = triangles
-    skew = skew - skew.mT
-    if settings.get("coft"):
-        skew = bound_blocks(skew, read_number(settings, "eps", PEFT_DEFAULT_EPS) / math.sqrt(num_blocks))
-    if settings["use_cayley_neumann"]:
-        check_series_version(settings)
-        terms = int(read_number(settings, "num_cayley_neumann_terms", PEFT_DEFAULT_TERMS))
-        rotations = sum_neumann_series(skew, terms)
-    else:
-        rotations = cayley(-skew)
-    is_shared = bool(settings.get("block_share")) and num_blocks == 1
-    num_features = None if is_shared else num_blocks * block_size
-    return OFT((RotationStage(rotations),), num_features, on_input=True)
+    return skew - skew.mT
 
 
 def check_series_version(settings: Mapping[str, Any]) -> None:
@@ -196,7 +231,7 @@ def sum_neumann_series(skew: Tensor, num_terms: int) -> Tensor:
         raise LoraError(f"has num_cayley_neumann_terms {num_terms}; allowed is 1 to 100")
     if num_terms == 3:
         num_terms = 4  # PEFT adds the last power here, too
-    total = torch.eye(skew.shape[-1]).expand_as(skew).clone()
+    total = torch.eye(skew.shape[-1]).expand_as(skew).clone()  # [D, b, b]
     power = torch.eye(skew.shape[-1]).expand_as(skew)
     for term in range(1, num_terms):
         power = power @ skew
@@ -241,9 +276,9 @@ def make_peft_butterfly(num_features: int, num_blocks: int, block_size: int, sta
             f"is a BOFT whose stage {stage + 1} does not fit {num_features} inputs in blocks of "
             f"{block_size}; the file is broken"
         )
-    halves = torch.arange(group).reshape(-1, half)
-    within = torch.cat([halves[0::2], halves[1::2]]).flatten()
-    starts = torch.arange(0, num_features, group)
+    halves = torch.arange(group).reshape(-1, half)  # [half blocks, half]
+    within = torch.cat([halves[0::2], halves[1::2]]).flatten()  # [group]
+    starts = torch.arange(0, num_features, group)  # [groups]
     return (starts[:, None] + within).flatten().argsort()
 
 

@@ -146,9 +146,8 @@ class InstalledLoras:
         for layer in self.layers.values():
             if layer.find_layer() is not None:
                 layer.restore()
-        for reference in self.marked:
-            module = reference()
-            if module is not None and module.__dict__.get(MARK) is self:
+        for module in self.list_marked():
+            if module.__dict__.get(MARK) is self:
                 del module.__dict__[MARK]
 
     def put_back(self) -> None:
@@ -158,10 +157,15 @@ class InstalledLoras:
         for layer in self.layers.values():
             layer.attach()
         self.set_strengths(self.strengths, self.text_strengths)
-        modules = [reference() for reference in self.marked]
+        modules = self.list_marked()
         self.marked = []
-        self.mark(module for module in modules if module is not None)
+        self.mark(modules)
         self.remember()
+
+    def list_marked(self) -> list[nn.Module]:
+        """The modules that were marked and still exist."""
+        modules = [reference() for reference in self.marked]
+        return [module for module in modules if module is not None]
 
 
 # -- what is on a model ------------------------------------------------------------------------------------

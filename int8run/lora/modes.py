@@ -72,31 +72,48 @@ class ModeChooser:
             return ModeChoice(self.mode)
 
         obstacle = find_branch_obstacle(changes)
-        if obstacle is None:
-            branches = make_branches(changes, read_weight)
-            obstacle = self.find_cost_obstacle(name, layer, sum_ranks(branches))
-            if obstacle is None:
-                return ModeChoice("dynamic", branches=branches)
-        elif self.mode == "dynamic" or self.is_scheduled:
+        if obstacle is not None:
+            self.check_need_not_be_dynamic(name, obstacle)
+            return ModeChoice(self.merging_mode, reason=obstacle)
+
+        branches = make_branches(changes, read_weight)
+        cost_obstacle = self.find_cost_obstacle(name, layer, sum_ranks(branches))
+        if cost_obstacle is not None:
+            return ModeChoice(self.merging_mode, reason=cost_obstacle)
+        return ModeChoice("dynamic", branches=branches)
+
+    @property
+    def merging_mode(self) -> str:
+        """The mode of a layer that is not dynamic."""
+        return "bake" if self.has_float_weights else "stochastic"
+
+    def check_need_not_be_dynamic(self, name: str, obstacle: str) -> None:
+        """Check that a layer whose changes cannot be branches need not have them as such.
+
+        Raises:
+            LoraError: when dynamic layers were asked for, or strengths change from step to step.
+        """
+        if self.mode == "dynamic":
             needed = "lora.mode=dynamic"
-            if self.mode != "dynamic":
-                needed = "a schedule of strengths needs lora.mode=dynamic, which"
-            raise LoraError(
-                f"{name}: {needed} is not possible: {obstacle}; "
-                "set lora.mode=auto and one strength for all steps"
-            )
-        return ModeChoice("bake" if self.has_float_weights else "stochastic", reason=obstacle)
+        elif self.is_scheduled:
+            needed = "a schedule of strengths needs lora.mode=dynamic, which"
+        else:
+            return
+        raise LoraError(
+            f"{name}: {needed} is not possible: {obstacle}; set lora.mode=auto and one strength for all steps"
+        )
 
     def find_cost_obstacle(self, name: str, layer: Int8Linear, rank: int) -> str | None:
         """Why a branch of this rank is too slow for `auto`; None: it is not, or the mode must be dynamic."""
-        if self.mode != "auto" or self.is_scheduled or not rank:
+        has_choice = self.mode == "auto" and not self.is_scheduled
+        if not has_choice or not rank:
             return None
         if rank >= min(layer.in_features, layer.out_features):
             return f"a branch of rank {rank} would be more work than the layer"
-        if self.overhead is not None and self.overhead(name, layer, rank) > 1 + self.max_overhead:
-            limit = f"lora.max_overhead={self.max_overhead:g}"
-            return f"a branch of rank {rank} would take more than {limit} of a layer's time"
-        return None
+        if self.overhead is None or self.overhead(name, layer, rank) <= 1 + self.max_overhead:
+            return None
+        limit = f"lora.max_overhead={self.max_overhead:g}"
+        return f"a branch of rank {rank} would take more than {limit} of a layer's time"
 
 
 def find_branch_obstacle(changes: IndexedChanges) -> str | None:

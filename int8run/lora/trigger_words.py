@@ -72,8 +72,8 @@ def append_triggers(prompt: str, words: Iterable[str]) -> str:
     missing = find_missing_triggers(prompt, words)
     if not missing:
         return prompt
-    beginning = prompt.rstrip(" ,")
-    return ", ".join([beginning, *missing] if beginning else missing)
+    phrases = [prompt.rstrip(" ,"), *missing]
+    return ", ".join(phrase for phrase in phrases if phrase)
 
 
 def build_word_pattern(phrase: str) -> str:
@@ -142,16 +142,22 @@ def iter_training_phrases(metadata: Mapping[str, str]) -> Iterator[tuple[str, Se
 
 def split_phrases(value: object) -> list[str]:
     """Phrases in a text with commas, a list, or a JSON list."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        parsed = parse_json(value)
-        if isinstance(parsed, list):
-            value = parsed
-    texts = value if isinstance(value, list) else [value]
     phrases = []
-    for text in texts[:MAX_WORDS]:
+    for text in list_texts(value)[:MAX_WORDS]:
         if isinstance(text, str):
             phrases += re.split(r"[,\n;]", text[: MAX_WORDS * MAX_WORD_CHARS])
     return phrases
+
+
+def list_texts(value: object) -> list[object]:
+    """The items of a list or a JSON list; anything else is the only item."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        parsed = parse_json(value)
+        if isinstance(parsed, list):
+            return parsed
+    if isinstance(value, list):
+        return value
+    return [value]
 
 
 def find_quoted_words(text: object) -> list[str]:
@@ -203,13 +209,13 @@ def find_common_tags(frequency: object, folders: object) -> list[str]:
         num_captions = get_nested(folders, (folder, "img_count"))
         if not is_image_count(num_captions):
             num_captions = max(counts.values(), default=0)
-        is_comparable = (
-            num_captions > 1 or len(counts) == 1
-        )  # in one caption no tag is more frequent than another
-        if is_comparable:
-            frequent = [tag for tag, count in counts.items() if count >= FREQUENT_TAG_SHARE * num_captions]
-            frequent.sort(key=lambda tag: -counts[tag])
-            common += frequent[:MAX_TAGS_PER_FOLDER]
+        # in one caption no tag is more frequent than another
+        is_comparable = num_captions > 1 or len(counts) == 1
+        if not is_comparable:
+            continue
+        frequent = [tag for tag, count in counts.items() if count >= FREQUENT_TAG_SHARE * num_captions]
+        frequent.sort(key=lambda tag: -counts[tag])
+        common += frequent[:MAX_TAGS_PER_FOLDER]
     return common
 
 
