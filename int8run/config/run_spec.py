@@ -17,7 +17,7 @@ from int8run.generate.prompts import PromptSet
 from int8run.layers.plan import Int8Settings
 from int8run.lora.config import LoraSettings
 from int8run.metrics.settings import MetricsSettings
-from int8run.models.family import AutoFamily, ModelFamily, ModelSource
+from int8run.models.family import AutoFamily, ModelFamily, ModelSource, list_family_names
 from int8run.models.sampling import SCHEDULE_ARGUMENTS, Sampling
 from int8run.outlier.auto import AutoOutlier
 from int8run.outlier.base import OutlierMethod
@@ -138,6 +138,7 @@ class RunSpec:
         check_choice("compile", self.compile, ("none", "blocks", "full"))
         check_choice("offload", self.offload, ("none", "model", "group"))
         check_choice("model.quant_format", self.model.quant_format, ("auto", *FORMATS))
+        self.check_family()
         check_range("seed", self.seed, 0, 2**63 - 1, whole=True)
         check_bool("progress", self.progress)
         check_bool("resume", self.resume)
@@ -149,8 +150,26 @@ class RunSpec:
         resolved = self.lora.resolve_for_base(self.model.lora_base, self.sampler.steps)
         object.__setattr__(self, "lora", resolved)  # the class is frozen
         self.lora.find_preset(self.model.lora_base)  # raises where two LoRAs bring one
+        self.check_output_type()
 
     # -- settings that do not go together ----------------------------------------------------------
+
+    def check_family(self) -> None:
+        """Raise ConfigError where the model's family is neither one that ships nor one of the user's."""
+        known = [*list_family_names()]
+        if isinstance(self.model_type, AutoFamily):
+            known += self.model_type.families or ()
+        else:
+            known.append(self.model_type.name)
+        if self.model.family is not None:
+            check_choice("model.family", self.model.family, known)
+
+    def check_output_type(self) -> None:
+        """Raise ConfigError where the pipeline would return something else than images."""
+        output_type = self.sampling.extra.get("output_type", "pil")
+        if output_type == "latent":
+            raise ConfigError("sampler.extra.output_type=latent makes no images to compare; leave it out")
+        check_choice("sampler.extra.output_type", output_type, ("pil",))
 
     def check_negative_prompt(self) -> None:
         """Raise ConfigError for a negative prompt in two places."""

@@ -24,7 +24,8 @@ from int8run.models.sampling import Sampling
 from int8run.utils.text import shorten_error
 
 # What a call may be asked for: images, or latents without decoding.
-OUTPUT_TYPES = ("pil", "latent")
+IMAGE_TYPES = ("pil",)
+OUTPUT_TYPES = (*IMAGE_TYPES, "latent")  # latents are for int8run's own calls, which decode nothing
 # Arguments of a call that are prompts: one for each sample of a batch.
 PROMPT_ARGUMENT = re.compile(r"(negative_)?prompt(_\d+)?")
 # Arguments that would make several images of one prompt.
@@ -57,7 +58,8 @@ def call_pipeline(
         ConfigError: when the pipeline cannot use the scheduler, or is asked for arrays in place of images.
     """
     arguments = build_arguments(pipe, batch, sampling) | build_step_callback(pipe, on_step_end)
-    check_choice("sampler.extra.output_type", arguments["output_type"], OUTPUT_TYPES)
+    if arguments["output_type"] not in OUTPUT_TYPES:
+        check_choice("sampler.extra.output_type", arguments["output_type"], IMAGE_TYPES)
     check_one_per_prompt(sampling)
     generators = [torch.Generator().manual_seed(sample.seed) for sample in batch]
     device = get_execution_device(pipe)

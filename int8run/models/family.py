@@ -178,6 +178,13 @@ def parse_item(item_type: type, item: Any, where: str) -> Any:
 
 
 @functools.cache
+def list_family_names() -> tuple[str, ...]:
+    """The names of the families that ship, without opening their files."""
+    names = {file.stem for file in FAMILY_FOLDER.glob("*.yaml")}
+    return tuple(sorted(names - {"auto", "none"}))  # choices of `model_type=` that are no family
+
+
+@functools.cache
 def load_families() -> Mapping[str, ModelFamily]:
     """Return the families of `conf/model_type` by name; read only by jobs that need them.
 

@@ -48,7 +48,7 @@ class FileDescription:
         return [f"{purpose}:  {command}" for purpose, command in self.commands]
 
 
-def shorten_value(value: str) -> str:
+def shorten_header_value(value: str) -> str:
     """Return the beginning of a long text and its length."""
     if len(value) <= MAX_VALUE_LENGTH:
         return value

@@ -19,7 +19,7 @@ from int8run.tasks.file_description import (
     Row,
     count_names,
     format_size,
-    shorten_value,
+    shorten_header_value,
 )
 from int8run.tasks.inspect_checkpoint import describe_checkpoint, list_encoder_commands
 from int8run.tasks.inspect_image import PNG, inspect_image
@@ -112,7 +112,7 @@ def describe_metadata(metadata: Mapping[str, str], shown: Collection[str] = ()) 
     """
     for key, value in sorted(metadata.items()):
         if value not in shown and key != PROVENANCE_KEY:
-            yield f"header: {key[:MAX_KEY_LENGTH]}", shorten_value(value)
+            yield f"header: {key[:MAX_KEY_LENGTH]}", shorten_header_value(value)
 
 
 def classify_file(header: Header) -> str:

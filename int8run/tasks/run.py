@@ -15,7 +15,7 @@ import torch
 
 from int8run.config.job import Job
 from int8run.config.run_spec import RunSpec
-from int8run.errors import ConfigError, FileError
+from int8run.errors import FileError
 from int8run.generate.capture import capture_step
 from int8run.generate.generate import Generation, generate
 from int8run.generate.generated_sampling import describe_rounded, list_rounded, read_generated_sampling
@@ -103,7 +103,6 @@ def run(spec: RunSpec, job: Job) -> RunResult:
         spec: the settings.
         job: where they came from, and where to write.
     """
-    check_output_type(spec)
     headers = read_headers(spec)
     samples = build_samples(
         spec.prompts.read(), spec.prompts.seeds_per_prompt, spec.seed, spec.prompts.negative_prompt
@@ -116,12 +115,6 @@ def run(spec: RunSpec, job: Job) -> RunResult:
     )
     with reported_when_stopped(inputs.writer):
         return generate_and_measure(spec, job, inputs)
-
-
-def check_output_type(spec: RunSpec) -> None:
-    """Raise ConfigError for a run that would make no images."""
-    if spec.sampling.extra.get("output_type") == "latent":
-        raise ConfigError("sampler.extra.output_type=latent makes no images to compare; leave it out")
 
 
 @contextmanager

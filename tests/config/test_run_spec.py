@@ -245,6 +245,15 @@ REFUSED = {
         ["cache.limit_gb=-1"],
         r"^cache\.limit_gb is -1; allowed is a number from 0 to",
     ),
+    "a misspelt family": (
+        ["model.family=sdx"],
+        r"^model\.family is 'sdx'; did you mean 'sdxl'\? choose from anima, chroma, .*, z_image$",
+    ),
+    "latents for images": (["+sampler.extra.output_type=latent"], r"^sampler\..*latent makes no images to "),
+    "arrays for images": (
+        ["+sampler.extra.output_type=np"],
+        r"^sampler\.extra\.output_type is 'np'; choose from pil$",
+    ),
     "a budget without mixed_precision": (
         ["quality_db=40"],
         r"^model_type\.mixed_precision=auto keeps layers float until quality_db is met",
