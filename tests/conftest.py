@@ -58,7 +58,7 @@ def find_library_loaders() -> list[Callable[[], object]]:
 
 @pytest.fixture(scope="session", autouse=True)
 def quick_composition() -> Iterator[None]:
-    """Compose configs in two thirds of the time."""
+    """Compose configs in two thirds of the time: most tests compose one."""
     from support.hydra_files import remembered_package_files
 
     with remembered_package_files():

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.helpers import full_range, randn
+from support.tiers import slow_except
 
 from int8run.kernels.dequantize import reference
 
@@ -216,7 +217,7 @@ COMPILED = {
     bool(os.environ.get("TRITON_INTERPRET")), reason="nothing is compiled under TRITON_INTERPRET"
 )
 @pytest.mark.parametrize("variant", COMPILED)
-@pytest.mark.parametrize("architecture", [80, 89, 90])
+@pytest.mark.parametrize("architecture", slow_except([80], [80, 89, 90]))
 def test_compiles_without_spills(architecture, variant, tmp_path):
     codes, scale, code_format, scale_format, group, ones = COMPILED[variant]
     constants = {

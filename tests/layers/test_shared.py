@@ -8,6 +8,7 @@ from typing import ClassVar
 import pytest
 import torch
 from support.helpers import CPU, NEVER_FLOAT, randn, shipped, to_int8, usable
+from support.tiers import slow_except
 from torch import nn
 from torch._dynamo.backends.debugging import aot_eager
 
@@ -375,7 +376,7 @@ def counting_roundings():
     return compiler, counts
 
 
-@pytest.mark.parametrize("branch", BRANCHES)
+@pytest.mark.parametrize("branch", slow_except(["fused branch"], BRANCHES))
 @pytest.mark.parametrize("backend", ABLE)
 def test_compiled_code_quantizes_once_too(backend, branch):
     torch._dynamo.reset()

@@ -321,6 +321,7 @@ def test_a_page_without_float_images_says_nothing_of_a_comparison_with_float(tmp
         assert claim not in body
 
 
+@pytest.mark.slow
 def test_the_work_of_a_page_grows_with_its_runs(tmp_path, monkeypatch):
     calls = []
     compute_overlap = label_placement.compute_overlap

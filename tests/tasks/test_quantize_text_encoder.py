@@ -19,6 +19,7 @@ from support.cli_process import command_in
 from support.clip_files import answer, changed, file_of
 from support.compare import assert_close
 from support.helpers import CPU
+from support.tiers import slow_except
 from support.tiny_pipeline import random_pipeline, save_random_pipeline
 from text_encoders import oracle
 from text_encoders.files import File, make_encoder_file
@@ -92,7 +93,11 @@ def on_the_fly(model: Path, component: str, word: str) -> nn.Module:
     ).modules[component]
 
 
-@pytest.mark.parametrize("word", WRITTEN)
+# a scale for each row, with rotation, for blocks of int8, of a float8, and packed four-bit numbers
+DAILY_FORMATS = ("int8_rowwise", "int8_convrot", "int8_blockwise", "float8_e4m3fn", "nvfp4")
+
+
+@pytest.mark.parametrize("word", slow_except(DAILY_FORMATS, WRITTEN))
 def test_a_file_is_read_back_as_the_run_has_it(
     word: str, model: Path, quantize: Quantize, tmp_path: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import itertools
 import json
 import math
 import shutil
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from support.cli_process import Command
 from support.helpers import CONF, without_vnni
 from support.run_job import make_spec, run_job, save_lora
+from support.tiers import slow_except
 from support.tiny_pipeline import random_pipeline, save_random_pipeline
 
 from int8run.backends.autotune_cache import read_entries
@@ -371,8 +373,13 @@ def int8_rows(out: Path) -> list[dict[str, str]]:
     return [row for row in read_layers(out) if row["quantized"] == "true"]
 
 
-@pytest.mark.parametrize("rounding", ROUNDINGS)
-@pytest.mark.parametrize("outlier", OUTLIERS)
+# each method and each rounding at least once
+DAILY_PAIRS = [(outlier, ROUNDINGS[i % len(ROUNDINGS)]) for i, outlier in enumerate(OUTLIERS)]
+
+
+@pytest.mark.parametrize(
+    ("outlier", "rounding"), slow_except(DAILY_PAIRS, itertools.product(OUTLIERS, ROUNDINGS))
+)
 def test_every_outlier_method_runs_with_every_rounding(
     least: list[str], tmp_path: Path, outlier: str, rounding: str
 ) -> None:

@@ -283,6 +283,7 @@ def test_a_worker_gets_its_threads_and_its_gpu_before_torch_is_imported():
         second.close()
 
 
+@pytest.mark.slow
 def test_a_process_that_grows_is_kept():
     """loky takes 300 MB more for a leak and starts anew; here it is a model that the next job reuses."""
     worker = ProcessWorker({})
