@@ -217,8 +217,8 @@ def read_yaml(file: Path) -> Any:
 
 def check_fields(file: str, data: Any) -> None:
     """Raise ConfigError unless a file has the fields of key mappings, and no others."""
-    is_valid = isinstance(data, dict) and REQUIRED_FIELDS <= set(data) <= REQUIRED_FIELDS | OPTIONAL_FIELDS
-    if not is_valid:
+    known = REQUIRED_FIELDS | OPTIONAL_FIELDS
+    if not isinstance(data, dict) or not REQUIRED_FIELDS <= set(data) <= known:
         optional = ", ".join(sorted(OPTIONAL_FIELDS))
         raise ConfigError(
             f"{file}: a file of key mappings is a mapping with classes and names, and may have {optional}"
@@ -244,7 +244,10 @@ def check_prefix(file: str, data: Mapping[str, Any]) -> None:
 
 def check_drop(file: str, drop: Any) -> None:
     """Raise ConfigError unless `drop` maps patterns of keys to reasons."""
-    if not isinstance(drop, dict) or not all(isinstance(reason, str) and reason for reason in drop.values()):
+    has_reasons = isinstance(drop, dict) and all(
+        reason and isinstance(reason, str) for reason in drop.values()
+    )
+    if not has_reasons:
         raise ConfigError(f"{file}: drop is {drop!r}; it takes a mapping of a key's pattern to the reason")
     for pattern in drop:
         if not is_single_pattern(pattern):
@@ -379,7 +382,11 @@ def is_target_shape(shape: Any) -> bool:
 class UniqueKeyLoader(yaml.SafeLoader):
     """A safe loader that rejects a key given twice; YAML's own takes the last one silently."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def construct_mapping(
+        self,
+        node: yaml.MappingNode,
+        deep: bool = False,
+    ) -> dict[Any, Any]:
         """Return the mapping of a node.
 
         Raises:

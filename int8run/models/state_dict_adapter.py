@@ -178,11 +178,13 @@ def check_targets(
     """Raise FileError when a model has only some of the parameters that a tensor of a file holds."""
     if all(target.key in parameters for target in targets):
         return
-    each = ", ".join(
-        f"has {target.key}" if target.key in parameters else f"has no {target.key}" for target in targets
-    )
+    each = []
+    for target in targets:
+        verb = "has" if target.key in parameters else "has no"
+        each.append(f"{verb} {target.key}")
     raise FileError(
-        f"{key} of the file holds several parameters, but the {class_name} {each}: {WRONG_ARCHITECTURE}"
+        f"{key} of the file holds several parameters, but the {class_name} {', '.join(each)}: "
+        f"{WRONG_ARCHITECTURE}"
     )
 
 
@@ -237,9 +239,10 @@ def join_shapes(parts: Iterable[TensorPart], shapes: Mapping[str, Shape]) -> Sha
     if len(parts) == 1:
         return join_single_shape(parts[0], shapes[parts[0].key])
     joined = [tuple(shapes[part.key]) for part in parts]
-    if any(len(shape) == 0 or shape[1:] != joined[0][1:] for shape in joined):
+    row_shape = joined[0][1:]
+    if not all(shape and shape[1:] == row_shape for shape in joined):
         return None
-    return (sum(shape[0] for shape in joined), *joined[0][1:])
+    return (sum(shape[0] for shape in joined), *row_shape)
 
 
 def join_single_shape(part: TensorPart, shape: Shape) -> Shape | None:
@@ -278,15 +281,16 @@ def to_original(parameters: Mapping[str, Shape], class_name: str) -> dict[str, t
     mappings = load_mappings(class_name)
     modules = {get_module_name(name) for name in parameters}
     check_architecture(mappings, modules, class_name)
-    usable = [
-        mapping
-        for mapping in (*mappings.parameters, *mappings.names)
-        if not (mapping.without and any(match_pattern(mapping.without, module) for module in modules))
-    ]
+    usable = [m for m in (*mappings.parameters, *mappings.names) if not is_excluded(m, modules)]
     renamed = rename_parameters(parameters, usable, find_last_blocks(mappings, parameters), class_name)
     order = {name: i for i, name in enumerate(parameters)}
     in_order = sorted(renamed.items(), key=lambda item: order[item[1][0].key])
     return {mappings.prefix + original: parts for original, parts in in_order}
+
+
+def is_excluded(mapping: KeyMapping, modules: Iterable[str]) -> bool:
+    """Return whether a model has a module that a key mapping is only for models without."""
+    return mapping.without != "" and any(match_pattern(mapping.without, module) for module in modules)
 
 
 def rename_parameters(
@@ -328,7 +332,7 @@ def rename_parameters(
                 f"{step.original}{NO_ORIGINAL_NAMES}"
             )
         swap = has_swapped_halves(step.mapping, step.number, last_blocks)
-        pending[step.original] = tuple(apply_mapping(part, step.mapping, swap) for part in parts)
+        pending[step.original] = tuple(apply_mapping(part, step.mapping, swap=swap) for part in parts)
         used[step.original] = used[key] | {step.mapping}
     return finished
 
@@ -393,17 +397,20 @@ def find_targets(keys: Iterable[str], class_name: str) -> dict[str, tuple[str, .
 
 def find_drop_reason(key: str, mappings: KeyMappingSet) -> str | None:
     """Return the reason why a key of a file has no place in the model; None when it has one or is unknown."""
-    return next((reason for pattern, reason in mappings.drop.items() if match_pattern(pattern, key)), None)
+    for pattern, reason in mappings.drop.items():
+        if match_pattern(pattern, key):
+            return reason
+    return None
 
 
 def find_last_blocks(mappings: KeyMappingSet, parameters: Iterable[str]) -> dict[KeyMapping, int]:
     """Return the number of the model's last block for each key mapping that swaps halves only there."""
     modules = {get_module_name(name) for name in parameters}
-    return {
-        mapping: find_greatest_number(mapping.targets[0], modules)
-        for mapping in mappings.names
-        if mapping.swap_halves == "last"
-    }
+    last_blocks = {}
+    for mapping in mappings.names:
+        if mapping.swap_halves == "last":
+            last_blocks[mapping] = find_greatest_number(mapping.targets[0], modules)
+    return last_blocks
 
 
 def resolve_key(
@@ -439,7 +446,7 @@ def resolve_key(
         for target in mapping.targets:
             target_key = mapping.complete_key(fill_pattern(target, match), key)
             parts += resolve_key(target_key, mappings, last_blocks, parameters, used | {mapping})
-        return tuple(apply_mapping(part, mapping, swap) for part in parts)
+        return tuple(apply_mapping(part, mapping, swap=swap) for part in parts)
     return (TensorPart(key),)
 
 
@@ -452,7 +459,7 @@ def has_swapped_halves(
     return bool(mapping.swap_halves)
 
 
-def apply_mapping(part: TensorPart, mapping: KeyMapping, swap: bool) -> TensorPart:
+def apply_mapping(part: TensorPart, mapping: KeyMapping, *, swap: bool) -> TensorPart:
     """Return a part after one more key mapping; two swaps or two transposes undo each other."""
     return replace(
         part,

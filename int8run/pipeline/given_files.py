@@ -67,5 +67,5 @@ def check_loras_fit(entries: Sequence[Entry], skeletons: Mapping[str, nn.Module]
         if set(changes) != {DENOISER} or not request.includes(DENOISER):
             continue
         if not locate_changes(DENOISER, changes[DENOISER], components, request.experts):
-            # raises: nothing is matched
+            # which raises, because nothing is matched
             report_unmatched(entry.file, match_file(request, components), strict=True)

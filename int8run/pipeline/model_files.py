@@ -24,6 +24,7 @@ def hash_model_files(source: ResolvedModel, cache: DiskCache) -> list[tuple[str,
     """Name and SHA-256 of every file that decides what a model generates.
 
     Args:
+        source: where the model is.
         cache: remembers hashes of files that did not change.
     """
     files = {

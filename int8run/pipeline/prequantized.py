@@ -97,6 +97,7 @@ def find_prequantized(
     """Find INT8 layers in `int8.checkpoint`, in the model's own file, or of an earlier run of these settings.
 
     Args:
+        loaded: the model.
         plans: changed to what the file has.
         request: what they should be.
         changed_layers: names of the layers that a LoRA changes.
@@ -134,6 +135,7 @@ def open_given_checkpoint(
     """Open the layers of `int8.checkpoint`.
 
     Args:
+        loaded: the model.
         checkpoint: a file or folder, or one for each denoiser.
         request: says what the file leaves open.
 
@@ -222,6 +224,7 @@ def open_checkpoint(
     """Open files of INT8 layers; nothing else in them is used.
 
     Args:
+        loaded: the model.
         paths: by component.
         request: says what the files leave open.
     """
@@ -280,7 +283,8 @@ def open_cached_layers(loaded: LoadedModel, path: Path) -> PrequantizedLayers:
     """
     weights = DenoiserWeights({"": FileWeights(path, loaded.denoiser, is_partial=True)})
     layers, provenance = weights.find_int8_layers(), weights.read_provenance()
-    if not layers or set(layers) != set(get_layer_facts(provenance, "layers")):
+    expected = get_layer_facts(provenance, "layers")
+    if not layers or set(layers) != set(expected):
         raise FileError(f"{path} does not have the layers that its provenance lists")
     return PrequantizedLayers(weights, layers, provenance, is_cached=True)
 
@@ -317,6 +321,8 @@ def apply_to_plans(
     """Change the plans to what the file has: its INT8 layers, and everything else float.
 
     Args:
+        found: the file.
+        plans: of every Linear; they are changed.
         outlier: the method that the layers should have; `none` and `auto` leave it to the file.
 
     Raises:
@@ -375,7 +381,9 @@ def read_prequantized_layers(
     """Read the layers of a file, each compared with the float weight where that comes from elsewhere.
 
     Args:
+        loaded: the model.
         plans: of the layers; what is known of each is put there.
+        found: the file.
         read_weight: gives the float weight of a Linear by its name.
 
     Raises:
@@ -416,6 +424,8 @@ def check_against_float(plan: LayerPlan, layer: QuantizedLayer, weight: Tensor, 
     """Check that a layer of a file was made from the model's float weight; the plan gets how near it is.
 
     Args:
+        plan: of the layer.
+        layer: as it is in the file.
         weight: float, [N, K].
         source: the file, for messages.
 

@@ -100,28 +100,30 @@ def find_encoder_slots(folder: Path, parts: Mapping[str, Sequence[str]]) -> dict
     """The text encoders of a pipeline's folder, and those that come from elsewhere.
 
     Args:
+        folder: of the pipeline.
         parts: by component, the class of transformers and its hub id or folder.
     """
-    found = {}
-    for name, value in read_model_index(folder, str(folder)).items():
-        if (
-            name.startswith(PREFIX)
-            and isinstance(value, list)
-            and None not in value
-            and len(value) == 2
-            and (folder / name).is_dir()
-        ):
-            found[name] = EncoderSlot(name, str(value[1]), folder / name)
+    slots = {}
+    for name, entry in read_model_index(folder, str(folder)).items():
+        is_class = isinstance(entry, list) and len(entry) == 2 and None not in entry
+        if name.startswith(PREFIX) and is_class and (folder / name).is_dir():
+            slots[name] = EncoderSlot(name, str(entry[1]), folder / name)
     for name, (class_name, location) in parts.items():
-        if name.startswith(PREFIX) and name not in found:
-            found[name] = EncoderSlot(name, class_name, resolve_part_folder(name, location))
-    return found
+        if name.startswith(PREFIX) and name not in slots:
+            slots[name] = EncoderSlot(name, class_name, resolve_part_folder(name, location))
+    return slots
 
 
 def open_encoders(
     clip: TextEncoders, folder: Path, parts: Mapping[str, Sequence[str]], dtype: torch.dtype
 ) -> dict[str, OpenedEncoder]:
     """The text encoders that `clip=` changes, by component; only headers are read.
+
+    Args:
+        clip: what becomes of which encoders, and the files of them.
+        folder: of the pipeline.
+        parts: encoders that the folder lacks, as of `find_encoder_slots`.
+        dtype: of the float encoders.
 
     Raises:
         ConfigError: for a component that the pipeline does not have, a file that fits none, or a format that
@@ -132,29 +134,56 @@ def open_encoders(
         if clip.format != KEEP:
             log.info("clip=%s without clip.path leaves the text encoders as they are", clip.format)
         return {}
-    there = find_encoder_slots(folder, parts)
-    if not there:
+    slots = find_encoder_slots(folder, parts)
+    if not slots:
         raise ConfigError(f"clip={clip.format}: the pipeline in {folder} has no text encoder; set clip=keep")
     if clip.path is None:
-        chosen = list(there) if clip.components is None else [str(component) for component in clip.components]
-        check_components("clip.components", chosen, there)
-        form = FORMATS[clip.format]
-        own = {c: EncoderFile(there[c].folder, class_name=there[c].class_name) for c in chosen}
-        return {c: OpenedEncoder(c, there[c].skeleton(dtype), weights, form) for c, weights in own.items()}
+        return open_own_encoders(clip, slots, dtype)
     if isinstance(clip.path, Mapping):
-        check_components("clip.path", [str(component) for component in clip.path], there)
-        named = {str(component): str(path) for component, path in clip.path.items()}
-        return {
-            c: match_files_to_slots(open_encoder_files(path, clip.format), {c: there[c]}, dtype)[c]
-            for c, path in named.items()
-        }
-    opened = match_files_to_slots(open_encoder_files(str(clip.path), clip.format), there, dtype)
-    log.info("%s", describe_replaced(list(opened), list(there)))
-    for component, one in opened.items():
-        if not one.weights.format_counts:
+        paths = {str(component): str(path) for component, path in clip.path.items()}
+        return open_named_encoders(paths, slots, clip.format, dtype)
+    return open_fitting_encoders(str(clip.path), slots, clip.format, dtype)
+
+
+def open_own_encoders(
+    clip: TextEncoders, slots: Mapping[str, EncoderSlot], dtype: torch.dtype
+) -> dict[str, OpenedEncoder]:
+    """The pipeline's own encoders, which become what `clip=` says: all, or those of `clip.components`."""
+    chosen = list(slots)
+    if clip.components is not None:
+        chosen = [str(component) for component in clip.components]
+    check_components("clip.components", chosen, slots)
+    opened = {}
+    for component in chosen:
+        slot = slots[component]
+        weights = EncoderFile(slot.folder, class_name=slot.class_name)
+        opened[component] = OpenedEncoder(component, slot.skeleton(dtype), weights, FORMATS[clip.format])
+    return opened
+
+
+def open_named_encoders(
+    paths: Mapping[str, str], slots: Mapping[str, EncoderSlot], quant_format: str, dtype: torch.dtype
+) -> dict[str, OpenedEncoder]:
+    """The encoders of a `clip.path` that names a file for each component."""
+    check_components("clip.path", list(paths), slots)
+    opened: dict[str, OpenedEncoder] = {}
+    for component, path in paths.items():
+        files = open_encoder_files(path, quant_format)
+        opened |= match_files_to_slots(files, {component: slots[component]}, dtype)
+    return opened
+
+
+def open_fitting_encoders(
+    path: str, slots: Mapping[str, EncoderSlot], quant_format: str, dtype: torch.dtype
+) -> dict[str, OpenedEncoder]:
+    """The encoders of a `clip.path` that is one file, at the components that they fit."""
+    opened = match_files_to_slots(open_encoder_files(path, quant_format), slots, dtype)
+    log.info("%s", describe_replaced(list(opened), list(slots)))
+    for component, encoder in opened.items():
+        if not encoder.weights.format_counts:
             log.warning(
                 "clip.path=%s: no layer of %s is quantized; it is a float encoder",
-                one.weights.where,
+                encoder.weights.where,
                 component,
             )
     return opened
@@ -185,45 +214,50 @@ def open_encoder_files(location: str, quant_format: str) -> list[EncoderFile]:
     return [EncoderFile(path, quant_format, which=prefix) for prefix in prefixes]
 
 
-def check_components(setting: str, named: Sequence[str], there: Mapping[str, EncoderSlot]) -> None:
+def check_components(setting: str, named: Sequence[str], slots: Mapping[str, EncoderSlot]) -> None:
     """Refuse components that the pipeline does not have.
 
     Raises:
         ConfigError: with those that it has.
     """
     for component in named:
-        if component not in there:
+        if component not in slots:
             raise ConfigError(
-                f"{setting} names {component}; {suggest_similar(component, list(there))}"
-                f"the pipeline has {', '.join(there)}"
+                f"{setting} names {component}; {suggest_similar(component, list(slots))}"
+                f"the pipeline has {', '.join(slots)}"
             )
 
 
 def match_files_to_slots(
-    files: Sequence[EncoderFile], there: Mapping[str, EncoderSlot], dtype: torch.dtype
+    files: Sequence[EncoderFile], slots: Mapping[str, EncoderSlot], dtype: torch.dtype
 ) -> dict[str, OpenedEncoder]:
-    """The places of the encoders of one file among those of a pipeline; each that has none is left out.
+    """The encoders of one file at the components that they fit; an encoder that fits none is left out.
+
+    Args:
+        files: the encoders of the file.
+        slots: of the pipeline, by component.
+        dtype: of the float encoders.
 
     Raises:
-        ConfigError: when none fits, or one fits more than one place.
+        ConfigError: when none fits, or one fits more than one component.
     """
     found: dict[str, OpenedEncoder] = {}
-    whys = []
+    mismatches: list[str] = []
     for weights in files:
-        places = []
-        for component, slot in there.items():
-            model = slot.skeleton(dtype)
-            why = find_mismatch(weights, slot, model)
-            if why:
-                whys.append(f"{component} {why}")
+        fitting = []
+        for component, slot in slots.items():
+            skeleton = slot.skeleton(dtype)
+            mismatch = find_mismatch(weights, slot, skeleton)
+            if mismatch:
+                mismatches.append(f"{component} {mismatch}")
             else:
-                places.append(OpenedEncoder(component, model, weights, None))
-        if len(places) > 1:
+                fitting.append(OpenedEncoder(component, skeleton, weights, None))
+        if len(fitting) > 1:
             raise ConfigError(
-                f"clip.path={weights.where} fits {', '.join(opened.component for opened in places)}; say "
-                f"which: 'clip.path={{{places[0].component}: FILE}}'"
+                f"clip.path={weights.where} fits {', '.join(opened.component for opened in fitting)}; say "
+                f"which: 'clip.path={{{fitting[0].component}: FILE}}'"
             )
-        for opened in places:
+        for opened in fitting:
             if opened.component in found:
                 raise ConfigError(
                     f"clip.path={weights.where} holds two encoders that fit {opened.component}; take a file "
@@ -232,7 +266,9 @@ def match_files_to_slots(
             found[opened.component] = opened
     if not found:
         held = " and ".join(dict.fromkeys(weights.encoder.name for weights in files))
-        raise ConfigError(f"clip.path={files[0].where} holds {held}, which fits no place: {'; '.join(whys)}")
+        raise ConfigError(
+            f"clip.path={files[0].where} holds {held}, which fits no place: {'; '.join(mismatches)}"
+        )
     return found
 
 
@@ -258,38 +294,49 @@ def build_encoders(
     """Read and quantize the encoders that were opened.
 
     Args:
+        opened: by component.
+        clip: has the backend of their kernels.
+        device: where they run.
+        sampling: how many tokens an encoder sees.
         matches: the LoRAs' changes by component; they are put on at strength 0.
+        progress: of each encoder.
     """
     made = QuantizedEncoders()
-    for component, one in opened.items():
-        encoder = one.weights.encoder
-        tokens = min(int(sampling.extra.get("max_sequence_length") or encoder.num_tokens), encoder.num_tokens)
-        kernels = Kernels(clip.kernel_backend, device, tokens * sampling.batch)
+    for component, encoder in opened.items():
+        rows = count_tokens(encoder, sampling) * sampling.batch
+        kernels = Kernels(clip.kernel_backend, device, rows)
         changes = matches.by_component.get(component, {})
 
         def adopt(model: nn.Module, component: str = component, changes: Any = changes) -> WeightChange:
             if not changes:
                 return lambda name, read: None
-            made.merges[component] = FloatMerge(model, changes)
-            made.merges[component].attach()
-            return make_merge_reader(made.merges[component])
+            merge = FloatMerge(model, changes)
+            merge.attach()
+            made.merges[component] = merge
+            return make_merge_reader(merge)
 
-        with (
-            progress.track_step(f"{'load' if one.to is None else 'quantize'} {component}"),
-            one.weights.files,
-        ):
-            made.built[component] = build_encoder(one.skeleton, one.weights, one.to, kernels, adopt)
+        verb = "load" if encoder.to is None else "quantize"
+        with progress.track_step(f"{verb} {component}"), encoder.weights.files:
+            made.built[component] = build_encoder(
+                encoder.skeleton, encoder.weights, encoder.to, kernels, adopt
+            )
     return made
 
 
+def count_tokens(opened: OpenedEncoder, sampling: Sampling) -> int:
+    """How many tokens of a prompt an encoder sees: what the sampling asks for, at most what it has."""
+    most = opened.weights.encoder.num_tokens
+    asked = sampling.extra.get("max_sequence_length") or most
+    return min(int(asked), most)
+
+
 def make_merge_reader(merge: FloatMerge) -> Callable[[str, Callable[[], Tensor]], Tensor | None]:
-    """What LoRAs add to weights that are read: nothing at strength 0."""
+    """What LoRAs make of weights that are read; None, so that nothing is read, where they change nothing."""
 
-    def merged(name: str, read: Callable[[], Tensor]) -> Tensor | None:
-        return (
-            merge.merge_weight(name, read())
-            if name in merge.deferred and any(merge.strengths or ())
-            else None
-        )
+    def read_merged(name: str, read: Callable[[], Tensor]) -> Tensor | None:
+        has_strength = any(merge.strengths or ())
+        if name not in merge.deferred or not has_strength:
+            return None
+        return merge.merge_weight(name, read())
 
-    return merged
+    return read_merged
