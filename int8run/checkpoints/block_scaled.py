@@ -119,9 +119,14 @@ class BlockScaledLayer(Protocol):
     """What this module uses of a `CheckpointLayer`, which is defined above it."""
 
     @property
-    def key(self) -> str: ...
+    def key(self) -> str:
+        """The weight's key."""
+        ...
+
     @property
-    def part_keys(self) -> Mapping[str, str]: ...
+    def part_keys(self) -> Mapping[str, str]:
+        """What for -> key, of the tensors beside the weight."""
+        ...
 
 
 def check_block_scaled(evidence: LayerEvidence, storage_dtype: str) -> LogicalShape:

@@ -5,6 +5,7 @@ and its marker decide, in this order; what contradicts itself is refused. What I
 `classify_int8.py`, mxfp8 and nvfp4 in `block_scaled.py`. Nothing here knows the other layers of the file.
 """
 
+from itertools import chain
 from math import prod
 
 from int8run.checkpoints import block_scaled, quip
@@ -55,6 +56,9 @@ PART_SUFFIXES = {
 }
 # other tensors are called so as well, for example the weights of norms
 AMBIGUOUS_SUFFIXES = ("scale", "weight.scale", "input.scale")
+# what nothing else is called: such a tensor belongs to the weight beside it
+ALL_SUFFIXES = set(chain(*PART_SUFFIXES.values()))
+CLEAR_SUFFIXES = {suffix for suffix in ALL_SUFFIXES if "." not in suffix} - set(AMBIGUOUS_SUFFIXES)
 # storage dtype -> the parts that a weight may have
 ALLOWED_PARTS = {
     FLOAT: {"scale", "input"},  # a scale of 1, which ComfyUI's own conversion leaves

@@ -79,7 +79,9 @@ def plan_packed_entries(
     Raises:
         ValueError: as `build_marker`.
     """
-    qdata_shape, scale_shape = weight_format.get_qdata_shape(*shape), weight_format.get_scale_shape(*shape)
+    rows, columns = shape
+    qdata_shape = weight_format.get_qdata_shape(rows, columns)
+    scale_shape = weight_format.get_scale_shape(rows, columns)
     marker = encode_marker(weight_format, shape, transform)
     entries = [TensorEntry(key, SAFETENSORS_DTYPES[weight_format.qdata_dtype], qdata_shape)]
     if scale_shape is not None:
@@ -89,7 +91,7 @@ def plan_packed_entries(
     if marker:
         entries.append(TensorEntry(sibling_key(key, MARKER), "U8", (len(marker),)))
     if transform.factor is not None:
-        entries.append(TensorEntry(sibling_key(key, FACTOR), "F32", (shape[1],)))
+        entries.append(TensorEntry(sibling_key(key, FACTOR), "F32", (columns,)))
     return entries
 
 
@@ -153,12 +155,18 @@ def is_stored_as(weight_format: WeightFormat, weight: PackedWeight) -> bool:
         return False
     if tuple(weight.qdata.shape) != weight_format.get_qdata_shape(*weight.shape):
         return False
-    scale_shape = weight_format.get_scale_shape(*weight.shape)
-    n_scales = None if scale_shape is None else prod(scale_shape)
-    if (None if weight.scale is None else weight.scale.numel()) != n_scales:
+    if not has_scales_of(weight_format, weight):
         return False
     if weight_format.granularity == BLOCK and not weight.is_swizzled:
         return False
     if has_global_scale(weight_format):
         return weight.high_nibble_first and weight.global_scale is not None
     return True
+
+
+def has_scales_of(weight_format: WeightFormat, weight: PackedWeight) -> bool:
+    """Whether a weight has as many scales as it has in a format; their shape may be another."""
+    scale_shape = weight_format.get_scale_shape(*weight.shape)
+    if scale_shape is None or weight.scale is None:
+        return scale_shape is None and weight.scale is None
+    return weight.scale.numel() == prod(scale_shape)

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from int8run.checkpoints import block_scaled, quip
 from int8run.checkpoints.block_scaled import BLOCK_FORMATS
-from int8run.checkpoints.classify import AMBIGUOUS_SUFFIXES, PART_SUFFIXES, classify_weight
+from int8run.checkpoints.classify import CLEAR_SUFFIXES, classify_weight
 from int8run.checkpoints.classify_int8 import is_transformed_by_tensors
 from int8run.checkpoints.declared_format import AUTO, UNDECLARED, DeclaredFormat
 from int8run.checkpoints.format_names import CONVROT, name_granularity, promised_granularities
@@ -27,9 +27,12 @@ from int8run.checkpoints.rotation_evidence import warn_rotations
 from int8run.checkpoints.sdnq import find_sdnq_method
 from int8run.checkpoints.unsupported import check_supported, read_quant_method
 from int8run.errors import ConfigError, FileError
+from int8run.utils.plurals import count_noun
 
 log = logging.getLogger(__name__)
 QUANTIZED_DTYPES = ("I8", "U8", "F8_E4M3", "F8_E5M2")  # of weights
+# last words of the keys of tensors that may be int8
+INT8_SUFFIXES = ("weight", "weight_packed", quip.HADAMARD_FLAG)
 # a tensor of a whole file that says: the fp8 weights below its prefix have scales. lightx2v writes it into
 # int8 files too
 SCALED_FP8 = "scaled_fp8"
@@ -64,10 +67,8 @@ def read_layers(
     check_supported(files, prefix)
     markers = read_markers(files, prefix)
     check_orphans(files, prefix)
-    names = [
-        key.removesuffix(".weight") for key in files if key.startswith(prefix) and key.endswith(".weight")
-    ]
-    has_int8_marker = any(files[f"{name}.weight"].dtype == "I8" for name in names if name in markers)
+    names = list_layer_names(files, prefix)
+    has_int8_marker = any(name in markers and files[f"{name}.weight"].dtype == "I8" for name in names)
     assume_rotated = declared.quant_format == CONVROT and not has_int8_marker
 
     sdnq_method = find_sdnq_method(files, names, declared)
@@ -88,12 +89,17 @@ def read_layers(
     n_scalars = sum("scalar" in layer.part_keys for layer in layers.values())
     if n_scalars:
         log.info(
-            "%s: %d mxfp8 layers have one more scale for the whole weight; the scales of their blocks are "
-            "used",
+            "%s: %s one more scale for the whole weight; the scales of the blocks are used",
             files.path,
-            n_scalars,
+            count_noun(n_scalars, "mxfp8 layer", "have"),
         )
     return layers
+
+
+def list_layer_names(files: TensorFiles, prefix: str) -> list[str]:
+    """The keys of all weights below a prefix, without `.weight`."""
+    keys = [key for key in files if key.startswith(prefix) and key.endswith(".weight")]
+    return [key.removesuffix(".weight") for key in keys]
 
 
 def list_quantized_weights(files: TensorFiles) -> list[str]:
@@ -125,7 +131,7 @@ def read_denoiser_layers(
     if declared.quant_format == AUTO:
         return layers
     held = Counter(layer.format_name or layer.label for layer in layers.values())
-    if any(name in held for name in declared.accepted_formats):
+    if not held.keys().isdisjoint(declared.accepted_formats):
         return layers
     formats = ", ".join(f"{count} × {name}" for name, count in held.most_common())
     raise ConfigError(
@@ -150,20 +156,17 @@ def get_logical_shapes(
 
 def check_orphans(files: TensorFiles, prefix: str) -> None:
     """Raise FileError for a scale or marker without a weight, and for int8 numbers that are not a weight."""
-    suffixes = set()
-    for names in PART_SUFFIXES.values():
-        suffixes |= {name for name in names if name not in AMBIGUOUS_SUFFIXES and "." not in name}
     for key in files:
         if not key.startswith(prefix):
             continue
         layer, _, suffix = key.rpartition(".")
         has_weight = f"{layer}.weight" in files or (layer.endswith(".weight") and layer in files)
-        if suffix in suffixes and not has_weight:
+        if suffix in CLEAR_SUFFIXES and not has_weight:
             raise FileError(
                 f"{files[key].file}: {key} belongs to no weight, {layer}.weight is missing; the file is "
                 "incomplete"
             )
-        if files[key].dtype == "I8" and suffix not in ("weight", "weight_packed", quip.HADAMARD_FLAG):
+        if files[key].dtype == "I8" and suffix not in INT8_SUFFIXES:
             raise FileError(
                 f"{files[key].file}: {key} is I8 and not the weight of a layer; int8run reads int8 weights "
                 "of layers"
@@ -197,21 +200,29 @@ def check_consistency(
     files: TensorFiles, prefix: str, layers: Mapping[str, CheckpointLayer], markers: Mapping[str, Marker]
 ) -> None:
     """Raise FileError for layers that make no sense beside the others."""
-    int8_layers = [layer for layer in layers.values() if layer.storage_dtype == INT8]
-    has_marker = any(layer.name in markers for layer in int8_layers)
-    for layer in int8_layers:
-        describes_itself = layer.name in markers or is_transformed_by_tensors(layer.part_keys)
-        if has_marker and not describes_itself:
-            raise FileError(
-                f"{files.path}: {layer.name} has no comfy_quant marker and other INT8 layers have one, so "
-                "it is unclear whether it is rotated; the file is damaged"
-            )
+    check_markers_complete(files, layers, markers)
     for key in files:
         if key.startswith(prefix) and is_scaled_fp8_marker(key):
             check_scales_exist(files, key, key.removesuffix(SCALED_FP8), layers)
     label = find_scale_label(files)
     if label:
         check_scales_exist(files, label, prefix, layers)
+
+
+def check_markers_complete(
+    files: TensorFiles, layers: Mapping[str, CheckpointLayer], markers: Mapping[str, Marker]
+) -> None:
+    """Raise FileError for an INT8 layer that nothing describes, where others have markers."""
+    int8_layers = [layer for layer in layers.values() if layer.storage_dtype == INT8]
+    if not any(layer.name in markers for layer in int8_layers):
+        return
+    for layer in int8_layers:
+        describes_itself = layer.name in markers or is_transformed_by_tensors(layer.part_keys)
+        if not describes_itself:
+            raise FileError(
+                f"{files.path}: {layer.name} has no comfy_quant marker and other INT8 layers have one, so "
+                "it is unclear whether it is rotated; the file is damaged"
+            )
 
 
 def check_scales_exist(
@@ -268,9 +279,9 @@ def warn_wrong_labels(
             wrong[f"per_row={per_row}", granularity] += 1
     for (label, granularity), count in wrong.items():
         log.warning(
-            "%s: %d layers are labeled %s and have scales by %s; the shape of the scales counts",
+            "%s: %s labeled %s, with scales by %s; the shape of the scales counts",
             files.path,
-            count,
+            count_noun(count, "layer", "are"),
             label,
             granularity,
         )

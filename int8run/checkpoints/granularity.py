@@ -152,19 +152,14 @@ def infer_granularity(
     if len(weight) != 2 or 0 in (n, k, *shape):
         return None
 
+    found = None
     if len(shape) == 3:
-        return infer_block3d((n, k), shape, block_size)
-    if len(shape) != 2:
-        return None
-    if shape[0] == n and shape[1] < k:
-        size = infer_block_size([(k, shape[1])], block_size)
-        return None if size is None else Granularity("group", size)
-    size = infer_block_size([(n, shape[0]), (k, shape[1])], block_size)
-    if size is not None and size > 1:
-        return Granularity("grid", size)
-    if is_int8 and shape == (1, k):
+        found = infer_block3d((n, k), shape, block_size)
+    elif len(shape) == 2:
+        found = infer_blocks((n, k), shape, block_size)
+    if found is None and is_int8 and shape == (1, k):
         return Granularity("transposed")
-    return None
+    return found
 
 
 def infer_block3d(
@@ -183,6 +178,27 @@ def infer_block3d(
         return None
     size = infer_block_size([(k, blocks_per_row)], block_size)
     return None if size is None else Granularity("block3d", size)
+
+
+def infer_blocks(
+    weight: tuple[int, int], scale: tuple[int, ...], block_size: int | None
+) -> Granularity | None:
+    """Groups of a row whose scales are [N, K/g], or square blocks of [N/b, K/b]; None for other shapes.
+
+    Args:
+        weight: N and K.
+        scale: shape of the scales, two numbers.
+        block_size: that is named somewhere; None: shapes decide.
+    """
+    n, k = weight
+    block_rows, block_columns = scale
+    if block_rows == n and block_columns < k:
+        size = infer_block_size([(k, block_columns)], block_size)
+        return None if size is None else Granularity("group", size)
+    size = infer_block_size([(n, block_rows), (k, block_columns)], block_size)
+    if size is None or size <= 1:
+        return None
+    return Granularity("grid", size)
 
 
 def infer_block_size(axes: Sequence[tuple[int, int]], named: int | None) -> int | None:

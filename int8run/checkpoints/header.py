@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from int8run.errors import FileError
+from int8run.utils.plurals import count_noun
 from int8run.utils.untrusted_json import RepeatedNameError, parse_untrusted_json
 
 log = logging.getLogger(__name__)
@@ -260,9 +261,9 @@ def read_metadata(path: Path, found: dict[str, Any]) -> dict[str, str]:
             ignored.append(key)
     if ignored:
         log.warning(
-            "%s: %d entries of __metadata__ in its header are not text and are ignored (first: %s)",
+            "%s: ignoring %s of __metadata__ in its header, where only text is allowed (first: %s)",
             path,
-            len(ignored),
+            count_noun(len(ignored), "entry"),
             ignored[0][:80],
         )
     return texts

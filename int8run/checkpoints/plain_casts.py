@@ -7,7 +7,7 @@ number of a weight, row or block first, so that the stored numbers reach the end
 """
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import prod
 
@@ -18,6 +18,7 @@ from int8run.checkpoints.format_names import FORMAT_NAMES
 from int8run.checkpoints.layer import FP8, CheckpointLayer
 from int8run.checkpoints.reader import TensorFiles
 from int8run.errors import FileError
+from int8run.utils.plurals import count_noun
 
 log = logging.getLogger(__name__)
 SIGN_BIT = 0x80  # of a code
@@ -59,10 +60,10 @@ def check_casts(
         return checked
     if all(quant_format == FORMAT_NAMES.get((files[layer.key].dtype, "")) for layer in no_casts):
         log.warning(
-            "%s: %d fp8 weights without a scale reach %g (first: %s), as scaled ones do; %s says that they "
-            "are casts, so they are read as they are",
+            "%s: %s no scale and numbers up to %g (first: %s), as scaled ones have; %s says that these are "
+            "casts, so they are read as they are",
             files.path,
-            len(no_casts),
+            count_noun(len(no_casts), "fp8 weight", "have"),
             no_casts[0].largest,
             no_casts[0].name,
             quant_format,
@@ -131,7 +132,7 @@ def is_cast(files: TensorFiles, layer: CheckpointLayer, *, has_scales: bool) -> 
 
 
 def make_lost_scale_error(
-    files: TensorFiles, layers: Iterable[CheckpointLayer], *, n_casts: int
+    files: TensorFiles, layers: Sequence[CheckpointLayer], *, n_casts: int
 ) -> FileError:
     """The error for fp8 weights that are no casts and have no scale.
 
@@ -140,15 +141,15 @@ def make_lost_scale_error(
         layers: these weights.
         n_casts: other weights without a scale, which are casts.
     """
-    layers = list(layers)
     first = layers[0]
     scale = "a scale of 1" if first.granularity else "no scale"
-    beside = f"; {n_casts} others are casts" if n_casts else ""
+    beside = f"; {count_noun(n_casts, 'other weight')} may be one" if n_casts else ""
     word = FORMAT_NAMES[files[first.key].dtype, ""]
     return FileError(
-        f"{files[first.key].file}: {len(layers)} fp8 weights have {scale} and are no plain casts{beside} "
-        f"(first: {first.key}, which reaches {first.largest:g}; casts of real weights stop far below "
-        f"{LARGEST_CAST:g}): their scales were lost, and without them the numbers mean nothing. "
+        f"{files[first.key].file}: {count_noun(len(layers), 'fp8 weight', 'have')} {scale} and numbers "
+        f"that no plain cast has{beside} (first: {first.key}, which reaches {first.largest:g}; casts of real "
+        f"weights stop far below {LARGEST_CAST:g}): their scales were lost, and without them the numbers "
+        "mean nothing. "
         "Download the file again, or take it as its maker published it; if it is a cast all the same, "
         f"model.quant_format={word} says so (clip={word} for a text encoder)"
     )

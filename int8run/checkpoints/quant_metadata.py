@@ -16,6 +16,7 @@ from typing import Any
 from int8run.checkpoints.powers import is_power_of_2, is_power_of_4
 from int8run.checkpoints.reader import TensorFiles
 from int8run.errors import FileError
+from int8run.utils.plurals import count_noun
 from int8run.utils.untrusted_json import parse_untrusted_json
 
 log = logging.getLogger(__name__)
@@ -73,13 +74,15 @@ class Marker:
         if not any(self.fields.get(flag) for flag in ROTATION_FLAGS):
             return 0
         sizes = [self.fields[key] for key in ROTATION_FLAGS.values() if key in self.fields]
-        names = dict.fromkeys(json.dumps(size) for size in sizes)
-        if len(names) > 1:
+        if not sizes:
+            return DEFAULT_GROUP_SIZE
+        different = dict.fromkeys(json.dumps(size) for size in sizes)  # as JSON, which tells 1 from True
+        if len(different) > 1:
             raise FileError(
-                f"{self.location} names two sizes of rotated groups, {' and '.join(names)}; "
+                f"{self.location} names two sizes of rotated groups, {' and '.join(different)}; "
                 "they contradict each other, so the weight cannot be read"
             )
-        return self.check_group_size(sizes[-1] if sizes else DEFAULT_GROUP_SIZE)
+        return self.check_group_size(sizes[-1])
 
     def _int8run_group_size(self) -> int:
         if self.fields.get("rotation") is None:
@@ -126,18 +129,18 @@ def read_markers(files: TensorFiles, prefix: str) -> dict[str, Marker]:
         if not key.startswith(prefix) or not key.endswith(f".{MARKER}"):
             continue
         name = key.removesuffix(f".{MARKER}")
-        marker = read_marker_tensor(files, key)
-        if name in in_header:
-            marker = merge_markers(in_header[name], marker)
-            if marker.rotation_group_size() and not in_header[name].rotation_group_size():
-                lost_rotation.append(name)
-        markers[name] = marker
+        markers[name] = read_marker_tensor(files, key)
+        if name not in in_header:
+            continue
+        markers[name] = merge_markers(in_header[name], markers[name])
+        if markers[name].rotation_group_size() and not in_header[name].rotation_group_size():
+            lost_rotation.append(name)
     if lost_rotation:
         log.warning(
-            "%s: the header does not mention the rotation of %d layers (first: %s), their markers do; "
+            "%s: the header does not mention the rotation of %s (first: %s), the markers of the layers do; "
             "the markers are followed",
             files.path,
-            len(lost_rotation),
+            count_noun(len(lost_rotation), "layer"),
             lost_rotation[0],
         )
     for name, marker in in_header.items():
@@ -171,8 +174,11 @@ def check_layer_exists(files: TensorFiles, location: str, name: str) -> None:
     """Raise FileError when a layer that a header describes is not in the file."""
     if f"{name}.weight" in files:
         return
-    prefixed = next((key for key in files if key.endswith(f".{name}.weight")), None)
-    hint = "" if prefixed is None else f"; the file has {prefixed}, so the prefix was lost"
+    hint = ""
+    for key in files:
+        if key.endswith(f".{name}.weight"):
+            hint = f"; the file has {key}, so the prefix was lost"
+            break
     raise FileError(
         f"{location} describes {name}, which the file does not have{hint}; it was written for another file"
     )
@@ -205,14 +211,13 @@ def merge_markers(header: Marker, tensor: Marker) -> Marker:
         if in_both and header.fields[key] != tensor.fields[key]:
             raise FileError(
                 f"{header.location} has {key}={header.fields[key]!r}, the layer's marker "
-                f"{tensor.fields[key]!r}; "
-                "they contradict each other, take the file as its maker published it"
+                f"{tensor.fields[key]!r}; they contradict each other, take the file as its maker published it"
             )
-    formats = header.format_name, tensor.format_name
-    if formats[0] != formats[1] and INT8RUN_FORMAT in formats:
+    has_our_format = INT8RUN_FORMAT in (header.format_name, tensor.format_name)
+    if has_our_format and header.format_name != tensor.format_name:
         raise FileError(
-            f"{header.location} says {formats[0]!r}, the layer's marker {formats[1]!r}; they contradict "
-            "each other"
+            f"{header.location} says {header.format_name!r}, the layer's marker {tensor.format_name!r}; "
+            "they contradict each other"
         )
     return Marker(header.location, {**tensor.fields, **header.fields})
 
@@ -244,9 +249,10 @@ def check_fields(location: str, found: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         FileError: for a field of another type, or an object without a format.
     """
-    params = found.get("params", {})
-    fields = dict(params) if isinstance(params, dict) else {}
-    fields |= {key: value for key, value in found.items() if key != "params"}
+    fields = dict(found)
+    params = fields.pop("params", {})
+    if isinstance(params, dict):
+        fields = {**params, **fields}
 
     shown = json.dumps(found)[:200]
     invalid = find_invalid_field(fields)
@@ -277,13 +283,17 @@ def find_invalid_field(fields: Mapping[str, Any]) -> str | None:
 
 def is_int8run_marker(fields: Mapping[str, Any]) -> bool:
     """Whether an object holds what `comfy_int8.build_marker` writes under int8run's own format name."""
-    settings = fields.get("settings")
-    if not isinstance(fields.get("outlier"), str) or not isinstance(settings, dict):
-        return False
-    if not all(type(value) in (int, float) and -1e9 < value < 1e9 for value in settings.values()):
+    if not isinstance(fields.get("outlier"), str) or not are_settings(fields.get("settings")):
         return False
     if fields.get("rotation") not in (None, "regular", "sylvester"):
         return False
     if ("rotation" in fields) != ("group_size" in fields):
         return False
-    return all(isinstance(fields.get(key), bool) for key in ("centered", "factor"))
+    return isinstance(fields.get("centered"), bool) and isinstance(fields.get("factor"), bool)
+
+
+def are_settings(found: object) -> bool:
+    """Whether this can be the settings of an outlier method: numbers by name, none of them absurd."""
+    if not isinstance(found, dict):
+        return False
+    return all(type(value) in (int, float) and -1e9 < value < 1e9 for value in found.values())

@@ -27,7 +27,8 @@ from int8run.checkpoints.header import (
     read_full_header,
 )
 from int8run.errors import FileError
-from int8run.utils.paths import expand_path
+from int8run.utils.paths import SAFETENSORS, expand_path
+from int8run.utils.plurals import count_noun
 from int8run.utils.untrusted_json import parse_untrusted_json
 
 # `x.safetensors.index.json`, and with a variant `x.safetensors.index.fp16.json`
@@ -96,7 +97,8 @@ class TensorFiles(Mapping[str, TensorInfo]):
                 belongs elsewhere, or a header that does not describe its file.
         """
         path = expand_path(path)
-        found = choose_checkpoint(path) if path.is_dir() else path
+        is_folder = path.is_dir()
+        found = choose_checkpoint(path) if is_folder else path
         if found.name.endswith(".json"):
             return cls(path, read_sharded(found))
 
@@ -104,7 +106,7 @@ class TensorFiles(Mapping[str, TensorInfo]):
         is_one_of_many = shard is not None and int(shard["count"]) > 1 and found.is_file()
         if shard is None or not is_one_of_many:
             return cls(path, {found: read_file_content(found)})
-        if not path.is_dir():
+        if not is_folder:
             raise FileError(
                 f"{path} is one of {int(shard['count'])} shards; name their folder or their .index.json"
             )
@@ -245,10 +247,11 @@ def resolve_rows(key: str, count: int | None, rows: slice | None) -> tuple[int, 
     """
     if rows is None:
         return 0, count or 0
-    last = -1 if count is None else count
+    last = -1 if count is None else count  # so that nothing fits where there is no first dimension
     start = rows.start or 0
     stop = last if rows.stop is None else rows.stop
-    if rows.step not in (None, 1) or not 0 <= start <= stop <= last:
+    is_range = rows.step in (None, 1) and 0 <= start <= stop <= last
+    if not is_range:
         raise ValueError(f"{key} has {count} rows; {rows.start}:{rows.stop}:{rows.step} cannot be read")
     return start, stop
 
@@ -313,21 +316,25 @@ def choose_checkpoint(folder: Path) -> Path:
 
 def find_checkpoints(folder: Path) -> dict[str, Path]:
     """Name without shard number -> the index, the file or the first shard of each checkpoint in a folder."""
-    checkpoints: dict[str, Path] = {}
-    # in reverse, so that the first shard replaces the others; an index comes after its shards and replaces
-    # them
-    for file in sorted(folder.iterdir(), reverse=True):
+    files: dict[str, Path] = {}
+    indexes: dict[str, Path] = {}
+    for file in sorted(folder.iterdir(), reverse=True):  # so that the first shard replaces the others
         if file.name.startswith("."):  # one that is being written
             continue
         if INDEX_MARK in file.name and file.name.endswith(".json"):
-            checkpoints[file.name.removesuffix(".json").replace(INDEX_MARK, "")] = file
-        elif file.suffix == ".safetensors":
-            shard = SHARD_NAME.fullmatch(file.stem)
-            name = shard["set"] + (shard["variant"] or "") if shard else file.stem
-            has_index = name in checkpoints and INDEX_MARK in checkpoints[name].name
-            if not has_index:
-                checkpoints[name] = file
-    return checkpoints
+            name = file.name.removesuffix(".json").replace(INDEX_MARK, "")
+            indexes[name] = file
+        elif file.suffix == SAFETENSORS:
+            files[name_checkpoint(file)] = file
+    return files | indexes
+
+
+def name_checkpoint(file: Path) -> str:
+    """The name of the checkpoint that a file is, or is a shard of: without the number of the shard."""
+    shard = SHARD_NAME.fullmatch(file.stem)
+    if shard is None:
+        return file.stem
+    return shard["set"] + (shard["variant"] or "")
 
 
 def list_shards(first: Path, shard: re.Match[str]) -> list[Path]:
@@ -362,7 +369,7 @@ def read_sharded(index: Path) -> dict[Path, FileContent]:
     """
     keys_by_shard: dict[str, set[str]] = defaultdict(set)
     for key, name in read_weight_map(index).items():
-        if Path(name).name != name or not name.endswith(".safetensors"):
+        if Path(name).name != name or not name.endswith(SAFETENSORS):
             raise FileError(f"{index}: the shard {name!r} is not a .safetensors file beside it")
         keys_by_shard[name].add(key)
 
@@ -370,9 +377,8 @@ def read_sharded(index: Path) -> dict[Path, FileContent]:
     for name, keys in sorted(keys_by_shard.items()):
         file = index.with_name(name)
         if not file.is_file():
-            raise FileError(
-                f"{index}: the shard {name} is missing ({len(keys)} tensors are in it); download it again"
-            )
+            content = count_noun(len(keys), "tensor", "are")
+            raise FileError(f"{index}: the shard {name} is missing ({content} in it); download it again")
         contents[file] = read_file_content(file)
         found = {info.key for info in contents[file].infos}
         if keys - found:
@@ -410,8 +416,7 @@ def read_weight_map(index: Path) -> dict[str, str]:
     except ValueError as error:
         raise FileError(f"{index} is not an index of shards: it {error}") from error
     weight_map = found.get("weight_map") if isinstance(found, dict) else None
-    is_map = isinstance(weight_map, dict) and all(isinstance(name, str) for name in weight_map.values())
-    if not weight_map or not is_map:
+    if not weight_map or not is_weight_map(weight_map):
         raise FileError(f"{index} is not an index of shards: it has no `weight_map` of keys and file names")
     if len(weight_map) > MAX_TENSORS:
         raise make_too_many_error(index, len(weight_map), "tensors", MAX_TENSORS)
@@ -423,3 +428,8 @@ def read_weight_map(index: Path) -> dict[str, str]:
             f"{MAX_NAME_CHARS} are allowed; ask who made the file"
         )
     return names_by_key
+
+
+def is_weight_map(found: object) -> bool:
+    """Whether parsed JSON names a file for each of some keys."""
+    return isinstance(found, dict) and all(isinstance(name, str) for name in found.values())

@@ -17,6 +17,7 @@ from torch import Tensor
 from int8run.checkpoints.layer import INT8, CheckpointLayer, get_hadamard
 from int8run.checkpoints.powers import is_power_of_4
 from int8run.checkpoints.reader import TensorFiles
+from int8run.utils.plurals import count_noun
 
 log = logging.getLogger(__name__)
 ADVICE = "model.quant_format=int8_convrot reads them (clip=int8_convrot for a text encoder)"
@@ -70,10 +71,10 @@ def warn_rotations(files: TensorFiles, layers: Mapping[str, CheckpointLayer]) ->
     change = find_rotation(files, plain)
     if change is not None:
         log.warning(
-            "%s: %d INT8 layers do not say that they are rotated, and by their numbers they are, in groups "
-            "of %d columns: read as they are they give noise; %s",
+            "%s: nothing says that %s rotated, and by the numbers this is so, in groups of %d columns: read "
+            "without it such weights are noise; %s",
             files.path,
-            len(plain),
+            count_noun(len(plain), "INT8 layer", "are"),
             change.group_size,
             ADVICE if is_power_of_4(change.group_size) else "take the file as its maker published it",
         )
@@ -85,10 +86,10 @@ def warn_rotations(files: TensorFiles, layers: Mapping[str, CheckpointLayer]) ->
         change = measure_tails(files, rotated, group_size, is_sylvester=is_sylvester)
         if change is not None and change.is_first_rotation:
             log.warning(
-                "%s: %d INT8 layers say that they are rotated in groups of %d columns, and by their numbers "
-                "they are not; take the file as its maker published it",
+                "%s: %s said to be rotated in groups of %d columns, and by the numbers this is not so; take "
+                "the file as its maker published it",
                 files.path,
-                len(rotated),
+                count_noun(len(rotated), "INT8 layer", "are"),
                 group_size,
             )
 

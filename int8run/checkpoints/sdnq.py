@@ -17,13 +17,17 @@ from int8run.checkpoints.reader import TensorFiles
 from int8run.checkpoints.unsupported import SDNQ, has_sdnq_scale, make_unsupported_error, read_quant_config
 from int8run.errors import ConfigError, FileError
 from int8run.utils.paths import expand_path
+from int8run.utils.plurals import count_noun
 from int8run.utils.untrusted_json import parse_untrusted_json
 
 METHODS = ("sdnq", "sdnq_training")
 DEFAULT_GROUP_SIZE, MIN_GROUP_SIZE = 256, 4
+MAX_GROUP_SIZE = 4096
 WORD = re.compile(r"hadamard(?:_(?P<size>[0-9]{1,5}))?")
-# `clip=` words of INT8 rows -> whether they are rotated
-ROTATED_BY_FORMAT = {"int8_tensorwise": False, "int8_rowwise": False, "int8_convrot": True}
+# of SDNQ's config, what says how weights are rotated
+ROTATION_SETTINGS = {"use_hadamard", "hadamard_group_size"}
+# format names of INT8 rows -> columns that are rotated together; 0: none
+GROUP_SIZE_BY_FORMAT = {"int8_tensorwise": 0, "int8_rowwise": 0, "int8_convrot": DEFAULT_GROUP_SIZE}
 
 
 @dataclass(frozen=True)
@@ -85,8 +89,8 @@ def find_sdnq_method(files: TensorFiles, names: list[str], declared: DeclaredFor
             )
     elif named is not None:
         method = named
-    elif declared.quant_format in ROTATED_BY_FORMAT:
-        method = SdnqMethod(DEFAULT_GROUP_SIZE if ROTATED_BY_FORMAT[declared.quant_format] else 0)
+    elif declared.quant_format in GROUP_SIZE_BY_FORMAT:
+        method = SdnqMethod(GROUP_SIZE_BY_FORMAT[declared.quant_format])
     else:
         raise make_lost_config_error(files, weights)
     check_readable(files, weights, method)
@@ -101,10 +105,10 @@ def describe_method(method: SdnqMethod) -> str:
 def make_lost_config_error(files: TensorFiles, weights: list[str]) -> FileError:
     """The error for weights of SDNQ without its config; `weights` are their layers."""
     return FileError(
-        f"{files.path}: {len(weights)} weights have their scale in `scale`, as SDNQ writes it (first: "
-        f"{weights[0]}), and its config.json alone says whether they are rotated; put that file beside it, "
-        "or set model.sdnq=<config.json>, model.sdnq=none or model.sdnq=hadamard (clip=int8_rowwise or "
-        "clip=int8_convrot for a text encoder)"
+        f"{files.path}: {count_noun(len(weights), 'weight', 'have')} a scale in `scale`, as SDNQ writes it "
+        f"(first: {weights[0]}), and its config.json alone says whether they are rotated; put that file "
+        "beside it, or set model.sdnq=<config.json>, model.sdnq=none or model.sdnq=hadamard "
+        "(clip=int8_rowwise or clip=int8_convrot for a text encoder)"
     )
 
 
@@ -127,16 +131,27 @@ def parse_word(word: str | Mapping[str, Any]) -> SdnqMethod:
             f"model.sdnq={word} is none of none, hadamard (groups of {DEFAULT_GROUP_SIZE} columns), "
             "hadamard_<size>, and no config.json"
         )
-    path = expand_path(word)
+    return read_config_file(word)
+
+
+def read_config_file(location: str) -> SdnqMethod:
+    """What a config.json that `model.sdnq` names says.
+
+    Raises:
+        FileError: it cannot be read, or is not a config of SDNQ.
+    """
+    path = expand_path(location)
     try:
         found = parse_untrusted_json(path.read_bytes(), allows_repeats=True)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise FileError(f"model.sdnq={word} cannot be read: {reason}") from error
-    config = found.get("quantization_config", found) if isinstance(found, dict) else {}
+        raise FileError(f"model.sdnq={location} cannot be read: {reason}") from error
+    config = None
+    if isinstance(found, dict):
+        config = found.get("quantization_config", found)
     if not isinstance(config, dict) or config.get("quant_method") not in METHODS:
-        raise FileError(f"model.sdnq={word} is no config of SDNQ: it names no quant_method {METHODS[0]}")
-    return parse_config(config, f"model.sdnq={word}")
+        raise FileError(f"model.sdnq={location} is no config of SDNQ: it names no quant_method {METHODS[0]}")
+    return parse_config(config, f"model.sdnq={location}")
 
 
 def parse_config(config: Mapping[str, Any], where: str) -> SdnqMethod:
@@ -149,22 +164,35 @@ def parse_config(config: Mapping[str, Any], where: str) -> SdnqMethod:
     Raises:
         FileError: for layers that are rotated each in its own way, or a size that no matrix has.
     """
-    per_layer = config.get("modules_quant_config") or {}
-    for name, settings in per_layer.items() if isinstance(per_layer, dict) else ():
-        if isinstance(settings, dict) and {"use_hadamard", "hadamard_group_size"} & set(settings):
-            raise FileError(
-                f"{where} rotates {name} in its own way, which int8run does not read; "
-                "diffusers with sdnq does"
-            )
+    per_layer = config.get("modules_quant_config")
+    if isinstance(per_layer, dict):
+        check_layer_settings(per_layer, where)
     if not config.get("use_hadamard", False):
         return SdnqMethod(0)
     return SdnqMethod(check_group_size(config.get("hadamard_group_size", DEFAULT_GROUP_SIZE), where))
 
 
+def check_layer_settings(per_layer: Mapping[str, Any], where: str) -> None:
+    """Raise FileError when SDNQ's config rotates a layer in another way than the others.
+
+    Args:
+        per_layer: what it says about single layers, by name.
+        where: it comes from, for the error.
+    """
+    for name, settings in per_layer.items():
+        if isinstance(settings, dict) and ROTATION_SETTINGS & set(settings):
+            raise FileError(
+                f"{where} rotates {name} in its own way, which int8run does not read; "
+                "diffusers with sdnq does"
+            )
+
+
 def check_group_size(size: Any, where: str) -> int:
     """Return the size of rotated groups; raise FileError where SDNQ cannot have it."""
-    if type(size) is not int or not MIN_GROUP_SIZE <= size <= 4096:
-        raise FileError(f"{where} names groups of {size!r} columns; SDNQ rotates 4 to 4096")
+    if type(size) is not int or not MIN_GROUP_SIZE <= size <= MAX_GROUP_SIZE:
+        raise FileError(
+            f"{where} names groups of {size!r} columns; SDNQ rotates {MIN_GROUP_SIZE} to {MAX_GROUP_SIZE}"
+        )
     return size
 
 

@@ -82,6 +82,8 @@ FORMAT_BY_METHOD = {
 }
 MODELOPT, SDNQ = "modelopt", "SDNQ"
 MODELOPT_CONFIG = "hf_quant_config.json"  # stands beside the weights of transformers' models
+# dtype of ModelOpt's weights that could be read -> the scale that such a weight has
+MODELOPT_SCALES = {"U8": "weight_scale_2", "F8_E4M3": "weight_scale"}
 SDNQ_DTYPES = ("I8", *FP8)  # of weights that could be read
 PACKED_COPY = "weight_packed"  # beside an int8 weight: the INT8-Toolkit's transposed copy of it
 
@@ -100,11 +102,15 @@ def check_keys(files: TensorFiles, keys: list[str]) -> None:
         layer, _, suffix = key.rpartition(".")
         if suffix not in FORMAT_BY_SUFFIX:
             continue
-        is_toolkit_copy = (
-            suffix == PACKED_COPY and f"{layer}.weight" in files and files[f"{layer}.weight"].dtype == "I8"
-        )
-        if not is_toolkit_copy:
-            raise make_unsupported_error(files, name_format(files, layer, suffix), f"it has {key}")
+        if suffix == PACKED_COPY and is_int8_layer(files, layer):  # the INT8-Toolkit's
+            continue
+        raise make_unsupported_error(files, name_format(files, layer, suffix), f"it has {key}")
+
+
+def is_int8_layer(files: TensorFiles, name: str) -> bool:
+    """Whether a layer has an int8 weight."""
+    key = f"{name}.weight"
+    return key in files and files[key].dtype == "I8"
 
 
 def name_format(files: TensorFiles, layer: str, suffix: str) -> str:
@@ -136,42 +142,36 @@ def check_metadata(files: TensorFiles, keys: list[str]) -> None:
 
 def check_config(files: TensorFiles, keys: list[str]) -> None:
     """Raise FileError when the config beside a quantized file names another program's method."""
-    is_quantized = any(key.endswith(".weight") and files[key].dtype not in FLOATS for key in keys)
-    if not is_quantized:  # a config beside a float file describes another file
+    quantized = list_quantized_keys(files, keys)
+    if not quantized:  # a config beside a float file describes another file
         return
     method = read_quant_method(files)
     if method not in FORMAT_BY_METHOD:
         return
     name = FORMAT_BY_METHOD[method]
-    if name == MODELOPT and is_readable_modelopt(files, keys):
+    if name == MODELOPT and all(is_readable_modelopt(files, key) for key in quantized):
         return
-    if name == SDNQ and is_readable_sdnq(files, keys):
+    if name == SDNQ and all(is_readable_sdnq(files, key) for key in quantized):
         return
     raise make_unsupported_error(files, name, f"the config beside it says quant_method {method}")
 
 
-def is_readable_modelopt(files: TensorFiles, keys: list[str]) -> bool:
-    """Whether ModelOpt's weights are all float, nvfp4 or fp8 with scales."""
-    scale_names = {"U8": "weight_scale_2", "F8_E4M3": "weight_scale"}
-    for key in keys:
-        dtype = files[key].dtype
-        if not key.endswith(".weight") or dtype in FLOATS:
-            continue
-        if dtype not in scale_names or f"{key.removesuffix('weight')}{scale_names[dtype]}" not in files:
-            return False
-    return True
+def list_quantized_keys(files: TensorFiles, keys: list[str]) -> list[str]:
+    """The keys of weights that are not float, among these."""
+    return [key for key in keys if key.endswith(".weight") and files[key].dtype not in FLOATS]
 
 
-def is_readable_sdnq(files: TensorFiles, keys: list[str]) -> bool:
-    """Whether SDNQ's weights are all float, or INT8 matrices whose scales are as it writes them."""
-    for key in keys:
-        info = files[key]
-        if not key.endswith(".weight") or info.dtype in FLOATS:
-            continue
-        is_matrix = info.dtype == "I8" and len(info.shape) == 2
-        if not is_matrix or not has_sdnq_scale(files, key.removesuffix(".weight")):
-            return False
-    return True
+def is_readable_modelopt(files: TensorFiles, key: str) -> bool:
+    """Whether a quantized weight of ModelOpt is nvfp4 or fp8, with its scale."""
+    scale_name = MODELOPT_SCALES.get(files[key].dtype)
+    return scale_name is not None and f"{key.removesuffix('weight')}{scale_name}" in files
+
+
+def is_readable_sdnq(files: TensorFiles, key: str) -> bool:
+    """Whether a quantized weight of SDNQ is an INT8 matrix whose scale is as it writes them."""
+    info = files[key]
+    is_int8_matrix = info.dtype == "I8" and len(info.shape) == 2
+    return is_int8_matrix and has_sdnq_scale(files, key.removesuffix(".weight"))
 
 
 def has_sdnq_scale(files: TensorFiles, name: str) -> bool:
@@ -182,9 +182,10 @@ def has_sdnq_scale(files: TensorFiles, name: str) -> bool:
     scale_key, key = f"{name}.scale", f"{name}.weight"
     if scale_key not in files or key not in files or files[key].dtype not in SDNQ_DTYPES:
         return False
-    has_other_names = f"{name}.comfy_quant" in files or f"{name}.weight_scale" in files
+    if f"{name}.comfy_quant" in files or f"{name}.weight_scale" in files:
+        return False
     num_dims = len(files[scale_key].shape)
-    return not has_other_names and num_dims in (0, len(files[key].shape))
+    return num_dims in (0, len(files[key].shape))
 
 
 def is_modelopt(files: TensorFiles) -> bool:

@@ -24,6 +24,7 @@ from int8run.checkpoints.data_hash import PLACEHOLDER, join_hashes
 from int8run.checkpoints.header import DTYPES, MAX_HEADER_BYTES
 from int8run.errors import FileError
 from int8run.utils.content_hash import new_hash
+from int8run.utils.plurals import count_noun
 
 try:
     import fcntl
@@ -121,7 +122,9 @@ class StreamWriter:
         """
         missing = [key for key, (start, stop) in self.places.items() if self.written[key] != stop - start]
         if missing:
-            raise ValueError(f"{len(missing)} tensors are not complete (first: {missing[0]})")
+            raise ValueError(
+                f"{count_noun(len(missing), 'tensor', 'are')} not complete (first: {missing[0]})"
+            )
         if self.hashes:
             data_hash = join_hashes(
                 (entry.key, entry.dtype, entry.shape, self.hashes[entry.key].digest())
@@ -250,7 +253,7 @@ def create_part_file(folder: Path) -> tuple[Path, int]:
         os.close(descriptor)  # another process took it for a leftover in the moment before it was locked
 
 
-def acquire_lock(descriptor: int, wait: bool = False) -> bool:
+def acquire_lock(descriptor: int, *, wait: bool = False) -> bool:
     """Lock an open file for this process.
 
     Args:

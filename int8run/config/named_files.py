@@ -11,8 +11,8 @@ from typing import Any
 
 from int8run.errors import FileError
 from int8run.lora.find import find_lora
-from int8run.models.resolve_weights import SAFETENSORS, is_local, to_local_path
-from int8run.utils.paths import check_readable, expand_path
+from int8run.models.resolve_weights import is_local, to_local_path
+from int8run.utils.paths import SAFETENSORS, check_readable, expand_path
 
 
 def check_named_files(settings: Mapping[str, Any]) -> None:

@@ -26,8 +26,7 @@ from int8run.quant.rounding import Rounding
 from int8run.text_encoders.base import TextEncoders
 from int8run.tracking.base import Tracker
 from int8run.utils.disk_cache import DiskCache
-
-SAFETENSORS = ".safetensors"
+from int8run.utils.paths import SAFETENSORS
 
 
 class Task(Protocol):

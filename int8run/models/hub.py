@@ -14,12 +14,12 @@ from typing import cast
 import yaml
 
 from int8run.errors import FileError
+from int8run.utils.paths import SAFETENSORS
 from int8run.utils.text import shorten_error
 
 log = logging.getLogger(__name__)
 TIMEOUT_S = 10.0
 MAX_REASON_LENGTH = 200
-SAFETENSORS = ".safetensors"
 KNOWN_REPOSITORIES = Path(__file__).parent / "known_repositories.yaml"
 BFLOAT16_BYTES = 2
 

@@ -11,14 +11,13 @@ from typing import Any
 
 from int8run.errors import ConfigError, FileError, suggest_similar
 from int8run.models.hub import check_repository, make_download_error
-from int8run.utils.paths import expand_path
+from int8run.utils.paths import SAFETENSORS, expand_path
 from int8run.utils.text import shorten_error
 from int8run.utils.untrusted_json import parse_untrusted_json
 
 log = logging.getLogger(__name__)
 ASSETS_FOLDER = Path(__file__).parents[1] / "assets"
 SHIPPED_PREFIX = "shipped:"
-SAFETENSORS = ".safetensors"
 # of pipelines; a single one is the denoiser, of two each has its own part of the steps
 DENOISER_COMPONENTS = ("transformer", "transformer_2", "unet")
 # what stands beside weights and may say how they were quantized

@@ -22,7 +22,6 @@ from int8run.models.resolve_weights import (
     CONFIG_NAME,
     DENOISER_COMPONENTS,
     MODEL_INDEX_NAME,
-    SAFETENSORS,
     UNSUPPORTED_FORMATS,
     check_format,
     is_local,
@@ -30,6 +29,7 @@ from int8run.models.resolve_weights import (
     read_json,
     to_local_path,
 )
+from int8run.utils.paths import SAFETENSORS
 from int8run.utils.text import shorten_error
 
 

@@ -11,10 +11,11 @@ from int8run.checkpoints.detect import read_layers
 from int8run.checkpoints.layer import FLOAT
 from int8run.checkpoints.reader import TensorFiles
 from int8run.errors import ConfigError, FileError
-from int8run.models.resolve_weights import DENOISER_COMPONENTS, MODEL_INDEX_NAME, SAFETENSORS, read_json
+from int8run.models.resolve_weights import DENOISER_COMPONENTS, MODEL_INDEX_NAME, read_json
 from int8run.tasks.file_description import FileDescription, Row, count_names, format_size
 from int8run.tasks.inspect_checkpoint import describe_family
 from int8run.text_encoders.detect import find_encoder_of_class
+from int8run.utils.paths import SAFETENSORS
 
 
 def is_pipeline_folder(folder: Path) -> bool:

@@ -41,7 +41,6 @@ from int8run.export.stream_quantizer import write_targets
 from int8run.layers.plan import LayerPlan
 from int8run.models.resolve_weights import (
     CONFIG_NAME,
-    SAFETENSORS,
     WEIGHTS_NAME,
     ResolvedWeights,
     download_side_files,
@@ -70,7 +69,7 @@ from int8run.tasks.quantize_common import (
     warn_replaced,
 )
 from int8run.tracking.run_record import split_override
-from int8run.utils.paths import expand_path
+from int8run.utils.paths import SAFETENSORS, expand_path
 from int8run.utils.plurals import count_noun
 
 log = logging.getLogger(__name__)

@@ -11,6 +11,7 @@ from pathlib import Path
 from int8run.errors import FileError
 
 CACHE_NAME = "int8run"
+SAFETENSORS = ".safetensors"  # the suffix of checkpoints and LoRAs
 # reading from one of these may never end
 SPECIAL_FILES = (
     (stat.S_ISFIFO, "a pipe"),

@@ -995,7 +995,7 @@ MISTAKES: dict[str, tuple[Callable[[], CheckpointDraft], str]] = {
             lambda dtype=dtype, shape=shape, granularity=granularity, block=block: drop_tensors(
                 draft_fp8(shape, granularity, dtype=dtype, block=block), "weight_scale"
             ),
-            rf"1 fp8 weights have no scale and are no plain casts \(first: blocks.0.q.weight, "
+            rf"1 fp8 weight has no scale and numbers that no plain cast has \(first: blocks.0.q.weight, "
             rf"which reaches {largest}; .*their scales were lost.*model.quant_format={word}_cast",
         )
         for dtype, word, largest in (("F8_E4M3", "float8_e4m3fn", 448), ("F8_E5M2", "float8_e5m2", 57344))
@@ -1008,11 +1008,11 @@ MISTAKES: dict[str, tuple[Callable[[], CheckpointDraft], str]] = {
     },
     "scales of fp8 lost, 1 in their place": (
         lambda: put_ones(draft_fp8((N,), "row"), f"{LAYER}.weight_scale", N),
-        "1 fp8 weights have a scale of 1 and are no plain casts",
+        "1 fp8 weight has a scale of 1 and numbers that no plain cast has",
     ),
     "scales of mxfp8 lost": (
         lambda: drop_tensors(draft_blocks("mxfp8", N, 64), "weight_scale"),
-        "1 fp8 weights have no scale and are no plain casts",
+        "1 fp8 weight has no scale and numbers that no plain cast has",
     ),
     "block scales of fp8 lost": (
         lambda: draft_fp8(None, "", header={"format": "float8_e4m3fn_block3d"}),

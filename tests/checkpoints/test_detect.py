@@ -492,27 +492,27 @@ BLOCKWISE, FP8_BLOCKWISE = "int8_blockwise", "float8_e4m3fn_blockwise"
 WARNED = {
     "blocks, but rows": (
         lambda: made.draft_with_marker({"format": BLOCKWISE, "group_size": 1}),
-        "1 layers are labeled int8_blockwise and have scales by row",
+        "1 layer is labeled int8_blockwise, with scales by row",
     ),
     "one scale, but blocks": (
         lambda: made.draft_int8((3, 16), "grid", made.TENSOR, block=(4, 4), label="int8_tensorwise"),
-        "1 layers are labeled int8_tensorwise and have scales by grid",
+        "1 layer is labeled int8_tensorwise, with scales by grid",
     ),
     "per_row, but one": (
         lambda: made.draft_int8((), "tensor", made.ROW),
-        "1 layers are labeled per_row=True and have scales by tensor",
+        "1 layer is labeled per_row=True, with scales by tensor",
     ),
     "not per_row, but rows": (
         lambda: made.draft_with_marker({**made.TENSOR, "per_row": False}),
-        "labeled per_row=False and have scales by row",
+        "labeled per_row=False, with scales by row",
     ),
     "fp8 blocks, but rows": (
         lambda: made.draft_fp8((N,), "row", marker={"format": FP8_BLOCKWISE, "group_size": 64}),
-        "labeled float8_e4m3fn_blockwise and have scales by row",
+        "labeled float8_e4m3fn_blockwise, with scales by row",
     ),
     "rotation lost": (
         DRAFTS["convrot lost in the header"],
-        rf"does not mention the rotation of 1 layers \(first: {LAYER}\), their markers do",
+        rf"does not mention the rotation of 1 layer \(first: {LAYER}\), the markers of the layers do",
     ),
 }
 

@@ -413,7 +413,7 @@ def test_hybrid_mxfp8_logs_once_which_scales_are_used(
     (record,) = caplog.records
 
     assert (
-        "2 mxfp8 layers have one more scale for the whole weight; the scales of their blocks are used"
+        "2 mxfp8 layers have one more scale for the whole weight; the scales of the blocks are used"
         in record.getMessage()
     )
 

@@ -180,7 +180,10 @@ def test_metadata_may_be_null_and_numbers_in_it_are_ignored(
 
     metadata = {"a": "text", "b": 1, "c": None, "d": True}
     assert read_header(write_file(tmp_path, {"__metadata__": metadata, **VALID})) == (VALID, {"a": "text"})
-    assert "3 entries of __metadata__ in its header are not text and are ignored (first: b)" in caplog.text
+    assert (
+        "ignoring 3 entries of __metadata__ in its header, where only text is allowed (first: b)"
+        in caplog.text
+    )
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,10 @@ def test_one_lost_scale_is_found_among_casts_and_scaled_layers(tmp_path: Path) -
         "cast.weight": draw_weight().to(E4M3),
         "lost.weight": scaled.clone(),
     }
-    message = r"1 fp8 weights have no scale and are no plain casts; 1 others are casts \(first: lost.weight"
+    message = (
+        r"1 fp8 weight has no scale and numbers that no plain cast has; 1 other weight may be one "
+        r"\(first: lost.weight"
+    )
     with open_files(tmp_path, tensors) as files, pytest.raises(FileError, match=message):
         read_layers(files)
 
@@ -146,7 +149,7 @@ def test_a_word_says_that_large_numbers_are_casts(
         with pytest.raises(FileError, match=f"model.quant_format={word} says so"):
             read_layers(files, declared=DeclaredFormat("float8_e4m3fn"))
 
-    assert "1 fp8 weights without a scale reach" in caplog.text
+    assert "1 fp8 weight has no scale and numbers up to" in caplog.text
 
 
 def test_zeros_and_nan_are_no_large_numbers(tmp_path: Path) -> None:

@@ -319,7 +319,7 @@ WRONG_INDEX = {
     ),
     "no such shard": (
         lambda m: m.update(x="n.safetensors"),
-        r"the shard n.safetensors is missing \(1 tensors are in it\); download it again",
+        r"the shard n.safetensors is missing \(1 tensor is in it\); download it again",
     ),
     "a shard elsewhere": (
         lambda m: m.update(x="../m.safetensors"),

@@ -16,8 +16,8 @@ from int8run.checkpoints.detect import read_layers
 from int8run.checkpoints.reader import TensorFiles
 
 Array = NDArray[np.float64]
-LOST = "4 INT8 layers do not say that they are rotated, and by their numbers they are, in groups of"
-WRONG = "4 INT8 layers say that they are rotated in groups of 64 columns, and by their numbers they are not"
+LOST = "nothing says that 4 INT8 layers are rotated, and by the numbers this is so, in groups of"
+WRONG = "4 INT8 layers are said to be rotated in groups of 64 columns, and by the numbers this is not so"
 DRAW: dict[str, Callable[[np.random.Generator, tuple[int, int]], Array]] = {
     "heavy tails": lambda generator, shape: generator.standard_t(8, shape),
     "light tails": lambda generator, shape: generator.uniform(-1, 1, shape),

@@ -101,7 +101,7 @@ def test_a_config_without_rotation(columns: int, transposed: bool, tmp_path: Pat
 
 def test_without_a_config_it_is_asked_for(tmp_path: Path) -> None:
     message = (
-        r"1 weights have their scale in `scale`, as SDNQ writes it \(first: q\), and its config.json alone "
+        r"1 weight has a scale in `scale`, as SDNQ writes it \(first: q\), and its config.json alone "
         r"says whether they are rotated; put that file beside it, or set model.sdnq=<config.json>, "
         r"model.sdnq=none or model.sdnq=hadamard"
     )

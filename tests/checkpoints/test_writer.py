@@ -329,7 +329,7 @@ def test_part_removed_before_it_was_locked_is_created_again(tmp_path, monkeypatc
         if wait and not made:  # the other process is faster once
             made.extend(tmp_path.iterdir())
             made[0].unlink()
-        return real(descriptor, wait)
+        return real(descriptor, wait=wait)
 
     monkeypatch.setattr(module, "acquire_lock", slow)
 

@@ -42,6 +42,7 @@ from int8run.text_encoders.model_config import build_config
 from int8run.text_encoders.quantized_layers import WeightChange
 from int8run.text_encoders.skeleton import build_skeleton, remove_optional_modules
 from int8run.text_encoders.weights import EncoderFile
+from int8run.utils.plurals import count_noun
 
 CLIP, T5 = "text_model.encoder.layers.0.", "encoder.block.0.layer."
 Q, FC1 = f"{CLIP}self_attn.q_proj", f"{CLIP}mlp.fc1"
@@ -309,7 +310,8 @@ def test_unmarked_fp8_that_lost_its_scales_is_an_error(word: str, tmp_path: Path
     one_lost = dict(unmarked.tensors)
     for lost in (scales[:1], scales):
         unmarked.tensors = {key: tensor for key, tensor in one_lost.items() if key not in lost}
-        assert_file_error(unmarked, tmp_path, f"{len(lost)} fp8 weights have no scale and are no plain casts")
+        subject = count_noun(len(lost), "fp8 weight", "have")
+        assert_file_error(unmarked, tmp_path, f"{subject} no scale and numbers that no plain cast has")
 
 
 def test_scaled_fp8_file_without_scales_is_an_error(tmp_path: Path) -> None:
