@@ -29,9 +29,8 @@ def find_sweep_folder(configs: Sequence[Any]) -> Path:
     """
     first = configs[0]
     new = Path(str(first.hydra.sweep.dir)).absolute()
-    is_named_by_user = any(
-        override.startswith("hydra.sweep.dir=") for override in first.hydra.overrides.hydra
-    )
+    hydra_overrides = first.hydra.overrides.hydra
+    is_named_by_user = any(override.startswith("hydra.sweep.dir=") for override in hydra_overrides)
     if not first.get("resume") or is_named_by_user:
         return new
     root = new.parents[1] if is_dated_folder(new) else new.parent

@@ -215,9 +215,14 @@ class Scheduler:
             slot.worker.close()
         for slot in self.busy.values():
             for job in slot.jobs:
-                record = try_read_record(job.folder)
-                if record is not None and record.ended is None:
-                    end_record(record, KILLED, "the sweep was interrupted")
+                record_interrupt(job)
+
+
+def record_interrupt(job: SweepJob) -> None:
+    """Record a job as killed, if it has begun and not ended."""
+    record = try_read_record(job.folder)
+    if record is not None and record.ended is None:
+        end_record(record, KILLED, "the sweep was interrupted")
 
 
 def fail_jobs(jobs: Sequence[SweepJob], death: WorkerDied) -> list[Outcome]:

@@ -305,12 +305,17 @@ class Int8Linear(KeepsDtypes):
         """On the backend, a fused branch included. x: [..., K], rows: x as [M, K] -> [M, N], in x's dtype."""
         # without a token axis there is no mean over tokens; one over a batch would mix images
         is_centered = self.transform.centered and x.dim() > 2
-        fused = None if branch is None else branch.fused
-        down = None if fused is None else fused.down_with_input
+        fused: FusedBranch | None = None
+        down = strengths = None
+        if branch is not None and branch.fused is not None:
+            fused = branch.fused
+            down = fused.down_with_input
+            strengths = branch.strengths
 
         def quantize() -> QuantizedInput:
+            tokens = center_rows(x) if is_centered else rows
             return self.backend.quantize(
-                center_rows(x) if is_centered else rows,
+                tokens,
                 factor=self.transform.factor,
                 rotation=self.transform.rotation,
                 gelu_from=gelu_from,
@@ -319,16 +324,20 @@ class Int8Linear(KeepsDtypes):
 
         # `down` is of this layer alone, so a quantization with it cannot be shared
         quantized = quantize() if shared is None or down is not None else shared.get(x, quantize)
+        # of a centered input, the bias comes with the product of the means
+        bias = None if is_centered else self.bias
         y = self.backend.linear(
             quantized,
             self.packed,
             self.scale,
             dtype=x.dtype,
-            bias=None if is_centered else self.bias,
+            bias=bias,
             branch=fused,
-            strengths=None if fused is None or branch is None else branch.strengths,
+            strengths=strengths,
         )
-        return self.add_mean_product(y, x.shape) if is_centered else y
+        if is_centered:
+            return self.add_mean_product(y, x.shape)
+        return y
 
     def add_mean_product(self, y: Tensor, shape: torch.Size) -> Tensor:
         """Put the products of `center_rows` together.

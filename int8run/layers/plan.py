@@ -59,14 +59,14 @@ class Int8Settings:
             rows: rows that it sees in this run.
             measured: up to how many rows float was faster for this layer on this machine, where known.
         """
+        if self.small_batch_fallback == "never":
+            return 0
+        if self.small_batch_fallback == "only_small_layers" and params > self.small_layer_params:
+            return 0
         limit = self.max_rows
         if limit is None:
             limit = DEFAULT_FLOAT_ROWS if measured is None else measured
-        if self.small_batch_fallback == "only_small_layers":
-            falls_back = params <= self.small_layer_params
-        else:
-            falls_back = self.small_batch_fallback == "always"
-        return limit if falls_back and rows <= limit else 0
+        return limit if rows <= limit else 0
 
 
 @dataclass
