@@ -145,7 +145,8 @@ def infer_granularity(
     shape = tuple(scale)
     if prod(shape) == 1:
         return Granularity("tensor")
-    n, k = weight[0] if weight else 1, prod(weight[1:])
+    n = weight[0] if weight else 1
+    k = prod(weight[1:])
     one_per_row = (n, *(1 for _ in weight[1:]))
     if shape in ((n,), one_per_row):
         return Granularity("row")

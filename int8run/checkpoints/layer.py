@@ -190,8 +190,7 @@ class CheckpointLayer:
             if quip.HADAMARD_FLAG in self.part_keys:
                 raise FileError(
                     f"{files.path}: {self.name} is padded to [{self.rows}, {self.columns}] and does not say "
-                    "to what "
-                    "shape it is cut; the model that it is for must be known"
+                    "to what shape it is cut; the model that it is for must be known"
                 )
             return self.rows, self.columns
         if not self.fits_shape(shape):

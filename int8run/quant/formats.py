@@ -94,13 +94,15 @@ class WeightFormat:
         if self.is_rotated and not self.get_rotation_group_size(columns):
             sizes = ", ".join(map(str, ROTATION_GROUP_SIZES))
             return f"{self.name} rotates groups of {sizes} columns; none of them divides {columns}"
-        if self.granularity == GRID and (rows % self.block_size or columns % self.block_size):
-            return (
-                f"{self.name} has blocks of {self.block_size} x {self.block_size}; "
-                f"they do not divide {rows} x {columns}"
-            )
-        if self.granularity == BLOCK3D and columns % self.block_size:
-            return f"{self.name} has blocks of {self.block_size} columns; they do not divide {columns}"
+        return self._find_cut_blocks(rows, columns)
+
+    def _find_cut_blocks(self, rows: int, columns: int) -> str | None:
+        """Why blocks do not divide a weight of this shape; None when they do, or when it is padded."""
+        size = self.block_size
+        if self.granularity == GRID and (rows % size or columns % size):
+            return f"{self.name} has blocks of {size} x {size}; they do not divide {rows} x {columns}"
+        if self.granularity == BLOCK3D and columns % size:
+            return f"{self.name} has blocks of {size} columns; they do not divide {columns}"
         return None
 
     def get_padded_shape(self, rows: int, columns: int) -> tuple[int, int]:
@@ -112,7 +114,9 @@ class WeightFormat:
     def get_qdata_shape(self, rows: int, columns: int) -> tuple[int, int]:
         """The shape of the tensor that holds the numbers."""
         rows, columns = self.get_padded_shape(rows, columns)
-        return (rows, columns // 2) if self.qdata_dtype == torch.uint8 else (rows, columns)
+        if self.qdata_dtype == torch.uint8:  # two numbers in a byte
+            return rows, columns // 2
+        return rows, columns
 
     def get_scale_shape(self, rows: int, columns: int) -> tuple[int, ...] | None:
         """The shape of the tensor that holds the scales; None: there is none."""
@@ -377,7 +381,9 @@ def encode_blocks(weight: Tensor, scale: Tensor, height: int, encode: Callable[[
 
 def split_into_chunks(weight: Tensor, height: int) -> tuple[Tensor, ...]:
     """Split a weight into whole rows of blocks that fit the cache; temporaries are as large as a chunk."""
-    return weight.split(height * max(1, CHUNK_ELEMENTS // (height * weight.shape[1])))
+    block_rows = max(1, CHUNK_ELEMENTS // (height * weight.shape[1]))
+    chunks: tuple[Tensor, ...] = weight.split(height * block_rows)
+    return chunks
 
 
 def round_to_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -420,10 +426,10 @@ def swizzle_scales(scale: Tensor) -> Tensor:
     Returns:
         uint8 [rows up to a multiple of 128, columns up to a multiple of 4].
     """
-    rows, columns = (
-        round_up(size, tile_size) for size, tile_size in zip(scale.shape, SCALE_TILE, strict=True)
-    )
+    tile_rows, tile_columns = SCALE_TILE
+    rows, columns = round_up(scale.shape[0], tile_rows), round_up(scale.shape[1], tile_columns)
     padded = F.pad(scale, (0, columns - scale.shape[1], 0, rows - scale.shape[0]))
-    # the four quarters of a tile's 128 rows lie side by side
+    # the four quarters of a tile's 128 rows lie side by side:
+    # [rows, columns] -> [tiles down, quarter, row in it, tiles across, column in it]
     tiles = padded.view(rows // 128, 4, 32, columns // 4, 4)
     return tiles.permute(0, 3, 2, 1, 4).reshape(rows, columns)

@@ -94,21 +94,26 @@ class PackedWeight:
         if self.scale is None:
             return self.qdata.to(dtype)
         block = self.block_size or None
+        weight: Tensor
         if self.storage_dtype == "int8":
-            return operators.dequantize_int8(self.qdata, self.scale, block, dtype)
-        if self.storage_dtype == "fp8":
-            return operators.dequantize_fp8(self.qdata, self.scale, block, dtype)
-        if self.storage_dtype == "mxfp8":
-            return operators.dequantize_mxfp8(self.qdata, self.scale, swizzled=self.is_swizzled, dtype=dtype)
-        assert self.global_scale is not None
-        return operators.dequantize_nvfp4(
-            self.qdata,
-            self.scale,
-            self.global_scale,
-            swizzled=self.is_swizzled,
-            high_first=self.high_nibble_first,
-            dtype=dtype,
-        )
+            weight = operators.dequantize_int8(self.qdata, self.scale, block, dtype)
+        elif self.storage_dtype == "fp8":
+            weight = operators.dequantize_fp8(self.qdata, self.scale, block, dtype)
+        elif self.storage_dtype == "mxfp8":
+            weight = operators.dequantize_mxfp8(
+                self.qdata, self.scale, swizzled=self.is_swizzled, dtype=dtype
+            )
+        else:
+            assert self.global_scale is not None, "nvfp4 has a scale for the whole weight"
+            weight = operators.dequantize_nvfp4(
+                self.qdata,
+                self.scale,
+                self.global_scale,
+                swizzled=self.is_swizzled,
+                high_first=self.high_nibble_first,
+                dtype=dtype,
+            )
+        return weight
 
     def unswizzle_scales(self) -> "PackedWeight":
         """The same with block scales that lie in rows, so that `select_rows` can pick some."""
@@ -142,11 +147,10 @@ class PackedWeight:
         scale = self.scale
         if scale is None:
             return None
-        if self.has_block_scales:
-            height = 1
-        elif scale.numel() == 1:
+        if not self.has_block_scales and scale.numel() == 1:
             return scale  # one for all rows
-        else:
+        height = 1  # rows that share a scale
+        if not self.has_block_scales:
             height, _ = infer_block_shape(self.qdata.shape, scale.shape, self.block_size or None)
         if scale.dtype.itemsize == 1:
             return scale.view(torch.uint8)[index // height].view(scale.dtype)
@@ -159,5 +163,5 @@ def is_fp8(tensor: Tensor) -> bool:
 
 
 def round_up(size: int, multiple: int) -> int:
-    """The next multiple."""
+    """The smallest multiple that is not below a size."""
     return ceil(size / multiple) * multiple
