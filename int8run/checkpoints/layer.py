@@ -144,7 +144,7 @@ class CheckpointLayer:
             matrix = get_hadamard(self.rotation_group_size, is_sylvester=self.is_sylvester)
             rotation = Rotation(matrix, self.is_sylvester)
         return OutlierTransform(
-            self.outlier_method, self.outlier_settings, factor, rotation, self.is_centered
+            self.outlier_method, self.outlier_settings, factor, rotation, centered=self.is_centered
         )
 
     def read_weight(

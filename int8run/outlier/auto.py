@@ -91,14 +91,19 @@ class AutoOutlier:
         """
         chosen: dict[str, str | None] = {}
         for group in groups:
-            near_best = {layer: self.list_near_best(scores[layer]) for layer in group}
-            shared = [name for name in self.candidates if all(name in good for good in near_best.values())]
-            for layer, good in near_best.items():
-                chosen[layer] = next(iter(shared or good), None)
+            chosen |= self._choose_for_group({layer: scores[layer] for layer in group})
         for layers in joined:
             if len({chosen[layer] for layer in layers}) > 1:
                 chosen |= dict.fromkeys(layers, self._find_best_in_mean(scores, layers))
         return chosen
+
+    def _choose_for_group(self, scores: Mapping[str, Mapping[str, float]]) -> dict[str, str | None]:
+        """The first candidate that is near the best for every layer, else the first of each layer's own."""
+        near_best = {layer: self.list_near_best(layer_scores) for layer, layer_scores in scores.items()}
+        for name in self.candidates:
+            if all(name in names for names in near_best.values()):
+                return dict.fromkeys(near_best, name)
+        return {layer: names[0] if names else None for layer, names in near_best.items()}
 
     def _find_best_in_mean(
         self, scores: Mapping[str, Mapping[str, float]], layers: Sequence[str]

@@ -59,6 +59,7 @@ class OutlierTransform(nn.Module):
         settings: Mapping[str, float] | None = None,
         factor: Tensor | None = None,
         rotation: Rotation | None = None,
+        *,
         centered: bool = False,
     ):
         super().__init__()
@@ -124,6 +125,7 @@ class OutlierTransform(nn.Module):
         return " ".join([self.method, *settings])
 
     def extra_repr(self) -> str:
+        """What torch prints of it beside the class."""
         return self.label
 
 

@@ -96,7 +96,9 @@ class TransformCosts(LayerCosts):
                 with factors of a single weight.
         """
         extra = self.get_ratio_alone(transform, shape) - 1
-        return 1 + extra / (1 if transform.centered else sharing)
+        if transform.centered:
+            return 1 + extra
+        return 1 + extra / sharing
 
     def get_ratio_alone(self, transform: OutlierTransform, shape: tuple[int, int, int]) -> float:
         """The ratio for a layer that shares its input with no other."""

@@ -253,7 +253,7 @@ def make_replacement_hook(layer: Int8Linear) -> Callable[..., Tensor]:
 
 def get_output_tensor(returned: Any) -> Tensor:
     """What a denoiser computed, out of the tuple or the object that diffusers returns. float32 [...]."""
-    first = returned[0]
-    if isinstance(first, list):  # Z-Image's denoiser gives a tensor for each image
-        return torch.cat([t.float().flatten() for t in first])
-    return first.float()
+    output: Tensor | list[Tensor] = returned[0]
+    if isinstance(output, list):  # Z-Image's denoiser gives a tensor for each image
+        return torch.cat([tensor.float().flatten() for tensor in output])
+    return output.float()

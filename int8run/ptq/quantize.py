@@ -121,20 +121,38 @@ def quantize_layers(
         weight = linear.weight.detach() if read is None else read(plan.name)  # [N, K]
         if not weight.numel():
             check_weight(plan, weight)
-        method, seen = methods.get(plan.name), statistics.get(plan.name)
-        if seen is None and (rounding.needs_calibration or (method is not None and method.needs_calibration)):
-            raise ConfigError(
-                f"{plan.name}: the calibration never reached it; keep the layer float, or take other "
-                "calibration.prompts"
-            )
-        transform = OutlierTransform() if method is None else method.fit(weight, seen)
+        method, layer_statistics = methods.get(plan.name), statistics.get(plan.name)
+        if layer_statistics is None:
+            check_needs_no_statistics(plan, method, rounding)
+        transform = OutlierTransform()
+        if method is not None:
+            transform = method.fit(weight, layer_statistics)
         transform.to(weight.device)
         if type(rounding) is AbsMax and weight.device.type == "cpu":
             quantized = round_weight_rows(plan, weight, transform)
         else:
-            quantized = round_weight(plan, weight, transform, rounding, seen)
+            quantized = round_weight(plan, weight, transform, rounding, layer_statistics)
         plan.outlier, plan.rounding = transform.label, rounding.name
         yield plan, QuantizedLayer(quantized, transform, linear.bias)
+
+
+def check_needs_no_statistics(plan: LayerPlan, method: OutlierMethod | None, rounding: Rounding) -> None:
+    """Check a layer that the calibration did not reach.
+
+    Args:
+        plan: of the layer.
+        method: its outlier method; None: it has none.
+        rounding: makes the integers.
+
+    Raises:
+        ConfigError: when either needs statistics.
+    """
+    method_needs = method is not None and method.needs_calibration
+    if method_needs or rounding.needs_calibration:
+        raise ConfigError(
+            f"{plan.name}: the calibration never reached it; keep the layer float, or take other "
+            "calibration.prompts"
+        )
 
 
 def round_weight(
@@ -188,8 +206,9 @@ def round_weight_rows(plan: LayerPlan, weight: Tensor, transform: OutlierTransfo
             f"{plan.name}: the weight overflows under {transform.label}; "
             "keep the layer float, or set outlier=none"
         )
-    has_error = sums.signal and sums.noise
-    plan.measured["weight_sqnr_db"] = 10 * math.log10(sums.signal / sums.noise) if has_error else math.inf
+    plan.measured["weight_sqnr_db"] = math.inf
+    if sums.signal and sums.noise:
+        plan.measured["weight_sqnr_db"] = 10 * math.log10(sums.signal / sums.noise)
     plan.measured["saturated_share"] = sums.saturated / q.numel()
     return QuantizedWeight(q, scale)
 

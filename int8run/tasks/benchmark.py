@@ -130,10 +130,7 @@ def run_benchmark(spec: RunSpec, job: Job, rounds: int) -> None:
     model = job.choices.get("model", "model")
     title = f"{model} on {get_device_name(loaded.device)}; float is {spec.model.dtype}"
     print_lines("", build_result_table(title, result))
-    for candidate in auto.candidates.values():
-        reasons = candidate.limits.unsupported_reasons(loaded.device)
-        if reasons:
-            print_lines(f"not here: {candidate.name} {'; '.join(reasons)}")
+    print_unsupported(auto, loaded.device)
     if result.num_unsteady:
         log.warning(
             "%d of %d shapes scatter by more than twice: other work runs here; their choices are not kept",
@@ -145,6 +142,14 @@ def run_benchmark(spec: RunSpec, job: Job, rounds: int) -> None:
     file = job.output_dir / "bench.json"
     write_json(make_record(result, chooser.cache.environment), file)
     print_lines(f"numbers:  {file}", f"choices:  {chooser.cache.path}")
+
+
+def print_unsupported(auto: AutoBackend, device: torch.device) -> None:
+    """Print which candidates cannot run here, and why."""
+    for candidate in auto.candidates.values():
+        reasons = candidate.limits.unsupported_reasons(device)
+        if reasons:
+            print_lines(f"not here: {candidate.name} {'; '.join(reasons)}")
 
 
 def count_layer_shapes(spec: RunSpec, loaded: LoadedModel, plans: list[LayerPlan]) -> dict[Shape, int]:

@@ -48,7 +48,8 @@ class ImageWriter:
         self.output_dir = output_dir
         # by model and key of the sample: paths below the output folder, the first is the whole sample
         self.files: dict[tuple[str, str], list[str]] = {}
-        self.total = len(samples) * (2 if spec.has_comparison and spec.metrics.baseline != "none" else 1)
+        has_float_images = spec.has_comparison and spec.metrics.baseline != "none"
+        self.total = 2 * len(samples) if has_float_images else len(samples)
 
     def write_all(self, model: str, generation: Generation, pipe: Any) -> None:
         """Save every sample of a model that is not saved yet, such as images out of the cache."""
@@ -75,14 +76,16 @@ class ImageWriter:
         folder = self.output_dir / IMAGES
         folder.mkdir(parents=True, exist_ok=True)
         frames: Sequence[Image] = generation.frames[index]
-        name = f"{sample.key}_float" if model == "float" and self.spec.has_comparison else sample.key
+        name = sample.key
+        if model == "float" and self.spec.has_comparison:
+            name = f"{sample.key}_float"
         files = save_sample(
             frames,
             select_key_frames(len(frames)),
-            folder,
-            name,
-            get_frame_rate(pipe, self.spec.sampling),
-            self.describe(model, sample, generation, pipe),
+            folder=folder,
+            name=name,
+            frames_per_second=get_frame_rate(pipe, self.spec.sampling),
+            texts=self.describe(model, sample, generation, pipe),
         )
         self.files[model, sample.key] = [f"{IMAGES}/{file}" for file in files]
 
@@ -104,14 +107,12 @@ class ImageWriter:
         details = describe_model(self.spec, model)
         name = name_model(str(self.spec.model.location))
         version = f"int8run {importlib.metadata.version('int8run')}"
+        all_details: dict[str, object] = {**details, "Version": version}
         num_frames = len(generation.frames[0])
+        if num_frames > 1:
+            all_details = {"Frames": num_frames, **all_details}
         parameters = format_parameters(
-            sample,
-            sampling,
-            scheduler=scheduler,
-            model=name,
-            details={"Frames": num_frames if num_frames > 1 else None, **details, "Version": version},
-            guidance=guidance,
+            sample, sampling, scheduler=scheduler, model=name, details=all_details, guidance=guidance
         )
         facts: dict[str, object] = {
             "version": version,
@@ -134,25 +135,24 @@ class ImageWriter:
             log.warning("%d of %d images are generated and kept in %s", len(self.files), self.total, folder)
 
 
-def describe_model(spec: RunSpec, model: str) -> dict[str, str | None]:
+def describe_model(spec: RunSpec, model: str) -> dict[str, str]:
     """How the model of an image differs from the float checkpoint, by names for its file.
 
     Args:
         spec: the settings.
         model: `float`, `int8` or `clip`.
     """
-    loras = [
-        f"{adapter.name}: {strength:g}"
-        for adapter, strength in zip(spec.lora.adapters, spec.lora.strengths, strict=True)
-    ]
-    is_int8 = model == "int8"
-    has_encoders = model != "float" and spec.clip.is_quantized
-    return {
-        "Precision": "INT8" if is_int8 else spec.model.dtype,
-        "Outlier": spec.outlier.name if is_int8 else None,
-        "Text encoders": spec.clip.format if has_encoders else None,
-        "LoRAs": ", ".join(loras) or None,
-    }
+    facts = {"Precision": spec.model.dtype}
+    if model == "int8":
+        facts = {"Precision": "INT8", "Outlier": spec.outlier.name}
+    if model != "float" and spec.clip.is_quantized:
+        facts["Text encoders"] = spec.clip.format
+    loras = []
+    for adapter, strength in zip(spec.lora.adapters, spec.lora.strengths, strict=True):
+        loras.append(f"{adapter.name}: {strength:g}")
+    if loras:
+        facts["LoRAs"] = ", ".join(loras)
+    return facts
 
 
 def name_model(location: str) -> str:

@@ -393,8 +393,11 @@ def count_kept_weights(targets: Sequence[Target], layers: Mapping[str, Checkpoin
     for target in targets:
         if target.int8:
             continue
-        sources = [layers.get(part.key.removesuffix(WEIGHT)) for part in target.parts]
-        count += any(layer is not None and layer.granularity for layer in sources)
+        for part in target.parts:
+            layer = layers.get(part.key.removesuffix(WEIGHT))
+            if layer is not None and layer.granularity:
+                count += 1
+                break
     return count
 
 

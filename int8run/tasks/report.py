@@ -97,7 +97,9 @@ def sync_runs(tracker: Tracker, folder: Path) -> None:
     share_dashboards(tracker, [*present, *uploaded])
     num_runs = count_noun(len(records), "run")
     line = f"{len(uploaded)} of {num_runs} uploaded, {len(present)} were there already"
-    print_lines(line + (f", {len(running)} still running" if running else ""))
+    if running:
+        line += f", {len(running)} still running"
+    print_lines(line)
     failed = len(missing) - len(uploaded)
     if failed:
         raise TrackingError(
@@ -174,8 +176,9 @@ def format_title(records: Sequence[Record], folder: Path) -> str:
             f"sweep {manifest.id}, {finished} of {count_noun(manifest.jobs, 'job')}; "
             "its command with resume=true runs the rest"
         )
-    sweep = next(iter(sweeps))
     name = folder.name or "runs"
-    if len(sweeps) == 1 and sweep:
-        name = f"sweep {sweep}"
+    if len(sweeps) == 1:
+        (sweep,) = sweeps
+        if sweep:
+            name = f"sweep {sweep}"
     return f"{name}, {count_noun(len(records), 'run')}"

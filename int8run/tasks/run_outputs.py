@@ -13,6 +13,7 @@ from PIL.Image import Image
 from int8run.config.run_spec import RunSpec
 from int8run.generate.generated_sampling import list_rounded, read_generated_sampling
 from int8run.generate.prompts import Sample
+from int8run.layers.plan import LayerPlan
 from int8run.lora.stack import LoraStack
 from int8run.metrics.layers import compute_int8_shares
 from int8run.metrics.quality import SampleQuality, select_key_frames
@@ -164,17 +165,30 @@ def make_grid_rows(comparison: RunComparison, index: int) -> list[GridRow]:
     """Make the row of a sample in the grid; for a video one row for each key frame, below a caption."""
     sample = comparison.samples[index]
     frames = comparison.candidate.frames[index]
-    float_frames = comparison.baseline.frames[index] if comparison.baseline is not None else None
     caption = f"{sample.prompt} · seed {sample.seed}"
-    is_video = len(frames) > 1
-    rows: list[GridRow] = [(caption, [])] if is_video else []
-    for number in select_key_frames(len(frames)).values():
-        images = [frames[number]]
-        if float_frames is not None:
-            difference = make_difference_image(frames[number], float_frames[number])
-            images = [float_frames[number], frames[number], difference]
-        rows.append((f"frame {number + 1} of {len(frames)}" if is_video else caption, images))
+    key_frames = select_key_frames(len(frames)).values()
+    if len(frames) == 1:
+        return [(caption, make_grid_images(comparison, index, number)) for number in key_frames]
+    rows: list[GridRow] = [(caption, [])]
+    for number in key_frames:
+        row_caption = f"frame {number + 1} of {len(frames)}"
+        rows.append((row_caption, make_grid_images(comparison, index, number)))
     return rows
+
+
+def make_grid_images(comparison: RunComparison, index: int, frame: int) -> list[Image]:
+    """The images of a row: that of the candidate; with a baseline between the float one and the difference.
+
+    Args:
+        comparison: of all samples.
+        index: of the sample.
+        frame: of the sample.
+    """
+    image = comparison.candidate.frames[index][frame]
+    if comparison.baseline is None:
+        return [image]
+    float_image = comparison.baseline.frames[index][frame]
+    return [float_image, image, make_difference_image(image, float_image)]
 
 
 def describe_build(spec: RunSpec, built: BuiltModel, *, is_reused: bool) -> list[tuple[str, object]]:
@@ -190,19 +204,22 @@ def describe_build(spec: RunSpec, built: BuiltModel, *, is_reused: bool) -> list
     if spec.lora.adapters:
         facts.append(("lora", describe_loras(spec, built.loras)))
     for component, encoder in built.encoders.built.items():
-        formats = ["float" if plan.skip_reason is not None else plan.rounding for plan in encoder.plans]
-        facts.append((component, list_counts(formats)))
+        facts.append((component, list_counts(map(name_format, encoder.plans))))
     preset = spec.lora.find_preset(spec.model.lora_base, spec.sampler.steps)
     if preset is not None:
         scheduler = type(built.pipe.scheduler).__name__
-        facts.append(
-            ("few steps", f"{preset.name}: {count_noun(spec.sampling.steps or 0, 'step')}, {scheduler}")
-        )
+        steps = count_noun(spec.sampling.steps or 0, "step")
+        facts.append(("few steps", f"{preset.name}: {steps}, {scheduler}"))
     if spec.compile != "none":
         facts.append(("compile", spec.compile))
     if is_reused:
         facts.append(("model", "reused"))
     return facts
+
+
+def name_format(plan: LayerPlan) -> str:
+    """The format of a text encoder's layer."""
+    return "float" if plan.skip_reason is not None else plan.rounding
 
 
 def describe_layers(built: BuiltModel) -> list[tuple[str, object]]:
@@ -212,12 +229,10 @@ def describe_layers(built: BuiltModel) -> list[tuple[str, object]]:
         return [("layers", "all float")]
     int8 = [plan for plan in built.plans if plan.skip_reason is None]
     shares = compute_int8_shares(built.plans, built.macs, built.num_params)
+    num_int8 = f"{len(int8)} of {len(built.plans)} Linears INT8"
+    macs_share = f"{shares['quant/macs_int8_share']:.1%} of the multiply-adds"
     return [
-        (
-            "layers",
-            f"{len(int8)} of {len(built.plans)} Linears INT8, "
-            f"{shares['quant/macs_int8_share']:.1%} of the multiply-adds",
-        ),
+        ("layers", f"{num_int8}, {macs_share}"),
         # the method alone, without its parameters
         ("outlier", format_counts(plan.outlier.partition(" ")[0] for plan in int8)),
         ("rounding", format_counts(plan.rounding for plan in int8)),

@@ -15,6 +15,7 @@ from int8run.checkpoints.layer import get_hadamard
 from int8run.errors import ConfigError
 from int8run.kernels.hadamard.reference import Rotation
 from int8run.layers.weight_only import PackedLayer
+from int8run.models.state_dict_adapter import Shape
 from int8run.outlier.base import OutlierTransform
 from int8run.quant.packed_weight import PackedWeight
 from int8run.text_encoders.registry import EncoderFamily
@@ -33,27 +34,41 @@ class EncoderState:
     """
 
     def __init__(self, encoder: EncoderFamily, state_dict: Mapping[str, Tensor], metadata: Mapping[str, Any]):
-        self.encoder, self.state, self.layers = encoder, state_dict, metadata["layers"]
+        self.encoder = encoder
+        self.state = state_dict
+        self.layers: Mapping[str, Any] = metadata["layers"]
         self.where = ", ".join(map(str, metadata["files"]))
+        self.check_layers()
+        self.shapes = self.collect_shapes()
+
+    def check_layers(self) -> None:
+        """Raise ConfigError, naming the first, for a layer that is described and has no weight."""
         for name in self.layers:
-            if name + WEIGHT not in state_dict:
+            if name + WEIGHT not in self.state:
                 raise ConfigError(
                     f"the metadata describes {name}, and the state_dict has no weight of it; "
                     "pass what was loaded together"
                 )
-        sibling_keys = {f"{name}.{part}" for name in self.layers for part in (SCALE, GLOBAL_SCALE, FACTOR)}
-        self.shapes = {
-            key: tuple(tensor.shape) for key, tensor in state_dict.items() if key not in sibling_keys
-        }
+
+    def collect_shapes(self) -> dict[str, Shape]:
+        """Return the logical shapes of all tensors but those that belong to quantized weights."""
+        not_weights = {f"{name}.{part}" for name in self.layers for part in (SCALE, GLOBAL_SCALE, FACTOR)}
+        shapes: dict[str, Shape] = {}
+        for key, tensor in self.state.items():
+            if key not in not_weights:
+                shapes[key] = tuple(tensor.shape)
         for name, description in self.layers.items():
-            self.shapes[name + WEIGHT] = tuple(description["shape"])
+            shapes[name + WEIGHT] = tuple(description["shape"])
+        return shapes
 
     def resolve_padded_shapes(self, model: nn.Module) -> None:
         """Do nothing: the metadata has the shapes without padding."""
 
     def get_format(self, name: str) -> str:
         """Return the format of a layer's weight, for messages; empty for a float one."""
-        return self.layers[name]["format"] if name in self.layers else ""
+        if name not in self.layers:
+            return ""
+        return str(self.layers[name]["format"])
 
     def is_packable(self, name: str) -> bool:
         """Return whether a layer is quantized: such layers stay as they are."""
@@ -67,7 +82,9 @@ class EncoderState:
 
     def read_tensor(self, key: str) -> Tensor:
         """Return a tensor; a quantized weight dequantized, in float32."""
-        layer = self.read_packed(key.removesuffix(WEIGHT)) if key.endswith(WEIGHT) else None
+        layer = None
+        if key.endswith(WEIGHT):
+            layer = self.read_packed(key.removesuffix(WEIGHT))
         if layer is None:
             return self.state[key]
         return layer.transform.restore_weight(layer.weight.dequantize())

@@ -10,7 +10,7 @@ from typing import Any
 
 from int8run.errors import FileError
 from int8run.models.state_dict_adapter import Shape, TensorPart
-from int8run.text_encoders.registry import SIZE_KEYS, EncoderFamily, count_rows
+from int8run.text_encoders.registry import SIZE_KEYS, EncoderFamily, has_rows
 from int8run.text_encoders.state_dict_adapter import map_canonical_names
 from int8run.utils.text import shorten_error
 
@@ -25,11 +25,13 @@ def build_config(encoder: EncoderFamily, shapes: Mapping[str, Shape]) -> dict[st
     Raises:
         FileError: when a tensor is missing that says a size, or sizes do not fit each other.
     """
-    parts, _ = map_canonical_names(encoder, shapes)
-    canonical = {name: get_part_shape(part, shapes[part.key]) for name, (part, *_) in parts.items()}
+    parts_by_name, _ = map_canonical_names(encoder, shapes)
+    canonical: dict[str, Shape] = {}
+    for name, (first_part, *_) in parts_by_name.items():
+        canonical[name] = get_part_shape(first_part, shapes[first_part.key])
     config = SizeReader(encoder.name, canonical).resolve_config(encoder.config)
     for variant in encoder.variants:
-        if all(name in canonical and count_rows(canonical[name]) == n for name, n in variant.rows.items()):
+        if all(has_rows(canonical, name, count) for name, count in variant.rows.items()):
             config = merge_config(config, variant.config)
     return config
 
@@ -38,7 +40,9 @@ def get_part_shape(part: TensorPart, shape: Shape) -> Shape:
     """Return the shape of a part of a tensor that has this shape."""
     if part.rows is not None:
         shape = (part.rows.stop - part.rows.start, *shape[1:])
-    return tuple(shape)[::-1] if part.transposed else tuple(shape)
+    if part.transposed:
+        shape = shape[::-1]
+    return tuple(shape)
 
 
 @dataclass(frozen=True)
@@ -108,15 +112,22 @@ class SizeReader:
     def read_size(self, value: Mapping[str, Any]) -> int:
         """Return the size that `rows`, `columns` or `count` asks for; 0 where the file does not have it."""
         if "count" in value:
-            before, _, after = value["count"].partition("*")
-            numbered = re.compile(re.escape(before) + r"\d+" + re.escape(after))
-            return sum(numbered.fullmatch(key) is not None for key in self.shapes)
-        key, dim = (value["rows"], 0) if "rows" in value else (value["columns"], 1)
+            return self.count_numbered(value["count"])
+        if "rows" in value:
+            key, dim = value["rows"], 0
+        else:
+            key, dim = value["columns"], 1
         shape = self.shapes.get(key, ())
         # an empty table may claim any number of rows
         if len(shape) <= dim or 0 in shape:
             return 0
         return shape[dim]
+
+    def count_numbered(self, pattern: str) -> int:
+        """Return how many tensors have a number in the place of the pattern's `*`."""
+        before, _, after = pattern.partition("*")
+        numbered = re.compile(re.escape(before) + r"\d+" + re.escape(after))
+        return sum(numbered.fullmatch(key) is not None for key in self.shapes)
 
 
 def merge_config(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ quantized where that is asked for and the encoder's rules allow it.
 from collections import Counter
 from collections.abc import Mapping
 
+import torch
 from torch import nn
 
 from int8run.checkpoints.comfy_int8 import WEIGHT
@@ -38,6 +39,7 @@ def plan_encoder(
         if isinstance(module, nn.Linear | nn.Embedding) and module.weight is not None
     }
     dtypes = Counter(module.weight.dtype for module in layers.values())
+    usual_dtype = dtypes.most_common(1)[0][0] if dtypes else None
     plans: list[LayerPlan] = []
     for name, module in layers.items():
         rows, columns = module.weight.shape
@@ -45,15 +47,28 @@ def plan_encoder(
         plans.append(plan)
         source_layer = find_source_layer(layout.parts[name + WEIGHT])
         # T5's `wo` beside float16, whose range its outputs leave
-        if module.weight.dtype != dtypes.most_common(1)[0][0]:
-            reason = f"transformers keeps it in {str(module.weight.dtype).removeprefix('torch.')}"
-            format_name = weights.get_format(source_layer) if source_layer is not None else ""
-            plan.skip_reason = f"{format_name}, {READ_AS_FLOAT}: {reason}" if format_name else reason
+        if module.weight.dtype != usual_dtype:
+            plan.skip_reason = describe_own_dtype(module.weight.dtype, weights, source_layer)
         elif source_layer is None:
             plan.skip_reason = "several tensors of the file make it"
         else:
             plan_layer(plan, module, weights=weights, source_layer=source_layer, target=target)
     return plans
+
+
+def describe_own_dtype(dtype: torch.dtype, weights: EncoderWeights, source_layer: str | None) -> str:
+    """Return why a layer stays float that transformers keeps in another dtype than the others.
+
+    Args:
+        dtype: of the layer.
+        weights: the source.
+        source_layer: its name there; None where it is made of several tensors.
+    """
+    reason = f"transformers keeps it in {str(dtype).removeprefix('torch.')}"
+    format_name = "" if source_layer is None else weights.get_format(source_layer)
+    if not format_name:
+        return reason
+    return f"{format_name}, {READ_AS_FLOAT}: {reason}"
 
 
 def find_source_layer(parts: tuple[TensorPart, ...]) -> str | None:

@@ -182,14 +182,16 @@ def build_packed_layer(source: LayerSource, plan: LayerPlan) -> PackedLayer:
     def read_weight() -> Tensor:
         return weights.read_tensor(source_layer + WEIGHT)
 
-    changed = source.change_weight(plan.name, read_weight)
-    is_stored_so = changed is None and plan.rounding == weights.get_format(source_layer)
-    layer = weights.read_packed(source_layer) if is_stored_so else None
+    changed_weight = source.change_weight(plan.name, read_weight)
+    layer = None
+    if changed_weight is None and plan.rounding == weights.get_format(source_layer):
+        layer = weights.read_packed(source_layer)
     if layer is None:
+        weight = read_weight() if changed_weight is None else changed_weight
         # int8 weights can be stored in ways that are not a format of `clip=`
         format_name = plan.rounding if plan.rounding in FORMATS else ROWWISE
         target = choose_format(format_name, plan.out_features, plan.in_features)
-        layer = quantize_weight(plan, read_weight() if changed is None else changed, target)
+        layer = quantize_weight(plan, weight, target)
     plan.outlier = layer.transform.label
     device = source.kernels.device
     bias = getattr(source.skeleton.get_submodule(plan.name), "bias", None)
@@ -208,7 +210,9 @@ def quantize_weight(plan: LayerPlan, weight: Tensor, target: WeightFormat) -> Pa
         ConfigError: for a weight that is empty or not finite.
     """
     check_weight(plan, weight)
-    transform = ConvRot().fit(weight, None) if target.is_rotated else OutlierTransform()
+    transform = OutlierTransform()
+    if target.is_rotated:
+        transform = ConvRot().fit(weight, None)
     plan.outlier = transform.label
     is_int8_rowwise = target.qdata_dtype == torch.int8 and target.granularity == "row"
     if is_int8_rowwise and weight.device.type == "cpu":

@@ -47,7 +47,9 @@ def map_canonical_names(
                     f"the file holds {part.key} of {encoder.name} twice: "
                     f"as {canonical[part.key][0].key} and as {key}; remove one"
                 )
-            rows = slice(i * num_rows, (i + 1) * num_rows) if len(parts) > 1 else None
+            rows = None
+            if len(parts) > 1:
+                rows = slice(i * num_rows, (i + 1) * num_rows)
             canonical[part.key] = (TensorPart(key, rows=rows, transposed=part.transposed),)
     return canonical, dropped
 
@@ -55,8 +57,9 @@ def map_canonical_names(
 def check_divisible(encoder: EncoderFamily, key: str, shape: Shape, parts: tuple[TensorPart, ...]) -> None:
     """Raise FileError when the rows of a tensor cannot be shared out equally, or it cannot be transposed."""
     has_rest = len(parts) > 1 and count_rows(shape) % len(parts) != 0
-    is_transposed_matrix = not parts[0].transposed or len(shape) == 2
-    if has_rest or not is_transposed_matrix:
+    is_matrix = len(shape) == 2
+    cannot_be_transposed = parts[0].transposed and not is_matrix
+    if has_rest or cannot_be_transposed:
         held = " + ".join(part.key for part in parts)
         raise FileError(
             f"{key} holds {held} of {encoder.name}, but its shape is {list(shape)}; the file is damaged"
@@ -87,7 +90,9 @@ def find_encoder_drop_reason(encoder: EncoderFamily, key: str, shapes: Mapping[s
     if reason is not None:
         return reason
     tied_to = encoder.tied_weights.get(key)
-    return f"the same as {tied_to}" if tied_to in shapes else None
+    if tied_to not in shapes:
+        return None
+    return f"the same as {tied_to}"
 
 
 def build_encoder_layout(

@@ -957,7 +957,7 @@ def test_transforms_that_do_different_things_are_different_questions(
             {"x": 1},
             None if transform.factor is None else transform.factor * 3,
             transform.rotation,
-            transform.centered,
+            centered=transform.centered,
         )
         costs.get_ratio(again, SHAPE)
         assert timed == []
