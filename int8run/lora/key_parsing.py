@@ -10,6 +10,7 @@ underscores were dots, only a list of real modules can tell (`int8run.lora.modul
 """
 
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from int8run.lora.unread_types import find_unread_type, find_unread_weight
@@ -232,18 +233,33 @@ def remove_adapter_name(key: str) -> tuple[str, str]:
     stand: else it could be any part of an adapter.
     """
     pieces = key.split(".")
-    last_pieces = range(max(len(pieces) - MAX_ADAPTER_PIECES - 2, 0), len(pieces))
-    position = next((i for i in last_pieces if pieces[i] in NAMED_PARTS), None)
+    position = find_named_part(pieces)
     if position is None:
         return key, ""
 
-    part, rest = pieces[: position + 1], pieces[position + 1 :]
-    tensor_name = [rest.pop()] if rest and rest[-1] in TENSOR_NAMES else []
-    is_alone = pieces[position] == MAGNITUDE_VECTOR or all(piece.startswith("default") for piece in rest)
-    is_name = bool(tensor_name) or is_alone
-    if not is_name or len(rest) > MAX_ADAPTER_PIECES or "base_layer" in rest:
+    # `a.lora_A` | `my_style` | `weight`
+    part = pieces[: position + 1]
+    adapter_name = pieces[position + 1 :]
+    tensor_name: list[str] = []
+    if adapter_name and adapter_name[-1] in TENSOR_NAMES:
+        tensor_name.append(adapter_name.pop())
+
+    is_default = all(piece.startswith("default") for piece in adapter_name)
+    may_end_key = is_default or part[-1] == MAGNITUDE_VECTOR
+    if not tensor_name and not may_end_key:
         return key, ""
-    return ".".join([*part, *tensor_name]), ".".join(rest)
+    if len(adapter_name) > MAX_ADAPTER_PIECES or "base_layer" in adapter_name:
+        return key, ""
+    return ".".join([*part, *tensor_name]), ".".join(adapter_name)
+
+
+def find_named_part(pieces: Sequence[str]) -> int | None:
+    """Where in a key the part of an adapter stands after which its name may follow; None: nowhere."""
+    first = max(len(pieces) - MAX_ADAPTER_PIECES - 2, 0)
+    for position in range(first, len(pieces)):
+        if pieces[position] in NAMED_PARTS:
+            return position
+    return None
 
 
 def split_component(name: str) -> tuple[str, str]:
@@ -281,11 +297,19 @@ def match_component(name: str) -> tuple[str | None, str]:
 def strip_prefixes(name: str, prefixes: tuple[str, ...]) -> str:
     """A name without any of the prefixes, which may nest, and without `model.` around one of them."""
     while True:
-        prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
-        if prefix is None and name.startswith(OUTER_WRAPPER):
-            wrapped = name.removeprefix(OUTER_WRAPPER)
-            is_wrapper = wrapped.startswith((*prefixes, *FLAT_PREFIXES, *COMPONENT_NAMES))
-            prefix = OUTER_WRAPPER if is_wrapper else None
+        prefix = find_prefix(name, prefixes)
         if prefix is None:
             return name
         name = name.removeprefix(prefix)
+
+
+def find_prefix(name: str, prefixes: tuple[str, ...]) -> str | None:
+    """The prefix that a name begins with, `model.` around one included; None: it begins with none."""
+    for prefix in prefixes:
+        if name.startswith(prefix):
+            return prefix
+    if name.startswith(OUTER_WRAPPER):
+        wrapped = name.removeprefix(OUTER_WRAPPER)
+        if wrapped.startswith((*prefixes, *FLAT_PREFIXES, *COMPONENT_NAMES)):
+            return OUTER_WRAPPER
+    return None

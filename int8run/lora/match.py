@@ -96,9 +96,10 @@ class NamedChange:
 
     def overlaps(self, other: "NamedChange") -> bool:
         """Whether two changes of one module meet in the weight or in the bias."""
-        both_weights = self.change.weight_delta is not None and other.change.weight_delta is not None
-        both_biases = self.change.bias_delta is not None and other.change.bias_delta is not None
-        if not (both_weights or both_biases):
+        mine, theirs = self.change, other.change
+        meet_in_weight = mine.weight_delta is not None and theirs.weight_delta is not None
+        meet_in_bias = mine.bias_delta is not None and theirs.bias_delta is not None
+        if not meet_in_weight and not meet_in_bias:
             return False
         if self.rows is None or other.rows is None:
             return True
@@ -253,8 +254,11 @@ def check_requested_components(request: MatchRequest, known_experts: Sequence[st
             given = list(request.components or ())
             raise LoraError(f"{file.path.name}: components={given} names {expert}, this model has {known}")
 
-    in_file = set(file.changes) | {parse_key(key).component for key, _ in file.skipped_keys}
-    if not any(request.includes(component) for component in in_file) and request.components is not None:
+    if request.components is None:
+        return
+    in_file = set(file.changes)
+    in_file |= {parse_key(key).component for key, _ in file.skipped_keys}
+    if not any(request.includes(component) for component in in_file):
         raise LoraError(
             f"{file.path.name}: components={list(request.components)} leaves nothing of it; "
             f"it has {', '.join(sorted(in_file)) or 'none'}"

@@ -336,9 +336,14 @@ def map_to_original(
     if not all(part in known for part in parts):
         return None
 
-    slices = merge_neighbors(part_slice for part in parts for part_slice in known[part][0])
-    is_last = mapping.swap_halves == "last" and int(values[0][0]) == last_index
-    if mapping.swap_halves is True or is_last:
+    part_slices: list[RowSlice] = []
+    for part in parts:
+        part_slices += known[part][0]
+    slices = merge_neighbors(part_slices)
+    is_swapped = mapping.swap_halves is True
+    if mapping.swap_halves == "last":
+        is_swapped = int(values[0][0]) == last_index
+    if is_swapped:
         slices = tuple(replace(rows, is_swapped=not rows.is_swapped) for rows in slices)
     return fill_pattern(mapping.original, values), slices
 

@@ -7,9 +7,8 @@ are looked up. The few others are read here: `.`, `\\.`, `\\d`, `\\w`, `[0-9]`, 
 `?` behind it where wanted, `^` at the beginning and `$` at the end.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from int8run.errors import LoraError
 
@@ -58,51 +57,71 @@ class NamePattern:
         steps: what its characters must be, in order.
         is_anchored: it fits whole names only.
         literal: the name that it stands for; None: it is an expression.
-        accepting_by_char: character -> bits of the steps that it fits, as far as it was asked for.
     """
 
     steps: tuple[Step, ...]
     is_anchored: bool
     literal: str | None
-    accepting_by_char: dict[str, int] = field(default_factory=dict, repr=False)
 
-    def fits(self, name: str) -> bool:
-        """Whether it fits a name. All ways through the steps are followed at once, character by character."""
-        last = 1 << len(self.steps)  # bit i: step i is the next one; this bit: none is left
-        positions = self.skip_absent(1)
+
+class Expressions:
+    """Several expressions, matched in one pass over a name.
+
+    All ways through their steps are followed at once, character by character. A position is a bit of a
+    number: expression after expression a bit for each step, which is the next one, and a bit behind the last
+    step, which stands for a fit.
+
+    Args:
+        patterns: the expressions.
+    """
+
+    def __init__(self, patterns: Sequence[NamePattern]):
+        self.steps_by_bit: dict[int, Step] = {}
+        self.ends: list[int] = []  # of each expression the bit behind its last step
+        self.starts = self.unanchored_starts = 0
+        bit = 1
+        for pattern in patterns:
+            self.starts |= bit
+            if not pattern.is_anchored:
+                self.unanchored_starts |= bit
+            for step in pattern.steps:
+                self.steps_by_bit[bit] = step
+                bit <<= 1
+            self.ends.append(bit)
+            bit <<= 1
+        self.absent = self.collect_bits(lambda step: step.may_be_absent)
+        self.repeating = self.collect_bits(lambda step: step.repeats)
+        self.accepting_by_char: dict[str, int] = {}  # as far as it was asked for
+
+    def find_fitting(self, name: str) -> list[int]:
+        """Indices of the expressions that fit a name."""
+        if not self.ends:
+            return []
+        positions = self.skip_absent(self.starts)
         for char in name:
             fitting = positions & self.get_accepting_steps(char)
-            following = fitting & self.repeating_steps | (fitting & ~self.repeating_steps) << 1
-            if char == "." and not self.is_anchored:
-                following |= 1
+            following = fitting & self.repeating | (fitting & ~self.repeating) << 1
+            if char == ".":
+                following |= self.unanchored_starts
             positions = self.skip_absent(following)
-        return bool(positions & last)
+        return [index for index, end in enumerate(self.ends) if positions & end]
 
     def skip_absent(self, positions: int) -> int:
         """The positions, and those behind steps that may be absent."""
-        # adding the lowest position of a run of such steps carries through the run to the step behind it
-        absent = self.absent_steps
+        # adding the lowest position of a run of such steps carries through the run to the step behind it;
+        # the bit behind the last step is none of them, so no carry reaches the next expression
+        absent = self.absent
         return positions | ((positions & absent) + absent ^ absent)
 
     def get_accepting_steps(self, char: str) -> int:
         """A bit for each step that a character fits."""
         if char not in self.accepting_by_char:
-            self.accepting_by_char[char] = self.make_bits(lambda step: step.accepts(char))
+            self.accepting_by_char[char] = self.collect_bits(lambda step: step.accepts(char))
         return self.accepting_by_char[char]
 
-    @cached_property
-    def absent_steps(self) -> int:
-        """A bit for each step that may be absent."""
-        return self.make_bits(lambda step: step.may_be_absent)
-
-    @cached_property
-    def repeating_steps(self) -> int:
-        """A bit for each step that repeats."""
-        return self.make_bits(lambda step: step.repeats)
-
-    def make_bits(self, is_set: Callable[[Step], bool]) -> int:
-        """A number with a bit for each step of which this is true."""
-        return sum(1 << index for index, step in enumerate(self.steps) if is_set(step))
+    def collect_bits(self, is_set: Callable[[Step], bool]) -> int:
+        """The bits of all steps of which this is true."""
+        return sum(bit for bit, step in self.steps_by_bit.items() if is_set(step))
 
 
 class NamePatterns:
@@ -120,20 +139,23 @@ class NamePatterns:
         self.values = list(values.items())
         self.index_by_name: dict[str, int] = {}
         self.index_by_whole_name: dict[str, int] = {}
-        self.expressions: list[tuple[int, NamePattern]] = []
+        self.expression_indices: list[int] = []
+        expressions: list[NamePattern] = []
         for index, (text, _) in enumerate(self.values):
             pattern = parse_pattern(text, setting)
             if pattern.literal is None:
-                self.expressions.append((index, pattern))
+                self.expression_indices.append(index)
+                expressions.append(pattern)
             elif pattern.is_anchored:
                 self.index_by_whole_name.setdefault(pattern.literal, index)
             else:
                 self.index_by_name.setdefault(pattern.literal, index)
-        if len(self.expressions) > MAX_EXPRESSIONS:
+        if len(expressions) > MAX_EXPRESSIONS:
             raise LoraError(
-                f"{setting} has {len(self.expressions)} expressions; {MAX_EXPRESSIONS} are read, and any "
+                f"{setting} has {len(expressions)} expressions; {MAX_EXPRESSIONS} are read, and any "
                 "number of plain names"
             )
+        self.expressions = Expressions(expressions)
         self.used: set[int] = set()
 
     def find(self, names: Iterable[str]) -> object | None:
@@ -146,7 +168,9 @@ class NamePatterns:
 
     def find_indices(self, name: str) -> list[int]:
         """Indices of patterns that fit a name, the first one included."""
-        found = [index for index, pattern in self.expressions if pattern.fits(name)]
+        if not self.values:
+            return []
+        found = [self.expression_indices[number] for number in self.expressions.find_fitting(name)]
         parts = name.split(".")
         ends = {".".join(parts[start:]) for start in range(len(parts))}
         found += [self.index_by_name[end] for end in ends if end in self.index_by_name]

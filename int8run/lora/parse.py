@@ -298,7 +298,7 @@ ADAPTER_BUILDERS: tuple[tuple[set[str], Callable[[AdapterTensors, GetScale], Lor
 )
 
 
-def wrap_in_dora(adapter: LoraDelta | None, norms: Tensor, is_per_row: bool) -> DoRA:
+def wrap_in_dora(adapter: LoraDelta | None, norms: Tensor, *, is_per_row: bool) -> DoRA:
     """DoRA around a low-rank adapter.
 
     Args:
@@ -341,7 +341,8 @@ def check_pair_rank(*, up: Tensor, down: Tensor, mid: Tensor | None, up_name: st
         up: [out, rank], or [out, rank, 1, 1].
         down: [rank, in, *kernel].
         mid: [rank, rank, *kernel].
-        up_name, down_name: for the message.
+        up_name: of `up`, for the message.
+        down_name: of `down`, for the message.
 
     Raises:
         LoraError: when they do not fit each other.

@@ -48,9 +48,8 @@ class ModuleNames:
     @property
     def spellings(self) -> list[str]:
         """Both, and the second without PEFT's own wrapper."""
-        return list(
-            dict.fromkeys((self.name, self.full_name.removeprefix("base_model.model."), self.full_name))
-        )
+        without_wrapper = self.full_name.removeprefix("base_model.model.")
+        return list(dict.fromkeys([self.name, without_wrapper, self.full_name]))
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,8 @@ class PlaceScale:
     """
 
     def __init__(self, place: Place, settings: Settings):
-        self.place, self.is_peft = place.name, place.is_peft
+        self.place = place.name
+        self.is_peft = place.is_peft
         self.uses_default_alpha = False
         self.alpha = self.read_one(settings, ALPHA_KEYS)
         self.rank = self.read_one(settings, RANK_KEYS)
@@ -126,9 +126,10 @@ class PlaceScale:
         """
         values = settings.get(key)
         numbers = {}
-        for pattern, value in values.items() if isinstance(values, dict) else ():
+        if isinstance(values, dict):
             number_key = "lora_alpha" if key == "alpha_pattern" else "r"
-            numbers[pattern] = self.check_number(number_key, value)
+            for pattern, value in values.items():
+                numbers[pattern] = self.check_number(number_key, value)
         return NamePatterns(numbers, f"cannot be scaled: {key} of {self.place}")
 
     def make_claim(self, names: ModuleNames, rank: int | None) -> ScaleClaim | None:
@@ -138,20 +139,21 @@ class PlaceScale:
             names: of the module.
             rank: of its tensors; None: they have none, as two whole factors of a LoKr.
         """
-        found = self.alphas.find(names.spellings)
-        alpha = self.alpha if found is None else found
-        found_rank = self.ranks.find(names.spellings)
-        stated = self.rank if found_rank is None else found_rank
+        alpha = find_number(self.alphas, names, default=self.alpha)
+        stated_rank = find_number(self.ranks, names, default=self.rank)
         if alpha is None:
             return None
-        assert isinstance(alpha, float | int) and (stated is None or isinstance(stated, float | int))
-        if rank is None and not self.is_peft:
-            return ScaleClaim(self.place, (1.0,))  # LyCORIS does not scale those
-        if alpha == 0 and not self.is_peft:
-            return ScaleClaim(self.place, (1.0,))  # kohya's word for alpha = rank
-        own_rank = rank or stated or PEFT_DEFAULT_RANK
-        ranks = dict.fromkeys((stated or own_rank, own_rank))
-        return ScaleClaim(self.place, tuple(self.divide(alpha, r) for r in ranks), stated)
+        if not self.is_peft:
+            has_no_rank = rank is None  # LyCORIS does not scale those
+            is_rank = alpha == 0  # kohya's word for alpha = rank
+            if has_no_rank or is_rank:
+                return ScaleClaim(self.place, (1.0,))
+
+        own_rank = rank or stated_rank or PEFT_DEFAULT_RANK
+        scales = [self.divide(alpha, own_rank)]
+        if stated_rank and stated_rank != own_rank:
+            scales.insert(0, self.divide(alpha, stated_rank))
+        return ScaleClaim(self.place, tuple(scales), stated_rank)
 
     def divide(self, alpha: float, rank: float) -> float:
         """alpha / rank, or alpha / sqrt(rank) for rsLoRA (arXiv 2312.03732)."""
@@ -171,6 +173,15 @@ class PlaceScale:
                     f"(first: {unused[0][:80]!r})"
                 )
         return warnings
+
+
+def find_number(patterns: NamePatterns, names: ModuleNames, default: float | None) -> float | None:
+    """The number of the first pattern that fits a module; the default where none does."""
+    found = patterns.find(names.spellings)
+    if found is None:
+        return default
+    assert isinstance(found, float | int)
+    return found
 
 
 class Scales:
