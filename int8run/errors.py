@@ -91,6 +91,7 @@ def as_disk_full_error(error: BaseException, folder: object = "the output folder
     Libraries that write files report a full disk in classes of their own, some without an errno.
 
     Args:
+        error: of any library.
         folder: where the file probably was, for an error that does not name it.
     """
     is_disk_full = getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error)

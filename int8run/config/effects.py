@@ -26,7 +26,7 @@ class Effects:
     float_baseline: Part = False
 
 
-def affects(build: Part = False, float_baseline: Part = False) -> Mapping[str, Effects]:
+def affects(*, build: Part = False, float_baseline: Part = False) -> Mapping[str, Effects]:
     """The metadata of a dataclass field; see `Effects`."""
     return {METADATA_KEY: Effects(build, float_baseline)}
 

@@ -25,9 +25,9 @@ class Job:
     def get_params(self) -> dict[str, str]:
         """The settings to compare between runs, flat: options by group, values by their key."""
         flat = dict(self.choices)
-        flatten_settings(
-            "", {key: value for key, value in self.settings.items() if key not in UNHASHED_SETTINGS}, flat
-        )
+        for key, value in self.settings.items():
+            if key not in UNHASHED_SETTINGS:
+                flatten_settings(f"{key}.", value, flat)
         return flat
 
     @property

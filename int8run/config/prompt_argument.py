@@ -76,4 +76,5 @@ def quote_text(text: str) -> str:
     """A text as hydra's grammar and omegaconf's references read it back unchanged."""
     # a backslash before `${` makes it plain text, and so backslashes there count twice
     plain = REFERENCE.sub(lambda found: found[1] * 2 + r"\${", text)
-    return QuotedString(plain, Quote.single).with_quotes()
+    quoted: str = QuotedString(plain, Quote.single).with_quotes()
+    return quoted
