@@ -6,7 +6,6 @@ module only the order of things and their times.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 
 import torch
 from diffusers import DiffusionPipeline
@@ -21,9 +20,6 @@ from int8run.models.dual_denoisers import set_denoiser
 from int8run.models.sampling import Sampling
 from int8run.utils.plurals import count_noun
 from int8run.utils.timing import read_clock
-
-SAME_ENCODERS: Mapping[str, Mapping[str, nn.Module]] = MappingProxyType({})
-SAME_SAMPLING: Mapping[str, Sampling] = MappingProxyType({})
 
 # Called before each step with the fraction of the steps that is done.
 OnFraction = Callable[[float], None]
@@ -105,19 +101,50 @@ class StepClock:
         return {}
 
 
+@dataclass(frozen=True)
+class GenerationHooks:
+    """What is called while images are generated.
+
+    Args:
+        before_batch: called before each batch with the denoiser's name.
+        on_batch: called after each batch with the denoiser's name, the samples and the Generation so far.
+        on_fraction: called before each step with the fraction of the steps that is done.
+    """
+
+    before_batch: Callable[[str], None] = lambda name: None
+    on_batch: Callable[[str, Sequence[Sample], Generation], None] = lambda name, batch, generation: None
+    on_fraction: OnFraction = lambda fraction: None
+
+
+@dataclass(frozen=True)
+class Differences:
+    """In what the calls for several denoisers differ besides the denoiser, by the name of each.
+
+    Args:
+        text_encoders: the components that belong to a denoiser, where not all share them.
+        samplings: how a denoiser generates, where it does not as the others do.
+    """
+
+    text_encoders: Mapping[str, Mapping[str, nn.Module]] = field(default_factory=dict)
+    samplings: Mapping[str, Sampling] = field(default_factory=dict)
+
+
+NO_HOOKS = GenerationHooks()
+NO_DIFFERENCES = Differences()
+
+
 def generate(
     pipe: DiffusionPipeline,
     component: str,
     denoisers: Mapping[str, nn.Module],
     samples: Sequence[Sample],
     sampling: Sampling,
-    before_batch: Callable[[str], None] = lambda name: None,
-    on_batch: Callable[[str, Sequence[Sample], Generation], None] = lambda name, batch, generation: None,
-    on_fraction: OnFraction = lambda fraction: None,
-    text_encoders: Mapping[str, Mapping[str, nn.Module]] = SAME_ENCODERS,
-    other_samplings: Mapping[str, Sampling] = SAME_SAMPLING,
+    *,
+    hooks: GenerationHooks = NO_HOOKS,
+    differences: Differences = NO_DIFFERENCES,
 ) -> dict[str, Generation]:
     """Run every batch of samples through each denoiser in turn, so that both meet the same machine.
+
     The order alternates from batch to batch. The pipeline keeps the last denoiser.
 
     Args:
@@ -127,11 +154,8 @@ def generate(
             two.
         samples: what to generate.
         sampling: how.
-        before_batch: called before each batch with the denoiser's name.
-        on_batch: called after each batch with the denoiser's name, the samples and the Generation so far.
-        on_fraction: called before each step with the fraction of the steps that is done.
-        text_encoders: by the name of a denoiser, the components that belong to it, where not all share them.
-        other_samplings: by the name of a denoiser, how it generates, where it does not as `sampling` says.
+        hooks: called meanwhile.
+        differences: between the denoisers.
 
     Returns:
         A Generation for each denoiser, by its name.
@@ -140,14 +164,17 @@ def generate(
     generations = {name: Generation() for name in denoisers}
     batches = [samples[start : start + sampling.batch] for start in range(0, len(samples), sampling.batch)]
     for number, batch in enumerate(batches):
-        order = list(denoisers.items())
-        for name, denoiser in order if number % 2 == 0 else reversed(order):
-            set_denoiser(pipe, denoiser, component)
-            set_text_encoders(pipe, name, text_encoders.get(name, {}))
-            before_batch(name)
-            clock = StepClock(device, on_fraction)
-            generate_batch(pipe, batch, other_samplings.get(name, sampling), clock, generations[name])
-            on_batch(name, batch, generations[name])
+        names = list(denoisers)
+        if number % 2 == 1:
+            names.reverse()
+        for name in names:
+            set_denoiser(pipe, denoisers[name], component)
+            set_text_encoders(pipe, name, differences.text_encoders.get(name, {}))
+            hooks.before_batch(name)
+            clock = StepClock(device, hooks.on_fraction)
+            own_sampling = differences.samplings.get(name, sampling)
+            generate_batch(pipe, batch, own_sampling, clock, generations[name])
+            hooks.on_batch(name, batch, generations[name])
     return generations
 
 

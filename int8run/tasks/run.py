@@ -17,7 +17,7 @@ from int8run.config.job import Job
 from int8run.config.run_spec import RunSpec
 from int8run.errors import FileError
 from int8run.generate.capture import capture_step
-from int8run.generate.generate import Generation, generate
+from int8run.generate.generate import Differences, Generation, GenerationHooks, generate
 from int8run.generate.generated_sampling import describe_rounded, list_rounded, read_generated_sampling
 from int8run.generate.negative_prompts import explain_unused_negative_prompt
 from int8run.generate.prompt_cache import PromptCache
@@ -362,11 +362,12 @@ def generate_in_turn(
             denoisers,
             inputs.samples,
             spec.sampling,
-            before_batch=lambda name: reset_peak_memory(built.device),
-            on_batch=keep_batch,
-            on_fraction=set_scheduled_strengths,
-            text_encoders=built.text_encoders,
-            other_samplings=other_samplings,
+            hooks=GenerationHooks(
+                before_batch=lambda name: reset_peak_memory(built.device),
+                on_batch=keep_batch,
+                on_fraction=set_scheduled_strengths,
+            ),
+            differences=Differences(built.text_encoders, other_samplings),
         )
 
 
@@ -388,7 +389,7 @@ def run_warm_up(
         denoisers,
         batch,
         shorten_sampling(spec.sampling, WARM_UP_STEPS),
-        text_encoders=built.text_encoders,
+        differences=Differences(built.text_encoders),
     )
 
 

@@ -11,7 +11,7 @@ from families import instances, instances_b
 from torch import Tensor, nn
 
 from int8run.generate.capture import capture_calls
-from int8run.generate.generate import generate
+from int8run.generate.generate import GenerationHooks, generate
 from int8run.generate.pipeline_call import build_step_callback
 from int8run.generate.prompts import Sample
 from int8run.metrics.quality import compute_relative_error
@@ -49,7 +49,12 @@ def test_two_steps_give_two_samples(name):
     heard = []
 
     made = generate(
-        pipe, component, {"a": denoiser, "b": denoiser}, BATCH, sampling, on_fraction=heard.append
+        pipe,
+        component,
+        {"a": denoiser, "b": denoiser},
+        BATCH,
+        sampling,
+        hooks=GenerationHooks(on_fraction=heard.append),
     )
 
     assert heard == [0.0, 0.5, 1.0] * 2

@@ -13,7 +13,7 @@ from torch import nn
 from int8run.errors import ConfigError
 from int8run.generate import generate as generate_module
 from int8run.generate import prompt_cache
-from int8run.generate.generate import StepClock, generate
+from int8run.generate.generate import GenerationHooks, StepClock, generate
 from int8run.generate.pipeline_call import (
     call_pipeline,
     extract_frames,
@@ -86,7 +86,7 @@ def generate_samples(pipe: Pipe, steps: int = 4, batch: int = 1, **options: Any)
         {"float": Denoiser(1), "int8": Denoiser(2)},
         SAMPLES,
         Sampling(steps=steps, batch=batch),
-        **options,
+        hooks=GenerationHooks(**options),
     )
 
 
