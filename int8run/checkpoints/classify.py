@@ -108,8 +108,9 @@ def classify_weight(
         return parse_block_layer(evidence, storage_dtype)
     if storage_dtype == FP8:
         return parse_fp8_layer(evidence)
-    made_by_sdnq = has_sdnq_scale(files, name)
-    return parse_int8_layer(evidence, assume_rotated=assume_rotated, sdnq=sdnq if made_by_sdnq else None)
+    if not has_sdnq_scale(files, name):  # another program made this weight
+        sdnq = None
+    return parse_int8_layer(evidence, assume_rotated=assume_rotated, sdnq=sdnq)
 
 
 # -- what the file says about a weight -------------------------------------------------------------

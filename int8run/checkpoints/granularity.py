@@ -113,8 +113,10 @@ def find_named_block_size(files: TensorFiles, marker: Marker | None) -> int | No
     sizes = read_quant_config(files).get("weight_block_size")  # [rows of a block, columns of a block]
     if not isinstance(sizes, list) or [type(size) for size in sizes] != [int, int]:
         return None
-    columns = int(sizes[1])
-    return columns if columns >= 1 else None
+    _, columns = sizes
+    if columns < 1:
+        return None
+    return int(columns)
 
 
 def infer_granularity(
@@ -178,7 +180,9 @@ def infer_block3d(
     if rows != n or last != 1:
         return None
     size = infer_block_size([(k, blocks_per_row)], block_size)
-    return None if size is None else Granularity("block3d", size)
+    if size is None:
+        return None
+    return Granularity("block3d", size)
 
 
 def infer_blocks(
@@ -195,7 +199,9 @@ def infer_blocks(
     block_rows, block_columns = scale
     if block_rows == n and block_columns < k:
         size = infer_block_size([(k, block_columns)], block_size)
-        return None if size is None else Granularity("group", size)
+        if size is None:
+            return None
+        return Granularity("group", size)
     size = infer_block_size([(n, block_rows), (k, block_columns)], block_size)
     if size is None or size <= 1:
         return None
@@ -217,10 +223,11 @@ def infer_block_size(axes: Sequence[tuple[int, int]], named: int | None) -> int 
         return named
     exact = find_exact_block_size(axes)
     others = [size for size in USUAL_BLOCK_SIZES if size != exact and fits_blocks(axes, size)]
-    if exact is None:
-        return others[0] if len(others) == 1 else None
-    is_clear = is_power_of_2(exact) or not others
-    return exact if is_clear else None
+    if exact is not None and (is_power_of_2(exact) or not others):
+        return exact
+    if exact is None and len(others) == 1:
+        return others[0]
+    return None
 
 
 def find_exact_block_size(axes: Sequence[tuple[int, int]]) -> int | None:
