@@ -253,14 +253,17 @@ def change_prefix(draft: Draft, chance: Random) -> None:
 
 def spell_again(draft: Draft, chance: Random) -> None:
     """A module, or one part of it, a second time under another spelling of its name."""
-    if key := draft.key(chance):
-        _, name, stem, _ = lora_oracle.split_key(key)
-        prefix = chance.choice(("lora_unet_", "transformer.", "diffusion_model.", "lora_te1_"))
-        other = prefix + (flatten(name) if prefix.startswith("lora") else name)
-        is_whole = chance.random() < 0.7
-        for old, tensor in list(draft.file.tensors.items()):
-            if old == key or (is_whole and old.startswith(f"{stem}.")):
-                draft.file.tensors[other + old.removeprefix(stem)] = tensor
+    key = draft.key(chance)
+    if not key:
+        return
+    _, name, stem, _ = lora_oracle.split_key(key)
+    prefix = chance.choice(("lora_unet_", "transformer.", "diffusion_model.", "lora_te1_"))
+    spelt_name = flatten(name) if prefix.startswith("lora") else name
+    is_whole = chance.random() < 0.7
+    for old, tensor in list(draft.file.tensors.items()):
+        is_of_module = old.startswith(f"{stem}.")
+        if old == key or (is_whole and is_of_module):
+            draft.file.tensors[prefix + spelt_name + old.removeprefix(stem)] = tensor
 
 
 def name_adapter(draft: Draft, chance: Random) -> None:

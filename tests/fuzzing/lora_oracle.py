@@ -297,38 +297,56 @@ def find_pattern(patterns: object, names: Names) -> float | None:
 def claim_scales(place: Place, names: Names, rank: int | None) -> list[float]:
     """The scales that a place allows: of its own rank, and of that of the tensors; none: it says nothing."""
     settings = place.settings
-    alphas = {check_setting(settings, key) for key in ALPHA_KEYS} - {None}
-    if len(alphas) > 1:
-        raise Broken("two alphas in one place")
-    alpha = find_pattern(settings.get("alpha_pattern"), names)
-    stated = find_pattern(settings.get("rank_pattern"), names) or check_setting(settings, "r")
-    alpha = next(iter(alphas), None) if alpha is None else alpha
-    is_lora_config = {"peft_type", "r", *ALPHA_KEYS, "use_rslora"} & settings.keys()
-    if alpha is None and place.is_peft and is_lora_config:
-        alpha = 8.0
+    alpha = find_alpha(place, names)
+    stated_rank = find_pattern(settings.get("rank_pattern"), names) or check_setting(settings, "r")
     if alpha is None:
         return []
     if not place.is_peft and (rank is None or alpha == 0):
         return [1.0]
-    own = rank or stated or 8
+    own_rank = rank or stated_rank or 8
     power = 0.5 if settings.get("use_rslora") else 1
-    return [alpha / r**power for r in dict.fromkeys((stated or own, own))]
+    ranks = dict.fromkeys((stated_rank or own_rank, own_rank))  # each once
+    return [alpha / r**power for r in ranks]
+
+
+def find_alpha(place: Place, names: Names) -> float | None:
+    """The alpha of a module in one place: its pattern's, the one for all, or PEFT's default."""
+    settings = place.settings
+    alphas = {check_setting(settings, key) for key in ALPHA_KEYS} - {None}
+    if len(alphas) > 1:
+        raise Broken("two alphas in one place")
+    own_alpha = find_pattern(settings.get("alpha_pattern"), names)
+    if own_alpha is not None:
+        return own_alpha
+    if alphas:
+        return alphas.pop()
+    is_lora_config = bool({"peft_type", "r", *ALPHA_KEYS, "use_rslora"} & settings.keys())
+    return 8.0 if place.is_peft and is_lora_config else None
 
 
 def find_scale(places: Sequence[Place], names: Names, alpha: Array | None, rank: int | None) -> float:
     """alpha / rank: what all places agree on."""
-    claims = [claim for place in places if (claim := claim_scales(place, names, rank))]
+    claims = [claim_scales(place, names, rank) for place in places]
+    claims = [scales for scales in claims if scales]
     if alpha is not None:
-        if alpha.size != 1:
-            raise Broken("alpha is not one number")
-        claims.insert(0, [1.0 if rank is None else (alpha.item() or rank) / rank])
+        claims.insert(0, [compute_scale(alpha, rank)])
     if not claims:
         return 1.0
-    first, *others = claims
-    common = [scale for scale in first if all(any(is_near(scale, x) for x in other) for other in others)]
+    common, *others = claims
+    for scales in others:
+        common = [scale for scale in common if any(is_near(scale, other) for other in scales)]
     if len(common) != 1:
         raise Broken("places disagree about the scale")
     return common[0]
+
+
+def compute_scale(alpha: Array, rank: int | None) -> float:
+    """alpha / rank of a module's own tensors; an alpha of 0 is none."""
+    if alpha.size != 1:
+        raise Broken("alpha is not one number")
+    if rank is None:
+        return 1.0
+    return (alpha.item() or rank) / rank
 
 
 def is_near(first: float, second: float) -> bool:

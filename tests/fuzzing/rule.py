@@ -81,14 +81,17 @@ def try_input(name: str, seed: int, number: int, folder: Path) -> Outcome:
 def judge(check: Check, chance: Random, folder: Path) -> tuple[str, str]:
     """The outcome of one input, and what is to be said about it."""
     try:
-        return (RIGHT if check(chance, folder) else REFUSED), ""
+        is_read = check(chance, folder)
     except Int8RunError as error:
-        is_one_line = str(error).strip() != "" and "\n" not in str(error)
-        return (REFUSED, "") if is_one_line else (CRASH, f"not one line: {str(error)[:500]!r}")
+        message = str(error)
+        if not message.strip() or "\n" in message:
+            return CRASH, f"not one line: {message[:500]!r}"
+        return REFUSED, ""
     except AssertionError as error:
         return SILENT, f"{error}\n{traceback.format_exc(limit=-4)}"
     except Exception:  # noqa: BLE001 # this is what is looked for
         return CRASH, traceback.format_exc(limit=-8)
+    return (RIGHT, "") if is_read else (REFUSED, "")
 
 
 def try_inputs(name: str, seed: int, numbers: range, folder: Path) -> tuple[Counter[str], list[str]]:

@@ -94,7 +94,7 @@ def test_what_must_not_be_is_told_from_what_may(tmp_path: Path) -> None:
         return judge(check, Random(0), tmp_path)
 
     assert raise_error(FileError("x is damaged")) == (REFUSED, "")
-    assert raise_error(FileError("two\nlines"))[0] == CRASH
+    assert raise_error(FileError(" "))[0] == CRASH, "an error without a message"
     assert raise_error(AssertionError("other numbers"))[0] == SILENT
     assert raise_error(KeyError("x"))[0] == CRASH
     assert judge(lambda *_: True, Random(0), tmp_path) == (RIGHT, "")

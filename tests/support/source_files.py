@@ -21,11 +21,13 @@ def find_imports(file: Path) -> frozenset[str]:
     names: set[str] = set()
     for node in ast.walk(parse_file(file)):
         if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
+            names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0 and node.module, f"{get_name(file)}:{node.lineno} has a relative import"
-            is_ours = node.module == "int8run"
-            names |= {f"int8run.{alias.name}" for alias in node.names} if is_ours else {node.module}
+            if node.module == "int8run":
+                names.update(f"int8run.{alias.name}" for alias in node.names)
+            else:
+                names.add(node.module)
     return frozenset(names)
 
 

@@ -219,14 +219,27 @@ def count(build: Build) -> Counts:
 
 def integer_loops(lines: list[str]) -> list[str]:
     """The lines of all loops that hold an integer MMA: from a label to a branch that goes back to it."""
-    labels = {match[1]: i for i, line in enumerate(lines) if (match := re.match(r"\s*(\.L_x_\d+):", line))}
+    line_of_label = find_labels(lines)
     inside: set[int] = set()
-    for i, line in enumerate(lines):
-        target = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)
-        start = labels.get(target[1], i) if target else i
-        if start < i and any(re.search(INTEGER_MMA, body) for body in lines[start:i]):
-            inside.update(range(start, i))
+    for end, line in enumerate(lines):
+        branch = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)
+        if branch is None:
+            continue
+        start = line_of_label.get(branch[1], end)  # after `end` where it branches forward: an empty body
+        body = lines[start:end]
+        if any(re.search(INTEGER_MMA, instruction) for instruction in body):
+            inside.update(range(start, end))
     return [lines[i] for i in sorted(inside)]
+
+
+def find_labels(lines: list[str]) -> dict[str, int]:
+    """At which line each label stands."""
+    found = {}
+    for i, line in enumerate(lines):
+        label = re.match(r"\s*(\.L_x_\d+):", line)
+        if label is not None:
+            found[label[1]] = i
+    return found
 
 
 def failures(build: Build, counts: Counts) -> list[str]:
