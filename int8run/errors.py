@@ -115,7 +115,7 @@ def as_not_writable_error(error: BaseException) -> FileError | None:
     )
 
 
-def check_range(name: str, value: float, low: float, high: float, whole: bool = False) -> None:
+def check_range(name: str, value: float, low: float, high: float, *, whole: bool = False) -> None:
     """Check that a setting is a number in a range.
 
     Args:

@@ -159,7 +159,7 @@ def find_incomplete_modules(
 
 
 def find_owner(
-    component: str, name: str, modules: Collection[ModuleName], itself: bool = True
+    component: str, name: str, modules: Collection[ModuleName], *, itself: bool = True
 ) -> tuple[ModuleName | None, str]:
     """The module that a name belongs to: the nearest one above it, or, unless told otherwise, itself.
 

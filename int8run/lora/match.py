@@ -214,7 +214,7 @@ class ModelComponent:
         return get_target_shape(self.model, target.module)
 
 
-def match_loras(parts: Mapping[str, nn.Module], stack: Sequence[MatchRequest], strict: bool) -> Matches:
+def match_loras(parts: Mapping[str, nn.Module], stack: Sequence[MatchRequest], *, strict: bool) -> Matches:
     """Find the module of every change and check the shapes.
 
     Args:
@@ -232,7 +232,7 @@ def match_loras(parts: Mapping[str, nn.Module], stack: Sequence[MatchRequest], s
     for index, request in enumerate(stack):
         check_requested_components(request, known_experts)
         file_match = match_file(request, components)
-        report_unmatched(request.file, file_match, strict)
+        report_unmatched(request.file, file_match, strict=strict)
         for line in describe_copies(file_match.n_copies):
             log.info("%s: %s", request.file.path.name, line)
         for component, module, change in file_match.changes:
@@ -463,7 +463,7 @@ def slice_for_target(change: LoraChange, target: ModuleTarget) -> LoraChange:
     return change
 
 
-def report_unmatched(file: LoraFile, match: FileMatch, strict: bool) -> None:
+def report_unmatched(file: LoraFile, match: FileMatch, *, strict: bool) -> None:
     """Warn about what of a file does not match the model.
 
     Raises:

@@ -300,7 +300,7 @@ class LoraStack:
         """
         warn_duplicates(entries)
         requests = [MatchRequest(entry.file, entry.components) for entry in entries]
-        return match_loras(self.parts, requests, self.strict)
+        return match_loras(self.parts, requests, strict=self.strict)
 
     def install(self, entries: Sequence[Entry], matches: Matches, leave: Container[str] = ()) -> None:
         """Make these the LoRAs of the stack, at strength 0, and prepare the float weights.

@@ -190,7 +190,7 @@ def test_components_that_a_file_lacks_are_rejected(
     ).file
 
     with pytest.raises(LoraError) as error:
-        match_loras(parts, [MatchRequest(wanted, components)], strict)
+        match_loras(parts, [MatchRequest(wanted, components)], strict=strict)
     assert (
         str(error.value)
         == f"style.safetensors: components={components} leaves nothing of it; it has denoiser, text_encoder"
@@ -255,7 +255,7 @@ def test_file_without_a_match_is_always_rejected(parts: dict[str, nn.Module], st
                     {"denoiser": {"elsewhere.a": make_change(2, 2), "elsewhere.b": make_change(2, 2)}}
                 )
             ],
-            strict,
+            strict=strict,
         )
     assert str(error.value) == (
         "style.safetensors: none of its 2 modules and keys is in the model (first: elsewhere.a): 2 "
@@ -339,7 +339,9 @@ def test_wrong_shape_is_always_rejected_with_both_shapes(
 ) -> None:
     with pytest.raises(LoraError) as error:
         match_loras(
-            parts, [make_request({"denoiser": {PROJ_OUT: make_change(32, 160), TO_Q: changed}})], strict
+            parts,
+            [make_request({"denoiser": {PROJ_OUT: make_change(32, 160), TO_Q: changed}})],
+            strict=strict,
         )
     assert str(error.value).startswith("style.safetensors: ") and reason in str(error.value)
 
