@@ -60,6 +60,19 @@ class LoraError(FileError):
     """A LoRA that cannot be applied as asked."""
 
 
+class SweepError(Int8RunError):
+    """Some jobs of a sweep cannot run, or did not finish.
+
+    Args:
+        message: the only one with several lines: a line for each such job.
+        exit_code: that of the jobs' own errors.
+    """
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 class BackendError(Int8RunError):
     """A device or backend that cannot run here."""
 

@@ -32,7 +32,14 @@ from int8run.config.named_files import check_named_files
 from int8run.config.open_mappings import open_mappings
 from int8run.config.renamed import old_names_in_files
 from int8run.config.shared_files import checked_files
-from int8run.errors import ConfigError, FileError, Int8RunError, find_int8run_error, suggest_similar
+from int8run.errors import (
+    ConfigError,
+    FileError,
+    Int8RunError,
+    SweepError,
+    find_int8run_error,
+    suggest_similar,
+)
 from int8run.utils.paths import expand_path
 
 if TYPE_CHECKING:
@@ -207,7 +214,8 @@ def check_files_of_jobs(jobs: Sequence[Sequence[str]], configs: Sequence[DictCon
         configs: composed from them.
 
     Raises:
-        FileError: where each job names a file that is missing.
+        FileError: where every job lacks the same file.
+        SweepError: where each lacks another one.
     """
     problems: list[tuple[int, Int8RunError]] = []
     for number, config in enumerate(configs):
@@ -219,7 +227,7 @@ def check_files_of_jobs(jobs: Sequence[Sequence[str]], configs: Sequence[DictCon
             return
     if len({str(error) for _, error in problems}) == 1:
         raise problems[0][1]
-    raise FileError(list_problems(jobs, problems))
+    raise SweepError(list_problems(jobs, problems), FileError.exit_code)
 
 
 def list_problems(jobs: Sequence[Sequence[str]], problems: Sequence[tuple[int, Int8RunError]]) -> str:

@@ -17,7 +17,7 @@ from hydra.core.utils import configure_log
 from omegaconf import DictConfig
 
 from int8run.config.run_spec import RunSpec
-from int8run.errors import Int8RunError
+from int8run.errors import SweepError
 from int8run.jobs.base import Outcome, Pool, SweepJob
 from int8run.jobs.execute import build_status, prepare_tracker, upload_record
 from int8run.jobs.finalize import finalize_sweep
@@ -46,14 +46,6 @@ from int8run.tracking.run_record import (
 )
 
 log = logging.getLogger(__name__)
-
-
-class SweepError(Int8RunError):
-    """Some jobs of a sweep did not finish."""
-
-    def __init__(self, message: str, exit_code: int):
-        super().__init__(message)
-        self.exit_code = exit_code
 
 
 def run_sweep(
