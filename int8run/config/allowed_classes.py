@@ -48,7 +48,8 @@ def check_classes(tree: Mapping[str, Any]) -> None:
     for key, node in iterate_nodes(tree):
         if not isinstance(node, Mapping) or "_target_" not in node:
             continue
-        name, allowed = str(node["_target_"]), list_allowed_classes(key)
+        name = str(node["_target_"])
+        allowed = list_allowed_classes(key)
         if name in allowed:
             continue
         where = f"{key}._target_".lstrip(".")
@@ -62,7 +63,9 @@ def check_classes(tree: Mapping[str, Any]) -> None:
 def check_keys_of_hydra(tree: object) -> None:
     """Raise ConfigError for a key that makes hydra do something else with a class than make it."""
     for key, node in iterate_nodes(tree):
-        found = [name for name in KEYS_OF_HYDRA if isinstance(node, Mapping) and name in node]
+        if not isinstance(node, Mapping):
+            continue
+        found = [name for name in KEYS_OF_HYDRA if name in node]
         if found:
             where = f"{key}.{found[0]}".lstrip(".")
             raise ConfigError(
@@ -86,8 +89,9 @@ def iterate_nodes(node: object, key: str = "") -> Iterator[tuple[str, object]]:
 
 def list_allowed_classes(key: str) -> tuple[str, ...]:
     """The classes that may stand at a place in the config; none where a value is wanted."""
-    if "." not in key and key and (classes := list_option_classes(key)):
-        return classes
+    is_group = key != "" and "." not in key
+    if is_group and list_option_classes(key):
+        return list_option_classes(key)
     for pattern, group in NESTED_OPTIONS.items():
         if is_at(pattern, key):
             return list_option_classes(group)
@@ -101,13 +105,18 @@ def list_allowed_classes(key: str) -> tuple[str, ...]:
 def list_option_classes(group: str) -> tuple[str, ...]:
     """The classes of a group's shipped options: the first that each file names."""
     options = sorted((Path(str(files("int8run.conf"))) / group).glob("*.yaml"))
-    found = [target for file in options for target in TARGET.findall(file.read_text())[:1]]
-    return tuple(sorted(set(found)))
+    found = set()
+    for file in options:
+        first = TARGET.search(file.read_text())
+        if first is not None:
+            found.add(first[1])
+    return tuple(sorted(found))
 
 
 @functools.cache
 def list_own_classes() -> frozenset[str]:
     """Every class that the shipped YAML names. A prefix would not do: `int8run.cli.os.system` has it too."""
-    options = Path(str(files("int8run.conf"))).rglob("*.yaml")
-    found = {target for file in options for target in TARGET.findall(file.read_text())}
+    found: set[str] = set()
+    for file in Path(str(files("int8run.conf"))).rglob("*.yaml"):
+        found.update(TARGET.findall(file.read_text()))
     return frozenset(target for target in found if target.startswith("int8run."))

@@ -1,13 +1,20 @@
 """One line and an exit code for every error that a user can meet.
 
-cli.py and api.py call it. It knows the errors of hydra, omegaconf and YAML besides those of int8run.
+cli.py and api.py call `explain_error`. It knows the errors of hydra, omegaconf and YAML besides those of
+int8run. An error that it does not know gets no line: it is a bug, and is shown whole.
 """
 
 import re
 from collections.abc import Sequence
 from typing import Any
 
-from int8run.errors import as_disk_full_error, as_not_writable_error, find_int8run_error, suggest_similar
+from int8run.errors import (
+    ConfigError,
+    as_disk_full_error,
+    as_not_writable_error,
+    find_int8run_error,
+    suggest_similar,
+)
 from int8run.tracking.secrets import mask_secrets
 from int8run.utils.plurals import count_noun
 
@@ -15,10 +22,14 @@ from int8run.utils.plurals import count_noun
 AMBIGUOUS = re.compile(
     r"Ambiguous value for argument '(?P<override>.*)'\n1\. To use it as a list", flags=re.DOTALL
 )
+# what omegaconf appends to its messages, each on a line of its own
+OMEGACONF_DETAILS = re.compile(r"\n\s*(full_key|object_type|reference_type).*")
 ADAPTER_SETTING = re.compile(r"lora\.adapters\[\d+\]\.\w+")
 ENDLESS_CONFIG = (
     "the config never ends: a file names itself in its defaults list, or a value is nested too deep"
 )
+# of an error that is not known
+UNKNOWN_EXIT_CODE = 1
 
 # what the command line takes besides the settings of the config
 COMMAND_LINE_WORDS = ["negative_prompt", "prompt"]
@@ -30,53 +41,83 @@ def explain_error(error: BaseException) -> tuple[str | None, int]:
     The line holds no passwords, which settings and addresses in it may have.
     """
     message, exit_code = describe_error(error)
-    return None if message is None else mask_secrets(message), exit_code
+    if message is None:
+        return None, exit_code
+    return mask_secrets(message), exit_code
 
 
 def describe_error(error: BaseException) -> tuple[str | None, int]:
     """The line and the exit code of `explain_error`, as they come."""
-    from hydra.errors import (
-        ConfigCompositionException,
-        HydraException,
-        MissingConfigException,
-        OverrideParseException,
-    )
-    from omegaconf.errors import (
-        ConfigAttributeError,
-        ConfigIndexError,
-        ConfigKeyError,
-        OmegaConfBaseException,
-    )
-    from yaml import YAMLError
-
     ours = find_int8run_error(error) or as_disk_full_error(error) or as_not_writable_error(error)
     if ours is not None:
         return str(ours), ours.exit_code
+    for explain in (explain_hydra_error, explain_other_error):
+        message = explain(error)
+        if message is not None:
+            return message, ConfigError.exit_code
+    return None, UNKNOWN_EXIT_CODE
+
+
+def explain_hydra_error(error: BaseException) -> str | None:
+    """One line for an error of hydra or omegaconf; None for any other."""
+    from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+    from omegaconf.errors import OmegaConfBaseException
+
     if isinstance(error, MissingConfigException) and error.options is not None:
-        return explain_missing_option(str(error.missing_cfg_file), sorted(error.options)), 2
-    cause = error.__cause__ if isinstance(error, ConfigCompositionException | HydraException) else error
-    if isinstance(cause, ConfigKeyError | ConfigAttributeError):
-        return explain_unknown_setting(str(cause.full_key or cause.key), cause.parent_node), 2
-    if isinstance(cause, ConfigIndexError):
-        return explain_missing_entry(str(cause.full_key), cause.parent_node), 2
-    ambiguous = AMBIGUOUS.match(str(error))
-    if isinstance(error, ConfigCompositionException) and ambiguous:
-        return explain_ambiguous_value(ambiguous["override"]), 2
+        return explain_missing_option(str(error.missing_cfg_file), sorted(error.options))
+    # hydra wraps the errors of omegaconf
+    cause = error.__cause__ if isinstance(error, HydraException) else error
+    message = explain_lookup_error(cause) or explain_ambiguity(error)
+    if message is not None:
+        return message
     if isinstance(error, OverrideParseException):
-        return explain_override_error(error.override), 2
-    if isinstance(error, HydraException | OmegaConfBaseException):
-        source = cause if isinstance(cause, OmegaConfBaseException) else error
-        # omegaconf appends the key and the container's type, each on a line of its own
-        text = re.sub(r"\n\s*(full_key|object_type|reference_type).*", "", str(source))
-        return " ".join(text.split()), 2
+        return explain_override_error(error.override)
+    if isinstance(cause, OmegaConfBaseException):
+        return clean_omegaconf_text(cause)
+    if isinstance(error, HydraException):
+        return clean_omegaconf_text(error)
+    return None
+
+
+def explain_lookup_error(error: BaseException | None) -> str | None:
+    """One line for a setting or an entry of a list that omegaconf did not find; None for another error."""
+    from omegaconf.errors import ConfigAttributeError, ConfigIndexError, ConfigKeyError
+
+    if isinstance(error, ConfigKeyError | ConfigAttributeError):
+        return explain_unknown_setting(str(error.full_key or error.key), error.parent_node)
+    if isinstance(error, ConfigIndexError):
+        return explain_missing_entry(str(error.full_key), error.parent_node)
+    return None
+
+
+def explain_ambiguity(error: BaseException) -> str | None:
+    """One line where hydra's error is about several values with commas; None for another error."""
+    from hydra.errors import ConfigCompositionException
+
+    if not isinstance(error, ConfigCompositionException):
+        return None
+    ambiguous = AMBIGUOUS.match(str(error))
+    return explain_ambiguous_value(ambiguous["override"]) if ambiguous else None
+
+
+def clean_omegaconf_text(error: BaseException) -> str:
+    """The text of an error in one line, without the key and the container's type that omegaconf appends."""
+    text = OMEGACONF_DETAILS.sub("", str(error))
+    return " ".join(text.split())
+
+
+def explain_other_error(error: BaseException) -> str | None:
+    """One line for an error of Python or YAML that a config can cause; None for any other."""
+    from yaml import YAMLError
+
     # omegaconf's, for a name where a list wants a number
     if isinstance(error, TypeError) and "is not an int" in str(error):
-        return f"{error}: entries of a list are counted from 0, such as lora.adapters.0.strength=0.5", 2
+        return f"{error}: entries of a list are counted from 0, such as lora.adapters.0.strength=0.5"
     if isinstance(error, RecursionError):
-        return ENDLESS_CONFIG, 2
+        return ENDLESS_CONFIG
     if isinstance(error, YAMLError):
-        return f"a YAML file of the config is damaged: {' '.join(str(error).split())}", 2
-    return None, 1
+        return f"a YAML file of the config is damaged: {' '.join(str(error).split())}"
+    return None
 
 
 def explain_missing_option(file: str, known: Sequence[str]) -> str:
@@ -111,13 +152,21 @@ def explain_unknown_setting(key: str, parent: Any) -> str:
     if left_out:
         plain_key = key.replace("[", ".").replace("]", "")
         return f"{left_out} is a setting that this stack leaves out; give it with a plus: +{plain_key}=…"
-    names = map(str, parent) if hasattr(parent, "keys") else ()
-    known = [name for name in names if name != "hydra" and not name.startswith("_")]
+
+    known = list_public_names(parent)
     is_at_the_top = "." not in key
     if is_at_the_top:
         known += COMMAND_LINE_WORDS
     near = suggest_similar(key.rpartition(".")[2], known)
     return f"no setting called {key!r}; {near}choose from {', '.join(sorted(known))}"
+
+
+def list_public_names(config: Any) -> list[str]:
+    """The settings of a config that a user may name; none of what is no mapping."""
+    if not hasattr(config, "keys"):
+        return []
+    names = [str(name) for name in config]
+    return [name for name in names if name != "hydra" and not name.startswith("_")]
 
 
 def explain_missing_entry(key: str, entries: Any) -> str:
@@ -130,9 +179,10 @@ def explain_missing_entry(key: str, entries: Any) -> str:
     from omegaconf import ListConfig
 
     num_entries = len(entries) if isinstance(entries, list | ListConfig) else 0
-    hint = "; choose one that has it, such as lora=file or lora=stack_a"
-    stack = hint if key.startswith("lora.") else ""
-    return f"no setting called {key!r}: the list has {count_noun(num_entries, 'entry')}{stack}"
+    message = f"no setting called {key!r}: the list has {count_noun(num_entries, 'entry')}"
+    if key.startswith("lora."):
+        message += "; choose one that has it, such as lora=file or lora=stack_a"
+    return message
 
 
 def explain_override_error(override: str) -> str:

@@ -39,14 +39,15 @@ def check_prompt_file(settings: Mapping[str, Any]) -> None:
 
 def check_lora_files(settings: Mapping[str, Any]) -> None:
     """Raise LoraError where a LoRA is neither here nor can be on the hub."""
-    setting = settings.get("lora_dir")
-    lora_dir = None if setting is None else expand_path(str(setting))
+    lora_dir = settings.get("lora_dir")
+    if lora_dir is not None:
+        lora_dir = expand_path(str(lora_dir))
     for adapter in settings["lora"].get("adapters") or ():
-        if not adapter.get("enabled", True):
-            continue
         location = adapter.get("path")
+        if not adapter.get("enabled", True) or adapter.get("weight_name") is not None:
+            continue
         # of a mapping the model's base chooses an entry, which is not known yet
-        if isinstance(location, str) and location and adapter.get("weight_name") is None:
+        if isinstance(location, str) and location:
             find_lora(location, None, lora_dir)
 
 
@@ -119,8 +120,10 @@ def check_paths(key: str, paths: object) -> None:
     """
     by_component = paths if isinstance(paths, Mapping) else {None: paths}
     for component, path in by_component.items():
-        if isinstance(path, str) and path:
-            check_readable(key if component is None else f"{key}.{component}", expand_path(path))
+        if not isinstance(path, str) or not path:
+            continue
+        full_key = key if component is None else f"{key}.{component}"
+        check_readable(full_key, expand_path(path))
 
 
 # by task class: what its settings name and it opens only after seconds

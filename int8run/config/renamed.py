@@ -101,13 +101,18 @@ def report_once() -> Report:
 
 def find_rule(path: Path) -> RenamedKey | None:
     """The rule that renames the last part of a path, whose other parts are today's names, if there is one."""
-    return next((rule for rule in RENAMED_KEYS if is_match(rule.old, path)), None)
+    for rule in RENAMED_KEYS:
+        if is_match(rule.old, path):
+            return rule
+    return None
 
 
 def is_match(pattern: str, path: Path) -> bool:
     """Whether a path is the one of a rule, in which `*` stands for any one part."""
     parts = pattern.split(".")
-    return len(parts) == len(path) and all(p in ("*", q) for p, q in zip(parts, path, strict=True))
+    if len(parts) != len(path):
+        return False
+    return all(expected in ("*", part) for expected, part in zip(parts, path, strict=True))
 
 
 def rename_path(path: Path, report: Report) -> Path:
@@ -129,7 +134,12 @@ def rename_text(text: str, path: Path, report: Report) -> str:
         if new != text:
             report(text, new)
         return new
-    return REFERENCE.sub(lambda found: f"${{{'.'.join(rename_path(split(found[1]), report))}}}", text)
+
+    def rename_reference(found: re.Match[str]) -> str:
+        new_key = ".".join(rename_path(split(found[1]), report))
+        return f"${{{new_key}}}"
+
+    return REFERENCE.sub(rename_reference, text)
 
 
 def split(key: str) -> Path:
@@ -151,20 +161,21 @@ def rename_tree(node: Any, path: Path, report: Report) -> Any:
     Raises:
         ConfigError: for a setting that is given under both names.
     """
+    renamed = node
     match node:
         case dict() if path == SWEEP_PARAMS:
-            return rename_sweep_params(node, report)
+            renamed = rename_sweep_params(node, report)
         case dict():
-            return rename_mapping(node, path, report)
+            renamed = rename_mapping(node, path, report)
         case list():
-            return [rename_tree(item, (*path, str(i)), report) for i, item in enumerate(node)]
+            renamed = [rename_tree(item, (*path, str(i)), report) for i, item in enumerate(node)]
         case ChoiceSweep():
-            return replace(node, list=[rename_tree(choice, path, report) for choice in node.list])
+            renamed = replace(node, list=[rename_tree(choice, path, report) for choice in node.list])
         case QuotedString():
-            return replace(node, text=rename_text(node.text, path, report))
+            renamed = replace(node, text=rename_text(node.text, path, report))
         case str():
-            return rename_text(node, path, report)
-    return node
+            renamed = rename_text(node, path, report)
+    return renamed
 
 
 def rename_mapping(node: Mapping[Any, Any], path: Path, report: Report) -> dict[Any, Any]:
@@ -227,9 +238,12 @@ def rename_override(override: str, report: Report) -> str:
     old_path = split(parsed.key_or_group)
     path = rename_path(old_path, report)
     override = override.replace(parsed.key_or_group, ".".join(path), 1)
-    value = parsed._value
+
+    new_value = value = parsed._value
     rule = find_rule((*path[:-1], old_path[-1]))
-    new_value = rename_tree(value if rule is None else rename_choices(value, rule.values), path, report)
+    if rule is not None:
+        new_value = rename_choices(value, rule.values)
+    new_value = rename_tree(new_value, path, report)
     if new_value == value:
         return override
     return f"{override.partition('=')[0]}={as_text(parsed, new_value)}"

@@ -62,40 +62,37 @@ def check_yaml_text(text: str, file: object) -> None:
 
 def count_values(text: str, file: object) -> None:
     """Count the values of a YAML text as they would be with every alias written out; see check_yaml_text."""
-    anchored: dict[str, Part] = {}
-    open_parts: list[Part] = []
+    anchored: dict[str, Part] = {}  # what aliases can repeat
+    open_parts: list[Part] = []  # the mappings and lists around the place that is read, outermost first
     total = 0
     for event in yaml.parse(text, Loader=LOADER):
-        if isinstance(event, CollectionEndEvent):
-            part = open_parts.pop()
-        elif isinstance(event, CollectionStartEvent):
+        if isinstance(event, CollectionStartEvent):
             check_tag(event.tag, file)
             open_parts.append(Part(event.anchor))
-            total += 1
             check_depth(len(open_parts), file)
+            total += 1
             continue
+
+        if isinstance(event, CollectionEndEvent):
+            complete = open_parts.pop()  # counted where it started
         elif isinstance(event, AliasEvent):
-            part = find_repeated_part(str(event.anchor), anchored, open_parts, file)
-            total += part.values
-            check_depth(len(open_parts) + part.depth, file)
-            part = Part(None, part.values, part.depth)
+            repeated = find_repeated_part(str(event.anchor), anchored, open_parts, file)
+            check_depth(len(open_parts) + repeated.depth, file)
+            complete = Part(anchor=None, values=repeated.values, depth=repeated.depth)
+            total += complete.values
         elif isinstance(event, ScalarEvent):
             check_tag(event.tag, file)
-            part = Part(event.anchor)
+            complete = Part(event.anchor)
             total += 1
         else:
             assert not isinstance(event, NodeEvent), f"a new kind of YAML node: {event}"
             continue
-        if total > MAX_VALUES:
-            raise ConfigError(
-                f"{file} stands for more than {MAX_VALUES:,} values, its aliases (*name) written out; a "
-                "config has far fewer; long lists of prompts go into a text file: prompts=file "
-                "prompts.path=FILE"
-            )
-        if part.anchor is not None:
-            anchored[part.anchor] = part
+
+        check_total(total, file)
+        if complete.anchor is not None:
+            anchored[complete.anchor] = complete
         if open_parts:
-            add_part(open_parts[-1], part)
+            add_part(open_parts[-1], complete)
 
 
 def find_repeated_part(name: str, anchored: dict[str, Part], open_parts: list[Part], file: object) -> Part:
@@ -115,6 +112,16 @@ def add_part(parent: Part, part: Part) -> None:
     """Count a part that is complete into the one that holds it."""
     parent.values += part.values
     parent.depth = max(parent.depth, part.depth + 1)
+
+
+def check_total(total: int, file: object) -> None:
+    """Raise ConfigError for more values than a config has."""
+    if total > MAX_VALUES:
+        raise ConfigError(
+            f"{file} stands for more than {MAX_VALUES:,} values, its aliases (*name) written out; a "
+            "config has far fewer; long lists of prompts go into a text file: prompts=file "
+            "prompts.path=FILE"
+        )
 
 
 def check_depth(depth: int, file: object) -> None:

@@ -150,7 +150,9 @@ def build_lane_signs(rotation: Rotation) -> Tensor:
     # both kinds are Kronecker powers whose first entry is positive: the matrix of `lanes` stands in the
     # corner of the larger one
     block = rotation.matrix[:lanes, :lanes].sign()
-    return torch.block_diag(*[block] * (LANES // lanes)).contiguous()
+    num_blocks = LANES // lanes
+    signs: Tensor = torch.block_diag(*[block] * num_blocks)
+    return signs.contiguous()
 
 
 def get_radix(rotation: Rotation | None) -> int:

@@ -49,7 +49,8 @@ def regular_hadamard(size: int) -> Tensor:
     matrix = torch.ones(1, 1)
     while matrix.shape[0] < size:
         matrix = torch.kron(matrix, block)
-    return matrix / size**0.5
+    orthonormal: Tensor = matrix / size**0.5
+    return orthonormal
 
 
 def sylvester_hadamard(size: int) -> Tensor:
@@ -70,7 +71,8 @@ def sylvester_hadamard(size: int) -> Tensor:
     matrix = torch.ones(1, 1)
     while matrix.shape[0] < size:
         matrix = torch.kron(block, matrix)
-    return matrix / size**0.5
+    orthonormal: Tensor = matrix / size**0.5
+    return orthonormal
 
 
 def rotate_groups(x: Tensor, matrix: Tensor) -> Tensor:
@@ -84,5 +86,5 @@ def rotate_groups(x: Tensor, matrix: Tensor) -> Tensor:
         [..., K].
     """
     group = matrix.shape[0]
-    groups = x.unflatten(-1, (-1, group))  # [..., K / g, g]
+    groups: Tensor = x.unflatten(-1, (-1, group))  # [..., K / g, g]
     return (groups @ matrix).flatten(-2)
