@@ -8,6 +8,7 @@ contain.
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,8 @@ def decode_fp8_byte(byte: int, exponent_bits: int) -> float:
 
 
 def decode_fp8(codes: NDArray[Any], exponent_bits: int) -> Array:
-    return np.array([decode_fp8_byte(byte, exponent_bits) for byte in range(256)])[codes]
+    numbers = [decode_fp8_byte(byte, exponent_bits) for byte in range(256)]
+    return np.array(numbers)[codes]
 
 
 FP8 = {"F8_E4M3": 4, "F8_E5M2": 5}
@@ -53,26 +55,36 @@ LAST_CAST_BYTE = 0x40  # 2, as large as weights are that nothing was divided by
 
 def make_sylvester(size: int) -> Array:
     """The sign of an entry is that of the number of bits that its row and column share."""
-    i, j = np.indices((size, size))
-    shared = sum((i & j) >> bit & 1 for bit in range(size.bit_length()))
+    row, column = np.indices((size, size))
+    common = row & column
+
+    shared = np.zeros((size, size), dtype=np.int64)
+    for bit in range(size.bit_length()):
+        shared += common >> bit & 1
     return (-1.0) ** shared / size**0.5
 
 
 def make_regular(size: int) -> Array:
     """A digit of the row and one of the column, base 4, give a minus where they add to 3."""
-    i, j = np.indices((size, size))
-    minus = sum(
-        (i >> 2 * place & 3) + (j >> 2 * place & 3) == 3 for place in range((size.bit_length() - 1) // 2)
-    )
+    row, column = np.indices((size, size))
+    digits = (size.bit_length() - 1) // 2
+
+    minus = np.zeros((size, size), dtype=np.int64)
+    for place in range(digits):
+        row_digit = row >> 2 * place & 3
+        column_digit = column >> 2 * place & 3
+        minus += row_digit + column_digit == 3
     return (-1.0) ** minus / size**0.5
 
 
 def rotate_groups(weight: Array, matrix: Array) -> Array:
     """Each group of columns times the matrix."""
     size = len(matrix)
-    return np.concatenate(
-        [weight[:, at : at + size] @ matrix for at in range(0, weight.shape[1], size)], axis=1
-    )
+    rotated = []
+    for start in range(0, weight.shape[1], size):
+        group = weight[:, start : start + size]  # [rows, size]
+        rotated.append(group @ matrix)
+    return np.concatenate(rotated, axis=1)
 
 
 def expand_blocks(scale: Array, height: int, width: int) -> Array:
@@ -113,7 +125,8 @@ class CheckpointDraft:
 
     def put_marker(self, key: str, content: object, padding: bytes = b"") -> None:
         """Add a marker."""
-        data = (content if isinstance(content, str) else json.dumps(content)).encode() + padding
+        text = content if isinstance(content, str) else json.dumps(content)
+        data = text.encode() + padding
         self.tensors[key] = "U8", (len(data),), data
 
     def put_int8(self, key: str, *shape: int) -> Array:
@@ -125,7 +138,9 @@ class CheckpointDraft:
     def put_fp8(self, key: str, dtype: str, *shape: int, is_cast: bool = False) -> Array:
         """Add finite fp8 numbers: of a cast small ones, else all up to the largest, as scaled ones are."""
         last_byte = LAST_CAST_BYTE if is_cast else LAST_FINITE_BYTE[dtype]
-        codes = self.generator.integers(0, last_byte + 1, shape) | self.generator.integers(0, 2, shape) << 7
+        magnitudes = self.generator.integers(0, last_byte + 1, shape)
+        signs = self.generator.integers(0, 2, shape)
+        codes = magnitudes | signs << 7
         if not is_cast and codes.size:
             codes.flat[0] = last_byte
         self.tensors[key] = dtype, tuple(shape), codes.astype("u1").tobytes()
@@ -141,25 +156,24 @@ class CheckpointDraft:
 
     def add_prefix(self, prefix: str) -> "CheckpointDraft":
         """The same tensors with something before their names."""
-        tensors = {prefix + key: value for key, value in self.tensors.items()}
-        return CheckpointDraft(
-            tensors,
-            self.metadata,
-            {prefix + name: weight for name, weight in self.real.items()},
-            self.expected,
-        )
+        tensors = {prefix + key: tensor for key, tensor in self.tensors.items()}
+        real = {prefix + name: weight for name, weight in self.real.items()}
+        return CheckpointDraft(tensors, self.metadata, real, self.expected)
 
     def write(self, path: Path) -> Path:
         """Write the file."""
-        header: dict[str, object] = {"__metadata__": self.metadata} if self.metadata else {}
-        at = 0
+        header: dict[str, object] = {}
+        if self.metadata:
+            header["__metadata__"] = self.metadata
+
+        body = b""
         for key, (dtype, shape, data) in self.tensors.items():
-            header[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + len(data)]}
-            at += len(data)
+            start = len(body)
+            body += data
+            header[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, len(body)]}
+
         text = json.dumps(header).encode()
-        path.write_bytes(
-            len(text).to_bytes(8, "little") + text + b"".join(data for _, _, data in self.tensors.values())
-        )
+        path.write_bytes(len(text).to_bytes(8, "little") + text + body)
         return path
 
 
@@ -182,6 +196,22 @@ def set_expected(
         **others,
     }
     return draft
+
+
+def spread_scales(scale: Array, granularity: str, block: tuple[int, int]) -> Array:
+    """The scales in a shape that multiplies the codes: one, one of each row, or one of each number."""
+    if granularity == "tensor":
+        return scale.reshape(1, 1)
+    if granularity == "row":
+        return scale.reshape(-1, 1)
+    return expand_blocks(scale.reshape(scale.shape[:2]), *block)
+
+
+def describe_granularity(granularity: str, block: tuple[int, int]) -> str:
+    """As a layer's label has it: that of blocks with their width."""
+    if granularity in ("tensor", "row"):
+        return granularity
+    return f"{granularity} {block[1]}"
 
 
 def draft_int8(
@@ -207,10 +237,10 @@ def draft_int8(
     if header is not None:
         draft.put_header({LAYER: header})
     draft.put(f"{LAYER}.bias", "BF16", draft.generator.normal(size=weight[0]))
-    spread = {"tensor": lambda: s.reshape(1, 1), "row": lambda: s.reshape(-1, 1)}
-    full = spread[granularity]() if granularity in spread else expand_blocks(s.reshape(s.shape[:2]), *block)
+
+    full = spread_scales(s, granularity, block)
     full = full[: weight[0], : weight[1]]  # the last blocks may be cut off
-    words = f"{label}, {granularity}{f' {block[1]}' if granularity not in spread else ''}"
+    words = f"{label}, {describe_granularity(granularity, block)}"
     return set_expected(draft, q * full, "int8", granularity, words, is_exact=exact, outlier_method="none")
 
 
@@ -244,38 +274,56 @@ def draft_rotation_lost_in_header(header: dict[str, object]) -> CheckpointDraft:
 
 
 def draft_smoothed(rotation: bool) -> CheckpointDraft:
-    said = {"format": "int8_tensorwise", **({"convrot": True, "convrot_groupsize": 16} if rotation else {})}
+    said: dict[str, object] = {"format": "int8_tensorwise"}
+    if rotation:
+        said |= {"convrot": True, "convrot_groupsize": 16}
+
     draft = draft_int8((N, 1), "row", said)
-    draft = draft_rotated(draft, make_regular(16), "convrot") if rotation else draft
+    if rotation:
+        draft_rotated(draft, make_regular(16), "convrot")
+    else:
+        draft.expected |= {"outlier_method": "smoothquant", "label": "int8_tensorwise, row, smoothquant"}
+
     factor = draft.put(f"{LAYER}.pre_quant_scale", "F32", draft.generator.uniform(0.5, 2, K))
     draft.real[LAYER] = draft.real[LAYER] * factor
-    if not rotation:
-        draft.expected |= {"outlier_method": "smoothquant", "label": "int8_tensorwise, row, smoothquant"}
     return draft
 
 
 def draft_toolkit(
     sigma: bool, matrix: bool = True, scale: tuple[int, ...] = (N, 1), dtype: str = "F32"
 ) -> CheckpointDraft:
+    """QuaRot's codes, divided by HadaNorm's sigma too.
+
+    Args:
+        sigma: whether the file has HadaNorm's factors.
+        matrix: whether the file has the rotation.
+        scale: shape of the scales: one of each row, or one.
+        dtype: of the rotation.
+    """
     draft = CheckpointDraft()
-    k = 256
-    q, s = draft.put_int8(f"{LAYER}.weight", N, k), draft.put_scale(f"{LAYER}.weight_scale", *scale)
+    k, group_size = 256, 128
+    q = draft.put_int8(f"{LAYER}.weight", N, k)
+    s = draft.put_scale(f"{LAYER}.weight_scale", *scale)
     draft.put(f"{LAYER}.weight_packed", "I8", q.T)
-    real = q * (s.reshape(-1, 1) if s.size > 1 else s.item())
-    label = f"int8, {'row' if s.size > 1 else 'tensor'}"
+
+    granularity = "row" if s.size > 1 else "tensor"
+    method = "hadanorm" if sigma else "quarot"
+    label = f"int8, {granularity}, {method}"
+    real = q * s.reshape(-1, 1)
     if matrix:
-        draft.put(f"{LAYER}.quarot_hadamard", dtype, make_sylvester(128))
-        real = rotate_groups(real, make_sylvester(128))
+        rotation = make_sylvester(group_size)
+        draft.put(f"{LAYER}.quarot_hadamard", dtype, rotation)
+        real = rotate_groups(real, rotation)
+        label += f" {group_size}"
     if sigma:
         real = real / draft.put(f"{LAYER}.hadanorm_sigma", "F32", draft.generator.uniform(0.5, 2, k))
-    method = "hadanorm" if sigma else "quarot"
-    label += f", {method}{' 128' if matrix else ''}"
+
     return set_expected(
         draft,
         real,
-        "int8",
-        "row" if s.size > 1 else "tensor",
-        label,
+        kind="int8",
+        granularity=granularity,
+        label=label,
         is_exact=True,
         outlier_method=method,
         is_centered=sigma,
@@ -285,54 +333,74 @@ def draft_toolkit(
 def draft_quip(n: int, k: int, smooth: bool = False) -> CheckpointDraft:
     """Padded to powers of 2; only n and k rows and columns are the weight."""
     draft = CheckpointDraft()
-    padded = tuple(1 << (size - 1).bit_length() for size in (n, k))
-    q, s = draft.put_int8(f"{LAYER}.weight", *padded), draft.put_scale(f"{LAYER}.weight_scale", padded[0], 1)
+    rows = 1 << (n - 1).bit_length()
+    columns = 1 << (k - 1).bit_length()
+    q = draft.put_int8(f"{LAYER}.weight", rows, columns)
+    s = draft.put_scale(f"{LAYER}.weight_scale", rows, 1)
     draft.put_marker(f"{LAYER}.comfy_quant", TENSOR)
     draft.put(f"{LAYER}.hadamard_quip", "I8", 1)
-    for name, size in zip(("out", "in"), padded, strict=True):
-        draft.put(f"{LAYER}.hadamard_size_{name}", "I32", size)
-    row, col = (
-        draft.put(f"{LAYER}.sign_{name}", "F32", draft.generator.choice([-1.0, 1.0], size))
-        for name, size in zip(("row", "col"), padded, strict=True)
-    )
-    real = row[:, None] * (make_sylvester(padded[0]) @ (q * s) @ make_sylvester(padded[1])) * col
-    real = real[:n, :k]
+    draft.put(f"{LAYER}.hadamard_size_out", "I32", rows)
+    draft.put(f"{LAYER}.hadamard_size_in", "I32", columns)
+    row_sign = draft.put(f"{LAYER}.sign_row", "F32", draft.generator.choice([-1.0, 1.0], rows))
+    column_sign = draft.put(f"{LAYER}.sign_col", "F32", draft.generator.choice([-1.0, 1.0], columns))
+
+    rotated = make_sylvester(rows) @ (q * s) @ make_sylvester(columns)
+    padded = row_sign[:, None] * rotated * column_sign
+    real = padded[:n, :k]
     if smooth:
         real = real / draft.put(f"{LAYER}.smooth_factors", "F32", draft.generator.uniform(0.5, 2, k))
     draft.put(f"{LAYER}.bias", "F32", np.zeros(n))
-    draft = set_expected(
+
+    set_expected(
         draft,
         real,
-        "int8",
-        "row",
-        "int8_tensorwise, row, quip",
+        kind="int8",
+        granularity="row",
+        label="int8_tensorwise, row, quip",
         is_exact=False,
         outlier_method="quip",
         is_padded=True,
     )
-    draft.expected |= {"rows": padded[0], "columns": padded[1]}
+    draft.expected |= {"rows": rows, "columns": columns}
     return draft
 
 
 def draft_older_quip(dense: bool) -> CheckpointDraft:
+    """Before padding: factors of rows and columns, or whole matrices where dense."""
     draft = CheckpointDraft()
-    q, s = draft.put_int8(f"{LAYER}.weight", N, K), draft.put_scale(f"{LAYER}.weight_scale", N, 1)
-    u, v = (
-        draft.put(f"{LAYER}.quip_s_{x}", "F32", draft.generator.normal(size=(size, size) if dense else size))
-        for x, size in (("u", N), ("v", K))
-    )
+    q = draft.put_int8(f"{LAYER}.weight", N, K)
+    s = draft.put_scale(f"{LAYER}.weight_scale", N, 1)
+    u_shape = (N, N) if dense else (N,)
+    v_shape = (K, K) if dense else (K,)
+    u = draft.put(f"{LAYER}.quip_s_u", "F32", draft.generator.normal(size=u_shape))
+    v = draft.put(f"{LAYER}.quip_s_v", "F32", draft.generator.normal(size=v_shape))
+
     real = u @ (q * s) @ v.T if dense else u[:, None] * (q * s) * v
     return set_expected(
-        draft, real, "int8", "row", "int8, row, quip", is_exact=False, outlier_method="quip", is_padded=False
+        draft,
+        real,
+        kind="int8",
+        granularity="row",
+        label="int8, row, quip",
+        is_exact=False,
+        outlier_method="quip",
+        is_padded=False,
     )
 
 
 def draft_transposed() -> CheckpointDraft:
     """[K, N] in the file."""
     draft = CheckpointDraft()
-    q, s = draft.put_int8(f"{LAYER}.weight", K, N), draft.put_scale(f"{LAYER}.weight_scale", 1, N)
+    q = draft.put_int8(f"{LAYER}.weight", K, N)
+    s = draft.put_scale(f"{LAYER}.weight_scale", 1, N)
     return set_expected(
-        draft, (q * s).T, "int8", "transposed", "int8, transposed", is_exact=False, outlier_method="none"
+        draft,
+        (q * s).T,
+        kind="int8",
+        granularity="transposed",
+        label="int8, transposed",
+        is_exact=False,
+        outlier_method="none",
     )
 
 
@@ -354,10 +422,9 @@ def draft_fp8(
     label = f"{word} cast"
     if shape is not None:
         s = draft.put_scale(f"{LAYER}.{name}", *shape)
-        full = {"tensor": lambda: s.reshape(1, 1), "row": lambda: s.reshape(-1, 1)}.get(
-            granularity, lambda: expand_blocks(s.reshape(s.shape[:2]), *block)[:N, :K]
-        )()
-        real, label = real * full, f"{word} scaled, {granularity}{f' {block[1]}' if max(block) > 1 else ''}"
+        full = spread_scales(s, granularity, block)[:N, :K]
+        real = real * full
+        label = f"{word} scaled, {describe_granularity(granularity, block)}"
     if marker is not None:
         draft.put_marker(f"{LAYER}.comfy_quant", marker)
     if header is not None:
@@ -371,9 +438,8 @@ def draft_fp8(
 
 def draft_smoothed_fp8() -> CheckpointDraft:
     draft = draft_fp8((), "tensor", marker={"format": "float8_e4m3fn"})
-    draft.real[LAYER] = draft.real[LAYER] * draft.put(
-        f"{LAYER}.pre_quant_scale", "F32", draft.generator.uniform(0.5, 2, K)
-    )
+    factor = draft.put(f"{LAYER}.pre_quant_scale", "F32", draft.generator.uniform(0.5, 2, K))
+    draft.real[LAYER] = draft.real[LAYER] * factor
     return draft
 
 
@@ -389,14 +455,40 @@ def swizzle(scale: NDArray[np.uint8]) -> NDArray[np.uint8]:
     rows, columns = scale.shape
     shape = round_up(rows, 128), round_up(columns, 4)
     flat = np.full(shape, 0xFF, np.uint8).reshape(-1)
+
     r, c = np.indices(scale.shape)
-    flat[(r // 128 * (shape[1] // 4) + c // 4) * 512 + r % 32 * 16 + r % 128 // 32 * 4 + c % 4] = scale
+    tiles_in_a_row = shape[1] // 4
+    tile = r // 128 * tiles_in_a_row + c // 4  # of 128 rows and 4 columns
+    place = r % 32 * 16 + r % 128 // 32 * 4 + c % 4  # in the tile
+    flat[tile * 512 + place] = scale
     return flat.reshape(shape)
 
 
 def put_block_scales(draft: CheckpointDraft, scale: NDArray[np.uint8], tiles: bool, dtype: str) -> None:
     found = swizzle(scale) if tiles else scale
     draft.tensors[f"{LAYER}.weight_scale"] = dtype, found.shape, found.tobytes()
+
+
+def put_nvfp4(draft: CheckpointDraft, rows: int, columns: int, *, tiles: bool, dtype: str) -> Array:
+    """Add two numbers of 4 bits a byte, a scale in e4m3 for each 16, and one for all. Returns the weight."""
+    codes = draft.generator.integers(0, 256, (rows, columns // 2)).astype("u1")
+    draft.tensors[f"{LAYER}.weight"] = "U8", codes.shape, codes.tobytes()
+    high, low = codes >> 4, codes & 15
+    pairs = (high, low) if tiles else (low, high)  # ComfyUI has the first number on top, ModelOpt below
+    numbers = E2M1[np.stack(pairs, -1)]  # [rows, columns / 2, 2]
+
+    scale = draft.generator.integers(0, 0x7F, (rows, columns // 16)).astype("u1")
+    scale_of_all = draft.put_scale(f"{LAYER}.weight_scale_2")
+    put_block_scales(draft, scale, tiles, dtype or "F8_E4M3")
+    return numbers.reshape(rows, columns) * expand_blocks(decode_fp8(scale, 4), 1, 16) * scale_of_all
+
+
+def put_mxfp8(draft: CheckpointDraft, rows: int, columns: int, *, tiles: bool, dtype: str) -> Array:
+    """Add numbers in e4m3 and for each 32 of them a power of 2. Returns the weight."""
+    numbers = draft.put_fp8(f"{LAYER}.weight", "F8_E4M3", rows, columns)
+    scale = draft.generator.integers(100, 140, (rows, columns // 32)).astype("u1")
+    put_block_scales(draft, scale, tiles, dtype or "U8")
+    return numbers * expand_blocks(2.0 ** (scale - 127.0), 1, 32)
 
 
 def draft_blocks(
@@ -422,22 +514,11 @@ def draft_blocks(
         told: which of them the file tells.
     """
     draft = CheckpointDraft()
-    nvfp4 = kind == "nvfp4"
-    multiple = 16 if nvfp4 else 32
-    padded = rows or round_up(n, multiple), round_up(k, multiple)
-    if nvfp4:
-        codes = draft.generator.integers(0, 256, (padded[0], padded[1] // 2)).astype("u1")
-        draft.tensors[f"{LAYER}.weight"] = "U8", codes.shape, codes.tobytes()
-        halves = (codes >> 4, codes & 15) if tiles else (codes & 15, codes >> 4)
-        real = E2M1[np.stack(halves, -1).reshape(padded)]
-        scale = draft.generator.integers(0, 0x7F, (padded[0], padded[1] // 16)).astype("u1")
-        real = real * expand_blocks(decode_fp8(scale, 4), 1, 16)
-        real = real * draft.put_scale(f"{LAYER}.weight_scale_2")
-    else:
-        real = draft.put_fp8(f"{LAYER}.weight", "F8_E4M3", *padded)
-        scale = draft.generator.integers(100, 140, (padded[0], padded[1] // 32)).astype("u1")
-        real = real * expand_blocks(2.0 ** (scale - 127.0), 1, 32)
-    put_block_scales(draft, scale, tiles, dtype or ("F8_E4M3" if nvfp4 else "U8"))
+    block_size, put_weight = (16, put_nvfp4) if kind == "nvfp4" else (32, put_mxfp8)
+    padded_rows = rows or round_up(n, block_size)
+    padded_columns = round_up(k, block_size)
+    padded = put_weight(draft, padded_rows, padded_columns, tiles=tiles, dtype=dtype)
+
     if scalar:
         draft.put_scale(f"{LAYER}.weight_scalar")
     if marker is not None:
@@ -446,30 +527,27 @@ def draft_blocks(
         draft.put_header({LAYER: header})
     if bias:
         draft.put(f"{LAYER}.bias", "F32", np.zeros(n))
-    word = word or kind
-    set_expected(
-        draft,
-        real[:n, :k],
-        kind,
-        "block",
-        word,
-        format_name=word,
-        is_exact=False,
-        outlier_method="none",
-        is_packable=True,
-    )
-    told = told or (bias, False)
-    sizes = {"rows": n if told[0] else padded[0], "columns": k if told[1] else padded[1]}
-    draft.expected |= {"declared": told, "is_padded": told != (True, True), "block_size": multiple, **sizes}
+
+    name = word or kind
+    tells_rows, tells_columns = told or (bias, False)
+    set_expected(draft, padded[:n, :k], kind, "block", name, is_exact=False, outlier_method="none")
+    draft.expected |= {
+        "format_name": name,
+        "is_packable": True,
+        "declared": (tells_rows, tells_columns),
+        "is_padded": not (tells_rows and tells_columns),
+        "block_size": block_size,
+        "rows": n if tells_rows else padded_rows,
+        "columns": k if tells_columns else padded_columns,
+    }
     return draft
 
 
 def draft_smoothed_blocks(kind: str) -> CheckpointDraft:
     """The factors tell K."""
     draft = draft_blocks(kind, marker={"format": kind}, told=(True, True))
-    draft.real[LAYER] = draft.real[LAYER] * draft.put(
-        f"{LAYER}.pre_quant_scale", "F32", draft.generator.uniform(0.5, 2, 40)
-    )
+    factor = draft.put(f"{LAYER}.pre_quant_scale", "F32", draft.generator.uniform(0.5, 2, 40))
+    draft.real[LAYER] = draft.real[LAYER] * factor
     return draft
 
 
@@ -483,6 +561,11 @@ def draft_lightx2v_comfy() -> CheckpointDraft:
     draft = draft_int8((), "tensor", name="scale_weight", label="int8")
     draft.tensors["scaled_fp8"] = "F8_E4M3", (2,), bytes(2)
     return draft
+
+
+def draft_wan_int8(name: str) -> CheckpointDraft:
+    """Blocks of 16 of a row, their scales by a name of their own."""
+    return draft_int8((N, 4, 1), "block3d", name=name, block=(1, 16), label="int8", exact=False)
 
 
 def draft_float(dtype: str, word: str) -> CheckpointDraft:
@@ -659,12 +742,11 @@ DRAFTS: dict[str, Callable[[], CheckpointDraft]] = {
     ),
     "group": lambda: draft_int8((N, 8), "group", block=(1, 8), label="int8", exact=False),
     # Wan-INT8's names
-    **{
-        f"named {name}": lambda name=name: draft_int8(
-            (N, 4, 1), "block3d", name=name, block=(1, 16), label="int8", exact=False
-        )  # type: ignore[misc]
-        for name in ("scale", "weight.scale", "weight.weight_scale", "scale_weight", "weight_scale_inv")
-    },
+    "named scale": lambda: draft_wan_int8("scale"),
+    "named weight.scale": lambda: draft_wan_int8("weight.scale"),
+    "named weight.weight_scale": lambda: draft_wan_int8("weight.weight_scale"),
+    "named scale_weight": lambda: draft_wan_int8("scale_weight"),
+    "named weight_scale_inv": lambda: draft_wan_int8("weight_scale_inv"),
     # others
     "lightx2v bf16": lambda: draft_int8((N, 1), "row", dtype="BF16", label="int8"),
     "lightx2v f16": lambda: draft_int8((N, 1), "row", dtype="F16", label="int8"),
@@ -741,6 +823,8 @@ DRAFTS: dict[str, Callable[[], CheckpointDraft]] = {
 
 # -- mistakes --------------------------------------------------------------------------------------
 
+Mistake = tuple[Callable[[], CheckpointDraft], str]  # the file, and words that its refusal must have
+
 
 def draft_rowwise() -> CheckpointDraft:
     return draft_int8((N, 1), "row", ROW)
@@ -804,9 +888,8 @@ def draft_with_tensors(*suffixes: str) -> CheckpointDraft:
 
 def draft_with_header(layers: object, draft: CheckpointDraft | None = None) -> CheckpointDraft:
     draft = draft or draft_rowwise()
-    draft.metadata["_quantization_metadata"] = (
-        layers if isinstance(layers, str) else json.dumps({"layers": layers})
-    )
+    text = layers if isinstance(layers, str) else json.dumps({"layers": layers})
+    draft.metadata["_quantization_metadata"] = text
     return draft
 
 
@@ -821,8 +904,35 @@ def draft_with_block_scale(kind: str, byte: int, tiles: bool = True) -> Checkpoi
 
 
 def merge_layers(first: CheckpointDraft, second: CheckpointDraft) -> CheckpointDraft:
-    first.tensors |= {key.replace("blocks.0", "blocks.1"): value for key, value in second.tensors.items()}
+    """Both in one file: the second as blocks.1."""
+    for key, tensor in second.tensors.items():
+        first.tensors[key.replace("blocks.0", "blocks.1")] = tensor
     return first
+
+
+def list_lost_scales() -> dict[str, Mistake]:
+    """fp8 of both kinds and of all granularities, its scales gone."""
+    mistakes: dict[str, Mistake] = {}
+    for dtype, word, largest in (("F8_E4M3", "float8_e4m3fn", 448), ("F8_E5M2", "float8_e5m2", 57344)):
+        words = (
+            rf"1 fp8 weight has no scale and numbers that no plain cast has \(first: blocks.0.q.weight, "
+            rf"which reaches {largest}; .*their scales were lost.*model.quant_format={word}_cast"
+        )
+        for granularity, shape, block in (
+            ("tensor", (), (1, 1)),
+            ("row", (N,), (1, 1)),
+            ("grid", (3, 16), (4, 4)),
+            ("block3d", (N, 4, 1), (1, 16)),
+        ):
+            make = partial(draft_lost_scale, shape, granularity, dtype=dtype, block=block)
+            mistakes[f"scale of unmarked {dtype} lost, {granularity}"] = make, words
+    return mistakes
+
+
+def draft_lost_scale(
+    shape: tuple[int, ...], granularity: str, *, dtype: str, block: tuple[int, int]
+) -> CheckpointDraft:
+    return drop_tensors(draft_fp8(shape, granularity, dtype=dtype, block=block), "weight_scale")
 
 
 def make_int8run_marker(**change: object) -> dict[str, object]:
@@ -838,6 +948,12 @@ def make_int8run_marker(**change: object) -> dict[str, object]:
     }
 
 
+def draft_int8run_without_group_size() -> CheckpointDraft:
+    marker = make_int8run_marker()
+    del marker["group_size"]
+    return draft_with_marker(marker)
+
+
 def draft_broken_quip() -> CheckpointDraft:
     """QuIP by Hadamard matrices of a size that has none."""
     draft = draft_quip(8, 32)
@@ -849,7 +965,7 @@ def draft_broken_quip() -> CheckpointDraft:
 
 
 GROUP = {"format": "int8_tensorwise", "convrot": True}
-MISTAKES: dict[str, tuple[Callable[[], CheckpointDraft], str]] = {
+MISTAKES: dict[str, Mistake] = {
     # scales
     "no scale": (
         lambda: drop_tensors(draft_rowwise(), "weight_scale"),
@@ -990,22 +1106,7 @@ MISTAKES: dict[str, tuple[Callable[[], CheckpointDraft], str]] = {
         lambda: draft_fp8(None, "", dtype="F8_E5M2", header={"format": "float8_e5m2"}),
         "names the format 'float8_e5m2', and blocks.0.q has no weight_scale",
     ),
-    **{
-        f"scale of unmarked {dtype} lost, {granularity}": (
-            lambda dtype=dtype, shape=shape, granularity=granularity, block=block: drop_tensors(
-                draft_fp8(shape, granularity, dtype=dtype, block=block), "weight_scale"
-            ),
-            rf"1 fp8 weight has no scale and numbers that no plain cast has \(first: blocks.0.q.weight, "
-            rf"which reaches {largest}; .*their scales were lost.*model.quant_format={word}_cast",
-        )
-        for dtype, word, largest in (("F8_E4M3", "float8_e4m3fn", 448), ("F8_E5M2", "float8_e5m2", 57344))
-        for granularity, shape, block in (
-            ("tensor", (), (1, 1)),
-            ("row", (N,), (1, 1)),
-            ("grid", (3, 16), (4, 4)),
-            ("block3d", (N, 4, 1), (1, 16)),
-        )
-    },
+    **list_lost_scales(),
     "scales of fp8 lost, 1 in their place": (
         lambda: put_ones(draft_fp8((N,), "row"), f"{LAYER}.weight_scale", N),
         "1 fp8 weight has a scale of 1 and numbers that no plain cast has",
@@ -1231,7 +1332,7 @@ MISTAKES: dict[str, tuple[Callable[[], CheckpointDraft], str]] = {
         ("lacks what such a marker holds"),
     ),
     "ours with half a rotation": (
-        lambda: draft_with_marker({k: v for k, v in make_int8run_marker().items() if k != "group_size"}),
+        draft_int8run_without_group_size,
         "lacks what such a marker holds",
     ),
     ("ours with a factor that is no flag"): (

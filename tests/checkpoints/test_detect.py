@@ -543,48 +543,68 @@ def test_valid_files_log_nothing(name: str, tmp_path: Path, caplog: pytest.LogCa
 # -- chance ----------------------------------------------------------------------------------------
 
 
+def move_tensor(draft: CheckpointDraft, key: str, chance: random.Random) -> None:
+    suffixes = [
+        "weight",
+        "weight_scale",
+        "scale",
+        "comfy_quant",
+        "pre_quant_scale",
+        "quip_s_u",
+        "hadanorm_sigma",
+        "bias",
+    ]
+    suffix = chance.choice(suffixes)
+    draft.tensors[f"{LAYER}.{suffix}"] = draft.tensors.pop(key)
+
+
+def flip_bit(data: bytes, chance: random.Random) -> bytes:
+    changed = bytearray(data)
+    changed[chance.randrange(len(changed))] ^= 1 << chance.randrange(8)
+    return bytes(changed)
+
+
+def damage(draft: CheckpointDraft, chance: random.Random) -> None:
+    """One tensor is lost, has another name, shape, content or dtype."""
+    key = chance.choice(list(draft.tensors))
+    dtype, shape, data = draft.tensors[key]
+    way = chance.choice(["lose", "move", "reshape", "flip", "retype"])
+    if way == "lose":
+        del draft.tensors[key]
+    elif way == "move":
+        move_tensor(draft, key, chance)
+    elif way == "reshape":
+        draft.tensors[key] = dtype, tuple(chance.sample(shape, len(shape))), data
+    elif way == "flip" and data:
+        draft.tensors[key] = dtype, shape, flip_bit(data, chance)
+    else:
+        other_dtype = chance.choice(["I8", "U8", "F8_E4M3", "F8_E5M2", "BOOL"])
+        draft.tensors[key] = other_dtype, (len(data),), data
+
+
+def read_all(draft: CheckpointDraft, folder: Path) -> None:
+    """Everything that a run reads of the file."""
+    files, layers = read_draft(draft, folder)
+    real = torch.from_numpy(draft.real[LAYER])
+    for layer in layers.values():
+        found = layer.read_weight(files, shape=get_model_shape(layer, real))
+
+        assert found.shape[0] in (layer.rows, real.shape[0])
+
+        if layer.is_exact:
+            layer.read_int8_layer(files)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_any_change_of_a_file_is_read_or_raises(seed: int, tmp_path: Path) -> None:
     chance = random.Random(seed)
-    names, count = list(DRAFTS), 0
+    names = list(DRAFTS)
+    count = 0
     for _ in range(100):
         draft = DRAFTS[chance.choice(names)]()
-        key = chance.choice(list(draft.tensors))
-        dtype, shape, data = draft.tensors[key]
-        way = chance.randrange(5)
-        if way == 0:
-            del draft.tensors[key]
-        elif way == 1:
-            suffix = chance.choice(
-                [
-                    "weight",
-                    "weight_scale",
-                    "scale",
-                    "comfy_quant",
-                    "pre_quant_scale",
-                    "quip_s_u",
-                    "hadanorm_sigma",
-                    "bias",
-                ]
-            )
-            draft.tensors[f"{LAYER}.{suffix}"] = draft.tensors.pop(key)
-        elif way == 2:
-            draft.tensors[key] = dtype, tuple(chance.sample(shape, len(shape))), data
-        elif way == 3 and data:
-            changed = bytearray(data)
-            changed[chance.randrange(len(changed))] ^= 1 << chance.randrange(8)
-            draft.tensors[key] = dtype, shape, bytes(changed)
-        else:
-            draft.tensors[key] = chance.choice(["I8", "U8", "F8_E4M3", "F8_E5M2", "BOOL"]), (len(data),), data
+        damage(draft, chance)
         try:
-            files, layers = read_draft(draft, tmp_path)
-            for layer in layers.values():
-                found = layer.read_weight(
-                    files, shape=get_model_shape(layer, torch.from_numpy(draft.real[LAYER]))
-                )
-                assert found.shape[0] in (layer.rows, draft.real[LAYER].shape[0])
-                if layer.is_exact:
-                    layer.read_int8_layer(files)
+            read_all(draft, tmp_path)
         except Int8RunError as error:
             assert "\n" not in str(error)
         else:

@@ -53,6 +53,17 @@ def make_metrics(
     return {name: value for name, value in values.items() if value is not None}
 
 
+def write_json(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content))
+
+
+def write_layers(path: Path, layers: Sequence[Mapping[str, Any]]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, LAYER_COLUMNS, restval="")
+        writer.writeheader()
+        writer.writerows(layers)
+
+
 def write_run(
     folder: Path,
     number: int = 0,
@@ -87,18 +98,14 @@ def write_run(
         "host": "box",
         "jobs_at_once": 1,
     } | status
-    (run_folder / "status.json").write_text(json.dumps(all_status))
+    write_json(run_folder / "status.json", all_status)
     if metrics is not None:
         texts = {name: spell_non_finite(value) for name, value in metrics.items()}
-        content = {"metrics": texts, "series": {}, "images": list(images)}
-        (run_folder / "metrics.json").write_text(json.dumps(content))
+        write_json(run_folder / "metrics.json", {"metrics": texts, "series": {}, "images": list(images)})
     if environment:
-        (run_folder / "environment.json").write_text(json.dumps(environment))
+        write_json(run_folder / "environment.json", environment)
     if layers:
-        with (run_folder / "layers.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, LAYER_COLUMNS, restval="")
-            writer.writeheader()
-            writer.writerows(layers)
+        write_layers(run_folder / "layers.csv", layers)
     return read_record(run_folder)
 
 

@@ -83,54 +83,62 @@ class Family:
     dropped: tuple[str, ...] = ()  # keys of the authors' files that the model has no place for
 
 
+# name in diffusers -> name in the authors' files
+PIXART_NAMES = {
+    "pos_embed.proj": "x_embedder.proj",
+    "proj_out": "final_layer.linear",
+    "adaln_single.linear": "t_block.1",
+    "caption_projection.linear_1": "y_embedder.y_proj.fc1",
+    "caption_projection.linear_2": "y_embedder.y_proj.fc2",
+    "adaln_single.emb.timestep_embedder.linear_1": "t_embedder.mlp.0",
+    "adaln_single.emb.timestep_embedder.linear_2": "t_embedder.mlp.2",
+    "adaln_single.emb.resolution_embedder.linear_1": "csize_embedder.mlp.0",
+    "adaln_single.emb.resolution_embedder.linear_2": "csize_embedder.mlp.2",
+    "adaln_single.emb.aspect_ratio_embedder.linear_1": "ar_embedder.mlp.0",
+    "adaln_single.emb.aspect_ratio_embedder.linear_2": "ar_embedder.mlp.2",
+}
+PIXART_BLOCK_NAMES = {
+    "attn1.to_out.0": "attn.proj",
+    "attn2.to_q": "cross_attn.q_linear",
+    "attn2.to_out.0": "cross_attn.proj",
+    "ff.net.0.proj": "mlp.fc1",
+    "ff.net.2": "mlp.fc2",
+}
+
+
 def convert_pixart(file: dict[str, Tensor]) -> dict[str, Tensor]:
     """diffusers has no converter for PixArt, but a script (`convert_pixart_sigma_to_diffusers.py`): what it
     does, in short.
     """
     model = {"scale_shift_table": file["final_layer.scale_shift_table"]}
     for parameter in ("weight", "bias"):
-        for here, there in {
-            "pos_embed.proj": "x_embedder.proj",
-            "proj_out": "final_layer.linear",
-            "adaln_single.linear": "t_block.1",
-            "caption_projection.linear_1": "y_embedder.y_proj.fc1",
-            "caption_projection.linear_2": "y_embedder.y_proj.fc2",
-            "adaln_single.emb.timestep_embedder.linear_1": "t_embedder.mlp.0",
-            "adaln_single.emb.timestep_embedder.linear_2": "t_embedder.mlp.2",
-            "adaln_single.emb.resolution_embedder.linear_1": "csize_embedder.mlp.0",
-            "adaln_single.emb.resolution_embedder.linear_2": "csize_embedder.mlp.2",
-            "adaln_single.emb.aspect_ratio_embedder.linear_1": "ar_embedder.mlp.0",
-            "adaln_single.emb.aspect_ratio_embedder.linear_2": "ar_embedder.mlp.2",
-        }.items():
+        for here, there in PIXART_NAMES.items():
             model[f"{here}.{parameter}"] = file[f"{there}.{parameter}"]
-    for i in range(1 + max(int(key.split(".")[1]) for key in file if key.startswith("blocks."))):
-        model[f"transformer_blocks.{i}.scale_shift_table"] = file[f"blocks.{i}.scale_shift_table"]
-        for p in ("weight", "bias"):
-            parts = dict(
-                zip(
-                    ["attn1.to_q", "attn1.to_k", "attn1.to_v"],
-                    file[f"blocks.{i}.attn.qkv.{p}"].chunk(3),
-                    strict=True,
-                )
-            )
-            parts |= dict(
-                zip(
-                    ["attn2.to_k", "attn2.to_v"],
-                    file[f"blocks.{i}.cross_attn.kv_linear.{p}"].chunk(2),
-                    strict=True,
-                )
-            )
-            parts |= {
-                "attn1.to_out.0": file[f"blocks.{i}.attn.proj.{p}"],
-                "attn2.to_out.0": file[f"blocks.{i}.cross_attn.proj.{p}"],
-            }
-            parts |= {
-                "ff.net.0.proj": file[f"blocks.{i}.mlp.fc1.{p}"],
-                "ff.net.2": file[f"blocks.{i}.mlp.fc2.{p}"],
-            }
-            parts["attn2.to_q"] = file[f"blocks.{i}.cross_attn.q_linear.{p}"]
-            model |= {f"transformer_blocks.{i}.{name}.{p}": value for name, value in parts.items()}
+
+    numbers = [int(key.split(".")[1]) for key in file if key.startswith("blocks.")]
+    for number in range(1 + max(numbers)):
+        block = convert_pixart_block(file, f"blocks.{number}")
+        for name, value in block.items():
+            model[f"transformer_blocks.{number}.{name}"] = value
     return model
+
+
+def convert_pixart_block(file: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """One block: q, k and v of a layer that has them together are cut apart."""
+    block = {"scale_shift_table": file[f"{prefix}.scale_shift_table"]}
+    for parameter in ("weight", "bias"):
+        query, key, value = file[f"{prefix}.attn.qkv.{parameter}"].chunk(3)
+        block[f"attn1.to_q.{parameter}"] = query
+        block[f"attn1.to_k.{parameter}"] = key
+        block[f"attn1.to_v.{parameter}"] = value
+
+        key, value = file[f"{prefix}.cross_attn.kv_linear.{parameter}"].chunk(2)
+        block[f"attn2.to_k.{parameter}"] = key
+        block[f"attn2.to_v.{parameter}"] = value
+
+        for here, there in PIXART_BLOCK_NAMES.items():
+            block[f"{here}.{parameter}"] = file[f"{prefix}.{there}.{parameter}"]
+    return block
 
 
 def convert_sana_sprint(file: dict[str, Tensor]) -> dict[str, Tensor]:
