@@ -290,7 +290,7 @@ STREAMED = {
 
 
 @pytest.mark.parametrize("overrides", NEEDS_FLOAT.values(), ids=NEEDS_FLOAT)
-def test_the_float_model_is_held_where_it_draws(overrides):
+def test_the_float_model_is_held_where_it_generates(overrides):
     assert make_spec(overrides).needs_float_denoiser
 
 
@@ -310,7 +310,7 @@ def test_the_float_model_is_not_held_otherwise(overrides):
         "clip=nvfp4",
     ],
 )
-def test_what_the_float_model_draws_does_not_depend_on_int8(override):
+def test_what_the_float_model_generates_does_not_depend_on_int8(override):
     words = ["metrics.baseline=cached"]
     assert make_spec([*words, override]).float_key == composed(*words).float_key
 
@@ -326,7 +326,7 @@ def test_what_the_float_model_draws_does_not_depend_on_int8(override):
         "device=cuda",
     ],
 )
-def test_what_the_float_model_draws_depends_on_the_rest(override):
+def test_what_the_float_model_generates_depends_on_the_rest(override):
     assert make_spec([override]).float_key != composed().float_key
 
 

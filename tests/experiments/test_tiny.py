@@ -137,7 +137,7 @@ def test_an_exported_model_is_evaluated(
 
 
 @pytest.mark.slow
-def test_the_shipped_loras_are_drawn_at_rising_strength(tmp_path: Path) -> None:
+def test_the_shipped_loras_are_shown_at_rising_strength(tmp_path: Path) -> None:
     run_script("tiny/lora_strip.py", "--out", tmp_path / "strip.png")
 
     assert (tmp_path / "strip.png").is_file()

@@ -250,48 +250,63 @@ def native_marker(**fields):
     return torch.tensor(list(json.dumps(fields).encode()), dtype=torch.uint8)
 
 
+def tensor_scaled_layer(name, codes):
+    """ComfyUI's, with one scale."""
+    return {
+        f"{name}.weight": codes,
+        f"{name}.weight_scale": torch.tensor(0.5),
+        f"{name}.comfy_quant": native_marker(format="int8_tensorwise"),
+    }
+
+
+def pre_native_layer(name, codes):
+    """With names and a marker from before ComfyUI's, and rotated."""
+    return {
+        f"{name}.weight": codes,
+        f"{name}.scale_weight": torch.full((3,), 2.0).bfloat16(),
+        f"{name}.comfy_quant": native_marker(convrot=True, convrot_groupsize=4),
+    }
+
+
 def test_int8_layers_are_taken_as_they_are(tmp_path, blocks):
-    weight, whole = randn(40, 64), torch.full((3, 8), -128, dtype=torch.int8)
+    weight = randn(40, 64)
+    codes = torch.full((3, 8), -128, dtype=torch.int8)
     run(
         save(tmp_path, "f", {"r.weight": weight, "h.weight": weight}),
         tmp_path / "s.safetensors",
         QuantizationRecipe(HadaNorm(16), AbsMax()),
     )
     made = load_file(tmp_path / "s.safetensors")
-    made |= {
-        "t.weight": whole,
-        "t.weight_scale": torch.tensor(0.5),
-        "t.comfy_quant": native_marker(format="int8_tensorwise"),
-    }
-    made |= {
-        "n.weight": whole,
-        "n.scale_weight": torch.full((3,), 2.0).bfloat16(),
-        "n.comfy_quant": native_marker(convrot=True, convrot_groupsize=4),
-    }
+    made |= tensor_scaled_layer("t", codes) | pre_native_layer("n", codes)
+
     plans, found = run(
         save(tmp_path, "t", made),
         tmp_path / "x.safetensors",
         QuantizationRecipe(ConvRot(), AbsMax()),
         keep=("t.weight",),
     )
+
     for name in ("r", "h"):
         for part in ("weight", "weight_scale", "pre_quant_scale", "comfy_quant"):
             assert torch.equal(found[f"{name}.{part}"], made[f"{name}.{part}"])
-    assert torch.equal(found["t.weight"], whole) and torch.equal(found["n.weight"], whole)
-    assert torch.equal(found["t.weight_scale"], torch.full((3, 1), 0.5)) and torch.equal(
-        found["n.weight_scale"], torch.full((3, 1), 2.0)
-    )
+
+    assert torch.equal(found["t.weight"], codes)
+    assert torch.equal(found["t.weight_scale"], torch.full((3, 1), 0.5))
+    assert plans["t"].skip_reason is None
+
+    assert torch.equal(found["n.weight"], codes)
+    assert torch.equal(found["n.weight_scale"], torch.full((3, 1), 2.0))
+    assert "n.scale_weight" not in found
+    assert plans["n"].outlier == "convrot group_size=4"
     assert json.loads(bytes(found["n.comfy_quant"].tolist())) == {
         "format": "int8_tensorwise",
         "convrot": True,
         "convrot_groupsize": 4,
         "per_row": True,
     }
-    assert plans["n"].outlier == "convrot group_size=4" and plans["t"].skip_reason is None
-    assert {plan.rounding for plan in plans.values()} == {"as in the source"} and not any(
-        plan.measured for plan in plans.values()
-    )
-    assert "n.scale_weight" not in found
+
+    assert {plan.rounding for plan in plans.values()} == {"as in the source"}
+    assert not any(plan.measured for plan in plans.values())
 
 
 def save(folder, name, tensors):

@@ -307,7 +307,7 @@ def test_without_weights_a_model_shows_its_shapes() -> None:
 # -- hashes --------------------------------------------------------------------------------------------------
 
 
-def test_every_file_that_decides_a_drawing_is_hashed(tmp_path: Path) -> None:
+def test_every_file_that_decides_an_image_is_hashed(tmp_path: Path) -> None:
     folder = save_random_pipeline(tmp_path / "model")
     (folder / "readme.md").write_text("x")
     source = resolve_model(make_spec(words(folder)).model)

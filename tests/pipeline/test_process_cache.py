@@ -67,7 +67,7 @@ def test_a_built_none_is_remembered_too():
 # -- what the float model drew -------------------------------------------------------------------------------
 
 
-def test_what_was_drawn_is_recalled_by_value():
+def test_what_was_generated_is_recalled_by_value():
     process_cache.put("a", "pictures", 1)
     assert process_cache.get("".join(["a"])) == "pictures" and process_cache.get("b") is None
     process_cache.get_or_build("model", Model)
@@ -101,7 +101,7 @@ def test_what_is_too_large_is_not_kept(monkeypatch):
     assert process_cache.get("a") is None and process_cache._generated == {}
 
 
-def test_the_old_pictures_are_gone(monkeypatch):
+def test_the_old_images_are_gone(monkeypatch):
     monkeypatch.setattr(process_cache, "MAX_BYTES", 10)
     value = Model()
     seen = weakref.ref(value)

@@ -54,7 +54,10 @@ def run(folder, *overrides, component=None):
 @pytest.fixture(scope="module")
 def tiny():
     """The tiny model's tensors."""
-    return {key: t for file in sorted(TINY.glob("*.safetensors")) for key, t in load_file(file).items()}
+    tensors = {}
+    for file in sorted(TINY.glob("*.safetensors")):
+        tensors |= load_file(file)
+    return tensors
 
 
 @pytest.fixture
@@ -71,88 +74,84 @@ def dequantized(tensors, layer):
     return tensors[f"{layer}.weight"].float() * tensors[f"{layer}.weight_scale"]
 
 
-def test_from_the_command_line(command, tiny):
-    done = command("task=quantize", "model=tiny", "save=x.safetensors", NO_TRACKER)
-
-    assert done.code == 0, done.err
-
-    (folder,) = (command.folder / "outputs").glob("*/*")
-    names = sorted(p.name for p in folder.iterdir() if p.is_file())
-
-    assert names == ["config.yaml", "int8run.log", "layers.csv", "metrics.json", "status.json"]
-
-    words = " ".join(done.out.split())
+def assert_terminal_names_what_was_made(words):
+    size_and_speed = (
+        r"SQNR, mean / min 4\d\.\d / 4\d\.\d dB size 30\.2 MB "
+        r"→ 19\.\d MB, 0\.65× · time [\d.]+ s, [\d.]+ MB/s read"
+    )
 
     assert re.search(r"read .*tiny/transformer · files 3 · size 30\.2 MB · family flux", words)
     assert re.search(r"write .*x\.safetensors · INT8 layers 16 · outlier none · rounding absmax", words)
     assert "INT8 16 layers · float 14 (" in words
     assert "7 × modulation output of a norm" in words
-    assert re.search(
-        (
-            r"SQNR, mean / min 4\d\.\d / 4\d\.\d dB size 30\.2 MB "
-            r"→ 19\.\d MB, 0\.65× · time [\d.]+ s, [\d.]+ MB/s read"
-        ),
-        words,
-    )
+    assert re.search(size_and_speed, words)
     assert re.search(r"peak memory \d+\.\d MB", words)
 
-    found = load_file(command.folder / "x.safetensors")
+
+def assert_file_has_the_models_weights(found, tiny):
+    """In the authors' names: layers that they have together are joined, halves change places."""
     block = "single_transformer_blocks.0."
-    parts = [
-        tiny[f"{block}{name}.weight"].float() for name in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")
-    ]
-    weight = torch.cat(parts)
+    names = ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")
+    weight = torch.cat([tiny[f"{block}{name}.weight"].float() for name in names])
+    bias = torch.cat([tiny[f"{block}{name}.bias"] for name in names])
     steps = found["single_blocks.0.linear1.weight_scale"]
+    shift, scale = tiny["norm_out.linear.weight"].chunk(2)
+    query_norm = tiny["transformer_blocks.0.attn.norm_q.weight"]
 
     assert ((dequantized(found, "single_blocks.0.linear1") - weight).abs() <= 0.5001 * steps).all()
-
-    bias = torch.cat(
-        [tiny[f"{block}{name}.bias"] for name in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")]
-    )
-
     assert torch.equal(found["single_blocks.0.linear1.bias"], bias)
-
-    shift, scale = tiny["norm_out.linear.weight"].chunk(2)
-
     assert torch.equal(found["final_layer.adaLN_modulation.1.weight"], torch.cat([scale, shift]))
-    assert torch.equal(
-        found["double_blocks.0.img_attn.norm.query_norm.scale"],
-        tiny["transformer_blocks.0.attn.norm_q.weight"],
-    )
+    assert torch.equal(found["double_blocks.0.img_attn.norm.query_norm.scale"], query_norm)
     assert torch.equal(found["img_in.weight"], tiny["x_embedder.weight"])
     assert found["img_in.weight"].dtype == torch.float16
 
-    with safe_open(command.folder / "x.safetensors", "pt") as file:
+
+def assert_note_names_source_and_recipe(path):
+    with safe_open(path, "pt") as file:
         note = json.loads(file.metadata()["int8run"])
 
-    assert (note["family"], note["denoiser"], note["outlier"], note["rounding"]) == (
-        "flux",
-        "FluxTransformer2DModel",
-        "none",
-        "absmax",
-    )
+    assert (note["family"], note["denoiser"]) == ("flux", "FluxTransformer2DModel")
+    assert (note["outlier"], note["rounding"]) == ("none", "absmax")
     assert (note["model"], note["seed"], note["loras"]) == ("shipped:tiny", 0, [])
     assert note["kept_float"]["img_in"] == "input embedder"
     assert len(note["kept_float"]) == 14
     assert len(note["source"]["files"]) == 3
     assert re.fullmatch("[0-9a-f]{64}", note["source"]["sha256"])
 
-    rows = {row["name"]: row for row in csv.DictReader((folder / "layers.csv").open())}
+
+def assert_table_has_every_layer(path):
+    with path.open() as file:
+        rows = {row["name"]: row for row in csv.DictReader(file)}
+    float_row = rows["img_in"]
+    int8_row = rows["single_blocks.0.linear1"]
 
     assert len(rows) == 30
-    assert rows["img_in"]["why_not"] == "input embedder"
-    assert rows["img_in"]["quantized"] == "false"
+    assert (float_row["quantized"], float_row["why_not"]) == ("false", "input embedder")
+    assert (int8_row["quantized"], int8_row["outlier"], int8_row["rounding"]) == ("true", "none", "absmax")
+    assert 40 < float(int8_row["weight_sqnr_db"]) < 50
+    assert float(int8_row["saturated_share"]) > 0
 
-    linear1 = rows["single_blocks.0.linear1"]
 
-    assert (linear1["quantized"], linear1["outlier"], linear1["rounding"]) == ("true", "none", "absmax")
-    assert 40 < float(linear1["weight_sqnr_db"]) < 50
-    assert float(linear1["saturated_share"]) > 0
+def test_from_the_command_line(command, tiny):
+    done = command("task=quantize", "model=tiny", "save=x.safetensors", NO_TRACKER)
+
+    assert done.code == 0, done.err
+
+    written = command.folder / "x.safetensors"
+    (folder,) = (command.folder / "outputs").glob("*/*")
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+
+    assert names == ["config.yaml", "int8run.log", "layers.csv", "metrics.json", "status.json"]
+
+    assert_terminal_names_what_was_made(" ".join(done.out.split()))
+    assert_file_has_the_models_weights(load_file(written), tiny)
+    assert_note_names_source_and_recipe(written)
+    assert_table_has_every_layer(folder / "layers.csv")
 
     metrics = json.loads((folder / "metrics.json").read_text())["metrics"]
 
     assert metrics["quant/layers_int8"] == 16
-    assert metrics["build/written_bytes"] == (command.folder / "x.safetensors").stat().st_size
+    assert metrics["build/written_bytes"] == written.stat().st_size
     assert metrics["build/read_bytes"] == sum(t.numel() * t.element_size() for t in tiny.values())
     assert metrics["memory/peak_bytes"] > 1e8
     assert metrics["build/quantize_s"] > 0
@@ -413,41 +412,46 @@ def test_settings_that_cannot_work(tmp_path, settings):
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_places_that_cannot_be_written_to(tmp_path, native_file, tiny):
+def test_a_file_is_not_saved_over_or_beside_its_source(tmp_path, native_file):
     path, _ = native_file
     location = f"model.location={path}"
 
     with pytest.raises(ConfigError, match=r"native\.safetensors is the source itself; choose another name$"):
         run(tmp_path, location, f"save={path}")
-    with pytest.raises(
-        ConfigError,
-        match=(
-            r"is a folder, and .*native\.safetensors has its "
-            r"authors' names, not those of diffusers; save to a"
-        ),
-    ):
+
+    other_names = (
+        r"is a folder, and .*native\.safetensors has its "
+        r"authors' names, not those of diffusers; save to a"
+    )
+    with pytest.raises(ConfigError, match=other_names):
         run(tmp_path, location, f"save={tmp_path}/folder")
 
-    save_file(tiny, tmp_path / "alone" / "x.safetensors") if (tmp_path / "alone").mkdir() is None else None
 
-    with pytest.raises(
-        ConfigError,
-        match=(
-            r"is a folder, and there is no config\.json beside "
-            r".*alone to go with it; save to a \.safetensors file$"
-        ),
-    ):
-        run(tmp_path, f"model.location={tmp_path}/alone", f"save={tmp_path}/folder")
-    with pytest.raises(
-        ConfigError, match=r"save=.*alone holds x\.safetensors, another checkpoint; choose another folder$"
-    ):
-        run(tmp_path, f"save={tmp_path}/alone")
+def test_a_folder_with_another_checkpoint_is_left_alone(tmp_path, tiny):
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    save_file(tiny, alone / "x.safetensors")
 
+    no_config = (
+        r"is a folder, and there is no config\.json beside "
+        r".*alone to go with it; save to a \.safetensors file$"
+    )
+    with pytest.raises(ConfigError, match=no_config):
+        run(tmp_path, f"model.location={alone}", f"save={tmp_path}/folder")
+
+    taken = r"save=.*alone holds x\.safetensors, another checkpoint; choose another folder$"
+    with pytest.raises(ConfigError, match=taken):
+        run(tmp_path, f"save={alone}")
+
+
+def test_a_folder_is_not_saved_over_its_source(tmp_path):
     run(tmp_path, f"save={tmp_path}/folder")
 
     with pytest.raises(ConfigError, match=r"folder holds the source itself; choose another folder$"):
         run(tmp_path, f"model.location={tmp_path}/folder", f"save={tmp_path}/folder")
 
+
+def test_places_that_cannot_be_written_to(tmp_path):
     (tmp_path / "taken" / "config.json").mkdir(parents=True)
 
     with pytest.raises(FileError, match=r"taken/config\.json cannot be written: Is a directory"):

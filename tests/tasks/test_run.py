@@ -185,7 +185,7 @@ def test_without_a_baseline_only_int8_runs(small: list[str], tmp_path: Path) -> 
     assert len(list((tmp_path / "images").iterdir())) == 2
 
 
-def test_a_batch_does_not_change_whose_noise_a_picture_gets(small: list[str], tmp_path: Path) -> None:
+def test_a_batch_does_not_change_whose_noise_an_image_gets(small: list[str], tmp_path: Path) -> None:
     run_job([*small, "int8.enable=false"], tmp_path / "a")
     process_cache.clear()
     run_job([*small, "int8.enable=false", "sampler.batch=2"], tmp_path / "b")
@@ -338,7 +338,7 @@ def test_unknown_sampler_argument(small: list[str], tmp_path: Path) -> None:
 @pytest.mark.skipif(without_vnni(), reason="needs a CPU with VNNI")
 @pytest.mark.skipif(not shutil.which("g++"), reason="Inductor needs a C++ compiler")
 @pytest.mark.parametrize("backend", ["vnni", "onednn", "torch_int_mm"])
-def test_compiled_blocks_give_the_same_pictures(small: list[str], tmp_path: Path, backend: str) -> None:
+def test_compiled_blocks_give_the_same_images(small: list[str], tmp_path: Path, backend: str) -> None:
     result = run_job([*small, "compile=blocks", f"backend={backend}"], tmp_path)
 
     assert result.metrics["quality/latent_rel_err"] < 0.02
@@ -489,7 +489,7 @@ def files_in(out: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     ("outlier", "rounding"), [*((name, "mse") for name in OUTLIERS), ("smoothquant", "gptq")]
 )
-def test_a_saved_model_draws_the_same_pictures(
+def test_a_saved_model_generates_the_same_images(
     least: list[str], tmp_path: Path, outlier: str, rounding: str
 ) -> None:
     # fused layers cannot hold parts with factors of their own
@@ -684,7 +684,7 @@ class TestBudget:
             "metrics.baseline=run",
         ]
 
-    def test_layers_stay_float_until_the_pictures_are_as_close_as_asked(
+    def test_layers_stay_float_until_the_images_are_as_close_as_asked(
         self, budget: list[str], tmp_path: Path
     ) -> None:
         free = run_job([*budget, "quality_db=1"], tmp_path / "free").metrics
@@ -800,7 +800,7 @@ def test_a_busy_machine_is_named():
     assert has_scattered_times(steady | {"float/step_ms_p90": 21.0})
 
 
-def test_drawings_that_are_no_numbers_are_refused() -> None:
+def test_images_that_are_no_numbers_are_refused() -> None:
     good, bad = torch.zeros(2, 3), torch.tensor([[0.0, 1.0], [float("nan"), 1.0]])
     check_images(Generation(trajectories=[good]), "INT8")
 

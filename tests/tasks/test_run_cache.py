@@ -110,7 +110,7 @@ def kept(tmp_path: Path, kind: str = "int8") -> list[Path]:
     ],
     ids=str,
 )
-def test_a_second_run_quantizes_nothing_and_draws_the_same(
+def test_a_second_run_quantizes_nothing_and_generates_the_same(
     model: Path, job: Callable[..., RunResult], quantized: list[str], words: list[str], tmp_path: Path
 ) -> None:
     first = job(model, *words)
@@ -361,7 +361,7 @@ OTHER_DRAWINGS = {
 
 
 @pytest.mark.slow
-def test_other_drawings_are_drawn(
+def test_other_images_are_generated(
     model: Path, job: Callable[..., RunResult], drawn: list[bool], tmp_path: Path
 ) -> None:
     job(model, CACHED)
@@ -383,7 +383,7 @@ def test_other_drawings_are_drawn(
 
 
 @pytest.mark.slow
-def test_loras_and_schedules_of_them_are_drawings_of_their_own(
+def test_loras_and_schedules_of_them_have_images_of_their_own(
     model: Path, job: Callable[..., RunResult], drawn: list[bool], tmp_path: Path
 ) -> None:
     file = save_lora(tmp_path / "style.safetensors", random_pipeline().transformer)
@@ -404,7 +404,7 @@ def test_loras_and_schedules_of_them_are_drawings_of_their_own(
 
 
 @pytest.mark.slow
-def test_a_damaged_drawing_is_drawn_again(
+def test_a_damaged_image_is_generated_again(
     model: Path,
     job: Callable[..., RunResult],
     drawn: list[bool],

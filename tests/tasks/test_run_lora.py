@@ -117,9 +117,9 @@ def latents(result: RunResult) -> dict[str, list[Tensor]]:
 
 def same(one: RunResult, two: RunResult) -> bool:
     """Whether both models made the same bits in every step."""
-    return all(map(torch.equal, latents(one)["int8"], latents(two)["int8"])) and all(
-        map(torch.equal, latents(one)["float"], latents(two)["float"])
-    )
+    int8_equal = map(torch.equal, latents(one)["int8"], latents(two)["int8"])
+    float_equal = map(torch.equal, latents(one)["float"], latents(two)["float"])
+    return all(int8_equal) and all(float_equal)
 
 
 def built() -> BuiltModel:
@@ -136,31 +136,31 @@ def test_both_models_follow_a_schedule(
     plain: RunSpec, files: dict[str, str], draw: Callable, steps: int
 ) -> None:
     spec = replace(plain, sampler=replace(plain.sampler, steps=steps), prompts=PromptSet(["a", "b"]))
-    on, off = (draw(spec, lora=stack(files["style"], strength)) for strength in (1.0, 0.0))
-    switched = draw(spec, lora=stack(files["style"], SWITCH))
-    first = math.ceil(steps / 2)  # steps that begin before the half
+    on = latents(draw(spec, lora=stack(files["style"], 1.0)))
+    off = latents(draw(spec, lora=stack(files["style"], 0.0)))
 
-    for name, found in latents(switched).items():
-        for picture, with_lora, without in zip(found, latents(on)[name], latents(off)[name], strict=True):
-            assert torch.equal(picture[:first], with_lora[:first]) and not torch.equal(
-                picture[0], without[0]
-            ), name
+    switched = draw(spec, lora=stack(files["style"], SWITCH))
+    again = draw(spec, lora=stack(files["style"], SWITCH))
+
+    first = math.ceil(steps / 2)  # steps that begin before the half
+    for model, found in latents(switched).items():
+        for image, with_lora, without in zip(found, on[model], off[model], strict=True):
+            assert torch.equal(image[:first], with_lora[:first]), model
+            assert not torch.equal(image[0], without[0]), model
             for step in range(first, steps):
-                assert not torch.equal(picture[step], with_lora[step]) and not torch.equal(
-                    picture[step], without[step]
-                ), (name, step)
+                assert not torch.equal(image[step], with_lora[step]), (model, step)
+                assert not torch.equal(image[step], without[step]), (model, step)
 
     branches = [layer.branch.strengths for layer in built().loras.dynamic_layers]
 
-    assert len(branches) == 16 and all(s.eq(1).all() for s in branches), (
+    assert len(branches) == 16
+    assert all(strengths.eq(1).all() for strengths in branches), (
         "what is measured after it, and the next job, have the first strength"
     )
     assert switched.metrics["quality/latent_rel_err"] < 0.02
     assert switched.metrics["speed/images_per_s"] > 0
-
-    again = draw(spec, lora=stack(files["style"], SWITCH))
-
-    assert again.metrics["build/load_s"] == 0 and same(again, switched), "strengths begin again at the first"
+    assert again.metrics["build/load_s"] == 0
+    assert same(again, switched), "strengths begin again at the first"
 
 
 def test_schedules_that_change_nothing_are_plain_strengths(
@@ -201,53 +201,58 @@ def test_a_lora_that_begins_later_starts_at_its_step(
 # -- modes ---------------------------------------------------------------------------------------------------
 
 
-def test_all_modes_draw_the_pictures_of_the_merged_float_model(
-    plain: RunSpec, files: dict[str, str], draw: Callable, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: set[tuple[int, int]] = set()
+LAYERS_BY_MODE = {
+    "dynamic": {"dynamic": 34},
+    "bake": {},
+    "stochastic": {"stochastic": 34},
+    "auto": {"bake": 22, "dynamic": 12},
+}
 
-    def of(self: object, layer: Any, rank: int, rows: int) -> float:
-        asked.add((rank, rows))
+
+def count_layers_by_mode(metrics: dict[str, float]) -> dict[str, float]:
+    prefix = "lora/layers_"
+    return {name.removeprefix(prefix): count for name, count in metrics.items() if name.startswith(prefix)}
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> set[tuple[int, int]]:
+    """Ranks and rows for which the cost of a branch is asked; branches of square layers are dear."""
+    sizes: set[tuple[int, int]] = set()
+
+    def get_ratio(self: object, layer: Any, rank: int, rows: int) -> float:
+        sizes.add((rank, rows))
         return 2.1 if layer.in_features == layer.out_features else 1.9
 
-    monkeypatch.setattr(costs.BranchCosts, "get_ratio", of)
-    without = draw(plain)
-    found = {
-        mode: draw(plain, lora=stack(files["every"], 1.0, mode))
-        for mode in ("dynamic", "bake", "stochastic", "auto")
-    }
-    for mode, result in found.items():
-        process_cache.clear()
-        (float_latents,), (plain_latents,) = latents(result)["float"], latents(without)["float"]
+    monkeypatch.setattr(costs.BranchCosts, "get_ratio", get_ratio)
+    return sizes
 
-        assert (float_latents[-1] - plain_latents[-1]).norm() > 0.3 * plain_latents[-1].norm()
+
+def test_all_modes_generate_the_images_of_the_merged_float_model(
+    plain: RunSpec, files: dict[str, str], draw: Callable, asked: set[tuple[int, int]]
+) -> None:
+    without = draw(plain)
+    found = {mode: draw(plain, lora=stack(files["every"], 1.0, mode)) for mode in LAYERS_BY_MODE}
+    process_cache.clear()
+
+    (plain_latents,) = latents(without)["float"]
+    (merged_latents,) = latents(found["dynamic"])["float"]
+
+    assert (merged_latents[-1] - plain_latents[-1]).norm() > 0.3 * plain_latents[-1].norm()
+
+    for mode, result in found.items():
+        assert torch.equal(latents(result)["float"][0], merged_latents), mode
         assert result.metrics["quality/latent_rel_err"] < 0.04, mode
-        assert torch.equal(float_latents, latents(found["dynamic"])["float"][0])
         # all Linears have a change: INT8 ones by the mode, the 14 float ones by the merge
         assert result.metrics["lora/modules_matched"] == 48
+        assert count_layers_by_mode(result.metrics) == LAYERS_BY_MODE[mode]
 
-        modes = {
-            name.removeprefix("lora/layers_"): n
-            for name, n in result.metrics.items()
-            if name.startswith("lora/layers_")
-        }
+    last_latents = {tuple(latents(result)["int8"][0][-1].flatten().tolist()) for result in found.values()}
+    ranks = {rank for rank, _ in asked}
+    rows = {rows for _, rows in asked}
 
-        assert (
-            modes
-            == {
-                "dynamic": {"dynamic": 34},
-                "bake": {},
-                "stochastic": {"stochastic": 34},
-                "auto": {"bake": 22, "dynamic": 12},
-            }[mode]
-        )
-
-    assert len({tuple(r.candidate.trajectories[0][-1].flatten().tolist()) for r in found.values()}) == 4, (
-        "four ways to round"
-    )
-    assert {rank for rank, _ in asked} == {4} and len({rows for _, rows in asked}) > 1, (
-        "each layer with the rows that it sees"
-    )
+    assert len(last_latents) == 4, "four ways to round"
+    assert ranks == {4}
+    assert len(rows) > 1, "each layer with the rows that it sees"
 
 
 def test_strength_0_is_the_model_itself_in_every_mode(
@@ -355,54 +360,83 @@ def test_prompts_are_encoded_once_for_all_jobs_of_a_build(
 # -- what the float model drew -------------------------------------------------------------------------------
 
 
-def test_float_pictures_are_drawn_once_for_equal_settings(
-    plain: RunSpec,
-    files: dict[str, str],
-    draw: Callable,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    drew: list[list[str]] = []
+WARM_UP_AND_IMAGES = [["float", "int8"]] * 2  # models that generate, call by call
+
+
+@pytest.fixture
+def generated(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The names of the models that generate images, call by call."""
+    calls: list[list[str]] = []
     generate = run_module.generate
 
     def counted(pipe: Any, component: str, denoisers: dict[str, Any], *args: Any, **options: Any) -> Any:
-        drew.append(sorted(denoisers))
+        calls.append(sorted(denoisers))
         return generate(pipe, component, denoisers, *args, **options)
 
     monkeypatch.setattr(run_module, "generate", counted)
-    lora = stack(files["style"])
-    spec = replace(plain, lora=lora, sampler=replace(plain.sampler, steps=2))
-    first = draw(spec)
+    return calls
 
-    assert drew == [["float", "int8"]] * 2  # a warm-up and the pictures
 
-    for others in ({"outlier": ConvRot(16)}, {"lora": replace(lora, mode="stochastic")}, {}):
-        drew.clear()
-        with caplog.at_level(logging.INFO):
-            second = draw(spec, **others)
+@pytest.fixture
+def styled(plain: RunSpec, files: dict[str, str]) -> RunSpec:
+    """Two steps with a LoRA."""
+    return replace(plain, lora=stack(files["style"]), sampler=replace(plain.sampler, steps=2))
 
-        assert drew == [["float", "int8"]] * 2 and second.baseline is first.baseline, others
-        assert "the float images are those of an earlier job with the same settings" in caplog.text
-        assert second.metrics["speed/images_per_s"] > 0
-        assert "float/images_per_s" not in second.metrics, "that is a number of another moment"
-        assert second.metrics["float/step_ms_p50"] != first.metrics["float/step_ms_p50"]
-        ratio = second.metrics["float/step_ms_p50"] / second.metrics["speed/step_ms_p50"]
-        assert second.metrics["speed/ratio_vs_float"] == pytest.approx(ratio)
-        assert math.isfinite(second.metrics["quality/latent_rel_err"])
-        assert second.metrics["speed/ratio_vs_float"] > 0
 
+def assert_speed_is_compared_anew(second: dict[str, float], first: dict[str, float]) -> None:
+    """Metrics of a run whose float images are those of an earlier one."""
+    ratio = second["float/step_ms_p50"] / second["speed/step_ms_p50"]
+
+    assert second["speed/images_per_s"] > 0
+    assert "float/images_per_s" not in second, "that is a number of another moment"
+    assert second["float/step_ms_p50"] != first["float/step_ms_p50"]
+    assert second["speed/ratio_vs_float"] == pytest.approx(ratio)
+    assert second["speed/ratio_vs_float"] > 0
+    assert math.isfinite(second["quality/latent_rel_err"])
+
+
+def test_float_images_are_generated_once_for_equal_settings(
+    styled: RunSpec, generated: list[list[str]], draw: Callable, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = draw(styled)
+
+    assert generated == WARM_UP_AND_IMAGES
+
+    others: list[dict[str, Any]] = [
+        {"outlier": ConvRot(16)},
+        {"lora": replace(styled.lora, mode="stochastic")},
+        {},
+    ]
+    for changes in others:
+        generated.clear()
         caplog.clear()
-    changes: list[dict[str, Any]] = [
+        with caplog.at_level(logging.INFO):
+            second = draw(styled, **changes)
+
+        assert generated == WARM_UP_AND_IMAGES, changes
+        assert second.baseline is first.baseline, changes
+        assert "the float images are those of an earlier job with the same settings" in caplog.text
+        assert_speed_is_compared_anew(second.metrics, first.metrics)
+
+
+def test_float_images_are_generated_again_for_other_settings(
+    styled: RunSpec, files: dict[str, str], generated: list[list[str]], draw: Callable
+) -> None:
+    first = draw(styled)
+    others: list[dict[str, Any]] = [
         {"lora": stack(files["style"], 0.5)},
-        {"sampler": replace(spec.sampler, steps=3)},
+        {"sampler": replace(styled.sampler, steps=3)},
         {"prompts": PromptSet(["b"])},
         {"seed": 1},
     ]
-    for change in changes:
-        drew.clear()
-        assert draw(spec, **change).baseline is not first.baseline and drew == [["float", "int8"]] * 2, change
+    for changes in others:
+        generated.clear()
+        other = draw(styled, **changes)
 
-    assert same(draw(spec), first), "what was remembered first is still there"
+        assert other.baseline is not first.baseline, changes
+        assert generated == WARM_UP_AND_IMAGES, changes
+
+    assert same(draw(styled), first), "what was remembered first is still there"
 
 
 LORA_CHANGES: list[dict[str, Any]] = [
@@ -669,7 +703,7 @@ def test_lora_lcm_is_made_for_the_shipped_model() -> None:
     not FEW_STEP.is_file(), reason="int8run/assets/lora/few_step.safetensors is not trained yet"
 )
 @pytest.mark.slow
-def test_the_shipped_few_step_lora_draws_in_few_steps(
+def test_the_shipped_few_step_lora_generates_in_few_steps(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     words = [

@@ -133,7 +133,7 @@ def test_a_record_has_a_value_per_frame_and_names_the_stills_of_both_models(
         )
 
 
-def test_a_video_of_one_frame_is_a_picture(runs: dict[str, RunResult], tmp_path: Path) -> None:
+def test_a_video_of_one_frame_is_an_image(runs: dict[str, RunResult], tmp_path: Path) -> None:
     folder = runs["wan"].output_dir.parent / "model"
     about = [
         f"model.location={folder}",

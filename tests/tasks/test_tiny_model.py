@@ -44,7 +44,7 @@ def nearest(picture: Path, drawings: dict[str, np.ndarray]) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("outlier", ["none", "convrot"])
-def test_int8_pictures_are_the_right_ones_and_close_to_float(
+def test_int8_images_are_the_right_ones_and_close_to_float(
     outlier: str, drawings: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
     names = list(drawings)[5::25]
@@ -87,7 +87,7 @@ def test_the_second_identical_run_gives_the_same_bits(tmp_path: Path) -> None:
     assert pixels[0] == pixels[1]
 
 
-def test_the_calibrated_model_is_saved_and_draws_the_same_again(tmp_path: Path) -> None:
+def test_the_calibrated_model_is_saved_and_generates_the_same_again(tmp_path: Path) -> None:
     shared = [
         "prompts.prompts=[fox]",
         "sampler.steps=2",
