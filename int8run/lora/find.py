@@ -67,11 +67,14 @@ def find_local_lora(path: Path, folder: Path | None, folder_setting: str) -> Pat
     for candidate in (path, *files_in_folders):
         if candidate.is_file():
             return candidate
-    homes = [expand_path(folder)] if folder is not None and path.name and not path.is_absolute() else []
-    for place in (path, *(home / path for home in homes)):
+    lora_folders = [path]
+    if folder is not None and path.name and not path.is_absolute():
+        lora_folders.append(expand_path(folder) / path)
+    for place in lora_folders:
         found = find_in_lora_folder(place)
         if found is not None:
             return found
+
     message = describe_failed_search(path, [file.parent for file in files_in_folders])
     if is_bare_name(path) and folder is None:
         message += f"; {folder_setting} adds a folder of yours"
@@ -82,8 +85,11 @@ def find_local_lora(path: Path, folder: Path | None, folder_setting: str) -> Pat
 
 def find_lora_of_folder(folder: Path) -> Path | None:
     """The LoRA in a folder that PEFT or diffusers wrote; None: it has no file of such a name."""
-    files = [folder / name for name in FOLDER_FILES if (folder / name).is_file()]
-    return files[0] if files else None
+    for name in FOLDER_FILES:
+        file = folder / name
+        if file.is_file():
+            return file
+    return None
 
 
 def find_in_lora_folder(folder: Path) -> Path | None:
@@ -99,27 +105,48 @@ def find_in_lora_folder(folder: Path) -> Path | None:
     named = find_lora_of_folder(folder)
     if named is not None:
         return named
-    files = sorted(file.name for file in folder.glob(f"*{SUFFIX}") if file.is_file())
+    files = [file for file in folder.glob(f"*{SUFFIX}") if file.is_file()]
     if not files:
-        below = [found for found in map(find_lora_of_folder, folder.glob("*")) if found is not None]
-        files = sorted(str(found.relative_to(folder)) for found in below)
-    if not files and (folder / ADAPTER_CONFIG).is_file():
+        files = find_loras_of_subfolders(folder)
+    if len(files) == 1:
+        return files[0]
+    if files:
+        names = sorted(str(file.relative_to(folder)) for file in files)
+        raise LoraError(
+            f"{folder} is a folder with {len(files)} LoRAs; name one of them: {', '.join(names[:5])}"
+        )
+    if (folder / ADAPTER_CONFIG).is_file():
         raise LoraError(
             f"{folder} has {ADAPTER_CONFIG} and no {PEFT_FILE}; a pickled adapter_model.bin is not opened, "
             "as it can run code: save it with safe_serialization=True"
         )
-    if len(files) > 1:
-        raise LoraError(
-            f"{folder} is a folder with {len(files)} LoRAs; name one of them: {', '.join(files[:5])}"
-        )
-    return folder / files[0] if files else None
+    return None
+
+
+def find_loras_of_subfolders(folder: Path) -> list[Path]:
+    """The LoRAs that PEFT or diffusers wrote into the folders of a folder."""
+    files = []
+    for subfolder in folder.glob("*"):
+        file = find_lora_of_folder(subfolder)
+        if file is not None:
+            files.append(file)
+    return files
 
 
 def get_default_name(source: str, path: Path) -> str:
     """What a LoRA is called that nobody named: like its file, or like its folder where that was given."""
     folder_name = Path(source).name
-    is_folder = folder_name != path.name and path.name in FOLDER_FILES
-    return folder_name if is_folder and folder_name else path.stem
+    is_folder = folder_name not in ("", path.name)
+    if is_folder and path.name in FOLDER_FILES:
+        return folder_name
+    return path.stem
+
+
+def get_file_title(path: Path) -> str:
+    """What messages call the file of a LoRA: with its folder, where all files of a program have one name."""
+    if path.name in FOLDER_FILES and path.parent.name:
+        return f"{path.parent.name}/{path.name}"
+    return path.name
 
 
 def download_lora(repository: str, weight_name: str) -> Path:
@@ -177,12 +204,18 @@ def looks_like_hub_id(path: Path) -> bool:
 
 def describe_failed_search(path: Path, searched_homes: Sequence[Path]) -> str:
     """The message for a file that was not found: what was searched, and what is similar there."""
-    is_path = has_suffix(path) or not is_bare_name(path)
-    searched = [path.parent, *searched_homes] if is_path else list(searched_homes)
-    present = {file for place in searched if place.is_dir() for file in place.glob(f"*{SUFFIX}")}
-    names = sorted({file.name if has_suffix(path) else file.stem for file in present})
-    nearest = difflib.get_close_matches(path.name, names, n=3, cutoff=0.0)
+    searched = list(searched_homes)
+    if has_suffix(path) or not is_bare_name(path):
+        searched.insert(0, path.parent)
+    places = ", ".join(str(place.resolve()) for place in searched)
+    message = f"LoRA file not found: {path}; searched {places}"
 
-    message = f"LoRA file not found: {path}; searched {', '.join(str(place.resolve()) for place in searched)}"
-    message += f"; nearest there: {', '.join(nearest)}" if nearest else "; no .safetensors file there"
-    return message
+    present: list[Path] = []
+    for place in searched:
+        if place.is_dir():
+            present += place.glob(f"*{SUFFIX}")
+    names = {file.name if has_suffix(path) else file.stem for file in present}
+    nearest = difflib.get_close_matches(path.name, sorted(names), n=3, cutoff=0.0)
+    if not nearest:
+        return f"{message}; no .safetensors file there"
+    return f"{message}; nearest there: {', '.join(nearest)}"

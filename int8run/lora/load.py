@@ -21,6 +21,7 @@ from int8run.checkpoints.header import read_header
 from int8run.errors import FileError, LoraError
 from int8run.lora.adapters.base import LoraDelta
 from int8run.lora.adapters.change import LoraChange
+from int8run.lora.find import get_file_title
 from int8run.lora.initial_factors import (
     find_initial_adapter,
     relative_base_error,
@@ -75,9 +76,17 @@ class LoraFile:
     outside: tuple[object, ...] = ()
 
     @property
+    def title(self) -> str:
+        """What messages call the file."""
+        return get_file_title(self.path)
+
+    @property
     def all_changes(self) -> list[LoraChange]:
         """The changes of all components."""
-        return [change for by_name in self.changes.values() for change in by_name.values()]
+        changes: list[LoraChange] = []
+        for change_by_name in self.changes.values():
+            changes += change_by_name.values()
+        return changes
 
     @property
     def deltas_with_rank(self) -> list[LoraDelta]:
@@ -171,14 +180,19 @@ def read_lora(path: Path) -> LoraFile:
             contradict each other about the scale, or a change that is relative to another base.
     """
     with open_lora(path) as opened:
-        has_settings = bool(opened.written.places)
-        components = {parse_key(key).component for key in opened.dtypes} if has_settings else set()
-        initialization = check_written_settings(opened, components)
+        initialization = check_written_settings(opened, list_components(opened))
         if initialization is None:
             return read_modules(opened, opened.dtypes)
         keys, initial_keys = split_initial_keys(opened.dtypes)
         initial = read_initial_factors(opened, initial_keys, initialization)
         return subtract_initial_factors(read_modules(opened, keys), initial)
+
+
+def list_components(opened: OpenLora) -> set[str]:
+    """The components whose settings are to be checked; none where nothing is written about any."""
+    if not opened.written.places:
+        return set()
+    return {parse_key(key).component for key in opened.dtypes}
 
 
 def check_written_settings(opened: OpenLora, components: Iterable[str]) -> str | None:
@@ -226,7 +240,8 @@ def read_initial_factors(opened: OpenLora, initial_keys: Mapping[str, str], init
     initial_path = find_initial_adapter(opened.path)
     if initial_path is None:
         raise LoraError(f"{opened.path} {relative_base_error(initialization)}")
-    log.info("%s: initialized by %s; initial factors from %s", opened.path.name, initialization, initial_path)
+    title = get_file_title(opened.path)
+    log.info("%s: initialized by %s; initial factors from %s", title, initialization, initial_path)
     with open_lora(initial_path) as initial:
         # a bare file has the settings of the LoRA that it belongs to
         written = initial.written if initial.written.places else opened.written
@@ -253,14 +268,15 @@ def subtract_initial_factors(file: LoraFile, initial: LoraFile) -> LoraFile:
 def warn(path: Path, lines: Sequence[str]) -> None:
     """Log what a user should know about the settings of a file."""
     for line in dict.fromkeys(lines):
-        log.warning("%s: %s", path.name, line)
+        log.warning("%s: %s", get_file_title(path), line)
 
 
 def read_modules(opened: OpenLora, keys: Iterable[str]) -> LoraFile:
     """Read the modules of an open file, one after the other, see `read_lora`."""
     groups = group_keys(opened.path, keys)
-    scales, checks = Scales(opened.written), SanityChecks()
-    num_copies = 0
+    scales = Scales(opened.written)
+    checks = SanityChecks()
+    num_copies = 0  # modules whose tensors are in the file more than once
     changes: dict[str, dict[str, LoraChange]] = {}
     for module in groups.modules:
         try:
@@ -269,9 +285,11 @@ def read_modules(opened: OpenLora, keys: Iterable[str]) -> LoraFile:
         except LoraError as error:
             raise LoraError(f"{opened.path}: {module.name} {error}") from error
         checks.add(module.name, peaks, change)
-        num_copies += len(module.keys) > len(key_by_part)
+        if len(module.keys) > len(key_by_part):
+            num_copies += 1
         changes.setdefault(module.component, {})[module.name] = change
 
+    outside_scales = sorted((*module, scale) for module, scale in scales.outside.items())
     oft_settings = list_oft_settings(opened.written, groups.modules)
     warn(opened.path, list_scale_warnings(opened, scales))
     return LoraFile(
@@ -280,7 +298,7 @@ def read_modules(opened: OpenLora, keys: Iterable[str]) -> LoraFile:
         skipped_keys=tuple(groups.skipped.items()),
         metadata=opened.metadata,
         notes=(*describe_copies(num_copies), *checks.list_notes()),
-        outside=(*sorted((*module, scale) for module, scale in scales.outside.items()), *oft_settings),
+        outside=(*outside_scales, *oft_settings),
     )
 
 
@@ -303,7 +321,8 @@ def read_module(
     floats = dequantize_factors(tensors)
     peaks = compute_peaks(floats)
     check_peaks(peaks)
-    names = ModuleNames(name, find_full_name(name, next(iter(key_by_part.values()))))
+    first_key = next(iter(key_by_part.values()))
+    names = ModuleNames(name, find_full_name(name, first_key))
     get_scale = partial(scales.get_scale, component, names, floats.get("alpha"))
     oft_settings = opened.written.get_oft_settings(component) if PEFT_OFT_PART in floats else {}
     change = build_change(floats, get_scale, oft_settings)

@@ -1,32 +1,33 @@
 """Which module of a model each change of a stack of LoRA files belongs to.
 
 Every name is looked up and every shape checked; the model is not changed yet. `LoraStack.match_entries` calls
-`match_loras`, `int8run.lora.apply` then applies what was matched.
+`match_loras`, `int8run.lora.apply` then applies what was matched. How a change is cut to the shape of a
+module is in `int8run.lora.fit_change`, how names are looked up in `int8run.lora.module_names`.
 """
 
 import logging
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from torch import nn
 
 from int8run.errors import LoraError
 from int8run.lora.adapters.change import LoraChange, is_same
-from int8run.lora.adapters.dora import DoRA
-from int8run.lora.adapters.joined_columns import JoinedColumns, JoinedPart
+from int8run.lora.fit_change import (
+    check_row_count,
+    find_changed_rows,
+    fit_to_target,
+    has_matching_shapes,
+    join_columns,
+    split_by_matrix,
+)
 from int8run.lora.key_groups import PLAIN_WEIGHT, describe_copies
 from int8run.lora.key_parsing import DENOISER, UNKNOWN_SUFFIX, parse_key
 from int8run.lora.load import LoraFile
-from int8run.lora.module_names import (
-    ModuleTarget,
-    ModuleTargets,
-    NameTable,
-    count_source_rows,
-    get_target_shape,
-)
+from int8run.lora.model_component import ModelComponent
+from int8run.lora.module_names import ModuleTargets
 from int8run.lora.unread_types import UnreadType, describe_unread_types, list_unread_types
-from int8run.models.dual_denoisers import split_denoiser
 
 log = logging.getLogger(__name__)
 # components that are one of two denoisers, as in Wan 2.2
@@ -53,7 +54,10 @@ class Matches:
     @property
     def n_matched(self) -> int:
         """Pairs of a LoRA and a module that it changes."""
-        return sum(len(changes) for modules in self.by_component.values() for changes in modules.values())
+        num_pairs = 0
+        for modules in self.by_component.values():
+            num_pairs += sum(len(changes) for changes in modules.values())
+        return num_pairs
 
 
 @dataclass(frozen=True)
@@ -149,19 +153,20 @@ class FileMatch:
         """
         known = self.changes_by_module.setdefault((component, module), [])
         twins = [named for named in known if named.overlaps(new)]
+        others = [named for named in known if named not in twins]
         if all(twin.is_part_of(new) for twin in twins):
             # the new one holds all of them, and more where they are only parts of the module
-            self.changes_by_module[component, module] = [named for named in known if named not in twins]
-            self.changes_by_module[component, module].append(new)
+            self.changes_by_module[component, module] = [*others, new]
             self.n_copies += len(twins)
-        elif new.is_part_of(twins[0]):
+            return
+        twin = twins[0]
+        if new.is_part_of(twin):
             self.n_copies += 1
-        else:
-            twin = twins[0]
-            raise LoraError(
-                f"{file.path.name}: {module} is in the file twice, as {twin.name} and {new.name}; "
-                "which one is meant cannot be told"
-            )
+            return
+        raise LoraError(
+            f"{file.title}: {module} is in the file twice, as {twin.name} and {new.name}; "
+            "which one is meant cannot be told"
+        )
 
 
 @dataclass(frozen=True)
@@ -170,48 +175,6 @@ class Location:
 
     component: str
     targets: ModuleTargets
-
-
-class ModelComponent:
-    """A denoiser or text encoder, and the names of its modules in files.
-
-    The two denoisers of one pipeline have the same names, and a name stands for modules of both.
-    """
-
-    def __init__(self, model: nn.Module):
-        self.model = model
-        self.name_tables = {
-            prefix: NameTable.from_model(denoiser) for prefix, denoiser in split_denoiser(model).items()
-        }
-
-    @property
-    def experts(self) -> list[str]:
-        """Names of the two denoisers; empty for a single one."""
-        return [prefix.removesuffix(".") for prefix in self.name_tables if prefix]
-
-    def find_all_targets(
-        self, names: Iterable[str], experts: Sequence[str] = ()
-    ) -> dict[str, ModuleTargets | None]:
-        """The targets of several names, see `NameTable.find_targets`.
-
-        Args:
-            names: without prefixes.
-            experts: of two denoisers, those that are meant; empty: both.
-        """
-        names = list(names)
-        found: dict[str, ModuleTargets | None] = dict.fromkeys(names)
-        for prefix, name_table in self.name_tables.items():
-            if prefix and experts and prefix.removesuffix(".") not in experts:
-                continue
-            for name, targets in name_table.find_all_targets(names).items():
-                if targets:
-                    prefixed = [replace(target, module=prefix + target.module) for target in targets]
-                    found[name] = (*(found[name] or ()), *prefixed)
-        return found
-
-    def get_weight_shape(self, target: ModuleTarget) -> tuple[int, ...]:
-        """Shape of the weight of a target."""
-        return get_target_shape(self.model, target.module)
 
 
 def match_loras(parts: Mapping[str, nn.Module], stack: Sequence[MatchRequest], *, strict: bool) -> Matches:
@@ -234,7 +197,7 @@ def match_loras(parts: Mapping[str, nn.Module], stack: Sequence[MatchRequest], *
         file_match = match_file(request, components)
         report_unmatched(request.file, file_match, strict=strict)
         for line in describe_copies(file_match.n_copies):
-            log.info("%s: %s", request.file.path.name, line)
+            log.info("%s: %s", request.file.title, line)
         for component, module, change in file_match.changes:
             found[component].setdefault(module, []).append((index, change))
         unmatched += [(index, name, reason) for name, reason in file_match.unmatched]
@@ -247,22 +210,19 @@ def check_requested_components(request: MatchRequest, known_experts: Sequence[st
     Raises:
         LoraError: for a denoiser that the model does not have, or when nothing of the file is left.
     """
-    file = request.file
-    known = ", ".join(known_experts) or "one denoiser: components=[denoiser]"
-    for expert in request.experts:
-        if expert not in known_experts:
-            given = list(request.components or ())
-            raise LoraError(f"{file.path.name}: components={given} names {expert}, this model has {known}")
-
     if request.components is None:
         return
+    file, given = request.file, list(request.components)
+    for expert in request.experts:
+        if expert not in known_experts:
+            known = ", ".join(known_experts) or "one denoiser: components=[denoiser]"
+            raise LoraError(f"{file.title}: components={given} names {expert}, this model has {known}")
+
     in_file = set(file.changes)
     in_file |= {parse_key(key).component for key, _ in file.skipped_keys}
     if not any(request.includes(component) for component in in_file):
-        raise LoraError(
-            f"{file.path.name}: components={list(request.components)} leaves nothing of it; "
-            f"it has {', '.join(sorted(in_file)) or 'none'}"
-        )
+        present = ", ".join(sorted(in_file)) or "none"
+        raise LoraError(f"{file.title}: components={given} leaves nothing of it; it has {present}")
 
 
 def match_file(request: MatchRequest, components: Mapping[str, ModelComponent]) -> FileMatch:
@@ -345,151 +305,50 @@ def describe_missing_module(component: str, components: Mapping[str, ModelCompon
     return f"the model has no {component}"
 
 
-# -- shapes of one change ----------------------------------------------------------------------------------
-
-
-def has_matching_shapes(
-    change: LoraChange, targets: Sequence[ModuleTarget], component: ModelComponent
-) -> bool:
-    """Whether a change has the shapes of the modules that its name stands for."""
-    if not has_matching_row_count(change, targets):
-        return False
-    try:
-        return all(
-            slice_for_target(change, target).shape_mismatch(component.get_weight_shape(target)) is None
-            for target in targets
-        )
-    except LoraError:  # its rows cannot be cut that way
-        return False
-
-
-def has_matching_row_count(change: LoraChange, targets: Sequence[ModuleTarget]) -> bool:
-    """Whether a matrix that is cut into parts has as many rows as the parts together."""
-    needed_rows = count_source_rows(targets)
-    return needed_rows is None or change.out_features is None or change.out_features == needed_rows
-
-
-def check_row_count(file: LoraFile, name: str, change: LoraChange, targets: Sequence[ModuleTarget]) -> None:
-    """Check that a matrix does not lose rows when it is cut.
-
-    Raises:
-        LoraError: with both numbers.
-    """
-    if not has_matching_row_count(change, targets):
-        modules = ", ".join(target.module for target in targets)
-        raise LoraError(
-            f"{file.path.name}: {name} has {change.out_features} rows, the model's {modules} have "
-            f"{count_source_rows(targets)} together; the LoRA was made for another base model"
-        )
-
-
-def fit_to_target(
-    file: LoraFile, change: LoraChange, target: ModuleTarget, component: ModelComponent
-) -> LoraChange:
-    """The part of a change that belongs to a target, with its shape checked.
-
-    Raises:
-        LoraError: when it does not fit, with both shapes.
-    """
-    where = f"{file.path.name}: {target.module}"
-    try:
-        change = slice_for_target(change, target)
-    except LoraError as error:
-        raise LoraError(f"{where} {error}") from error
-    mismatch = change.shape_mismatch(component.get_weight_shape(target))
-    if mismatch is not None:
-        raise LoraError(f"{where} {mismatch}; the LoRA was made for another base model")
-    return change
-
-
-def join_columns(change: LoraChange, targets: Sequence[ModuleTarget]) -> LoraChange:
-    """The change with what its norms of columns run over, where its matrix is cut into several modules.
-
-    Args:
-        change: of all targets.
-        targets: of one denoiser or text encoder.
-
-    Raises:
-        LoraError: when its rows cannot be cut that way.
-    """
-    delta = change.weight_delta
-    if not isinstance(delta, DoRA) or not delta.on_input or len(targets) < 2:
-        return change
-    parts = []
-    for target in targets:
-        inner = slice_for_target(LoraChange(delta.inner), target).weight_delta
-        assert inner is not None
-        parts.append(JoinedPart(target.module, inner, find_changed_rows(change, target)))
-    return replace(change, weight_delta=replace(delta, joined=JoinedColumns(parts)))
-
-
-def split_by_matrix(targets: Sequence[ModuleTarget]) -> list[list[ModuleTarget]]:
-    """The targets by copy of the matrix: of two denoisers each has the whole of it."""
-    groups: list[list[ModuleTarget]] = []
-    for target in targets:
-        is_first = target.source_rows is None or target.source_rows.start == 0
-        if is_first or not groups:
-            groups.append([])
-        groups[-1].append(target)
-    return groups
-
-
-def find_changed_rows(change: LoraChange, target: ModuleTarget) -> range | None:
-    """The rows of a target's weight that a change of a file reaches; None: all.
-
-    Args:
-        change: as the file has it.
-        target: one of those that its name stands for.
-    """
-    if target.start is None:
-        return None
-    source = target.source_rows
-    num_rows = change.out_features if source is None else source.stop - source.start
-    return None if num_rows is None else range(target.start, target.start + num_rows)
-
-
-def slice_for_target(change: LoraChange, target: ModuleTarget) -> LoraChange:
-    """The part of a change that belongs to a target.
-
-    Raises:
-        LoraError: when its rows cannot be cut that way.
-    """
-    if target.source_rows is not None:
-        change = change.take_rows(target.source_rows)
-    if target.swap_halves:
-        change = change.swap_halves()
-    if target.start is not None and target.total is not None:
-        change = change.place_rows(target.start, target.total)
-    return change
-
-
 def report_unmatched(file: LoraFile, match: FileMatch, *, strict: bool) -> None:
     """Warn about what of a file does not match the model.
 
     Raises:
         LoraError: when nothing matches, or, when strict, anything does not.
     """
+    check_any_match(file, match)
     n_unmatched = len(match.unmatched)
-    total = match.n_matched + n_unmatched
-    counts = Counter(reason for _, reason in match.unmatched)
-    reasons = "; ".join(f"{n} × {reason}" for reason, n in counts.items())
-    first = f" (first: {match.unmatched[0][0]})" if match.unmatched else ""
-    unread = list_unread_types(counts)
-    if not match.n_matched:
-        details = f"{first}: {reasons}" if reasons else first
-        raise LoraError(
-            f"{file.path.name}: none of its {total} modules and keys is in the model{details}; "
-            f"{explain_no_match(counts, unread)}"
-        )
     if not n_unmatched:
         return
+
+    total = match.n_matched + n_unmatched
+    counts = Counter(reason for _, reason in match.unmatched)
     share = f"{n_unmatched} of {total} modules and keys do not match the model"
-    advice = f"; {describe_unread_types(unread)}" if unread else ""
+    details = f"{format_reasons(counts)} (first: {match.unmatched[0][0]})"
+    unread = list_unread_types(counts)
+    if unread:
+        details += f"; {describe_unread_types(unread)}"
     if strict:
-        raise LoraError(
-            f"{file.path.name}: {share}: {reasons}{first}{advice}; lora.strict=false applies the rest"
-        )
-    log.warning("%s: %s and are left out: %s", file.path.name, share, f"{reasons}{first}{advice}")
+        raise LoraError(f"{file.title}: {share}: {details}; lora.strict=false applies the rest")
+    log.warning("%s: %s and are left out: %s", file.title, share, details)
+
+
+def check_any_match(file: LoraFile, match: FileMatch) -> None:
+    """Check that something of a file is in the model.
+
+    Raises:
+        LoraError: when nothing is, with the reasons.
+    """
+    if match.n_matched:
+        return
+    counts = Counter(reason for _, reason in match.unmatched)
+    details = ""
+    if match.unmatched:
+        details = f" (first: {match.unmatched[0][0]}): {format_reasons(counts)}"
+    raise LoraError(
+        f"{file.title}: none of its {len(match.unmatched)} modules and keys is in the model{details}; "
+        f"{explain_no_match(counts, list_unread_types(counts))}"
+    )
+
+
+def format_reasons(counts: Mapping[str, int]) -> str:
+    """`2 × no such module; 1 × ...`."""
+    return "; ".join(f"{count} × {reason}" for reason, count in counts.items())
 
 
 def explain_no_match(reasons: Collection[str], unread: Sequence[UnreadType]) -> str:
@@ -501,7 +360,8 @@ def explain_no_match(reasons: Collection[str], unread: Sequence[UnreadType]) -> 
     """
     if unread:
         return describe_unread_types(unread)
-    if PLAIN_WEIGHT in reasons and not set(reasons) - {PLAIN_WEIGHT, UNKNOWN_SUFFIX}:
+    other_reasons = set(reasons) - {PLAIN_WEIGHT, UNKNOWN_SUFFIX}
+    if PLAIN_WEIGHT in reasons and not other_reasons:
         return (
             "the file holds weights of a model, and no LoRA; give it as the model (model.location=FILE) or "
             "the text encoder (clip.path=FILE) if it is one"

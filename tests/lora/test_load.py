@@ -980,6 +980,18 @@ class TestFolderOfPeft:
     def test_its_name_is_that_of_the_folder(self, source, file, name):
         assert find.get_default_name(source, Path(file)) == name
 
+    @pytest.mark.parametrize(
+        ("file", "title"),
+        [
+            ("runs/portrait/adapter_model.safetensors", "portrait/adapter_model.safetensors"),
+            ("portrait/pytorch_lora_weights.safetensors", "portrait/pytorch_lora_weights.safetensors"),
+            ("adapter_model.safetensors", "adapter_model.safetensors"),
+            ("loras/ink.safetensors", "ink.safetensors"),
+        ],
+    )
+    def test_messages_name_the_folder_where_all_files_have_one_name(self, file, title):
+        assert find.get_file_title(Path(file)) == title
+
 
 @pytest.mark.parametrize("name", [".", "/", ".."])
 def test_a_folder_is_no_file(name, tmp_path, monkeypatch):

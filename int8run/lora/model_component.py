@@ -1,0 +1,58 @@
+"""A denoiser or text encoder as `int8run.lora.match` sees it: the names and the shapes of its modules.
+
+It knows that a pipeline can have two denoisers of the same names; it knows no files and no changes.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from torch import nn
+
+from int8run.lora.module_names import ModuleTarget, ModuleTargets, NameTable, get_target_shape
+from int8run.models.dual_denoisers import split_denoiser
+
+
+class ModelComponent:
+    """A denoiser or text encoder, and the names of its modules in files.
+
+    The two denoisers of one pipeline have the same names, and a name stands for modules of both.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        # `transformer.` and `transformer_2.` of two denoisers, "" of a single one
+        self.name_tables: dict[str, NameTable] = {}
+        for prefix, denoiser in split_denoiser(model).items():
+            self.name_tables[prefix] = NameTable.from_model(denoiser)
+
+    @property
+    def experts(self) -> list[str]:
+        """Names of the two denoisers; empty for a single one."""
+        return [prefix.removesuffix(".") for prefix in self.name_tables if prefix]
+
+    def find_all_targets(
+        self, names: Iterable[str], experts: Sequence[str] = ()
+    ) -> dict[str, ModuleTargets | None]:
+        """The targets of several names, see `NameTable.find_targets`.
+
+        Args:
+            names: without prefixes.
+            experts: of two denoisers, those that are meant; empty: both.
+        """
+        names = list(names)
+        found: dict[str, ModuleTargets | None] = dict.fromkeys(names)
+        for prefix, name_table in self.name_tables.items():
+            is_left_out = prefix and experts and prefix.removesuffix(".") not in experts
+            if is_left_out:
+                continue
+            for name, targets in name_table.find_all_targets(names).items():
+                if not targets:
+                    continue
+                of_others = found[name] or ()
+                prefixed = [replace(target, module=prefix + target.module) for target in targets]
+                found[name] = (*of_others, *prefixed)
+        return found
+
+    def get_weight_shape(self, target: ModuleTarget) -> tuple[int, ...]:
+        """Shape of the weight of a target."""
+        return get_target_shape(self.model, target.module)
