@@ -51,6 +51,13 @@ def load_drawings(work: Path) -> tuple[list[str], dict[str, Tensor]]:
     return saved["names"], saved["pictures"]
 
 
+def load_trained_names(work: Path) -> list[str]:
+    """The names that the base model in `<work>/base.pt` was trained on."""
+    state = torch.load(work / "base.pt", weights_only=True, map_location="cpu")
+    names: list[str] = state["names"]
+    return names
+
+
 def pick_names(work: Path, names: list[str], categories: tuple[str, ...]) -> list[int]:
     """Positions in `names` of the drawings in the given categories ("all": every one)."""
     if categories == ("all",):

@@ -19,11 +19,15 @@ steps.
 
 import argparse
 import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
-from data import STYLES, load_drawings, make_caption
+from data import STYLES, load_drawings, load_trained_names, make_caption
 from diffusers import FluxPipeline
 from PIL import Image
 from pipeline import TOKENS, TRIGGERS
@@ -60,12 +64,11 @@ def find_nearest(pictures: torch.Tensor, drawings: torch.Tensor) -> torch.Tensor
 
 def draw_sheet(pictures: torch.Tensor, drawings: torch.Tensor, columns: int = 10) -> Image.Image:
     """Each image above the drawing it was asked for, enlarged twice."""
-    pairs = torch.cat([pictures, drawings], dim=2)
-    pad = torch.full_like(pairs[:1], 255).expand(-len(pairs) % columns, -1, -1, -1)
-    grid = (
-        torch.cat([pairs, pad]).unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
-    )
-    image = Image.fromarray(grid.contiguous().numpy())
+    pairs = torch.cat([pictures, drawings], dim=2)  # [N, 3, 2H, W]
+    white = torch.full_like(pairs[:1], 255).expand(-len(pairs) % columns, -1, -1, -1)
+    grid = torch.cat([pairs, white]).unflatten(0, (-1, columns))  # [rows, columns, 3, 2H, W]
+    sheet = grid.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)  # [rows * 2H, columns * W, 3]
+    image = Image.fromarray(sheet.contiguous().numpy())
     return image.resize((image.width * 2, image.height * 2), Image.Resampling.NEAREST)
 
 
@@ -75,7 +78,7 @@ def list_untrained(names: list[str], trained: list[str]) -> list[str]:
     The few-step LoRA learns from the even ones of them.
     """
     seen = set(trained)
-    return [n for n in names if n not in seen]
+    return [name for name in names if name not in seen]
 
 
 def apply_lora(pipe: FluxPipeline, lora: Path, strength: float) -> None:
@@ -91,73 +94,111 @@ def psnr(pictures: torch.Tensor, others: torch.Tensor) -> float:
     return (10 * torch.log10(255**2 / mse)).mean().item()
 
 
-def evaluate_model(
-    work: Path,
-    model: Path,
-    count: int,
-    seed: int,
-    seeds: int,
-    steps: list[int],
-    scheduler: str | None,
-    shift: float | None,
-    reference: bool,
-    unseen: bool,
-    lora: Path | None,
-    style: str,
-    strength: float,
-    few_step: Path | None,
-    few_step_strength: float,
-    out: Path | None,
-) -> list[float]:
+@dataclass(frozen=True)
+class Question:
+    """What the model is asked to draw, and among what its images are looked up.
+
+    Attributes:
+        names: the names asked for.
+        drawings: of these names, uint8 [len(names), 3, H, W].
+        candidates: all names that an image could be found to show.
+        candidate_drawings: of the candidates, uint8 [len(candidates), 3, H, W]; None for names that the model
+            was not trained on: their candidates are the model's own images of the names asked for.
+    """
+
+    names: list[str]
+    drawings: torch.Tensor
+    candidates: list[str]
+    candidate_drawings: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """How the images of one number of steps were found.
+
+    Attributes:
+        wrong: `asked -> found` of every image whose nearest candidate is another name.
+        top1: the share of the others.
+        psnr_db: mean PSNR to the reference images; None without these.
+        pictures: the images of the first seed, uint8 [N, 3, H, W].
+    """
+
+    wrong: list[str]
+    top1: float
+    psnr_db: float | None
+    pictures: torch.Tensor
+
+
+def choose_names(work: Path, style: str, count: int, *, untrained: bool) -> Question:
+    """At most `count` names, evenly spread over the trained ones, or over those that no LoRA has seen."""
     names, drawings = load_drawings(work)
-    asked = torch.load(work / "base.pt", weights_only=True, map_location="cpu")["names"]
-    if unseen:
-        asked = list_untrained(names, asked)[1::2]
-    index = [names.index(n) for n in asked]
-    pipe = FluxPipeline.from_pretrained(model, dtype=torch.float32)
-    pipe.set_progress_bar_config(disable=True)
-    suffix = ""
-    if lora is not None:
-        apply_lora(pipe, lora, strength)
-        suffix = f", {TRIGGERS[style]}"
-    chosen = [int(i) for i in torch.linspace(0, len(asked) - 1, min(count, len(asked)))]
-    prompts = [make_caption(asked[i]) + suffix for i in chosen]
-    all_seeds = range(seed, seed + seeds)
-    references = {s: generate_images(pipe, prompts, s) for s in all_seeds} if reference or unseen else {}
-    if scheduler is not None:
-        pipe.scheduler = getattr(diffusers, scheduler).from_config(
-            pipe.scheduler.config, **({} if shift is None else {"shift": shift})
-        )
-    if few_step is not None:
-        apply_lora(pipe, few_step, few_step_strength)
-    scores = []
-    for n in steps:
-        right, wrong, closeness = 0, [], 0.0
-        for s in all_seeds:
-            pictures = generate_images(pipe, prompts, s, n)
-            found = find_nearest(pictures, references[s] if unseen else drawings[style][index]).tolist()
-            found = [chosen[f] for f in found] if unseen else found
-            wrong += [f"{asked[i]} -> {asked[f]}" for i, f in zip(chosen, found, strict=True) if i != f]
-            right += sum(i == f for i, f in zip(chosen, found, strict=True))
-            closeness += psnr(pictures, references[s]) / seeds if references else 0.0
-            if out is not None and s == seed:
-                out.parent.mkdir(parents=True, exist_ok=True)
-                draw_sheet(pictures, drawings[style][[index[i] for i in chosen]]).save(out)
-        scores.append(right / (len(chosen) * seeds))
-        line = {
-            "style": style,
-            "strength": strength,
-            "names": len(chosen),
-            "of": len(chosen if unseen else asked),
-            "seeds": seeds,
-        }
-        line |= {"scheduler": type(pipe.scheduler).__name__, "steps": n, "top1": scores[-1]}
-        line |= {"psnr": round(closeness, 2)} if references else {}
-        print(json.dumps(line | {"wrong": wrong[:12]}), flush=True)
-    return scores
+    known = load_trained_names(work)
+    if untrained:
+        known = list_untrained(names, known)[1::2]
+    positions = torch.linspace(0, len(known) - 1, min(count, len(known)))
+    asked = [known[int(position)] for position in positions]
+    of_style = drawings[style]
+    asked_drawings = of_style[[names.index(name) for name in asked]]
+    if untrained:
+        return Question(asked, asked_drawings, candidates=asked, candidate_drawings=None)
+    known_drawings = of_style[[names.index(name) for name in known]]
+    return Question(asked, asked_drawings, candidates=known, candidate_drawings=known_drawings)
 
 
-if __name__ == "__main__":
+def replace_scheduler(pipe: FluxPipeline, class_name: str, shift: float | None) -> None:
+    """Give a pipeline a scheduler of diffusers, with the settings of the one it has."""
+    changes = {}
+    if shift is not None:
+        changes["shift"] = shift
+    scheduler_class = getattr(diffusers, class_name)
+    pipe.scheduler = scheduler_class.from_config(pipe.scheduler.config, **changes)
+
+
+def answer_question(
+    pipe: FluxPipeline,
+    question: Question,
+    prompts: list[str],
+    steps: int,
+    seeds: Sequence[int],
+    references: Mapping[int, torch.Tensor],
+) -> Answer:
+    """Draw every prompt with every seed, and look the images up.
+
+    Args:
+        pipe: the model.
+        question: the names, and their candidates.
+        prompts: what is said to the model for each name.
+        steps: of the sampler.
+        seeds: one image per prompt each.
+        references: by seed, images that these should equal, uint8 [N, 3, H, W]; empty: not compared.
+    """
+    wrong: list[str] = []
+    closeness_db: list[float] = []
+    drawn = []
+    for seed in seeds:
+        pictures = generate_images(pipe, prompts, seed, steps)
+        drawn.append(pictures)
+        candidates = question.candidate_drawings
+        if candidates is None:
+            candidates = references[seed]
+        nearest = find_nearest(pictures, candidates).tolist()
+        for name, index in zip(question.names, nearest, strict=True):
+            found = question.candidates[index]
+            if found != name:
+                wrong.append(f"{name} -> {found}")
+        if references:
+            closeness_db.append(psnr(pictures, references[seed]))
+    total = len(prompts) * len(seeds)
+    return Answer(
+        wrong=wrong,
+        top1=(total - len(wrong)) / total,
+        psnr_db=statistics.fmean(closeness_db) if closeness_db else None,
+        pictures=drawn[0],
+    )
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--model", type=Path, required=True, help="the exported pipeline folder")
@@ -170,13 +211,56 @@ if __name__ == "__main__":
     parser.add_argument(
         "--reference", action="store_true", help="also the PSNR to 16 Euler steps without the few-step LoRA"
     )
-    parser.add_argument(
-        "--untrained", action="store_true", dest="unseen", help="ask for names that were not trained on"
-    )
+    parser.add_argument("--untrained", action="store_true", help="ask for names that were not trained on")
     parser.add_argument("--lora", type=Path, help="a style LoRA")
     parser.add_argument("--style", choices=STYLES, default="flat")
     parser.add_argument("--strength", type=float, default=1.0)
     parser.add_argument("--few-step", type=Path, help="a few-step LoRA, beside the style LoRA")
     parser.add_argument("--few-step-strength", type=float, default=1.0)
-    parser.add_argument("--sheet", type=Path, dest="out")
-    evaluate_model(**vars(parser.parse_args()))
+    parser.add_argument("--sheet", type=Path, help="the picture to draw, of the first seed")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Print a line of JSON for each number of steps."""
+    args = parse_arguments()
+    question = choose_names(args.work, args.style, args.count, untrained=args.untrained)
+    prompts = [make_caption(name) for name in question.names]
+    pipe = FluxPipeline.from_pretrained(args.model, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    if args.lora is not None:
+        apply_lora(pipe, args.lora, args.strength)
+        prompts = [f"{prompt}, {TRIGGERS[args.style]}" for prompt in prompts]
+
+    seeds = range(args.seed, args.seed + args.seeds)
+    references = {}
+    if args.reference or args.untrained:
+        references = {seed: generate_images(pipe, prompts, seed) for seed in seeds}
+    if args.scheduler is not None:
+        replace_scheduler(pipe, args.scheduler, args.shift)
+    if args.few_step is not None:
+        apply_lora(pipe, args.few_step, args.few_step_strength)
+
+    for steps in args.steps:
+        answer = answer_question(pipe, question, prompts, steps, seeds, references)
+        line: dict[str, Any] = {
+            "style": args.style,
+            "strength": args.strength,
+            "names": len(question.names),
+            "of": len(question.candidates),
+            "seeds": args.seeds,
+            "scheduler": type(pipe.scheduler).__name__,
+            "steps": steps,
+            "top1": answer.top1,
+        }
+        if answer.psnr_db is not None:
+            line["psnr"] = round(answer.psnr_db, 2)
+        line["wrong"] = answer.wrong[:12]
+        print(json.dumps(line), flush=True)
+        if args.sheet is not None:
+            args.sheet.parent.mkdir(parents=True, exist_ok=True)
+            draw_sheet(answer.pictures, question.drawings).save(args.sheet)
+
+
+if __name__ == "__main__":
+    main()

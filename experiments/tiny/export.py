@@ -10,9 +10,8 @@ from pathlib import Path
 import torch
 from data import load_drawings, make_caption
 from diffusers import FluxPipeline
-from pipeline import build_pipeline
-from torch import nn
-from train import encode_pictures, load_vae
+from pipeline import build_pipeline, collect_trained_parts
+from train import encode_pictures, fit_latent_scale, load_vae
 
 # no single file of the repository should be larger
 MAX_SHARD = "15MB"
@@ -22,10 +21,9 @@ def load_trained(work: Path) -> FluxPipeline:
     """The pipeline with the EMA weights of `<work>/base.pt`."""
     names, pictures = load_drawings(work)
     vae = load_vae(work)
-    latents = encode_pictures(vae, pictures["flat"])
-    vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
-    pipe = build_pipeline([make_caption(n) for n in names], vae, work)
-    modules = nn.ModuleDict({n: getattr(pipe, n) for n in ("transformer", "text_encoder", "text_encoder_2")})
+    fit_latent_scale(vae, encode_pictures(vae, pictures["flat"]))
+    pipe = build_pipeline([make_caption(name) for name in names], vae, work)
+    modules = collect_trained_parts(pipe)
     ema = torch.load(work / "base.pt", weights_only=True, map_location="cpu")["ema"]
     missing, unexpected = modules.load_state_dict(ema, strict=False)
     parameters = {name for name, _ in modules.named_parameters()}
@@ -36,10 +34,10 @@ def load_trained(work: Path) -> FluxPipeline:
 
 
 def export_model(work: Path, out: Path) -> None:
+    """Write the pipeline in float16, in place of what the folder has."""
     shutil.rmtree(out, ignore_errors=True)
-    load_trained(work).to(torch.float16).save_pretrained(
-        out, safe_serialization=True, max_shard_size=MAX_SHARD
-    )
+    pipe = load_trained(work).to(torch.float16)
+    pipe.save_pretrained(out, safe_serialization=True, max_shard_size=MAX_SHARD)
     size = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())
     print(f"{out}: {size / 1e6:.1f} MB")
 

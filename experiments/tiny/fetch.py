@@ -10,6 +10,7 @@ import json
 import subprocess
 import tarfile
 from pathlib import Path
+from typing import Any
 
 # style name used everywhere in this folder -> npm package, pinned: other versions hold other drawings
 PACKAGES = {
@@ -19,14 +20,22 @@ PACKAGES = {
 }
 
 
+def read_json(archive: tarfile.TarFile, name: str) -> Any:
+    """One JSON file of an npm package."""
+    file = archive.extractfile(f"package/{name}.json")
+    assert file is not None, f"{name}.json is no file"
+    return json.load(file)
+
+
 def fetch_icons(package: str, style: str, work: Path) -> None:
     """Unpack the icons of one npm package to `<work>/<style>.json`."""
     packed = subprocess.run(
         ["npm", "pack", "--silent", package], cwd=work, check=True, capture_output=True, text=True
     ).stdout.split()[-1]
     with tarfile.open(work / packed) as archive:
-        read = lambda name: json.load(archive.extractfile(f"package/{name}.json"))  # noqa: E731
-        icons, info, metadata = read("icons"), read("info"), read("metadata")
+        icons = read_json(archive, "icons")
+        info = read_json(archive, "info")
+        metadata = read_json(archive, "metadata")
     assert info["license"]["spdx"] == "MIT", f"{package}: the licence changed to {info['license']}"
     drawings = {
         "package": package,

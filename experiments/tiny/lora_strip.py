@@ -30,19 +30,22 @@ def generate_images(style: str, strength: float) -> list:
     with initialize_config_module("int8run.conf", version_base="1.3"):
         config = compose("config", [*overrides, "metrics.baseline=none"])
     with tempfile.TemporaryDirectory() as folder:
-        return run(
-            create_run_spec(config), Job(get_plain_config(config), {"model": "tiny"}, overrides, Path(folder))
-        ).candidate.images
+        job = Job(get_plain_config(config), {"model": "tiny"}, overrides, Path(folder))
+        return run(create_run_spec(config), job).candidate.images
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """A row for each prompt, a column for each style and strength."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     out = parser.parse_args().out
-    columns = {
-        f"{style} {strength:g}": generate_images(style, strength)
-        for style in ("ink", "gloss")
-        for strength in STRENGTHS
-    }
+    columns = {}
+    for style in ("ink", "gloss"):
+        for strength in STRENGTHS:
+            columns[f"{style} {strength:g}"] = generate_images(style, strength)
     rows = [(prompt, [images[i] for images in columns.values()]) for i, prompt in enumerate(PROMPTS)]
     make_image_grid(rows, list(columns)).save(out)
+
+
+if __name__ == "__main__":
+    main()

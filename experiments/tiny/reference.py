@@ -1,15 +1,13 @@
-"""Write the trained drawings as one sheet of 64x64 cells with their names.
-
-What the tests' retrieval looks in.
+"""Write the trained drawings as one sheet of 64x64 cells with their names: where the tests look images up.
 
 python experiments/tiny/reference.py --work work --out tests/data/drawings.png
 """
 
 import argparse
+import math
 from pathlib import Path
 
-import torch
-from data import SIZE, load_drawings
+from data import SIZE, load_drawings, load_trained_names
 from PIL import Image
 
 COLUMNS = 25
@@ -18,11 +16,13 @@ COLUMNS = 25
 def write_reference(work: Path, out: Path) -> None:
     """Row by row, 25 to a row; the names go to a text file beside it, one per line."""
     names, drawings = load_drawings(work)
-    trained = torch.load(work / "base.pt", weights_only=True, map_location="cpu")["names"]
-    sheet = Image.new("RGB", (COLUMNS * SIZE, -(-len(trained) // COLUMNS) * SIZE), "white")
+    trained = load_trained_names(work)
+    rows = math.ceil(len(trained) / COLUMNS)
+    sheet = Image.new("RGB", (COLUMNS * SIZE, rows * SIZE), "white")
     for i, name in enumerate(trained):
-        cell = Image.fromarray(drawings["flat"][names.index(name)].permute(1, 2, 0).contiguous().numpy())
-        sheet.paste(cell, (i % COLUMNS * SIZE, i // COLUMNS * SIZE))
+        drawing = drawings["flat"][names.index(name)].permute(1, 2, 0)  # [3, H, W] -> [H, W, 3]
+        row, column = divmod(i, COLUMNS)
+        sheet.paste(Image.fromarray(drawing.contiguous().numpy()), (column * SIZE, row * SIZE))
     out.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(out, optimize=True)
     out.with_suffix(".txt").write_text("\n".join(trained) + "\n")

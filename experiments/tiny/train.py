@@ -10,12 +10,13 @@ learning rate is constant and falls to zero over the last quarter, so `--images`
 
 import argparse
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from data import CATEGORIES, load_drawings, make_caption, pick_names, to_float
 from diffusers import AutoencoderKL, FluxPipeline
-from pipeline import build_pipeline, encode_captions
+from pipeline import build_pipeline, collect_trained_parts, encode_captions
 from torch import Tensor, nn
 from train_vae import CONFIG
 
@@ -29,20 +30,28 @@ def vary_caption(text: str, dice: float) -> str:
     """
     if dice < CAPTION_DROPOUT:
         return ""
-    return text.capitalize() if dice < CAPTION_DROPOUT + CAPITALISED else text
+    if dice < CAPTION_DROPOUT + CAPITALISED:
+        return text.capitalize()
+    return text
 
 
 def load_vae(work: Path) -> AutoencoderKL:
     """The trained VAE (EMA weights), frozen."""
     vae = AutoencoderKL(**CONFIG)
-    vae.load_state_dict(torch.load(work / "vae.pt", weights_only=True, map_location="cpu")["ema"])
-    return vae.eval().requires_grad_(False)
+    state = torch.load(work / "vae.pt", weights_only=True, map_location="cpu")
+    vae.load_state_dict(state["ema"])
+    return vae.eval().requires_grad_(requires_grad=False)
 
 
 @torch.no_grad()
 def encode_pictures(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
     """uint8 [N, 3, H, W] -> latents [N, C, h, w], not yet scaled."""
     return torch.cat([vae.encode(to_float(p)).latent_dist.mode() for p in pictures.split(64)])
+
+
+def fit_latent_scale(vae: AutoencoderKL, latents: Tensor) -> None:
+    """Note in the VAE's config what brings these latents to mean 0 and deviation 1."""
+    vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
 
 
 def scale_latents(vae: AutoencoderKL, latents: Tensor) -> Tensor:
@@ -67,11 +76,16 @@ def sample_sigma(count: int, generator: torch.Generator) -> Tensor:
 
 
 def flow_loss(
-    pipe: FluxPipeline, x0: Tensor, captions: list[str], generator: torch.Generator, train_text: bool
+    pipe: FluxPipeline, x0: Tensor, captions: list[str], generator: torch.Generator, *, train_text: bool
 ) -> Tensor:
-    """Flow matching (Lipman et al.
+    """Flow matching (arXiv:2210.02747): predict noise - x0 at x = (1 - sigma) x0 + sigma noise.
 
-    2022; rectified flow): predict noise - x0 at x = (1 - sigma) x0 + sigma noise. x0: packed.
+    Args:
+        pipe: the model.
+        x0: packed latents of the pictures, [B, 64, 32].
+        captions: B texts.
+        generator: of the noise and its levels.
+        train_text: let gradients into the text encoders.
     """
     device = x0.device
     sigma = sample_sigma(len(x0), generator).to(device)
@@ -94,50 +108,90 @@ def flow_loss(
     return (velocity.float() - (noise - x0)).pow(2).mean()
 
 
-def learning_rate(done: int, images: int, peak: float) -> float:
-    """Warm up over the first twentieth, stay, and fall linearly to zero over the last quarter.
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast a run trains.
 
-    Counted in images.
+    Attributes:
+        images: seen in all, those of earlier runs included.
+        batch: images of a step.
+        peak: the highest learning rate.
     """
-    return peak * min(1.0, (done + 1) / (0.05 * images)) * min(1.0, (images - done) / (0.25 * images))
+
+    images: int
+    batch: int
+    peak: float
+
+    def learning_rate(self, done: int) -> float:
+        """Warm up over the first twentieth, stay, and fall linearly to zero over the last quarter.
+
+        `done` counts images, as all of the schedule does.
+        """
+        warm = min(1.0, (done + 1) / (0.05 * self.images))
+        left = min(1.0, (self.images - done) / (0.25 * self.images))
+        return self.peak * warm * left
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What a model learns from.
+
+    Attributes:
+        latents: of the pictures, scaled and packed, [N, 64, 32].
+        captions: N texts.
+    """
+
+    latents: Tensor
+    captions: list[str]
 
 
 class Trainer:
     """Parameters, optimiser, EMA and curve of one run, with save and resume in one file."""
 
     def __init__(self, path: Path, modules: nn.ModuleDict, names: list[str], ema_half_life: int):
-        self.path, self.modules, self.names, self.half_life = path, modules, names, ema_half_life
-        self.params = [p for p in modules.parameters() if p.requires_grad]
-        self.keys = [n for n, p in modules.named_parameters() if p.requires_grad]
-        self.ema = [p.detach().clone() for p in self.params]
+        self.path = path
+        self.names = names
+        self.half_life = ema_half_life
+        trained = {key: value for key, value in modules.named_parameters() if value.requires_grad}
+        self.keys = list(trained)
+        self.params = list(trained.values())
+        self.ema = [param.detach().clone() for param in self.params]
         self.opt = torch.optim.AdamW(self.params, lr=0.0, weight_decay=0.01, betas=(0.9, 0.98), fused=True)
-        self.images, self.curve = 0, []
+        self.images = 0
+        self.curve: list[tuple[int, float]] = []
         if path.exists():
-            state = torch.load(path, weights_only=True, map_location="cpu")
-            assert state["names"] == names, (
-                f"{path} was trained on other names; use another --work or the same --categories"
-            )
-            for p, e, key in zip(self.params, self.ema, self.keys, strict=True):
-                p.data.copy_(state["model"][key])
-                e.copy_(state["ema"][key])
-            self.opt.load_state_dict(state["opt"])
-            self.images, self.curve = state["images"], state["curve"]
-            print(f"resumed at {self.images} images", flush=True)
+            self._resume()
+
+    def _resume(self) -> None:
+        state = torch.load(self.path, weights_only=True, map_location="cpu")
+        assert state["names"] == self.names, (
+            f"{self.path} was trained on other names; use another --work or the same --categories"
+        )
+        for param, average, key in zip(self.params, self.ema, self.keys, strict=True):
+            param.data.copy_(state["model"][key])
+            average.copy_(state["ema"][key])
+        self.opt.load_state_dict(state["opt"])
+        self.images = state["images"]
+        self.curve = state["curve"]
+        print(f"resumed at {self.images} images", flush=True)
 
     def save(self) -> None:
-        weights = lambda tensors: dict(zip(self.keys, (t.detach() for t in tensors), strict=True))  # noqa: E731
-        state = dict(
-            model=weights(self.params),
-            ema=weights(self.ema),
-            opt=self.opt.state_dict(),
-            names=self.names,
-            images=self.images,
-            curve=self.curve,
-        )
-        torch.save(state, self.path.with_suffix(".tmp"))
-        self.path.with_suffix(".tmp").replace(self.path)
+        """Write what `_resume` reads, in place of the file that there is."""
+        detached = [param.detach() for param in self.params]
+        state = {
+            "model": dict(zip(self.keys, detached, strict=True)),
+            "ema": dict(zip(self.keys, self.ema, strict=True)),
+            "opt": self.opt.state_dict(),
+            "names": self.names,
+            "images": self.images,
+            "curve": self.curve,
+        }
+        unfinished = self.path.with_suffix(".tmp")
+        torch.save(state, unfinished)
+        unfinished.replace(self.path)
 
     def step(self, loss: Tensor, lr: float, batch: int) -> None:
+        """Follow the gradient of a loss over `batch` images, and the average follows."""
         for group in self.opt.param_groups:
             group["lr"] = lr
         loss.backward()
@@ -147,31 +201,33 @@ class Trainer:
         self.images += batch
         # the average follows young weights quickly and old ones slowly
         decay = 0.5 ** (batch / min(self.half_life, self.images / 10))
-        torch._foreach_lerp_(self.ema, [p.detach() for p in self.params], 1 - decay)
+        torch._foreach_lerp_(self.ema, [param.detach() for param in self.params], 1 - decay)
+
+    def use_average(self) -> None:
+        """Put the averaged weights into the model, for good."""
+        for param, average in zip(self.params, self.ema, strict=True):
+            param.data.copy_(average)
 
 
 def fit_model(
-    trainer: Trainer,
-    pipe: FluxPipeline,
-    x0: Tensor,
-    captions: list[str],
-    images: int,
-    batch: int,
-    lr: float,
-    train_text: bool,
+    trainer: Trainer, pipe: FluxPipeline, examples: Examples, schedule: Schedule, *, train_text: bool
 ) -> None:
     """The loop shared by the base model and the LoRAs.
 
-    Whole shuffled epochs, a line and a checkpoint now and then.
+    Each batch is drawn anew from all examples; a line and a checkpoint now and then.
     """
-    started, at_start, losses = time.time(), trainer.images, []
-    while trainer.images < images:
-        g = torch.Generator().manual_seed(trainer.images)
-        pick = torch.randperm(len(x0), generator=g)[: min(batch, len(x0))]
-        dice = torch.rand(len(pick), generator=g)
-        texts = [vary_caption(captions[i], d) for i, d in zip(pick.tolist(), dice.tolist(), strict=True)]
-        loss = flow_loss(pipe, x0[pick], texts, g, train_text)
-        trainer.step(loss, learning_rate(trainer.images, images, lr), len(pick))
+    started = time.time()
+    at_start = trainer.images
+    count = len(examples.captions)
+    losses = []
+    while trainer.images < schedule.images:
+        generator = torch.Generator().manual_seed(trainer.images)
+        pick = torch.randperm(count, generator=generator)[: schedule.batch]
+        dice = torch.rand(len(pick), generator=generator)
+        captions = [examples.captions[i] for i in pick.tolist()]
+        texts = [vary_caption(caption, d) for caption, d in zip(captions, dice.tolist(), strict=True)]
+        loss = flow_loss(pipe, examples.latents[pick], texts, generator, train_text=train_text)
+        trainer.step(loss, schedule.learning_rate(trainer.images), len(pick))
         losses.append(loss.item())
         if len(losses) == 50:
             trainer.curve.append((trainer.images, sum(losses) / len(losses)))
@@ -183,21 +239,27 @@ def fit_model(
     trainer.save()
 
 
-def train_model(
-    work: Path, images: int, categories: tuple[str, ...], batch: int, lr: float, device: str
-) -> None:
+def train_model(work: Path, categories: tuple[str, ...], schedule: Schedule, device: str) -> None:
+    """Train the transformer and both text encoders on the flat drawings of some categories.
+
+    Args:
+        work: has the VAE; gets `base.pt`.
+        categories: of emoji, or ("all",).
+        schedule: images, batch and learning rate.
+        device: where to train.
+    """
     names, pictures = load_drawings(work)
     vae = load_vae(work)
     latents = encode_pictures(vae, pictures["flat"])
-    vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
+    fit_latent_scale(vae, latents)
     chosen = pick_names(work, names, categories)
-    pipe = build_pipeline([make_caption(n) for n in names], vae, work).to(device)
-    modules = nn.ModuleDict(
-        {n: getattr(pipe, n) for n in ("transformer", "text_encoder", "text_encoder_2")}
-    ).train()
-    trainer = Trainer(work / "base.pt", modules, [names[i] for i in chosen], ema_half_life=20_000)
+    pipe = build_pipeline([make_caption(name) for name in names], vae, work).to(device)
+    modules = collect_trained_parts(pipe).train()
+    chosen_names = [names[i] for i in chosen]
+    trainer = Trainer(work / "base.pt", modules, chosen_names, ema_half_life=20_000)
     x0 = pack_latents(scale_latents(vae, latents[chosen])).to(device)
-    fit_model(trainer, pipe, x0, [make_caption(names[i]) for i in chosen], images, batch, lr, train_text=True)
+    examples = Examples(x0, [make_caption(name) for name in chosen_names])
+    fit_model(trainer, pipe, examples, schedule, train_text=True)
 
 
 if __name__ == "__main__":
@@ -209,4 +271,5 @@ if __name__ == "__main__":
     parser.add_argument("--lr", type=float, default=6e-4)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    train_model(**{**vars(args), "categories": tuple(args.categories)})
+    schedule = Schedule(args.images, args.batch, peak=args.lr)
+    train_model(args.work, tuple(args.categories), schedule, args.device)

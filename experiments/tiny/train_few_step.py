@@ -15,22 +15,22 @@ import argparse
 import copy
 import itertools
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from data import load_drawings, make_caption
+from data import load_drawings, load_trained_names, make_caption
 from diffusers import FluxPipeline, FluxTransformer2DModel
 from evaluate import STEPS, apply_lora, generate_images, list_untrained
 from export import load_trained
-from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from pipeline import TRIGGERS, encode_captions
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from train import Trainer, learning_rate
-from train_lora import TARGETS
+from train import Schedule, Trainer
+from train_lora import add_trained_lora, save_lora
 
 from int8run.report.image_files import make_image_grid
 
@@ -52,7 +52,7 @@ ROWS = (
     ("octopus, ink style", "ink"),
     ("birthday cake, gloss style", "gloss"),
 )
-Text = tuple[Tensor, Tensor, Tensor]
+Text = tuple[Tensor, Tensor, Tensor]  # what `encode_captions` returns
 
 
 def noise_levels(pipe: FluxPipeline, steps: int) -> Tensor:
@@ -88,18 +88,28 @@ def sample_latents(pipe: FluxPipeline, noise: Tensor, text: Text, steps: int) ->
 
 
 def styled_weights(transformer: FluxTransformer2DModel, lora: Path | None) -> dict[str, Tensor]:
-    """By name, the weights of the layers that a LoRA can change, with the LoRA at strength 1 (None.
-
-    As they are).
-    """
-    pairs = load_file(lora) if lora is not None else {}
-    weights = {n: m.weight.data for n, m in transformer.named_modules() if isinstance(m, nn.Linear)}
-    changed = [key.removesuffix(".lora_A.weight") for key in pairs if key.endswith(".lora_A.weight")]
-    for key in changed:
-        product = pairs[f"{key}.lora_B.weight"].float() @ pairs[f"{key}.lora_A.weight"].float()
+    """The weights of all linear layers by name, changed by a LoRA at strength 1 (None: as they are)."""
+    weights = {}
+    for name, module in transformer.named_modules():
+        if isinstance(module, nn.Linear):
+            weights[name] = module.weight.data
+    if lora is None:
+        return weights
+    pairs = load_file(lora)
+    for down_key, down in pairs.items():
+        if not down_key.endswith(".lora_A.weight"):
+            continue
+        key = down_key.removesuffix(".lora_A.weight")
+        product = pairs[f"{key}.lora_B.weight"].float() @ down.float()
         name = key.removeprefix("transformer.")
         weights[name] = weights[name] + product.to(weights[name].device)
     return weights
+
+
+def use_weights(layers: Mapping[str, nn.Module], weights: Mapping[str, Tensor]) -> None:
+    """Put weights into the layers, without a copy."""
+    for name, weight in weights.items():
+        layers[name].weight.data = weight
 
 
 @torch.no_grad()
@@ -109,148 +119,226 @@ def make_targets(pipe: FluxPipeline, text: Text, seeds: range, path: Path) -> tu
     Every finished seed is kept.
     """
     states, pooled, text_ids = text
-    saved = torch.load(path, weights_only=True) if path.exists() else {"noise": [], "latents": []}
+    saved: dict[str, list[Tensor]] = {"noise": [], "latents": []}
+    if path.exists():
+        saved = torch.load(path, weights_only=True)
     for seed in seeds[len(saved["noise"]) :]:
-        noise = torch.randn(
-            len(states), TOKENS_SIDE**2, CHANNELS, generator=torch.Generator().manual_seed(seed)
-        )
-        made = [
-            sample_latents(pipe, n.to(states.device), (s, p, text_ids), STEPS).cpu()
-            for n, s, p in zip(noise.split(64), states.split(64), pooled.split(64), strict=True)
-        ]
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(len(states), TOKENS_SIDE**2, CHANNELS, generator=generator)
+        made = []
+        for n, s, p in zip(noise.split(64), states.split(64), pooled.split(64), strict=True):
+            made.append(sample_latents(pipe, n.to(states.device), (s, p, text_ids), STEPS).cpu())
         saved["noise"].append(noise.half())
         saved["latents"].append(torch.cat(made).half())
         torch.save(saved, path)
         print(f"{path.name}: seed {seed} of {seeds}", flush=True)
-    return torch.cat(saved["noise"][: len(seeds)]).float(), torch.cat(saved["latents"][: len(seeds)]).float()
+    count = len(seeds)
+    return torch.cat(saved["noise"][:count]).float(), torch.cat(saved["latents"][:count]).float()
 
 
-def train(
-    work: Path,
-    images: int,
-    seeds: int,
-    styles: list[str],
-    loras: Path,
-    batch: int,
-    lr: float,
-    out: Path,
-    device: str,
-) -> None:
+@dataclass(frozen=True)
+class Teacher:
+    """The model in one style, and what it draws in 16 steps.
+
+    Attributes:
+        text: of its C captions, encoded.
+        weights: of the transformer's linear layers, with the style's LoRA in them.
+        noise: N = seeds * C starts, [N, 64, 32].
+        latents: what becomes of them, [N, 64, 32].
+    """
+
+    text: Text
+    weights: dict[str, Tensor]
+    noise: Tensor
+    latents: Tensor
+
+    def pick_text(self, pick: Tensor) -> Text:
+        """The text of some of the N images."""
+        states, pooled, text_ids = self.text
+        caption = pick % len(states)
+        return states[caption], pooled[caption], text_ids
+
+
+def list_taught(work: Path) -> list[str]:
+    """The trained names, and every other one of those that were not trained on."""
     names, _ = load_drawings(work)
-    trained = torch.load(work / "base.pt", weights_only=True, map_location="cpu")["names"]
-    taught = [*trained, *list_untrained(names, trained)[::2]]
-    pipe = load_trained(work).to(device)
-    for part in (pipe.transformer, pipe.text_encoder, pipe.text_encoder_2):
-        part.requires_grad_(False)
-    layers = {n: m for n, m in pipe.transformer.named_modules() if isinstance(m, nn.Linear)}
-    data = []
-    for i, style in enumerate([None, *styles]):
-        # a style was trained on the trained names only; every other caption says its trigger words
-        captions = [make_caption(n) for n in (taught if style is None else trained)]
+    trained = load_trained_names(work)
+    return trained + list_untrained(names, trained)[::2]
+
+
+def list_captions(work: Path, style: str | None) -> list[str]:
+    """What is asked for in a style: trained names alone; every other caption says its trigger words."""
+    if style is None:
+        return [make_caption(name) for name in list_taught(work)]
+    captions = [make_caption(name) for name in load_trained_names(work)]
+    captions[1::2] = [f"{caption}, {TRIGGERS[style]}" for caption in captions[1::2]]
+    return captions
+
+
+def make_teachers(pipe: FluxPipeline, args: argparse.Namespace) -> list[Teacher]:
+    """The model without a style, then with each of them. Its weights are left as they were."""
+    layers = collect_layers(pipe.transformer)
+    plain = styled_weights(pipe.transformer, None)
+    teachers = []
+    for i, style in enumerate([None, *args.styles]):
+        path = args.work / "few_step_targets.pt"
+        weights = plain
         if style is not None:
-            captions[1::2] = [f"{c}, {TRIGGERS[style]}" for c in captions[1::2]]
-        weights = styled_weights(pipe.transformer, None if style is None else loras / f"{style}.safetensors")
-        data.append({"text": encode_captions(pipe, captions), "weights": weights})
+            path = args.work / f"few_step_targets_{style}.pt"
+            weights = styled_weights(pipe.transformer, args.loras / f"{style}.safetensors")
+        text = encode_captions(pipe, list_captions(args.work, style))
         # far from the seeds that people, and evaluate.py, draw with
         first = 1_000_000 * (i + 1)
         use_weights(layers, weights)
-        path = work / f"few_step_targets{f'_{style}' if style else ''}.pt"
-        data[-1]["noise"], data[-1]["latents"] = make_targets(
-            pipe, data[-1]["text"], range(first, first + seeds), path
-        )
-        use_weights(layers, data[0]["weights"])
+        noise, latents = make_targets(pipe, text, range(first, first + args.seeds), path)
+        use_weights(layers, plain)
+        teachers.append(Teacher(text, weights, noise, latents))
+    return teachers
 
-    pipe.transformer.add_adapter(
-        LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS, init_lora_weights="gaussian")
-    )
-    trainer = Trainer(
-        work / "few_step.pt", nn.ModuleDict({"transformer": pipe.transformer}), taught, ema_half_life=1_000
-    )
-    started, at_start, losses = time.time(), trainer.images, new_losses()
-    while trainer.images < images:
-        g = torch.Generator().manual_seed(trainer.images)
-        steps = list(SCHEDULES)[
-            int(torch.multinomial(torch.tensor(list(SCHEDULES.values())), 1, generator=g))
-        ]
-        styled = bool(styles) and torch.rand(1, generator=g).item() < STYLED
-        one = data[1 + int(torch.randint(len(styles), (1,), generator=g))] if styled else data[0]
-        states, pooled, text_ids = one["text"]
-        pick = torch.randint(len(one["noise"]), (batch,), generator=g)
-        use_weights(layers, one["weights"])
-        made = sample_latents(
-            pipe,
-            one["noise"][pick].to(device),
-            (states[pick % len(states)], pooled[pick % len(states)], text_ids),
-            steps,
-        )
-        mse = (made - one["latents"][pick].to(device)).square().mean(dim=(1, 2))
+
+def collect_layers(transformer: FluxTransformer2DModel) -> dict[str, nn.Module]:
+    """The linear layers by name; to be asked before a LoRA is added, which renames them."""
+    return {name: m for name, m in transformer.named_modules() if isinstance(m, nn.Linear)}
+
+
+class Errors:
+    """What batches were off by since the last line was printed, by steps and with or without a style."""
+
+    def __init__(self) -> None:
+        self.found: dict[tuple[int, bool], list[float]] = {}
+        for styled in (False, True):
+            for steps in SCHEDULES:
+                self.found[steps, styled] = []
+
+    def count(self) -> int:
+        """How many batches there were."""
+        return sum(len(errors) for errors in self.found.values())
+
+    def mean(self, steps: int, *, styled: bool) -> float:
+        """Over the batches of one kind; 0 where there were none."""
+        errors = self.found[steps, styled]
+        return sum(errors) / max(1, len(errors))
+
+    def describe(self) -> str:
+        """The means of all kinds of batches."""
+        texts = []
+        for steps, styled in self.found:
+            kind = f"{steps} steps"
+            if styled:
+                kind += " styled"
+            texts.append(f"{kind} {self.mean(steps, styled=styled):.4f}")
+        return ", ".join(texts)
+
+
+def draw_steps(generator: torch.Generator) -> int:
+    """One of the numbers of steps, as often as SCHEDULES says."""
+    shares = torch.tensor(list(SCHEDULES.values()))
+    drawn = int(torch.multinomial(shares, 1, generator=generator))
+    return list(SCHEDULES)[drawn]
+
+
+def draw_teacher(teachers: list[Teacher], generator: torch.Generator) -> Teacher:
+    """The first teacher, or by the share STYLED one of the others."""
+    plain, *styled = teachers
+    if styled and torch.rand(1, generator=generator).item() < STYLED:
+        return styled[int(torch.randint(len(styled), (1,), generator=generator))]
+    return plain
+
+
+def fit_few_step(
+    trainer: Trainer,
+    pipe: FluxPipeline,
+    layers: Mapping[str, nn.Module],
+    teachers: list[Teacher],
+    schedule: Schedule,
+) -> None:
+    """Train the LoRA that is in the pipeline to end in few steps where a teacher ends in 16.
+
+    Args:
+        trainer: of the LoRA.
+        pipe: the model.
+        layers: its linear layers, whose weights each batch's teacher replaces.
+        teachers: the first without a style.
+        schedule: images, batch and learning rate.
+    """
+    started = time.time()
+    at_start = trainer.images
+    errors = Errors()
+    while trainer.images < schedule.images:
+        generator = torch.Generator().manual_seed(trainer.images)
+        steps = draw_steps(generator)
+        teacher = draw_teacher(teachers, generator)
+        pick = torch.randint(len(teacher.noise), (schedule.batch,), generator=generator)
+        use_weights(layers, teacher.weights)
+        noise = teacher.noise[pick].to(pipe.device)
+        made = sample_latents(pipe, noise, teacher.pick_text(pick), steps)
+        mse = (made - teacher.latents[pick].to(pipe.device)).square().mean(dim=(1, 2))  # [B]
         # decibels, in effect: each image counts alike, whether it is easy or not, in many steps or few
-        trainer.step(mse.log().mean(), learning_rate(trainer.images, images, lr), batch)
-        losses[steps, styled].append(mse.detach().sqrt().mean().item())
-        if sum(len(each) for each in losses.values()) == 100:
-            means = {n: sum(each) / max(1, len(each)) for n, each in losses.items()}
-            trainer.curve.append((trainer.images, means[4, False]))
+        trainer.step(mse.log().mean(), schedule.learning_rate(trainer.images), schedule.batch)
+        errors.found[steps, teacher is not teachers[0]].append(mse.detach().sqrt().mean().item())
+        if errors.count() == 100:
+            trainer.curve.append((trainer.images, errors.mean(4, styled=False)))
             rate = (trainer.images - at_start) / (time.time() - started)
-            shown = ", ".join(f"{n} steps{' styled' * s} {mean:.4f}" for (n, s), mean in means.items())
-            print(f"images {trainer.images} error with {shown}; {rate:.1f} images/s", flush=True)
-            losses = new_losses()
+            print(f"images {trainer.images} error with {errors.describe()}; {rate:.1f} images/s", flush=True)
+            errors = Errors()
             trainer.save()
     trainer.save()
 
-    for parameter, average in zip(trainer.params, trainer.ema, strict=True):
-        parameter.data.copy_(average)
-    state = {
-        f"transformer.{k}": v.to(torch.float16).contiguous()
-        for k, v in get_peft_model_state_dict(pipe.transformer).items()
-    }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    save_file(
-        state,
-        out,
-        metadata={
-            "modelspec.title": "few-step for int8run's tiny model",
-            "modelspec.architecture": "int8run-tiny/lora",
-            "modelspec.usage_hint": HINT,
-            "modelspec.license": "MIT (Fluent Emoji, Microsoft Corporation)",
-            "ss_base_model_version": "int8run-tiny",
-        },
+
+def train(args: argparse.Namespace) -> None:
+    """Train the LoRA from the command line's words, and write it."""
+    pipe = load_trained(args.work).to(args.device)
+    layers = collect_layers(pipe.transformer)
+    teachers = make_teachers(pipe, args)
+    add_trained_lora(pipe, RANK)
+    trainer = Trainer(
+        args.work / "few_step.pt",
+        nn.ModuleDict({"transformer": pipe.transformer}),
+        list_taught(args.work),
+        ema_half_life=1_000,
     )
-    print(f"{out}: {out.stat().st_size / 1e3:.0f} KB, {len(state) // 2} modules")
+    fit_few_step(trainer, pipe, layers, teachers, Schedule(args.images, args.batch, peak=args.lr))
+    trainer.use_average()
+    count = save_lora(pipe.transformer, args.out, "few-step", {"modelspec.usage_hint": HINT})
+    print(f"{args.out}: {args.out.stat().st_size / 1e3:.0f} KB, {count} modules")
 
 
-def new_losses() -> dict[tuple[int, bool], list[float]]:
-    """An empty list for every number of steps, without and with a style."""
-    return {(n, styled): [] for styled in (False, True) for n in SCHEDULES}
+def list_columns() -> list[tuple[int, float]]:
+    """The strip's columns: 16 steps, then few steps without and with the LoRA at its best strength."""
+    columns = [(STEPS, 0.0)]
+    for steps, strength in STRENGTHS.items():
+        columns += [(steps, 0.0), (steps, strength)]
+    return columns
 
 
-def draw_strip(work: Path, loras: Path, few_step: Path, out: Path) -> None:
+def name_column(steps: int, strength: float) -> str:
+    """What stands above a column."""
+    name = f"{steps} step"
+    if steps > 1:
+        name += "s"
+    if strength > 0:
+        name += f", few_step {strength:g}"
+    return name
+
+
+def draw_strip(args: argparse.Namespace) -> None:
     """Draw ROWS in 16 steps, and in 4, 2 and 1 steps without and with the few-step LoRA."""
-    trained = load_trained(work)
+    trained = load_trained(args.work)
     trained.set_progress_bar_config(disable=True)
-    columns: dict[str, list[Image.Image]] = {}
-    for steps, strength in ((STEPS, 0.0), *((n, s) for n, best in STRENGTHS.items() for s in (0.0, best))):
-        made = columns.setdefault(
-            f"{steps} step{'s' * (steps > 1)}{f', few_step {strength:g}' * (strength > 0)}", []
-        )
-        for prompt, style in ROWS:
+    columns = list_columns()
+    rows = []
+    for prompt, style in ROWS:
+        images = []
+        for steps, strength in columns:
             pipe = copy.deepcopy(trained)
             if style is not None:
-                apply_lora(pipe, loras / f"{style}.safetensors", 1.0)
+                apply_lora(pipe, args.loras / f"{style}.safetensors", 1.0)
             if strength > 0:
-                apply_lora(pipe, few_step, strength)
-            made.append(
-                Image.fromarray(
-                    generate_images(pipe, [prompt], 0, steps)[0].permute(1, 2, 0).contiguous().numpy()
-                )
-            )
-    rows = [(prompt, [made[i] for made in columns.values()]) for i, (prompt, _) in enumerate(ROWS)]
-    make_image_grid(rows, list(columns)).save(out)
-
-
-def use_weights(layers: dict[str, nn.Module], weights: dict[str, Tensor]) -> None:
-    """Put weights into the layers, without a copy."""
-    for name, weight in weights.items():
-        layers[name].weight.data = weight
+                apply_lora(pipe, args.out, strength)
+            drawn = generate_images(pipe, [prompt], 0, steps)[0]
+            images.append(Image.fromarray(drawn.permute(1, 2, 0).contiguous().numpy()))
+        rows.append((prompt, images))
+    make_image_grid(rows, [name_column(*column) for column in columns]).save(args.strip)
 
 
 if __name__ == "__main__":
@@ -267,8 +355,7 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--strip", type=Path, help="the picture to draw")
-    args = vars(parser.parse_args())
-    picture = args.pop("strip")
-    train(**args)
-    if picture is not None:
-        draw_strip(args["work"], args["loras"], args["out"], picture)
+    args = parser.parse_args()
+    train(args)
+    if args.strip is not None:
+        draw_strip(args)

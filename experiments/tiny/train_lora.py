@@ -9,17 +9,19 @@ layout in float16.
 """
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from data import load_drawings, make_caption
+from data import load_drawings, load_trained_names, make_caption
+from diffusers import FluxPipeline, FluxTransformer2DModel
 from export import load_trained
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from pipeline import TRIGGERS
 from safetensors.torch import save_file
 from torch import nn
-from train import Trainer, encode_pictures, fit_model, pack_latents, scale_latents
+from train import Examples, Schedule, Trainer, encode_pictures, fit_model, pack_latents, scale_latents
 
 RANK = 8
 # every Linear inside the blocks that a diffusers or kohya LoRA would train
@@ -30,48 +32,75 @@ TARGETS = (
 )
 
 
-def train_style_lora(
-    work: Path, style: str, images: int, batch: int, lr: float, out: Path, device: str
-) -> None:
-    names, pictures = load_drawings(work)
-    trained = torch.load(work / "base.pt", weights_only=True, map_location="cpu")["names"]
-    index = [names.index(n) for n in trained]
-    pipe = load_trained(work).to(device)
+def add_trained_lora(pipe: FluxPipeline, rank: int) -> None:
+    """Give the transformer a LoRA with fresh weights, and freeze everything else."""
     for part in (pipe.transformer, pipe.text_encoder, pipe.text_encoder_2):
-        part.requires_grad_(False)
-    pipe.transformer.add_adapter(
-        LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TARGETS, init_lora_weights="gaussian")
-    )
-    x0 = pack_latents(scale_latents(pipe.vae, encode_pictures(pipe.vae, pictures[style][index]))).to(device)
-    # the second half of the data says the trigger words
-    captions = [make_caption(n) for n in trained] + [f"{make_caption(n)}, {TRIGGERS[style]}" for n in trained]
+        part.requires_grad_(requires_grad=False)
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS, init_lora_weights="gaussian")
+    pipe.transformer.add_adapter(config)
+
+
+def save_lora(transformer: FluxTransformer2DModel, out: Path, title: str, about: Mapping[str, str]) -> int:
+    """Write a transformer's LoRA in PEFT's key layout, in float16.
+
+    Args:
+        transformer: has one LoRA.
+        out: the file.
+        title: what the header calls it.
+        about: further entries of the header.
+
+    Returns:
+        how many layers it changes.
+    """
+    state = {}
+    for key, value in get_peft_model_state_dict(transformer).items():
+        state[f"transformer.{key}"] = value.to(torch.float16).contiguous()
+    header = {
+        "modelspec.title": f"{title} for int8run's tiny model",
+        "modelspec.architecture": "int8run-tiny/lora",
+        "modelspec.license": "MIT (Fluent Emoji, Microsoft Corporation)",
+        "ss_base_model_version": "int8run-tiny",
+        **about,
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_file(state, out, metadata=header)
+    return len(state) // 2
+
+
+def load_examples(work: Path, style: str, pipe: FluxPipeline) -> Examples:
+    """The trained names in a style, each twice: the second half of the captions says the trigger words."""
+    names, pictures = load_drawings(work)
+    trained = load_trained_names(work)
+    drawings = pictures[style][[names.index(name) for name in trained]]
+    latents = pack_latents(scale_latents(pipe.vae, encode_pictures(pipe.vae, drawings)))
+    plain = [make_caption(name) for name in trained]
+    triggered = [f"{caption}, {TRIGGERS[style]}" for caption in plain]
+    return Examples(torch.cat([latents, latents]), plain + triggered)
+
+
+def train_style_lora(work: Path, style: str, schedule: Schedule, out: Path, device: str) -> None:
+    """Train the LoRA of one style and write it.
+
+    Args:
+        work: has the base model; keeps the state of the run.
+        style: "ink" or "gloss".
+        schedule: images, batch and learning rate.
+        out: the LoRA's file.
+        device: where to train.
+    """
+    pipe = load_trained(work).to(device)
+    add_trained_lora(pipe, RANK)
+    examples = load_examples(work, style, pipe)
     trainer = Trainer(
         work / f"lora_{style}.pt",
         nn.ModuleDict({"transformer": pipe.transformer}),
-        list(trained),
+        load_trained_names(work),
         ema_half_life=4_000,
     )
-    fit_model(trainer, pipe, torch.cat([x0, x0]), captions, images, batch, lr, train_text=False)
-
-    for parameter, average in zip(trainer.params, trainer.ema, strict=True):
-        parameter.data.copy_(average)
-    state = {
-        f"transformer.{k}": v.to(torch.float16).contiguous()
-        for k, v in get_peft_model_state_dict(pipe.transformer).items()
-    }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    save_file(
-        state,
-        out,
-        metadata={
-            "modelspec.title": f"{style} for int8run's tiny model",
-            "modelspec.architecture": "int8run-tiny/lora",
-            "modelspec.trigger_phrase": TRIGGERS[style],
-            "modelspec.license": "MIT (Fluent Emoji, Microsoft Corporation)",
-            "ss_base_model_version": "int8run-tiny",
-        },
-    )
-    print(f"{out}: {out.stat().st_size / 1e6:.2f} MB, {len(state) // 2} modules")
+    fit_model(trainer, pipe, examples, schedule, train_text=False)
+    trainer.use_average()
+    count = save_lora(pipe.transformer, out, style, {"modelspec.trigger_phrase": TRIGGERS[style]})
+    print(f"{out}: {out.stat().st_size / 1e6:.2f} MB, {count} modules")
 
 
 if __name__ == "__main__":
@@ -83,4 +112,6 @@ if __name__ == "__main__":
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    train_style_lora(**vars(parser.parse_args()))
+    args = parser.parse_args()
+    schedule = Schedule(args.images, args.batch, peak=args.lr)
+    train_style_lora(args.work, args.style, schedule, args.out, args.device)

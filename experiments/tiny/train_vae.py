@@ -37,51 +37,83 @@ def reconstruction_loss(out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return F.l1_loss(out, x) + F.mse_loss(out, x) + edges
 
 
-def train(work: Path, steps: int, batch: int, lr: float, device: str) -> None:
-    _, pictures = load_drawings(work)
-    x_all = torch.cat([pictures[s] for s in STYLES])
-    torch.manual_seed(0)
-    vae = AutoencoderKL(**CONFIG).to(device)
-    ema = copy.deepcopy(vae).requires_grad_(False)
-    opt = torch.optim.AdamW(vae.parameters(), lr=lr, weight_decay=1e-4)
-    done, curve, path = 0, [], work / "vae.pt"
-    if path.exists():
-        state = torch.load(path, weights_only=True, map_location=device)
-        vae.load_state_dict(state["model"])
-        ema.load_state_dict(state["ema"])
-        opt.load_state_dict(state["opt"])
-        done, curve = state["step"], state["curve"]
+class VaeTrainer:
+    """The VAE, its EMA, optimiser and curve, with save and resume in one file."""
 
-    started, running = time.time(), 0.0
-    for step in range(done, steps):
-        warm, left = min(1.0, (step + 1) / 200), (steps - step) / steps
-        for group in opt.param_groups:
-            group["lr"] = lr * warm * min(1.0, left / 0.3)
-        g = torch.Generator().manual_seed(step)
-        x = to_float(x_all[torch.randint(len(x_all), (batch,), generator=g)]).to(device)
-        posterior = vae.encode(x).latent_dist
-        loss = reconstruction_loss(vae.decode(posterior.sample()).sample, x)
+    def __init__(self, path: Path, lr: float, device: str):
+        torch.manual_seed(0)
+        self.path = path
+        self.peak_lr = lr
+        self.vae = AutoencoderKL(**CONFIG).to(device)
+        self.ema = copy.deepcopy(self.vae).requires_grad_(requires_grad=False)
+        self.opt = torch.optim.AdamW(self.vae.parameters(), lr=lr, weight_decay=1e-4)
+        self.done = 0
+        self.curve: list[tuple[int, float]] = []
+        if path.exists():
+            state = torch.load(path, weights_only=True, map_location=device)
+            self.vae.load_state_dict(state["model"])
+            self.ema.load_state_dict(state["ema"])
+            self.opt.load_state_dict(state["opt"])
+            self.done = state["step"]
+            self.curve = state["curve"]
+
+    def save(self) -> None:
+        """Write the state, in place of the file that there is."""
+        state = {
+            "model": self.vae.state_dict(),
+            "ema": self.ema.state_dict(),
+            "opt": self.opt.state_dict(),
+            "step": self.done,
+            "curve": self.curve,
+        }
+        unfinished = self.path.with_suffix(".tmp")
+        torch.save(state, unfinished)
+        unfinished.replace(self.path)
+
+    def step(self, x: torch.Tensor, steps: int) -> float:
+        """One step of `steps` on pictures [B, 3, H, W] in -1..1. Returns the reconstruction's loss."""
+        warm = min(1.0, (self.done + 1) / 200)
+        left = min(1.0, (steps - self.done) / steps / 0.3)
+        for group in self.opt.param_groups:
+            group["lr"] = self.peak_lr * warm * left
+        posterior = self.vae.encode(x).latent_dist
+        loss = reconstruction_loss(self.vae.decode(posterior.sample()).sample, x)
         (loss + KL_WEIGHT * posterior.kl().mean()).backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        opt.step()
-        opt.zero_grad(set_to_none=True)
-        decay = min(0.999, (step + 1) / (step + 10))
-        torch._foreach_lerp_(list(ema.parameters()), list(vae.parameters()), 1 - decay)
-        running += loss.item()
-        if (step + 1) % 200 == 0:
-            curve.append((step + 1, running / 200))
+        torch.nn.utils.clip_grad_norm_(self.vae.parameters(), 1.0)
+        self.opt.step()
+        self.opt.zero_grad(set_to_none=True)
+        self.done += 1
+        decay = min(0.999, self.done / (self.done + 9))
+        torch._foreach_lerp_(list(self.ema.parameters()), list(self.vae.parameters()), 1 - decay)
+        return loss.item()
+
+
+def train(work: Path, steps: int, batch: int, lr: float, device: str) -> None:
+    """Train until so many steps are done in all, those of earlier runs included.
+
+    Args:
+        work: has the drawings; gets `vae.pt`.
+        steps: in all.
+        batch: pictures of a step.
+        lr: the highest learning rate.
+        device: where to train.
+    """
+    _, drawings = load_drawings(work)
+    pictures = torch.cat([drawings[style] for style in STYLES])
+    trainer = VaeTrainer(work / "vae.pt", lr, device)
+    started = time.time()
+    running = 0.0
+    while trainer.done < steps:
+        generator = torch.Generator().manual_seed(trainer.done)
+        pick = torch.randint(len(pictures), (batch,), generator=generator)
+        running += trainer.step(to_float(pictures[pick]).to(device), steps)
+        done = trainer.done
+        if done % 200 == 0:
+            trainer.curve.append((done, running / 200))
             running = 0.0
-            print(f"step {step + 1} loss {curve[-1][1]:.4f} {time.time() - started:.0f} s", flush=True)
-        if (step + 1) % 1000 == 0 or step + 1 == steps:
-            state = {
-                "model": vae.state_dict(),
-                "ema": ema.state_dict(),
-                "opt": opt.state_dict(),
-                "step": step + 1,
-                "curve": curve,
-            }
-            torch.save(state, path.with_suffix(".tmp"))
-            path.with_suffix(".tmp").replace(path)
+            print(f"step {done} loss {trainer.curve[-1][1]:.4f} {time.time() - started:.0f} s", flush=True)
+        if done % 1000 == 0 or done == steps:
+            trainer.save()
 
 
 if __name__ == "__main__":
