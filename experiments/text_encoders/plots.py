@@ -8,7 +8,7 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
-from tables import EMBEDDINGS, RESULTS, read_rows
+from tables import EMBEDDINGS, RESULTS, Row, read_rows
 
 COLOURS = ("#1f77b4", "#17becf", "#d62728", "#ff7f0e", "#7f7f7f", "#9467bd")
 MARKERS = ("o", "s", "D", "d", "^", "v")
@@ -19,77 +19,80 @@ TIMED = {
 }
 
 
+Variant = tuple[str, str]  # format, kernels
+
+
+def list_variants(rows: list[Row]) -> list[Variant]:
+    """Every format and its kernels once, in the table's order."""
+    return list(dict.fromkeys((row["format"], row["kernels"]) for row in rows))
+
+
 def plot_quality(results: Path, device: str, out: Path) -> None:
     """Left: bytes of the quantized layers; right: error of the embeddings, a marker for each encoder."""
     rows = read_rows(results, "quality", device)
-    variants = list(dict.fromkeys((row["format"], row["kernels"]) for row in rows))
+    variants = list_variants(rows)
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 8), width_ratios=[1, 3], sharey=True)
-    found = {(row["format"], row["kernels"], row["case"]): row for row in rows}
-    for y, variant in enumerate(variants):
-        share = next(
-            (
-                float(r["layers_vs_bf16"])
-                for r in rows
-                if (r["format"], r["kernels"]) == variant and r["layers_vs_bf16"] and r["case"] == "clip_l"
-            ),
-            1.0,
-        )
-        left.barh(y, share, color="#b0c4de", height=0.7)
-        left.text(share - 0.02, y, f"{share:.2f}", va="center", ha="right", fontsize=8)
-    for (title, case, prefix), colour, marker in zip(EMBEDDINGS, COLOURS, MARKERS, strict=True):
-        points = [
-            (float(found[*v, case][f"{prefix}rel_err"]), y)
-            for y, v in enumerate(variants)
-            if (*v, case) in found
-        ]
-        right.plot(
-            [100 * x for x, _ in points],
-            [y for _, y in points],
-            marker,
-            color=colour,
-            label=title,
-            markersize=6,
-            alpha=0.85,
-        )
-    labels = [make_label(*variant) for variant in variants]
-    left.set_yticks(range(len(variants)), labels, fontsize=9)
+    draw_bytes(left, rows, variants)
+    draw_errors(right, rows, variants)
+    left.set_yticks(range(len(variants)), [make_label(*variant) for variant in variants], fontsize=9)
     left.invert_yaxis()
-    left.set_xlabel("bytes of the quantized layers\n(CLIP-L; bfloat16 = 1)")
-    right.set_xscale("log")
-    ticks = (0.2, 0.5, 1, 2, 5, 10, 20, 50)
-    right.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    right.set_xlabel("relative error of the embeddings to float32, %")
-    right.grid(alpha=0.3, which="both")
     for y in range(1, len(variants)):
-        if variants[y][0] != variants[y - 1][0]:
-            for panel in (left, right):
-                panel.axhline(y - 0.5, color="black", linewidth=0.4, alpha=0.4)
+        is_new_format = variants[y][0] != variants[y - 1][0]
+        if is_new_format:
+            left.axhline(y - 0.5, color="black", linewidth=0.4, alpha=0.4)
+            right.axhline(y - 0.5, color="black", linewidth=0.4, alpha=0.4)
     right.legend(fontsize=9, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
     figure.tight_layout()
     figure.savefig(out / f"quality{make_suffix(device)}.png", dpi=100)
 
 
+def draw_bytes(panel: Axes, rows: list[Row], variants: list[Variant]) -> None:
+    """A bar for each variant: bytes of CLIP-L's quantized layers, as a share of bfloat16."""
+    shares: dict[Variant, float] = {}
+    for row in rows:
+        if row["case"] == "clip_l" and row["layers_vs_bf16"]:
+            shares[row["format"], row["kernels"]] = float(row["layers_vs_bf16"])
+    for y, variant in enumerate(variants):
+        share = shares.get(variant, 1.0)  # bfloat16 itself has no quantized layers
+        panel.barh(y, share, color="#b0c4de", height=0.7)
+        panel.text(share - 0.02, y, f"{share:.2f}", va="center", ha="right", fontsize=8)
+    panel.set_xlabel("bytes of the quantized layers\n(CLIP-L; bfloat16 = 1)")
+
+
+def draw_errors(panel: Axes, rows: list[Row], variants: list[Variant]) -> None:
+    """The error of the embeddings of each variant, a marker for each encoder."""
+    found = {(row["format"], row["kernels"], row["case"]): row for row in rows}
+    for (title, case, prefix), colour, marker in zip(EMBEDDINGS, COLOURS, MARKERS, strict=True):
+        percents, heights = [], []
+        for y, variant in enumerate(variants):
+            row = found.get((*variant, case))
+            if row is not None:
+                percents.append(100 * float(row[f"{prefix}rel_err"]))
+                heights.append(y)
+        panel.plot(percents, heights, marker, color=colour, label=title, markersize=6, alpha=0.85)
+    panel.set_xscale("log")
+    ticks = (0.2, 0.5, 1, 2, 5, 10, 20, 50)
+    panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    panel.set_xlabel("relative error of the embeddings to float32, %")
+    panel.grid(alpha=0.3, which="both")
+
+
 def plot_speed(results: Path, device: str, out: Path) -> None:
     """How many times as fast as the float model of the same dtype, a panel for each encoder."""
     rows = [row for row in read_rows(results, "time", device) if row["case"] in TIMED]
-    variants = list(dict.fromkeys((row["format"], row["kernels"]) for row in rows))
+    variants = list_variants(rows)
     if not variants:
         return
     figure, panels = plt.subplots(1, len(TIMED), figsize=(12, 7.5), sharex=True, sharey=True)
     for panel, (case, title) in zip(panels, TIMED.items(), strict=True):
         for dtype, colour, marker in (("float32", "#1f77b4", "o"), ("bfloat16", "#ff7f0e", "D")):
-            own = [row for row in rows if row["case"] == case and row["dtype"] == dtype]
-            points = [
-                (float(row[f"vs_{dtype}"]), variants.index((row["format"], row["kernels"]))) for row in own
-            ]
-            panel.plot(
-                [x for x, _ in points],
-                [y for _, y in points],
-                marker,
-                color=colour,
-                label=f"{dtype} / the same in {dtype}",
-                alpha=0.85,
-            )
+            ratios, heights = [], []
+            for row in rows:
+                if row["case"] == case and row["dtype"] == dtype:
+                    ratios.append(float(row[f"vs_{dtype}"]))
+                    heights.append(variants.index((row["format"], row["kernels"])))
+            label = f"{dtype} / the same in {dtype}"
+            panel.plot(ratios, heights, marker, color=colour, label=label, alpha=0.85)
         style_panel(panel, title)
     panels[0].set_yticks(range(len(variants)), [make_label(*variant) for variant in variants], fontsize=9)
     panels[0].invert_yaxis()
@@ -101,7 +104,9 @@ def plot_speed(results: Path, device: str, out: Path) -> None:
 
 def make_label(name: str, kernels: str) -> str:
     """A format; below it the same with other kernels."""
-    return name if kernels in ("", "auto") else f"… {kernels}"
+    if kernels in ("", "auto"):
+        return name
+    return f"… {kernels}"
 
 
 def style_panel(panel: Axes, title: str) -> None:
