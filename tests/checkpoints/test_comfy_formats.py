@@ -203,6 +203,7 @@ def test_marker_lengths(name: str, length: int) -> None:
         ("nvfp4", (16, 48), False),
         ("nvfp4", (17, 48), True),
     ],
+    ids=str,
 )
 def test_marker_holds_the_original_shape_where_it_is_padded(
     name: str, shape: tuple[int, int], padded: bool

@@ -235,7 +235,7 @@ ONE_SCALE = [
 ]
 
 
-@pytest.mark.parametrize(("marker", "weight", "scale", "word"), ONE_SCALE)
+@pytest.mark.parametrize(("marker", "weight", "scale", "word"), ONE_SCALE, ids=str)
 def test_marker_decides_the_granularity_of_one_int8_scale(
     marker: Any,
     weight: tuple[int, int],
@@ -261,6 +261,7 @@ def test_marker_decides_the_granularity_of_one_int8_scale(
         ("float8_e4m3fn_blockwise", (K, K)),
         ("float8_e4m3fn_block3d", (1, K)),
     ],
+    ids=str,
 )
 def test_marker_decides_the_granularity_of_one_fp8_scale(
     word: str, shape: tuple[int, int], tmp_path: Path, caplog: pytest.LogCaptureFixture

@@ -318,7 +318,10 @@ def test_dtype_sizes_equal_those_of_torch_and_safetensors(tmp_path: Path) -> Non
     }
 
 
-@pytest.mark.parametrize("header", [header for header, _ in DAMAGED.values() if isinstance(header, dict)])
+JSON_HEADERS = {name: header for name, (header, _) in DAMAGED.items() if isinstance(header, dict)}
+
+
+@pytest.mark.parametrize("header", JSON_HEADERS.values(), ids=JSON_HEADERS)
 def test_safetensors_refuses_the_same_files(header: Any, tmp_path: Path) -> None:
     # strictness of our own that the library does not share would refuse files that others read
     path = write_file(tmp_path, header)

@@ -99,7 +99,9 @@ def test_keys_are_in_the_order_of_their_bytes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "rows", [slice(0, 2), slice(1, 5), slice(2, None), slice(None, 3), slice(5, 5), slice(None), None]
+    "rows",
+    [slice(0, 2), slice(1, 5), slice(2, None), slice(None, 3), slice(5, 5), slice(None), None],
+    ids=str,
 )
 def test_rows_are_read_without_the_others(rows: slice | None, tmp_path: Path) -> None:
     files = TensorFiles.open(save_tensors(tmp_path / "m.safetensors", TENSORS))
@@ -115,7 +117,7 @@ def test_rows_are_read_without_the_others(rows: slice | None, tmp_path: Path) ->
     assert (buffer[expected.numel() * 2 :] == 255).all(), "no byte more is written"
 
 
-@pytest.mark.parametrize("rows", [slice(0, 6), slice(-1, None), slice(3, 2), slice(0, 4, 2)])
+@pytest.mark.parametrize("rows", [slice(0, 6), slice(-1, None), slice(3, 2), slice(0, 4, 2)], ids=str)
 def test_missing_rows_raise(rows: slice, tmp_path: Path) -> None:
     files = TensorFiles.open(save_tensors(tmp_path / "m.safetensors", TENSORS))
     with pytest.raises(ValueError, match=r"a has 5 rows; .* cannot be read"):

@@ -57,6 +57,7 @@ def read_and_listen(draft: CheckpointDraft, folder: Path, caplog: pytest.LogCapt
 @pytest.mark.parametrize(
     ("matrix", "size"),
     [(make_regular(256), 256), (make_regular(64), 64), (make_regular(16), 16), (make_sylvester(128), 128)],
+    ids=["convrot 256", "convrot 64", "convrot 16", "quarot 128"],
 )
 def test_a_rotation_that_nothing_mentions_is_said(
     matrix: Array, size: int, kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture

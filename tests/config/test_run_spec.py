@@ -341,6 +341,7 @@ def test_what_the_float_model_generates_depends_on_the_rest(override):
         (["clip=nvfp4", "metrics.baseline=none", "outlier=smoothquant"], True),
         (["clip=auto", "clip.path=a.safetensors", "metrics.baseline=none", "int8.enable=false"], False),
     ],
+    ids=str,
 )
 def test_float_text_encoders_are_held_where_somebody_reads_with_them(overrides, held):
     assert make_spec(overrides).needs_float_encoders == held

@@ -247,7 +247,9 @@ def test_the_order_of_named_arguments_does_not_matter() -> None:
 
 
 @pytest.mark.parametrize(
-    "own", [torch.ones(1), [torch.ones(1)], Image.new("RGB", (1, 1)), [[Image.new("RGB", (1, 1))]]]
+    "own",
+    [torch.ones(1), [torch.ones(1)], Image.new("RGB", (1, 1)), [[Image.new("RGB", (1, 1))]]],
+    ids=["tensor", "list of a tensor", "image", "list of lists of an image"],
 )
 def test_calls_with_tensors_or_images_are_not_cached(clock: list[float], own: Any) -> None:
     pipe = Pipe(clock)

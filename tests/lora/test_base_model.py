@@ -375,6 +375,7 @@ NAME = "lora_unet_double_blocks_18_img_mod_lin"  # 18432 x 3072, in FLUX.1 only
         {"lora_down.weight": [4, 3072]},
         {"alpha": []},
     ],
+    ids=" ".join,
 )
 def test_size_is_read_from_every_adapter_type(parts):
     header = make_entries(**{f"{NAME}.{part}": shape for part, shape in parts.items()})
@@ -408,7 +409,9 @@ def test_size_is_unknown_with_a_core_tensor(parts):
     )
 
 
-@pytest.mark.parametrize("shape", [[], [4], ["x", "y"], [[4], [4]], [None, None], [4, True], [4, 10**30]])
+@pytest.mark.parametrize(
+    "shape", [[], [4], ["x", "y"], [[4], [4]], [None, None], [4, True], [4, 10**30]], ids=str
+)
 def test_malformed_shapes_are_ignored(shape):
     for part in ("lora_down.weight", "hada_w1_a", "lokr_w1", "diff", "weight"):
         detect_lora_base(make_entries(**{f"{NAME}.{part}": shape}), {})

@@ -390,6 +390,13 @@ def test_what_does_not_fit_is_refused(
         build(tensors, settings)
 
 
+def spell_parameter(value: object) -> str:
+    """Of a parameter: the names of tensors, all else as it is."""
+    if isinstance(value, dict):
+        return " + ".join(value)
+    return str(value)
+
+
 @pytest.mark.parametrize(
     ("tensors", "shape", "message"),
     [
@@ -410,6 +417,7 @@ def test_what_does_not_fit_is_refused(
             "rotates 192 rows, the mod",
         ),
     ],
+    ids=spell_parameter,
 )
 def test_another_shape_is_refused(tensors: dict[str, Tensor], shape: tuple[int, ...], message: str) -> None:
     delta = build(tensors | {"alpha": torch.tensor(1.0)}).weight_delta

@@ -179,6 +179,7 @@ SWITCHED = LoraSettings(
         (0.75, [0, 1.6, 2]),
         (1, [0, 1.6, 2]),
     ],
+    ids=str,
 )
 def test_strengths_follow_the_schedule(fraction, strengths):
     assert SWITCHED.get_strengths_at(fraction) == strengths

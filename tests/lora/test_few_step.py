@@ -349,7 +349,9 @@ def test_contradicting_setting_is_listed(change, line):
     assert list_differences(LCM, replace(GOOD, **change)) == [line]
 
 
-@pytest.mark.parametrize("change", [dict(steps=2), dict(steps=8), dict(guidance=0.0), dict(guidance=2.0)])
+@pytest.mark.parametrize(
+    "change", [dict(steps=2), dict(steps=8), dict(guidance=0.0), dict(guidance=2.0)], ids=str
+)
 def test_ends_of_a_range_are_accepted(change):
     assert list_differences(LCM, replace(GOOD, **change)) == []
 

@@ -197,6 +197,7 @@ def test_a_missing_frame_is_an_error():
         (3, {"first": 0, "middle": 1, "last": 2}),
         (81, {"first": 0, "middle": 40, "last": 80}),
     ],
+    ids=str,
 )
 def test_key_frames_are_the_first_the_middle_and_the_last(count, expected):
     assert select_key_frames(count) == expected

@@ -107,9 +107,11 @@ def test_auto_passes_mixed_precision_to_the_chosen_family(denoiser, mixed_precis
 
 
 @pytest.mark.parametrize(
-    "family", [lambda value: ModelFamily("x", mixed_precision=value), lambda value: AutoFamily(value)]
+    "family",
+    [lambda value: ModelFamily("x", mixed_precision=value), lambda value: AutoFamily(value)],
+    ids=["ModelFamily", "AutoFamily"],
 )
-@pytest.mark.parametrize("value", ["automatic", [], [IgnoreRule("a", "b")], None, True])
+@pytest.mark.parametrize("value", ["automatic", [], [IgnoreRule("a", "b")], None, True], ids=str)
 def test_mixed_precision_takes_none_or_auto(family, value):
     with pytest.raises(ConfigError, match=r"^model_type\.mixed_precision is .*choose from auto, none$"):
         family(value)

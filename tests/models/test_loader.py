@@ -63,7 +63,7 @@ def test_broken_folder_is_a_one_line_error(write_index, index):
         load_on_cpu(place)
 
 
-@pytest.mark.parametrize("setting", [[1, 2], [0.5, "x"], ["diffusers"], {"a": 1}])
+@pytest.mark.parametrize("setting", [[1, 2], [0.5, "x"], ["diffusers"], {"a": 1}], ids=str)
 def test_a_list_among_the_settings_of_a_pipeline_is_no_component(write_index, setting):
     """Krea 2 has such a list."""
     place = write_index({"_class_name": "FluxPipeline", "text_encoder_select_layers": setting})

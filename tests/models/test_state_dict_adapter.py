@@ -189,6 +189,7 @@ def test_written_keys_are_in_the_order_of_the_model(key):
         ("single_blocks.0.linear1.weight", (21504, 3072)),
         ("double_blocks.0.img_attn.norm.query_norm.scale", (128,)),
     ],
+    ids=str,
 )
 def test_joined_tensors_have_the_original_shapes(key, shape):
     shapes = {name: tuple(value.shape) for name, value in tiny(FAMILIES["flux"]).state_dict().items()}

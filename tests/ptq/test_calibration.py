@@ -1,5 +1,6 @@
 """Calibration: which calls of the float model are looked at, and what is kept of every layer's input."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -152,6 +153,7 @@ def recorded(calibration, steps, batch=1):
         (1000, 2, [0, 1]),
         (4, 1, [0]),
     ],
+    ids=str,
 )
 def test_moments_are_spread_over_the_steps(moments, steps, looked_at):
     calibration = replace(TWO, num_timesteps=moments)
@@ -160,15 +162,17 @@ def test_moments_are_spread_over_the_steps(moments, steps, looked_at):
 
 
 @pytest.mark.parametrize(
-    ("batch", "seeds"), [(1, [[7], [8], [9]]), (2, [[7, 8], [9]]), (3, [[7, 8, 9]]), (8, [[7, 8, 9]])]
+    ("batch", "seeds"),
+    [(1, [[7], [8], [9]]), (2, [[7, 8], [9]]), (3, [[7, 8, 9]]), (8, [[7, 8, 9]])],
+    ids=str,
 )
 def test_images_come_in_the_batches_of_the_run(batch, seeds):
     pipe, found = recorded(CalibrationSettings(["a", "bb", "ccc"], seed=7, num_timesteps=2), 5, batch)
-    assert [s for _, s in pipe.batches] == seeds and [p for prompts, _ in pipe.batches for p in prompts] == [
-        "a",
-        "bb",
-        "ccc",
-    ]
+    seeds_of_batches = [batch_seeds for _, batch_seeds in pipe.batches]
+    prompts = list(itertools.chain.from_iterable(batch_prompts for batch_prompts, _ in pipe.batches))
+
+    assert seeds_of_batches == seeds
+    assert prompts == ["a", "bb", "ccc"]
     assert found == [(step, group) for group in seeds for step in (0, 4)]
 
 

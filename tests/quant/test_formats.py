@@ -342,7 +342,7 @@ SWIZZLED_OFFSETS = {
 }
 
 
-@pytest.mark.parametrize(("place", "offset"), SWIZZLED_OFFSETS.items())
+@pytest.mark.parametrize(("place", "offset"), SWIZZLED_OFFSETS.items(), ids=str)
 def test_swizzled_offset_of_one_scale(place: tuple[int, int], offset: int) -> None:
     scale = torch.zeros(256, 48, dtype=torch.uint8)
     scale[place] = 1
@@ -350,7 +350,7 @@ def test_swizzled_offset_of_one_scale(place: tuple[int, int], offset: int) -> No
     assert swizzle_scales(scale).flatten().nonzero().item() == offset
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (5, 7), (128, 4), (129, 5), (300, 12)])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 7), (128, 4), (129, 5), (300, 12)], ids=str)
 def test_swizzled_scales_are_read_back_by_their_offsets(shape: tuple[int, int]) -> None:
     scale = torch.randint(1, 256, shape, generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     tiles = swizzle_scales(scale)
@@ -482,6 +482,7 @@ def test_fp8_equals_comfy_kitchen_up_to_its_rounded_reciprocal(kitchen, name: st
         ("nvfp4", (3, 5), "nvfp4", ""),
         ("int8_tensorwise", (3, 5), "int8_tensorwise", ""),
     ],
+    ids=str,
 )
 def test_choose_format_falls_back_where_a_shape_does_not_fit(
     name: str, shape: tuple[int, int], taken: str, reason: str

@@ -64,6 +64,29 @@ def write_layers(path: Path, layers: Sequence[Mapping[str, Any]]) -> None:
         writer.writerows(layers)
 
 
+def make_status(number: int, overrides: Sequence[str], params: Mapping[str, str]) -> dict[str, Any]:
+    """What status.json says of a job of a sweep that ended well."""
+    overridden = dict(override.split("=", 1) for override in overrides)
+    return {
+        "state": "FINISHED",
+        "error": None,
+        "task": "run",
+        "name": " ".join(overrides),
+        "overrides": list(overrides),
+        "choices": {},
+        "params": {"model": "tiny"} | overridden | dict(params),
+        "sweep": "s",
+        "number": number,
+        "config_hash": "0",
+        "build_key": "0",
+        "objective": PSNR_DB,
+        "started": 1790000000.0 + 60 * number,
+        "ended": 1790000050.0 + 60 * number,
+        "host": "box",
+        "jobs_at_once": 1,
+    }
+
+
 def write_run(
     folder: Path,
     number: int = 0,
@@ -79,25 +102,7 @@ def write_run(
     """The record of an output folder as a run writes it; `metrics=None`: it ended before it measured."""
     run_folder = folder / str(number)
     run_folder.mkdir(parents=True, exist_ok=True)
-    overridden = dict(override.split("=", 1) for override in overrides)
-    all_status = {
-        "state": state,
-        "error": None,
-        "task": "run",
-        "name": " ".join(overrides),
-        "overrides": list(overrides),
-        "choices": {},
-        "params": {"model": "tiny"} | overridden | dict(params or {}),
-        "sweep": "s",
-        "number": number,
-        "config_hash": "0",
-        "build_key": "0",
-        "objective": PSNR_DB,
-        "started": 1790000000.0 + 60 * number,
-        "ended": 1790000050.0 + 60 * number,
-        "host": "box",
-        "jobs_at_once": 1,
-    } | status
+    all_status = make_status(number, overrides, params or {}) | {"state": state} | status
     write_json(run_folder / "status.json", all_status)
     if metrics is not None:
         texts = {name: spell_non_finite(value) for name, value in metrics.items()}

@@ -24,6 +24,7 @@ from int8run.report.ranking import choose_speed_metric, find_fronts, find_pareto
         ([(1, math.inf), (2, 60), (0.5, math.inf)], [0, 1]),
         ([None, (-5, 3), (-4, 2)], [1, 2]),  # step times
     ],
+    ids=str,
 )
 def test_the_front_has_the_points_that_no_other_beats(points, front):
     assert find_pareto_front(points) == front

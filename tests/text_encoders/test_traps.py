@@ -96,7 +96,7 @@ def test_64_scales_of_a_square_weight_belong_to_its_rows(
     assert_read_right(reshape_scale(make_encoder_file("clip_l", "int8_rowwise"), Q, shape), tmp_path, backend)
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)], ids=str)
 @pytest.mark.parametrize("word", ["int8_tensorwise", "float8_e4m3fn"])
 def test_single_scale_may_have_three_shapes(word: str, shape: tuple[int, ...], tmp_path: Path) -> None:
     file = make_encoder_file("clip_l", word)
@@ -205,8 +205,9 @@ def test_marker_with_doubled_braces_is_read(tmp_path: Path) -> None:
         {"quarot": True, "quarot_groupsize": 16},
         {"format": "int8_tensorwise", "params": {"convrot": True, "convrot_groupsize": 16}},
     ],
+    ids=str,
 )
-@pytest.mark.parametrize("backend", INT8_BACKENDS)
+@pytest.mark.parametrize("backend", INT8_BACKENDS, ids=str)
 def test_rotation_is_read_from_markers_without_a_format_or_from_params(
     fields: dict[str, object], backend: str, tmp_path: Path
 ) -> None:
@@ -740,7 +741,7 @@ def test_integer_bias_is_an_error(dtype: str, tmp_path: Path) -> None:
     assert_file_error(file, tmp_path, f"{Q}.bias is {dtype}")
 
 
-@pytest.mark.parametrize("shape", [(2**40, 0), (0, 64), (0, 2**40)])
+@pytest.mark.parametrize("shape", [(2**40, 0), (0, 64), (0, 2**40)], ids=str)
 def test_empty_embedding_is_an_error(shape: tuple[int, int], tmp_path: Path) -> None:
     for key in ("token", "position"):
         file = make_encoder_file("clip_l", "int8_rowwise")

@@ -184,6 +184,7 @@ SETTINGS = {
         ({"model": {"location": "tiny", "extra": [2, 1]}}, False),
         ({"new": None}, False),
     ],
+    ids=str,
 )
 def test_the_hash_covers_the_settings_that_decide_a_result(change: dict[str, object], same: bool) -> None:
     assert (hash_config({**SETTINGS, **change}) == hash_config(SETTINGS)) is same

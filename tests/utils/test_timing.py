@@ -40,7 +40,9 @@ def test_the_median_counts(taking: Callable) -> None:
 
 
 @pytest.mark.parametrize(
-    ("times", "quiet"), [([1, 1, 1], True), ([1, 2, 2], True), ([1, 2.1, 3], False), ([1, 1, 9], True)]
+    ("times", "quiet"),
+    [([1, 1, 1], True), ([1, 2, 2], True), ([1, 2.1, 3], False), ([1, 1, 9], True)],
+    ids=str,
 )
 def test_a_median_far_above_the_shortest_time_is_a_busy_machine(times: list[float], quiet: bool) -> None:
     assert is_steady(times) is quiet

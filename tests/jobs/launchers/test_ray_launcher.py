@@ -363,6 +363,18 @@ SMALL, BIG = {"CPU": 4.0}, {"CPU": 64.0}
         ([SMALL, {**BIG, "slot": 4.0}], None, None, {"slot": 1}, {"CPU": 16, "GPU": 0, "slot": 1}, [0, 4]),
         ([SMALL], None, 1, {}, {"CPU": 1, "GPU": 1}, [0]),
     ],
+    ids=[
+        "a GPU each",
+        "half a GPU each",
+        "two on a GPU at most",
+        "no GPU",
+        "too few cores for two",
+        "a small head node",
+        "some cores each",
+        "a machine without cores",
+        "a custom resource",
+        "no GPU there",
+    ],
 )
 def test_the_resources_of_a_worker_and_the_room_for_it(machines, cpus, gpus, custom, resources, room):
     assert choose_resources(machines, cpus=cpus, gpus=gpus, custom=custom) == resources

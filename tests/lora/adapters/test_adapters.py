@@ -525,6 +525,15 @@ class TestRefused:
             LoraChange(LoRA(A, B[:3])).swap_halves()
 
 
+def spell_parameter(value: object) -> str:
+    """Of a parameter: 12x10 for a shape, a name for a change, words as they are."""
+    if isinstance(value, tuple):
+        return "x".join(map(str, value))
+    if isinstance(value, LoraChange):
+        return type(value.weight_delta).__name__
+    return str(value)
+
+
 @pytest.mark.parametrize(
     ("change", "shape", "words"),
     [
@@ -587,6 +596,7 @@ class TestRefused:
             "changes a 12x10 weight, the model's is 12x11",
         ),
     ],
+    ids=spell_parameter,
 )
 def test_shape_mismatch_has_both_shapes(change, shape, words):
     assert change.shape_mismatch(shape) == words
