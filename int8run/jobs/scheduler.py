@@ -1,8 +1,8 @@
 """Which worker runs which job of a sweep.
 
 A worker keeps the model that it built last. So jobs that use the same built model form a group, and a worker
-stays with its group as long as jobs of it wait. A worker that dies takes only the job that it was running
-along: the jobs behind it go back to the queue.
+stays with its group as long as jobs of it wait. When a worker dies, only the job that it was running is
+lost; those behind it go back to the queue.
 
 Called by `jobs.sweep`. It must not know what a worker is, a process here or a job of a cluster: `jobs.base`
 has the protocols.
@@ -18,6 +18,7 @@ from int8run.jobs.worker import unzip_files
 from int8run.tracking.run_record import FINISHED, KILLED, Record, end_record, try_read_record
 
 log = logging.getLogger(__name__)
+# what a worker runs: some jobs, one after the other; returns how they ended
 Call = Callable[[], Sequence[Outcome]]
 
 
@@ -67,8 +68,8 @@ class JobQueue:
         unused = [key for key in self.groups if key not in in_use]
         if unused:
             return self.find_largest(unused)
-        # Another worker has to build the model again. For a group's last job it does not: the worker that has
-        # the model will run it.
+        # A second worker would have to build the model again. That is not worth it for one job: the worker
+        # that has the model runs it next.
         shareable = [key for key, jobs in self.groups.items() if len(jobs) > 1]
         if shareable:
             return self.find_largest(shareable)
@@ -108,7 +109,8 @@ class Scheduler:
         pool: starts the workers; its owner opens and closes it.
         max_workers: how many workers are used at once.
         make_call: builds what a worker is given for some jobs.
-        on_start: called with each job before it is submitted.
+        on_start: called with each job before it is submitted; for all jobs of a group at once where the pool
+            takes whole groups, and again for a job that waits anew because its worker died before it.
         on_end: called once with each job and how it ended.
     """
 
@@ -159,6 +161,7 @@ class Scheduler:
 
     def start_new(self) -> None:
         """Start workers for jobs that no idle worker has taken, up to the limit."""
+        # idle workers have chosen already; one that found nothing keeps its model
         while len(self.slots) < self.max_workers:
             in_use = {other.build_key for other in self.slots}
             key = self.queue.choose_group(None, in_use)
@@ -186,14 +189,14 @@ class Scheduler:
     def collect(self, future: Future[Sequence[Outcome]]) -> None:
         """Report how the jobs of a finished call ended; what its worker did not come to waits again."""
         slot = self.busy.pop(future)
-        # before the result is asked for: where the call raised an error, `close` must find the worker
+        # idle first: if `result` raises another error, `close` still finds the worker
         self.idle.append(slot)
         try:
             outcomes = future.result()
         except WorkerDied as death:
             self.idle.remove(slot)
             slot.worker.close()
-            outcomes = fail_jobs(slot.jobs, death)
+            outcomes = conclude_jobs(slot.jobs, death)
         by_number = {outcome.number: outcome for outcome in outcomes}
         not_reached = []
         for job in slot.jobs:
@@ -225,8 +228,8 @@ def record_interrupt(job: SweepJob) -> None:
         end_record(record, KILLED, "the sweep was interrupted")
 
 
-def fail_jobs(jobs: Sequence[SweepJob], death: WorkerDied) -> list[Outcome]:
-    """Find out from the jobs' folders what a dead worker had done.
+def conclude_jobs(jobs: Sequence[SweepJob], death: WorkerDied) -> list[Outcome]:
+    """Find out from the jobs' folders, and record, what a dead worker had done.
 
     Args:
         jobs: of the worker's latest call, which it ran in this order.
@@ -234,8 +237,8 @@ def fail_jobs(jobs: Sequence[SweepJob], death: WorkerDied) -> list[Outcome]:
 
     Returns:
         The outcomes of the jobs that it came to: those that had ended, and the one that was running, which is
-        recorded as killed. There is at least one, so that a worker that dies before its first job is not
-        started for the same jobs again and again.
+        recorded as killed if it has a record. There is at least one, so that a worker that dies before its
+        first job is not started for the same jobs again and again.
     """
     outcomes: list[Outcome] = []
     for job in jobs:

@@ -91,7 +91,7 @@ class LowRankBranch(nn.Module):
     def fuse_into_backend(self, backend: Backend, transform: OutlierTransform) -> None:
         """Let the backend compute the branch inside its product, if it can.
 
-        Its input is then the transformed one.
+        A fused branch reads the transformed input.
         """
         if not isinstance(backend, FusesBranch):
             return
@@ -115,7 +115,7 @@ class LowRankBranch(nn.Module):
 
     def add_product(self, y: Tensor, x: Tensor) -> Tensor:
         """y plus the low-rank product of x. x: [M, K], y: [M, N]; y may be overwritten."""
-        assert self.lora_A.shape[0] or not self.ranks, "the float factors were dropped"
+        assert self.lora_A.shape[0] == sum(self.ranks), "the float factors were dropped"
         hidden = F.linear(x.to(self.lora_A.dtype), self.lora_A)  # [M, R]
         hidden = hidden * self.strengths.to(self.lora_A.dtype)
         return y.addmm_(hidden.to(y.dtype), self.lora_B.T.to(y.dtype))
@@ -126,17 +126,17 @@ class SharedInput:
 
     Holds the last input and its quantization until every layer of the group has taken it. An input that
     changed in between, or is another tensor, is quantized anew: sharing never depends on the order in which a
-    model calls its layers. Compiled code cannot read a tensor's version and goes by identity alone: a model
-    that changes a tensor in place between two layers that read it must not share there. None of the families
-    in `conf/model_type/` does.
+    model calls its layers. Compiled code sees only which tensor it is, not whether it changed: a model that
+    changes a tensor in place between two layers that read it must not share it. None of the families in
+    `conf/model_type/` does that.
 
     Args:
-        n_layers: how many layers read the tensor.
+        num_layers: how many layers read the tensor.
     """
 
-    def __init__(self, n_layers: int):
-        self.n_layers = n_layers
-        self.n_waiting = 0  # layers that have not taken the current quantization
+    def __init__(self, num_layers: int):
+        self.num_layers = num_layers
+        self.num_waiting = 0  # layers that have not taken the current quantization
         self.x: Tensor | None = None
         self.version = 0
         self.quantized: QuantizedInput | None = None
@@ -146,14 +146,14 @@ class SharedInput:
         version = get_tensor_version(x)
         quantized = self.quantized
         if quantized is not None and self.x is x and self.version == version:
-            self.n_waiting -= 1
+            self.num_waiting -= 1
         else:
             quantized = quantize()
             if version == NO_VERSION:
                 return quantized  # a change of it would go unseen, so it is not shared
             self.x, self.version, self.quantized = x, version, quantized
-            self.n_waiting = self.n_layers - 1
-        if self.n_waiting == 0:
+            self.num_waiting = self.num_layers - 1
+        if self.num_waiting == 0:
             self.x = self.quantized = None
         return quantized
 
@@ -168,7 +168,7 @@ def get_tensor_version(x: Tensor) -> int:
 def center_rows(x: Tensor) -> Tensor:
     """Every token without the mean over its image's tokens, followed by the means.
 
-    x: [..., T, K] -> float32 [B T + B, K], where B counts `...`.
+    x: [..., T, K] -> float32 [B T + B, K], where B is the product of the leading dimensions.
     """
     x = x.float()  # in half precision the difference would be rounded once more
     mean = x.mean(-2, keepdim=True)
@@ -219,8 +219,9 @@ class Int8Linear(KeepsDtypes):
         self.float_rows = float_rows
         self.adapter: LowRankBranch | None = None
         self.shared: SharedInput | None = None
-        # columns from here on arrive before their GELU, which the quantization computes on the way
+        # input columns from this index on still need their GELU; the quantization applies it
         self.gelu_from: int | None = None
+        # in this backend's own layout, which would mean nothing to another that loads the state dict
         self.register_buffer("packed", backend.pack_weight(layer.weight), persistent=False)
         self.register_buffer("scale", layer.weight.scale[:, 0].contiguous())  # float32 [N]
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().float())
@@ -244,14 +245,15 @@ class Int8Linear(KeepsDtypes):
 
         int8 [N, K].
         """
-        ones = torch.ones_like(self.scale)
+        unit_scales = torch.ones_like(self.scale)
         columns = []
         for start in range(0, self.in_features, UNIT_VECTORS_AT_ONCE):
             count = min(UNIT_VECTORS_AT_ONCE, self.in_features - start)
             units = torch.zeros(count, self.in_features, device=self.scale.device)
             units[:, start:].fill_diagonal_(1.0)
+            # row i of the products is column start + i of the weight
             products = self.backend.linear(
-                self.backend.quantize(units), self.packed, ones, dtype=torch.float32
+                self.backend.quantize(units), self.packed, unit_scales, dtype=torch.float32
             )
             columns.append(products.round().to(torch.int8))  # [count, N]
         return torch.cat(columns).T.contiguous()
@@ -269,7 +271,10 @@ class Int8Linear(KeepsDtypes):
         return self._forward(x, gelu_from=None, shared=None)
 
     def _forward(self, x: Tensor, gelu_from: int | None, shared: SharedInput | None) -> Tensor:
-        """Few rows in float, many in int8; then a branch that is not in the product. As `forward`."""
+        """Compute few rows in float and many in INT8, then add the branch where the product does not hold it.
+
+        Shapes as in `forward`.
+        """
         rows = x.reshape(-1, self.in_features)  # [..., K] -> [M, K]
         branch = self._active_branch()
         if self.float_weight is not None and rows.shape[0] <= self.float_rows:
@@ -303,7 +308,7 @@ class Int8Linear(KeepsDtypes):
         branch: LowRankBranch | None,
     ) -> Tensor:
         """On the backend, a fused branch included. x: [..., K], rows: x as [M, K] -> [M, N], in x's dtype."""
-        # without a token axis there is no mean over tokens; one over a batch would mix images
+        # without a token axis there is nothing to center: a mean over the batch would mix images
         is_centered = self.transform.centered and x.dim() > 2
         fused: FusedBranch | None = None
         down = strengths = None
@@ -313,6 +318,7 @@ class Int8Linear(KeepsDtypes):
             strengths = branch.strengths
 
         def quantize() -> QuantizedInput:
+            # centered rows never wait for their GELU: fusion defers none to a centered transform
             tokens = center_rows(x) if is_centered else rows
             return self.backend.quantize(
                 tokens,
@@ -344,11 +350,11 @@ class Int8Linear(KeepsDtypes):
 
         y: [B T + B, N] -> [B T, N]; shape: of x, [..., T, K].
         """
-        n_rows, n_tokens = shape[:-1].numel(), shape[-2]
-        mean = y[n_rows:]  # [B, N]
+        num_rows, num_tokens = shape[:-1].numel(), shape[-2]
+        mean = y[num_rows:]  # [B, N]
         if self.bias is not None:
             mean = mean + self.bias.to(y.dtype)
-        return y[:n_rows].add_(mean.repeat_interleave(n_tokens, dim=0))
+        return y[:num_rows].add_(mean.repeat_interleave(num_tokens, dim=0))
 
     @staticmethod
     def _add_branch(y: Tensor, rows: Tensor, gelu_from: int | None, branch: LowRankBranch) -> Tensor:

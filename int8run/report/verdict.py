@@ -1,7 +1,8 @@
 """The recommendation at the top of a report: which setting to use, why, and what limits the advice.
 
-`recommend` compares the runs once (`comparison`) and hands the result to one function per paragraph. Chooses
-words alone: it ranks nothing, and knows nothing of HTML.
+`recommend` compares the runs once (`comparison`) and hands the result to one function per paragraph. Decides
+between the fastest and the closest to float, and chooses the words; it ranks nothing, and knows nothing of
+HTML.
 """
 
 import math
@@ -231,8 +232,7 @@ def write_verdict(comparison: SweepComparison) -> str:
 def weigh_speed_and_quality(comparison: SweepComparison) -> str:
     """The sentence that chooses between the fastest and the closest, or leaves the choice to the reader."""
     fastest, closest = comparison.fastest, comparison.closest
-    closest_names = {candidate.name for candidate in closest}
-    both = [candidate for candidate in fastest if candidate.name in closest_names]
+    both = [candidate for candidate in fastest if candidate in closest]
     if both:
         return f"Use {format_names(both)}: both the fastest and the closest to float."
 
@@ -272,12 +272,12 @@ def compute_speed_loss(comparison: SweepComparison) -> float | None:
     metric = comparison.speed_metric
     if metric is None:
         return None
-    speed_of_fastest = comparison.fastest[0].get_metric(metric)
-    speed_of_closest = comparison.closest[0].get_metric(metric)
-    if not speed_of_fastest or not speed_of_closest:
+    value_of_fastest = comparison.fastest[0].get_metric(metric)
+    value_of_closest = comparison.closest[0].get_metric(metric)
+    if not value_of_fastest or not value_of_closest:
         return None
-    # The same for step times and for ratios to float.
-    lower, higher = sorted((speed_of_fastest, speed_of_closest))
+    # a step time is fastest / closest, a ratio to float closest / fastest: the lower by the higher alike
+    lower, higher = sorted((value_of_fastest, value_of_closest))
     return 1 - lower / higher
 
 
@@ -289,7 +289,8 @@ def compute_psnr_gain(comparison: SweepComparison) -> float | None:
     """
     fastest, closest = comparison.fastest[0], comparison.closest[0]
     psnr_of_fastest = fastest.get_metric(PSNR_DB)
-    psnr_of_closest = closest.get_metric(PSNR_DB) or 0.0
+    psnr_of_closest = closest.get_metric(PSNR_DB)
+    assert psnr_of_closest is not None  # it is the closest by its PSNR
     if psnr_of_fastest is None or fastest not in comparison.ranked_by_quality:
         return None
     if psnr_of_closest == psnr_of_fastest:
@@ -303,6 +304,7 @@ def list_facts(comparison: SweepComparison) -> list[tuple[str, str]]:
         *list_extreme_facts(comparison),
         *list_between_facts(comparison),
         *list_memory_facts(comparison),
+        *list_median_facts(comparison),
         *list_front_facts(comparison),
     ]
 
@@ -322,10 +324,10 @@ def list_between_facts(comparison: SweepComparison) -> list[tuple[str, str]]:
     """The candidates of the Pareto front that are neither the fastest nor the closest."""
     if not comparison.has_comparable_speeds:
         return []
-    extremes = {candidate.name for candidate in (*comparison.fastest, *comparison.closest)}
+    extremes = [*comparison.fastest, *comparison.closest]
     texts = []
     for candidate in list_front_candidates(comparison):
-        if candidate.name not in extremes:
+        if candidate not in extremes:
             texts.append(describe_best([candidate], comparison, (*SPEED_METRICS, PSNR_DB)))
     if not texts:
         return []
@@ -333,14 +335,18 @@ def list_between_facts(comparison: SweepComparison) -> list[tuple[str, str]]:
 
 
 def list_memory_facts(comparison: SweepComparison) -> list[tuple[str, str]]:
-    """The smallest candidates, and over what every candidate's metrics are medians."""
-    facts = []
-    if comparison.smallest:
-        facts.append(("Smallest", describe_best(comparison.smallest, comparison, MEMORY_METRICS)))
-    if comparison.content_keys:
-        num_runs = count_noun(len(comparison.candidates[0].runs), "run")
-        facts.append(("Medians over", describe_medians(comparison, f"{num_runs} each")))
-    return facts
+    """The candidates with the smallest denoiser."""
+    if not comparison.smallest:
+        return []
+    return [("Smallest", describe_best(comparison.smallest, comparison, MEMORY_METRICS))]
+
+
+def list_median_facts(comparison: SweepComparison) -> list[tuple[str, str]]:
+    """Over what every candidate's metrics are medians; empty where each candidate is one run."""
+    if not comparison.content_keys:
+        return []
+    count = count_noun(len(comparison.candidates[0].runs), "run")
+    return [("Medians over", describe_medians(comparison, f"{count} each"))]
 
 
 def list_front_facts(comparison: SweepComparison) -> list[tuple[str, str]]:
@@ -348,6 +354,7 @@ def list_front_facts(comparison: SweepComparison) -> list[tuple[str, str]]:
     front = list_front_candidates(comparison)
     if not front:
         return []
+    # grouped candidates have names, single runs have tags
     if comparison.content_keys:
         names, others = format_names(front), "no other setting"
     else:
@@ -375,28 +382,44 @@ def list_fronts_by_images(runs: Sequence[Run]) -> list[tuple[str, str]]:
 
 
 def describe_best(best: Sequence[Candidate], comparison: SweepComparison, metrics: Sequence[str]) -> str:
-    """Names and metrics: `outlier=none: 5.2 ms per step, 2.54× the float model's speed`."""
+    """Names and metrics: `outlier=none: 5.2 ms per step, 2.54× the float model's speed`.
+
+    Candidates that share the best value of one metric may differ in another, which is left out then.
+    """
     name = "all" if len(best) == len(comparison.candidates) else format_names(best)
-    return f"{name}: {describe_metrics(best[0], metrics)}"
+    shared_metrics = []
+    for metric in metrics:
+        phrases = {describe_metric(candidate, metric) for candidate in best}
+        if len(phrases) == 1:
+            shared_metrics.append(metric)
+    return f"{name}: {describe_metrics(best[0], shared_metrics)}"
 
 
 def describe_metrics(candidate: Candidate, metrics: Sequence[str]) -> str:
     """Metrics of a candidate in words; those that are missing are left out."""
-    phrases = []
-    for metric in metrics:
-        value = candidate.get_metric(metric)
-        if value is None:
-            continue
-        column = find_column(metric)
-        number = column.format(value, column.choose_decimals([value]))
-        unit = UNITS.get(metric, "") if math.isfinite(value) else ""
-        phrases.append(PHRASES[metric].format(number + unit))
-    return ", ".join(phrases)
+    phrases = [describe_metric(candidate, metric) for metric in metrics]
+    return ", ".join(phrase for phrase in phrases if phrase)
 
 
-def describe_medians(comparison: SweepComparison, num_runs: str) -> str:
-    """Over what the candidates' metrics are medians, and why."""
+def describe_metric(candidate: Candidate, metric: str) -> str:
+    """One metric of a candidate in words; empty where it is missing."""
+    value = candidate.get_metric(metric)
+    if value is None:
+        return ""
+    column = find_column(metric)
+    number = column.format(value, column.choose_decimals([value]))
+    unit = UNITS.get(metric, "") if math.isfinite(value) else ""
+    return PHRASES[metric].format(number + unit)
+
+
+def describe_medians(comparison: SweepComparison, count: str) -> str:
+    """Over what the candidates' metrics are medians, and why.
+
+    Args:
+        comparison: of candidates that are several runs each.
+        count: how many runs, in words.
+    """
     keys = ", ".join(comparison.content_keys)
     has_quality = any(candidate.get_metric(PSNR_DB) is not None for candidate in comparison.candidates)
     compared = "INT8 is compared with float" if has_quality else "speeds are compared"
-    return f"{keys} ({num_runs}): chosen for the image, so {compared} at each value"
+    return f"{keys} ({count}): chosen for the image, so {compared} at each value"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from int8run.jobs.base import Outcome, SweepJob, WorkerDied
-from int8run.jobs.scheduler import JobQueue, Scheduler, fail_jobs
+from int8run.jobs.scheduler import JobQueue, Scheduler, conclude_jobs
 from int8run.jobs.worker import zip_folder
 from int8run.tracking.run_record import FINISHED, KILLED, end_record, read_record, start_record
 
@@ -244,7 +244,7 @@ def test_a_job_that_failed_before_the_worker_died_stays_failed(tmp_path: Path) -
     write_record(jobs[0].folder, 0)
     end_record(read_record(jobs[0].folder), "FAILED", "a reason")
 
-    outcomes = fail_jobs(jobs, WorkerDied("gone"))
+    outcomes = conclude_jobs(jobs, WorkerDied("gone"))
 
     assert [(o.number, o.state, o.error) for o in outcomes] == [(0, "FAILED", "a reason")]
 

@@ -86,6 +86,16 @@ def test_the_facts_name_the_best_and_those_between_them(tmp_path):
     }
 
 
+def test_of_candidates_with_equal_bests_only_shared_numbers_are_given(tmp_path):
+    metrics = [make_metrics(10, 2.0, 40), make_metrics(12, 2.0, 40), make_metrics(20, 1.0, 30)]
+
+    found = recommend(write_runs(tmp_path, metrics, "abc"))
+
+    facts = dict(found.facts)
+    assert facts["Fastest"] == "#0 outlier=a and #1 outlier=b: 2.00× the float model's speed"
+    assert facts["Closest to float"].endswith(": PSNR 40.0 dB, SSIM 0.9900")
+
+
 def test_a_missing_baseline_is_a_warning(tmp_path):
     found = recommend(write_runs(tmp_path, [make_metrics(psnr=None)] * 2))
 
