@@ -1,4 +1,7 @@
-"""What `task=inspect` shows of a LoRA's metadata: title, author, trainer, rank, license, advised strength."""
+"""What `task=inspect` shows of a LoRA's metadata: title, author, trainer, rank, license, advised strength.
+
+All of it is a stranger's text, for people to read: nothing here decides how a LoRA is applied.
+"""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -73,12 +76,8 @@ def detect_trainer(metadata: Mapping[str, str], keys: Iterable[str]) -> str | No
         return software
 
     module = metadata.get("ss_network_module")
-    if isinstance(module, str) and module.startswith("lycoris"):
-        algorithm = get_nested(parse_json(metadata.get("ss_network_args")), ("algo",))
-        return f"LyCORIS ({algorithm})" if isinstance(algorithm, str) else "LyCORIS"
     if isinstance(module, str) and module:
-        return f"kohya ({module})"
-
+        return describe_kohya_module(module, metadata)
     for key, trainer in TRAINER_BY_KEY.items():
         if key in metadata:
             return trainer
@@ -87,6 +86,21 @@ def detect_trainer(metadata: Mapping[str, str], keys: Iterable[str]) -> str | No
         if any(key_part in key for key in keys):
             return layout
     return None
+
+
+def describe_kohya_module(module: str, metadata: Mapping[str, str]) -> str:
+    """`kohya (networks.lora)` or `LyCORIS (lokr)`, which trains within kohya's scripts.
+
+    Args:
+        module: of Python, that made the layers.
+        metadata: of the header, untrusted.
+    """
+    if not module.startswith("lycoris"):
+        return f"kohya ({module})"
+    algorithm = get_nested(parse_json(metadata.get("ss_network_args")), ("algo",))
+    if not isinstance(algorithm, str):
+        return "LyCORIS"
+    return f"LyCORIS ({algorithm})"
 
 
 def format_rank_and_alpha(path: Path, metadata: Mapping[str, str]) -> str | None:
@@ -104,9 +118,8 @@ def format_rank_and_alpha(path: Path, metadata: Mapping[str, str]) -> str | None
         "rank": metadata.get("ss_network_dim") or written.get("rank"),
         "alpha": metadata.get("ss_network_alpha") or written.get("alpha"),
     }
-    parts = [
-        f"{name} {value}"
-        for name, value in numbers.items()
-        if not is_empty(sanitize_text(value, MAX_NUMBER_CHARS))
-    ]
+    parts = []
+    for name, value in numbers.items():
+        if not is_empty(sanitize_text(value, MAX_NUMBER_CHARS)):
+            parts.append(f"{name} {value}")
     return ", ".join(parts) or None

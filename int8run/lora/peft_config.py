@@ -87,13 +87,14 @@ def list_setting_warnings(place: str, settings: Settings) -> list[str]:
             f"{place} has modules_to_save: {sanitize_text(', '.join(whole_modules), MAX_TEXT_CHARS)} were "
             "trained whole beside the adapter; whole weights are not applied"
         )
-    if settings.get("bias") not in (None, "", "none"):
+    bias = settings.get("bias")
+    if bias not in (None, "", "none"):
         warnings.append(
-            f"{place} has bias {str(settings['bias'])[:MAX_TEXT_CHARS]!r}: biases of the model were trained "
+            f"{place} has bias {str(bias)[:MAX_TEXT_CHARS]!r}: biases of the model were trained "
             "beside the adapter; they are not applied"
         )
-    unknown = [key for key, value in settings.items() if value and key not in KNOWN_SETTINGS]
-    unknown = [key for key in unknown if key not in REFUSED_SETTINGS]
+    known = KNOWN_SETTINGS | REFUSED_SETTINGS.keys()
+    unknown = [key for key, value in settings.items() if value and key not in known]
     if unknown:
         names = ", ".join(sanitize_text(key, MAX_TEXT_CHARS) for key in unknown[:5])
         warnings.append(f"{place} has settings that are not known and are ignored: {names}")
@@ -110,9 +111,10 @@ def check_parts(settings: Mapping[str, object], place: str, parts: Collection[st
         return
     for setting, promised in PARTS_BY_SETTING.items():
         found = [part for part in promised if part in parts]
-        if settings.get(setting) and not found:
+        value = settings.get(setting)
+        if value and not found:
             raise LoraError(f"has no {promised[0]}, and {place} has {setting}; the file is incomplete")
-        if found and settings.get(setting) is False:
+        if value is False and found:
             raise LoraError(
                 f"has a {found[0]}, and {place} says {setting} false; which one is meant cannot be told: ask "
                 "its author"

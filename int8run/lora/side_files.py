@@ -5,7 +5,7 @@ from pathlib import Path
 
 from int8run.lora.initial_factors import find_initial_adapter
 from int8run.lora.peft_config import find_relative_initialization
-from int8run.lora.written_settings import ADAPTER_CONFIG, COMPONENT_PREFIXES, read_settings
+from int8run.lora.written_settings import ADAPTER_CONFIG, COMPONENT_PREFIXES, WrittenSettings, read_settings
 
 
 def list_side_files(path: Path, metadata: Mapping[str, str]) -> list[Path]:
@@ -19,10 +19,24 @@ def list_side_files(path: Path, metadata: Mapping[str, str]) -> list[Path]:
         LoraError: when one of them cannot be read.
     """
     written = read_settings(path, metadata)
-    files = [path.with_name(ADAPTER_CONFIG)] if written.has_adapter_config else []
-    components = set(COMPONENT_PREFIXES.values())
-    if any(find_relative_initialization(place, name) for place in written.places for name in components):
+    files: set[Path] = set()
+    if written.has_adapter_config:
+        files.add(path.with_name(ADAPTER_CONFIG))
+    if is_relative(written):
         initial = find_initial_adapter(path)
         if initial is not None:
-            files += [initial, initial.with_name(ADAPTER_CONFIG)]
-    return sorted({file for file in files if file.is_file()})
+            files |= {initial, initial.with_name(ADAPTER_CONFIG)}
+    return sorted(file for file in files if file.is_file())
+
+
+def is_relative(written: WrittenSettings) -> bool:
+    """Whether a LoRA is relative to a base that its initialization changed.
+
+    Raises:
+        LoraError: for an initialization that is not known.
+    """
+    for place in written.places:
+        for component in set(COMPONENT_PREFIXES.values()):
+            if find_relative_initialization(place, component):
+                return True
+    return False

@@ -12,6 +12,8 @@ from pathlib import Path
 import yaml
 
 TABLE_FILE = Path(__file__).with_name("unread_types.yaml")
+# what a row can tell its type by
+SIGNATURE_FIELDS = ("parts", "endings", "prefixes", "keys", "weights")
 ADAPTER_REASON, OTHER_REASON = "unsupported adapter type: ", ", not a LoRA"
 
 
@@ -60,15 +62,14 @@ class Signatures:
 def load_signatures() -> Signatures:
     """The content of `unread_types.yaml`."""
     table = yaml.safe_load(TABLE_FILE.read_text(encoding="utf-8"))
-    rows = [(row, True) for row in table["adapters"]] + [(row, False) for row in table["others"]]
     types: dict[str, UnreadType] = {}
-    fields = ("parts", "endings", "prefixes", "keys", "weights")
-    by_field: dict[str, dict[str, UnreadType]] = {field: {} for field in fields}
-    for row, is_adapter in rows:
-        unread = UnreadType(row["name"], row["convert"], is_adapter)
-        types[unread.reason] = unread
-        for field, by_text in by_field.items():
-            by_text.update(dict.fromkeys(row.get(field, ()), unread))
+    by_field: dict[str, dict[str, UnreadType]] = {field: {} for field in SIGNATURE_FIELDS}
+    for section in ("adapters", "others"):
+        for row in table[section]:
+            unread = UnreadType(row["name"], row["convert"], is_adapter=section == "adapters")
+            types[unread.reason] = unread
+            for field, by_text in by_field.items():
+                by_text.update(dict.fromkeys(row.get(field, ()), unread))
     return Signatures(
         types=types,
         by_part=by_field["parts"],
@@ -84,12 +85,12 @@ def find_unread_type(key: str) -> tuple[UnreadType, str] | None:
     signatures = load_signatures()
     if key in signatures.by_key:
         return signatures.by_key[key], key
-    if key.startswith(tuple(signatures.by_prefix)):
-        prefix = next(prefix for prefix in signatures.by_prefix if key.startswith(prefix))
-        return signatures.by_prefix[prefix], key
-    if key.endswith(tuple(signatures.by_ending)):
-        ending = next(ending for ending in signatures.by_ending if key.endswith(ending))
-        return signatures.by_ending[ending], key.removesuffix(ending)
+    for prefix, unread in signatures.by_prefix.items():
+        if key.startswith(prefix):
+            return unread, key
+    for ending, unread in signatures.by_ending.items():
+        if key.endswith(ending):
+            return unread, key.removesuffix(ending)
     return find_piece(key, signatures.by_part)
 
 

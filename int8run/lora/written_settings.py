@@ -119,12 +119,15 @@ class WrittenSettings:
         """
         found: dict[str, Any] = {}
         for place in self.places:
-            settings = place.get_settings(component) if place.is_peft else {}
+            if not place.is_peft:
+                continue
+            settings = place.get_settings(component)
             for key in OFT_SETTINGS:
                 if key not in settings:
                     continue
-                if found.setdefault(key, settings[key]) != settings[key]:
-                    first, second = (str(value)[:MAX_TEXT_CHARS] for value in (found[key], settings[key]))
+                known = found.setdefault(key, settings[key])
+                if known != settings[key]:
+                    first, second = str(known)[:MAX_TEXT_CHARS], str(settings[key])[:MAX_TEXT_CHARS]
                     raise LoraError(
                         f"is an OFT with {key} {first} in one place and {second} in {place.name}; which one "
                         "is meant cannot be told: ask its author"
@@ -147,7 +150,8 @@ def read_settings(path: Path, metadata: Mapping[str, str]) -> WrittenSettings:
     Raises:
         LoraError: when `adapter_config.json` is there and is not one.
     """
-    places, warnings = [], []
+    places: list[Place] = []
+    warnings: list[str] = []
     config, warning = read_adapter_config(path)
     if config is not None:
         places.append(Place(ADAPTER_CONFIG, {None: config}, is_peft=True))
@@ -182,7 +186,8 @@ def read_adapter_config(path: Path) -> tuple[Settings | None, str | None]:
     if not config_path.is_file():
         return None, None
     settings = parse_json(read_optional_text(config_path))
-    others = [] if path.name == PEFT_FILE else list_other_loras(path, settings)
+    is_its_own = path.name == PEFT_FILE
+    others = [] if is_its_own else list_other_loras(path, settings)
     if others:
         count = count_noun(len(others), "other LoRA")
         return None, (
@@ -219,11 +224,12 @@ def split_by_component(settings: Mapping[str, Any]) -> dict[str | None, dict[str
 
     A mapping under one other name is that of an adapter (`default`), as PEFT's `peft_config` is.
     """
-    by_component: dict[str | None, dict[str, Any]] = {}
     if len(settings) == 1:
         ((name, inner),) = settings.items()
         if isinstance(inner, dict) and name not in COMPONENT_PREFIXES:
             settings = inner
+
+    by_component: dict[str | None, dict[str, Any]] = {}
     for key, value in settings.items():
         prefix, _, setting = key.partition(".")
         component = COMPONENT_PREFIXES.get(prefix)
@@ -239,31 +245,39 @@ def split_by_component(settings: Mapping[str, Any]) -> dict[str | None, dict[str
 def read_plain_keys(metadata: Mapping[str, str]) -> tuple[dict[str | None, dict[str, Any]], list[str]]:
     """The numbers that stand in the header itself, by component, and what looks like one and is not read."""
     by_component: dict[str | None, dict[str, Any]] = {}
-    warnings = []
+    warnings: list[str] = []
     for key, text in metadata.items():
         if key in JSON_KEYS:
             continue
+        if key in RECORDED_ARGUMENTS:
+            warnings += list_unread_initializations(key, text)
         if key.startswith(RECORD_PREFIXES):
-            warnings += list_unread_initializations(key, text) if key in RECORDED_ARGUMENTS else []
             continue
         component, setting = split_plain_key(key.lower())
-        if setting == INITIALIZATION_KEY:
-            by_component.setdefault(component, {})[setting] = text.strip()
-            continue
-        if setting == RSLORA_KEY:
-            by_component.setdefault(component, {})[setting] = text.strip().lower() in ("true", "1")
-            continue
-        value = parse_number(text)
-        if setting in (*ALPHA_KEYS, *RANK_KEYS) and value is not None:
+        value = parse_plain_value(setting, text)
+        if value is not None:
             by_component.setdefault(component, {})[setting] = value
         elif is_unread_scale(key, text):
             shown = f"{sanitize_text(key, MAX_TEXT_CHARS)} in its header is {text[:MAX_TEXT_CHARS]!r}"
             warnings.append(f"{shown}, which is not understood and is ignored")
-        warnings += list_unread_initializations(key, text)
+        if setting not in (INITIALIZATION_KEY, RSLORA_KEY):
+            warnings += list_unread_initializations(key, text)
+
     # a rank alone scales nothing
     deciding = {*ALPHA_KEYS, INITIALIZATION_KEY}
     used = {name: settings for name, settings in by_component.items() if deciding & settings.keys()}
     return used, warnings
+
+
+def parse_plain_value(setting: str, text: str) -> str | bool | float | None:
+    """The value of a setting that is read from a header; None: it is not read, or not understood."""
+    if setting == INITIALIZATION_KEY:
+        return text.strip()
+    if setting == RSLORA_KEY:
+        return text.strip().lower() in ("true", "1")
+    if setting in (*ALPHA_KEYS, *RANK_KEYS):
+        return parse_number(text)
+    return None
 
 
 def split_plain_key(key: str) -> tuple[str | None, str]:
@@ -272,8 +286,10 @@ def split_plain_key(key: str) -> tuple[str | None, str]:
     if prefix in COMPONENT_PREFIXES:
         return COMPONENT_PREFIXES[prefix], setting
     for name, component in COMPONENT_PREFIXES.items():
-        before, _, setting = key.partition(f"{name}_")
-        if not before and setting in (*ALPHA_KEYS, *RANK_KEYS, RSLORA_KEY, INITIALIZATION_KEY):
+        if not key.startswith(f"{name}_"):
+            continue
+        setting = key.removeprefix(f"{name}_")
+        if setting in (*ALPHA_KEYS, *RANK_KEYS, RSLORA_KEY, INITIALIZATION_KEY):
             return component, setting
     return None, key
 
@@ -289,7 +305,8 @@ def is_unread_scale(key: str, text: str) -> bool:
 def list_unread_initializations(key: str, text: str) -> list[str]:
     """A line where a text of a header, which is not read, names an initialization that changes the base."""
     # `pissa_niter_16` is PiSSA, too
-    found = re.search(rf"(?<![a-z_])({'|'.join(RELATIVE_INITIALIZATIONS)})(?![a-z])", text.lower())
+    names = "|".join(RELATIVE_INITIALIZATIONS)
+    found = re.search(rf"(?<![a-z_])({names})(?![a-z])", text.lower())
     if found is None:
         return []
     return [
@@ -313,16 +330,19 @@ def list_unread_alphas(metadata: Mapping[str, str]) -> list[str]:
     For files without any alpha that is read.
     """
     lines = []
-    alpha, rank = parse_number(metadata.get(TRAINING_ALPHA_KEY, "")), metadata.get(TRAINING_RANK_KEY, "")
+    alpha = parse_number(metadata.get(TRAINING_ALPHA_KEY, ""))
+    rank = metadata.get(TRAINING_RANK_KEY, "")
     if alpha is not None and alpha != parse_number(rank):
+        shown_rank = sanitize_text(rank, MAX_TEXT_CHARS) or "unknown"
         lines.append(
             f"its header says that it was trained with alpha {alpha:g} ({TRAINING_ALPHA_KEY}) and rank "
-            f"{sanitize_text(rank, MAX_TEXT_CHARS) or 'unknown'}, and no tensor says so: alpha / rank is "
-            "taken as 1, as converters multiply it into the tensors; if it was lost instead, multiply the "
-            "strength by alpha / rank"
+            f"{shown_rank}, and no tensor says so: alpha / rank is taken as 1, as converters multiply it into "
+            "the tensors; if it was lost instead, multiply the strength by alpha / rank"
         )
     for key, text in metadata.items():
-        if key not in JSON_KEYS and any(word in text for word in QUOTED_ALPHA_WORDS):
+        if key in JSON_KEYS:
+            continue
+        if any(word in text for word in QUOTED_ALPHA_WORDS):
             lines.append(
                 f"{sanitize_text(key, MAX_TEXT_CHARS)} in its header has an alpha, which is not understood "
                 "and is ignored"
@@ -335,8 +355,16 @@ def describe_rank_and_alpha(places: Iterable[Place]) -> dict[str, Any]:
     shown: dict[str, Any] = {}
     for place in places:
         for settings in place.by_component.values():
-            for name, keys in (("rank", RANK_KEYS), ("alpha", ALPHA_KEYS)):
-                values = [settings[key] for key in keys if settings.get(key) is not None]
-                if values:
-                    shown.setdefault(name, values[0])
+            for name, spellings in (("rank", RANK_KEYS), ("alpha", ALPHA_KEYS)):
+                value = get_first(settings, spellings)
+                if value is not None:
+                    shown.setdefault(name, value)
     return shown
+
+
+def get_first(settings: Settings, spellings: Iterable[str]) -> Any:
+    """The value of a setting under the first of its spellings that has one; None: none has."""
+    for key in spellings:
+        if settings.get(key) is not None:
+            return settings[key]
+    return None
