@@ -74,10 +74,12 @@ def quantize_(
     """
     check_range("rows", rows, 1, 2**31, whole=True)
     options = {"outlier": outlier, "backend": backend, "rounding": rounding, "model_type": model_type}
-    spec = compose_run_spec([*(f"{group}={option}" for group, option in options.items()), *overrides])
+    chosen_options = [f"{group}={option}" for group, option in options.items()]
+    spec = compose_run_spec([*chosen_options, *overrides])
     check_settings(spec, options)
     denoiser = take_denoiser(model, "quantize_")
     check_no_loras(denoiser)
+
     parts = split_denoiser(denoiser)
     family = resolve_family(spec.model_type, next(iter(parts.values())))
     plans = plan_layers(denoiser, make_skip_rule(family, denoiser))
@@ -85,15 +87,17 @@ def quantize_(
     check_model(denoiser, plans, chosen)
 
     check_backend(spec.backend, next(denoiser.parameters()).device, chosen)
+    # quantized one at a time, as `build_int8_layers` asks for them
+    quantized = quantize_layers(
+        denoiser,
+        chosen,
+        methods=choose_fixed_method(chosen, spec.outlier),
+        rounding=spec.rounding,
+        statistics={},
+    )
     layers = build_int8_layers(
         denoiser,
-        quantize_layers(
-            denoiser,
-            chosen,
-            methods=choose_fixed_method(chosen, spec.outlier),
-            rounding=spec.rounding,
-            statistics={},
-        ),
+        quantized,
         backend=spec.backend,
         settings=spec.int8,
         rows=dict.fromkeys((plan.name for plan in chosen), rows),
@@ -211,9 +215,9 @@ def check_weights(model: nn.Module) -> None:
     hooks = [getattr(module, "_diffusers_hook", None) for module in model.modules()]
     if any(hook is not None and hook.get_hook("group_offloading") is not None for hook in hooks):
         raise ConfigError(f"{name} has group offloading on; call quantize_ before enable_group_offload")
-    for linear in (module for module in model.modules() if isinstance(module, nn.Linear)):
-        if linear.weight.dtype not in FLOAT_DTYPES:
-            dtype = str(linear.weight.dtype).removeprefix("torch.")
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module.weight.dtype not in FLOAT_DTYPES:
+            dtype = str(module.weight.dtype).removeprefix("torch.")
             raise ConfigError(
                 f"{name} has weights of {dtype}, so another program has quantized it, or its layerwise "
                 f"casting is on; quantize_ takes a model of {', '.join(FLOAT_NAMES)}"

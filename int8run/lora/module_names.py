@@ -145,8 +145,7 @@ class NameTable:
         Raises:
             LoraError: when two modules have this name.
         """
-        spellings = (self.targets_by_flat_name.get(flat_name, []) for flat_name in iter_flat_names(name))
-        meanings = next((meanings for meanings in spellings if meanings), [])
+        meanings = self.find_meanings(name)
         if len(meanings) > 1:
             modules = " or ".join(sorted({targets[0].module for targets in meanings}))
             raise LoraError(
@@ -154,6 +153,14 @@ class NameTable:
                 "rename the key in the LoRA file to the one that is meant"
             )
         return meanings[0] if meanings else None
+
+    def find_meanings(self, name: str) -> list[ModuleTargets]:
+        """Everything that a name can stand for, by the first of its spellings that is known."""
+        for flat_name in iter_flat_names(name):
+            meanings = self.targets_by_flat_name.get(flat_name)
+            if meanings:
+                return meanings
+        return []
 
     def find_all_targets(self, names: Iterable[str]) -> dict[str, ModuleTargets | None]:
         """The targets of several names, see `find_targets`."""
@@ -185,13 +192,17 @@ def find_target(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     owner_name, _, attribute = name.rpartition(".")
     owner = model.get_submodule(owner_name)
     target = getattr(owner, attribute)
-    return (target, "weight") if isinstance(target, nn.Module) else (owner, attribute)
+    if isinstance(target, nn.Module):
+        return target, "weight"
+    return owner, attribute
 
 
 def get_target_shape(model: nn.Module, name: str) -> tuple[int, ...]:
     """Shape of what a name of `NameTable` stands for."""
     module, attribute = find_target(model, name)
-    return get_weight_shape(module) if attribute == "weight" else tuple(getattr(module, attribute).shape)
+    if attribute == "weight":
+        return get_weight_shape(module)
+    return tuple(getattr(module, attribute).shape)
 
 
 def iter_flat_names(name: str) -> Iterator[str]:
@@ -217,7 +228,8 @@ def iter_flat_names(name: str) -> Iterator[str]:
 
 def get_weight_shape(module: nn.Module) -> tuple[int, ...]:
     """Shape of a module's weight, also when it is quantized; empty for a module without one."""
-    rows, columns = getattr(module, "out_features", None), getattr(module, "in_features", None)
+    rows = getattr(module, "out_features", None)
+    columns = getattr(module, "in_features", None)
     if isinstance(rows, int) and isinstance(columns, int):
         return rows, columns  # an INT8 layer keeps its weight in its backend's own layout
     weight = getattr(module, "weight", None)
@@ -248,9 +260,9 @@ def map_modules_to_rows(
         row_counts: module -> rows of its weight.
         mappings: those with several targets say which modules can be fused.
     """
-    known: dict[str, RowSlices] = {
-        name: (RowSlice(name, start=0, count=n, total=n),) for name, n in row_counts.items()
-    }
+    known: dict[str, RowSlices] = {}
+    for name, num_rows in row_counts.items():
+        known[name] = (RowSlice(name, start=0, count=num_rows, total=num_rows),)
     fusions = [mapping for mapping in mappings if len(mapping.targets) > 1]
     for fused, total in row_counts.items():
         for fusion in fusions:
@@ -362,21 +374,21 @@ def merge_neighbors(slices: Iterable[RowSlice]) -> RowSlices:
 
 def are_neighbors(first: RowSlice, second: RowSlice) -> bool:
     """Whether the second slice goes on where the first ends."""
-    end = first.module, first.end, first.is_swapped
-    return end == (second.module, second.start, second.is_swapped)
+    is_same_kind = first.module == second.module and first.is_swapped == second.is_swapped
+    return is_same_kind and first.end == second.start
 
 
 def to_targets(slices: Sequence[RowSlice]) -> ModuleTargets:
     """The targets of a matrix that holds these rows one after the other."""
-    targets, first = [], 0
+    is_cut = len(slices) > 1
+    targets: list[ModuleTarget] = []
+    first = 0  # row of the file's matrix
     for rows in slices:
-        target = ModuleTarget(
-            module=rows.module,
-            source_rows=None if len(slices) == 1 else slice(first, first + rows.count),
-            start=None if rows.is_whole else rows.start,
-            total=None if rows.is_whole else rows.total,
-            swap_halves=rows.is_swapped,
-        )
+        target = ModuleTarget(module=rows.module, swap_halves=rows.is_swapped)
+        if is_cut:
+            target = replace(target, source_rows=slice(first, first + rows.count))
+        if not rows.is_whole:
+            target = replace(target, start=rows.start, total=rows.total)
         targets.append(target)
         first += rows.count
     return tuple(targets)

@@ -336,8 +336,8 @@ def list_unread_alphas(metadata: Mapping[str, str]) -> list[str]:
         shown_rank = sanitize_text(rank, MAX_TEXT_CHARS) or "unknown"
         lines.append(
             f"its header says that it was trained with alpha {alpha:g} ({TRAINING_ALPHA_KEY}) and rank "
-            f"{shown_rank}, and no tensor says so: alpha / rank is taken as 1, as converters multiply it into "
-            "the tensors; if it was lost instead, multiply the strength by alpha / rank"
+            f"{shown_rank}, and no tensor says so: alpha / rank is taken as 1, as converters multiply it "
+            "into the tensors; if it was lost instead, multiply the strength by alpha / rank"
         )
     for key, text in metadata.items():
         if key in JSON_KEYS:
