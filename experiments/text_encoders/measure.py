@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from math import ceil, prod
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,9 @@ def kernels_of(form: WeightFormat) -> tuple[str, ...]:
     """Of `clip.kernel_backend` what differs: for all but int8, `auto` dequantizes."""
     if form.storage_dtype == "int8":
         return "auto", "dequantize"
-    return ("auto", "scaled_mm") if form.granularity in (TENSOR, ROW, "") else ("auto",)
+    if form.granularity in (TENSOR, ROW, ""):
+        return "auto", "scaled_mm"
+    return ("auto",)
 
 
 @contextmanager
@@ -139,34 +142,31 @@ def compare_embeddings(
     Error: over all at once.
     """
     row: Row = {}
-    for i, name in enumerate(("", "pooled_")):
-        pairs = [(a[i], b[i]) for a, b in zip(floats, ours, strict=True) if a[i] is not None]
-        if pairs:
-            cosines = [compute_embedding_cosine(a, b) for a, b in pairs]
-            error = compute_relative_error(
-                *(torch.cat([part.flatten() for part in side]) for side in zip(*pairs, strict=True))
-            )
-            row |= {
-                f"{name}cosine": statistics.mean(cosines),
-                f"{name}cosine_min": min(cosines),
-                f"{name}rel_err": error,
-            }
+    for part, prefix in enumerate(("", "pooled_")):  # of the tokens, then of the text
+        exact = [prompt[part] for prompt in floats]
+        found = [prompt[part] for prompt in ours]
+        pairs = [(a, b) for a, b in zip(exact, found, strict=True) if a is not None]
+        if not pairs:
+            continue
+        cosines = [compute_embedding_cosine(a, b) for a, b in pairs]
+        all_exact = torch.cat([a.flatten() for a, _ in pairs])
+        all_found = torch.cat([b.flatten() for _, b in pairs])
+        row[f"{prefix}cosine"] = statistics.mean(cosines)
+        row[f"{prefix}cosine_min"] = min(cosines)
+        row[f"{prefix}rel_err"] = compute_relative_error(all_exact, all_found)
     return row
 
 
 def count_bytes(model: nn.Module) -> Row:
-    """Bytes of a bfloat16 model with quantized layers: of these alone, and of everything.
-
-    And the same in bfloat16.
-    """
+    """Bytes of a bfloat16 model's quantized layers, and of all of it; and both as shares of bfloat16's."""
     layers = [m for m in model.modules() if isinstance(m, Int8Linear | WeightOnlyLinear | BlockInt8Linear)]
-    as_bf16 = sum(
-        2 * (m.in_features * m.out_features + (m.out_features if m.bias is not None else 0)) for m in layers
-    )
-    ours, whole = (
-        count_module_bytes(nn.ModuleList(layers)),
-        count_module_bytes(model),
-    )  # a rotation that layers share counts once
+    as_bf16 = 0
+    for layer in layers:
+        as_bf16 += 2 * layer.in_features * layer.out_features
+        if layer.bias is not None:
+            as_bf16 += 2 * layer.out_features
+    ours = count_module_bytes(nn.ModuleList(layers))  # a rotation that layers share counts once
+    whole = count_module_bytes(model)
     return {
         "layers": len(layers),
         "layers_bytes": ours,
@@ -182,10 +182,11 @@ def measure_quality(case: Case, name: str, path: Path, floats: Any, device: torc
     about = {"file_bytes": path.stat().st_size, "file_vs_float": path.stat().st_size / source}
     for kernels in kernels_of(FORMATS[name]):
         model = try_load(case, path, kernels, torch.float32, device)
-        if model is not None:
-            row = compare_embeddings(floats, compute_embeddings(case, model, device))
-            bytes_row = count_bytes(load_encoder(case, path, kernels, torch.bfloat16, device))
-            yield {"format": name, "kernels": kernels, **row, **bytes_row, **about}
+        if model is None:
+            continue
+        row = compare_embeddings(floats, compute_embeddings(case, model, device))
+        bytes_row = count_bytes(load_encoder(case, path, kernels, torch.bfloat16, device))
+        yield {"format": name, "kernels": kernels, **row, **bytes_row, **about}
 
 
 def try_load(
@@ -201,57 +202,64 @@ def try_load(
 
 @torch.inference_mode()
 def measure_speed(
-    case: Case,
-    name: str,
-    path: Path,
-    floats: Mapping[str, nn.Module],
-    device: torch.device,
-    rounds: tuple[int, int],
+    case: Case, path: Path, kernels: Sequence[str], floats: Mapping[str, nn.Module], rounds: tuple[int, int]
 ) -> Iterator[Row]:
-    """Rows of time.csv for one format: all of its kernels and both float models take turns."""
+    """Rows of time.csv for one file: all of its kernels and both float models take turns.
+
+    Args:
+        case: the encoder.
+        path: the file.
+        kernels: values of `clip.kernel_backend` that can run.
+        floats: the float models by dtype, on the device.
+        rounds: the fewest and the most.
+    """
+    device = next(floats["float32"].parameters()).device
+    load_s = measure_loading(case, path, kernels, device)
     usual = {word: tensor.to(device) for word, tensor in case.usual.items()}
-    runnable = [
-        kernels
-        for kernels in kernels_of(FORMATS[name])
-        if try_load(case, path, kernels, torch.bfloat16, device) is not None
-    ]
-    sources = {"float": (case.folder, "auto"), **{kernels: (path, kernels) for kernels in runnable}}
-    loads: list[Callable[[], object]] = [
-        lambda s=s: load_encoder(case, *s, torch.bfloat16, device) for s in sources.values()
-    ]
-    to_load = dict(
-        zip(sources, time_medians(loads, device, LOADS), strict=True)
-    )  # files are in the page cache
     for dtype_name, dtype in DTYPES.items():
-        models = {kernels: load_encoder(case, path, kernels, dtype, device) for kernels in runnable}
-        calls: list[Callable[[], object]] = [
-            lambda m=m: m(**usual) for m in (*floats.values(), *models.values())
-        ]
+        models = dict(floats)
+        for backend in kernels:
+            models[backend] = load_encoder(case, path, backend, dtype, device)
+        calls: list[Callable[[], object]] = [partial(model, **usual) for model in models.values()]
         for call in calls:  # kernels are built and chosen at the first call
             call()
-        started = time.perf_counter()
-        time_in_turns(calls, device, 1)
-        count = max(rounds[0], min(rounds[1], ceil(2 * SECONDS / (time.perf_counter() - started))))
-        times = dict(zip((*floats, *models), time_in_turns(calls, device, count), strict=True))
-        for kernels in models:
-            ratios = {
-                f"vs_{base}": statistics.median(
-                    theirs / ours for theirs, ours in zip(times[base], times[kernels], strict=True)
-                )
-                for base in floats
-            }
-            yield {
-                "format": name,
-                "kernels": kernels,
-                "dtype": dtype_name,
-                "rounds": count,
-                **{f"{base}_ms": 1000 * statistics.median(times[base]) for base in floats},
-                "ms": 1000 * statistics.median(times[kernels]),
-                **ratios,
-                "steady": all(map(is_steady, times.values())),
-                "float_load_s": to_load["float"],
-                "load_s": to_load[kernels],
-            }
+        count = choose_rounds(calls, device, rounds)
+        times = dict(zip(models, time_in_turns(calls, device, count), strict=True))
+        steady = all(is_steady(seconds) for seconds in times.values())
+        for backend in kernels:
+            row: Row = {"kernels": backend, "dtype": dtype_name, "rounds": count}
+            for base in floats:
+                row[f"{base}_ms"] = 1000 * statistics.median(times[base])
+            row["ms"] = 1000 * statistics.median(times[backend])
+            for base in floats:
+                ratios = [theirs / ours for theirs, ours in zip(times[base], times[backend], strict=True)]
+                row[f"vs_{base}"] = statistics.median(ratios)
+            row["steady"] = steady
+            row["float_load_s"] = load_s["float"]
+            row["load_s"] = load_s[backend]
+            yield row
+
+
+def measure_loading(case: Case, path: Path, kernels: Sequence[str], device: torch.device) -> dict[str, float]:
+    """Seconds from file to module: of the float encoder ("float"), and of the file with each of the kernels.
+
+    All in bfloat16; files are in the page cache.
+    """
+    loads: dict[str, Callable[[], object]] = {"float": partial(float_model, case, torch.bfloat16, device)}
+    for backend in kernels:
+        loads[backend] = partial(load_encoder, case, path, backend, torch.bfloat16, device)
+    return dict(zip(loads, time_medians(list(loads.values()), device, LOADS), strict=True))
+
+
+def choose_rounds(
+    calls: Sequence[Callable[[], object]], device: torch.device, rounds: tuple[int, int]
+) -> int:
+    """As many rounds as fit into twice SECONDS, by the time of one; between the fewest and the most."""
+    fewest, most = rounds
+    started = time.perf_counter()
+    time_in_turns(calls, device, 1)
+    fitting = ceil(2 * SECONDS / (time.perf_counter() - started))
+    return max(fewest, min(most, fitting))
 
 
 # full-size encoders as their configs were published, for sizes alone
@@ -330,18 +338,22 @@ def measure_sizes() -> Iterator[Row]:
     for title, (encoder_name, class_name, config) in FULL.items():
         encoder = registry.get_encoder(encoder_name)
         model = build_skeleton(class_name, config().to_dict(), torch.bfloat16)
-        linears = {
-            n: (m.out_features, m.in_features) for n, m in model.named_modules() if type(m) is nn.Linear
-        }
+        linears = {}
+        for name, module in model.named_modules():
+            if type(module) is nn.Linear:
+                linears[name] = (module.out_features, module.in_features)
         whole = sum(2 * p.numel() for p in model.parameters())
-        for name in WRITTEN:
-            shapes = [shape for n, shape in linears.items() if encoder.find_skip_reason(n, name) is None]
-            ours = sum(weight_bytes(choose_format(name, *shape), *shape) for shape in shapes)
+        for form in WRITTEN:
+            shapes = []
+            for name, shape in linears.items():
+                if encoder.find_skip_reason(name, form) is None:
+                    shapes.append(shape)
+            ours = sum(weight_bytes(choose_format(form, *shape), *shape) for shape in shapes)
             as_bf16 = sum(2 * prod(shape) for shape in shapes)
             yield {
                 "device": "",
                 "case": title,
-                "format": name,
+                "format": form,
                 "layers": len(shapes),
                 "bf16_gb": whole / 1e9,
                 "quantized_share": as_bf16 / whole,
@@ -373,44 +385,60 @@ def with_wo(work: Path, formats: Sequence[str], device: torch.device) -> Iterato
 
 def weight_bytes(form: WeightFormat, rows: int, columns: int) -> int:
     """Of codes and scales."""
+    codes = prod(form.get_qdata_shape(rows, columns))
     scales = form.get_scale_shape(rows, columns)
-    each = 1 if form.granularity == BLOCK else 4
-    return prod(form.get_qdata_shape(rows, columns)) + (0 if scales is None else each * prod(scales))
+    if scales is None:
+        return codes
+    bytes_per_scale = 1 if form.granularity == BLOCK else 4
+    return codes + bytes_per_scale * prod(scales)
+
+
+def measure_case(case: Case, asked: argparse.Namespace, found: Mapping[str, list[Row]]) -> None:
+    """Measure every format of an encoder.
+
+    Args:
+        case: the encoder.
+        asked: the command line.
+        found: gets the rows, by part: "quality", "time" or both.
+    """
+    device = torch.device(asked.device)
+    about = {"device": device.type, "case": case.name}
+    floats = {name: float_model(case, dtype, device) for name, dtype in DTYPES.items()}
+    exact = compute_embeddings(case, floats["float32"], device)
+    if "quality" in found:
+        as_bf16 = compare_embeddings(exact, compute_embeddings(case, floats["bfloat16"], device))
+        size = {"module_bytes": count_module_bytes(floats["bfloat16"]), "module_vs_bf16": 1.0}
+        found["quality"].append({**about, "format": "bfloat16", **as_bf16, **size})
+    for name in asked.formats:
+        path = write_file(case, name, asked.work)
+        if "quality" in found:
+            for row in measure_quality(case, name, path, exact, device):
+                found["quality"].append({**about, **row})
+        if "time" in found:
+            kernels = []
+            for backend in kernels_of(FORMATS[name]):
+                if try_load(case, path, backend, torch.bfloat16, device) is not None:
+                    kernels.append(backend)
+            rounds = QUICK_ROUNDS if asked.quick else ROUNDS
+            for row in measure_speed(case, path, kernels, floats, rounds):
+                found["time"].append({**about, "format": name, **row})
+        path.unlink()
+        print(f"  {name}", flush=True)
 
 
 def measure_cases(asked: argparse.Namespace) -> None:
+    """Measure what the command line asks for, and write the tables."""
     device = torch.device(asked.device)
-    found: dict[str, list[Row]] = {part: [] for part in asked.parts if part in ("quality", "time")}
     asked.work.mkdir(parents=True, exist_ok=True)
-    for case_name in asked.cases if found else ():
-        case = CASES[case_name](asked.work, asked.quick)
-        with register_encoder(case):
+    found: dict[str, list[Row]] = {part: [] for part in asked.parts if part in ("quality", "time")}
+    if found:
+        for case_name in asked.cases:
+            case = CASES[case_name](asked.work, asked.quick)
             print(f"{case.title}: {len(case.prompts)} prompts", flush=True)
-            floats = {name: float_model(case, dtype, device) for name, dtype in DTYPES.items()}
-            exact = compute_embeddings(case, floats["float32"], device)
-            base = {"device": device.type, "case": case.name}
-            if "quality" in found:
-                found["quality"].append(
-                    base
-                    | {"format": "bfloat16"}
-                    | compare_embeddings(exact, compute_embeddings(case, floats["bfloat16"], device))
-                    | {"module_bytes": count_module_bytes(floats["bfloat16"]), "module_vs_bf16": 1.0}
-                )
-            for name in asked.formats:
-                path = write_file(case, name, asked.work)
-                if "quality" in found:
-                    found["quality"] += [
-                        base | row for row in measure_quality(case, name, path, exact, device)
-                    ]
-                if "time" in found:
-                    rounds = QUICK_ROUNDS if asked.quick else ROUNDS
-                    found["time"] += [
-                        base | row for row in measure_speed(case, name, path, floats, device, rounds)
-                    ]
-                path.unlink()
-                print(f"  {name}", flush=True)
-        for part, rows in found.items():  # what was measured so far is not lost
-            save_rows(asked.out / f"{part}.csv", rows)
+            with register_encoder(case):
+                measure_case(case, asked, found)
+            for part, rows in found.items():  # what was measured so far is not lost
+                save_rows(asked.out / f"{part}.csv", rows)
     if "sizes" in asked.parts:
         save_rows(asked.out / "sizes.csv", measure_sizes())
     if "wo" in asked.parts:
@@ -419,21 +447,34 @@ def measure_cases(asked: argparse.Namespace) -> None:
     (asked.out / f"environment_{device.type}.json").write_text(json.dumps(facts, indent=2) + "\n")
 
 
+def round_values(row: Row) -> Row:
+    """A row whose floats are texts of six digits."""
+    rounded = dict(row)
+    for name, value in row.items():
+        if isinstance(value, float):
+            rounded[name] = f"{value:.6g}"
+    return rounded
+
+
 def save_rows(path: Path, rows: Iterable[Row]) -> None:
     """Write a table; rows that are there and were not measured again stay."""
+    old: list[Row] = []
+    if path.is_file():
+        with path.open() as file:
+            old = list(csv.DictReader(file))
+    new = [round_values(row) for row in rows]
+    kept = {}
+    columns: dict[str, None] = {}
+    for row in [*old, *new]:
+        key = tuple(str(row.get(name, "")) for name in KEYS)
+        kept[key] = row
+    for row in kept.values():
+        columns.update(dict.fromkeys(row))
+    keys = [name for name in KEYS if name in columns]
+    values = [name for name in columns if name not in KEYS]
     path.parent.mkdir(parents=True, exist_ok=True)
-    key = lambda row: tuple(str(row.get(name, "")) for name in KEYS)  # noqa: E731
-    new = [
-        {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()}
-        for row in rows
-    ]
-    old = list(csv.DictReader(path.open())) if path.is_file() else []
-    kept = {key(row): row for row in [*old, *new]}
-    names = dict.fromkeys(name for row in kept.values() for name in row)
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(
-            file, [*(n for n in KEYS if n in names), *(n for n in names if n not in KEYS)]
-        )
+        writer = csv.DictWriter(file, [*keys, *values])
         writer.writeheader()
         writer.writerows(kept.values())
 
