@@ -50,7 +50,7 @@ def run_alone(overrides: list[str]) -> None:
         built, _ = get_or_build(spec.build_key, create_model)
         set_scheduler(built.pipe, built.scheduler, spec.sampling)
         built.set_strengths(spec.lora.strengths, spec.lora.text_strengths)
-        generate_all(spec, built, spec.candidate, RunInputs(headers, writer, progress))
+        generate_all(spec, built, RunInputs(headers, writer, progress))
 
 
 def time_command(command: list[str], folder: Path) -> float:

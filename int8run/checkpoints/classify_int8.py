@@ -22,9 +22,9 @@ from int8run.checkpoints.sdnq import SdnqMethod
 from int8run.errors import FileError
 from int8run.outlier.base import NONE
 
-# the INT8-Toolkit describes a rotation by these and not by a marker
+# the INT8-Toolkit describes its transforms by these tensors and not by a marker
 TOOLKIT_PARTS = {"matrix", "sigma"}
-# of a rotation that a file does not describe: the first that divides K
+# group sizes to try, in this order, where a file does not describe its rotation: the first that divides K
 USUAL_GROUP_SIZES = (256, 64, 16)
 
 
@@ -35,7 +35,7 @@ class TransformInfo:
     Args:
         method: the outlier method.
         group_size: columns that were rotated together; 0: none.
-        is_sylvester: whether by Sylvester's matrix, not by the regular one.
+        is_sylvester: whether rotated by Sylvester's matrix, not by the regular one.
         is_centered: whether tokens are centered before the product.
     """
 
@@ -59,7 +59,7 @@ def parse_int8_layer(
 
     Args:
         evidence: what the file says about the layer.
-        assume_rotated: whether a weight with a scale for each row is rotated where it does not say so.
+        assume_rotated: no INT8 layer of the file has a marker, and the user says that its rows are rotated.
         sdnq: how SDNQ made the weight, where it did.
 
     Raises:
@@ -68,8 +68,8 @@ def parse_int8_layer(
     check_int8_weight(evidence)
     granularity = read_granularity(evidence, may_be_transposed=sdnq is not None)
     rows, columns = evidence.weight.shape
-    if granularity.name == "transposed":
-        columns, rows = evidence.weight.shape
+    if granularity.name == "transposed":  # stored [K, N]
+        rows, columns = columns, rows
 
     transform = find_transform(evidence, granularity, columns, assume_rotated=assume_rotated, sdnq=sdnq)
     check_transform(evidence, transform, granularity, columns)
@@ -125,13 +125,13 @@ def find_transform(
         evidence: what the file says about the layer.
         granularity: of the weight.
         columns: K of the weight.
-        assume_rotated: whether a weight with a scale for each row is rotated where it does not say so.
+        assume_rotated: no INT8 layer of the file has a marker, and the user says that its rows are rotated.
         sdnq: how SDNQ made the weight, where it did.
 
     Raises:
         FileError: marker and tensors that contradict each other, or a matrix that is not a Hadamard matrix.
     """
-    transform = parse_transform(evidence)
+    transform = parse_transform(evidence)  # also for SDNQ: it refuses contradictions
     if sdnq is not None:
         transform = make_sdnq_transform(sdnq, columns)
     elif assume_rotated and granularity.name == "row" and not is_transformed_by_tensors(evidence.part_keys):
@@ -170,9 +170,14 @@ def parse_transform(evidence: LayerEvidence) -> TransformInfo:
 
 
 def parse_int8run_transform(evidence: LayerEvidence, marker: Marker) -> TransformInfo:
-    """What int8run's own marker says."""
-    has_promised_factor = marker.fields["factor"] == evidence.has_part("factor")
-    if not has_promised_factor or TOOLKIT_PARTS & set(evidence.part_keys):
+    """What int8run's own marker says.
+
+    Raises:
+        FileError: a factor beside the weight that the marker does not name, or the other way round; or the
+            INT8-Toolkit's tensors.
+    """
+    factor_agrees = marker.fields["factor"] == evidence.has_part("factor")
+    if not factor_agrees or TOOLKIT_PARTS & set(evidence.part_keys):
         raise FileError(
             f"{marker.location} and the tensors of {evidence.name} contradict each other in their factors; "
             "the file is damaged"
@@ -206,7 +211,7 @@ def identify_hadamard(evidence: LayerEvidence) -> TransformInfo:
     size = info.shape[0] if is_square else 0
     if is_power_of_2(size) and 2 <= size <= MAX_EXACT_GROUP_SIZE and info.dtype in FLOATS:
         matrix = evidence.read_part("matrix")  # [size, size]
-        tolerance = 0.01 / size**0.5  # half precision is good enough
+        tolerance = 0.01 / size**0.5  # 1 % of an entry, which half precision keeps
         if torch.allclose(matrix, get_hadamard(size, is_sylvester=True), atol=tolerance):
             return make_rotation(size, is_sylvester=True)
         has_regular = is_power_of_4(size)
@@ -255,13 +260,17 @@ def is_transformed_by_tensors(part_keys: Mapping[str, str]) -> bool:
 def check_transform(
     evidence: LayerEvidence, transform: TransformInfo, granularity: Granularity, columns: int
 ) -> None:
-    """Raise FileError for a rotation that does not fit, or one beside QuIP's own transform.
+    """Check that a transform fits its weight, and that QuIP's stands alone.
 
     Args:
         evidence: what the file says about the layer.
         transform: what was done to the weight.
         granularity: of the weight.
         columns: K of the weight.
+
+    Raises:
+        FileError: a group size that does not divide K; QuIP's tensors beside another transform, or in a
+            weight stored as [K, N]; QuIP's tensors that do not fit.
     """
     where = f"{evidence.weight.file}: {evidence.name}"
     group_size = transform.group_size
@@ -275,7 +284,8 @@ def check_transform(
     has_factor = evidence.has_part("factor") or evidence.has_part("sigma")
     if group_size or has_factor or granularity.name == "transposed":
         raise FileError(
-            f"{where} is transformed by QuIP and in another way too; int8run does not know such a format"
+            f"{where} is transformed by QuIP and is rotated, scaled or stored transposed too; "
+            "int8run does not know such a format"
         )
     quip.check_quip(evidence)
 
@@ -303,7 +313,7 @@ def describe_layer(marker: Marker | None, granularity: Granularity, transform: T
 def find_format_name(
     evidence: LayerEvidence, granularity: Granularity, transform: TransformInfo, rows: int, columns: int
 ) -> str:
-    """The layer's format name of `clip=`; empty: there is none for how it is stored.
+    """The word of `clip=` for this layer; empty where `clip=` has none.
 
     Args:
         evidence: what the file says about the layer.

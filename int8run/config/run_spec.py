@@ -208,7 +208,7 @@ class RunSpec:
 
     def check_offload(self) -> None:
         """Raise ConfigError where offloading would have two models to move."""
-        if self.offload != "none" and self.metrics.baseline == "run" and self.has_comparison:
+        if self.offload != "none" and self.runs_both_models:
             raise ConfigError(
                 f"offload={self.offload} moves one model, and metrics.baseline=run holds two; set "
                 "metrics.baseline=cached (float first, then INT8) or none"
@@ -247,6 +247,16 @@ class RunSpec:
     def has_comparison(self) -> bool:
         """Whether there is anything to compare with the float model."""
         return self.candidate != "float"
+
+    @property
+    def runs_both_models(self) -> bool:
+        """Whether the float model and the candidate are in memory together and generate in turn."""
+        return self.metrics.baseline == "run" and self.has_comparison
+
+    @property
+    def saves_single_file(self) -> bool:
+        """Whether `save=` writes one file; else it writes a folder, or nothing."""
+        return self.save is not None and Path(self.save).suffix != ""
 
     @property
     def has_mixed_precision(self) -> bool:

@@ -302,13 +302,13 @@ class LoraStack:
         requests = [MatchRequest(entry.file, entry.components) for entry in entries]
         return match_loras(self.parts, requests, strict=self.strict)
 
-    def install(self, entries: Sequence[Entry], matches: Matches, leave: Container[str] = ()) -> None:
+    def install(self, entries: Sequence[Entry], matches: Matches, except_for: Container[str] = ()) -> None:
         """Make these the LoRAs of the stack, at strength 0, and prepare the float weights.
 
         Args:
             entries: the LoRAs, in order.
             matches: what `match_entries` found for them.
-            leave: components whose weights somebody else changes.
+            except_for: components whose weights somebody else changes.
 
         Raises:
             LoraError: when a module has no weight or bias that could be changed.
@@ -317,7 +317,7 @@ class LoraStack:
         self.installed = InstalledLoras(self, [entry.name for entry in entries])
         self.entries, self.matches, self.sizes = list(entries), matches, {}
         for component, changes in matches.by_component.items():
-            if changes and component not in leave:
+            if changes and component not in except_for:
                 merge = FloatMerge(self.parts[component], changes, earlier.get(component))
                 self.installed.merges[component] = merge
         for component, merge in self.installed.merges.items():

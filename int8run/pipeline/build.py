@@ -1,7 +1,7 @@
 """Build what a run needs: a pipeline, its float denoiser, the INT8 denoiser beside it, and LoRAs on both.
 
-tasks/ calls `build_model` once for equal settings. It is the last place that sees the whole RunSpec: the
-functions that it calls take the settings that they use.
+`tasks.run` calls `build_model`; `process_cache` keeps the last model for jobs with equal settings. This is
+the last place that sees the whole RunSpec: the functions that it calls take the settings that they use.
 """
 
 import logging
@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -109,10 +108,11 @@ def build_model(
     started = time.perf_counter()
     sources = find_layer_sources(spec, loaded, entries, matches)
     with progress.track_step("Loading float layers"):
+        # nothing is missing where `load_model` has read the whole float model, as with int8 off
         loaded.fill_weights(except_for=[plan.name for plan in select_int8_plans(sources.plans)])
     load_seconds = loaded.seconds + time.perf_counter() - started
 
-    loras.install(entries, matches, leave=loaded.skeleton_encoders)
+    loras.install(entries, matches, except_for=loaded.skeleton_encoders)
     float_text_encoder_bytes = sum(map(count_module_bytes, text_encoders.values()))
     encoders = install_text_encoders(spec, loaded, matches, progress)
     report_loras(spec, loras)
@@ -135,7 +135,7 @@ def build_model(
         encoders=encoders,
         text_encoders=select_text_encoders(spec, text_encoders, encoders),
         float_text_encoder_bytes=float_text_encoder_bytes,
-        text_strengths=[0.0] * len(entries),
+        text_strengths=[0.0] * len(entries),  # `set_strengths` sets them
         num_dequantized_layers=loaded.num_dequantized_layers,
     )
 
@@ -162,7 +162,7 @@ def select_load_settings(spec: RunSpec, *, needs_float_denoiser: bool | None = N
         needs_float_denoiser = spec.needs_float_denoiser
     model = spec.model
     if spec.int8.checkpoint is not None:
-        # these two say how the file of int8.checkpoint is read then, and not the model's own
+        # they describe the file of int8.checkpoint then, not the model's own
         model = replace(model, quant_format=AUTO, sdnq=None)
     return LoadSettings(
         model=model,
@@ -180,6 +180,8 @@ def select_load_settings(spec: RunSpec, *, needs_float_denoiser: bool | None = N
 
 def select_quantization_settings(spec: RunSpec) -> QuantizationSettings:
     """What decides how the layers of a run become INT8."""
+    # a single file has its authors' names, which join some layers; a folder has diffusers' own
+    has_fused_layers = spec.saves_single_file
     return QuantizationSettings(
         outlier=spec.outlier,
         rounding=spec.rounding,
@@ -189,12 +191,12 @@ def select_quantization_settings(spec: RunSpec) -> QuantizationSettings:
         quality_db=spec.quality_db,
         dtype=getattr(torch, spec.model.dtype),
         needs_calibration=spec.needs_calibration,
-        has_fused_layers=spec.save is not None and Path(spec.save).suffix != "",
+        has_fused_layers=has_fused_layers,
     )
 
 
 def select_origin(spec: RunSpec) -> QuantizationOrigin:
-    """The settings that the INT8 layers of a run are made with."""
+    """Model, LoRAs and quantization settings: what names the layers in the cache and in the header."""
     return QuantizationOrigin(spec.model, spec.lora, select_quantization_settings(spec))
 
 
@@ -228,7 +230,10 @@ def check_given_files(
 
 
 def prepare_save(spec: RunSpec) -> None:
-    """Check that `save=` can be written, before the work whose result it is for."""
+    """Check that `save=` can be written, before the work whose result it is for.
+
+    Logs what the file will not hold: quantized text encoders, LoRAs that are not baked in.
+    """
     if spec.save is None:
         return
     if spec.clip.is_quantized:
@@ -291,6 +296,7 @@ def install_text_encoders(
 
 def bake_loras(spec: RunSpec, loaded: LoadedModel, loras: LoraStack, matches: Matches) -> None:
     """Give the LoRAs their strengths before anything is quantized: they become part of the weights."""
+    # some DoRA norms need several weights, all at hand only now
     read_joined_norms(matches.denoiser, loaded.read_weight)
     loras.set_strengths(spec.lora.strengths)
 
@@ -324,8 +330,10 @@ def trace_step(spec: RunSpec, loaded: LoadedModel, probe: Sequence[Sample], prog
 
 
 def select_float_denoisers(spec: RunSpec, denoiser: nn.Module) -> dict[str, nn.Module]:
-    """The float denoiser, under the name of everything that generates with it."""
-    denoisers = {"float": denoiser} if spec.needs_float_denoiser else {}
+    """The float denoiser as `float` where the run needs it, as `clip` where only encoders are quantized."""
+    denoisers = {}
+    if spec.needs_float_denoiser:
+        denoisers["float"] = denoiser
     if spec.candidate == "clip":
         denoisers["clip"] = denoiser
     return denoisers
@@ -334,7 +342,9 @@ def select_float_denoisers(spec: RunSpec, denoiser: nn.Module) -> dict[str, nn.M
 def select_text_encoders(
     spec: RunSpec, text_encoders: Mapping[str, nn.Module], quantized: QuantizedEncoders
 ) -> dict[str, dict[str, nn.Module]]:
-    """The text encoders that differ between the float model and what is compared with it, for each of them.
+    """The encoders that `clip=` quantizes, by who generates with them.
+
+    The float ones under `float` where they are in memory, the quantized ones under the candidate.
 
     Args:
         spec: the settings of the run.
@@ -388,9 +398,7 @@ def store_quantized(
     spec: RunSpec, loaded: LoadedModel, sources: LayerSources, quantized: QuantizedDenoiser
 ) -> None:
     """Keep the INT8 layers in the cache, where they are new, and in the file of `save=`."""
-    cache_key = None
-    if sources.prequantized is None:
-        cache_key = sources.cache_key
+    cache_key = sources.cache_key if sources.prequantized is None else None
     if cache_key is None and spec.save is None:
         return
     provenance = build_provenance(
@@ -402,9 +410,10 @@ def store_quantized(
         cache=spec.cache,
     )
     if cache_key is not None:
-        search = quantized.mixed_precision
-        budget = None if search is None else asdict(search)
-        cache_layers(spec.cache, cache_key, quantized.layers, {**provenance, "budget": budget})
+        mixed_precision = None
+        if quantized.mixed_precision is not None:
+            mixed_precision = asdict(quantized.mixed_precision)
+        cache_layers(spec.cache, cache_key, quantized.layers, {**provenance, "budget": mixed_precision})
     if spec.save is not None:  # after the cache, so that nothing is lost where it cannot be written
         save_layers(spec.save, loaded, quantized.layers, provenance)
 
@@ -420,14 +429,12 @@ def attach_loras(built: BuiltModel, spec: RunSpec, rows: Mapping[str, int]) -> N
     overhead: Overhead | None = None
     if spec.lora.mode == "auto" and not spec.lora.is_scheduled:
         costs = BranchCosts(spec.backend, built.device, getattr(torch, spec.model.dtype))
-
-        def measure_overhead(name: str, layer: Int8Linear, rank: int) -> float:
-            return costs.get_ratio(layer, rank, rows[name])
-
-        overhead = measure_overhead
+        overhead = partial(measure_overhead, costs, rows)
+    # weights of int8.checkpoint were not made from the float ones in memory
+    has_own_float_weights = "float" in built.denoisers and spec.int8.checkpoint is None
     built.loras.attach(
         built.denoisers["int8"],
-        float_weights="float" in built.denoisers and spec.int8.checkpoint is None,
+        float_weights=has_own_float_weights,
         rounding=spec.rounding,
         scheduled=spec.lora.is_scheduled,
         overhead=overhead,
@@ -435,6 +442,21 @@ def attach_loras(built: BuiltModel, spec: RunSpec, rows: Mapping[str, int]) -> N
     )
     for warning in built.loras.list_large_changes(spec.lora.largest_strengths):
         log.warning("%s", warning)
+
+
+def measure_overhead(
+    costs: BranchCosts, rows: Mapping[str, int], name: str, layer: Int8Linear, rank: int
+) -> float:
+    """Time of an INT8 layer with LoRA branches over its time without.
+
+    Args:
+        costs: measures each kind of layer once.
+        rows: that each layer sees in one step, by name.
+        name: of the layer.
+        layer: the layer itself.
+        rank: of all its LoRAs together.
+    """
+    return costs.get_ratio(layer, rank, rows[name])
 
 
 def install_candidate(built: BuiltModel, spec: RunSpec) -> None:

@@ -59,7 +59,7 @@ class RunResult:
 
     Args:
         metrics: by their public names.
-        candidate: what the model that the run is about generated.
+        candidate: what the compared model generated (`int8`, `clip` or `float`).
         baseline: what the float model generated; None when it did not run.
         output_dir: folder with the files of the run.
     """
@@ -86,7 +86,7 @@ class RunInputs:
 
     @property
     def samples(self) -> Sequence[Sample]:
-        """All that are generated."""
+        """All samples of the run, in order."""
         return self.writer.samples
 
     def get_first_batch(self, spec: RunSpec) -> Sequence[Sample]:
@@ -97,16 +97,15 @@ class RunInputs:
 def run(spec: RunSpec, job: Job) -> RunResult:
     """Do everything that one job does, in order.
 
-    It leaves files, which a tracker copies afterwards: a tracker that is lost loses nothing.
+    It leaves files, which a tracker copies afterwards, so nothing is lost where a tracker fails.
 
     Args:
         spec: the settings.
         job: where they came from, and where to write.
     """
     headers = read_headers(spec)
-    samples = build_samples(
-        spec.prompts.read(), spec.prompts.seeds_per_prompt, spec.seed, spec.prompts.negative_prompt
-    )
+    prompts = spec.prompts.read()
+    samples = build_samples(prompts, spec.prompts.seeds_per_prompt, spec.seed, spec.prompts.negative_prompt)
     samples = add_trigger_words(samples, headers, spec.lora)
     inputs = RunInputs(
         headers=headers,
@@ -136,7 +135,7 @@ def generate_and_measure(spec: RunSpec, job: Job, inputs: RunInputs) -> RunResul
         inputs: samples, and what saves their images.
     """
     is_alone = job.sweep is None
-    cached_baseline, is_fresh = get_cached_baseline(spec, inputs)
+    cached_baseline, is_float_timed = get_cached_baseline(spec, inputs)
     built, is_reused = process_cache.get_or_build(
         spec.build_key,
         lambda: build_model(spec, inputs.get_first_batch(spec), inputs.headers, inputs.progress),
@@ -145,17 +144,17 @@ def generate_and_measure(spec: RunSpec, job: Job, inputs: RunInputs) -> RunResul
     if is_alone:
         print_build(spec, built, is_reused=is_reused)
 
-    generations = generate_all(spec, built, spec.candidate, inputs)
+    generations = generate_all(spec, built, inputs)
+    # where the float model is the candidate, it is compared with itself: its PSNR is infinite
     baseline = cached_baseline or generations.get("float")
     if baseline is not None:
         inputs.writer.write_all("float", baseline, built.pipe)
-    check_images(generations[spec.candidate], name_candidate(spec))
+    check_latents(generations[spec.candidate], name_candidate(spec))
     log_rounded(spec, built, generations[spec.candidate])
-    comparison = make_comparison(spec, inputs.samples, generations, baseline, is_baseline_fresh=is_fresh)
+    comparison = make_comparison(spec, inputs.samples, generations, baseline, is_float_timed=is_float_timed)
 
-    metrics = measure_run(
-        spec, built, comparison, capture_denoiser_calls(spec, built, inputs), is_reused=is_reused
-    )
+    calls = capture_denoiser_calls(spec, built, inputs)
+    metrics = measure_run(spec, built, comparison, calls, is_reused=is_reused)
     if spec.lora.adapters:
         metrics["lora/change_ms"] = 1000 * change_seconds
     # after the peak of the memory was read: perceptual metrics load networks of their own
@@ -188,8 +187,10 @@ def warn_scattered_times(metrics: Mapping[str, float]) -> None:
 def apply_settings(spec: RunSpec, built: BuiltModel, inputs: RunInputs) -> float:
     """Give a model, which may be that of an earlier job, the scheduler and the strengths of this one.
 
+    Logs what is unusual about the LoRAs, and negative prompts without effect.
+
     Args:
-        spec: the settings; what is unusual about them is logged.
+        spec: the settings.
         built: the model.
         inputs: samples and LoRA headers.
 
@@ -208,7 +209,7 @@ def make_comparison(
     generations: Mapping[str, Generation],
     baseline: Generation | None,
     *,
-    is_baseline_fresh: bool,
+    is_float_timed: bool,
 ) -> RunComparison:
     """Set what the candidate generated beside what the float model generated, if it did.
 
@@ -217,21 +218,27 @@ def make_comparison(
         samples: that were generated.
         generations: of this run, by the names of `generate_all`.
         baseline: what the float model generated, in this run or before.
-        is_baseline_fresh: whether it did so in this run.
+        is_float_timed: whether the float model ran in this run, be it for a few steps only; False where
+            `baseline` comes from the cache on disk.
     """
     candidate = generations[spec.candidate]
+    latent_errors: Sequence[float] = []
+    if baseline is not None:
+        latent_errors = compute_trajectory_error(candidate, baseline)
+    timed_float = None
+    if is_float_timed:
+        timed_float = generations.get(FLOAT_TIMING, baseline)
     return RunComparison(
         samples=samples,
         candidate=candidate,
         baseline=baseline,
-        is_baseline_fresh=is_baseline_fresh,
-        latent_errors=compute_trajectory_error(candidate, baseline) if baseline else [],
-        float_timing=generations.get(FLOAT_TIMING),
+        timed_float=timed_float,
+        latent_errors=latent_errors,
     )
 
 
 def measure_quality(spec: RunSpec, comparison: RunComparison, baseline: Generation) -> RunComparison:
-    """The comparison with the quality of each sample beside that of the float model's."""
+    """The comparison, completed with each sample's quality against the float model's image."""
     prompts = [sample.prompt for sample in comparison.samples]
     quality = compare_generations(comparison.candidate, baseline, prompts, spec.metrics.perceptual)
     return replace(comparison, quality=quality)
@@ -251,8 +258,9 @@ def get_cached_baseline(spec: RunSpec, inputs: RunInputs) -> tuple[Generation | 
         inputs: samples, and what saves their images.
 
     Returns:
-        What the float model generated, and whether it did so in this run; (None, True) with another
-        `metrics.baseline`, for which the float model runs beside the candidate.
+        What the float model generated, and whether it ran for that in this run (False: its images come from
+        the cache on disk). (None, True) with another `metrics.baseline`: where a float model runs then, it
+        does so beside the candidate.
     """
     if spec.metrics.baseline != "cached" or not spec.has_comparison:
         return None, True
@@ -282,41 +290,43 @@ def generate_float(spec: RunSpec, inputs: RunInputs) -> Generation:
     built = build_model(spec, inputs.get_first_batch(spec), inputs.headers, inputs.progress)
     set_scheduler(built.pipe, built.scheduler, spec.sampling)
     built.set_strengths(spec.lora.strengths, spec.lora.text_strengths)
-    return generate_all(spec, built, "float", inputs)["float"]
+    return generate_all(spec, built, inputs)["float"]
 
 
-def generate_all(
-    spec: RunSpec, built: BuiltModel, candidate: str, inputs: RunInputs
-) -> dict[str, Generation]:
+def generate_all(spec: RunSpec, built: BuiltModel, inputs: RunInputs) -> dict[str, Generation]:
     """Generate with the float model and the candidate in turn, after a short warm-up that is not timed.
 
     Args:
         spec: the settings.
         built: the model, at the strengths of the LoRAs.
-        candidate: `int8`, `clip`, or `float` for the float model alone.
         inputs: samples, and what saves each image when it is there.
 
     Returns:
-        Generations by the same names, `float` included with `metrics.baseline=run`. Where the float images
-        are those of an earlier job there is FLOAT_TIMING, too: a few steps of the float model now.
+        The candidate's generation under its name, and `float` with `metrics.baseline=run`. Where the float
+        images are those of an earlier job there is FLOAT_TIMING, too: a few steps of the float model now.
     """
-    needs_float = spec.metrics.baseline == "run" and candidate != "float"
-    float_key = repr((spec.float_key, inputs.samples))
-    known_float = process_cache.get(float_key) if needs_float else None
+    candidate = spec.candidate
+    names = [candidate]
+    images_key = repr((spec.float_key, inputs.samples))
+    known_float = None
+    if spec.runs_both_models:
+        names = ["float", candidate]
+        known_float = process_cache.get(images_key)
     if known_float is not None:
         log.info(
             "the float images are those of an earlier job with the same settings; "
             "its speed is measured again, with a few steps beside each batch"
         )
-    names = ["float", candidate] if needs_float else [candidate]
     denoisers = {name: built.denoisers[name] for name in names}
     run_warm_up(spec, built, denoisers, inputs.get_first_batch(spec))
     generations = generate_in_turn(spec, built, denoisers, inputs, only_times_float=known_float is not None)
+    # a schedule has left its last strengths
     built.set_strengths(spec.lora.strengths, spec.lora.text_strengths)
     if known_float is not None:
-        return {"float": known_float, FLOAT_TIMING: generations["float"], candidate: generations[candidate]}
+        float_timing = generations.pop("float")
+        return {"float": known_float, FLOAT_TIMING: float_timing, candidate: generations[candidate]}
     if "float" in generations:
-        process_cache.put(float_key, generations["float"], generations["float"].nbytes)
+        process_cache.put(images_key, generations["float"], generations["float"].nbytes)
     return generations
 
 
@@ -337,12 +347,12 @@ def generate_in_turn(
         inputs: samples, and what saves their images.
         only_times_float: whether `float` runs a few steps only and makes no images.
     """
-    makes_images = list(denoisers)
+    models_with_images = list(denoisers)
     other_samplings = {}
     if only_times_float:
-        makes_images.remove("float")
+        models_with_images.remove("float")
         other_samplings["float"] = shorten_for_timing(spec.sampling)
-    num_images = len(inputs.samples) * len(makes_images)
+    num_images = len(inputs.samples) * len(models_with_images)
 
     def set_scheduled_strengths(fraction: float) -> None:
         if spec.lora.is_scheduled:
@@ -352,7 +362,7 @@ def generate_in_turn(
 
         def keep_batch(name: str, batch: Sequence[Sample], generation: Generation) -> None:
             generation.peak_bytes = max(generation.peak_bytes, read_peak_bytes(built.device))
-            if name in makes_images:
+            if name in models_with_images:
                 inputs.writer.write_batch(name, batch, generation, built.pipe)
                 advance(len(batch))
 
@@ -382,7 +392,8 @@ def run_warm_up(
         denoisers: that are timed later.
         batch: samples of one batch.
     """
-    PromptCache.for_pipeline(built.pipe).requested.clear()  # of earlier jobs
+    # forget the prompts that earlier jobs asked for
+    PromptCache.for_pipeline(built.pipe).requested.clear()
     generate(
         built.pipe,
         built.component,
@@ -394,20 +405,20 @@ def run_warm_up(
 
 
 def shorten_sampling(sampling: Sampling, steps: int) -> Sampling:
-    """The same sampling with fewer steps, without a schedule for each of the others."""
+    """The same sampling with fewer steps, and without `sigmas` or `timesteps`, which fix their number."""
     extra = {name: value for name, value in sampling.extra.items() if name not in SCHEDULE_ARGUMENTS}
     return replace(sampling, steps=steps, extra=extra)
 
 
 def shorten_for_timing(sampling: Sampling) -> Sampling:
-    """A sampling of a few steps that time a model and make no image."""
+    """A sampling of a few steps, to time a model; it makes no image."""
     steps = min(sampling.steps or TIMING_STEPS, TIMING_STEPS)
     shortened = shorten_sampling(sampling, steps)
     return replace(shortened, extra={**shortened.extra, "output_type": "latent"})
 
 
-def check_images(generation: Generation, name: str) -> None:
-    """Check that a model computed numbers.
+def check_latents(generation: Generation, name: str) -> None:
+    """Check that a model computed finite latents.
 
     Args:
         generation: of the model.
@@ -449,8 +460,9 @@ def log_lora_warnings(spec: RunSpec, built: BuiltModel, headers: Sequence[LoraHe
 def log_unused_negative_prompts(spec: RunSpec, built: BuiltModel, samples: Sequence[Sample]) -> None:
     """Log that negative prompts change nothing, where they do not.
 
-    The checkpoint's own, which few-step settings leave without effect, are nobody's request.
+    Only prompts that the user gave count, not the checkpoint's default.
     """
+    # `sampler` is what the user set, `sampling` the same with all defaults
     asked = [spec.sampler.extra.get("negative_prompt"), *(sample.negative_prompt for sample in samples)]
     unused = explain_unused_negative_prompt(built.pipe, asked, spec.sampling)
     if unused is not None:
@@ -468,8 +480,7 @@ def print_result(spec: RunSpec, job: Job, built: BuiltModel, metrics: Mapping[st
     """Print the table of results and where the files are."""
     model = job.choices.get("model", "model")
     title = f"{model} on {get_device_name(built.device)}; float is {spec.model.dtype}"
-    has_both_models = spec.metrics.baseline == "run" and spec.has_comparison
-    table = build_result_table(title, metrics, name_candidate(spec), has_both_models=has_both_models)
+    table = build_result_table(title, metrics, name_candidate(spec), has_both_models=spec.runs_both_models)
     print_lines("", table)
     files = {"images": "grid.png", "layers": "layers.csv"}
     if spec.clip.is_quantized:

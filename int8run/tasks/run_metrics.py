@@ -39,11 +39,11 @@ class RunComparison:
 
     Args:
         samples: prompts and seeds, one per image or video.
-        candidate: what the model that the run is about generated.
-        baseline: what the float model generated; None when it did not run.
-        is_baseline_fresh: whether it did so in this run: speeds of another moment are not compared.
-        float_timing: a few steps of the float model in turn with the candidate, where its images are those
-            of an earlier job.
+        candidate: what the compared model generated (`int8`, `clip` or `float`).
+        baseline: what the float model generated, in this run or before; None without a float model.
+        timed_float: the generation that has the float model's times in this run: `baseline`, or a few steps
+            where the images of `baseline` are those of an earlier job of this process. None where no float
+            model ran in this run: speeds of different runs are not compared.
         latent_errors: relative error of the latents after each step; empty without a baseline.
         quality: one per sample; empty without a baseline, and until it is measured.
     """
@@ -51,17 +51,9 @@ class RunComparison:
     samples: Sequence[Sample]
     candidate: Generation
     baseline: Generation | None
-    is_baseline_fresh: bool
+    timed_float: Generation | None
     latent_errors: Sequence[float]
     quality: Sequence[SampleQuality] = ()
-    float_timing: Generation | None = None
-
-    @property
-    def timed_float(self) -> Generation | None:
-        """The generation that has the float model's times in this run; None where it did not run."""
-        if self.float_timing is not None:
-            return self.float_timing
-        return self.baseline if self.is_baseline_fresh else None
 
 
 def measure_run(

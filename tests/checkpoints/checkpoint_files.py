@@ -1480,7 +1480,7 @@ MISTAKES: dict[str, Mistake] = {
     ),
     "quip and convrot": (
         lambda: draft_with_marker({**GROUP, "convrot_groupsize": 16}, draft_quip(8, 32)),
-        "is transformed by QuIP and in another way too",
+        "is transformed by QuIP and is rotated, scaled or stored transposed too",
     ),
     "quip's smooth factors of zero": (
         lambda: apply_change(

@@ -29,7 +29,7 @@ from int8run.pipeline import process_cache
 from int8run.pipeline.build import build_model
 from int8run.report.console import Progress
 from int8run.report.step_times import has_scattered_times
-from int8run.tasks.run import check_images
+from int8run.tasks.run import check_latents
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -802,11 +802,11 @@ def test_a_busy_machine_is_named():
 
 def test_images_that_are_no_numbers_are_refused() -> None:
     good, bad = torch.zeros(2, 3), torch.tensor([[0.0, 1.0], [float("nan"), 1.0]])
-    check_images(Generation(trajectories=[good]), "INT8")
+    check_latents(Generation(trajectories=[good]), "INT8")
 
     with pytest.raises(
         FileError,
         match=r"^the latents of 1 of 2 samples of the INT8 model "
         r"are NaN or infinite; its weights are damaged",
     ):
-        check_images(Generation(trajectories=[good, bad]), "INT8")
+        check_latents(Generation(trajectories=[good, bad]), "INT8")
