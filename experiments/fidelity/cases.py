@@ -67,7 +67,7 @@ def make_layer(source: str, name: str, deviations: Tensor, mean: float) -> Case:
     width = len(deviations)
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(width, width, generator=generator) / width**0.5
-    # [S, T, K]
+    # both have the shape [S, T, K]
     fit = (torch.randn(SEQUENCES, TOKENS, width, generator=generator) + mean) * deviations
     test = (torch.randn(SEQUENCES, TOKENS, width, generator=generator) + mean) * deviations
     statistics = LayerStatistics(fit, fit.abs().amax((0, 1)), weight.abs().amax(0))

@@ -94,6 +94,8 @@ def measure_layer(case: Case, options: Options, chosen: str) -> Iterator[Row]:
     """A row for each outlier method and rounding; candidates of `auto` alone are rounded by absmax only.
 
     Args:
+        case: the layer and its inputs.
+        options: which methods and roundings.
         chosen: the candidate that `auto` takes for this layer.
     """
     candidates = {**options.methods, **options.auto.candidates}

@@ -480,7 +480,7 @@ def test_effnet_is_read_once_and_is_not_training(one_convolution, lines):
         ["effnet_distance"],
     )
 
-    # features (1, 0, 0, 1) and (0, 1, 0, 1)
+    # the features are 1, 0, 0, 1 and 0, 1, 0, 1
     assert [r.values["effnet_distance"] for r in rows] == [pytest.approx(0.5, abs=1e-6), 0]
     assert network.made == 1 and lines() == []
 

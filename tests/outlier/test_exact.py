@@ -482,7 +482,7 @@ def test_hadanorm_holds_on_to_a_column_of_zeros():
     weight[:, 9] = 0
     transform = HadaNorm().fit(weight)
 
-    # (1e-6) ** -0.5
+    # 1000 is 1e-6 to the power of -1/2
     assert 1 / transform.factor[9].item() == pytest.approx(1000, rel=1e-5)
     assert (transform.restore_weight(transform.transform_weight(weight))[:, 9].abs() < 1e-6).all()
 
