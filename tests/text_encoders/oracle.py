@@ -88,7 +88,7 @@ FORMATS = {
     **dict.fromkeys(("mxfp8", "hybrid_mxfp8"), ("F8_E4M3",)),
     "nvfp4": ("U8",),
 }
-TABLES = ("shared", "embed_tokens", "token_embedding", "word_embeddings", "wte")
+EMBEDDINGS = ("shared", "embed_tokens", "token_embedding", "word_embeddings", "wte")
 CODES = {
     0: "float8_e4m3fn",
     1: "float8_e4m3fn_rowwise",
@@ -706,7 +706,7 @@ def is_cast(tensors: Mapping[str, Tensor], name: str, scale: Tensor | None) -> b
         if key.endswith(".weight") and other.dtype in FP8
     ]
     has_scales = any(scale_of(tensors, other) is not None for other in others)
-    return not has_scales and weight.dtype == "F8_E4M3" and name.split(".")[-1] in TABLES
+    return not has_scales and weight.dtype == "F8_E4M3" and name.split(".")[-1] in EMBEDDINGS
 
 
 def mxfp8(weight: Tensor, scale: Tensor, swizzled: set[bool]) -> Reading:
