@@ -385,7 +385,7 @@ class UniqueKeyLoader(yaml.SafeLoader):
     def construct_mapping(
         self,
         node: yaml.MappingNode,
-        deep: bool = False,
+        deep: bool = False,  # noqa: FBT001, FBT002 # the signature is yaml's
     ) -> dict[Any, Any]:
         """Return the mapping of a node.
 

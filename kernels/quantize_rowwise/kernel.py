@@ -143,7 +143,8 @@ def choose_block_r(rank: int) -> int:
     """
     if rank == 0:
         return 0
-    return max(2 * BLOCK_M.value, triton.next_power_of_2(rank))
+    block_r: int = max(2 * BLOCK_M.value, triton.next_power_of_2(rank))
+    return block_r
 
 
 def choose_row_block_warps(rotation: int, block_r: int) -> int:
