@@ -62,12 +62,12 @@ def find_sdnq_method(files: TensorFiles, names: list[str], declared: DeclaredFor
     Args:
         files: the checkpoint.
         names: of the layers.
-        declared: what the user says; it decides where no config is beside the file.
+        declared: where no SDNQ config is beside the file, `sdnq` decides, then `quant_format`.
 
     Raises:
-        ConfigError: for a word that says nothing, or without a weight of SDNQ.
-        FileError: where nothing says how the weights were made, a config that cannot be read, or a word and a
-            config that contradict each other.
+        ConfigError: `model.sdnq` is not understood, or the file has no SDNQ weight.
+        FileError: nothing says how the weights were made, a config cannot be read, `model.sdnq` and the
+            config contradict each other, or weights are not matrices, or are rotated and not INT8.
     """
     weights = [name for name in names if has_sdnq_scale(files, name)]
     word = declared.sdnq
@@ -120,18 +120,31 @@ def parse_word(word: str | Mapping[str, Any]) -> SdnqMethod:
         FileError: for a config.json that cannot be read.
     """
     if isinstance(word, Mapping):
-        return parse_config(word, "model.sdnq")
+        return parse_setting(word)
     if word == "none":
         return SdnqMethod(0)
     match = WORD.fullmatch(word)
     if match is not None:
-        return SdnqMethod(check_group_size(int(match["size"] or DEFAULT_GROUP_SIZE), "model.sdnq"))
+        group_size = int(match["size"] or DEFAULT_GROUP_SIZE)
+        return parse_setting({"use_hadamard": True, "hadamard_group_size": group_size})
     if not word.endswith(".json"):
         raise ConfigError(
             f"model.sdnq={word} is none of none, hadamard (groups of {DEFAULT_GROUP_SIZE} columns), "
             "hadamard_<size>, and no config.json"
         )
     return read_config_file(word)
+
+
+def parse_setting(fields: Mapping[str, Any]) -> SdnqMethod:
+    """What SDNQ's fields say that `model.sdnq` itself gives, not a file.
+
+    Raises:
+        ConfigError: where a config with these fields is refused.
+    """
+    try:
+        return parse_config(fields, "model.sdnq")
+    except FileError as error:
+        raise ConfigError(str(error)) from error
 
 
 def read_config_file(location: str) -> SdnqMethod:

@@ -192,7 +192,11 @@ def check_jobs(jobs: Sequence[Sequence[str]], configs: Sequence[DictConfig]) -> 
 
 
 def check_saved_files(specs: Sequence[Any]) -> None:
-    """Raise ConfigError where jobs of a sweep would write different weights to one file, `save=`."""
+    """Raise ConfigError where jobs that build different models name one file or folder in `save=`.
+
+    Models differ by everything that enters `build_key`, such as the backend and the device, even where their
+    weights would be equal.
+    """
     build_keys: dict[Path, set[str]] = {}
     for spec in specs:
         if spec.save is not None:
@@ -201,8 +205,8 @@ def check_saved_files(specs: Sequence[Any]) -> None:
     for path, keys in build_keys.items():
         if len(keys) > 1:
             raise ConfigError(
-                f"save={path} is one file for {len(keys)} models that this sweep makes, and the last would "
-                "replace the others; run a command for each, with a file of its own"
+                f"save={path} is one place for {len(keys)} models that this sweep makes, and the last would "
+                "replace the others; run a command for each, with a save= of its own"
             )
 
 

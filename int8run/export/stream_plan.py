@@ -80,17 +80,17 @@ class Target:
 def keep_own_names(files: TensorFiles, stored: Mapping[str, CheckpointLayer]) -> KeyParts:
     """Every tensor under its own name, without what stands beside quantized weights."""
     siblings = {key for layer in stored.values() for key in layer.sibling_keys}
-    names = {}
+    parts_by_key = {}
     for key in files:
         if key not in siblings and not is_scaled_fp8_marker(key):
-            names[key] = (TensorPart(key),)
-    return names
+            parts_by_key[key] = (TensorPart(key),)
+    return parts_by_key
 
 
 def plan_targets(
     files: TensorFiles,
     stored: Mapping[str, CheckpointLayer],
-    names: KeyParts,
+    parts_by_key: KeyParts,
     why_float: Callable[[str, tuple[TensorPart, ...]], str | None],
     recipe: QuantizationRecipe,
 ) -> list[Target]:
@@ -99,8 +99,9 @@ def plan_targets(
     Args:
         files: the source.
         stored: the source's weights by name.
-        names: key in the new file -> what it is made of.
-        why_float: the reason why a weight (its new key, its parts) stays float, or None.
+        parts_by_key: key in the new file -> what it is made of.
+        why_float: why a weight (its new key, its parts) is not to become INT8, or None; integers that can be
+            copied are copied all the same.
         recipe: how the others become INT8.
 
     Raises:
@@ -109,7 +110,7 @@ def plan_targets(
     shapes = get_logical_shapes(files, stored)
     planner = LayerPlanner(files, recipe)
     targets = []
-    for key, parts in names.items():
+    for key, parts in parts_by_key.items():
         shape = join_shapes(parts, shapes)
         if shape is None:
             listed = ", ".join(f"{part.key} {list(shapes[part.key])}" for part in parts)
@@ -122,9 +123,12 @@ def plan_targets(
         part_dtypes = [files[part.key].dtype for part in parts]
         target = Target(key, parts, shape, choose_float_dtype(part_dtypes, layers, recipe.dtype))
         matrices = [layer for layer in layers if layer is not None and len(layer.shape) == 2]
-        if matrices and len(matrices) == len(parts):
+        all_parts_are_matrices = len(matrices) == len(parts)
+        if all_parts_are_matrices:
+            # fills target.plan, .transform and .copied
             planner.plan_layer(target, matrices, why_float(key, parts))
         targets.append(target)
+    # by the place of each target's first part in the source
     position = {key: i for i, key in enumerate(files)}
     return sorted(targets, key=lambda target: min(position[part.key] for part in target.parts))
 

@@ -26,6 +26,7 @@ weights. A file of key mappings:
       out.1.conv: { to: up.0.conv, without: up.0.attentions.** }
     # more names of modules, which only LoRA files use
     lora_names:
+      double_blocks.*.qkv_lora1: double_blocks.*.img_attn.qkv
     # the same for whole keys, where the last part differs or stands for no module
     parameters:
       "**.key_norm.scale": "**.key_norm.weight"
@@ -183,7 +184,8 @@ def read_mapping_file(file: Path) -> tuple[list[str], KeyMappingSet]:
     """Return the classes and the key mappings of one file.
 
     Raises:
-        ConfigError: for anything but the layout above; the message names the file and the rule.
+        ConfigError: for anything but the layout in the module's docstring; the message names the file, and
+            the field or rule.
     """
     data = read_yaml(file)
     check_fields(file.name, data)

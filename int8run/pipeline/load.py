@@ -1,7 +1,8 @@
 """Load a model: whole and in float, or as a skeleton whose weights are read when they are quantized.
 
-build.py and task=bench call `load_model`. What can be refused by names and headers is refused before weights
-are read. Nothing is quantized here, and no LoRA is known here.
+A skeleton is a module on the meta device: the right class and shapes, without weights. build.py and
+task=bench call `load_model`. Files that are not for the model are refused before weights are read; sampler
+settings and `attention` once the pipeline exists. Nothing is quantized here, and no LoRA is known here.
 """
 
 import logging
@@ -90,12 +91,13 @@ def load_model(
     Args:
         settings: what to load, and how.
         progress: of the loading.
-        check_files: called when the denoisers are known and before weights are read, with what builds their
-            skeletons, to refuse files that are not for them.
+        check_files: called before weights are read, with a function that builds the skeletons of the
+            denoisers; raises where a given file is not for them.
 
     Raises:
         BackendError: for a device or a backend that cannot run here; nothing is loaded then.
-        ConfigError: for settings that this model does not have.
+        ConfigError: for a model of another family than its settings are made for, sampler settings that this
+            model does not have, and an `attention` that does not fit it or this machine.
         FileError: when weights are missing, damaged or another model's.
     """
     device = pick_device(settings.device)
@@ -117,16 +119,16 @@ def load_model(
 
         denoisers = prepare_denoisers(pipe, source, settings.attention)
         check_sampling(pipe, settings.sampling)
-        scheduler = pipe.scheduler
-        set_scheduler(pipe, scheduler, settings.sampling)
-        component, first = next(iter(denoisers.items()))
-        family = resolve_family(settings.model_type, first)
+        original_scheduler = pipe.scheduler  # kept: a later job may go back to it
+        set_scheduler(pipe, original_scheduler, settings.sampling)
+        component, first_denoiser = next(iter(denoisers.items()))
+        family = resolve_family(settings.model_type, first_denoiser)
         warn_of_other_family(settings.model, settings.model_type, family)
         loaded = LoadedModel(
             pipe=pipe,
             component=component,
-            denoiser=first if len(denoisers) == 1 else DualDenoiser(denoisers),
-            scheduler=scheduler,
+            denoiser=first_denoiser if len(denoisers) == 1 else DualDenoiser(denoisers),
+            scheduler=original_scheduler,
             family=family,
             sampling=settings.sampling,
             device=device,
@@ -187,7 +189,7 @@ def needs_skeletons(source: ResolvedModel, settings: LoadSettings) -> bool:
 
 
 def build_skeletons(source: ResolvedModel, dtype: torch.dtype) -> dict[str, nn.Module]:
-    """The denoisers without weights, by component."""
+    """The skeletons of the denoisers, by component."""
     return {denoiser.component: denoiser.build_skeleton(dtype) for denoiser in source.denoisers}
 
 

@@ -30,8 +30,6 @@ from int8run.text_encoders.registry import EncoderFamily, list_supported_encoder
 from int8run.utils.plurals import count_noun
 
 NO_FORMAT, MIXED = "none", "mixed"
-# of a weight that is cast to a type without a scale
-CAST_SUFFIX = "_cast"
 FLOAT_DTYPES = (*FLOATS, *FP8)
 # the smallest byte, without its sign, that is NaN or infinity
 NOT_FINITE_BYTES = {torch.float8_e4m3fn: 0x7F, torch.float8_e5m2: 0x7C}
@@ -264,18 +262,29 @@ class EncoderFile:
 def fits_declared(counts: Mapping[str, int], declared: DeclaredFormat) -> bool:
     """Whether layers have the format that the user says they have.
 
-    Casts, and layers whose shape the format does not take, may be beside them.
+    Casts to the same fp8 type, and layers whose shape the format does not take, may be beside them.
 
     Args:
         counts: how many layers each format has.
-        declared: what the user says; a format.
+        declared: its `quant_format` is not `auto`.
     """
-    accepted = set(declared.accepted_formats)
+    accepted = set(declared.accepted_formats)  # `int8_tensorwise` stands for three
     if accepted.isdisjoint(counts):
         return False
     format_name = declared.quant_format
-    allowed = {*accepted, format_name + CAST_SUFFIX, FORMATS[format_name].fallback}
+    allowed = {*accepted, find_cast_name(format_name), FORMATS[format_name].fallback}
     return allowed.issuperset(counts)
+
+
+def find_cast_name(format_name: str) -> str | None:
+    """The format of plain casts to the type that an fp8 format stores; None for all other formats."""
+    scaled = FORMATS.get(format_name)
+    if scaled is None or scaled.storage_dtype != "fp8":
+        return None
+    for cast in FORMATS.values():
+        if not cast.granularity and cast.qdata_dtype == scaled.qdata_dtype:
+            return cast.name
+    return None
 
 
 def is_cast_beside_scaled(format_name: str, counts: Mapping[str, int]) -> bool:
@@ -285,8 +294,7 @@ def is_cast_beside_scaled(format_name: str, counts: Mapping[str, int]) -> bool:
         format_name: one of `counts`.
         counts: how many layers each format has.
     """
-    scaled = format_name.removesuffix(CAST_SUFFIX)
-    return scaled != format_name and scaled in counts
+    return any(other != format_name and find_cast_name(other) == format_name for other in counts)
 
 
 def detect_file_encoder(files: TensorFiles, class_name: str, which: str | None) -> tuple[EncoderFamily, str]:

@@ -127,12 +127,12 @@ def test_a_word_stands_for_the_config(tmp_path: Path) -> None:
     ("word", "error", "message"),
     [
         ("rotated", ConfigError, "model.sdnq=rotated is none of none, hadamard"),
-        ("hadamard_2", FileError, "model.sdnq names groups of 2 columns; SDNQ rotates 4 to 4096"),
+        ("hadamard_2", ConfigError, "model.sdnq names groups of 2 columns; SDNQ rotates 4 to 4096"),
         ("missing.json", FileError, "model.sdnq=missing.json cannot be read: No such file or directory"),
-        ({"use_hadamard": True, "hadamard_group_size": "x"}, FileError, "names groups of 'x' columns"),
+        ({"use_hadamard": True, "hadamard_group_size": "x"}, ConfigError, "names groups of 'x' columns"),
         (
             {"use_hadamard": True, "modules_quant_config": {"q": {"hadamard_group_size": 16}}},
-            FileError,
+            ConfigError,
             "model.sdnq rotates q in its own way",
         ),
     ],

@@ -247,7 +247,7 @@ def test_models_of_a_sweep_do_not_replace_each_other_in_a_file(command: Command,
     outcome = command("-m", "outlier=none,convrot", model, *UNTRACKED, "save=out.safetensors")
 
     assert outcome.code == 2
-    assert outcome.message.startswith(f"save={command.folder}/out.safetensors is one file for 2 models that")
+    assert outcome.message.startswith(f"save={command.folder}/out.safetensors is one place for 2 models that")
     assert command.made() == []
 
 

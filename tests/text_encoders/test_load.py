@@ -111,12 +111,22 @@ def test_casts_beside_scaled_layers_are_one_format(tmp_path: Path) -> None:
     assert metadata["quant_format"]["found"] == "float8_e4m3fn_cast"
 
 
+def test_casts_beside_layers_with_a_scale_per_row_are_one_format(tmp_path: Path) -> None:
+    words = ["float8_e4m3fn_rowwise", "float8_e4m3fn_cast"]
+
+    _, metadata = load_text_encoder(write_file(make_encoder_file("t5", words=words), tmp_path))
+
+    assert metadata["quant_format"]["found"] == "float8_e4m3fn_rowwise"
+
+
 @pytest.mark.parametrize(
     ("words", "asked"),
     [
         (["int8_rowwise"], "int8_tensorwise"),
         (["int8_convrot"], "int8_tensorwise"),
         (["float8_e4m3fn", "float8_e4m3fn_cast"], "float8_e4m3fn"),
+        (["float8_e4m3fn_rowwise", "float8_e4m3fn_cast"], "float8_e4m3fn_rowwise"),
+        (["float8_e4m3fn_block3d", "float8_e4m3fn_cast"], "float8_e4m3fn_block3d"),
         (["int8_blockwise", "int8_rowwise"], "int8_blockwise"),
         (["int8_rowwise", "int8_convrot"], "int8_convrot"),
         (["float8_e4m3fn_block3d", "float8_e4m3fn_rowwise"], "float8_e4m3fn_block3d"),
