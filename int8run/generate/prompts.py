@@ -50,22 +50,38 @@ class PromptSet:
         """
         if not self.path:
             return list(self.prompts or ())
-        path = expand_path(self.path)
-        check_readable("prompts.path", path, takes_folder=False)
-        try:
-            text = path.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise FileError(f"prompts.path={self.path} is not UTF-8 text: {error}") from error
-        if "\0" in text:  # UTF-16 without a mark is UTF-8 with zeros
-            raise FileError(
-                f"prompts.path={self.path} is not UTF-8 text: it has zero bytes; save it as UTF-8"
-            )
-        # at line ends alone: pasted text has other separators inside of a line, which `splitlines` cuts at
-        lines = [line.strip() for line in text.split("\n")]
-        prompts = [line for line in lines if line and not line.startswith("#")]
+        prompts = parse_prompts(read_prompt_file(self.path))
         if not prompts:
             raise FileError(f"prompts.path={self.path} holds no prompt; write one per line")
         return prompts
+
+
+def read_prompt_file(location: str) -> str:
+    """The text of the file that `prompts.path` names.
+
+    Raises:
+        FileError: when it is missing, or is not UTF-8.
+    """
+    path = expand_path(location)
+    check_readable("prompts.path", path, takes_folder=False)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise FileError(f"prompts.path={location} is not UTF-8 text: {error}") from error
+    if "\0" in text:  # UTF-16 without a mark is UTF-8 with zeros
+        raise FileError(f"prompts.path={location} is not UTF-8 text: it has zero bytes; save it as UTF-8")
+    return text
+
+
+def parse_prompts(text: str) -> list[str]:
+    """The prompts in a text: one per line, without blank lines and `#` comments."""
+    prompts = []
+    # at line ends alone: pasted text has other separators inside of a line, which `splitlines` cuts at
+    for line in text.split("\n"):
+        prompt = line.strip()
+        if prompt and not prompt.startswith("#"):
+            prompts.append(prompt)
+    return prompts
 
 
 def check_prompts(setting: str, prompts: object) -> None:

@@ -58,7 +58,6 @@ from int8run.models.name_pattern import count_wildcards, is_name_pattern
 
 MAPPING_FOLDER = Path(__file__).parent / "key_mappings"
 ANY_CLASS = "*"
-SWAP_CHOICES = (False, True, "last")
 REQUIRED_FIELDS = {"classes", "names"}
 OPTIONAL_FIELDS = {"prefix", "drop", "lora_names", "parameters", "needs", "lacks"}
 # what a mapping of each section may have besides `to`
@@ -330,10 +329,12 @@ def check_options(where: str, options: Mapping[Any, Any], allowed: Sequence[str]
 
 def check_shape(where: str, options: Mapping[str, Any], targets: Sequence[str]) -> None:
     """Raise ConfigError unless `shape` and `transposed` are valid and for one target."""
+    has_shape = "shape" in options
     transposed = options.get("transposed", False)
-    if len(targets) > 1 and ("shape" in options or transposed):
+    changes_shape = has_shape or transposed
+    if changes_shape and len(targets) > 1:
         raise ConfigError(f"{where} changes the shape of several parameters; only a rule with one can")
-    if "shape" in options and not is_target_shape(options["shape"]):
+    if has_shape and not is_target_shape(options["shape"]):
         raise ConfigError(
             f"{where} has the shape {options['shape']!r}; "
             "it takes a list of whole numbers above 0, and -1 for one of them"
@@ -344,9 +345,7 @@ def check_shape(where: str, options: Mapping[str, Any], targets: Sequence[str]) 
 
 def check_swap_halves(where: str, swap_halves: Any, original: str, targets: Sequence[str]) -> None:
     """Raise ConfigError unless `swap_halves` is one of its choices, and is possible for these names."""
-    # 1 and 0 are equal to True and False
-    is_number = isinstance(swap_halves, int) and not isinstance(swap_halves, bool)
-    if is_number or swap_halves not in SWAP_CHOICES:
+    if not isinstance(swap_halves, bool) and swap_halves != "last":
         raise ConfigError(f"{where} has swap_halves {swap_halves!r}; choose true, false or last")
     if swap_halves and len(targets) > 1:
         raise ConfigError(f"{where} swaps the halves of several modules; only a rule with one module can")
@@ -378,7 +377,14 @@ def is_target_shape(shape: Any) -> bool:
     """Return whether this is a list of sizes, one of which may be -1."""
     if not isinstance(shape, list) or not shape or shape.count(-1) > 1:
         return False
-    return all(isinstance(n, int) and not isinstance(n, bool) and (n > 0 or n == -1) for n in shape)
+    return all(is_target_size(size) for size in shape)
+
+
+def is_target_size(size: Any) -> bool:
+    """Return whether this is a whole number above 0, or -1. YAML's true and false are numbers in Python."""
+    if not isinstance(size, int) or isinstance(size, bool):
+        return False
+    return size > 0 or size == -1
 
 
 class UniqueKeyLoader(yaml.SafeLoader):

@@ -191,12 +191,19 @@ def check_component_libraries(folder: Path) -> None:
         if name.startswith("_") or not is_component(entry):
             continue
         library = entry[0]
-        is_known = library in (None, *COMPONENT_LIBRARIES) or hasattr(diffusers.pipelines, str(library))
-        is_own_code = (folder / name / f"{library}.py").is_file()
-        if not is_known and not is_own_code:  # own code is refused by diffusers, with its reason
-            libraries = " and ".join(COMPONENT_LIBRARIES)
-            reason = f"the {name} is of the library {library}, and components come from {libraries} alone"
-            raise make_load_error(str(folder), FileError(reason))
+        if library is None or is_component_library(library):
+            continue
+        # code in the folder itself is refused by diffusers, with its reason
+        if (folder / name / f"{library}.py").is_file():
+            continue
+        libraries = " and ".join(COMPONENT_LIBRARIES)
+        reason = f"the {name} is of the library {library}, and components come from {libraries} alone"
+        raise make_load_error(str(folder), FileError(reason))
+
+
+def is_component_library(library: str) -> bool:
+    """Whether components may be of this library, or of this module of diffusers' pipelines."""
+    return library in COMPONENT_LIBRARIES or hasattr(diffusers.pipelines, library)
 
 
 def is_component(entry: object) -> bool:

@@ -211,7 +211,9 @@ class FileWeights:
         read_rows = replace(part, rows=None)  # the rows are selected while they are read
         if layer is None or layer.storage_dtype == FLOAT:
             return read_rows.extract(self.files.read(self.prefix + part.key, part.rows))
-        rows, columns = self.shapes[part.key] if layer.is_padded else (layer.rows, layer.columns)
+        rows, columns = layer.rows, layer.columns
+        if layer.is_padded:
+            rows, columns = self.shapes[part.key]
         return read_rows.extract(layer.read_weight(self.files, part.rows, (rows, columns)))
 
     def find_layer(self, part: TensorPart) -> CheckpointLayer | None:
@@ -242,8 +244,8 @@ class FileWeights:
         exact = self.find_int8_layers()
         found = set()
         for name, layers in self.list_weights().items():
-            is_quantized = any(layer is not None and layer.storage_dtype != FLOAT for layer in layers)
-            if is_quantized and name not in exact:
+            quantized = [layer for layer in layers if layer is not None and layer.storage_dtype != FLOAT]
+            if quantized and name not in exact:
                 found.add(name)
         return found
 

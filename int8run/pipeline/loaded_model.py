@@ -94,14 +94,22 @@ class LoadedModel:
             except_for: names of the Linears.
         """
         left_out = {f"{name}.weight" for name in except_for}
-        state = self.denoiser.state_dict()
-        missing = [name for name, tensor in state.items() if tensor.is_meta and name not in left_out]
+        missing = []
+        for name, tensor in self.denoiser.state_dict().items():
+            if tensor.is_meta and name not in left_out:
+                missing.append(name)
         if self.checkpoint is not None:
             self.checkpoint.fill_parameters(self.denoiser, missing, self.device)
-        for module in self.denoiser.modules():  # buffers that no checkpoint holds
-            for name, buffer in module._buffers.items():
-                if buffer is not None and not buffer.is_meta:
-                    module._buffers[name] = buffer.to(self.device)
+        # buffers that no checkpoint holds have their numbers already
+        move_buffers(self.denoiser, self.device)
+
+
+def move_buffers(module: nn.Module, device: torch.device) -> None:
+    """Move the buffers of a module, and of those inside it, to a device; those on `meta` stay there."""
+    for inner in module.modules():
+        for name, buffer in inner._buffers.items():
+            if buffer is not None and not buffer.is_meta:
+                inner._buffers[name] = buffer.to(device)
 
 
 def make_skip_rule(family: ModelFamily, denoiser: nn.Module) -> Callable[[str], str | None]:

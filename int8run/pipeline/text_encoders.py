@@ -105,13 +105,21 @@ def find_encoder_slots(folder: Path, parts: Mapping[str, Sequence[str]]) -> dict
     """
     slots = {}
     for name, entry in read_model_index(folder, str(folder)).items():
-        is_class = isinstance(entry, list) and len(entry) == 2 and None not in entry
-        if name.startswith(PREFIX) and is_class and (folder / name).is_dir():
-            slots[name] = EncoderSlot(name, str(entry[1]), folder / name)
+        if not name.startswith(PREFIX) or not is_class_entry(entry):
+            continue
+        encoder_folder = folder / name
+        if encoder_folder.is_dir():
+            slots[name] = EncoderSlot(name, str(entry[1]), encoder_folder)
+    # those that the folder lacks
     for name, (class_name, location) in parts.items():
         if name.startswith(PREFIX) and name not in slots:
             slots[name] = EncoderSlot(name, class_name, resolve_part_folder(name, location))
     return slots
+
+
+def is_class_entry(entry: object) -> bool:
+    """Whether an entry of `model_index.json` is [library, class]; [null, null] is a component left out."""
+    return isinstance(entry, list) and len(entry) == 2 and None not in entry
 
 
 def open_encoders(
