@@ -125,8 +125,7 @@ class FileWeights:
         for name, parts in self.layout.parts.items():
             part_name = PARAMETER if model_tensors[name].is_floating_point() else BUFFER
             for part in parts:
-                layer = self.find_layer(part)
-                if layer is None or layer.storage_dtype == FLOAT:
+                if self.find_quantized_layer(part) is None:
                     check_part_dtype(self.files[self.prefix + part.key], part_name)
 
     def check_complete(self, num_parameters: int) -> None:
@@ -207,28 +206,32 @@ class FileWeights:
 
     def read_part(self, part: TensorPart) -> Tensor:
         """Read rows of one tensor in the file."""
-        layer = self.find_layer(part)
+        layer = self.find_quantized_layer(part)
         read_rows = replace(part, rows=None)  # the rows are selected while they are read
-        if layer is None or layer.storage_dtype == FLOAT:
+        if layer is None:
             return read_rows.extract(self.files.read(self.prefix + part.key, part.rows))
         rows, columns = layer.rows, layer.columns
         if layer.is_padded:
             rows, columns = self.shapes[part.key]
         return read_rows.extract(layer.read_weight(self.files, part.rows, (rows, columns)))
 
-    def find_layer(self, part: TensorPart) -> CheckpointLayer | None:
-        """The layer whose weight a part is of; None where it is a bias or the like."""
+    def find_quantized_layer(self, part: TensorPart) -> CheckpointLayer | None:
+        """The layer whose weight a part is of; None for a float weight, a bias or the like."""
         if not part.key.endswith(WEIGHT):
             return None
-        return self.layers.get(part.key.removesuffix(WEIGHT))
+        layer = self.layers.get(part.key.removesuffix(WEIGHT))
+        if layer is None or layer.storage_dtype == FLOAT:
+            return None
+        return layer
 
     def list_weights(self) -> dict[str, list[CheckpointLayer | None]]:
-        """The layers of the file that make up each weight of the model, by module name."""
-        return {
-            name.removesuffix(WEIGHT): [self.find_layer(part) for part in parts]
-            for name, parts in self.layout.parts.items()
-            if name.endswith(WEIGHT)
-        }
+        """What makes up each weight of the model, by module name: layers of the file, None for floats."""
+        weights = {}
+        for name, parts in self.layout.parts.items():
+            if name.endswith(WEIGHT):
+                layers = [self.find_quantized_layer(part) for part in parts]
+                weights[name.removesuffix(WEIGHT)] = layers
+        return weights
 
     def find_int8_layers(self) -> dict[str, CheckpointLayer]:
         """Linears whose integers can be used as they are, by module name, with (the first part of) each."""
@@ -244,8 +247,8 @@ class FileWeights:
         exact = self.find_int8_layers()
         found = set()
         for name, layers in self.list_weights().items():
-            quantized = [layer for layer in layers if layer is not None and layer.storage_dtype != FLOAT]
-            if quantized and name not in exact:
+            is_quantized = any(layer is not None for layer in layers)
+            if is_quantized and name not in exact:
                 found.add(name)
         return found
 
