@@ -85,7 +85,7 @@ def claim_run_folder(folder: Path, setting: str, say: Callable[[str], None]) -> 
 
 @contextmanager
 def claim_sweep_folder(
-    folder: Path, setting: str, say: Callable[[str], None], *, resume: bool
+    folder: Path, setting: str, say: Callable[[str], None], *, goes_on: bool
 ) -> Iterator[Path]:
     """Take the folder of a sweep, for as long as the context is open.
 
@@ -93,7 +93,7 @@ def claim_sweep_folder(
         folder: absolute path.
         setting: `hydra.sweep.dir` before it is resolved.
         say: is given a line about what was moved aside.
-        resume: the sweep that is there goes on.
+        goes_on: whether the sweep that is there is resumed.
 
     Yields:
         The folder; unless the sweep goes on, no earlier sweep is there.
@@ -102,7 +102,6 @@ def claim_sweep_folder(
         ConfigError: when another sweep runs there, or it is the folder of a run.
     """
     claim = FolderClaim(folder, SWEEP_SETTING, say)
-    goes_on = resume and (folder / MANIFEST_FILE).exists()
     if TIME in setting and not goes_on:
         claim.take_new()
     else:

@@ -69,11 +69,12 @@ class SweepLauncher(Launcher):
         # imported after the check: it imports what jobs import
         from int8run.jobs.sweep import run_sweep
 
+        sweep_folder = find_sweep_folder(configs)
         with claim_sweep_folder(
-            find_sweep_folder(configs),
+            sweep_folder.path,
             read_unresolved(self.config.hydra.sweep, "dir"),
             log.warning,
-            resume=bool(configs[0].get("resume")),
+            goes_on=sweep_folder.goes_on,
         ) as folder:
             OmegaConf.save(mask_config(self.config), folder / "multirun.yaml")
             for config in configs:

@@ -6,6 +6,7 @@ Imports nothing heavy: a sweep whose settings are wrong ends before torch is loa
 
 import logging
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,33 +18,48 @@ from int8run.tracking.run_record import find_records, hash_config
 log = logging.getLogger(__name__)
 
 
-def find_sweep_folder(configs: Sequence[Any]) -> Path:
+@dataclass(frozen=True)
+class SweepFolder:
+    """Where a sweep writes to.
+
+    Args:
+        path: absolute.
+        goes_on: whether a sweep that is there is resumed; False: a folder for a new one.
+    """
+
+    path: Path
+    goes_on: bool
+
+
+def find_sweep_folder(configs: Sequence[Any]) -> SweepFolder:
     """Find the folder that a sweep writes to.
 
     Args:
         configs: of all jobs, composed, hydra's part included.
 
     Returns:
-        The absolute path of a new folder; with `resume=true` that of the sweep that goes on, unless the user
-        names a folder.
+        A new folder; with `resume=true` that of the sweep that goes on, or the one that the user names.
     """
     first = configs[0]
     new = Path(str(first.hydra.sweep.dir)).absolute()
     hydra_overrides = first.hydra.overrides.hydra
     is_named_by_user = any(override.startswith("hydra.sweep.dir=") for override in hydra_overrides)
-    if not first.get("resume") or is_named_by_user:
-        return new
+    if not first.get("resume"):
+        return SweepFolder(new, goes_on=False)
+    if is_named_by_user:
+        return SweepFolder(new, goes_on=(new / MANIFEST_FILE).exists())
     root = new.parents[1] if is_dated_folder(new) else new.parent
     hashes = {hash_config(get_plain_config(config)) for config in configs}
     earlier = find_sweep_to_resume(root, hashes)
     if earlier is not None:
-        return earlier
+        return SweepFolder(earlier, goes_on=True)
     log.warning(
         "resume=true: no sweep in %s has one of these jobs; "
         "only jobs that the tracker knows as finished are left out",
         root,
     )
-    return new
+    # another sweep of this second may be there already: it is not the one that was looked for
+    return SweepFolder(new, goes_on=False)
 
 
 def find_sweep_to_resume(root: Path, hashes: Collection[str]) -> Path | None:

@@ -37,7 +37,7 @@ say = lambda text: None
 if kind == "run":
     claim = claim_run_folder(Path(folder), setting, say)
 else:
-    claim = claim_sweep_folder(Path(folder), setting, say, resume=False)
+    claim = claim_sweep_folder(Path(folder), setting, say, goes_on=False)
 try:
     with claim as claimed:
         print(claimed, flush=True)
@@ -212,7 +212,7 @@ def test_a_sweep_does_not_take_the_folder_of_a_run(tmp_path: Path) -> None:
 
     with (
         pytest.raises(ConfigError, match=r"something else than an earlier sweep, such as status\.json"),
-        claim_sweep_folder(tmp_path, ".", pytest.fail, resume=False),
+        claim_sweep_folder(tmp_path, ".", pytest.fail, goes_on=False),
     ):
         pass
 

@@ -13,9 +13,11 @@ from pathlib import Path
 import mlflow
 import pytest
 from filelock import FileLock
+from omegaconf import OmegaConf
 from support.cli_process import Command, Outcome
 
 from int8run.jobs.manifest import read_manifest
+from int8run.jobs.resume import SweepFolder, find_sweep_folder
 from int8run.tracking.run_record import (
     FAILED,
     FINISHED,
@@ -108,6 +110,17 @@ def test_another_setting_is_another_job(command: Command, model: str) -> None:
     assert "has one of these jobs" in join_lines(outcome.out)
     assert len(list((command.folder / "multirun").rglob("sweep.json"))) == 2
     assert len(read_records(command)) == 4
+
+
+def test_another_sweep_of_the_same_second_does_not_go_on(command: Command, model: str) -> None:
+    assert command("-m", "seed=0,1", model, *UNTRACKED).code == 0
+    (manifest,) = (command.folder / "multirun").rglob("sweep.json")
+    hydra_settings = {"sweep": {"dir": str(manifest.parent)}, "overrides": {"hydra": []}}
+    other_job = OmegaConf.create({"seed": 7, "resume": True, "hydra": hydra_settings})
+
+    folder = find_sweep_folder([other_job])
+
+    assert folder == SweepFolder(manifest.parent, goes_on=False)
 
 
 def test_without_resume_a_sweep_is_a_new_one(command: Command, model: str) -> None:
