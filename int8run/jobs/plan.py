@@ -85,14 +85,14 @@ def plan_jobs(
 
 
 def make_sweep_job(config: DictConfig, spec: RunSpec, origin: Job) -> SweepJob:
-    """Return what a worker is given of a job.
+    """Return a job as its worker gets it.
 
     Args:
         config: composed, hydra's part included.
         spec: made from `config`.
         origin: says its number, folder and overrides.
     """
-    status = build_status(spec, origin)
+    status = build_status(spec, origin)  # the hashes are those of status.json
     return SweepJob(
         number=origin.number,
         overrides=tuple(origin.overrides),

@@ -393,9 +393,9 @@ def resolve_size(expression: str | int | None, letters: Mapping[str, int]) -> in
 
 
 def read_tag(metadata: Mapping[str, str]) -> tuple[str | None, list[str]]:
-    """The first tag in the metadata that is known, as it stands there, and the bases that it means.
+    """The first known tag, in the order of TAG_KEYS, cut and made printable; and the bases that it names.
 
-    Of several tags in `bases.yaml` that it begins with, the longest counts.
+    Where it begins with several tags of `bases.yaml`, these are the bases whose tag is the longest.
     """
     for key in TAG_KEYS:
         raw = metadata.get(key, "")[:MAX_TAG_CHARS]

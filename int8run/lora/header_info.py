@@ -159,11 +159,14 @@ def list_few_step_warnings(
     sampling: Sampling,
     scheduler: Any,
 ) -> list[str]:
-    """One line for each setting of a run that contradicts a few-step LoRA of its stack.
+    """Warnings about the few-step LoRAs of a stack, and about LoRAs that are for training only.
+
+    A few-step LoRA is warned of where settings contradict it, where the model is distilled already, and where
+    there is no preset for its base.
 
     Args:
         headers: of the stack's files, in its order.
-        stack: its LoRAs that are not used are skipped.
+        stack: the LoRAs; unused ones are skipped.
         lora_base: base model of the model.
         location: of the model.
         sampling: of the run.
@@ -185,6 +188,7 @@ def list_few_step_warnings(
         if distilled_warning is not None:
             lines.append(f"LoRA {adapter.name!r}: {distilled_warning}")
         if few_step.has_preset(preset_name, lora_base):
+            # a file that names no steps is taken to be made for those of the run
             steps = few_step.parse_steps_in_name(header.path) or sampling.steps
             preset = few_step.get_preset(preset_name, lora_base, steps)
             lines += list_preset_warnings(adapter, preset, stack, sampling, scheduler)

@@ -41,7 +41,7 @@ from int8run.lora.match import Matches, MatchRequest, match_loras
 from int8run.lora.modes import ModeChooser, Overhead
 from int8run.lora.module_names import find_target
 from int8run.lora.weight_reader import WeightReader
-from int8run.models.given_model import GivenModel, check_text_encoders, take_denoiser, take_text_encoders
+from int8run.models.given_model import GivenModel, take_denoiser, take_text_encoders, unwrap_text_encoders
 from int8run.quant.rounding import Rounding
 from int8run.utils.plurals import count_noun
 
@@ -88,7 +88,7 @@ class LoraStack:
         self.denoiser = take_denoiser(denoiser, "a LoraStack")
         if text_encoders is None:
             text_encoders = take_text_encoders(denoiser)
-        self.parts = {DENOISER: self.denoiser, **check_text_encoders(text_encoders)}
+        self.parts = {DENOISER: self.denoiser, **unwrap_text_encoders(text_encoders)}
         self.mode, self.strict, self.seed, self.folder = mode, strict, seed, folder
         self.entries: list[Entry] = []
         self.matches = Matches({}, ())

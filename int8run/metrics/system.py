@@ -86,7 +86,7 @@ def read_gpu_values(index: int) -> dict[str, object]:
 def read_gpu_load(index: int) -> dict[str, object]:
     """Utilization of a GPU in percent.
 
-    Empty without nvidia-ml-py, and where the driver does not report it, as for a part of a GPU.
+    Empty without nvidia-ml-py, and where the driver does not report it, as for a MIG slice.
     """
     try:
         from pynvml import NVMLError

@@ -56,8 +56,10 @@ def take_text_encoders(given: object) -> dict[str, nn.Module]:
     return find_text_encoders(given.components) if isinstance(given, DiffusionPipeline) else {}
 
 
-def check_text_encoders(given: Mapping[str, object]) -> dict[str, nn.Module]:
-    """Text encoders by component name, without wrappers; None, as in pipelines without one, is left out.
+def unwrap_text_encoders(given: Mapping[str, object]) -> dict[str, nn.Module]:
+    """The given text encoders by component name, each without its wrappers.
+
+    A component that is None, as in pipelines without one, is left out.
 
     Raises:
         ConfigError: for anything that is no module.

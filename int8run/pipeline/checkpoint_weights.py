@@ -253,7 +253,7 @@ class FileWeights:
         return found
 
     def read_int8_layer(self, name: str) -> QuantizedLayer:
-        """Read one of `find_int8_layers`, without its bias.
+        """Read a layer that `find_int8_layers` names, without its bias.
 
         Raises:
             FileError: when its parts were transformed differently.
@@ -262,6 +262,8 @@ class FileWeights:
         if len(parts) == 1:
             return parts[0]
         transform = parts[0].transform
+        # the same for the input is the same for the weight: both have factor and rotation; QuIP, which
+        # transforms the rows too, is never exact and does not come here
         if not all(part.transform.has_same_input_transform(transform) for part in parts[1:]):
             labels = ", ".join(part.transform.label for part in parts)
             raise FileError(f"{self.path}: the parts of {name} were transformed differently ({labels})")
@@ -269,14 +271,14 @@ class FileWeights:
             torch.cat([part.weight.qdata for part in parts]),  # [N, K]
             torch.cat([part.weight.scale for part in parts]),  # [N, 1]
         )
-        return QuantizedLayer(weight, transform, None)
+        return QuantizedLayer(weight, transform, bias=None)
 
     def read_int8_part(self, part: TensorPart) -> QuantizedLayer:
         """Read rows of one INT8 layer in the file."""
         layer = self.layers[part.key.removesuffix(WEIGHT)].read_int8_layer(self.files, part.rows)
         read_rows = replace(part, rows=None)
         weight = QuantizedWeight(read_rows.extract(layer.weight.qdata), read_rows.extract(layer.weight.scale))
-        return QuantizedLayer(weight, layer.transform, None)
+        return QuantizedLayer(weight, layer.transform, bias=None)
 
 
 def convert_parameter(value: Tensor, dtype: torch.dtype, location: str) -> Tensor:

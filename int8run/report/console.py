@@ -47,8 +47,8 @@ class ConsoleHandler(logging.Handler):
             line.append(make_lines_visible(self.format(record)))
             print_text(line)
         except (OSError, ValueError, TypeError, KeyError):
-            # A closed output, or arguments that do not fit their message: logging's own setting decides what
-            # to do.
+            # the output is closed, or % arguments do not fit: handleError prints the error or hides it, as
+            # logging.raiseExceptions says
             self.handleError(record)
 
 

@@ -25,7 +25,8 @@ class Run:
         """Return the metric named by `metrics.objective`, for sweepers.
 
         Raises:
-            ConfigError: when it was not measured, although there is a baseline.
+            ConfigError: after the run, when it was not measured although there is a baseline: which metrics a
+                run has depends on its model and LoRAs, so the name is not checked before.
         """
         from int8run.tasks.run import run
 

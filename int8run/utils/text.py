@@ -30,7 +30,7 @@ def make_visible(value: object) -> str:
 
 
 def make_lines_visible(text: str) -> str:
-    """The same for a text that may have several lines, which stay lines."""
+    """A text with its control characters escaped as in `make_visible`; line breaks and tabs stay."""
     return UNSAFE_BUT_LINES.sub(escape_character, text)
 
 

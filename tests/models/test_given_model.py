@@ -10,7 +10,7 @@ from torch import nn
 
 from int8run.errors import ConfigError
 from int8run.models.dual_denoisers import DualDenoiser
-from int8run.models.given_model import check_text_encoders, take_denoiser, take_text_encoders
+from int8run.models.given_model import take_denoiser, take_text_encoders, unwrap_text_encoders
 
 
 class Expert(nn.Linear):
@@ -64,9 +64,9 @@ def test_two_denoisers_are_taken_as_one() -> None:
 def test_text_encoders_are_modules_or_left_out() -> None:
     encoder = Expert(2, 2)
     given = {"text_encoder": torch.compile(encoder, backend="eager"), "text_encoder_2": None}
-    assert check_text_encoders(given) == {"text_encoder": encoder}
+    assert unwrap_text_encoders(given) == {"text_encoder": encoder}
     with pytest.raises(ConfigError, match=r"^text_encoders has a str as text_encoder; it takes modules by"):
-        check_text_encoders({"text_encoder": "clip"})
+        unwrap_text_encoders({"text_encoder": "clip"})
 
 
 @pytest.mark.parametrize(
