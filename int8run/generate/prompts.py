@@ -60,7 +60,7 @@ def read_prompt_file(location: str) -> str:
     """The text of the file that `prompts.path` names.
 
     Raises:
-        FileError: when it is missing, or is not UTF-8.
+        FileError: when it is missing, cannot be read, or is not UTF-8.
     """
     path = expand_path(location)
     check_readable("prompts.path", path, takes_folder=False)
@@ -68,6 +68,8 @@ def read_prompt_file(location: str) -> str:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise FileError(f"prompts.path={location} is not UTF-8 text: {error}") from error
+    except OSError as error:
+        raise FileError(f"prompts.path={location} could not be read: {error.strerror or error}") from error
     if "\0" in text:  # UTF-16 without a mark is UTF-8 with zeros
         raise FileError(f"prompts.path={location} is not UTF-8 text: it has zero bytes; save it as UTF-8")
     return text

@@ -4,6 +4,7 @@
 """
 
 import difflib
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
@@ -207,7 +208,8 @@ def describe_failed_search(path: Path, searched_homes: Sequence[Path]) -> str:
     searched = list(searched_homes)
     if has_suffix(path) or not is_bare_name(path):
         searched.insert(0, path.parent)
-    places = ", ".join(str(place.resolve()) for place in searched)
+    # not Path.resolve, which raises for links that lead to themselves
+    places = ", ".join(os.path.realpath(place) for place in searched)
     message = f"LoRA file not found: {path}; searched {places}"
 
     present: list[Path] = []

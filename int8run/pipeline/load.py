@@ -6,10 +6,12 @@ settings and `attention` once the pipeline exists. Nothing is quantized here, an
 """
 
 import logging
+import os
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -288,9 +290,9 @@ def list_model_options(location: object, families: Collection[str]) -> list[str]
         families: names of those that its denoiser may be of.
     """
     options = read_model_options()
-    folder = to_local_path(str(location)).resolve()
+    folder = Path(os.path.realpath(to_local_path(str(location))))
     for name, option in options.items():
-        if folder.exists() and to_local_path(option.location).resolve() == folder:
+        if folder.exists() and Path(os.path.realpath(to_local_path(option.location))) == folder:
             return [name]
     return [name for name, option in options.items() if option.family in families]
 

@@ -6,6 +6,7 @@ Reads the images of the runs' output folders. The page lays the cells out; this 
 import base64
 import hashlib
 import io
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -312,7 +313,8 @@ def open_image(path: Path, folder: Path) -> Image.Image | None:
     Returns:
         None when the file is missing, lies outside the folder or cannot be read.
     """
-    if not path.resolve().is_relative_to(folder.resolve()):
+    # not Path.resolve, which raises for links that lead to themselves
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
         return None
     try:
         with Image.open(path) as image:

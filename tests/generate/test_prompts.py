@@ -1,5 +1,7 @@
 """Prompt sets: where prompts come from, and the seed and key of each picture."""
 
+from pathlib import Path
+
 import pytest
 
 from int8run.errors import ConfigError, FileError
@@ -48,6 +50,12 @@ def test_a_file_that_is_not_text_is_an_error(read_prompts):
 def test_utf16_without_a_mark_is_an_error(read_prompts):
     with pytest.raises(FileError, match=r"p\.txt is not UTF-8 text: it has zero bytes; save it as UTF-8"):
         read_prompts("fox\n".encode("utf-16-le"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="Linux has this file, which nobody can read")
+def test_a_file_that_the_system_does_not_read_is_an_error():
+    with pytest.raises(FileError, match=r"prompts\.path=/proc/self/mem could not be read: "):
+        PromptSet(path="/proc/self/mem").read()
 
 
 @pytest.mark.parametrize("separator", ["\u2028", "\x85", "\x0b", "\x0c", "\x1c"])

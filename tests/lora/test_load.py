@@ -1155,3 +1155,11 @@ class TestHub:
 
         with pytest.raises(LoraError, match=r"weights\.bin is a pickled file"):
             find_lora("user/style", "weights.bin")
+
+
+def test_a_folder_of_links_that_lead_to_themselves_is_an_error(tmp_path):
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+
+    with pytest.raises(LoraError, match="LoRA file not found: "):
+        find_lora(str(loop / "a.safetensors"), None)
