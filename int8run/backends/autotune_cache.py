@@ -15,7 +15,7 @@ from filelock import FileLock
 
 from int8run.utils.content_hash import format_checked_json, read_checked_json
 from int8run.utils.hardware import get_device_name
-from int8run.utils.paths import expand_path, get_cache_folder
+from int8run.utils.paths import check_replaceable, expand_path, get_cache_folder
 
 log = logging.getLogger(__name__)
 LOCK_TIMEOUT_S = 10.0  # writing takes another process milliseconds
@@ -51,19 +51,21 @@ class AutotuneCache:
         """Keep a value, here and in the file; a file that cannot be written is reported once."""
         entry = {f"{self.environment} | {key}": value}
         self.entries |= entry
+        if not self.is_writable:
+            return  # each further attempt could wait for the lock again
         try:
             self._write_entry(entry)
         except OSError as error:
-            if self.is_writable:
-                log.warning(
-                    "measured choices cannot be kept in %s (%s); every run measures anew",
-                    self.path,
-                    error.strerror or error,
-                )
             self.is_writable = False
+            log.warning(
+                "measured choices cannot be kept in %s (%s); every run measures anew",
+                self.path,
+                error.strerror or error,
+            )
 
     def _write_entry(self, entry: dict[str, str]) -> None:
         """Add an entry to the file, which may have got others since it was read."""
+        check_replaceable(self.path)
         # written whole under another name and moved, so that a reader never sees half a file
         unfinished = self.path.with_suffix(f".{time.time_ns()}")
         self.path.parent.mkdir(parents=True, exist_ok=True)

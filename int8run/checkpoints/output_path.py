@@ -3,12 +3,11 @@
 Called by the tasks that write a checkpoint.
 """
 
-from errno import EISDIR
 from pathlib import Path
 from tempfile import TemporaryFile
 
 from int8run.errors import FileError
-from int8run.utils.paths import expand_path
+from int8run.utils.paths import check_replaceable, expand_path
 
 
 def prepare_output_path(location: str) -> Path:
@@ -25,8 +24,8 @@ def prepare_output_path(location: str) -> Path:
     """
     path = expand_path(location).absolute()
     try:
-        if path.suffix and path.is_dir():
-            raise IsADirectoryError(EISDIR, "it is a folder")
+        if path.suffix:
+            check_replaceable(path)
         folder = path.parent if path.suffix else path
         folder.mkdir(parents=True, exist_ok=True)
         TemporaryFile(dir=folder).close()

@@ -30,6 +30,7 @@ from int8run.report.runs_table import build_runs_table
 from int8run.report.strength_curves import build_strength_curves
 from int8run.report.verdict import recommend
 from int8run.tracking.run_record import FINISHED, Record, shorten_value
+from int8run.utils.paths import check_replaceable
 from int8run.utils.text import make_lines_visible
 
 TEMPLATE_FOLDER = Path(__file__).parent
@@ -45,12 +46,14 @@ def write_report(records: Sequence[Record], path: Path, title: str) -> None:
 
     Raises:
         ConfigError: without a record.
+        OSError: something else than a file is there.
     """
     if not records:
         raise ConfigError(
             "there is no run to report on; give a folder that a run or a sweep wrote, or start one with "
             "int8run -m …"
         )
+    check_replaceable(path)
     html = render_page(records, path.parent, title)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.tmp")

@@ -3,6 +3,7 @@
 Python raises four unrelated errors for a text that can be no path. Here all of them are one FileError.
 """
 
+import errno
 import os
 import stat
 import tempfile
@@ -80,6 +81,24 @@ def check_readable(setting: str, path: Path, *, takes_folder: bool = True) -> No
         raise FileError(
             f"{named} cannot be read: permission denied; let your user read it (chmod u+rX, chown)"
         )
+
+
+def check_replaceable(path: Path) -> None:
+    """Check that nothing but a file is at a path, before a new file is moved there.
+
+    A move puts a file in the place of a device or a pipe, too: root would take `/dev/null` from everybody.
+
+    Raises:
+        OSError: something else is there, or the path cannot be looked for.
+    """
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, "it is a folder")
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, f"it is {name_special_file(mode)}, which a file would replace")
 
 
 def name_special_file(mode: int) -> str:

@@ -252,3 +252,18 @@ def test_a_table_that_cannot_be_written_is_said_once_and_costs_no_run(tmp_path, 
     assert ours.choose_backend(4, 16, 8).name == "exact" and ours.choose_backend(4, 32, 8).name == "exact"
     assert ours.choose_backend(4, 16, 8).name == "exact" and ours.n_measured == 2, "remembered for this run"
     assert caplog.text.count("measured choices cannot be kept in") == 1
+
+
+@pytest.mark.skipif(os.name != "posix", reason="other systems have no pipes among their files")
+def test_a_table_takes_no_pipe_from_its_place(tmp_path, caplog):
+    """Root once moved a table over /dev/null, and every program of the machine wrote into it."""
+    place = tmp_path / "pipe"
+    os.mkfifo(place)
+    cache = AutotuneCache(place, CPU)
+
+    cache.put("a", "b")
+    cache.put("c", "d")
+
+    assert cache.get("a") == "b" and cache.get("c") == "d"
+    assert place.is_fifo() and [path.name for path in tmp_path.iterdir()] == ["pipe"]
+    assert caplog.text.count("it is a pipe, which a file would replace") == 1

@@ -1,6 +1,7 @@
 """What int8run writes beside INT8 weights: markers, the note, and a place that is tried before the work."""
 
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -114,8 +115,14 @@ def make_folder_of_that_name(folder: Path) -> Path:
     return folder / "m.safetensors"
 
 
+def make_pipe_of_that_name(folder: Path) -> Path:
+    os.mkfifo(folder / "m.safetensors")
+    return folder / "m.safetensors"
+
+
 UNWRITABLE_PATHS = {
     "a folder of that name": (make_folder_of_that_name, "it is a folder|Is a directory"),
+    "a pipe of that name": (make_pipe_of_that_name, "it is a pipe, which a file would replace"),
     "a file in the way": (make_path_below_a_file, r"(File exists|Not a directory)"),
     "a folder that nobody may write to": (lambda folder: Path("/proc/m.safetensors"), r".+"),
     "a name that is too long": (lambda folder: folder / ("x" * 300) / "m.safetensors", "File name too long"),

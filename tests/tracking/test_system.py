@@ -2,7 +2,6 @@
 
 import csv
 import logging
-import os
 import sys
 import time
 import types
@@ -78,7 +77,7 @@ def test_a_full_disk_ends_the_samples_with_one_line(
     assert "No more lines are written to system.csv: " in caplog.text
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs the device /dev/full")
 def test_a_real_full_disk_ends_the_samples(caplog: pytest.LogCaptureFixture) -> None:
     with SystemSampler(Path("/dev/full"), 0.001) as sampler:
         sampler.thread.join(WAIT_S)

@@ -1,6 +1,7 @@
 """Texts that can be no path, and the user's cache where there is no home."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from int8run.errors import FileError
 from int8run.utils import paths
 from int8run.utils.disk_cache import DiskCache
-from int8run.utils.paths import check_path, check_readable, expand_path, get_cache_folder
+from int8run.utils.paths import check_path, check_readable, check_replaceable, expand_path, get_cache_folder
 
 IMPOSSIBLE = {
     "NUL": ("a\0b", "has a NUL character"),
@@ -102,9 +103,17 @@ def make_file(folder: Path) -> Path:
     return folder / "file"
 
 
+def get_device(folder: Path) -> Path:
+    """The device that is no place on a disk."""
+    device = Path(os.devnull)
+    if not device.is_char_device():
+        pytest.skip(f"{device} is no device here")
+    return device
+
+
 UNREADABLE = {
     "pipe": (make_pipe, "clip.path=.*/pipe is a pipe, and neither a file nor a folder$"),
-    "device": (lambda folder: Path(os.devnull), "is a device, and neither a file nor a folder$"),
+    "device": (get_device, "is a device, and neither a file nor a folder$"),
     "loop of links": (make_loop, "/loop cannot be looked for: "),
     "dangling link": (make_dangling, r"/link: no such file \(looked for "),
     "below a file": (lambda folder: make_file(folder) / "a", r"/file/a: no such file \(looked for "),
@@ -140,3 +149,29 @@ def test_a_folder_is_readable_where_one_may_be(tmp_path: Path) -> None:
     check_readable("clip.path", tmp_path)
     with pytest.raises(FileError, match=r"is a folder; name a file in it$"):
         check_readable("prompts.path", tmp_path, takes_folder=False)
+
+
+# -- what a new file may not replace -----------------------------------------------------------------
+
+
+@pytest.mark.skipif(os.name != "posix", reason="other systems have no pipes and devices among their files")
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (make_pipe, "it is a pipe, which a file would replace"),
+        (get_device, "it is a device, which a file would replace"),
+        (lambda folder: folder, "it is a folder"),
+        (make_loop, "Too many levels"),
+    ],
+    ids=["pipe", "device", "folder", "loop of links"],
+)
+def test_only_a_file_is_replaced(make: Callable[[Path], Path], words: str, tmp_path: Path) -> None:
+    path = make(tmp_path)
+    with pytest.raises(OSError, match=words):
+        check_replaceable(path)
+
+
+def test_a_file_and_a_free_place_are_written_to(tmp_path: Path) -> None:
+    check_replaceable(make_file(tmp_path))
+    check_replaceable(tmp_path / "free")
+    check_replaceable(make_dangling(tmp_path))
