@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from anyascii import anyascii
 
 from int8run.errors import ConfigError, FileError, check_range
+from int8run.generate.sample_inputs import NO_INPUTS, SampleInputs
 from int8run.utils.paths import check_readable, expand_path
 
 MAX_SLUG_LENGTH = 40
@@ -125,12 +126,14 @@ class Sample:
         seed: of its noise.
         key: its file name and its name in the tracker, the same in every run with these prompts.
         negative_prompt: what it shall not show; None: that of the sampling, else of the pipeline.
+        inputs: images, videos and arguments that it brings.
     """
 
     prompt: str
     seed: int
     key: str
     negative_prompt: str | None = None
+    inputs: SampleInputs = NO_INPUTS
 
 
 def build_samples(
