@@ -7,13 +7,17 @@ import shutil
 import sys
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
+import yaml
+from safetensors.torch import save_file
 from support.cli_process import command_in
 from support.experiment_script import EXPERIMENTS, find_exit_code, run_script
 
 from int8run.config.compose import compose_jobs
 from int8run.errors import BackendError
+from int8run.models.family import ModelFamily, load_families
 
 Capture = pytest.CaptureFixture[str]
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -63,6 +67,32 @@ def test_families_prints_the_models_that_are_asked_for(capsys: Capture) -> None:
 
     (row,) = capsys.readouterr().out.splitlines()[2:]
     assert row.startswith("| sd15 | SD1.5 |")
+
+
+@pytest.mark.slow  # builds every model of models.yaml on the meta device
+def test_a_drafted_family_finds_what_the_shipped_one_says(tmp_path: Path, capsys: Capture) -> None:
+    flux = load_families()["flux"]
+    config = {"num_layers": 2, "num_single_layers": 2, "attention_head_dim": 8, "num_attention_heads": 2}
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "FluxTransformer2DModel", **config}))
+    # x_embedder.weight under a name that no key mapping knows
+    save_file({"patchify.weight": torch.zeros(16, 64)}, tmp_path / "new.safetensors")
+    files = ("--config", tmp_path / "config.json", "--file", tmp_path / "new.safetensors")
+
+    run_script("families/draft.py", "FluxTransformer2DModel", "--name", "flux_draft", *files)
+
+    page = capsys.readouterr().out
+    settings = yaml.safe_load(page)
+    settings.pop("_target_")
+    draft = ModelFamily(**settings)
+    with torch.device("meta"):
+        model = diffusers.FluxTransformer2DModel(**config)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            assert (draft.find_skip_reason(name) is None) == (flux.find_skip_reason(name) is None), name
+    assert set(draft.blocks) == set(flux.blocks)
+    assert set(draft.deferred_gelu) < set(flux.deferred_gelu), "all but the one that joins attention and MLP"
+    assert draft.fingerprints[0].matches(set(model.state_dict()))
+    assert "#   patchify.weight [16x64]: x_embedder.weight" in page
 
 
 def test_fidelity_compares_methods_on_planted_layers(tmp_path: Path, capsys: Capture) -> None:
