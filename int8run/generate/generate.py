@@ -16,6 +16,7 @@ from int8run.errors import ConfigError
 from int8run.generate.pipeline_call import call_pipeline, extract_frames, get_execution_device
 from int8run.generate.prompt_cache import PromptCache
 from int8run.generate.prompts import Sample
+from int8run.generate.step_observer import count_steps
 from int8run.models.dual_denoisers import set_denoiser
 from int8run.models.sampling import Sampling
 from int8run.utils.plurals import count_noun
@@ -93,9 +94,7 @@ class StepClock:
         ended = read_clock(self.device)
         self.seconds.append(ended - self.last)
         self.latents.append(tensors["latents"].detach().to("cpu", torch.float32, copy=True))
-        # Not every pipeline counts its steps; those that do may stop before the scheduler's last one.
-        num_steps = getattr(pipe, "num_timesteps", None) or len(pipe.scheduler.timesteps)
-        self.on_fraction((step + 1) / num_steps)
+        self.on_fraction((step + 1) / count_steps(pipe))
         self.last = read_clock(self.device)
         self.paused_seconds += self.last - ended
         return {}

@@ -6,7 +6,7 @@ What differs between pipelines is here, so that `generate` and `capture` need no
 import random
 import re
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from int8run.errors import ConfigError, check_choice
 from int8run.generate.call_parameters import get_call_default, list_call_parameters
 from int8run.generate.negative_prompts import NEGATIVE_PROMPT, find_negative_prompts
 from int8run.generate.prompts import Sample
+from int8run.generate.step_observer import OnStepEnd, observe_steps
 from int8run.models.sampling import Sampling
 from int8run.utils.text import shorten_error
 
@@ -36,7 +37,7 @@ DEFAULT_FRAME_RATE = 16.0
 
 
 def call_pipeline(
-    pipe: DiffusionPipeline, batch: Sequence[Sample], sampling: Sampling, on_step_end: Callable[..., object]
+    pipe: DiffusionPipeline, batch: Sequence[Sample], sampling: Sampling, on_step_end: OnStepEnd
 ) -> Any:
     """Call the pipeline once.
 
@@ -49,7 +50,7 @@ def call_pipeline(
         pipe: the pipeline to call.
         batch: what to generate.
         sampling: how.
-        on_step_end: diffusers' callback.
+        on_step_end: takes the arguments of diffusers' `callback_on_step_end`.
 
     Returns:
         What the pipeline returns, for `extract_frames`.
@@ -57,7 +58,7 @@ def call_pipeline(
     Raises:
         ConfigError: when the pipeline cannot use the scheduler, or is asked for arrays in place of images.
     """
-    arguments = build_arguments(pipe, batch, sampling) | build_step_callback(pipe, on_step_end)
+    arguments = build_arguments(pipe, batch, sampling)
     if arguments["output_type"] not in OUTPUT_TYPES:
         check_choice("sampler.extra.output_type", arguments["output_type"], IMAGE_TYPES)
     check_one_per_prompt(sampling)
@@ -67,7 +68,8 @@ def call_pipeline(
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             # Not the seed itself: it gives the noise that the image begins with.
             torch.manual_seed(random.Random(f"noise between steps {batch[0].seed}").getrandbits(63))
-            return pipe(**arguments, generator=generators)
+            with observe_steps(pipe, on_step_end) as callback:
+                return pipe(**arguments, **callback, generator=generators)
     except ValueError as error:
         raise_refusal(pipe, sampling, error)
         raise
@@ -132,27 +134,6 @@ def build_arguments(pipe: DiffusionPipeline, batch: Sequence[Sample], sampling: 
     if negative_prompts is not None:
         arguments[NEGATIVE_PROMPT] = negative_prompts
     return arguments
-
-
-def build_step_callback(
-    pipe: DiffusionPipeline, on_step_end: Callable[..., object]
-) -> dict[str, Callable[..., object]]:
-    """The argument by which this pipeline reports the end of each step.
-
-    PixArt's pipelines have only diffusers' older one, which calls `callback(step, timestep, latents)`.
-
-    Args:
-        pipe: to be called.
-        on_step_end: takes the arguments of diffusers' `callback_on_step_end`.
-    """
-    parameters = list_call_parameters(pipe)
-    if "callback_on_step_end" in parameters or "callback" not in parameters:
-        return {"callback_on_step_end": on_step_end}
-
-    def callback(step: int, timestep: Tensor, latents: Tensor) -> object:
-        return on_step_end(pipe, step, timestep, {"latents": latents})
-
-    return {"callback": callback}
 
 
 def get_execution_device(pipe: DiffusionPipeline) -> torch.device:

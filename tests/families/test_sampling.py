@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from int8run.generate.capture import capture_calls
 from int8run.generate.generate import GenerationHooks, generate
-from int8run.generate.pipeline_call import build_step_callback
 from int8run.generate.prompts import Sample
+from int8run.generate.step_observer import observe_steps
 from int8run.metrics.quality import compute_relative_error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -129,9 +129,8 @@ def test_denoiser_arguments_are_named_and_reusable(name):
 def test_every_pipeline_reports_its_steps(name):
     pipe = build_pipeline(name)[0]
 
-    assert list(build_step_callback(pipe, print)) == [
-        "callback" if name in OLD_CALLBACK else "callback_on_step_end"
-    ]
+    with observe_steps(pipe, print) as callback:
+        assert list(callback) == ["callback" if name in OLD_CALLBACK else "callback_on_step_end"]
     assert hasattr(type(pipe), "num_timesteps") == (name not in UNCOUNTED)
 
 

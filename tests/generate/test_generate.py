@@ -175,9 +175,9 @@ def test_a_schedulers_own_noise_is_the_same_for_both_and_global_random_state_is_
     class Noisy(Pipe):
         """With a scheduler such as LCM's, which asks torch for noise."""
 
-        def __call__(self, **given: Any) -> Any:
+        def __call__(self, *, callback_on_step_end: Callable, **given: Any) -> Any:
             drawn.append(torch.randn(1).item())
-            return super().__call__(**given)
+            return super().__call__(callback_on_step_end=callback_on_step_end, **given)
 
     torch.manual_seed(1)
     expected = torch.randn(3)
@@ -391,8 +391,8 @@ def test_frames_are_extracted_from_images_and_videos_but_not_latents() -> None:
 
 def test_a_generation_of_videos_holds_every_frame(clock: list[float]) -> None:
     class Filming(Pipe):
-        def __call__(self, prompt: list[str], **given: Any) -> Any:
-            super().__call__(prompt, **given)
+        def __call__(self, prompt: list[str], *, callback_on_step_end: Callable, **given: Any) -> Any:
+            super().__call__(prompt, callback_on_step_end=callback_on_step_end, **given)
             return SimpleNamespace(
                 frames=[[make_frame(ord(p[0]) + i, width=5) for i in range(3)] for p in prompt],
                 audio=self.sound,
@@ -426,7 +426,7 @@ def test_a_scheduler_that_the_pipeline_cannot_use_is_an_error() -> None:
     class Fussy:
         device = CPU
 
-        def __call__(self, **_: Any) -> None:
+        def __call__(self, callback_on_step_end: Any, **_: Any) -> None:
             raise ValueError("The scheduler does\nnot support sigmas.")
 
     message = (
