@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from families import instances, instances_b
+from families.instance_sets import INSTANCES
 from families.instances import Instance
 from safetensors.torch import load_file, save_file
 from support.run_job import make_spec
@@ -25,6 +25,7 @@ from int8run.layers.int8_linear import Int8Linear, get_linear
 from int8run.lora.config import Adapter, LoraSettings
 from int8run.lora.header_info import read_lora_headers
 from int8run.models.family import ModelSource, load_families
+from int8run.models.resolve_weights import DENOISER_COMPONENTS
 from int8run.models.state_dict_adapter import TensorPart, to_original
 from int8run.outlier.convrot import ConvRot
 from int8run.outlier.none import NoOutlier
@@ -34,9 +35,7 @@ from int8run.pipeline.built_model import BuiltModel
 from int8run.report.console import Progress
 from int8run.tasks.quantize_checkpoint import quantize_file
 
-INSTANCES: dict[str, Instance] = {**instances.INSTANCES, **instances_b.INSTANCES}
 FAMILIES = load_families()
-DENOISERS = "transformer", "transformer_2", "unet"
 FILE = "diffusion_pytorch_model.safetensors"
 # everything is exact and streamed, and nothing is kept from one build to the next
 SETTINGS = [
@@ -111,7 +110,7 @@ class Case:
     @cached_property
     def denoisers(self) -> dict[str, nn.Module]:
         """The denoisers by component name."""
-        parts = {name: self.pipe.components.get(name) for name in DENOISERS}
+        parts = {name: self.pipe.components.get(name) for name in DENOISER_COMPONENTS}
         return {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
 
     @property
@@ -190,19 +189,25 @@ class Case:
         return self.saved_builds[kind]
 
 
+def name_base_class(part: object) -> list[str]:
+    """Library and name of the class that one of the tests is made from, as a pipeline's index has them."""
+    base = next(cls for cls in type(part).__mro__ if not cls.__module__.startswith("families."))
+    return [base.__module__.partition(".")[0], base.__name__]
+
+
 def make_case(name: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> Case:
     """Build an instance and write it to a folder."""
     pipe, folder = INSTANCES[name].build(), home / "pipeline"
     # classes of the tests, which transformers cannot read again: in the folder stands what they are made from
     ours = {
-        name: part for name, part in pipe.components.items() if type(part).__module__ == instances.__name__
+        name: part for name, part in pipe.components.items() if type(part).__module__.startswith("families.")
     }
     for part in ours.values():
         monkeypatch.setattr(part, "save_pretrained", lambda *_, **__: None)
     pipe.save_pretrained(folder)
     if ours:
         index, read = json.loads((folder / "model_index.json").read_text()), load.load_pipeline
-        index |= {name: ["transformers", type(part).__bases__[0].__name__] for name, part in ours.items()}
+        index |= {name: name_base_class(part) for name, part in ours.items()}
         (folder / "model_index.json").write_text(json.dumps(index))
         monkeypatch.setattr(
             load, "load_pipeline", lambda folder, parts, *where: read(folder, {**parts, **ours}, *where)

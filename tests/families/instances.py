@@ -71,13 +71,17 @@ class Instance:
     Args:
         family: the name that it must be recognised as.
         build: makes it, the same one at every call.
-        sampling: two steps at the smallest size that its pipeline takes.
+        sampling: two steps at the smallest size that its pipeline takes, and the images that it needs.
+        denoiser: makes its first denoiser alone; None: only with the pipeline.
+        pipeline: its class; None: known when it is built.
     """
 
     family: str
     build: Callable[[], DiffusionPipeline]
     sampling: Sampling
     prompt: str = PROMPT
+    denoiser: Callable[[], nn.Module] | None = None
+    pipeline: type[DiffusionPipeline] | None = None
 
 
 def seeded(build: Callable[[], DiffusionPipeline]) -> Callable[[], DiffusionPipeline]:
@@ -164,6 +168,13 @@ TEMPLATE = (
     "%}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# the numbers of these words in `qwen_tokenizer`
+IMAGE_TOKENS = {
+    "image_token_id": 259,
+    "video_token_id": 260,
+    "vision_start_token_id": 261,
+    "vision_end_token_id": 262,
+}
 WORDS = 272  # of `qwen_tokenizer`, and a few to spare
 SIZES = {
     "vocab_size": WORDS,
@@ -197,6 +208,7 @@ def qwen3_vl() -> Qwen3VLConfig:
     return Qwen3VLConfig(
         text_config={**SIZES, **ROPE},
         vision_config={**vision(num_position_embeddings=16), "deepstack_visual_indexes": [0]},
+        **IMAGE_TOKENS,
     )
 
 
@@ -336,12 +348,8 @@ def z_image() -> ZImagePipeline:
     )
 
 
-def qwen_image() -> QwenImagePipeline:
-    sizes = {key: value for key, value in SIZES.items() if key != "head_dim"}
-    config = Qwen2_5_VLConfig(
-        text_config={**sizes, **ROPE}, vision_config={**vision(), "fullatt_block_indexes": [0]}
-    )
-    transformer = QwenImageTransformer2DModel(
+def qwen_image_transformer(**more: bool) -> QwenImageTransformer2DModel:
+    return QwenImageTransformer2DModel(
         in_channels=16,
         out_channels=4,
         num_layers=3,
@@ -349,13 +357,23 @@ def qwen_image() -> QwenImagePipeline:
         num_attention_heads=4,
         joint_attention_dim=TEXT,
         axes_dims_rope=(4, 6, 6),
+        **more,
+    )
+
+
+def qwen_image() -> QwenImagePipeline:
+    sizes = {key: value for key, value in SIZES.items() if key != "head_dim"}
+    config = Qwen2_5_VLConfig(
+        text_config={**sizes, **ROPE},
+        vision_config={**vision(), "fullatt_block_indexes": [0]},
+        **IMAGE_TOKENS,
     )
     return QwenImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(),
         vae=qwen_vae(),
         text_encoder=Qwen2_5_VLForConditionalGeneration(config),
         tokenizer=qwen_tokenizer(),
-        transformer=transformer,
+        transformer=qwen_image_transformer(),
     )
 
 
@@ -364,6 +382,18 @@ class TextProcessor(Qwen3VLProcessor):
 
     def check_argument_for_proper_class(self, argument_name, argument):
         return type(argument)
+
+
+def qwen_image_21_transformer() -> QwenImage21Transformer2DModel:
+    return QwenImage21Transformer2DModel(
+        in_channels=8,
+        out_channels=8,
+        num_layers=3,
+        attention_head_dim=16,
+        num_attention_heads=4,
+        context_in_dim=TEXT,
+        axes_dims_rope=(4, 6, 6),
+    )
 
 
 def qwen_image_21() -> QwenImage21Pipeline:
@@ -377,22 +407,13 @@ def qwen_image_21() -> QwenImage21Pipeline:
         latents_mean=[0.0] * 8,
         latents_std=[1.0] * 8,
     )
-    transformer = QwenImage21Transformer2DModel(
-        in_channels=8,
-        out_channels=8,
-        num_layers=3,
-        attention_head_dim=16,
-        num_attention_heads=4,
-        context_in_dim=TEXT,
-        axes_dims_rope=(4, 6, 6),
-    )
     processor = TextProcessor(Qwen2VLImageProcessor(), qwen_tokenizer(), None, chat_template=TEMPLATE)
     return QwenImage21Pipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(),
         vae=vae,
         text_encoder=Qwen3VLForConditionalGeneration(qwen3_vl()),
         processor=processor,
-        transformer=transformer,
+        transformer=qwen_image_21_transformer(),
     )
 
 

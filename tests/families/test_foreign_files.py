@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from families.cases import (
-    DENOISERS,
     FAMILIES,
     INSTANCES,
     Case,
@@ -31,6 +30,7 @@ from torch import Tensor, nn
 
 from int8run.errors import ConfigError, FileError
 from int8run.lora.config import Adapter
+from int8run.models.resolve_weights import DENOISER_COMPONENTS
 from int8run.pipeline.built_model import BuiltModel
 from int8run.pipeline.checkpoint_weights import FileWeights
 
@@ -310,7 +310,9 @@ def stranger_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[
     found = {}
     for name in STRANGERS:
         pipe = INSTANCES[name].build()
-        model = next(pipe.components[c] for c in DENOISERS if isinstance(pipe.components.get(c), nn.Module))
+        model = next(
+            pipe.components[c] for c in DENOISER_COMPONENTS if isinstance(pipe.components.get(c), nn.Module)
+        )
         found[name] = (
             model,
             write_file(make_original_state(model), tmp_path_factory.mktemp("stranger") / "x.safetensors"),

@@ -10,7 +10,6 @@ import torch
 from families.cases import (
     FAMILIES,
     FILE,
-    INSTANCES,
     SAVE_KINDS,
     Case,
     Lora,
@@ -28,6 +27,7 @@ from families.cases import (
     write_file,
     write_shards,
 )
+from families.instance_sets import NAMES
 from families.instances import OTHERS
 from torch import nn
 
@@ -48,7 +48,7 @@ QUICK_AND_SLOW_KINDS = [
 ]
 
 
-@pytest.fixture(scope="module", params=INSTANCES)
+@pytest.fixture(scope="module", params=NAMES)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
     with pytest.MonkeyPatch.context() as patch:
         yield make_case(request.param, tmp_path_factory.mktemp(request.param), patch)

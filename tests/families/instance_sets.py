@@ -1,0 +1,15 @@
+"""All tiny pipelines by name: those that every run of the tests builds, and the long tail."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+from families import instances, instances_b, instances_edit
+from families.instances import Instance
+
+QUICK: Mapping[str, Instance] = {**instances.INSTANCES, **instances_b.INSTANCES}
+# their pipelines run in slow tests only; their denoisers are on the meta device in quick ones
+LONG_TAIL: Mapping[str, Instance] = {**instances_edit.INSTANCES}
+INSTANCES: Mapping[str, Instance] = {**QUICK, **LONG_TAIL}
+# what a test of whole pipelines is called with
+NAMES: list[Any] = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in LONG_TAIL)]
