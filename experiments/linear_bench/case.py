@@ -24,11 +24,8 @@ class Case:
     def linear(self) -> nn.Sequential:
         """The float layer as a model of one Linear, named `0`; its weight is a copy."""
         n, k = self.weight.shape
-        model = (
-            nn.Sequential(nn.Linear(k, n, device="meta"))
-            .to_empty(device=self.weight.device)
-            .to(self.weight.dtype)
-        )
+        skeleton = nn.Sequential(nn.Linear(k, n, device="meta"))
+        model = skeleton.to_empty(device=self.weight.device).to(self.weight.dtype)
         model[0].load_state_dict({"weight": self.weight, "bias": self.bias})
         return model.eval().requires_grad_(False)
 
@@ -50,11 +47,13 @@ def make_case(
 ) -> Case:
     """Gaussian activations and weights from a fixed seed."""
     generator = torch.Generator().manual_seed(0)
-    draw = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
-    x, weight, bias = draw(m, k), draw(n, k) / math.sqrt(k), draw(n) * 0.1
-    made = [x, weight, bias]
+    x = torch.randn(m, k, generator=generator)
+    weight = torch.randn(n, k, generator=generator) / math.sqrt(k)
+    bias = torch.randn(n, generator=generator) * 0.1
+    tensors = [x, weight, bias]
     if rank:
-        lora_A, lora_B = draw(rank, k) / math.sqrt(k), draw(n, rank)
+        lora_A = torch.randn(rank, k, generator=generator) / math.sqrt(k)
+        lora_B = torch.randn(n, rank, generator=generator)
         # |B A| for independent Gaussian factors is close to sqrt(N r)
-        made += [lora_A, lora_B * (DELTA * weight.norm() / math.sqrt(n * rank))]
-    return Case(*(t.to(device, dtype) for t in made))
+        tensors += [lora_A, lora_B * (DELTA * weight.norm() / math.sqrt(n * rank))]
+    return Case(*(tensor.to(device, dtype) for tensor in tensors))

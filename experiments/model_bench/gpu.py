@@ -11,12 +11,12 @@ not timed.
 """
 
 import argparse
-import json
-import statistics
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -25,7 +25,18 @@ from torch import nn
 
 import variants  # isort: skip  # first: it adds linear_bench to the path
 import flux
-from sidebyside import Reply, collect_facts, compute_quartiles, format_table, run_gate
+from sidebyside import (
+    Quartiles,
+    Reply,
+    collect_facts,
+    compute_quartiles,
+    describe_error,
+    describe_machine,
+    format_table,
+    is_wanted,
+    run_gate,
+    write_report,
+)
 
 from int8run.errors import BackendError
 from int8run.layers.assemble import copy_sharing_tensors
@@ -36,6 +47,20 @@ BASE = "bf16"
 LIMIT = 0.05
 WARMUP = 3
 GIB = 2**30
+EAGER, COMPILED = "eager", "compile=blocks"
+COLUMNS = [
+    "variant",
+    "ms per step",
+    "bf16 time / time, same mode",
+    "bf16 eager time / time",
+    "weights + step GiB",
+    "output error",
+]
+
+
+def keep_float(model: nn.Module, call: Mapping[str, Any], layers: str) -> nn.Module:
+    """The base of all ratios."""
+    return copy_sharing_tensors(model)
 
 
 def quantize_with_torchao(model: nn.Module, call: Mapping[str, Any], layers: str) -> nn.Module:
@@ -44,13 +69,32 @@ def quantize_with_torchao(model: nn.Module, call: Mapping[str, Any], layers: str
 
 
 BUILDS: dict[str, Build] = {
-    BASE: lambda model, call, layers: copy_sharing_tensors(model),
+    BASE: keep_float,
     "torchao": quantize_with_torchao,
-    "int8run triton": partial(variants.ours, backend="triton"),
-    "int8run triton, convrot": partial(variants.ours, backend="triton", outlier="convrot"),
-    "int8run torch_int_mm": partial(variants.ours, backend="torch_int_mm"),
+    "int8run triton": partial(variants.quantize_with_int8run, backend="triton"),
+    "int8run triton, convrot": partial(variants.quantize_with_int8run, backend="triton", outlier="convrot"),
+    "int8run torch_int_mm": partial(variants.quantize_with_int8run, backend="torch_int_mm"),
 }
-COMPILE = {"eager": False, "compile=blocks": True}
+
+
+@dataclass(frozen=True)
+class TimedModel:
+    """A model that is timed.
+
+    Args:
+        model: takes the call.
+        build: its name in BUILDS.
+        mode: EAGER or COMPILED.
+    """
+
+    model: nn.Module
+    build: str
+    mode: str
+
+    @property
+    def name(self) -> str:
+        """Its name in the table."""
+        return f"{self.build} {self.mode}"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -71,9 +115,9 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def step_seconds(model: nn.Module, call: Mapping[str, Any]) -> float:
-    """One step by CUDA events."""
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+def time_step(model: nn.Module, call: Mapping[str, Any]) -> float:
+    """Seconds of one step, by CUDA events."""
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     begin.record()
     model(**call)
     end.record()
@@ -81,8 +125,8 @@ def step_seconds(model: nn.Module, call: Mapping[str, Any]) -> float:
     return begin.elapsed_time(end) / 1000
 
 
-def workspace_bytes(model: nn.Module, call: Mapping[str, Any]) -> int:
-    """What one step allocates on top of everything that is resident."""
+def measure_workspace(model: nn.Module, call: Mapping[str, Any]) -> int:
+    """Bytes that one step allocates on top of everything that is resident."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -91,32 +135,79 @@ def workspace_bytes(model: nn.Module, call: Mapping[str, Any]) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def set_up(
-    names: list[str], size: flux.Size, layers: str
-) -> tuple[dict[str, nn.Module], dict[str, Any], dict[str, Reply]]:
-    """Every variant that may be timed, the call, and what each is."""
-    model, call = flux.make_model(size, "cuda", torch.bfloat16)
+def build_models(
+    model: nn.Module, call: Mapping[str, Any], names: Sequence[str], layers: str
+) -> tuple[list[TimedModel], dict[str, Reply]]:
+    """Build every variant, eager and compiled.
+
+    Args:
+        model: in bfloat16.
+        call: its arguments.
+        names: of BUILDS.
+        layers: which Linears become INT8, as `flux.make_family` takes it.
+
+    Returns:
+        those that may be timed; and what each build gave, or why it is not timed.
+    """
     reference = model(**call)[0]
-    live: dict[str, nn.Module] = {}
-    said: dict[str, Reply] = {}
+    timed: list[TimedModel] = []
+    records: dict[str, Reply] = {}
     for name in names:
         try:
-            made = BUILDS[name](model, call, layers)
-            said[name] = {
-                "error": flux.relative_error(made(**call)[0], reference),
-                "weights_gib": count_module_bytes(made) / GIB,
-            }
-        except Exception as error:  # noqa: BLE001  whatever a peer raises is its result here
-            said[name] = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+            built = BUILDS[name](model, call, layers)
+            error = flux.relative_error(built(**call)[0], reference)
+        except Exception as failure:  # noqa: BLE001  whatever a peer raises is its result here
+            records[name] = {"failed": describe_error(failure)}
             continue
-        if not said[name]["error"] <= LIMIT:
-            said[name]["refused"] = f"output error {said[name]['error']:.4f}, the limit is {LIMIT:g}"
+        records[name] = {"error": error, "weights_gib": count_module_bytes(built) / GIB}
+        if not error <= LIMIT:
+            records[name]["refused"] = f"output error {error:.4f}, the limit is {LIMIT:g}"
             continue
-        for mode, compiled in COMPILE.items():
-            variant = live[f"{name} {mode}"] = copy_sharing_tensors(made)
-            if compiled:
-                variant.compile_repeated_blocks(fullgraph=True)
-    return live, call, said
+        compiled = copy_sharing_tensors(built)
+        compiled.compile_repeated_blocks(fullgraph=True)
+        timed.append(TimedModel(copy_sharing_tensors(built), name, EAGER))
+        timed.append(TimedModel(compiled, name, COMPILED))
+    return timed, records
+
+
+def time_models(models: Sequence[TimedModel], call: Mapping[str, Any], rounds: int) -> dict[str, list[float]]:
+    """Seconds of a step of each model in each round; a round runs every model once, in turn."""
+    seconds: dict[str, list[float]] = {timed.name: [] for timed in models}
+    for number in range(WARMUP + rounds):
+        for timed in models:
+            spent = time_step(timed.model, call)
+            if number >= WARMUP:
+                seconds[timed.name].append(spent)
+    return seconds
+
+
+def compare_times(timed: TimedModel, seconds: Mapping[str, Sequence[float]]) -> Reply:
+    """The time of a model's step, and the ratios to the base in its own mode and to the eager base."""
+    own_seconds = seconds[timed.name]
+    ratios = {}
+    for key, mode in (("same_mode", timed.mode), ("to_eager", EAGER)):
+        base_seconds = seconds[f"{BASE} {mode}"]
+        values = [base / own for base, own in zip(base_seconds, own_seconds, strict=True)]
+        ratios[key] = asdict(compute_quartiles(values))
+    return {"ms": 1000 * median(own_seconds), **ratios}
+
+
+def format_row(timed: TimedModel, times: Reply, record: Reply) -> list[str]:
+    """A model's row of the table.
+
+    Args:
+        timed: the model.
+        times: of `compare_times`, with its workspace.
+        record: of its build.
+    """
+    return [
+        timed.name,
+        f"{times['ms']:.1f}",
+        str(Quartiles(**times["same_mode"])),
+        str(Quartiles(**times["to_eager"])),
+        f"{record['weights_gib']:.1f} + {times['workspace_gib']:.1f}",
+        f"{record['error']:.4f}",
+    ]
 
 
 @torch.no_grad()
@@ -130,55 +221,27 @@ def main() -> None:
     if not args.no_gate:
         run_gate()
     torch._dynamo.config.recompile_limit = 64  # one block class, several kinds of Linear in it
-    report = collect_facts(torch.device("cuda"))
-    print(
-        f"{report['gpu']}, torch {report['versions']['torch']}, triton {report['versions']['triton']}, "
-        f"{report['date']}",
-        flush=True,
-    )
-    names = [n for n in BUILDS if n == BASE or not args.only or any(word in n for word in args.only)]
-    live, call, said = set_up(names, flux.SIZES[args.size], args.layers)
-    seconds: dict[str, list[float]] = {name: [] for name in live}
-    for number in range(args.rounds + WARMUP):
-        for name, model in live.items():
-            spent = step_seconds(model, call)
-            if number >= WARMUP:
-                seconds[name].append(spent)
-    rows, timed = [], {}
-    for name, times in seconds.items():
-        kind = next(n for n in sorted(names, key=len, reverse=True) if name.startswith(f"{n} "))
-        mode = name.removeprefix(f"{kind} ")
-        ratios = [
-            compute_quartiles([b / t for b, t in zip(seconds[f"{BASE} {m}"], times, strict=True)])
-            for m in (mode, "eager")
-        ]
-        workspace = workspace_bytes(live[name], call) / GIB
-        timed[name] = {
-            "ms": 1000 * statistics.median(times),
-            "same_mode": ratios[0],
-            "to_eager": ratios[1],
-            "workspace_gib": workspace,
-        }
-        cells = [f"{middle:.2f} [{low:.2f}–{high:.2f}]" for low, middle, high in ratios]
-        memory = f"{said[kind]['weights_gib']:.1f} + {workspace:.1f}"
-        rows.append([name, f"{timed[name]['ms']:.1f}", *cells, memory, f"{said[kind]['error']:.4f}"])
-    header = [
-        "variant",
-        "ms per step",
-        "bf16 time / time, same mode",
-        "bf16 eager time / time",
-        "weights + step GiB",
-        "output error",
-    ]
-    print(format_table(header, rows))
-    for name, record in said.items():
+    facts = collect_facts(torch.device("cuda"))
+    print(describe_machine(facts), flush=True)
+
+    names = [name for name in BUILDS if name == BASE or is_wanted(name, args.only)]
+    model, call = flux.make_model(flux.SIZES[args.size], "cuda", torch.bfloat16)
+    models, records = build_models(model, call, names, args.layers)
+    seconds = time_models(models, call, args.rounds)
+
+    rows, times = [], {}
+    for timed in models:
+        workspace_gib = measure_workspace(timed.model, call) / GIB
+        times[timed.name] = {**compare_times(timed, seconds), "workspace_gib": workspace_gib}
+        rows.append(format_row(timed, times[timed.name], records[timed.build]))
+    print(format_table(COLUMNS, rows))
+    for name, record in records.items():
         if "refused" in record:
             print(f"refused, not timed: {name} – {record['refused']}")
         if "failed" in record:
             print(f"cannot run: {name} – {record['failed']}")
-    args.json.parent.mkdir(parents=True, exist_ok=True)
     settings = {"size": args.size, "layers": args.layers}
-    args.json.write_text(json.dumps(report | settings | {"variants": said, "timed": timed}, indent=1) + "\n")
+    write_report(args.json, facts | settings | {"variants": records, "timed": times})
     print(f"written to {args.json}")
 
 

@@ -1,6 +1,7 @@
-"""Every variant of the CPU table.
+"""Every variant of the CPU table: a small function each, from a model and its call to what is timed.
 
-One small function each, from a model and its call to the model that is timed.
+All of them take the model in float, the arguments of its call, and which layers become INT8, as
+`flux.make_family` takes it. `gpu.py` builds its variants with the same functions.
 """
 
 import sys
@@ -26,7 +27,10 @@ BACKENDS = ("reference", "torch_int_mm", "onednn", "vnni", "auto")
 class Variant:
     """How a model is made.
 
-    `compile` puts the whole of it through Inductor, `env` is its process's environment.
+    Args:
+        build: from the float model, its call and the choice of layers to the model that is timed.
+        compile: put the whole of it through Inductor.
+        env: environment variables of its process.
     """
 
     build: Callable[[nn.Module, Mapping[str, Any], str], nn.Module]
@@ -56,25 +60,25 @@ def quantize_with_torchao(model: nn.Module, call: Mapping[str, Any], layers: str
     return model
 
 
-def sdnq_layers(model: nn.Module, call: Mapping[str, Any], layers: str) -> nn.Module:
+def quantize_with_sdnq(model: nn.Module, call: Mapping[str, Any], layers: str) -> nn.Module:
     """sdnq on the same layers, one at a time: its own name patterns also match others."""
-    return replace_linears(
-        model,
-        flux.list_int8_layers(model, layers),
-        lambda linear: make_sdnq(Case(linear.weight, linear.weight, linear.bias))[0],
-    )
+
+    def quantize_one(linear: nn.Linear) -> nn.Module:
+        x = linear.weight  # no input is needed: what is read of it is its device
+        return make_sdnq(Case(x, linear.weight, linear.bias))[0]
+
+    return replace_linears(model, flux.list_int8_layers(model, layers), quantize_one)
 
 
 def quantize_with_toolkit(
     model: nn.Module, call: Mapping[str, Any], layers: str, group: int = 0
 ) -> nn.Module:
-    """ComfyUI-INT8-Toolkit's torch_int_mm path, restated."""
-    return replace_linears(
-        model, flux.list_int8_layers(model, layers), lambda linear: ToolkitLinear(linear, group)
-    )
+    """ComfyUI-INT8-Toolkit's torch_int_mm path, restated; `group` rotates x and the weight."""
+    names = flux.list_int8_layers(model, layers)
+    return replace_linears(model, names, lambda linear: ToolkitLinear(linear, group))
 
 
-def ours(
+def quantize_with_int8run(
     model: nn.Module,
     call: Mapping[str, Any],
     layers: str,
@@ -83,8 +87,27 @@ def ours(
     without: Sequence[str] = (),
 ) -> nn.Module:
     """int8run; backend=auto measures anew instead of reading the user's table."""
-    table = [f"backend.table={tempfile.mkdtemp()}/choices.json"] if backend == "auto" else []
-    return flux.quantize_with_int8run(model, call, layers, backend, outlier, *table, without=without)
+    overrides = []
+    if backend == "auto":
+        overrides = [f"backend.table={tempfile.mkdtemp()}/choices.json"]
+    return flux.quantize_with_int8run(model, call, layers, backend, outlier, *overrides, without=without)
+
+
+def list_int8run_variants() -> dict[str, Variant]:
+    """Every backend without and with rotation, and what the family's facts are worth; eager and compiled."""
+    builds = {}
+    for backend in BACKENDS:
+        builds[backend] = partial(quantize_with_int8run, backend=backend)
+        builds[f"{backend}, convrot"] = partial(quantize_with_int8run, backend=backend, outlier="convrot")
+    # each input is quantized by every layer that reads it; GELUs are left where they are
+    builds["vnni, no sharing"] = partial(quantize_with_int8run, backend="vnni", without=["same_input"])
+    builds["vnni, no moved GELU"] = partial(quantize_with_int8run, backend="vnni", without=["deferred_gelu"])
+
+    variants = {}
+    for name, build in builds.items():
+        variants[f"int8run {name} eager"] = Variant(build)
+        variants[f"int8run {name} compiled"] = Variant(build, compile=True)
+    return variants
 
 
 VARIANTS = {
@@ -92,20 +115,9 @@ VARIANTS = {
     "fp32 compiled": Variant(keep_float, compile=True),
     "torchao eager": Variant(quantize_with_torchao),
     "torchao compiled": Variant(quantize_with_torchao, compile=True),
-    "sdnq eager": Variant(sdnq_layers, env=make_sdnq_environment("0")),
-    "sdnq with its own compile": Variant(sdnq_layers, env=make_sdnq_environment("1")),
+    "sdnq eager": Variant(quantize_with_sdnq, env=make_sdnq_environment("0")),
+    "sdnq with its own compile": Variant(quantize_with_sdnq, env=make_sdnq_environment("1")),
     "Toolkit torch_int_mm eager": Variant(quantize_with_toolkit),
     "Toolkit torch_int_mm, hadamard 128 eager": Variant(partial(quantize_with_toolkit, group=GROUP)),
+    **list_int8run_variants(),
 }
-for backend in BACKENDS:
-    for outlier in ("none", "convrot"):
-        label = f"int8run {backend}{'' if outlier == 'none' else ', convrot'}"
-        VARIANTS[f"{label} eager"] = Variant(partial(ours, backend=backend, outlier=outlier))
-        VARIANTS[f"{label} compiled"] = Variant(partial(ours, backend=backend, outlier=outlier), compile=True)
-# what the family's facts are worth: each input quantized by every layer that reads it, GELUs left where
-# they are
-for name, without in {"no sharing": ["same_input"], "no moved GELU": ["deferred_gelu"]}.items():
-    VARIANTS[f"int8run vnni, {name} eager"] = Variant(partial(ours, backend="vnni", without=without))
-    VARIANTS[f"int8run vnni, {name} compiled"] = Variant(
-        partial(ours, backend="vnni", without=without), compile=True
-    )

@@ -1,27 +1,14 @@
 """`experiments/faults/`: what its scripts call a fault, and small versions of what they do by hand."""
 
-import importlib.util
 import re
 import subprocess
 import sys
-from pathlib import Path
-from types import ModuleType
 
 import pytest
+from support.experiment_script import EXPERIMENTS, load_script
 from support.experiment_script import run_script as run_in_process
 
-EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 FOLDER = EXPERIMENTS / "faults"
-
-
-def load_script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"faults_{name}", FOLDER / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look for their module there
-    spec.loader.exec_module(module)
-    return module
 
 
 def run_script(script: str, *arguments: str) -> "subprocess.CompletedProcess[str]":
@@ -31,7 +18,7 @@ def run_script(script: str, *arguments: str) -> "subprocess.CompletedProcess[str
 
 
 def test_each_fault_that_is_tried_stands_in_the_readme() -> None:
-    tried = {fault.__name__ for fault in load_script("run").FAULTS}
+    tried = {fault.__name__ for fault in load_script("faults/run.py").FAULTS}
     told = set(re.findall(r"^\| `(\w+)`", (FOLDER / "README.md").read_text(), flags=re.MULTILINE))
 
     assert tried == told
@@ -55,7 +42,7 @@ PROBLEMS = {
 def test_a_command_passes_with_one_line_and_the_code_of_a_setting_or_file(name: str) -> None:
     code, text, problem = PROBLEMS[name]
 
-    found = load_script("paths").Attempt("save", "pipe", code, text, 0.0).problem
+    found = load_script("faults/paths.py").Attempt("save", "pipe", code, text, 0.0).problem
 
     assert found is None if problem is None else str(found).startswith(problem)
 
@@ -63,7 +50,7 @@ def test_a_command_passes_with_one_line_and_the_code_of_a_setting_or_file(name: 
 def test_a_path_is_quoted_for_the_command_line() -> None:
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    quote = load_script("paths").quote
+    quote = load_script("faults/paths.py").quote
     for text in ("a b", "it's", "a\\", "a\\'b", "a,b=[c]", ""):
         (override,) = OverridesParser.create().parse_overrides([f"key={quote(text)}"])
         assert override.value() == text
@@ -91,7 +78,7 @@ def test_paths_that_cannot_work_are_one_line_in_real_commands() -> None:
 
 
 def test_growth_is_what_a_job_leaves_in_the_median() -> None:
-    many = load_script("many")
+    many = load_script("faults/many.py")
     counts = [1000, 5000, 5100, 5200, 9000, 9100, 9200]
     samples = [many.Sample(0.0, objects, 0, 0, 0) for objects in counts]
 
@@ -121,7 +108,7 @@ def test_a_fault_is_tried_with_the_real_command() -> None:
 
 @pytest.mark.slow
 def test_writers_of_one_database_lose_nothing() -> None:
-    done = run_script("faults/writers.py", "--processes", "2", "--runs", "1", "--pictures", "1")
+    done = run_script("faults/writers.py", "--processes", "2", "--runs", "1", "--images", "1")
 
     assert done.returncode == 0, done.stdout + done.stderr
     assert "all complete, each once" in done.stdout

@@ -4,12 +4,14 @@ A script is run in this process, where torch and diffusers are imported already;
 modules, its folder on the path, torch's settings) is taken away again.
 """
 
+import importlib.util
 import logging
 import runpy
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -37,6 +39,19 @@ def run_script(script: str, *arguments: str | Path) -> None:
         arguments: the words of the command line.
     """
     assert find_exit_code(script, *arguments) == 0
+
+
+def load_script(script: str) -> ModuleType:
+    """Import a Python script of `experiments/`, to call its functions."""
+    path = EXPERIMENTS / script
+    spec = importlib.util.spec_from_file_location(f"experiments_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with own_imports(path.parent):
+        sys.modules[spec.name] = module  # dataclasses look for their module there
+        spec.loader.exec_module(module)
+    return module
 
 
 def find_exit_code(script: str, *arguments: str | Path) -> int | str:
