@@ -158,7 +158,8 @@ def check_bool(name: str, value: object) -> None:
 
 def check_choice(name: str, value: object, allowed: Collection[str]) -> None:
     """Raise ConfigError unless `value` is one of `allowed`; a near miss gets a suggestion."""
-    if value in allowed:
+    # a tuple also compares with lists and mappings, which a set or a dict cannot look up
+    if value in tuple(allowed):
         return
     choices = ", ".join(sorted(allowed))
     raise ConfigError(f"{name} is {value!r}; {suggest_similar(str(value), allowed)}choose from {choices}")

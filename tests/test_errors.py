@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 
-from int8run.errors import FileError, LoraError
+from int8run.errors import ConfigError, FileError, LoraError, check_choice
 
 
 @pytest.mark.parametrize("error_class", [FileError, LoraError])
@@ -26,3 +26,10 @@ def test_an_error_comes_through_a_process_unchanged():
     copy = pickle.loads(pickle.dumps(error))
 
     assert str(copy) == str(error) == r"two\nlines"
+
+
+@pytest.mark.parametrize("value", [["a"], {"a": 1}, None, 1.5, True])
+@pytest.mark.parametrize("allowed", [("a", "b"), {"a": 1, "b": 2}, frozenset({"a", "b"})])
+def test_a_value_of_any_type_is_no_choice(value, allowed):
+    with pytest.raises(ConfigError, match=r"^key is .*; choose from a, b$"):
+        check_choice("key", value, allowed)

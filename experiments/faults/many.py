@@ -2,6 +2,7 @@
 
     python experiments/faults/many.py jobs 1000         # one sweep
     python experiments/faults/many.py runs 200          # one command after the other
+    python experiments/faults/many.py runs 200 --minutes 60   # as many of them as an hour is enough for
     python experiments/faults/many.py jobs 100 tracker=mlflow
     python experiments/faults/many.py jobs 1000 --empty   # jobs that do nothing: what is around them alone
 
@@ -13,6 +14,7 @@ half.
 import argparse
 import gc
 import itertools
+import math
 import os
 import statistics
 import sys
@@ -116,9 +118,13 @@ def sample_jobs(samples: list[Sample], count: int, settings: Sequence[str]) -> N
         run_command(["-m", f"seed=range({count})", *settings, "hydra.sweep.dir=sweep"])
 
 
-def sample_runs(samples: list[Sample], count: int, settings: Sequence[str]) -> None:
-    """So many runs, one command after the other; a sample after each."""
+def sample_runs(samples: list[Sample], count: int, settings: Sequence[str], *, minutes: float) -> None:
+    """So many runs, one command after the other, of which none begins later; a sample after each."""
+    end = time.perf_counter() + 60 * minutes
     for number in range(count):
+        if time.perf_counter() > end:
+            print(f"{number} of {count} runs in {minutes:g} minutes")
+            return
         run_command([f"seed={number}", *settings, f"hydra.run.dir=runs/{number}"])
         samples.append(take_sample())
 
@@ -151,6 +157,7 @@ def main() -> int:
     parser.add_argument("kind", choices=("jobs", "runs"))
     parser.add_argument("count", type=int)
     parser.add_argument("settings", nargs="*", help="further settings; without a tracker unless one is named")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="with runs: when the last one begins")
     parser.add_argument("--empty", action="store_true", help="with jobs: each ends before a model is built")
     arguments = parser.parse_args()
     settings = ["tracker=none", *SETTINGS, *arguments.settings]
@@ -161,9 +168,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         try:
-            take = sample_jobs if arguments.kind == "jobs" else sample_runs
             with do_nothing_in_jobs() if arguments.empty else nullcontext():
-                take(samples, arguments.count, settings)
+                if arguments.kind == "jobs":
+                    sample_jobs(samples, arguments.count, settings)
+                else:
+                    sample_runs(samples, arguments.count, settings, minutes=arguments.minutes)
         finally:
             os.chdir(home)
     print_table(samples)

@@ -2,17 +2,18 @@
 
     python experiments/faults/paths.py [--settings NAME ...] [--kinds NAME ...] [--all]
 
-Every pair is the command in a process of its own, forked from one that has imported everything, without
-the rights of root: as root nothing is unreadable. A pair passes when the command ends in time, with 0, or
-with an exit code of a setting or file that cannot work and one line that says so. Prints the pairs that do
+Every pair is the command in a process of its own, forked from one that has imported everything. Started by
+root, these processes become another user (`--user`, else `nobody`): for root nothing is unreadable, and some
+of the paths name `/` and devices, which root may replace. A pair passes when the command ends in time with 0,
+or with an exit code of a setting or file that cannot work and one line that says so. Prints the pairs that do
 not pass (`--all`: each pair and its line) and ends with 1 when there are any.
 """
 
 import argparse
-import ctypes
 import importlib
 import io
 import os
+import pwd
 import re
 import signal
 import socket
@@ -26,10 +27,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PATIENCE_S = 60.0  # for one command, on a machine that is busy
-CAPABILITY_VERSION = 0x20080522
-# CAP_CHOWN, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_FOWNER; see capabilities(7)
-RIGHTS_OVER_FILES = 0b1111
 SHOWN_CHARS = 230
+LOG = "log.txt"
 EXPECTED_CODES = (0, 2, 3)  # fine, a setting, a file
 PACKAGE = Path(__file__).parents[2] / "int8run"
 SHIPPED_LORA = PACKAGE / "assets" / "lora" / "ink.safetensors"
@@ -338,48 +337,105 @@ SETTINGS: Mapping[str, Callable[[str], list[str]]] = {
 # -- one pair ----------------------------------------------------------------------------------------
 
 
-def drop_rights() -> None:
-    """Take the right to read and write everything from this process, which root has; nothing for others."""
-    if sys.platform != "linux":
-        return
+@dataclass(frozen=True)
+class User:
+    """Who the commands are run by.
 
-    class Capabilities(ctypes.Structure):
-        _fields_ = [(name, ctypes.c_uint32) for name in ("effective", "permitted", "inheritable")]
+    Args:
+        name: as `pwd` knows it; None: whoever started this script.
+    """
 
-    header = (ctypes.c_uint32 * 2)(CAPABILITY_VERSION, 0)  # of this process
-    held = (Capabilities * 2)()
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.capget(header, held) != 0:
-        raise OSError(ctypes.get_errno(), "capget")
-    for name in ("effective", "permitted", "inheritable"):
-        setattr(held[0], name, getattr(held[0], name) & ~RIGHTS_OVER_FILES)
-    if libc.capset(header, held) != 0:
-        raise OSError(ctypes.get_errno(), "capset")
+    name: str | None
+
+    @property
+    def numbers(self) -> tuple[int, int]:
+        """The numbers of the user and of its group."""
+        if self.name is None:
+            return os.getuid(), os.getgid()
+        entry = pwd.getpwnam(self.name)
+        return entry.pw_uid, entry.pw_gid
+
+    def become(self) -> None:
+        """Make this process one of the user's, for good."""
+        if self.name is None:
+            return
+        uid, gid = self.numbers
+        os.setgroups([])
+        os.setgid(gid)
+        os.setuid(uid)
+        os.environ["USER"] = os.environ["LOGNAME"] = self.name
+
+    def make_folder(self, parent: Path) -> Path:
+        """A new folder that belongs to the user."""
+        folder = tempfile.mkdtemp(dir=parent)
+        os.chown(folder, *self.numbers)
+        return Path(folder)
+
+    def find_unreadable(self) -> str | None:
+        """What of Python and of this repository the user may not read; None: it may read all of it."""
+        reader, writer = os.pipe()
+        child = os.fork()
+        if child == 0:
+            self.become()
+            places = [os.__file__, importlib.__file__, str(PACKAGE / "cli.py"), str(SHIPPED_LORA)]
+            unreadable = [place for place in places if not os.access(place, os.R_OK)]
+            os.write(writer, "".join(unreadable[:1]).encode())
+            os._exit(0)
+        os.close(writer)
+        with os.fdopen(reader, "rb") as answer:
+            text = answer.read().decode()
+        os.waitpid(child, 0)
+        return text or None
 
 
-def try_pair(setting: str, kind: str, parent: Path) -> Attempt:
-    """Run the command with one path in one setting."""
-    folder = Path(tempfile.mkdtemp(dir=parent))
-    work = folder / "work"
-    work.mkdir()
-    arguments = SETTINGS[setting](KINDS[kind](folder))
-    log = folder / "log.txt"
-    log.touch()
+def choose_user(name: str | None) -> User:
+    """The user of the commands, checked.
+
+    Args:
+        name: as the command line has it; None: `nobody` for root, else whoever started this script.
+    """
+    is_root = os.geteuid() == 0
+    if name is not None and not is_root:
+        sys.exit("only root can become another user: leave --user out")
+    user = User((name or "nobody") if is_root else None)
+    try:
+        owner = user.numbers
+    except KeyError:
+        sys.exit(f"there is no user {user.name}; name one with --user")
+    if owner[0] == 0:
+        sys.exit("root may write into / and /dev, which some of the paths are: name another user with --user")
+    unreadable = user.find_unreadable()
+    if unreadable is not None:
+        sys.exit(
+            f"{user.name} may not read {unreadable}: use a Python and a copy of the repository outside of "
+            "root's home, or start this script as another user"
+        )
+    return user
+
+
+def try_pair(setting: str, kind: str, parent: Path, home: Path, user: User) -> Attempt:
+    """Run the command with one path in one setting, in a folder of its own; `home` is that of all pairs."""
+    folder = user.make_folder(parent)
     began = time.monotonic()
     child = os.fork()
     if child == 0:
-        run_command(arguments, work, log)
+        os.environ["HOME"] = str(home)
+        run_command(setting, kind, folder, user)
     code = wait_for(child)
-    return Attempt(setting, kind, code, log.read_text(errors="replace"), time.monotonic() - began)
+    text = (folder / LOG).read_text(errors="replace")
+    return Attempt(setting, kind, code, text, time.monotonic() - began)
 
 
-def run_command(arguments: list[str], work: Path, log: Path) -> None:
+def run_command(setting: str, kind: str, folder: Path, user: User) -> None:
     """Be the command, in a process that ends with it."""
     code = 1
     try:
         os.setsid()
-        drop_rights()
-        descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
+        user.become()
+        work = folder / "work"
+        work.mkdir()
+        arguments = SETTINGS[setting](KINDS[kind](folder))
+        descriptor = os.open(folder / LOG, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
         sys.stdout = io.TextIOWrapper(os.fdopen(1, "wb", closefd=False), write_through=True)
@@ -387,7 +443,6 @@ def run_command(arguments: list[str], work: Path, log: Path) -> None:
             os.fdopen(2, "wb", closefd=False), errors="backslashreplace", write_through=True
         )
         os.chdir(work)
-        os.environ["HOME"] = str(work)
         os.environ.pop("MLFLOW_TRACKING_URI", None)
         sys.argv = ["int8run", *arguments]
         from int8run import cli
@@ -426,15 +481,19 @@ def main() -> int:
     parser.add_argument("--settings", nargs="*", default=list(SETTINGS), choices=list(SETTINGS))
     parser.add_argument("--kinds", nargs="*", default=list(KINDS), choices=list(KINDS))
     parser.add_argument("--all", action="store_true", help="print the pairs that pass, too")
+    parser.add_argument("--user", help="who runs the commands when root starts this script (default: nobody)")
     arguments = parser.parse_args()
+    user = choose_user(arguments.user)
     for module in IMPORTED_BEFORE:
         importlib.import_module(module)
 
     tried = failed = 0
     with tempfile.TemporaryDirectory() as temporary:
+        os.chmod(temporary, 0o711)  # the user has folders of its own in it
+        home = user.make_folder(Path(temporary))  # one for all, so that kernels are built once
         for setting in arguments.settings:
             for kind in arguments.kinds:
-                attempt = try_pair(setting, kind, Path(temporary))
+                attempt = try_pair(setting, kind, Path(temporary), home, user)
                 tried += 1
                 failed += attempt.problem is not None
                 if attempt.problem is not None or arguments.all:

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from int8run.errors import ConfigError, check_bool, check_choice, check_range
+from int8run.metrics.names import METRICS, MS_SSIM, list_measures
 
 BASELINES = ("run", "cached", "none")
-PERCEPTUAL = ("ms_ssim", "lpips", "effnet_distance", "clip_score")
+PERCEPTUAL = list_measures()
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,8 @@ class MetricsSettings:
             first and alone, unless an earlier run kept its images. `none`: there is no float model.
         layers: whether to measure each layer's output SQNR on real activations: one float step with hooks.
         perceptual: metrics of PERCEPTUAL in addition to PSNR, SSIM and latent error.
-        objective: the metric that a sweeper gets, and that the best job of a sweep is chosen by.
+        objective: the metric that a sweeper gets, and that the best job of a sweep is chosen by; one of
+            `names.METRICS`.
         system_s: seconds between samples of the machine's load in system.csv; 0: none.
     """
 
@@ -48,3 +50,16 @@ class MetricsSettings:
                 f"metrics.perceptual={list(self.perceptual)} compares with the float model's images, which "
                 "metrics.baseline=none does not generate; set metrics.baseline=run, or metrics=basic"
             )
+        self._check_objective()
+
+    def _check_objective(self) -> None:
+        """Check that runs with these settings can have it; its model and LoRAs decide whether one has it."""
+        check_choice("metrics.objective", self.objective, METRICS)
+        measure = METRICS[self.objective].measure
+        if measure is None or measure == MS_SSIM or measure in self.perceptual:
+            return
+        names = ", ".join([*self.perceptual, measure])
+        raise ConfigError(
+            f"metrics.objective={self.objective} is not measured with these settings; set "
+            f"metrics.perceptual=[{names}]"
+        )

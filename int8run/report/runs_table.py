@@ -6,6 +6,7 @@ Called by `html_page`, whose template lays it out. Knows nothing of HTML.
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
+from int8run.metrics.names import METRICS, UNKNOWN
 from int8run.report.columns import METRIC_COLUMNS, MetricColumn
 from int8run.report.missing_metrics import explain_missing
 from int8run.report.ranking import find_fronts, group_comparable
@@ -92,7 +93,8 @@ def choose_columns(runs: Sequence[Run]) -> list[MetricColumn]:
     columns = list(METRIC_COLUMNS)
     for name in dict.fromkeys(run.record.objective for run in runs):
         if name not in known:
-            columns.append(MetricColumn(name, name, "metrics.objective", direction=0))
+            metric = METRICS.get(name, UNKNOWN)
+            columns.append(MetricColumn(name, name, metric.description, metric.direction))
     return [column for column in columns if any(run.get_metric(column.metric) is not None for run in runs)]
 
 

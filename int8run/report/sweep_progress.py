@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from rich.text import Text
 
+from int8run.metrics.names import METRICS, NEITHER
 from int8run.report.console import is_interactive, make_bold, make_plain, print_lines
 from int8run.report.formatting import format_decibels, format_duration
 from int8run.tracking.run_record import FINISHED, Record, shorten_value
@@ -15,19 +16,6 @@ from int8run.tracking.run_record import FINISHED, Record, shorten_value
 log = logging.getLogger(__name__)
 
 MAX_ERROR_LENGTH = 100  # of a job's error while the sweep continues; the end of the sweep shows it whole
-SMALLER_IS_BETTER = (
-    "_err",
-    "_ms",
-    "_s",
-    "_ms_p50",
-    "_ms_p90",
-    "_bytes",
-    "lpips",
-    "_distance",
-    "_share",
-    "overhead_ratio",
-    "fallback_layers",
-)
 METRIC_NAMES = {"quality/psnr_db": "PSNR"}
 
 
@@ -117,14 +105,14 @@ def format_metric(record: Record, name: str) -> str:
 
 
 def choose_better(best: Record | None, record: Record, objective: str | None) -> Record | None:
-    """The better of two jobs.
+    """The better of two jobs; None where more of a metric is neither better nor worse.
 
     Args:
         best: the best job so far; None where there is none.
         record: the job that ended.
         objective: the metric to compare by.
     """
-    if objective is None:
+    if objective is None or METRICS[objective].direction == NEITHER:
         return None
     if record.state != FINISHED:
         return best
@@ -133,12 +121,5 @@ def choose_better(best: Record | None, record: Record, objective: str | None) ->
         return best
     if best is None:
         return record
-    gain = value - best.metrics[objective]
-    if is_smaller_better(objective):
-        gain = -gain
+    gain = METRICS[objective].direction * (value - best.metrics[objective])
     return record if gain > 0 else best
-
-
-def is_smaller_better(metric: str) -> bool:
-    """Whether less of a metric is better: errors, times, sizes and distances."""
-    return metric.endswith(SMALLER_IS_BETTER)

@@ -25,8 +25,8 @@ class Run:
         """Return the metric named by `metrics.objective`, for sweepers.
 
         Raises:
-            ConfigError: after the run, when it was not measured although there is a baseline: which metrics a
-                run has depends on its model and LoRAs, so the name is not checked before.
+            ConfigError: after the run, when it was not measured although there is a baseline: its name was
+                checked before, but which metrics a run has depends on its model and LoRAs.
         """
         from int8run.tasks.run import run
 

@@ -38,7 +38,7 @@ RULES = {
     "generate": {"models", "utils"},
     "metrics": {"generate", "layers", "quant"},
     "lora": {"checkpoints", "generate", "layers", "models", "quant", "utils"},
-    "report": {"layers", "tracking", "utils"},
+    "report": {"layers", "metrics", "tracking", "utils"},
     # whole models
     "ptq": {
         "backends",

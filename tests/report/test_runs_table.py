@@ -58,6 +58,15 @@ def test_the_objective_has_a_column_of_its_own(tmp_path):
     assert table.rows[0].cells[-1].text == "1.25"
 
 
+def test_an_objective_of_another_version_has_a_column(tmp_path):
+    metrics = make_metrics() | {"quality/of_tomorrow": 1.25}
+    record = write_run(tmp_path, metrics=metrics, objective="quality/of_tomorrow")
+
+    table = build_runs_table(name_runs([record]))
+
+    assert table.columns[-1].heading == "quality/of_tomorrow"
+
+
 @pytest.mark.parametrize(
     ("params", "metric", "reason"),
     [

@@ -98,6 +98,36 @@ def test_a_job_that_an_earlier_sweep_finished_may_be_the_best(tmp_path):
     assert progress.describe_best() == ["best PSNR so far 60.0 dB: outlier=convrot"]
 
 
+@pytest.mark.parametrize(
+    ("objective", "values", "best"),
+    [
+        ("speed/images_per_s", (2.0, 3.0), "seed=1"),
+        ("speed/step_ms_p50", (2.0, 3.0), "seed=0"),
+        ("quant/macs_int8_share", (0.5, 0.9), "seed=1"),
+        ("lora/clipped_share", (0.5, 0.9), "seed=0"),
+        ("lora/modules_unmatched", (4, 0), "seed=1"),
+        ("quality/lpips", (0.2, 0.1), "seed=1"),
+        ("budget/memory_ratio", (1.5, 1.2), "seed=1"),
+    ],
+)
+def test_the_best_job_has_the_most_or_the_least_of_a_metric(tmp_path, objective, values, best):
+    progress = SweepProgress(2, [], objective, enabled=False)
+    for number, value in enumerate(values):
+        metrics = JOB_METRICS | {objective: value}
+        progress.report_end(write_job(tmp_path, number, f"seed={number}", **metrics))
+
+    assert progress.best.label == best
+
+
+def test_no_job_is_best_by_a_metric_of_which_more_is_not_better(tmp_path):
+    progress = SweepProgress(2, [], "lora/layers_bake", enabled=False)
+    for number in range(2):
+        metrics = JOB_METRICS | {"lora/layers_bake": number}
+        progress.report_end(write_job(tmp_path, number, f"seed={number}", **metrics))
+
+    assert progress.describe_best() == []
+
+
 def test_no_strength_of_a_lora_is_the_best(tmp_path):
     progress = SweepProgress(2, [], None, enabled=False)
     for number in range(2):

@@ -12,6 +12,7 @@ from torch import nn
 from int8run.config.compose import create_run_spec, get_plain_config, int8run_options
 from int8run.config.job import Job
 from int8run.config.run_spec import RunSpec
+from int8run.metrics.names import METRICS
 from int8run.tasks.run import RunResult, run
 
 
@@ -39,7 +40,10 @@ def run_job(overrides: list[str], out: Path) -> RunResult:
     out.mkdir(parents=True, exist_ok=True)
     about = Job(get_plain_config(config), choices={"model": "tiny"}, overrides=overrides, output_dir=out)
     with contextlib.redirect_stdout(io.StringIO()):
-        return run(create_run_spec(config), about)
+        result = run(create_run_spec(config), about)
+    unnamed = set(result.metrics) - set(METRICS)
+    assert not unnamed, f"metrics/names.py does not name {unnamed}, so that metrics.objective= refuses them"
+    return result
 
 
 def save_lora(

@@ -1,0 +1,109 @@
+"""The metrics of a run by their names in metrics.json, the report and MLflow: what each is, and what is good.
+
+`metrics.settings` checks `metrics.objective` against them before anything is loaded, and a sweep chooses its
+best job by their directions. A new metric gets its line here; tests compare the names with what runs measure.
+Knows nothing of how a metric is measured.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+MORE, LESS, NEITHER = 1, -1, 0
+MS_SSIM = "ms_ssim"  # measured without being asked for, where the images are large enough
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What a number says.
+
+    Args:
+        direction: MORE where more is better, LESS where less is better, NEITHER where neither is.
+        description: in a few words.
+        measure: the entry of `metrics.perceptual` that adds it; None: runs have it without being asked.
+    """
+
+    direction: int
+    description: str
+    measure: str | None = None
+
+
+METRICS: Mapping[str, Metric] = {
+    "budget/asked_db": Metric(NEITHER, "the quality that `quality_db` asks for"),
+    "budget/layers_kept": Metric(LESS, "layers that stay float for it"),
+    "budget/memory_ratio": Metric(LESS, "the denoiser's memory over that with every layer in INT8"),
+    "budget/reached_db": Metric(MORE, "the quality with them"),
+    "budget/step_ratio": Metric(LESS, "the time of a step over that with every layer in INT8"),
+    "budget/without_db": Metric(MORE, "the quality with every layer in INT8"),
+    "build/load_s": Metric(LESS, "seconds to load the model; 0 when an earlier job did"),
+    "build/quantize_s": Metric(LESS, "seconds to quantize it; 0 when an earlier job did"),
+    "build/read_bytes": Metric(LESS, "what `task=quantize` read"),
+    "build/read_bytes_per_s": Metric(MORE, "how fast it read"),
+    "build/written_bytes": Metric(LESS, "what it wrote"),
+    "clip/cosine_mean": Metric(MORE, "cosine of the prompt embeddings with the float text encoders', mean"),
+    "clip/cosine_min": Metric(MORE, "the same of the worst prompt"),
+    "clip/layers_float": Metric(LESS, "layers of the text encoders that stay float"),
+    "clip/layers_quantized": Metric(MORE, "quantized layers of the text encoders"),
+    "clip/rel_err": Metric(LESS, "relative error of the prompt embeddings"),
+    "clip/weight_sqnr_db_mean": Metric(MORE, "SQNR of the text encoders' weights, mean over layers"),
+    "clip/weight_sqnr_db_min": Metric(MORE, "the same of the worst layer"),
+    "float/denoiser_bytes": Metric(LESS, "memory of the float denoiser's weights"),
+    "float/drift": Metric(LESS, "how far the float model's video is from the image that it begins with"),
+    "float/frames_per_s": Metric(MORE, "video frames per second of the float model"),
+    "float/images_per_s": Metric(MORE, "images or videos per second of the float model"),
+    "float/peak_bytes": Metric(LESS, "largest memory while the float model generated"),
+    "float/step_ms_p50": Metric(LESS, "median time of a denoising step of the float model"),
+    "float/step_ms_p90": Metric(LESS, "the time that 90 % of its steps do not exceed"),
+    "float/text_encoder_bytes": Metric(LESS, "memory of the float text encoders' weights"),
+    "lora/change_ms": Metric(LESS, "milliseconds in which the LoRAs and their strengths were set"),
+    "lora/clipped_share": Metric(LESS, "share of the weights that stochastic rounding clips"),
+    "lora/layers_bake": Metric(NEITHER, "INT8 layers whose LoRAs are in the quantized weight"),
+    "lora/layers_dynamic": Metric(NEITHER, "INT8 layers whose LoRAs are a branch beside the weight"),
+    "lora/layers_stochastic": Metric(NEITHER, "INT8 layers whose LoRAs are randomly rounded into it"),
+    "lora/modules_matched": Metric(MORE, "modules of the LoRA files that a layer has"),
+    "lora/modules_unmatched": Metric(LESS, "modules of the LoRA files that no layer has"),
+    "lora/overhead_ratio": Metric(LESS, "time of a step with the LoRAs' branches, over that without them"),
+    "memory/denoiser_bytes": Metric(LESS, "memory of the denoiser's weights"),
+    "memory/denoiser_ratio": Metric(MORE, "the float denoiser's memory over it"),
+    "memory/peak_bytes": Metric(LESS, "largest memory while the model generated"),
+    "memory/text_encoder_bytes": Metric(LESS, "memory of the text encoders' weights"),
+    "memory/text_encoder_ratio": Metric(MORE, "the float text encoders' memory over it"),
+    "quality/drift": Metric(LESS, "how far a video's frames are from the image that it begins with"),
+    "quality/flicker_err": Metric(LESS, "how much of INT8's error moves from frame to frame of a video"),
+    "quality/float_layers_from_same_file": Metric(NEITHER, "float layers that come from the checked file"),
+    "quality/frame_err": Metric(LESS, "INT8's error in the frames of a video"),
+    "quality/half_error_step": Metric(NEITHER, "first step with half of the last one's latent error"),
+    "quality/latent_rel_err": Metric(LESS, "relative error of the last latents"),
+    "quality/masked_psnr_db": Metric(MORE, "PSNR inside the mask of an edit"),
+    "quality/masked_share": Metric(NEITHER, "share of the pixels that is inside the mask of an edit"),
+    "quality/psnr_db": Metric(MORE, "peak signal-to-noise ratio to the float model's images"),
+    "quality/ssim": Metric(MORE, "structural similarity to the float model's images"),
+    "quality/unmasked_psnr_db": Metric(MORE, "PSNR outside the mask of an edit"),
+    "quant/fallback_layers": Metric(LESS, "INT8 layers on another backend, or in float for small batches"),
+    "quant/layers_float": Metric(LESS, "Linears that stay float"),
+    "quant/layers_int8": Metric(MORE, "Linears in INT8"),
+    "quant/macs_int8_share": Metric(MORE, "share of the Linears' multiply-adds that are INT8"),
+    "quant/output_sqnr_db_mean": Metric(MORE, "SQNR of the INT8 layers' outputs, mean over layers"),
+    "quant/output_sqnr_db_min": Metric(MORE, "the same of the worst layer"),
+    "quant/params_int8_share": Metric(MORE, "share of the denoiser's parameters that are INT8"),
+    "quant/weight_sqnr_db_mean": Metric(MORE, "SQNR of the INT8 layers' weights, mean over layers"),
+    "quant/weight_sqnr_db_min": Metric(MORE, "the same of the worst layer"),
+    "speed/frames_per_s": Metric(MORE, "video frames per second"),
+    "speed/images_per_s": Metric(MORE, "images or videos per second"),
+    "speed/ratio_vs_float": Metric(MORE, "the float model's step time over this one"),
+    "speed/step_ms_p50": Metric(LESS, "median time of a denoising step"),
+    "speed/step_ms_p90": Metric(LESS, "the time that 90 % of the steps do not exceed"),
+    # what `metrics.perceptual` adds
+    "quality/ms_ssim": Metric(MORE, "SSIM at several scales, of large images", measure=MS_SSIM),
+    "quality/lpips": Metric(LESS, "LPIPS to the float model's images", measure="lpips"),
+    "quality/effnet_distance": Metric(LESS, "distance of image features", measure="effnet_distance"),
+    "quality/clip_score": Metric(MORE, "how well the images match their prompts", measure="clip_score"),
+    "float/clip_score": Metric(MORE, "how well the float model's images do", measure="clip_score"),
+}
+
+UNKNOWN = Metric(NEITHER, "metrics.objective")  # of a run by another version
+
+
+def list_measures() -> tuple[str, ...]:
+    """What `metrics.perceptual` can have."""
+    measures = [metric.measure for metric in METRICS.values() if metric.measure is not None]
+    return tuple(dict.fromkeys(measures))
