@@ -16,6 +16,7 @@ import yaml
 
 from int8run.errors import ConfigError, check_choice, suggest_similar
 from int8run.models.fingerprint import Fingerprint
+from int8run.models.pipeline_modes import check_pipeline_settings
 from int8run.models.sampling import Sampling
 
 log = logging.getLogger(__name__)
@@ -292,6 +293,8 @@ class ModelSource:
         sdnq: how SDNQ made the INT8 weights of a file without its config.json: `none`, `hadamard` (it rotated
             groups of 256 columns), `hadamard_<size>`, the path of a config.json, or its fields.
         family: that the sampling is made for; None: any. `pipeline.load` refuses another one.
+        pipeline: class of diffusers that runs it; None: the one that the repository names.
+        mode: short name of such a class: `img2img`, `inpaint`, … (`models/pipeline_modes.yaml`).
     """
 
     location: str | None
@@ -304,13 +307,17 @@ class ModelSource:
     quant_format: str = "auto"
     sdnq: str | Mapping[str, Any] | None = None
     family: str | None = None
+    pipeline: str | None = None
+    mode: str | None = None
 
     def __post_init__(self) -> None:
         check_choice("model.dtype", self.dtype, DTYPES)
         if not self.location:
             raise ConfigError("model has no location; set model.location=<hub id or diffusers folder>")
+        check_pipeline_settings(self.pipeline, self.mode)
         for name, part in self.parts.items():
             if isinstance(part, str) or len(part) != 2:
                 raise ConfigError(
-                    f"model.parts.{name} is {part!r}; it takes [class of transformers, hub id or folder]"
+                    f"model.parts.{name} is {part!r}; it takes [class of transformers or diffusers, hub id "
+                    "or folder]"
                 )

@@ -15,7 +15,8 @@ import transformers
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from int8run.errors import BackendError, ConfigError, FileError
+from int8run.errors import BackendError, ConfigError, FileError, suggest_similar
+from int8run.models.pipeline_class import get_pipeline_class
 from int8run.models.source import make_load_error, read_model_index
 from int8run.utils.paths import expand_path
 from int8run.utils.text import shorten_error
@@ -40,6 +41,7 @@ PART_CLASSES = (
     transformers.ProcessorMixin,
     transformers.ImageProcessingMixin,
     transformers.FeatureExtractionMixin,
+    diffusers.ModelMixin,
 )
 # where the classes of a pipeline's components come from; diffusers imports whatever library a folder names
 COMPONENT_LIBRARIES = ("diffusers", "transformers")
@@ -83,12 +85,12 @@ def load_parts(folder: Path, parts: Mapping[str, Sequence[str]], dtype: torch.dt
 
     Args:
         folder: of the pipeline.
-        parts: by name, the class of transformers and its hub id or folder.
+        parts: by name, the class of transformers or diffusers and its hub id or folder.
         dtype: of components that are modules.
 
     Raises:
         FileError: when one cannot be loaded.
-        ConfigError: for a class that transformers does not have.
+        ConfigError: for a class that neither has.
     """
     index = read_model_index(folder, str(folder))
     loaded: dict[str, Any] = {}
@@ -102,31 +104,20 @@ def load_parts(folder: Path, parts: Mapping[str, Sequence[str]], dtype: torch.dt
 
 
 def load_part(name: str, class_name: str, location: str, dtype: torch.dtype) -> Any:
-    """Load one component of transformers from a folder or a hub id.
+    """Load one component of transformers or diffusers from a folder or a hub id.
 
     Args:
         name: of the component, for messages.
-        class_name: of transformers.
+        class_name: of transformers or diffusers.
         location: hub id or folder.
         dtype: of a component that is a module.
 
     Raises:
         FileError: when it cannot be loaded.
-        ConfigError: for a class that transformers does not have, or that is no model, tokenizer or processor.
+        ConfigError: as `get_part_class`.
     """
-    named = getattr(transformers, class_name, None)
-    if not isinstance(named, type):
-        raise ConfigError(
-            f"model.parts.{name} is of class {class_name}, "
-            f"which transformers {transformers.__version__} does not have"
-        )
-    if not issubclass(named, PART_CLASSES):
-        raise ConfigError(
-            f"model.parts.{name} is of class {class_name}; allowed are models, tokenizers and processors of "
-            "transformers"
-        )
-    options = {"dtype": dtype, "use_safetensors": True} if issubclass(named, nn.Module) else {}
-    cls: Any = named
+    cls = get_part_class(name, class_name)
+    options = {"dtype": dtype, "use_safetensors": True} if issubclass(cls, nn.Module) else {}
     path = expand_path(location)
     try:
         return cls.from_pretrained(str(path) if path.is_dir() else location, **options)
@@ -138,12 +129,40 @@ def load_part(name: str, class_name: str, location: str, dtype: torch.dtype) -> 
         ) from error
 
 
+def get_part_class(name: str, class_name: str) -> Any:
+    """Return the class of a component outside the pipeline's folder.
+
+    Args:
+        name: of the component, for messages.
+        class_name: of transformers or diffusers.
+
+    Raises:
+        ConfigError: for a class that neither has, or that is no model, tokenizer or processor.
+    """
+    found = [getattr(library, class_name, None) for library in (transformers, diffusers)]
+    classes = [cls for cls in found if isinstance(cls, type)]
+    if not classes:
+        known = [other for library in (transformers, diffusers) for other in dir(library)]
+        raise ConfigError(
+            f"model.parts.{name} is of class {class_name}, which neither transformers "
+            f"{transformers.__version__} nor diffusers {diffusers.__version__} has; "
+            f"{suggest_similar(class_name, known)}see their documentation"
+        )
+    if not issubclass(classes[0], PART_CLASSES):
+        raise ConfigError(
+            f"model.parts.{name} is of class {class_name}; allowed are models, tokenizers and processors of "
+            "transformers, and models of diffusers"
+        )
+    return classes[0]
+
+
 def load_pipeline(
     folder: Path,
     denoisers: Mapping[str, nn.Module],
     dtype: torch.dtype,
     device: torch.device,
     parts: Mapping[str, Any] | None = None,
+    class_name: str | None = None,
 ) -> DiffusionPipeline:
     """Load the pipeline of a diffusers folder, every module in `dtype` on `device`.
 
@@ -156,6 +175,7 @@ def load_pipeline(
         dtype: of the others, which are read.
         device: of the others.
         parts: further components that exist already.
+        class_name: of the pipeline; None: the one that the folder names.
 
     Raises:
         FileError: when the folder is incomplete.
@@ -164,7 +184,9 @@ def load_pipeline(
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     check_component_libraries(folder)
-    cls = get_pipeline_class(folder)
+    if class_name is None:
+        class_name = str(read_model_index(folder, str(folder)).get("_class_name"))
+    cls = get_pipeline_class(class_name)
     try:
         pipeline = cls.from_pretrained(
             str(folder), dtype=dtype, use_safetensors=True, **denoisers, **(parts or {})
@@ -209,16 +231,6 @@ def is_component_library(library: str) -> bool:
 def is_component(entry: object) -> bool:
     """Whether an entry of `model_index.json` is [library, class]; settings may be lists, too."""
     return isinstance(entry, list) and len(entry) == 2 and all(isinstance(x, str | None) for x in entry)
-
-
-def get_pipeline_class(folder: Path) -> Any:
-    """Return the pipeline class that a folder names; the base class where diffusers does not have it.
-
-    The base class forgets components that a pipeline calls optional, and reads them itself.
-    """
-    name = read_model_index(folder, str(folder)).get("_class_name")
-    cls = getattr(diffusers, str(name), None)
-    return cls if isinstance(cls, type) and issubclass(cls, DiffusionPipeline) else DiffusionPipeline
 
 
 def list_block_prefixes(denoiser: nn.Module) -> list[str]:

@@ -18,6 +18,7 @@ from torch import nn
 from int8run.errors import ConfigError, FileError, suggest_similar
 from int8run.models.family import ModelSource
 from int8run.models.hub import check_repository, make_download_error
+from int8run.models.pipeline_class import CONTROLNET, check_pipeline_fits, choose_pipeline_class
 from int8run.models.resolve_weights import (
     CONFIG_NAME,
     DENOISER_COMPONENTS,
@@ -90,11 +91,13 @@ class ResolvedModel:
         folder: diffusers folder; of denoisers whose weights are elsewhere it has only the config.
         denoisers: in the order in which the pipeline uses them.
         has_single_files: whether the denoisers' weights are files of their own, outside the folder.
+        pipeline_class: name of the class that runs it, of diffusers.
     """
 
     folder: Path
     denoisers: tuple[ResolvedDenoiser, ...]
     has_single_files: bool
+    pipeline_class: str = "DiffusionPipeline"
 
 
 def resolve_model(source: ModelSource) -> ResolvedModel:
@@ -122,7 +125,9 @@ def resolve_pipeline(source: ModelSource) -> ResolvedModel:
         read_denoiser(folder, component, index, folder / component)
         for component in list_denoisers(index, str(folder))
     ]
-    return ResolvedModel(folder, tuple(denoisers), has_single_files=False)
+    return ResolvedModel(
+        folder, tuple(denoisers), has_single_files=False, pipeline_class=choose_source_pipeline(source, index)
+    )
 
 
 def resolve_single_files(source: ModelSource, files: str | Mapping[str, str]) -> ResolvedModel:
@@ -135,10 +140,7 @@ def resolve_single_files(source: ModelSource, files: str | Mapping[str, str]) ->
     for file in [files] if isinstance(files, str) else files.values():
         check_format(file)
     if source.base is None:
-        raise ConfigError(
-            f"model.location={source.location} holds a denoiser alone; set model.base=<hub id or diffusers "
-            "folder> that the text encoders, the VAE, the scheduler and the denoiser's config come from"
-        )
+        raise make_base_error(source)
     folder = resolve_pipeline_folder(source.base, None, without=DENOISER_COMPONENTS, setting="model.base")
     index = read_model_index(folder, source.base)
     components = list_denoisers(index, str(folder))
@@ -148,7 +150,65 @@ def resolve_single_files(source: ModelSource, files: str | Mapping[str, str]) ->
     for component in components:
         weights = resolve_weight_file(by_component[component], source.revision)
         denoisers.append(read_denoiser(folder, component, index, weights))
-    return ResolvedModel(folder, tuple(denoisers), has_single_files=True)
+    return ResolvedModel(
+        folder, tuple(denoisers), has_single_files=True, pipeline_class=choose_source_pipeline(source, index)
+    )
+
+
+def find_pipeline_class(source: ModelSource) -> str:
+    """The class that runs a model, before any of its weights is downloaded.
+
+    Raises:
+        ConfigError: when it is none of diffusers, or is made of other components than the repository has.
+        FileError: when the repository is not there.
+    """
+    location, setting = str(source.location), "model.location"
+    if isinstance(source.location, Mapping) or names_weights(location):
+        if source.base is None:
+            raise make_base_error(source)
+        location, setting = source.base, "model.base"
+    path = to_local_path(location)
+    if is_local(location) or path.is_dir():
+        return choose_source_pipeline(source, read_model_index(path, location))
+    revision = source.revision if setting == "model.location" else None
+    check_repository(location, setting, revision)
+    try:
+        file = Path(hf_hub_download(location, MODEL_INDEX_NAME, revision=revision))
+    except (OSError, ValueError) as error:
+        raise make_download_error(location, setting, error) from error
+    return choose_source_pipeline(source, read_model_index(file.parent, location))
+
+
+def choose_source_pipeline(source: ModelSource, index: Mapping[str, Any]) -> str:
+    """The class that runs a model, of which the repository's index is known.
+
+    Args:
+        source: the model.
+        index: the `model_index.json` of its repository.
+
+    Raises:
+        ConfigError: as `find_pipeline_class`.
+    """
+    parts = {name: str(part[0]) for name, part in source.parts.items()}
+    chosen = choose_pipeline_class(
+        index.get("_class_name"), pipeline=source.pipeline, mode=source.mode, controlnet=parts.get(CONTROLNET)
+    )
+    setting = f"model.mode={source.mode}"
+    if source.pipeline is not None:
+        setting = f"model.pipeline={source.pipeline}"
+    elif source.mode is None:
+        setting = f"model.location={source.location}"
+    if chosen != index.get("_class_name") or CONTROLNET in parts:
+        check_pipeline_fits(chosen, index, parts, setting, checked=(*DENOISER_COMPONENTS, CONTROLNET))
+    return chosen
+
+
+def make_base_error(source: ModelSource) -> ConfigError:
+    """Return the error for a model whose location holds a denoiser alone, without `model.base`."""
+    return ConfigError(
+        f"model.location={source.location} holds a denoiser alone; set model.base=<hub id or diffusers "
+        "folder> that the text encoders, the VAE, the scheduler and the denoiser's config come from"
+    )
 
 
 def check_components(files: Mapping[str, str], components: list[str], base: str) -> None:

@@ -234,7 +234,9 @@ def load_float_parts(
     check_float_components(source.folder, without=empty_modules)
     loaded_parts = load_parts(source.folder, parts, settings.dtype)
     place = device if settings.offload == "none" else CPU
-    return load_pipeline(source.folder, empty_modules, settings.dtype, place, loaded_parts)
+    return load_pipeline(
+        source.folder, empty_modules, settings.dtype, place, loaded_parts, source.pipeline_class
+    )
 
 
 def prepare_denoisers(pipe: DiffusionPipeline, source: ResolvedModel, attention: str) -> dict[str, nn.Module]:

@@ -205,7 +205,7 @@ def test_part_that_cannot_be_loaded_is_an_error_with_the_setting(tmp_path):
     with pytest.raises(FileError, match=words):
         load_parts(folder, {"tokenizer": ["CLIPTokenizer", f"{tmp_path}/no"]}, torch.float32)
     with pytest.raises(
-        ConfigError, match=r"model\.parts\.tokenizer is of class NoSuch, which transformers .* does not have"
+        ConfigError, match=r"model\.parts\.tokenizer is of class NoSuch, which neither transformers .* has"
     ):
         load_parts(folder, {"tokenizer": ["NoSuch", "x/y"]}, torch.float32)
     with pytest.raises(
@@ -213,6 +213,7 @@ def test_part_that_cannot_be_loaded_is_an_error_with_the_setting(tmp_path):
     ):
         load_parts(folder, {"tokenizer": ["RagRetriever", "x/y"]}, torch.float32)
     with pytest.raises(
-        ConfigError, match=r"model\.parts\.a is 'x'; it takes \[class of transformers, hub id or folder\]"
+        ConfigError,
+        match=r"model\.parts\.a is 'x'; it takes \[class of transformers or diffusers, hub id or folder\]",
     ):
         ModelSource("x", "x", Sampling(), parts={"a": "x"})

@@ -105,7 +105,8 @@ def test_diffusers_folder_holds_every_part(write_pipeline: Callable[..., Path]) 
     assert resolve_model(make_source(folder)) == ResolvedModel(
         folder,
         (ResolvedDenoiser("transformer", "FluxTransformer2DModel", FLUX, folder / "transformer"),),
-        False,
+        has_single_files=False,
+        pipeline_class="FluxPipeline",
     )
 
 
@@ -136,9 +137,8 @@ def test_single_file_takes_the_rest_from_its_base(
     folder, file = write_pipeline(), write_weights(tmp_path / "m.safetensors")
     found = resolve_model(make_source(file, base=str(folder)))
 
-    assert found == ResolvedModel(
-        folder, (ResolvedDenoiser("transformer", "FluxTransformer2DModel", FLUX, file),), True
-    )
+    denoiser = ResolvedDenoiser("transformer", "FluxTransformer2DModel", FLUX, file)
+    assert found == ResolvedModel(folder, (denoiser,), has_single_files=True, pipeline_class="FluxPipeline")
 
 
 def test_folder_of_weights_without_an_index_is_a_denoiser(
