@@ -126,6 +126,49 @@ def make_llm_shapes(
 QWEN3_VL = "model.language_model"
 
 
+def make_qwen3_5_shapes(
+    words: int, wide: int, feed: int, layers: int, heads: int, groups: int, value_heads: int
+) -> dict[str, tuple[int, ...]]:
+    """Qwen3.5: every fourth layer has full attention with a gate, the others linear attention."""
+    head, key_width, value_width = 256, 16 * 128, value_heads * 128
+    root = "model.language_model"
+    found: dict[str, tuple[int, ...]] = {
+        f"{root}.embed_tokens.weight": (words, wide),
+        f"{root}.norm.weight": (wide,),
+    }
+    full_attention = {
+        "self_attn.q_proj.weight": (2 * heads * head, wide),
+        "self_attn.k_proj.weight": (groups * head, wide),
+        "self_attn.v_proj.weight": (groups * head, wide),
+        "self_attn.o_proj.weight": (wide, heads * head),
+        "self_attn.q_norm.weight": (head,),
+        "self_attn.k_norm.weight": (head,),
+    }
+    linear_attention = {
+        "linear_attn.in_proj_qkv.weight": (2 * key_width + value_width, wide),
+        "linear_attn.in_proj_z.weight": (value_width, wide),
+        "linear_attn.in_proj_a.weight": (value_heads, wide),
+        "linear_attn.in_proj_b.weight": (value_heads, wide),
+        "linear_attn.out_proj.weight": (wide, value_width),
+        "linear_attn.conv1d.weight": (2 * key_width + value_width, 1, 4),
+        "linear_attn.norm.weight": (128,),
+        "linear_attn.A_log": (value_heads,),
+        "linear_attn.dt_bias": (value_heads,),
+    }
+    both: dict[str, tuple[int, ...]] = {
+        "input_layernorm.weight": (wide,),
+        "post_attention_layernorm.weight": (wide,),
+        "mlp.gate_proj.weight": (feed, wide),
+        "mlp.up_proj.weight": (feed, wide),
+        "mlp.down_proj.weight": (wide, feed),
+    }
+    for i in range(layers):
+        attention = full_attention if i % 4 == 3 else linear_attention
+        for name, shape in (both | attention).items():
+            found[f"{root}.layers.{i}.{name}"] = shape
+    return found
+
+
 SMALL = {
     "clip_l": make_clip_shapes(768, 1, words=40),
     "clip_g": make_clip_shapes(1280, 1, projection=1280, words=40),
@@ -142,6 +185,7 @@ SMALL = {
     "qwen2_5": make_llm_shapes(40, 256, 32, 2, 2, 1, bias=True),
     "qwen3": make_llm_shapes(40, 64, 32, 2, 2, 1, norms=True),
     "qwen3_vl": make_llm_shapes(40, 64, 32, 2, 2, 1, 128, QWEN3_VL, True),
+    "qwen3_5": make_qwen3_5_shapes(40, 64, 32, 4, 2, 1, 16),
     "gemma2": make_llm_shapes(40, 64, 32, 2, 2, 1, 256, gemma=True),
     "gemma3": make_llm_shapes(40, 64, 32, 2, 2, 1, 256, norms=True, gemma=True),
     "mistral3": make_llm_shapes(40, 64, 32, 2, 2, 1),

@@ -168,7 +168,6 @@ LAYER = "model.layers.0"
         ("jina_clip", {"model.encoder.layers.0.mixer.Wqkv.weight": (8, 8)}),
         ("t5_gemma", {"model.encoder.layers.0.pre_self_attn_layernorm.weight": (8,)}),
         ("gpt_oss", {f"{LAYER}.self_attn.sinks": (8,), f"{LAYER}.post_attention_layernorm.weight": (8,)}),
-        ("qwen3_5", {"model.language_model.layers.0.linear_attn.A_log": (8,)}),
         (
             "gemma4",
             {

@@ -9,6 +9,7 @@ from text_encoders.shapes import (
     make_clip_shapes,
     make_llm_shapes,
     make_openclip_file,
+    make_qwen3_5_shapes,
     make_t5_shapes,
     shapes_of,
 )
@@ -143,6 +144,20 @@ FULL: dict[str, tuple[str, dict[str, tuple[int, ...]], dict]] = {
         | EYES
         | {"model.visual.blocks.0.norm1.weight": (1024,)},
         dict(hidden_size=2560, head_dim=128, rope_theta=5e6),
+    ),
+    "Qwen3.5-9B": (
+        "qwen3_5",
+        make_qwen3_5_shapes(248320, 4096, 12288, 32, 16, 4, 32),
+        dict(
+            hidden_size=4096,
+            num_hidden_layers=32,
+            intermediate_size=12288,
+            num_attention_heads=16,
+            num_key_value_heads=4,
+            head_dim=256,
+            linear_num_value_heads=32,
+            linear_value_head_dim=128,
+        ),
     ),
     "Gemma2-2B": (
         "gemma2",

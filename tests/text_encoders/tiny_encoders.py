@@ -51,6 +51,19 @@ QWEN25 = {name: value for name, value in LLM.items() if name != "head_dim"} | {
 QWEN3 = LLM | {
     "rope_scaling": {"rope_type": "default", "mrope_interleaved": True, "mrope_section": [4, 2, 2]}
 }
+# three layers with linear attention, then one with full attention
+QWEN35 = LLM | {
+    "num_hidden_layers": 4,
+    "linear_num_value_heads": 16,
+    "linear_value_head_dim": 8,
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.5,
+        "mrope_interleaved": True,
+        "mrope_section": [2, 1, 1],
+    },
+}
 EYES = {
     "depth": 1,
     "hidden_size": 16,
@@ -173,6 +186,18 @@ TINY: dict[str, Tiny] = {
             ((r"^", "model."),),
         ),
         Tiny("qwen3", "Qwen3VLTextModel", QWEN3, ALONE),
+        Tiny(
+            "qwen3_5",
+            "Qwen3_5ForConditionalGeneration",
+            {"text_config": QWEN35, "vision_config": EYES | {"num_position_embeddings": 4}},
+        ),
+        Tiny(
+            "qwen3_5",
+            "Qwen3_5Model",
+            {"text_config": QWEN35, "vision_config": EYES | {"num_position_embeddings": 4}},
+            ((r"^", "model."),),
+        ),
+        Tiny("qwen3_5", "Qwen3_5TextModel", QWEN35, ((r"^", "model.language_model."),)),
         Tiny("gemma2", "Gemma2Model", LLM, ALONE),
         Tiny("gemma2", "Gemma2ForCausalLM", LLM | {"tie_word_embeddings": True}, lacks=r"^lm_head"),
         Tiny(
