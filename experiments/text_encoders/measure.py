@@ -76,11 +76,13 @@ def kernels_of(form: WeightFormat) -> tuple[str, ...]:
 def register_encoder(case: Case) -> Iterator[None]:
     """int8run's encoders and the case's own."""
     shipped = registry.load_encoders()
-    own = {} if case.own is None else {case.own.name: case.own}
-    with_own = lambda: {**own, **shipped}  # noqa: E731
+    encoders = dict(shipped)
+    if case.family is not None:
+        encoders = {case.family.name: case.family, **shipped}
+    load_encoders = mock.Mock(return_value=encoders)
     with (
-        mock.patch.object(registry, "load_encoders", with_own),
-        mock.patch.object(detect, "load_encoders", with_own),
+        mock.patch.object(registry, "load_encoders", load_encoders),
+        mock.patch.object(detect, "load_encoders", load_encoders),
     ):
         yield
 
@@ -129,8 +131,10 @@ def compute_embeddings(
         answer = call_encoder(model, call, device)
         tokens = answer.last_hidden_state.float().cpu()
         pooled = getattr(answer, "pooler_output", None)
-        pooled = None if pooled is None else pooled.float().cpu()
-        found.append((tokens, None if case.pooled is None else case.pooled(tokens, pooled)))
+        if pooled is not None:
+            pooled = pooled.float().cpu()
+        text = None if case.pool is None else case.pool(tokens, pooled)
+        found.append((tokens, text))
     return found
 
 

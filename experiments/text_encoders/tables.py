@@ -1,4 +1,7 @@
-"""The tables of the README, from the CSVs: python experiments/text_encoders/tables.py [--device cuda]"""
+"""The tables of the README, from the CSVs that `measure.py` and `images.py` write.
+
+python experiments/text_encoders/tables.py [--device cuda]
+"""
 
 import argparse
 import csv
@@ -7,6 +10,7 @@ from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
 Row = Mapping[str, str]
+Column = tuple[str, Callable[[Row], str]]  # the case whose row is read, and what is said of it
 # heading, case, and which embeddings: `pooled_` those of whole texts
 EMBEDDINGS = (
     ("tiny CLIP, text", "tiny_clip", "pooled_"),
@@ -16,6 +20,7 @@ EMBEDDINGS = (
     ("CLIP-L, random", "clip_l", ""),
     ("T5-XXL layer, random", "t5_xxl", ""),
 )
+FULL_SIZE_FORMATS = ("int8_rowwise", "int8_convrot", "int8_block3d", "float8_e4m3fn", "mxfp8", "nvfp4")
 CASES = {
     "tiny_clip": "tiny CLIP",
     "tiny_t5": "tiny T5",
@@ -31,29 +36,55 @@ def read_rows(results: Path, name: str, device: str | None = None) -> list[Row]:
     if not path.is_file():
         return []
     with path.open() as file:
-        return [row for row in csv.DictReader(file) if device is None or row["device"] == device]
+        rows = list(csv.DictReader(file))
+    if device is None:
+        return rows
+    return [row for row in rows if row["device"] == device]
 
 
-def print_table(title: str, head: Sequence[str], lines: Iterable[Sequence[str]]) -> None:
+def print_table(title: str, head: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
     """One table in Markdown; nothing where it has no lines."""
-    lines = list(lines)
-    if lines:
-        print(f"\n{title}\n\n| {' | '.join(head)} |\n|{'---|' * len(head)}")
-        for line in lines:
-            print(f"| {' | '.join(line)} |")
+    if not lines:
+        return
+    print(f"\n{title}\n\n| {' | '.join(head)} |\n|{'---|' * len(head)}")
+    for line in lines:
+        print(f"| {' | '.join(line)} |")
 
 
-def by_variant(rows: Sequence[Row]) -> dict[tuple[str, str], dict[str, Row]]:
-    """By format and kernels, then by case."""
-    found: dict[tuple[str, str], dict[str, Row]] = {}
+def group_rows(rows: Iterable[Row], outer: str, inner: str) -> dict[str, dict[str, Row]]:
+    """Rows by the value of one column, then by that of another."""
+    groups: dict[str, dict[str, Row]] = {}
     for row in rows:
-        found.setdefault((row["format"], row["kernels"]), {})[row["case"]] = row
-    return found
+        groups.setdefault(row[outer], {})[row[inner]] = row
+    return groups
 
 
-def format_cells(rows: Mapping[str, Row], columns: Iterable[tuple[str, Callable[[Row], str]]]) -> list[str]:
-    """What a function of each column says of its case's row; empty where that was not measured."""
-    return [say(rows[case]) if case in rows else "" for case, say in columns]
+def group_variants(rows: Iterable[Row]) -> dict[tuple[str, str], dict[str, Row]]:
+    """Rows by format and kernels, then by case."""
+    groups: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in rows:
+        groups.setdefault((row["format"], row["kernels"]), {})[row["case"]] = row
+    return groups
+
+
+def format_cells(rows: Mapping[str, Row], columns: Iterable[Column]) -> list[str]:
+    """What each column says of its case's row; empty where that was not measured."""
+    cells = []
+    for case, say in columns:
+        cells.append(say(rows[case]) if case in rows else "")
+    return cells
+
+
+def format_variants(
+    variants: Mapping[tuple[str, str], Mapping[str, Row]], columns: Sequence[Column]
+) -> list[list[str]]:
+    """A line for each format and kernels."""
+    return [[*variant, *format_cells(rows, columns)] for variant, rows in variants.items()]
+
+
+def format_groups(groups: Mapping[str, Mapping[str, Row]], columns: Sequence[Column]) -> list[list[str]]:
+    """A line for each group."""
+    return [[name, *format_cells(rows, columns)] for name, rows in groups.items()]
 
 
 def format_cosine(prefix: str) -> Callable[[Row], str]:
@@ -71,77 +102,77 @@ def format_ratio(name: str) -> Callable[[Row], str]:
     return lambda row: f"{float(row[name]):.3f}" if row[name] else ""
 
 
+def format_speed(row: Row) -> str:
+    """Times as fast as both float models."""
+    return f"{float(row['vs_float32']):.2f} / {float(row['vs_bfloat16']):.2f}"
+
+
+def format_loading(row: Row) -> str:
+    """Seconds, and those of the float file."""
+    return f"{float(row['load_s']):.2f} ({float(row['float_load_s']):.2f})"
+
+
 def format_digits(row: Row, name: str, count: int) -> str:
     """A number, `equal` for infinite dB, or nothing."""
     if not row.get(name):
         return ""
-    return "equal" if row[name] == "inf" else f"{float(row[name]):.{count}f}"
+    if row[name] == "inf":
+        return "equal"
+    return f"{float(row[name]):.{count}f}"
 
 
 def print_quality(results: Path, device: str) -> None:
-    """Cosines, errors, bytes."""
-    rows = read_rows(results, "quality", device)
-    variants = by_variant(rows)
-    heads = ["format", "kernels", *(head for head, _, _ in EMBEDDINGS)]
+    """Cosines and errors of the embeddings."""
+    variants = group_variants(read_rows(results, "quality", device))
+    heads = ["format", "kernels", *(title for title, _, _ in EMBEDDINGS)]
     cosines = [(case, format_cosine(prefix)) for _, case, prefix in EMBEDDINGS]
     errors = [(case, format_percent(f"{prefix}rel_err")) for _, case, prefix in EMBEDDINGS]
     print_table(
         "Cosine to the float encoder's embeddings: mean, and of the worst prompt",
         heads,
-        [[*v, *format_cells(r, cosines)] for v, r in variants.items()],
+        format_variants(variants, cosines),
     )
-    print_table("Relative error, %", heads, [[*v, *format_cells(r, errors)] for v, r in variants.items()])
-    autos = {name: r for (name, kernels), r in variants.items() if kernels == "auto"}
-    columns = [(case, format_ratio(name)) for name in ("layers_vs_bf16", "module_vs_bf16") for case in CASES]
-    heads = ["format", *(f"{title}, {what}" for what in ("layers", "whole") for title in CASES.values())]
+    print_table("Relative error, %", heads, format_variants(variants, errors))
+
+
+def print_memory(results: Path, device: str) -> None:
+    """Bytes in memory and in the file; they do not depend on the kernels."""
+    rows = [row for row in read_rows(results, "quality", device) if row["kernels"] == "auto"]
+    by_format = group_rows(rows, "format", "case")
+    layers = [(case, format_ratio("layers_vs_bf16")) for case in CASES]
+    whole = [(case, format_ratio("module_vs_bf16")) for case in CASES]
+    files = [(case, format_ratio("file_vs_float")) for case in CASES]
+    titles = list(CASES.values())
+    heads = ["format", *(f"{title}, layers" for title in titles), *(f"{title}, whole" for title in titles)]
     print_table(
         "Memory, of bfloat16's: quantized layers alone, and the whole encoder",
         heads,
-        [[n, *format_cells(r, columns)] for n, r in autos.items()],
+        format_groups(by_format, [*layers, *whole]),
     )
-    columns = [(case, format_ratio("file_vs_float")) for case in CASES]
-    print_table(
-        "File, of the float file's bytes",
-        ["format", *CASES.values()],
-        [[n, *format_cells(r, columns)] for n, r in autos.items()],
-    )
+    print_table("File, of the float file's bytes", ["format", *titles], format_groups(by_format, files))
 
 
 def print_sizes(results: Path) -> None:
     """Full-size encoders."""
-    by_case: dict[str, dict[str, Row]] = {}
-    for row in read_rows(results, "sizes"):
-        by_case.setdefault(row["case"], {})[row["format"]] = row
-    named = ("int8_rowwise", "int8_convrot", "int8_block3d", "float8_e4m3fn", "mxfp8", "nvfp4")
-    lines = [
-        [
-            case,
-            f"{float(r[named[0]]['bf16_gb']):.2f}",
-            *(f"{format_percent('quantized_share')(r[n])} %" for n in named[:2]),
-            *(format_ratio("whole_vs_bf16")(r[n]) for n in named),
-        ]
-        for case, r in by_case.items()
-    ]
-    heads = ["encoder", "bfloat16, GB", "quantized as int8_rowwise", "as int8_convrot", *named]
+    share = format_percent("quantized_share")
+    ratio = format_ratio("whole_vs_bf16")
+    lines = []
+    for case, rows in group_rows(read_rows(results, "sizes"), "case", "format").items():
+        gigabytes = f"{float(rows['int8_rowwise']['bf16_gb']):.2f}"
+        shares = [f"{share(rows[name])} %" for name in ("int8_rowwise", "int8_convrot")]
+        lines.append([case, gigabytes, *shares, *(ratio(rows[name]) for name in FULL_SIZE_FORMATS)])
+    heads = ["encoder", "bfloat16, GB", "quantized as int8_rowwise", "as int8_convrot", *FULL_SIZE_FORMATS]
     print_table("Whole encoders at full size, of bfloat16's bytes (by shapes)", heads, lines)
 
 
 def print_wo(results: Path, device: str) -> None:
     """T5's `wo` in float and quantized."""
-    found: dict[str, dict[str, Row]] = {}
-    for row in read_rows(results, "wo", device):
-        found.setdefault(row["format"], {})[row["wo"]] = row
-    columns = [
-        (word, say)
-        for say in (format_percent("rel_err"), format_cosine(""))
-        for word in ("float", "quantized")
-    ]
+    by_format = group_rows(read_rows(results, "wo", device), "format", "wo")
+    columns = []
+    for say in (format_percent("rel_err"), format_cosine("")):
+        columns += [("float", say), ("quantized", say)]
     heads = ["format", "error, %: `wo` float", "quantized", "cosine: `wo` float", "quantized"]
-    print_table(
-        "Tiny T5 with `wo` in float and quantized",
-        heads,
-        [[name, *format_cells(r, columns)] for name, r in found.items()],
-    )
+    print_table("Tiny T5 with `wo` in float and quantized", heads, format_groups(by_format, columns))
 
 
 def print_times(results: Path, device: str) -> None:
@@ -149,68 +180,60 @@ def print_times(results: Path, device: str) -> None:
     rows = read_rows(results, "time", device)
     timed = {row["case"] for row in rows}
     cases = {case: title for case, title in CASES.items() if case in timed}
+    heads = ["format", "kernels", *cases.values()]
+    speeds = [(case, format_speed) for case in cases]
+    loads = [(case, format_loading) for case in cases]
     for dtype in ("float32", "bfloat16"):
-        variants = by_variant([row for row in rows if row["dtype"] == dtype])
-        speeds = [
-            (case, lambda row: f"{float(row['vs_float32']):.2f} / {float(row['vs_bfloat16']):.2f}")
-            for case in cases
-        ]
-        lines = [[*v, *format_cells(r, speeds)] for v, r in variants.items()]
+        variants = group_variants(row for row in rows if row["dtype"] == dtype)
         print_table(
             f"Times as fast as float32 / bfloat16; between the layers {dtype}",
-            ["format", "kernels", *cases.values()],
-            lines,
+            heads,
+            format_variants(variants, speeds),
         )
     # loads are measured once for both dtypes
-    loads = [
-        (case, lambda row: f"{float(row['load_s']):.2f} ({float(row['float_load_s']):.2f})") for case in cases
-    ]
-    lines = [[*v, *format_cells(r, loads)] for v, r in variants.items()]
     print_table(
         "Seconds from file to model (the float file at the same time)",
-        ["format", "kernels", *cases.values()],
-        lines,
+        heads,
+        format_variants(group_variants(rows), loads),
     )
 
 
 def print_images(results: Path) -> None:
     """The tiny model."""
-    found: dict[str, dict[str, Row]] = {}
-    for row in read_rows(results, "pictures"):
-        found.setdefault(row["format"], {})[row["denoiser"]] = row
     lines = []
-    for name, r in found.items():
+    for name, rows in group_rows(read_rows(results, "images"), "format", "denoiser").items():
         line = [name]
-        for which in ("float", "int8"):
-            row = r.get(which, {})
-            line += [
-                format_digits(row, "psnr_db", 2),
-                format_digits(row, "worst_psnr_db", 1),
-                format_percent("latent_rel_err")(row) if row else "",
-                format_digits(row, "top1", 2),
-            ]
+        for denoiser in ("float", "int8"):
+            line += format_image_cells(rows.get(denoiser, {}))
         lines.append(line)
-    heads = [
-        "format",
-        "PSNR, dB",
-        "worst",
-        "latent error, %",
-        "top-1",
-        "INT8 denoiser: PSNR, dB",
-        "worst",
-        "latent error, %",
-        "top-1",
-    ]
+    numbers = ["PSNR, dB", "worst", "latent error, %", "top-1"]
+    heads = ["format", *numbers, f"INT8 denoiser: {numbers[0]}", *numbers[1:]]
     print_table("Images of the tiny model", heads, lines)
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+def format_image_cells(row: Row) -> list[str]:
+    """PSNR, that of the worst image, latent error and top-1; empty where it was not measured."""
+    latent_error = format_percent("latent_rel_err")(row) if row else ""
+    return [
+        format_digits(row, "psnr_db", 2),
+        format_digits(row, "worst_psnr_db", 1),
+        latent_error,
+        format_digits(row, "top1", 2),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSVs")
     arguments = parser.parse_args()
     print_quality(arguments.results, arguments.device)
+    print_memory(arguments.results, arguments.device)
     print_sizes(arguments.results)
     print_wo(arguments.results, arguments.device)
     print_times(arguments.results, arguments.device)
     print_images(arguments.results)
+
+
+if __name__ == "__main__":
+    main()

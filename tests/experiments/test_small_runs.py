@@ -143,7 +143,7 @@ def test_fidelity_has_a_line_for_each_job(lora_sweep: Path, capsys: Capture) -> 
         metrics["metrics"].setdefault("quant/output_sqnr_db_mean", 40.0)
         (job / "metrics.json").write_text(json.dumps(metrics))
 
-    run_script("fidelity/pictures.py", "--sweep", lora_sweep)
+    run_script("fidelity/images.py", "--sweep", lora_sweep)
 
     assert len(capsys.readouterr().out.splitlines()) == 2 + 2
 
@@ -156,11 +156,11 @@ def test_fidelity_plots_a_sweep(image: str, lora_sweep: Path, tmp_path: Path) ->
 
 
 def test_text_encoders_shows_what_formats_change(encoder_sweep: Path, tmp_path: Path) -> None:
-    run_script("text_encoders/pictures.py", "--sweep", encoder_sweep, "--out", tmp_path)
+    run_script("text_encoders/images.py", "--sweep", encoder_sweep, "--out", tmp_path)
 
-    rows = read_table(tmp_path / "results" / "pictures.csv")
+    rows = read_table(tmp_path / "results" / "images.csv")
     assert [row["format"] for row in rows] == ["keep", "int8_rowwise"]
-    assert (tmp_path / "pictures.png").is_file()
+    assert (tmp_path / "images.png").is_file()
 
 
 # -- text encoders -----------------------------------------------------------------------------------
@@ -259,7 +259,7 @@ def test_model_bench_times_variants_on_a_gpu(tmp_path: Path) -> None:
 def test_lora_modes_sweeps_over_strengths(tmp_path: Path) -> None:
     small = ("--seeds", "1", "--stacks", "gloss", "--modes", "bake", "--outliers", "none")
 
-    run_script("lora_modes/pictures.py", *small, "--work", tmp_path, "--out", tmp_path / "table.csv")
+    run_script("lora_modes/images.py", *small, "--work", tmp_path, "--out", tmp_path / "table.csv")
 
     rows = read_table(tmp_path / "table.csv")
     assert [row["strength"] for row in rows] == ["0.5", "1"]

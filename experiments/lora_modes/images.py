@@ -2,9 +2,9 @@
 
 How far INT8 is from the float model with the same LoRAs, and what that costs.
 
-    python experiments/lora_modes/pictures.py --work work
+    python experiments/lora_modes/images.py --work work
 
-Each row of the table is one `int8run -m` over strengths, in one process; results go to results/pictures.csv.
+Each row of the table is one `int8run -m` over strengths, in one process; results go to results/images.csv.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import sys
 from itertools import product
 from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results" / "pictures.csv"
+RESULTS = Path(__file__).parent / "results" / "images.csv"
 STACKS = {
     "ink": ["lora=file", "lora.adapters.0.path=ink", "lora.adapters.0.strength=0,0.5,1,2"],
     "gloss": ["lora=file", "lora.adapters.0.path=gloss", "lora.adapters.0.strength=0.5,1"],
