@@ -14,9 +14,12 @@ import argparse
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 from mlflow import MlflowClient
 from PIL import Image
@@ -37,6 +40,7 @@ MOST_ROWS, ROW_PX = 4, 265  # of the grid in its image
 CARD = '[data-testid="experiment-view-compare-runs-card"]'
 PHONE = {"width": 390, "height": 844}
 PHONE_SCREENS = ("body", "#speed-quality", "#images")  # side by side
+GAP_PX = 20  # between them
 
 
 def run_sweep(folder: Path) -> Path:
@@ -47,9 +51,9 @@ def run_sweep(folder: Path) -> Path:
     return folder / "strengths-and-outliers"
 
 
-def save_screenshot(shot: bytes, path: Path) -> None:
+def save_screenshot(screenshot: bytes, path: Path) -> None:
     """An image with as many colours as its file has room for."""
-    image = Image.open(BytesIO(shot)).convert("RGB")
+    image = Image.open(BytesIO(screenshot)).convert("RGB")
     image.save(path, optimize=True)
     for colours in (256, 128, 64, 32):
         if path.stat().st_size <= LARGEST:
@@ -58,17 +62,40 @@ def save_screenshot(shot: bytes, path: Path) -> None:
     print(f"{path}: {image.width} x {image.height}, {path.stat().st_size / 1000:.0f} kB")
 
 
-def take_screenshot(
-    browser: Browser, link: str, home: str, look: Callable[[Page], bytes], path: Path, **context: object
-) -> Watch:
-    """Open a page, take its image, and say what it complained about."""
-    opened = browser.new_context(**context)
+@dataclass(frozen=True)
+class Shot:
+    """A page of which an image is taken.
+
+    Args:
+        link: of the page.
+        look: waits until the page shows what it should, and takes the image.
+        file: name of the image.
+        context: settings of the browser's context, such as `viewport`.
+    """
+
+    link: str
+    look: Callable[[Page], bytes]
+    file: str
+    context: Mapping[str, Any]
+
+
+def take_screenshot(browser: Browser, shot: Shot, home: str, out: Path) -> Watch:
+    """Open a page, save its image, and print what it complained about.
+
+    Args:
+        browser: a running one.
+        shot: the page.
+        home: the address from which everything must come that the page asks for.
+        out: folder of the image.
+    """
+    opened = browser.new_context(**shot.context)
     opened.add_init_script(NO_ASSISTANT)
     page = opened.new_page()
     page.set_default_timeout(WAIT_MS)
-    seen = watch(page, home, MLFLOW_COMPLAINTS if home.startswith("http") else ())
-    page.goto(link)
-    save_screenshot(look(page), path)
+    expected_complaints = MLFLOW_COMPLAINTS if home.startswith("http") else ()
+    seen = watch(page, home, expected_complaints)
+    page.goto(shot.link)
+    save_screenshot(shot.look(page), out / shot.file)
     opened.close()
     for complaint in seen.complaints:
         print(f"  console: {complaint}")
@@ -77,91 +104,92 @@ def take_screenshot(
     return seen
 
 
-def mlflow_pictures(
-    browser: Browser, address: str, experiment_id: str, records: list[Record], out: Path
-) -> list[Watch]:
-    """The view of the sweep: table, charts, grid."""
-    sweep, drawn = records[0].sweep or "", [r for r in records if r.images]
-    charts, table = (
-        build_view_link(address, experiment_id, sweep, charts=wanted) for wanted in (True, False)
-    )
+def make_viewport(width: int, height: int) -> dict[str, Any]:
+    """The setting of a browser's context for the size of its page, in pixels."""
+    return {"viewport": {"width": width, "height": height}}
 
-    def wait_for_runs(page: Page) -> None:
-        page.locator('[role="gridcell"] a[href*="/runs/"]').nth(len(records) - 1).wait_for(state="attached")
 
-    def look_at_table(page: Page) -> bytes:
-        wait_for_runs(page)
-        page.get_by_test_id("sort-header-quality/psnr_db").wait_for()
-        return page.screenshot()
+def list_mlflow_shots(address: str, experiment_id: str, records: Sequence[Record]) -> list[Shot]:
+    """The view of a sweep in MLflow: table, charts, grid of images.
 
-    def look_at_charts(page: Page) -> bytes:
-        wait_for_runs(page)
-        # 70 pixels: below the search box
-        page.get_by_text("Settings, memory, speed, quality").evaluate(
-            "heading => { heading.style.scrollMarginTop = '70px'; heading.scrollIntoView() }"
-        )
-        page.locator(".parcoords svg .dimension").first.wait_for()
-        page.locator(f"{CARD} .scatterlayer .point").nth(2 * len(drawn) - 1).wait_for(state="attached")
-        page.locator(f"{CARD} .bars .point").first.wait_for(state="attached")
-        page.wait_for_timeout(1000)  # bars grow
-        return page.screenshot()
-
-    def look_at_pictures(page: Page) -> bytes:
-        wait_for_runs(page)
-        page.locator(f"{CARD} img[src*='get-artifact']").first.wait_for()
-        page.locator(CARD).first.locator(
-            '[data-component-id="fullscreen_button_chartcard"]'
-        ).click()  # wide enough for the runs' names
-        dialog = page.get_by_role("dialog")
-        dialog.locator("img[src*='get-artifact']").nth(
-            min(len(drawn), MOST_RUNS) * len(drawn[0].images) - 1
-        ).wait_for()
-        return dialog.screenshot()
-
-    size = lambda width, height: {"viewport": {"width": width, "height": height}}  # noqa: E731
+    Args:
+        address: of the server.
+        experiment_id: MLflow's.
+        records: the jobs of the sweep.
+    """
+    sweep = records[0].sweep or ""
+    with_images = [record for record in records if record.images]
+    charts_link = build_view_link(address, experiment_id, sweep, charts=True)
+    table_link = build_view_link(address, experiment_id, sweep, charts=False)
+    images_per_run = len(with_images[0].images)
+    grid_rows = min(images_per_run, MOST_ROWS)
     return [
-        take_screenshot(
-            browser,
-            table,
-            address,
-            look_at_table,
-            out / "mlflow_table.png",
-            **size(1900, 420 + 32 * len(records)),
+        Shot(
+            link=table_link,
+            look=partial(look_at_table, n_runs=len(records)),
+            file="mlflow_table.png",
+            context=make_viewport(1900, 420 + 32 * len(records)),
         ),
-        take_screenshot(
-            browser, charts, address, look_at_charts, out / "mlflow_compare.png", **size(1600, 1500)
+        Shot(
+            link=charts_link,
+            look=partial(look_at_charts, n_runs=len(records), n_points=2 * len(with_images)),
+            file="mlflow_compare.png",
+            context=make_viewport(1600, 1500),
         ),
-        take_screenshot(
-            browser,
-            charts,
-            address,
-            look_at_pictures,
-            out / "mlflow_images.png",
-            **size(3100, 265 + ROW_PX * min(len(drawn[0].images), MOST_ROWS)),
+        Shot(
+            link=charts_link,
+            look=partial(
+                look_at_images,
+                n_runs=len(records),
+                n_images=min(len(with_images), MOST_RUNS) * images_per_run,
+            ),
+            file="mlflow_images.png",
+            context=make_viewport(3100, 265 + ROW_PX * grid_rows),
         ),
     ]
 
 
-def report_pictures(browser: Browser, report: Path, out: Path) -> list[Watch]:
+def wait_for_runs(page: Page, n_runs: int) -> None:
+    """Wait until MLflow's table has the rows of all runs."""
+    page.locator('[role="gridcell"] a[href*="/runs/"]').nth(n_runs - 1).wait_for(state="attached")
+
+
+def look_at_table(page: Page, n_runs: int) -> bytes:
+    """MLflow's table of runs."""
+    wait_for_runs(page, n_runs)
+    page.get_by_test_id("sort-header-quality/psnr_db").wait_for()
+    return page.screenshot()
+
+
+def look_at_charts(page: Page, n_runs: int, n_points: int) -> bytes:
+    """MLflow's charts, when all points of the scatter plots are there."""
+    wait_for_runs(page, n_runs)
+    # 70 pixels: below the search box
+    page.get_by_text("Settings, memory, speed, quality").evaluate(
+        "heading => { heading.style.scrollMarginTop = '70px'; heading.scrollIntoView() }"
+    )
+    page.locator(".parcoords svg .dimension").first.wait_for()
+    page.locator(f"{CARD} .scatterlayer .point").nth(n_points - 1).wait_for(state="attached")
+    page.locator(f"{CARD} .bars .point").first.wait_for(state="attached")
+    page.wait_for_timeout(1000)  # bars grow
+    return page.screenshot()
+
+
+def look_at_images(page: Page, n_runs: int, n_images: int) -> bytes:
+    """MLflow's grid of images on the full screen, which is wide enough for the names of the runs."""
+    wait_for_runs(page, n_runs)
+    page.locator(f"{CARD} img[src*='get-artifact']").first.wait_for()
+    full_screen = '[data-component-id="fullscreen_button_chartcard"]'
+    page.locator(CARD).first.locator(full_screen).click()
+    dialog = page.get_by_role("dialog")
+    dialog.locator("img[src*='get-artifact']").nth(n_images - 1).wait_for()
+    return dialog.screenshot()
+
+
+def list_report_shots(report: Path) -> list[Shot]:
     """The report: light, dark, and on a phone."""
-
-    def whole(page: Page) -> bytes:
-        return page.screenshot(full_page=True)
-
-    def screens(page: Page) -> bytes:
-        shots = []
-        for part in PHONE_SCREENS:
-            page.locator(part).evaluate("part => part.scrollIntoView()")
-            shots.append(Image.open(BytesIO(page.screenshot())))
-        row = Image.new("RGB", (sum(s.width + 20 for s in shots) - 20, shots[0].height), "gray")
-        for place, shot in enumerate(shots):
-            row.paste(shot, (place * (shot.width + 20), 0))
-        buffer = BytesIO()
-        row.save(buffer, "PNG")
-        return buffer.getvalue()
-
     link = report.absolute().as_uri()
-    screen = {"viewport": {"width": 1280, "height": 900}, "offline": True}
+    screen = {**make_viewport(1280, 900), "offline": True}
     phone = {
         "viewport": PHONE,
         "device_scale_factor": 1.5,
@@ -170,10 +198,32 @@ def report_pictures(browser: Browser, report: Path, out: Path) -> list[Watch]:
         "offline": True,
     }
     return [
-        take_screenshot(browser, link, link, whole, out / "report_light.png", color_scheme="light", **screen),
-        take_screenshot(browser, link, link, whole, out / "report_dark.png", color_scheme="dark", **screen),
-        take_screenshot(browser, link, link, screens, out / "report_phone.png", **phone),
+        Shot(link, look_at_whole_page, "report_light.png", {**screen, "color_scheme": "light"}),
+        Shot(link, look_at_whole_page, "report_dark.png", {**screen, "color_scheme": "dark"}),
+        Shot(link, look_at_phone_screens, "report_phone.png", phone),
     ]
+
+
+def look_at_whole_page(page: Page) -> bytes:
+    """The page from top to bottom."""
+    return page.screenshot(full_page=True)
+
+
+def look_at_phone_screens(page: Page) -> bytes:
+    """Some screens of a phone side by side."""
+    screens = []
+    for part in PHONE_SCREENS:
+        page.locator(part).evaluate("part => part.scrollIntoView()")
+        screens.append(Image.open(BytesIO(page.screenshot())))
+    total_width = sum(screen.width for screen in screens) + GAP_PX * (len(screens) - 1)
+    row = Image.new("RGB", (total_width, screens[0].height), "gray")
+    left = 0
+    for screen in screens:
+        row.paste(screen, (left, 0))
+        left += screen.width + GAP_PX
+    buffer = BytesIO()
+    row.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def main() -> int:
@@ -181,7 +231,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder for the pictures")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the images")
     parser.add_argument(
         "--sweep", type=Path, help="folder of a finished sweep; without it the sweep is run first"
     )
@@ -199,8 +249,10 @@ def main() -> int:
             )
         experiment = MlflowClient(tracked["store"]).get_experiment_by_name(tracked["experiment"])
         with mlflow_server(tracked["store"], Path(work, "server.log")) as address, chromium() as browser:
-            seen = mlflow_pictures(browser, address, experiment.experiment_id, records, args.out)
-            seen += report_pictures(browser, report, args.out)
+            mlflow_shots = list_mlflow_shots(address, experiment.experiment_id, records)
+            seen = [take_screenshot(browser, shot, address, args.out) for shot in mlflow_shots]
+            for shot in list_report_shots(report):
+                seen.append(take_screenshot(browser, shot, shot.link, args.out))
     return int(any(page.complaints or page.outside for page in seen))
 
 
