@@ -169,6 +169,57 @@ def make_qwen3_5_shapes(
     return found
 
 
+def make_gemma4_shapes(
+    words: int, wide: int, feed: int, layers: int, heads: int, groups: int, global_groups: int | None = None
+) -> dict[str, tuple[int, ...]]:
+    """Gemma 4: every sixth layer has heads of twice the width.
+
+    Args:
+        global_groups: key heads of these layers, whose values are their keys; None: as the others.
+    """
+    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (words, wide)}
+    found["model.norm.weight"] = (wide,)
+    for i in range(layers):
+        is_full = i % 6 == 5
+        head = 512 if is_full else 256
+        num_groups = global_groups or groups if is_full else groups
+        inner: dict[str, tuple[int, ...]] = {
+            "self_attn.q_proj.weight": (heads * head, wide),
+            "self_attn.k_proj.weight": (num_groups * head, wide),
+            "self_attn.o_proj.weight": (wide, heads * head),
+            "self_attn.q_norm.weight": (head,),
+            "self_attn.k_norm.weight": (head,),
+            "mlp.gate_proj.weight": (feed, wide),
+            "mlp.up_proj.weight": (feed, wide),
+            "mlp.down_proj.weight": (wide, feed),
+            "input_layernorm.weight": (wide,),
+            "post_attention_layernorm.weight": (wide,),
+            "pre_feedforward_layernorm.weight": (wide,),
+            "post_feedforward_layernorm.weight": (wide,),
+            "layer_scalar": (1,),
+        }
+        if not (is_full and global_groups):
+            inner["self_attn.v_proj.weight"] = (num_groups * head, wide)
+        found |= {f"model.layers.{i}.{name}": shape for name, shape in inner.items()}
+    return found
+
+
+def make_gemma4_e_shapes(
+    words: int, wide: int, feed: int, layers: int, heads: int, groups: int
+) -> dict[str, tuple[int, ...]]:
+    """Gemma 4 E4B: each layer adds a row of a table of its own."""
+    width = 256
+    found = make_gemma4_shapes(words, wide, feed, layers, heads, groups)
+    found["model.embed_tokens_per_layer.weight"] = (words, layers * width)
+    found["model.per_layer_model_projection.weight"] = (layers * width, wide)
+    found["model.per_layer_projection_norm.weight"] = (width,)
+    for i in range(layers):
+        found[f"model.layers.{i}.per_layer_input_gate.weight"] = (width, wide)
+        found[f"model.layers.{i}.per_layer_projection.weight"] = (wide, width)
+        found[f"model.layers.{i}.post_per_layer_input_norm.weight"] = (wide,)
+    return found
+
+
 SMALL = {
     "clip_l": make_clip_shapes(768, 1, words=40),
     "clip_g": make_clip_shapes(1280, 1, projection=1280, words=40),
@@ -186,6 +237,8 @@ SMALL = {
     "qwen3": make_llm_shapes(40, 64, 32, 2, 2, 1, norms=True),
     "qwen3_vl": make_llm_shapes(40, 64, 32, 2, 2, 1, 128, QWEN3_VL, True),
     "qwen3_5": make_qwen3_5_shapes(40, 64, 32, 4, 2, 1, 16),
+    "gemma4": make_gemma4_e_shapes(40, 64, 32, 24, 2, 1),
+    "gemma4_12b": make_gemma4_shapes(40, 64, 32, 6, 2, 1, 1),
     "gemma2": make_llm_shapes(40, 64, 32, 2, 2, 1, 256, gemma=True),
     "gemma3": make_llm_shapes(40, 64, 32, 2, 2, 1, 256, norms=True, gemma=True),
     "mistral3": make_llm_shapes(40, 64, 32, 2, 2, 1),

@@ -64,6 +64,16 @@ QWEN35 = LLM | {
         "mrope_section": [2, 1, 1],
     },
 }
+# five layers with a sliding window, then one with full attention, whose heads are wider; then twice as many
+# layers that share the keys and values of these
+GEMMA4 = LLM | {"num_hidden_layers": 6, "global_head_dim": 32}
+GEMMA4_E = GEMMA4 | {
+    "num_hidden_layers": 24,
+    "num_kv_shared_layers": 18,
+    "vocab_size_per_layer_input": WORDS,
+    "hidden_size_per_layer_input": 4,
+}
+GEMMA4_12B = GEMMA4 | {"attention_k_eq_v": True, "num_global_key_value_heads": 1}
 EYES = {
     "depth": 1,
     "hidden_size": 16,
@@ -198,6 +208,10 @@ TINY: dict[str, Tiny] = {
             ((r"^", "model."),),
         ),
         Tiny("qwen3_5", "Qwen3_5TextModel", QWEN35, ((r"^", "model.language_model."),)),
+        Tiny("gemma4", "Gemma4TextModel", GEMMA4_E, ALONE),
+        Tiny("gemma4", "Gemma4ForCausalLM", GEMMA4_E, lacks=r"^lm_head"),
+        Tiny("gemma4_12b", "Gemma4UnifiedTextModel", GEMMA4_12B, ALONE),
+        Tiny("gemma4_12b", "Gemma4UnifiedForCausalLM", GEMMA4_12B, lacks=r"^lm_head"),
         Tiny("gemma2", "Gemma2Model", LLM, ALONE),
         Tiny("gemma2", "Gemma2ForCausalLM", LLM | {"tie_word_embeddings": True}, lacks=r"^lm_head"),
         Tiny(
