@@ -6,7 +6,7 @@ What differs between pipelines is here, so that `generate` and `capture` need no
 import random
 import re
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,23 +56,41 @@ def call_pipeline(
         What the pipeline returns, for `extract_frames`.
 
     Raises:
-        ConfigError: when the pipeline cannot use the scheduler, or is asked for arrays in place of images.
+        ConfigError: when the pipeline cannot use the scheduler, is asked for arrays in place of images, or
+            needs a library that is not installed.
     """
     arguments = build_arguments(pipe, batch, sampling)
     if arguments["output_type"] not in OUTPUT_TYPES:
         check_choice("sampler.extra.output_type", arguments["output_type"], IMAGE_TYPES)
     check_one_per_prompt(sampling)
     generators = [torch.Generator().manual_seed(sample.seed) for sample in batch]
+    generator: Any = generators
+    if len(batch) == 1:
+        generator = generators[0]
+        arguments |= unwrap_prompts(arguments)
     device = get_execution_device(pipe)
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             # Not the seed itself: it gives the noise that the image begins with.
             torch.manual_seed(random.Random(f"noise between steps {batch[0].seed}").getrandbits(63))
             with observe_steps(pipe, on_step_end) as callback:
-                return pipe(**arguments, **callback, generator=generators)
+                return pipe(**arguments, **callback, generator=generator)
     except ValueError as error:
         raise_refusal(pipe, sampling, error)
         raise
+    except (ImportError, NameError) as error:
+        raise_missing_library(pipe, error)
+        raise
+
+
+def unwrap_prompts(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The prompts of a call with one sample, each alone: some pipelines of videos take no lists of one.
+
+    Args:
+        arguments: of the call.
+    """
+    prompts = {name: value for name, value in arguments.items() if PROMPT_ARGUMENT.fullmatch(name)}
+    return {name: value[0] for name, value in prompts.items() if isinstance(value, list) and len(value) == 1}
 
 
 def check_one_per_prompt(sampling: Sampling) -> None:
@@ -108,6 +126,26 @@ def raise_refusal(pipe: DiffusionPipeline, sampling: Sampling, error: ValueError
         f"{name} cannot generate this: {reason.rstrip('.')}; change sampler.height, sampler.width or "
         "sampler.extra"
     ) from error
+
+
+def raise_missing_library(pipe: DiffusionPipeline, error: ImportError | NameError) -> None:
+    """Raise ConfigError for a library that a pipeline needs; return for an error of another place.
+
+    diffusers imports such libraries where they are installed, and uses the name all the same.
+
+    Args:
+        pipe: that was called.
+        error: that it raised.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    if not frames or PIPELINES_FOLDER not in Path(frames[-1].filename).parents:
+        return
+    name = type(pipe).__name__
+    if isinstance(error, NameError):
+        raise ConfigError(
+            f"{name} needs the library {error.name}, which is not installed; pip install {error.name}"
+        ) from error
+    raise ConfigError(f"{name} needs a library that is not installed: {shorten_error(error)}") from error
 
 
 def build_arguments(pipe: DiffusionPipeline, batch: Sequence[Sample], sampling: Sampling) -> dict[str, Any]:

@@ -221,17 +221,20 @@ def sd3() -> StableDiffusion3Pipeline:
     )
 
 
+WAN_SIZES: dict[str, Any] = {
+    "num_attention_heads": 4,
+    "attention_head_dim": 16,
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_dim": 32,
+    "freq_dim": 256,
+    "ffn_dim": 128,
+    "num_layers": 2,
+}
+
+
 def wan_transformer() -> WanTransformer3DModel:
-    return WanTransformer3DModel(
-        num_attention_heads=4,
-        attention_head_dim=16,
-        in_channels=16,
-        out_channels=16,
-        text_dim=32,
-        freq_dim=256,
-        ffn_dim=128,
-        num_layers=2,
-    )
+    return WanTransformer3DModel(**WAN_SIZES)
 
 
 def wan(second: WanTransformer3DModel | None = None, boundary: float | None = None) -> WanPipeline:
@@ -283,6 +286,29 @@ def ltx() -> LTXPipeline:
         vae=vae,
         text_encoder=t5(),
         tokenizer=t5_tokenizer(),
+    )
+
+
+def ltx2_transformer() -> LTX2VideoTransformer3DModel:
+    return LTX2VideoTransformer3DModel(
+        in_channels=8,
+        out_channels=8,
+        num_attention_heads=4,
+        attention_head_dim=16,
+        cross_attention_dim=64,
+        audio_in_channels=32,
+        audio_out_channels=32,
+        audio_num_attention_heads=2,
+        audio_attention_head_dim=16,
+        audio_cross_attention_dim=32,
+        num_layers=2,
+        caption_channels=32,
+        rope_type="split",
+        gated_attn=True,
+        audio_gated_attn=True,
+        cross_attn_mod=True,
+        audio_cross_attn_mod=True,
+        perturbed_attn=True,
     )
 
 
@@ -349,26 +375,6 @@ def ltx2() -> LTX2Pipeline:
     audio_vae = AutoencoderKLLTX2Audio(
         base_channels=32, ch_mult=(1,), num_res_blocks=1, resolution=32, latent_channels=4, mel_bins=32
     )
-    transformer = LTX2VideoTransformer3DModel(
-        in_channels=8,
-        out_channels=8,
-        num_attention_heads=4,
-        attention_head_dim=16,
-        cross_attention_dim=64,
-        audio_in_channels=32,
-        audio_out_channels=32,
-        audio_num_attention_heads=2,
-        audio_attention_head_dim=16,
-        audio_cross_attention_dim=32,
-        num_layers=2,
-        caption_channels=32,
-        rope_type="split",
-        gated_attn=True,
-        audio_gated_attn=True,
-        cross_attn_mod=True,
-        audio_cross_attn_mod=True,
-        perturbed_attn=True,
-    )
     vocoder = LTX2Vocoder(
         in_channels=64,
         hidden_channels=8,
@@ -385,7 +391,7 @@ def ltx2() -> LTX2Pipeline:
         text_encoder=Gemma3ForConditionalGeneration(gemma3),
         tokenizer=gemma_tokenizer(),
         connectors=connectors,
-        transformer=transformer,
+        transformer=ltx2_transformer(),
         vocoder=vocoder,
     )
 

@@ -12,7 +12,7 @@ import diffusers
 import pytest
 import torch
 import yaml
-from families.instance_sets import INSTANCES, LONG_TAIL, NAMES
+from families.instance_sets import INSTANCES, LONG_TAIL, NAMED_AS, NAMES
 from families.instances import OTHERS
 from support.helpers import CONF, NEVER_FLOAT
 from torch import nn
@@ -340,7 +340,9 @@ def find_fingerprint(keys):
 @pytest.mark.parametrize("name", INSTANCES)
 def test_file_with_diffusers_names_is_detected(name):
     model = get_denoiser(name)
-    assert find_fingerprint(list(model.state_dict())) == {(INSTANCES[name].family, type(model).__name__)}
+    class_name = NAMED_AS.get(name, type(model).__name__)
+
+    assert find_fingerprint(list(model.state_dict())) == {(INSTANCES[name].family, class_name)}
 
 
 # names of the authors' own files that others do not have, as ComfyUI and diffusers look for them
@@ -392,8 +394,6 @@ def test_file_of_another_model_is_not_detected(name, keys):
 # all the same
 SAME_NAMES = {
     "AudioLDM2UNet2DConditionModel": "sd15",
-    "ChronoEditTransformer3DModel": "wan",
-    "SkyReelsV2Transformer3DModel": "wan",
     "SanaWMLTX2RefinerTransformer3DModel": "ltx2",
 }
 

@@ -56,13 +56,15 @@ class Pipe:
 
     def __call__(
         self,
-        prompt: list[str],
+        prompt: str | list[str],
         num_inference_steps: int,
         callback_on_step_end: Callable,
-        generator: list,
+        generator: torch.Generator | list[torch.Generator],
         **rest: Any,
     ) -> Any:
         self.arguments.append(rest)
+        prompt = [prompt] if isinstance(prompt, str) else prompt
+        generator = [generator] if isinstance(generator, torch.Generator) else generator
         text = self.encode_prompt(prompt, scale=None)
         self.num_timesteps = num_inference_steps
         for step in range(num_inference_steps):

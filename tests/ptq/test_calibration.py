@@ -110,6 +110,8 @@ class Pipe:
         self.denoiser = denoiser
 
     def __call__(self, prompt, num_inference_steps, generator, callback_on_step_end, **rest):
+        if isinstance(prompt, str):
+            prompt, generator = [prompt], [generator]
         self.batches.append((prompt, [g.initial_seed() for g in generator]))
         x = torch.tensor(
             [[[len(p), g.initial_seed(), 0.0, 0.0]] for p, g in zip(prompt, generator, strict=True)]

@@ -171,6 +171,19 @@ def convert_wan_first_last(file: dict[str, Tensor]) -> dict[str, Tensor]:
     return converters.convert_wan_transformer_to_diffusers(file) | positions
 
 
+def convert_skyreels(file: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As diffusers' script for SkyReels (`convert_skyreelsv2_to_diffusers.py`) does it; its converter leaves
+    these names.
+    """
+    frame_rate = {key: file.pop(key) for key in list(file) if key.startswith("fps_projection.")}
+    names = {"fps_projection.0.": "fps_projection.net.0.proj.", "fps_projection.2.": "fps_projection.net.2."}
+    made = {}
+    for key, value in frame_rate.items():
+        number = key[: len("fps_projection.0.")]
+        made[names[number] + key.removeprefix(number)] = value
+    return converters.convert_wan_transformer_to_diffusers(file) | made
+
+
 FAMILIES = {
     "flux": Family(
         "FluxTransformer2DModel",
@@ -311,6 +324,12 @@ FAMILIES = {
         WAN,
         converters.convert_wan_transformer_to_diffusers,
         unchanged="patch_embedding",
+    ),
+    "skyreels_df": Family(
+        "SkyReelsV2Transformer3DModel",
+        {**WAN, "inject_sample_info": True},
+        convert_skyreels,
+        unchanged="patch_embedding|fps_embedding",
     ),
     "chronoedit": Family(
         "ChronoEditTransformer3DModel",
