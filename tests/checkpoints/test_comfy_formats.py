@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints.checkpoint_files import make_regular
+from checkpoints.drafts.numbers import make_regular
 from support.helpers import randn
 
 from int8run.checkpoints.comfy_formats import build_marker, collect_tensors, plan_packed_entries

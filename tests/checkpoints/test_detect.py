@@ -12,8 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoints import checkpoint_files as made
-from checkpoints.checkpoint_files import DRAFTS, LAYER, MISTAKES, CheckpointDraft, K, N
+from checkpoints.checkpoint_files import DRAFTS, MISTAKES
+from checkpoints.drafts.changes import draft_with_marker, merge_layers
+from checkpoints.drafts.draft import LAYER, CheckpointDraft, K, N
+from checkpoints.drafts.floats import draft_plain_float
+from checkpoints.drafts.fp8 import draft_fp8
+from checkpoints.drafts.int8 import ROW, TENSOR, draft_int8, draft_rowwise
+from checkpoints.drafts.numbers import decode_fp8_byte, make_regular, rotate_groups
+from checkpoints.drafts.transformed import draft_quip
 from safetensors.torch import save_file
 from support.compare import assert_close
 from support.helpers import randn, shipped
@@ -182,12 +188,12 @@ def test_draft_of_published_vectors() -> None:
     # formats.md section 10 and 3.2, on the generator's own matrices
     row = lambda *x: np.array([x], dtype=np.float64)  # noqa: E731
 
-    assert made.rotate_groups(row(1, 0, 0, 0), made.make_regular(4)).tolist() == [[0.5, 0.5, 0.5, -0.5]]
-    assert made.rotate_groups(row(1, 2, 3, 4), made.make_regular(4)).tolist() == [[1, 2, 3, 4]]
-    assert "".join("+" if x > 0 else "-" for x in made.make_regular(16)[0]) == "+++-+++-+++----+"
-    assert set(np.abs(made.make_regular(16)[0]).tolist()) == {0.25}
-    assert [made.decode_fp8_byte(b, 4) for b in (0x7E, 0x38, 0xB8, 0x01)] == [448, 1, -1, 2.0**-9]
-    assert [made.decode_fp8_byte(b, 5) for b in (0x7B, 0x3C)] == [57344, 1]
+    assert rotate_groups(row(1, 0, 0, 0), make_regular(4)).tolist() == [[0.5, 0.5, 0.5, -0.5]]
+    assert rotate_groups(row(1, 2, 3, 4), make_regular(4)).tolist() == [[1, 2, 3, 4]]
+    assert "".join("+" if x > 0 else "-" for x in make_regular(16)[0]) == "+++-+++-+++----+"
+    assert set(np.abs(make_regular(16)[0]).tolist()) == {0.25}
+    assert [decode_fp8_byte(b, 4) for b in (0x7E, 0x38, 0xB8, 0x01)] == [448, 1, -1, 2.0**-9]
+    assert [decode_fp8_byte(b, 5) for b in (0x7B, 0x3C)] == [57344, 1]
 
 
 def test_published_vectors_are_read(tmp_path: Path) -> None:
@@ -301,7 +307,7 @@ def test_scale_of_1_beside_a_float_is_allowed(tmp_path: Path) -> None:
 
 
 def test_fp8_without_scale_among_scaled_ones_is_a_cast(tmp_path: Path) -> None:
-    draft = made.merge_layers(DRAFTS["fp8 legacy"](), DRAFTS["fp8 cast"]())
+    draft = merge_layers(DRAFTS["fp8 legacy"](), DRAFTS["fp8 cast"]())
     _, layers = read_draft(draft, tmp_path)
 
     assert [layer.label for layer in layers.values()] == [
@@ -408,7 +414,7 @@ def test_read_layers_reads_no_weight(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_padded_weight_needs_the_models_shape(tmp_path: Path) -> None:
-    files, layers = read_draft(made.draft_quip(12, 24), tmp_path)
+    files, layers = read_draft(draft_quip(12, 24), tmp_path)
     with pytest.raises(
         FileError,
         match=rf"{LAYER} is padded to \[16, 32\] and does not say to what shape it is cut; the model",
@@ -426,7 +432,7 @@ def test_padded_weight_needs_the_models_shape(tmp_path: Path) -> None:
 
 
 def test_weight_of_another_shape_raises(tmp_path: Path) -> None:
-    files, layers = read_draft(made.draft_rowwise(), tmp_path)
+    files, layers = read_draft(draft_rowwise(), tmp_path)
 
     with pytest.raises(
         FileError,
@@ -441,8 +447,8 @@ def test_weight_of_another_shape_raises(tmp_path: Path) -> None:
 
 
 def test_large_rotation_groups_are_read_as_floats(tmp_path: Path) -> None:
-    rotated = {**made.TENSOR, "convrot": True, "convrot_groupsize": 4096}
-    files, layers = read_draft(made.draft_int8((1, 1), "tensor", rotated, weight=(1, 4096)), tmp_path)
+    rotated = {**TENSOR, "convrot": True, "convrot_groupsize": 4096}
+    files, layers = read_draft(draft_int8((1, 1), "tensor", rotated, weight=(1, 4096)), tmp_path)
 
     assert not layers[LAYER].is_exact
     assert layers[LAYER].read_weight(files).shape == (1, 4096)
@@ -465,9 +471,9 @@ def test_config_beside_the_file_names_its_program(name: str, config: dict[str, A
         FileError,
         match=rf"is a (SDNQ|bitsandbytes|torchao) file \(the config beside it says quant_method {method}\)",
     ):
-        read_draft(made.draft_rowwise(), tmp_path)
+        read_draft(draft_rowwise(), tmp_path)
 
-    read_draft(made.draft_plain_float(), tmp_path)  # a float file is another
+    read_draft(draft_plain_float(), tmp_path)  # a float file is another
 
 
 @pytest.mark.parametrize(
@@ -483,7 +489,7 @@ def test_config_beside_the_file_names_its_program(name: str, config: dict[str, A
 )
 def test_config_of_another_kind_is_ignored(text: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(text)
-    read_draft(made.draft_rowwise(), tmp_path)
+    read_draft(draft_rowwise(), tmp_path)
 
 
 # -- what is said ----------------------------------------------------------------------------------
@@ -491,23 +497,23 @@ def test_config_of_another_kind_is_ignored(text: str, tmp_path: Path) -> None:
 BLOCKWISE, FP8_BLOCKWISE = "int8_blockwise", "float8_e4m3fn_blockwise"
 WARNED = {
     "blocks, but rows": (
-        lambda: made.draft_with_marker({"format": BLOCKWISE, "group_size": 1}),
+        lambda: draft_with_marker({"format": BLOCKWISE, "group_size": 1}),
         "1 layer is labeled int8_blockwise, with scales by row",
     ),
     "one scale, but blocks": (
-        lambda: made.draft_int8((3, 16), "grid", made.TENSOR, block=(4, 4), label="int8_tensorwise"),
+        lambda: draft_int8((3, 16), "grid", TENSOR, block=(4, 4), label="int8_tensorwise"),
         "1 layer is labeled int8_tensorwise, with scales by grid",
     ),
     "per_row, but one": (
-        lambda: made.draft_int8((), "tensor", made.ROW),
+        lambda: draft_int8((), "tensor", ROW),
         "1 layer is labeled per_row=True, with scales by tensor",
     ),
     "not per_row, but rows": (
-        lambda: made.draft_with_marker({**made.TENSOR, "per_row": False}),
+        lambda: draft_with_marker({**TENSOR, "per_row": False}),
         "labeled per_row=False, with scales by row",
     ),
     "fp8 blocks, but rows": (
-        lambda: made.draft_fp8((N,), "row", marker={"format": FP8_BLOCKWISE, "group_size": 64}),
+        lambda: draft_fp8((N,), "row", marker={"format": FP8_BLOCKWISE, "group_size": 64}),
         "labeled float8_e4m3fn_blockwise, with scales by row",
     ),
     "rotation lost": (

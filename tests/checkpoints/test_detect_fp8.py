@@ -12,8 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoints import checkpoint_files as made
-from checkpoints.checkpoint_files import DRAFTS, LAYER, CheckpointDraft, K, N
+from checkpoints.checkpoint_files import DRAFTS, MISTAKES
+from checkpoints.drafts.blocks import draft_ambiguous_blocks, draft_blocks, put_block_scales, swizzle
+from checkpoints.drafts.changes import draft_with_marker, drop_tensors, merge_layers
+from checkpoints.drafts.draft import LAYER, CheckpointDraft, K, N
+from checkpoints.drafts.floats import draft_float
+from checkpoints.drafts.fp8 import draft_fp8
+from checkpoints.drafts.int8 import ROW, TENSOR, draft_int8, draft_rowwise
+from checkpoints.drafts.numbers import make_regular
+from checkpoints.drafts.transformed import draft_rotated
+from checkpoints.mistakes.markers import GROUP
 from checkpoints.test_detect import get_model_shape, get_real_weight, open_draft, read_draft
 from support.compare import assert_close
 from torch import nn
@@ -215,14 +223,14 @@ BLOCKWISE = {"format": "int8_blockwise", "group_size": K}
 # marker, shape of the weight, shape of its scale of one number -> the word; None: the label is wrong, which
 # is said
 ONE_SCALE = [
-    (made.ROW, (1, K), (1, 1), "int8_rowwise"),
-    (made.ROW, (1, K), (), "int8_rowwise"),
-    (made.TENSOR, (1, K), (1, 1), "int8_tensorwise"),
+    (ROW, (1, K), (1, 1), "int8_rowwise"),
+    (ROW, (1, K), (), "int8_rowwise"),
+    (TENSOR, (1, K), (1, 1), "int8_tensorwise"),
     ({"convrot": False, "per_row": True}, (1, K), (1,), "int8_rowwise"),
     ({"format": "int8_axiswise"}, (1, K), (1,), "int8_rowwise"),
     (BLOCKWISE, (K, K), (1, 1), "int8_blockwise"),
     (BLOCKWISE, (1, K), (1, 1, 1), "int8_block3d"),
-    (made.ROW, (N, K), (1, 1), None),
+    (ROW, (N, K), (1, 1), None),
     (BLOCKWISE, (N, K), (), None),
     ({"format": "int8_blockwise"}, (K, K), (), None),
     (
@@ -244,7 +252,7 @@ def test_marker_decides_the_granularity_of_one_int8_scale(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    draft = made.draft_int8(scale, "tensor", marker, weight=weight)
+    draft = draft_int8(scale, "tensor", marker, weight=weight)
     files, layers = read_draft(draft, tmp_path)
 
     assert layers[LAYER].format_name == (word or "int8_tensorwise")
@@ -277,8 +285,8 @@ def test_marker_decides_the_granularity_of_one_fp8_scale(
 
 
 def test_large_rotation_groups_are_not_packable(tmp_path: Path) -> None:
-    rotated = {**made.TENSOR, "convrot": True, "convrot_groupsize": 4096}
-    _, layers = read_draft(made.draft_int8((1, 1), "tensor", rotated, weight=(1, 4096)), tmp_path)
+    rotated = {**TENSOR, "convrot": True, "convrot_groupsize": 4096}
+    _, layers = read_draft(draft_int8((1, 1), "tensor", rotated, weight=(1, 4096)), tmp_path)
 
     assert not layers[LAYER].is_packable
 
@@ -298,7 +306,7 @@ def test_only_non_empty_matrices_are_packable(tmp_path: Path) -> None:
 
 
 def test_e5m2_with_row_scales_has_no_format_name(tmp_path: Path) -> None:
-    _, layers = read_draft(made.draft_fp8((N,), "row", dtype="F8_E5M2"), tmp_path)
+    _, layers = read_draft(draft_fp8((N,), "row", dtype="F8_E5M2"), tmp_path)
     assert layers[LAYER].format_name == ""
     assert layers[LAYER].is_packable
 
@@ -351,7 +359,7 @@ def draft_one_block(
         (rows, width),
         codes.ljust(rows * width, b"\0"),
     )
-    made.put_block_scales(draft, np.resize(np.array(scale, np.uint8), (rows, 1)), tiles, "U8")
+    put_block_scales(draft, np.resize(np.array(scale, np.uint8), (rows, 1)), tiles, "U8")
     if kind == "nvfp4":
         draft.put(f"{LAYER}.weight_scale_2", "F32", global_scale)
     if marker:
@@ -380,7 +388,7 @@ def test_published_vectors_of_block_formats(tmp_path: Path) -> None:
         0x7D,
     )
 
-    where = made.swizzle(np.arange(129 * 48, dtype=np.int64).reshape(129, 48).astype(np.uint8)).reshape(-1)
+    where = swizzle(np.arange(129 * 48, dtype=np.int64).reshape(129, 48).astype(np.uint8)).reshape(-1)
 
     for (r, c), at in {
         (0, 3): 3,
@@ -410,7 +418,7 @@ def test_hybrid_mxfp8_logs_once_which_scales_are_used(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO):
-        read_draft(made.merge_layers(DRAFTS["hybrid mxfp8"](), DRAFTS["hybrid mxfp8"]()), tmp_path)
+        read_draft(merge_layers(DRAFTS["hybrid mxfp8"](), DRAFTS["hybrid mxfp8"]()), tmp_path)
     (record,) = caplog.records
 
     assert (
@@ -494,7 +502,7 @@ FORMAT_NAMES = {"nvfp4": ("nvfp4", "nvfp4_modelopt"), "mxfp8": ("mxfp8", "mxfp8_
 
 def draft_ambiguous(kind: str, tiles: bool) -> CheckpointDraft:
     """Of a shape that tells nothing."""
-    return made.draft_blocks(kind, 128, 128, tiles=tiles, bias=False)
+    return draft_blocks(kind, 128, 128, tiles=tiles, bias=False)
 
 
 def assert_is_read_as(files: TensorFiles, draft: CheckpointDraft, word: str, requested: str = AUTO) -> None:
@@ -528,7 +536,7 @@ def test_requested_format_decides_where_the_file_does_not(kind: str, tiles: bool
 @pytest.mark.parametrize("kind", FORMAT_NAMES)
 def test_another_layer_overrides_the_requested_format(kind: str, tiles: bool, tmp_path: Path) -> None:
     draft = draft_ambiguous(kind, tiles)
-    made.merge_layers(draft, made.draft_blocks(kind, 32, 64, tiles=tiles))
+    merge_layers(draft, draft_blocks(kind, 32, 64, tiles=tiles))
     files = open_draft(draft, tmp_path)
 
     for requested in (AUTO, *FORMAT_NAMES[kind]):
@@ -578,19 +586,19 @@ def test_another_programs_config_decides_nothing(note: Any, tmp_path: Path) -> N
 
 
 MODELOPT_READ = {
-    "fp8": lambda: made.draft_fp8((), "tensor"),
-    "nvfp4": lambda: made.draft_blocks("nvfp4", 16, 64, tiles=False),
-    "both and a float": lambda: made.merge_layers(made.draft_fp8((), "tensor"), made.draft_float("BF16", "")),
+    "fp8": lambda: draft_fp8((), "tensor"),
+    "nvfp4": lambda: draft_blocks("nvfp4", 16, 64, tiles=False),
+    "both and a float": lambda: merge_layers(draft_fp8((), "tensor"), draft_float("BF16", "")),
 }
 MODELOPT_REFUSED = {
-    "int8": made.draft_rowwise,
-    "fp8 without a scale": lambda: made.draft_fp8(None, ""),
-    "e5m2": lambda: made.draft_fp8((), "tensor", dtype="F8_E5M2"),
-    "fp8 without a scale beside one that has it": lambda: made.merge_layers(
-        made.draft_fp8((), "tensor"), made.draft_fp8(None, "")
+    "int8": draft_rowwise,
+    "fp8 without a scale": lambda: draft_fp8(None, ""),
+    "e5m2": lambda: draft_fp8((), "tensor", dtype="F8_E5M2"),
+    "fp8 without a scale beside one that has it": lambda: merge_layers(
+        draft_fp8((), "tensor"), draft_fp8(None, "")
     ),
-    "nvfp4 without its second scale": lambda: made.drop_tensors(
-        made.draft_blocks("nvfp4", 16, 64, tiles=False), "weight_scale_2"
+    "nvfp4 without its second scale": lambda: drop_tensors(
+        draft_blocks("nvfp4", 16, 64, tiles=False), "weight_scale_2"
     ),
 }
 
@@ -619,7 +627,7 @@ def test_other_modelopt_formats_raise(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("width", "group"), [(512, 256), (128, 64), (64, 64), (48, 16), (40, 0)])
 def test_unmarked_rows_are_rotated_if_requested(width: int, group: int, tmp_path: Path) -> None:
-    plain = made.draft_int8((N, 1), "row", weight=(N, width), label="int8")
+    plain = draft_int8((N, 1), "row", weight=(N, width), label="int8")
     files = open_draft(plain, tmp_path)
 
     for requested in (AUTO, "int8_rowwise", "nvfp4"):
@@ -637,7 +645,7 @@ def test_unmarked_rows_are_rotated_if_requested(width: int, group: int, tmp_path
     assert layer.outlier_method == ("convrot" if group else "none")
 
     if group:
-        made.draft_rotated(plain, made.make_regular(group), "convrot")
+        draft_rotated(plain, make_regular(group), "convrot")
         assert (layer.outlier_settings, layer.label) == ({"group_size": group}, f"int8, row, convrot {group}")
 
     assert_close("rotated", layer.read_weight(files), get_real_weight(plain), 1e-6)
@@ -678,18 +686,18 @@ def test_requested_rotation_changes_no_self_describing_layer(name: str, tmp_path
 
 
 def test_markers_of_fp8_layers_do_not_describe_int8_layers(tmp_path: Path) -> None:
-    files = open_draft(made.merge_layers(DRAFTS["lightx2v bf16"](), DRAFTS["fp8"]()), tmp_path)
+    files = open_draft(merge_layers(DRAFTS["lightx2v bf16"](), DRAFTS["fp8"]()), tmp_path)
     assert read_layers(files, declared=DeclaredFormat("int8_convrot"))[LAYER].format_name == "int8_convrot"
 
 
 # -- markers that are no JSON ----------------------------------------------------------------------
 
 DRAFTS_BY_QUANTOPS_BYTE = {
-    0: lambda: made.draft_fp8((), "tensor"),
-    1: lambda: made.draft_fp8((N,), "row"),
-    2: lambda: made.draft_fp8((3, 16), "grid", block=(4, 4)),
-    3: lambda: made.draft_fp8((N, 4, 1), "block3d", block=(1, 16)),
-    10: lambda: made.draft_int8((3, 16), "grid", block=(4, 4), label="int8_blockwise"),
+    0: lambda: draft_fp8((), "tensor"),
+    1: lambda: draft_fp8((N,), "row"),
+    2: lambda: draft_fp8((3, 16), "grid", block=(4, 4)),
+    3: lambda: draft_fp8((N, 4, 1), "block3d", block=(1, 16)),
+    10: lambda: draft_int8((3, 16), "grid", block=(4, 4), label="int8_blockwise"),
 }
 
 
@@ -718,14 +726,12 @@ def test_quantops_markers_of_one_byte_are_read(
 )
 def test_other_single_bytes_raise(text: str, words: str, tmp_path: Path) -> None:
     with pytest.raises(FileError, match=words):
-        read_draft(made.draft_with_marker(text), tmp_path)
+        read_draft(draft_with_marker(text), tmp_path)
 
 
 def test_marker_may_begin_with_a_line_break(tmp_path: Path) -> None:
     # whose byte is a code as well
-    _, layers = read_draft(
-        made.draft_with_marker("\n" + json.dumps({**made.GROUP, "convrot_groupsize": 16})), tmp_path
-    )
+    _, layers = read_draft(draft_with_marker("\n" + json.dumps({**GROUP, "convrot_groupsize": 16})), tmp_path)
     assert layers[LAYER].rotation_group_size == 16
 
 
@@ -755,7 +761,7 @@ def test_rows_of_embeddings_are_selected(name: str, tmp_path: Path) -> None:
 )
 def test_every_refused_format_names_a_reader(words: str) -> None:
     # that each is raised: checkpoint_files.MISTAKES
-    assert any(f"is a {words} file" in text for _, text in made.MISTAKES.values())
+    assert any(f"is a {words} file" in text for _, text in MISTAKES.values())
     assert READERS[words]
 
 
@@ -790,7 +796,7 @@ class WideModel(nn.Module):
 @pytest.mark.parametrize(("kind", "other"), [("nvfp4", "nvfp4_modelopt"), ("mxfp8", "mxfp8_rows")])
 def test_a_setting_names_the_layout_of_an_unmarked_denoiser(kind: str, other: str, tmp_path: Path) -> None:
     """Shapes fit both layouts; the draft is ComfyUI's, so read as the other its weight is another."""
-    draft = made.draft_ambiguous_blocks(kind)
+    draft = draft_ambiguous_blocks(kind)
     draft.tensors = {key.removeprefix("blocks.0."): value for key, value in draft.tensors.items()}
     path = draft.write(tmp_path / "m.safetensors")
 
@@ -804,10 +810,10 @@ def test_a_setting_names_the_layout_of_an_unmarked_denoiser(kind: str, other: st
 
 
 def test_a_setting_that_no_layer_has_is_an_error(tmp_path: Path) -> None:
-    draft = made.draft_rowwise()
+    draft = draft_rowwise()
     draft.tensors = {key.removeprefix("blocks.0."): value for key, value in draft.tensors.items()}
     path = draft.write(tmp_path / "m.safetensors")
-    model = nn.ModuleDict({"q": nn.Linear(made.K, N)})
+    model = nn.ModuleDict({"q": nn.Linear(K, N)})
 
     for accepted in ("int8_rowwise", "int8_tensorwise"):
         FileWeights(path, model, declared=DeclaredFormat(accepted))
@@ -818,7 +824,7 @@ def test_a_setting_that_no_layer_has_is_an_error(tmp_path: Path) -> None:
 
 def draft_flux(tmp_path: Path) -> tuple[CheckpointDraft, TensorFiles]:
     """Names of a small Flux, one of its weights with two numbers a byte."""
-    draft = made.draft_blocks("nvfp4", 96, 32, marker=NVFP4)
+    draft = draft_blocks("nvfp4", 96, 32, marker=NVFP4)
     draft.tensors = {
         key.replace(LAYER, "double_blocks.0.img_attn.qkv"): value for key, value in draft.tensors.items()
     }

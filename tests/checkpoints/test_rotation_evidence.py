@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints.checkpoint_files import CheckpointDraft, make_regular, make_sylvester, rotate_groups
+from checkpoints.drafts.draft import CheckpointDraft
+from checkpoints.drafts.numbers import make_regular, make_sylvester, rotate_groups
 from numpy.typing import NDArray
 
 from int8run.checkpoints.detect import read_layers

@@ -10,14 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints.checkpoint_files import (
-    CheckpointDraft,
-    draft_int8,
-    draft_rowwise,
-    make_regular,
-    make_sylvester,
-    rotate_groups,
-)
+from checkpoints.drafts.draft import CheckpointDraft
+from checkpoints.drafts.int8 import draft_int8, draft_rowwise
+from checkpoints.drafts.numbers import make_regular, make_sylvester, rotate_groups
 
 from int8run.checkpoints.declared_format import DeclaredFormat
 from int8run.checkpoints.detect import read_layers
