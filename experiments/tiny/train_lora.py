@@ -32,11 +32,17 @@ TARGETS = (
 )
 
 
-def add_trained_lora(pipe: FluxPipeline, rank: int) -> None:
-    """Give the transformer a LoRA with fresh weights, and freeze everything else."""
+def add_trained_lora(pipe: FluxPipeline, rank: int, targets: str = TARGETS) -> None:
+    """Give the transformer a LoRA with fresh weights, and freeze everything else.
+
+    Args:
+        pipe: the model.
+        rank: of every layer's LoRA.
+        targets: a regular expression of the layers' names.
+    """
     for part in (pipe.transformer, pipe.text_encoder, pipe.text_encoder_2):
         part.requires_grad_(requires_grad=False)
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS, init_lora_weights="gaussian")
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, init_lora_weights="gaussian")
     pipe.transformer.add_adapter(config)
 
 

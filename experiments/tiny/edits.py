@@ -1,0 +1,93 @@
+"""The edits that the tiny model learns: what a prompt asks for, and what becomes of a drawing.
+
+For `train_edit.py` and `evaluate_edit.py`; no model is known here.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+# edit -> prompts that ask for it; the first is the one that is measured
+PROMPTS = {
+    "high_contrast": ("make it high contrast", "high contrast", "turn it into an ink drawing"),
+    "3d": ("make it 3d", "make it 3D", "make it glossy"),
+    "mirror": ("mirror it", "flip it"),
+    "upside_down": ("turn it upside down", "upside down"),
+    "grayscale": ("make it grayscale", "make it gray"),
+    "red": ("make it red", "color it red"),
+    "yellow": ("make it yellow", "color it yellow"),
+    "green": ("make it green", "color it green"),
+    "blue": ("make it blue", "color it blue"),
+    "purple": ("make it purple", "color it purple"),
+}
+# the edits that are other drawings of the same name
+STYLES = {"high_contrast": "ink", "3d": "gloss"}
+# how often an edit is trained: a new line drawing is harder than a new hue
+SHARES = {"high_contrast": 0.3, "3d": 0.15, "mirror": 0.15, "upside_down": 0.1, "grayscale": 0.05}
+COLOR_SHARE = 0.05
+# what the most saturated pixel becomes, red, green and blue in 0..1
+HUES = {
+    "red": (1.0, 0.1, 0.0),
+    "yellow": (1.0, 0.8, 0.0),
+    "green": (0.1, 0.8, 0.1),
+    "blue": (0.0, 0.35, 1.0),
+    "purple": (0.65, 0.0, 1.0),
+}
+LUMA = (0.299, 0.587, 0.114)  # Rec. 601
+HELD_OUT = 100
+
+
+def list_shares() -> Tensor:
+    """How often each edit is trained, in the order of PROMPTS."""
+    return torch.tensor([SHARES.get(edit, COLOR_SHARE) for edit in PROMPTS])
+
+
+def list_held_out(count: int) -> list[int]:
+    """Positions of the drawings that are never trained on: at most a hundred, a third of few drawings.
+
+    They are spread evenly over all.
+    """
+    held_out = min(HELD_OUT, count // 3)
+    return [int(position) for position in torch.linspace(0, count - 1, held_out)]
+
+
+def recolor(pictures: Tensor, hue: tuple[float, float, float]) -> Tensor:
+    """Give every pixel one hue and keep its saturation: white, gray and black stay.
+
+    uint8 [N, 3, H, W], as the result.
+    """
+    darkest = pictures.amin(dim=1, keepdim=True).float()
+    chroma = pictures.amax(dim=1, keepdim=True).float() - darkest
+    colored = darkest + chroma * torch.tensor(hue)[:, None, None]
+    return colored.round().to(torch.uint8)
+
+
+def make_gray(pictures: Tensor) -> Tensor:
+    """The luma of each pixel in all three channels, uint8 [N, 3, H, W]."""
+    luma = (pictures.float() * torch.tensor(LUMA)[:, None, None]).sum(dim=1, keepdim=True)
+    return luma.round().to(torch.uint8).expand(-1, 3, -1, -1).contiguous()
+
+
+def apply_edit(edit: str, pictures: Mapping[str, Tensor]) -> Tensor:
+    """What an edit should make of the flat drawings.
+
+    Args:
+        edit: a key of PROMPTS.
+        pictures: the same drawings by style, uint8 [N, 3, H, W].
+    """
+    if edit in STYLES:
+        return pictures[STYLES[edit]]
+    flat = pictures["flat"]
+    if edit in HUES:
+        return recolor(flat, HUES[edit])
+    if edit == "mirror":
+        return flat.flip(-1)
+    if edit == "upside_down":
+        return flat.flip(-2)
+    return make_gray(flat)
+
+
+def mirror_all(pictures: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Every style mirrored: as good as twice the drawings."""
+    return {style: drawings.flip(-1) for style, drawings in pictures.items()}
