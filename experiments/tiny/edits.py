@@ -13,7 +13,6 @@ PROMPTS = {
     "high_contrast": ("make it high contrast", "high contrast", "turn it into an ink drawing"),
     "3d": ("make it 3d", "make it 3D", "make it glossy"),
     "mirror": ("mirror it", "flip it"),
-    "upside_down": ("turn it upside down", "upside down"),
     "grayscale": ("make it grayscale", "make it gray"),
     "red": ("make it red", "color it red"),
     "yellow": ("make it yellow", "color it yellow"),
@@ -24,7 +23,7 @@ PROMPTS = {
 # the edits that are other drawings of the same name
 STYLES = {"high_contrast": "ink", "3d": "gloss"}
 # how often an edit is trained: a new line drawing is harder than a new hue
-SHARES = {"high_contrast": 0.3, "3d": 0.15, "mirror": 0.15, "upside_down": 0.1, "grayscale": 0.05}
+SHARES = {"high_contrast": 0.3, "3d": 0.2, "mirror": 0.2, "grayscale": 0.05}
 COLOR_SHARE = 0.05
 # what the most saturated pixel becomes, red, green and blue in 0..1
 HUES = {
@@ -83,8 +82,6 @@ def apply_edit(edit: str, pictures: Mapping[str, Tensor]) -> Tensor:
         return recolor(flat, HUES[edit])
     if edit == "mirror":
         return flat.flip(-1)
-    if edit == "upside_down":
-        return flat.flip(-2)
     return make_gray(flat)
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from data import load_drawings
-from diffusers import FluxKontextPipeline, FluxPipeline
+from diffusers import FluxPipeline
 from edits import PROMPTS, apply_edit, list_held_out, list_shares, mirror_all
 from pipeline import encode_captions
 from torch import Tensor, nn
@@ -80,9 +80,7 @@ def encode_drawings(work: Path, pipe: FluxPipeline) -> tuple[list[str], Tensor, 
 
         both = (trained, mirror_all(trained))
         sources = torch.cat([encode(drawings["flat"]) for drawings in both])
-        targets = [
-            torch.cat([encode(apply_edit(edit, drawings)) for drawings in both]) for edit in PROMPTS
-        ]
+        targets = [torch.cat([encode(apply_edit(edit, drawings)) for drawings in both]) for edit in PROMPTS]
         saved = {
             "names": [names[i] for i in chosen],
             "sources": sources,
@@ -126,7 +124,7 @@ def draw_batch(pairs: Pairs, size: int, generator: torch.Generator) -> Batch:
 
 
 def make_position_ids(side: int) -> Tensor:
-    """Positions of the result's tokens and of the reference's behind them, as FluxKontextPipeline has them."""
+    """Positions of the result's tokens, and of the reference's behind them: FluxKontextPipeline's."""
     own = FluxPipeline._prepare_latent_image_ids(1, side, side, torch.device("cpu"), torch.float32)
     reference = own.clone()
     reference[..., 0] = 1

@@ -141,3 +141,23 @@ def test_the_shipped_loras_are_shown_at_rising_strength(tmp_path: Path) -> None:
     run_script("tiny/lora_strip.py", "--out", tmp_path / "strip.png")
 
     assert (tmp_path / "strip.png").is_file()
+
+
+@pytest.mark.slow
+def test_an_edit_lora_is_trained_on_and_measured(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lora = tmp_path / "edit.safetensors"
+    training = ("--work", work, "--device", "cpu", "--batch", "2", "--out", lora)
+    run_script("tiny/train_edit.py", *training, "--images", "2")
+    run_script("tiny/train_edit.py", *training, "--images", "4")
+    assert "resumed at 2 images" in capsys.readouterr().out
+
+    measuring = ("--work", work, "--lora", lora, "--steps", "1", "--edits", "3d", "blue")
+    run_script("tiny/evaluate_edit.py", *measuring, "--sheet", tmp_path / "sheet.png")
+
+    of_3d, of_blue, of_all = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert (of_3d["edit"], of_blue["edit"], of_blue["drawings"]) == ("3d", "blue", 2)
+    assert 0 <= of_all["pairs"] <= 1
+    # two drawings: the flat one, the 3-D one that was made and the one that it should be, and the blue one
+    assert Image.open(tmp_path / "sheet.png").size == (4 * 128, 2 * 128)
