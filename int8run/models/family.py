@@ -71,6 +71,8 @@ class ModelFamily:
     Args:
         name: as in `model_type=`.
         denoisers: diffusers classes of the denoiser that belong to the family.
+        pipelines: diffusers classes of the pipelines whose denoiser belongs to it, where others have a
+            denoiser of the same class and the same widths.
         mixed_precision: `none`: the layers of `ignore` stay float; `auto`: and the most sensitive ones, until
             `quality_db` is met.
         ignore: rules for Linears that stay float; the first that matches counts.
@@ -87,6 +89,7 @@ class ModelFamily:
 
     name: str
     denoisers: Sequence[str] = ()
+    pipelines: Sequence[str] = ()
     mixed_precision: str = "none"
     ignore: Sequence[IgnoreRule] = ()
     same_input: Sequence[Sequence[str]] = ()
@@ -123,8 +126,17 @@ class ModelFamily:
                 return f"{pattern} takes {width} inputs, the denoiser has {widths}"
         return None
 
+    def has_member(self, denoiser: str, pipeline: str | None) -> bool:
+        """Return whether a denoiser belongs to the family, by its class or by the pipeline that it is in.
+
+        Args:
+            denoiser: its class in diffusers.
+            pipeline: the class of its pipeline; None: not known.
+        """
+        return denoiser in self.denoisers or pipeline in self.pipelines
+
     def resolve_family(
-        self, denoiser: str, blocks: Sequence[str], linears: Mapping[str, int]
+        self, denoiser: str, blocks: Sequence[str], linears: Mapping[str, int], pipeline: str | None = None
     ) -> "ModelFamily":
         """Return this family: it was named, so it is used for any denoiser. A mismatch gives a warning.
 
@@ -132,8 +144,9 @@ class ModelFamily:
             denoiser: the denoiser's class in diffusers.
             blocks: as for `AutoFamily.resolve_family`.
             linears: in_features of the denoiser's Linears by name.
+            pipeline: the class of its pipeline; None: not known.
         """
-        if self.denoisers and denoiser not in self.denoisers:
+        if self.denoisers and not self.has_member(denoiser, pipeline):
             known = "/".join(self.denoisers)
             log.warning("model_type=%s is for %s, the denoiser is a %s", self.name, known, denoiser)
         elif mismatch := self.find_input_mismatch(linears):
@@ -241,17 +254,20 @@ class AutoFamily:
     def __post_init__(self) -> None:
         check_choice("model_type.mixed_precision", self.mixed_precision, MIXED_PRECISION)
 
-    def resolve_family(self, denoiser: str, blocks: Sequence[str], linears: Mapping[str, int]) -> ModelFamily:
+    def resolve_family(
+        self, denoiser: str, blocks: Sequence[str], linears: Mapping[str, int], pipeline: str | None = None
+    ) -> ModelFamily:
         """Return the family of a denoiser; for an unknown one the conservative rule, with a warning.
 
         Args:
             denoiser: the denoiser's class in diffusers.
             blocks: prefixes of the repeated blocks (`transformer_blocks.0.`), in model order.
             linears: in_features of the denoiser's Linears by name.
+            pipeline: the class of its pipeline; None: not known.
         """
         families = load_families() if self.families is None else self.families
         for family in families.values():
-            if denoiser in family.denoisers and family.find_input_mismatch(linears) is None:
+            if family.has_member(denoiser, pipeline) and family.find_input_mismatch(linears) is None:
                 return replace(family, mixed_precision=self.mixed_precision)
         log.warning(
             "model_type=auto does not know %s; only Linears inside its repeated blocks become INT8, "
@@ -295,6 +311,8 @@ class ModelSource:
         family: that the sampling is made for; None: any. `pipeline.load` refuses another one.
         pipeline: class of diffusers that runs it; None: the one that the repository names.
         mode: short name of such a class: `img2img`, `inpaint`, … (`models/pipeline_modes.yaml`).
+        workflow: the only one of a modular pipeline that is loaded and run, by its name in diffusers; None:
+            all.
     """
 
     location: str | None
@@ -309,6 +327,7 @@ class ModelSource:
     family: str | None = None
     pipeline: str | None = None
     mode: str | None = None
+    workflow: str | None = None
 
     def __post_init__(self) -> None:
         check_choice("model.dtype", self.dtype, DTYPES)

@@ -5,7 +5,7 @@ Where the files are was found by `source`; denoisers are often given as skeleton
 
 import importlib.metadata
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -200,11 +200,22 @@ def load_pipeline(
                 f"{cls.__name__} of diffusers {diffusers.__version__} takes no {name} from outside; "
                 "use a diffusers folder"
             )
+    place_components(pipeline, device, without=denoisers)
+    return pipeline
+
+
+def place_components(pipeline: Any, device: torch.device, without: Collection[str]) -> None:
+    """Move a pipeline's modules to a device, and turn its progress bars off.
+
+    Args:
+        pipeline: is changed.
+        device: of its modules.
+        without: components that stay where they are.
+    """
     pipeline.set_progress_bar_config(disable=True)
     for name, module in pipeline.components.items():
-        if isinstance(module, nn.Module) and name not in denoisers:
+        if isinstance(module, nn.Module) and name not in without:
             module.to(device)
-    return pipeline
 
 
 def check_component_libraries(folder: Path) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from typing import Any, get_args
 
 import diffusers
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModularPipeline
 
 from int8run.errors import ConfigError, suggest_similar
 from int8run.models.pipeline_modes import load_modes
@@ -61,7 +61,13 @@ def is_pipeline(name: str) -> bool:
     """Whether diffusers has a pipeline of this name that can be used here."""
     # diffusers puts a placeholder, which is no pipeline, where a library is missing
     cls = getattr(diffusers, name, None)
-    return isinstance(cls, type) and issubclass(cls, DiffusionPipeline)
+    return isinstance(cls, type) and issubclass(cls, (DiffusionPipeline, ModularPipeline))
+
+
+def is_modular(name: str) -> bool:
+    """Whether diffusers has a modular pipeline of this name."""
+    cls = getattr(diffusers, name, None)
+    return isinstance(cls, type) and issubclass(cls, ModularPipeline)
 
 
 def find_mode_class(named: str, mode: str, controlnet: str | None) -> str | None:
@@ -163,6 +169,8 @@ def check_pipeline_fits(
             a given component.
     """
     cls = get_pipeline_class(name)
+    if issubclass(cls, ModularPipeline):
+        return  # which of its components a call needs depends on the inputs; the call says what is missing
     held = {component: entry[1] for component, entry in index.items() if is_held(entry)} | dict(parts)
     missing = [component for component in list_needed_components(cls) if component not in held]
     if missing:

@@ -11,18 +11,24 @@ from typing import Any
 
 from int8run.errors import ConfigError, FileError, suggest_similar
 from int8run.models.hub import check_repository, make_download_error
+from int8run.models.pipeline_index import (
+    MODEL_INDEX_NAME,
+    MODULAR_INDEX_NAME,
+    has_pipeline_index,
+    read_json,
+    read_pipeline_index,
+)
 from int8run.utils.paths import SAFETENSORS, expand_path
 from int8run.utils.text import shorten_error
-from int8run.utils.untrusted_json import parse_untrusted_json
 
 log = logging.getLogger(__name__)
 ASSETS_FOLDER = Path(__file__).parents[1] / "assets"
 SHIPPED_PREFIX = "shipped:"
 # of pipelines; a single one is the denoiser, of two each has its own part of the steps
-DENOISER_COMPONENTS = ("transformer", "transformer_2", "unet")
+DENOISER_COMPONENTS = ("transformer", "transformer_2", "transformer_ref", "unet")
 # what stands beside weights and may say how they were quantized
 QUANTIZATION_CONFIGS = ("config.json", "quantization_config.json", "hf_quant_config.json")
-CONFIG_NAME, MODEL_INDEX_NAME = "config.json", "model_index.json"
+CONFIG_NAME = "config.json"
 # as diffusers names the weights in a folder
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 PICKLED_REASON = "a pickled file, which can run code when opened; convert it to .safetensors first"
@@ -42,10 +48,12 @@ class ResolvedWeights:
     Args:
         path: a .safetensors file, or a folder of them.
         config: of the denoiser's class; None where no diffusers config is beside the weights.
+        pipeline: the class of the pipeline that they are a part of; None: of no pipeline.
     """
 
     path: Path
     config: Mapping[str, Any] | None = None
+    pipeline: str | None = None
 
     @property
     def class_name(self) -> str | None:
@@ -131,9 +139,10 @@ def resolve_in_folder(folder: Path, location: str, component: str | None) -> Res
     Raises:
         ConfigError: when the component is not in the pipeline, or the folder is no pipeline.
     """
-    if (folder / MODEL_INDEX_NAME).is_file():
-        name = choose_component(read_json(folder / MODEL_INDEX_NAME), location, component)
-        return ResolvedWeights(folder / name, read_denoiser_config(folder / name))
+    if has_pipeline_index(folder):
+        index = read_pipeline_index(folder)
+        name = choose_component(index, location, component)
+        return ResolvedWeights(folder / name, read_denoiser_config(folder / name), index.get("_class_name"))
     if component is not None:
         raise ConfigError(
             f"task.component={component} names a part of a pipeline, and {location} is a single denoiser; "
@@ -164,12 +173,30 @@ def resolve_on_hub(
     try:
         if file:
             return ResolvedWeights(Path(hf_hub_download(repository, file, revision=revision)))
-        index = read_json(Path(hf_hub_download(repository, MODEL_INDEX_NAME, revision=revision)))
+        index = read_pipeline_index(download_index(repository, revision))
         name = choose_component(index, location, component)
         folder = download_component(repository, name, revision)
     except (OSError, ValueError) as error:
         raise make_download_error(location, "model.location", error) from error
-    return ResolvedWeights(folder, read_denoiser_config(folder))
+    return ResolvedWeights(folder, read_denoiser_config(folder), index.get("_class_name"))
+
+
+def download_index(repository: str, revision: str | None) -> Path:
+    """Download the index of a pipeline, modular or not, and return the folder that it is in.
+
+    Raises:
+        OSError, ValueError: of the hub.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        file = hf_hub_download(repository, MODEL_INDEX_NAME, revision=revision)
+    except LocalEntryNotFoundError:
+        raise
+    except EntryNotFoundError:
+        file = hf_hub_download(repository, MODULAR_INDEX_NAME, revision=revision)
+    return Path(file).parent
 
 
 def download_side_files(location: str, revision: str | None) -> None:
@@ -259,20 +286,3 @@ def read_denoiser_config(folder: Path) -> Mapping[str, Any] | None:
         return None
     config = read_json(file)
     return config if isinstance(config.get("_class_name"), str) else None
-
-
-def read_json(file: Path) -> Mapping[str, Any]:
-    """Return the JSON object of a file.
-
-    Raises:
-        FileError: when it cannot be read, or holds something else.
-    """
-    try:
-        content = parse_untrusted_json(file.read_bytes())
-    except OSError as error:
-        raise FileError(f"{file} cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
-        raise FileError(f"{file} cannot be read: it {error}") from error
-    if not isinstance(content, dict):
-        raise FileError(f"{file} is not a JSON object")
-    return content

@@ -5,7 +5,7 @@ of checkpoints do that.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,22 @@ from torch import nn
 from int8run.errors import ConfigError, FileError, suggest_similar
 from int8run.models.family import ModelSource
 from int8run.models.hub import check_repository, make_download_error
+from int8run.models.modular_source import download_modular, resolve_components_elsewhere
 from int8run.models.pipeline_class import CONTROLNET, check_pipeline_fits, choose_pipeline_class
+from int8run.models.pipeline_index import (
+    MODEL_INDEX_NAME,
+    has_pipeline_index,
+    read_json,
+    read_pipeline_index,
+)
 from int8run.models.resolve_weights import (
     CONFIG_NAME,
     DENOISER_COMPONENTS,
-    MODEL_INDEX_NAME,
     UNSUPPORTED_FORMATS,
     check_format,
+    download_index,
     is_local,
     list_denoisers,
-    read_json,
     to_local_path,
 )
 from int8run.utils.paths import SAFETENSORS
@@ -92,12 +98,19 @@ class ResolvedModel:
         denoisers: in the order in which the pipeline uses them.
         has_single_files: whether the denoisers' weights are files of their own, outside the folder.
         pipeline_class: name of the class that runs it, of diffusers.
+        elsewhere: folders of components that a modular pipeline's index finds in other places.
     """
 
     folder: Path
     denoisers: tuple[ResolvedDenoiser, ...]
     has_single_files: bool
     pipeline_class: str = "DiffusionPipeline"
+    elsewhere: Mapping[str, Path] = field(default_factory=dict)
+
+    def list_parts_elsewhere(self) -> dict[str, tuple[str, str]]:
+        """The class and the folder of each component that lies elsewhere, as `model.parts` has them."""
+        index = read_model_index(self.folder, str(self.folder)) if self.elsewhere else {}
+        return {name: (str(index[name][1]), str(place)) for name, place in self.elsewhere.items()}
 
 
 def resolve_model(source: ModelSource) -> ResolvedModel:
@@ -121,12 +134,17 @@ def resolve_pipeline(source: ModelSource) -> ResolvedModel:
     location = str(source.location)
     folder = resolve_pipeline_folder(location, source.revision)
     index = read_model_index(folder, location)
-    denoisers = [
-        read_denoiser(folder, component, index, folder / component)
-        for component in list_denoisers(index, str(folder))
-    ]
+    elsewhere = resolve_components_elsewhere(folder)
+    denoisers = []
+    for component in list_denoisers(index, str(folder)):
+        place = elsewhere.get(component, folder / component)
+        denoisers.append(read_denoiser(place, component, index, place))
     return ResolvedModel(
-        folder, tuple(denoisers), has_single_files=False, pipeline_class=choose_source_pipeline(source, index)
+        folder,
+        tuple(denoisers),
+        has_single_files=False,
+        pipeline_class=choose_source_pipeline(source, index),
+        elsewhere=elsewhere,
     )
 
 
@@ -149,7 +167,7 @@ def resolve_single_files(source: ModelSource, files: str | Mapping[str, str]) ->
     denoisers = []
     for component in components:
         weights = resolve_weight_file(by_component[component], source.revision)
-        denoisers.append(read_denoiser(folder, component, index, weights))
+        denoisers.append(read_denoiser(folder / component, component, index, weights))
     return ResolvedModel(
         folder, tuple(denoisers), has_single_files=True, pipeline_class=choose_source_pipeline(source, index)
     )
@@ -173,10 +191,10 @@ def find_pipeline_class(source: ModelSource) -> str:
     revision = source.revision if setting == "model.location" else None
     check_repository(location, setting, revision)
     try:
-        file = Path(hf_hub_download(location, MODEL_INDEX_NAME, revision=revision))
+        folder = download_index(location, revision)
     except (OSError, ValueError) as error:
         raise make_download_error(location, setting, error) from error
-    return choose_source_pipeline(source, read_model_index(file.parent, location))
+    return choose_source_pipeline(source, read_model_index(folder, location))
 
 
 def choose_source_pipeline(source: ModelSource, index: Mapping[str, Any]) -> str:
@@ -248,7 +266,7 @@ def names_weights(location: str) -> bool:
 
 def is_denoiser_folder(path: Path) -> bool:
     """Return whether a folder holds weights and no pipeline."""
-    return path.is_dir() and not (path / MODEL_INDEX_NAME).is_file() and any(path.glob(f"*{SAFETENSORS}"))
+    return path.is_dir() and not has_pipeline_index(path) and any(path.glob(f"*{SAFETENSORS}"))
 
 
 def resolve_pipeline_folder(
@@ -267,12 +285,15 @@ def resolve_pipeline_folder(
     """
     path = to_local_path(location)
     if is_local(location) or path.is_dir():
-        if not (path / MODEL_INDEX_NAME).is_file():
+        if not has_pipeline_index(path):
             raise FileError(f"{path.absolute()} is not a diffusers folder: it has no {MODEL_INDEX_NAME}")
         return path
     check_repository(location, setting, revision)
     left_out = dict.fromkeys(without)
     try:
+        index_folder = download_index(location, revision)
+        if not (index_folder / MODEL_INDEX_NAME).is_file():
+            return download_modular(location, revision, read_model_index(index_folder, location), without)
         # use_safetensors: nothing pickled is downloaded
         downloaded = DiffusionPipeline.download(location, revision=revision, use_safetensors=True, **left_out)
         folder = Path(downloaded)
@@ -340,13 +361,13 @@ def make_load_error(location: str, error: Exception) -> FileError:
 
 
 def read_model_index(folder: Path, location: str) -> Mapping[str, Any]:
-    """Return the `model_index.json` of a pipeline's folder.
+    """Return the index of a pipeline's folder, modular or not.
 
     Raises:
         FileError: when it cannot be read.
     """
     try:
-        return read_json(folder / MODEL_INDEX_NAME)
+        return read_pipeline_index(folder)
     except FileError as error:
         raise make_load_error(location, error) from error
 
@@ -355,8 +376,8 @@ def read_denoiser(folder: Path, component: str, index: Mapping[str, Any], weight
     """Return what a diffusers folder says about one denoiser.
 
     Args:
-        folder: of the pipeline.
-        component: the denoiser's name in it.
+        folder: with its config.
+        component: the denoiser's name in the pipeline.
         index: the pipeline's `model_index.json`.
         weights: the file or folder of the denoiser's weights.
 
@@ -369,11 +390,11 @@ def read_denoiser(folder: Path, component: str, index: Mapping[str, Any], weight
     if not is_known:
         unknown = f"{library}.{class_name} is not in diffusers {diffusers.__version__}"
         reason = FileError(f"the {component} is of a class that is not here: {unknown}")
-        raise make_load_error(str(folder), reason)
+        raise make_load_error(str(folder.parent), reason)
     return ResolvedDenoiser(
         component=component,
         class_name=str(class_name),
-        config=read_config(folder / component),
+        config=read_config(folder),
         weights=weights,
     )
 

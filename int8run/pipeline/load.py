@@ -30,7 +30,15 @@ from int8run.models.family import (
     load_families,
     read_model_options,
 )
-from int8run.models.loader import list_block_prefixes, load_parts, load_pipeline, pick_device
+from int8run.models.loader import (
+    list_block_prefixes,
+    load_parts,
+    load_pipeline,
+    pick_device,
+    place_components,
+)
+from int8run.models.modular_loader import load_modular_pipeline
+from int8run.models.pipeline_class import is_modular
 from int8run.models.resolve_weights import download_side_files, to_local_path
 from int8run.models.sampling import Sampling
 from int8run.models.schedulers import set_scheduler
@@ -107,7 +115,7 @@ def load_model(
     started = time.perf_counter()
     with progress.track_step("Loading the model"):
         source = resolve_model(settings.model)
-        check_model_family(settings.model, source.denoisers[0].class_name)
+        check_model_family(settings.model, source.denoisers[0].class_name, source.pipeline_class)
         check_files(partial(build_skeletons, source, settings.dtype))
 
         skeletons: dict[str, nn.Module] = {}
@@ -116,7 +124,8 @@ def load_model(
             skeletons = build_skeletons(source, settings.dtype)
             download_quantization_configs(source, settings.model)
             checkpoint = open_denoiser_weights(source, skeletons, settings.model)
-        encoders = open_encoders(settings.clip, source.folder, settings.model.parts, settings.dtype)
+        parts = {**source.list_parts_elsewhere(), **settings.model.parts}
+        encoders = open_encoders(settings.clip, source.folder, parts, settings.dtype)
         pipe = load_float_parts(source, settings, skeletons=skeletons, encoders=encoders, device=device)
 
         denoisers = prepare_denoisers(pipe, source, settings.attention)
@@ -124,7 +133,7 @@ def load_model(
         original_scheduler = pipe.scheduler  # kept: a later job may go back to it
         set_scheduler(pipe, original_scheduler, settings.sampling)
         component, first_denoiser = next(iter(denoisers.items()))
-        family = resolve_family(settings.model_type, first_denoiser)
+        family = resolve_family(settings.model_type, first_denoiser, source.pipeline_class)
         warn_of_other_family(settings.model, settings.model_type, family)
         loaded = LoadedModel(
             pipe=pipe,
@@ -234,6 +243,11 @@ def load_float_parts(
     check_float_components(source.folder, without=empty_modules)
     loaded_parts = load_parts(source.folder, parts, settings.dtype)
     place = device if settings.offload == "none" else CPU
+    if is_modular(source.pipeline_class):
+        given = {**loaded_parts, **empty_modules}
+        pipe = load_modular_pipeline(source, given, settings.dtype, settings.model.workflow)
+        place_components(pipe, place, without=empty_modules)
+        return pipe
     return load_pipeline(
         source.folder, empty_modules, settings.dtype, place, loaded_parts, source.pipeline_class
     )
@@ -251,18 +265,22 @@ def prepare_denoisers(pipe: DiffusionPipeline, source: ResolvedModel, attention:
     return denoisers
 
 
-def resolve_family(model_type: ModelFamily | AutoFamily, denoiser: nn.Module) -> ModelFamily:
+def resolve_family(
+    model_type: ModelFamily | AutoFamily, denoiser: nn.Module, pipeline: str | None = None
+) -> ModelFamily:
     """The family of a denoiser; see `AutoFamily.resolve_family`."""
     linears = {name: m.in_features for name, m in denoiser.named_modules() if isinstance(m, nn.Linear)}
-    return model_type.resolve_family(type(denoiser).__name__, list_block_prefixes(denoiser), linears)
+    blocks = list_block_prefixes(denoiser)
+    return model_type.resolve_family(type(denoiser).__name__, blocks, linears, pipeline)
 
 
-def check_model_family(model: ModelSource, denoiser: str) -> None:
+def check_model_family(model: ModelSource, denoiser: str, pipeline: str | None = None) -> None:
     """Refuse a denoiser of another architecture than a model's settings are made for, before it is read.
 
     Args:
         model: the settings.
         denoiser: its class in diffusers.
+        pipeline: the class of its pipeline; None: not known.
 
     Raises:
         ConfigError: naming what the location holds, and the models of that family.
@@ -270,9 +288,9 @@ def check_model_family(model: ModelSource, denoiser: str) -> None:
     families = load_families()
     if model.family is None or model.family not in families:
         return
-    if denoiser in families[model.family].denoisers:
+    if families[model.family].has_member(denoiser, pipeline):
         return
-    found = [name for name, family in families.items() if denoiser in family.denoisers]
+    found = [name for name, family in families.items() if family.has_member(denoiser, pipeline)]
     choice = "write a model of your own"
     options = list_model_options(model.location, found)
     if options:

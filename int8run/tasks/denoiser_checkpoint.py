@@ -111,7 +111,8 @@ def recognize_checkpoint(
     else:
         linears = find_linears(parameters, layers, prefix)
         denoiser = class_name or f"what {source.path.name} holds"
-        family = model_type.resolve_family(denoiser, find_repeated_blocks(linears), linears)
+        blocks = find_repeated_blocks(linears)
+        family = model_type.resolve_family(denoiser, blocks, linears, source.pipeline)
     return DenoiserCheckpoint(
         family=family,
         class_name=class_name,

@@ -1,6 +1,6 @@
 """What `task=inspect` says about a pipeline's folder: its components, one by one.
 
-Called by `inspect_file` for a folder with a model_index.json. Of the weights only headers are read.
+Called by `inspect_file` for a folder with the index of a pipeline. Of the weights only headers are read.
 """
 
 from collections.abc import Iterator
@@ -11,7 +11,8 @@ from int8run.checkpoints.detect import read_layers
 from int8run.checkpoints.layer import FLOAT
 from int8run.checkpoints.reader import TensorFiles
 from int8run.errors import ConfigError, FileError
-from int8run.models.resolve_weights import DENOISER_COMPONENTS, MODEL_INDEX_NAME, read_json
+from int8run.models.pipeline_index import has_pipeline_index, read_pipeline_index
+from int8run.models.resolve_weights import DENOISER_COMPONENTS
 from int8run.tasks.file_description import FileDescription, Row, count_names, format_size
 from int8run.tasks.inspect_checkpoint import describe_family
 from int8run.text_encoders.detect import find_encoder_of_class
@@ -20,20 +21,20 @@ from int8run.utils.paths import SAFETENSORS
 
 def is_pipeline_folder(folder: Path) -> bool:
     """Whether a folder holds a pipeline as diffusers saves it."""
-    return (folder / MODEL_INDEX_NAME).is_file()
+    return has_pipeline_index(folder)
 
 
 def inspect_pipeline(folder: Path, declared: DeclaredFormat) -> FileDescription:
     """Describe the pipeline in a folder.
 
     Args:
-        folder: with a model_index.json.
+        folder: with an index.
         declared: what the user says of the files.
 
     Raises:
-        FileError: when model_index.json cannot be read.
+        FileError: when its index cannot be read.
     """
-    index = read_json(folder / MODEL_INDEX_NAME)
+    index = read_pipeline_index(folder)
     rows: list[Row] = [("kind", "pipeline"), ("class", str(index.get("_class_name")))]
     for name, entry in index.items():
         # [library, class]; [null, null] for a component that the pipeline does without

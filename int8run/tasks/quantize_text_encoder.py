@@ -28,7 +28,8 @@ from int8run.config.run_spec import RunSpec
 from int8run.errors import ConfigError, suggest_similar
 from int8run.layers.plan import LayerPlan
 from int8run.models.hub import check_repository, make_download_error
-from int8run.models.resolve_weights import CONFIG_NAME, MODEL_INDEX_NAME, to_local_path
+from int8run.models.pipeline_index import MODEL_INDEX_NAME, MODULAR_INDEX_NAME, has_pipeline_index
+from int8run.models.resolve_weights import CONFIG_NAME, to_local_path
 from int8run.models.source import read_config
 from int8run.models.state_dict_adapter import TensorPart, join_shapes
 from int8run.outlier.base import OutlierTransform
@@ -193,7 +194,7 @@ def find_slot(spec: RunSpec, component: str) -> EncoderSlot:
     """
     location = str(spec.model.location)
     path = to_local_path(location)
-    is_pipeline = (path / MODEL_INDEX_NAME).is_file()
+    is_pipeline = has_pipeline_index(path)
     if path.exists() and not is_pipeline:
         return EncoderSlot(component, read_class_name(path), path)
     if not is_pipeline:
@@ -225,7 +226,8 @@ def download_component(location: str, revision: str | None, component: str) -> P
         FileError: when it could not be downloaded.
     """
     check_repository(location, "model.location", revision)
-    patterns = [MODEL_INDEX_NAME, f"{component}/*.json", f"{component}/*{SAFETENSORS}"]
+    indexes = [MODEL_INDEX_NAME, MODULAR_INDEX_NAME]
+    patterns = [*indexes, f"{component}/*.json", f"{component}/*{SAFETENSORS}"]
     try:
         return Path(snapshot_download(location, revision=revision, allow_patterns=patterns))
     except (OSError, ValueError) as error:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModularPipeline
 from families.instance_sets import INSTANCES
 from families.instances import Instance
 from safetensors.torch import load_file, save_file
@@ -195,6 +195,14 @@ def name_base_class(part: object) -> list[str]:
     return [base.__module__.partition(".")[0], base.__name__]
 
 
+def save_pipeline(pipe: Any, folder: Path) -> None:
+    """Write a pipeline to a folder; the index of a modular one says that everything is there."""
+    if isinstance(pipe, ModularPipeline):
+        pipe.save_pretrained(str(folder), overwrite_modular_index=True)
+    else:
+        pipe.save_pretrained(folder)
+
+
 def make_case(name: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> Case:
     """Build an instance and write it to a folder."""
     pipe, folder = INSTANCES[name].build(), home / "pipeline"
@@ -204,7 +212,7 @@ def make_case(name: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> Case:
     }
     for part in ours.values():
         monkeypatch.setattr(part, "save_pretrained", lambda *_, **__: None)
-    pipe.save_pretrained(folder)
+    save_pipeline(pipe, folder)
     if ours:
         index, read = json.loads((folder / "model_index.json").read_text()), load.load_pipeline
         index |= {name: name_base_class(part) for name, part in ours.items()}

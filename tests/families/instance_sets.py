@@ -4,12 +4,20 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from families import instances, instances_b, instances_edit, instances_video
+from families import instances, instances_b, instances_edit, instances_modular, instances_video
 from families.instances import Instance
 
-QUICK: Mapping[str, Instance] = {**instances.INSTANCES, **instances_b.INSTANCES}
+QUICK: Mapping[str, Instance] = {
+    **instances.INSTANCES,
+    **instances_b.INSTANCES,
+    **instances_modular.QUICK,
+}
 # their pipelines run in slow tests only; their denoisers are on the meta device in quick ones
-LONG_TAIL: Mapping[str, Instance] = {**instances_edit.INSTANCES, **instances_video.INSTANCES}
+LONG_TAIL: Mapping[str, Instance] = {
+    **instances_edit.INSTANCES,
+    **instances_video.INSTANCES,
+    **instances_modular.LONG_TAIL,
+}
 INSTANCES: Mapping[str, Instance] = {**QUICK, **LONG_TAIL}
 # what a test of whole pipelines is called with
 NAMES: list[Any] = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in LONG_TAIL)]
