@@ -37,6 +37,11 @@ def has_pipeline_index(folder: Path) -> bool:
     return any((folder / name).is_file() for name in (MODEL_INDEX_NAME, MODULAR_INDEX_NAME))
 
 
+def is_modular_folder(folder: Path) -> bool:
+    """Return whether a folder has the index of a modular pipeline and no other."""
+    return (folder / MODULAR_INDEX_NAME).is_file() and not (folder / MODEL_INDEX_NAME).is_file()
+
+
 def read_pipeline_index(folder: Path) -> Mapping[str, Any]:
     """Return a pipeline's index: [library, class] by component, and the pipeline's settings.
 
@@ -45,7 +50,7 @@ def read_pipeline_index(folder: Path) -> Mapping[str, Any]:
     Raises:
         FileError: when it cannot be read, or when the folder has code of its own.
     """
-    if (folder / MODEL_INDEX_NAME).is_file() or not (folder / MODULAR_INDEX_NAME).is_file():
+    if not is_modular_folder(folder):
         return read_json(folder / MODEL_INDEX_NAME)
     check_no_code(folder)
     entries = read_json(folder / MODULAR_INDEX_NAME)

@@ -23,6 +23,7 @@ from int8run.models.pipeline_class import CONTROLNET, check_pipeline_fits, choos
 from int8run.models.pipeline_index import (
     MODEL_INDEX_NAME,
     has_pipeline_index,
+    is_modular_folder,
     read_json,
     read_pipeline_index,
 )
@@ -292,7 +293,7 @@ def resolve_pipeline_folder(
     left_out = dict.fromkeys(without)
     try:
         index_folder = download_index(location, revision)
-        if not (index_folder / MODEL_INDEX_NAME).is_file():
+        if is_modular_folder(index_folder):
             return download_modular(location, revision, read_model_index(index_folder, location), without)
         # use_safetensors: nothing pickled is downloaded
         downloaded = DiffusionPipeline.download(location, revision=revision, use_safetensors=True, **left_out)

@@ -1,6 +1,6 @@
 """Tiny random pipelines of families that diffusers has as modular pipelines only.
 
-Of diffusers' real classes, without a download. They are built as `instances_edit.py` builds those with images.
+Of diffusers' real classes, without a download, built as `instances_edit.py` builds those with images.
 """
 
 from collections.abc import Sequence

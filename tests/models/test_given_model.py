@@ -11,6 +11,7 @@ from torch import nn
 from int8run.errors import ConfigError
 from int8run.models.dual_denoisers import DualDenoiser
 from int8run.models.given_model import take_denoiser, take_text_encoders, unwrap_text_encoders
+from int8run.models.resolve_weights import DENOISER_COMPONENTS
 
 
 class Expert(nn.Linear):
@@ -74,7 +75,7 @@ def test_text_encoders_are_modules_or_left_out() -> None:
     [
         (SimpleNamespace(), "quantize_ takes a denoiser, such as .*, or its pipeline, not a SimpleNamespace"),
         ("pipe", "quantize_ takes a denoiser, such as .*, or its pipeline, not a str"),
-        (Decoder(Expert(2, 2)), "Decoder has no transformer or transformer_2 or unet; give the module that"),
+        (Decoder(Expert(2, 2)), f"Decoder has no {' or '.join(DENOISER_COMPONENTS)}; give the module that"),
     ],
 )
 def test_what_is_no_model_is_refused(given: object, message: str) -> None:

@@ -9,7 +9,12 @@ import pytest
 
 import int8run.models.resolve_weights as resolve_weights_module
 from int8run.errors import ConfigError, FileError
-from int8run.models.resolve_weights import ASSETS_FOLDER, download_side_files, resolve_weights
+from int8run.models.resolve_weights import (
+    ASSETS_FOLDER,
+    DENOISER_COMPONENTS,
+    download_side_files,
+    resolve_weights,
+)
 
 CONFIG = {"_class_name": "FluxTransformer2DModel", "num_layers": 1}
 
@@ -69,7 +74,7 @@ def test_pipeline_without_a_denoiser_is_an_error(tmp_path):
     folder = write_pipeline(tmp_path / "p")
     words = (
         r"p has no denoiser: its components are unet, vae; .* in diffusers named transformer or "
-        r"transformer_2 or unet$"
+        rf"{' or '.join(DENOISER_COMPONENTS[1:])}$"
     )
 
     with pytest.raises(ConfigError, match=words):
