@@ -27,7 +27,7 @@ TEXT_ENCODER = "text_encoder"
 # what a pipeline calls its result, as an image or a video
 RESULTS = ("images", "videos")
 OUTPUT_TYPE, LATENT = "output_type", "latent"
-# modules of diffusers that write to the log what is raised as an error anyway, and that guiders are new
+# modules of diffusers; see `quiet_libraries`
 NOISY_LOGGERS = ("diffusers.modular_pipelines.modular_pipeline", "diffusers.guiders.guider_utils")
 # a guider's settings of when it acts; their names say nothing without what they belong to
 SCHEDULE_SETTINGS = ("start", "stop")
@@ -224,6 +224,35 @@ def make_modular_class(cls: type[ModularPipeline], blocks: Any, guiders: Mapping
     return type(cls.__name__, (ModularFace, cls), {"__call__": call, "__doc__": cls.__doc__})
 
 
+def get_call_class(cls: Any, workflow: str | None = None) -> Any:
+    """The class whose call has the arguments of a pipeline, before one is made.
+
+    Args:
+        cls: of diffusers; one that is not modular is returned as it is.
+        workflow: name of the only one that is to run; None: all.
+
+    Raises:
+        ConfigError: for an unknown workflow.
+    """
+    if not issubclass(cls, ModularPipeline) or issubclass(cls, ModularFace):
+        return cls
+    blocks = build_blocks(cls, workflow)
+    return make_modular_class(cls, blocks, make_own_guiders(blocks))
+
+
+def make_own_guiders(blocks: Any) -> dict[str, BaseGuidance]:
+    """The guiders that diffusers makes from its own settings, by component."""
+    quiet_libraries()
+    own = [spec for spec in blocks.expected_components if spec.default_creation_method == "from_config"]
+    return find_guiders({spec.name: copy.deepcopy(spec).create() for spec in own})
+
+
+def quiet_libraries() -> None:
+    """Keep from the log what diffusers raises as an error anyway, and that guiders are new."""
+    for name in NOISY_LOGGERS:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
 def build_signature(blocks: Any, guiders: Mapping[str, BaseGuidance]) -> inspect.Signature:
     """What a call takes: the inputs of its blocks, and the settings of its guiders."""
     defaults: dict[str, Any] = {}
@@ -319,10 +348,7 @@ def make_pipeline(
         components: by name; those that diffusers makes from its own settings may be left out.
         configs: values of the pipeline's settings.
     """
-    for name in NOISY_LOGGERS:
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    made = [spec for spec in blocks.expected_components if spec.default_creation_method == "from_config"]
-    guiders = find_guiders({spec.name: copy.deepcopy(spec).create() for spec in made} | dict(components))
+    guiders = make_own_guiders(blocks) | find_guiders(components)
     adapted = make_modular_class(cls, blocks, guiders)
     settings = {spec.name: configs[spec.name] for spec in blocks.expected_configs if spec.name in configs}
     pipe: ModularFace = adapted(blocks=blocks, config_dict=settings)

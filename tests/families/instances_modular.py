@@ -19,7 +19,7 @@ from families.instances_edit import make_image, make_instance
 from torch import nn
 from transformers import Qwen3Config, Qwen3Model, T5Tokenizer
 
-from int8run.models.modular_pipeline import build_blocks, make_pipeline
+from int8run.models.modular_pipeline import build_blocks, get_call_class, make_pipeline
 
 
 class Resize:
@@ -66,11 +66,12 @@ def anima() -> ModularPipeline:
     )
 
 
+ANIMA = get_call_class(AnimaModularPipeline)
 QUICK: dict[str, Instance] = {
-    "anima": make_instance("anima", AnimaModularPipeline, anima, cosmos, size=32, guidance=4.0, **LENGTH),
+    "anima": make_instance("anima", ANIMA, anima, cosmos, size=32, guidance=4.0, **LENGTH),
 }
 LONG_TAIL: dict[str, Instance] = {
     "anima_img2img": make_instance(
-        "anima", AnimaModularPipeline, anima, cosmos, size=32, guidance=4.0, image=make_image(32), **LENGTH
+        "anima", ANIMA, anima, cosmos, size=32, guidance=4.0, image=make_image(32), **LENGTH
     ),
 }
