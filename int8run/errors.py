@@ -31,9 +31,17 @@ REFUSED_ERRNOS = (
 
 
 class Int8RunError(Exception):
-    """Base of all errors of int8run: one line that says what was wrong, what is allowed and what to do."""
+    """Base of all errors of int8run: one line that says what was wrong, what is allowed and what to do.
+
+    Args:
+        message: may hold a value of a setting, or names out of a stranger's file: their line breaks and other
+            control characters are shown as escapes, so that the message stays one line and moves no terminal.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: object = ""):
+        super().__init__(escape_control_characters(str(message)))
 
 
 class ConfigError(Int8RunError):
@@ -43,17 +51,9 @@ class ConfigError(Int8RunError):
 
 
 class FileError(Int8RunError):
-    """A missing or damaged file.
-
-    Args:
-        message: may hold names out of a stranger's file, or of a file: their line breaks and other control
-            characters are shown as escapes, so that the message stays one line and moves no terminal.
-    """
+    """A missing or damaged file."""
 
     exit_code = 3
-
-    def __init__(self, message: object = ""):
-        super().__init__(escape_control_characters(str(message)))
 
 
 class LoraError(FileError):
@@ -69,7 +69,7 @@ class SweepError(Int8RunError):
     """
 
     def __init__(self, message: str, exit_code: int):
-        super().__init__(message)
+        Exception.__init__(self, message)  # without escapes for its line breaks
         self.exit_code = exit_code
 
 

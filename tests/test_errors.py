@@ -4,14 +4,26 @@ import pickle
 
 import pytest
 
-from int8run.errors import ConfigError, FileError, LoraError, check_choice
+from int8run.errors import (
+    BackendError,
+    ConfigError,
+    FileError,
+    LoraError,
+    SweepError,
+    TrackingError,
+    check_choice,
+)
 
 
-@pytest.mark.parametrize("error_class", [FileError, LoraError])
+@pytest.mark.parametrize("error_class", [FileError, LoraError, ConfigError, BackendError, TrackingError])
 def test_control_characters_of_a_name_are_shown_as_escapes(error_class):
     error = error_class("lora\n.safetensors: conv_\x1b[31m\r\x00 has no alpha")
 
     assert str(error) == r"lora\n.safetensors: conv_\x1b[31m\r\x00 has no alpha"
+
+
+def test_an_error_of_a_sweep_has_a_line_for_each_job():
+    assert str(SweepError("job 1: no\njob 2: no", 2)) == "job 1: no\njob 2: no"
 
 
 def test_other_letters_stay_as_they_are():

@@ -4,8 +4,9 @@ The call of a pipeline takes them from here, the log says where they have no eff
 of an image leaves those out.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from diffusers import DiffusionPipeline
 
@@ -15,6 +16,7 @@ from int8run.generate.prompts import Sample
 from int8run.models.sampling import Sampling
 
 NEGATIVE_PROMPT = "negative_prompt"
+DENOISERS = ("transformer", "unet")
 # the guidance that a negative prompt belongs to: of models with a distilled guidance it has a name of its own
 TRUE_GUIDANCE, GUIDANCE = "true_cfg_scale", "guidance_scale"
 
@@ -54,12 +56,12 @@ class Guidance:
     """The guidance of a call.
 
     Args:
-        setting: that the scale of the classifier-free guidance is given by.
+        setting: that the scale of the classifier-free guidance is given by; None: the call has none.
         scale: of it; a negative prompt counts where it is above 1. None: not known.
         distilled_scale: number that a model with a distilled guidance is given; None: it takes none.
     """
 
-    setting: str
+    setting: str | None
     scale: float | None
     distilled_scale: float | None = None
 
@@ -86,7 +88,32 @@ def read_guidance(pipe: DiffusionPipeline, sampling: Sampling) -> Guidance:
     scale: object = None
     if GUIDANCE in parameters:
         scale = parameters[GUIDANCE].default if sampling.guidance is None else sampling.guidance
+    if is_scale_embedded(pipe):
+        return Guidance(None, 1.0, distilled_scale=as_scale(scale))
+    # FLUX.2 klein; a distilled pipeline that does take a negative prompt, as Krea's, still has the guidance
+    is_ignored = bool(get_config(pipe).get("is_distilled")) and NEGATIVE_PROMPT not in parameters
+    if is_ignored:
+        return Guidance(None, 1.0)
     return Guidance("sampler.guidance", as_scale(scale))
+
+
+def is_scale_embedded(pipe: DiffusionPipeline) -> bool:
+    """Whether the scale is an input of the denoiser, which then runs once per step: a distilled guidance.
+
+    `guidance_embeds` is how the configs of transformers say it (FLUX, FLUX.2, Sana Sprint), and an embedding
+    of a condition beside the time is how those of UNets do (latent consistency models).
+    """
+    for name in DENOISERS:
+        config = get_config(getattr(pipe, name, None))
+        if config.get("guidance_embeds") or config.get("time_cond_proj_dim") is not None:
+            return True
+    return False
+
+
+def get_config(part: object) -> Mapping[str, Any]:
+    """The config of a pipeline or model; empty where it has none."""
+    config = getattr(part, "config", None)
+    return config if isinstance(config, Mapping) else {}
 
 
 def as_scale(value: object) -> float | None:
@@ -111,6 +138,11 @@ def explain_unused_negative_prompt(
     guidance = read_guidance(pipe, sampling)
     if guidance.uses_negative_prompt:
         return None
+    if guidance.setting is None:
+        return (
+            f"the negative prompt has no effect: {type(pipe).__name__} with this model has a distilled "
+            "guidance, which uses none"
+        )
     return (
         f"the negative prompt has no effect: {type(pipe).__name__} uses it with {guidance.setting} above 1, "
         f"and it is {guidance.scale:g}"

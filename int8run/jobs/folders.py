@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from int8run.errors import ConfigError
+from int8run.errors import WRITE_ELSEWHERE, ConfigError, FileError
 from int8run.jobs.manifest import MANIFEST_FILE
 from int8run.tracking.run_record import EARLIER_ATTEMPTS, RUNNING, STATUS, Record, find_records
 from int8run.utils.paths import check_path
@@ -137,7 +137,7 @@ class FolderClaim:
     def take_new(self) -> None:
         """Make a folder that was not there, and take it; where the name is taken, a number follows it."""
         wanted = self.folder
-        wanted.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(wanted.parent)
         for number in count(1):
             if number > 1:
                 self.folder = wanted.with_name(f"{wanted.name}-{number}")
@@ -151,7 +151,7 @@ class FolderClaim:
     def take_named(self) -> None:
         """Take a folder by its name; it is made where it is missing."""
         check_parents(self.folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         self.take_lock()
 
     def take_lock(self) -> None:
@@ -260,6 +260,20 @@ def read_owner(lock: Path) -> str:
         return "another process"
     process, host = owner[:2]
     return f"process {process} on {host}"
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those around it, where they are missing.
+
+    Raises:
+        FileError: on a file system in which no program makes folders, such as `/proc`.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError as error:
+        raise FileError(
+            f"{folder} cannot be made, as its file system takes no new folders; {WRITE_ELSEWHERE}"
+        ) from error
 
 
 def check_parents(folder: Path) -> None:

@@ -17,6 +17,7 @@ import yaml
 
 from int8run.errors import LoraError
 from int8run.lora.build_oft import OFT_PARTS
+from int8run.lora.find import get_file_title
 from int8run.lora.key_parsing import DENOISER, KOHYA_OFT_PARTS, parse_key
 
 TABLE_FILE = Path(__file__).with_name("bases.yaml")
@@ -119,26 +120,26 @@ def check_lora_base(path: Path, found: LoraBase | None, model_base: str) -> str 
     """
     if found is None or model_base not in load_table()["bases"]:
         return None
-    model_title = get_title(model_base)
+    title, model_title = get_file_title(path), get_title(model_base)
     if model_base in found.possible_names and found.tag is None:
         return None
     if model_base in found.possible_names:
         return (
-            f"{path.name}: its header says {found.tag!r}, its shapes are those of {get_title(found.name)}; "
+            f"{title}: its header says {found.tag!r}, its shapes are those of {get_title(found.name)}; "
             "the shapes count"
         )
 
     for name in found.possible_names:
         consequence = load_table()["partly_fits"].get(name, {}).get(model_base)
         if consequence is not None:
-            return f"{path.name} was made for {get_title(name)}, the model is {model_title}: {consequence}"
+            return f"{title} was made for {get_title(name)}, the model is {model_title}: {consequence}"
 
     titles = format_titles(found.possible_names)
     if found.evidence == "tag":
-        return f"{path.name}: its header says that it was made for {titles}, the model is {model_title}"
+        return f"{title}: its header says that it was made for {titles}, the model is {model_title}"
     reason = found.detail or "by the names in it"
     raise LoraError(
-        f"{path.name} was made for {titles} ({reason}), "
+        f"{title} was made for {titles} ({reason}), "
         f"the model is {model_title} ({describe_main_size(model_base)}); "
         f"choose a LoRA made for {model_title}, or the model that this one was made for"
     )

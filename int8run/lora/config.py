@@ -13,6 +13,7 @@ from typing import Any
 
 from int8run.errors import ConfigError, check_bool, check_choice, check_range
 from int8run.lora.few_step import FewStepPreset, get_preset, parse_steps_in_name
+from int8run.lora.find import get_default_name
 
 MODES = ("auto", "dynamic", "bake", "stochastic")
 STRENGTH_LIMIT = 20
@@ -28,7 +29,7 @@ class Adapter:
     """One LoRA of a stack.
 
     Args:
-        name: for the tracker and for messages.
+        name: for the tracker and for messages; None: that of its file or folder.
         path: a `.safetensors` file, a folder that PEFT wrote, a name in `lora_dir`, the name of a shipped
             LoRA, a hub id with `weight_name`, or a mapping from a model's `lora_base` to one of these.
         strength: from -20 to 20; 0 leaves the LoRA out; a list of [fraction of the steps, strength from there
@@ -51,10 +52,12 @@ class Adapter:
 
     def __post_init__(self) -> None:
         if not self.path:
+            who = f"LoRA {self.name!r}" if self.name else "a LoRA"
             raise ConfigError(
-                f"LoRA {self.name!r} has no path; "
-                "set lora.adapters.0.path=<file.safetensors> (or its place in the list)"
+                f"{who} has no path; set lora.adapters.0.path=<file.safetensors> (or its place in the list)"
             )
+        if not self.name:
+            object.__setattr__(self, "name", self.choose_name())
         check_bool(f"enabled of LoRA {self.name!r}", self.enabled)
         self.check_strengths()
         if isinstance(self.components, str):
@@ -64,6 +67,19 @@ class Adapter:
             )
         for component in self.components or ():
             check_choice(f"a component of LoRA {self.name!r}", component, COMPONENTS)
+
+    def choose_name(self) -> str:
+        """A name for a LoRA without one: that of its file or folder.
+
+        Raises:
+            ConfigError: when the base model chooses between several files.
+        """
+        if isinstance(self.path, Mapping):
+            raise ConfigError(
+                f"a LoRA with a path for each of {', '.join(sorted(map(str, self.path)))} has no name; "
+                "give it one: lora.adapters.0.name=NAME (or its place in the list)"
+            )
+        return get_default_name(str(self.path), self.weight_name)
 
     def check_strengths(self) -> None:
         """Check that strengths are in range, and a schedule is one.
@@ -351,10 +367,10 @@ def parse_adapter(given: object) -> Adapter:
     if isinstance(given, Adapter):
         return given
     known = [field.name for field in fields(Adapter)]
-    has_known_fields = isinstance(given, Mapping) and {"name", "path"} <= set(given) <= set(known)
+    has_known_fields = isinstance(given, Mapping) and {"path"} <= set(given) <= set(known)
     if not isinstance(given, Mapping) or not has_known_fields:
         raise ConfigError(
             f"an entry of lora.adapters is {given!r}; "
-            f"it takes name and path, and may have {', '.join(known[2:])}"
+            f"it takes path, and may have {', '.join(name for name in known if name != 'path')}"
         )
-    return Adapter(**given)
+    return Adapter(**{"name": None, **given})

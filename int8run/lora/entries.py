@@ -75,7 +75,7 @@ def describe_entry(entry: Entry, num_changed: Mapping[str, int], num_unmatched: 
     """
     file = entry.file
     changed = [f"{component} {count}" for component, count in num_changed.items() if count]
-    parts = [f"LoRA {entry.name!r} ({file.path.name}): {format_contents(file)}"]
+    parts = [f"LoRA {entry.name!r} ({file.title}): {format_contents(file)}"]
     parts.append(f"modules changed: {', '.join(changed)}")
     if num_unmatched:
         parts.append(f"{num_unmatched} not applied")

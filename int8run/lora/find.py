@@ -134,13 +134,23 @@ def find_loras_of_subfolders(folder: Path) -> list[Path]:
     return files
 
 
-def get_default_name(source: str, path: Path) -> str:
-    """What a LoRA is called that nobody named: like its file, or like its folder where that was given."""
-    folder_name = Path(source).name
-    is_folder = folder_name not in ("", path.name)
-    if is_folder and path.name in FOLDER_FILES:
-        return folder_name
-    return path.stem
+def get_default_name(source: str, weight_name: str | None = None) -> str:
+    """What a LoRA is called that nobody named: like its file, or like its folder where that was given.
+
+    A file whose name says only which program wrote it lends its folder's.
+
+    Args:
+        source: as `find_lora` takes it; it need not be there.
+        weight_name: the name of a file in a hub repository.
+    """
+    path = Path(source)
+    if weight_name is not None and Path(weight_name).name not in FOLDER_FILES:
+        path = Path(weight_name)
+    if path.name in FOLDER_FILES:
+        path = path.parent
+    if path.name in ("", ".."):
+        path = Path(os.path.abspath(path))
+    return (path.stem if has_suffix(path) else path.name) or source
 
 
 def get_file_title(path: Path) -> str:

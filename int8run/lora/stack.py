@@ -150,7 +150,7 @@ class LoraStack:
                 as they were.
         """
         path = find_lora(str(source), weight_name, self.folder, folder_setting=FOLDER_SETTING)
-        name = name or get_default_name(str(source), path)
+        name = name or get_default_name(str(source), weight_name)
         if name in self.names:
             raise ConfigError(
                 f"the stack has a LoRA called {name!r} already; "

@@ -3,12 +3,12 @@
 Each file says what it was made with; see `generate.image_parameters`.
 """
 
+import dataclasses
 import importlib.metadata
 import json
 import logging
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,9 @@ log = logging.getLogger(__name__)
 IMAGES = "images"
 # text chunks of each image: for other programs, and for int8run itself as JSON
 PARAMETERS_CHUNK, OWN_CHUNK = "parameters", "int8run"
+# of the command line; each has a fact with its option and one with the option's settings
+METHOD_GROUPS = ("outlier", "rounding", "backend")
+SETTINGS_SUFFIX = "_settings"
 
 
 class ImageWriter:
@@ -114,7 +117,7 @@ class ImageWriter:
         parameters = format_parameters(
             sample, sampling, scheduler=scheduler, model=name, details=all_details, guidance=guidance
         )
-        facts: dict[str, object] = {
+        facts: dict[str, Any] = {
             "version": version,
             "prompt": sample.prompt,
             "negative_prompt": sample.negative_prompt if guidance.uses_negative_prompt else None,
@@ -124,6 +127,8 @@ class ImageWriter:
         }
         for label, value in details.items():
             facts[label.lower().replace(" ", "_")] = value
+        if model == "int8":
+            facts |= list_methods(self.spec)
         known = {key: value for key, value in facts.items() if value is not None}
         own = json.dumps(known, ensure_ascii=False, default=str)
         return {PARAMETERS_CHUNK: parameters, OWN_CHUNK: own}
@@ -144,7 +149,12 @@ def describe_model(spec: RunSpec, model: str) -> dict[str, str]:
     """
     facts = {"Precision": spec.model.dtype}
     if model == "int8":
-        facts = {"Precision": "INT8", "Outlier": spec.outlier.name}
+        facts = {
+            "Precision": "INT8",
+            "Outlier": name_method(spec.outlier),
+            "Rounding": name_method(spec.rounding),
+            "Backend": spec.backend.name,
+        }
     if model != "float" and spec.clip.is_quantized:
         facts["Text encoders"] = spec.clip.format
     loras = []
@@ -153,6 +163,35 @@ def describe_model(spec: RunSpec, model: str) -> dict[str, str]:
     if loras:
         facts["LoRAs"] = ", ".join(loras)
     return facts
+
+
+def list_methods(spec: RunSpec) -> dict[str, Any]:
+    """The options of outlier=, rounding= and backend= by their names, and the plain settings of each."""
+    facts: dict[str, Any] = {}
+    for group in METHOD_GROUPS:
+        method = getattr(spec, group)
+        facts[group] = method.name
+        settings = list_plain_settings(method)
+        if settings:
+            facts[f"{group}{SETTINGS_SUFFIX}"] = settings
+    return facts
+
+
+def name_method(method: Any) -> str:
+    """A method with its settings: `convrot group_size=256`."""
+    settings = [f"{name}={value}" for name, value in list_plain_settings(method).items()]
+    return " ".join([method.name, *settings])
+
+
+def list_plain_settings(method: Any) -> dict[str, float | None]:
+    """The settings of a method that are numbers, or null in place of one: no file, and no further method."""
+    settings = {}
+    for field in dataclasses.fields(method):
+        value = getattr(method, field.name)
+        is_null = value is None and isinstance(field.default, int | float)
+        if is_null or isinstance(value, int | float):
+            settings[field.name] = value
+    return settings
 
 
 def name_model(location: str) -> str:
@@ -166,4 +205,4 @@ def fill_guidance(sampling: Sampling, pipe: Any) -> Sampling:
     if sampling.guidance is not None:
         return sampling
     default = get_call_default(pipe, "guidance_scale")
-    return replace(sampling, guidance=default) if isinstance(default, int | float) else sampling
+    return dataclasses.replace(sampling, guidance=default) if isinstance(default, int | float) else sampling

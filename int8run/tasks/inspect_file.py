@@ -11,7 +11,7 @@ from int8run.checkpoints.declared_format import UNDECLARED, DeclaredFormat
 from int8run.checkpoints.header import read_header
 from int8run.checkpoints.provenance import PROVENANCE_KEY
 from int8run.checkpoints.reader import TensorFiles
-from int8run.lora.find import find_lora_of_folder
+from int8run.lora.find import find_lora_of_folder, get_file_title
 from int8run.lora.key_parsing import parse_key
 from int8run.lora.unread_types import ADAPTER_REASON
 from int8run.tasks.file_description import (
@@ -96,7 +96,7 @@ def inspect_single_file(path: Path, declared: DeclaredFormat) -> FileDescription
     if kind == LORA:
         lora_rows = list(describe_lora(path, header, metadata))
         shown = {value for _, value in lora_rows}
-        return FileDescription(path.name, [*rows, *lora_rows, *describe_metadata(metadata, shown)])
+        return FileDescription(get_file_title(path), [*rows, *lora_rows, *describe_metadata(metadata, shown)])
     with TensorFiles.open(path) as files:
         rows += describe_checkpoint(files, declared)
         commands = list_encoder_commands(files)

@@ -15,7 +15,13 @@ from PIL import Image
 from int8run.errors import FileError
 from int8run.models.family import MODEL_FOLDER
 from int8run.tasks.file_description import FileDescription, Row, format_setting
-from int8run.tasks.image_writer import OWN_CHUNK, PARAMETERS_CHUNK, name_model
+from int8run.tasks.image_writer import (
+    METHOD_GROUPS,
+    OWN_CHUNK,
+    PARAMETERS_CHUNK,
+    SETTINGS_SUFFIX,
+    name_model,
+)
 from int8run.utils.text import shorten_error
 from int8run.utils.untrusted_json import parse_untrusted_json
 
@@ -25,6 +31,7 @@ SAMPLER_SETTINGS = ("steps", "guidance", "height", "width", "scheduler")
 # groups of further arguments
 SAMPLER_MAPPINGS = ("extra", "scheduler_settings")
 UNSAID = "settings of the outlier method, of rounding= and backend=: the command takes the defaults"
+UNSAID_CANDIDATES = "the candidates of outlier=auto: the command takes the defaults"
 
 
 class NotRepeatableError(Exception):
@@ -50,9 +57,19 @@ def inspect_image(path: Path) -> FileDescription:
         command = format_command(facts)
     except NotRepeatableError as reason:
         return FileDescription(path.name, [*rows, ("to repeat it", str(reason))])
-    if facts.get("precision") == INT8:
-        rows.append(("not said", UNSAID))
+    unsaid = find_unsaid(facts)
+    if unsaid is not None:
+        rows.append(("not said", unsaid))
     return FileDescription(path.name, rows, [("to repeat it", command)])
+
+
+def find_unsaid(facts: Mapping[str, Any]) -> str | None:
+    """What of the methods an image does not name; None: nothing."""
+    if facts.get("precision") != INT8:
+        return None
+    if "rounding" not in facts:  # by an earlier version
+        return UNSAID
+    return UNSAID_CANDIDATES if facts.get("outlier") == "auto" else None
 
 
 def read_texts(path: Path) -> tuple[int, int, dict[str, str]]:
@@ -89,8 +106,12 @@ def parse_facts(path: Path, text: str) -> dict[str, Any]:
 def describe_facts(facts: Mapping[str, Any]) -> Iterator[Row]:
     """Show each fact on a line of its own, the settings of the sampler by their names."""
     for name, value in facts.items():
+        group = name.removesuffix(SETTINGS_SUFFIX)
         if name == "sampling":
             yield from describe_sampling(value)
+        elif group in METHOD_GROUPS and isinstance(value, dict):
+            for setting, number in value.items():
+                yield f"{group}.{setting}", str(number)
         else:
             yield name.replace("_", " "), str(value)
 
@@ -125,6 +146,40 @@ def format_command(facts: Mapping[str, Any]) -> str:
     return " ".join(words)
 
 
+def list_method_words(group: str, facts: Mapping[str, Any]) -> list[str]:
+    """The words that choose an option and set its settings; none where an earlier version did not name it.
+
+    Raises:
+        NotRepeatableError: for a setting that is no number.
+    """
+    option = facts.get(group)
+    if option is None:
+        return []
+    words = [format_setting(group, option)]
+    settings = facts.get(f"{group}{SETTINGS_SUFFIX}", {})
+    for name, value in iterate_settings(group, settings):
+        if value is not None and not isinstance(value, int | float):
+            raise NotRepeatableError(f"needs {group}.{name}, which is no number")
+        shown = "null" if value is None else value
+        words.append(format_setting(f"{group}.{name}", shown))
+    return words
+
+
+def iterate_settings(group: str, settings: object) -> Iterator[tuple[str, Any]]:
+    """The names and values of a group of settings.
+
+    Raises:
+        NotRepeatableError: where somebody wrote names into the image that no setting has, and a shell would
+            read.
+    """
+    if not isinstance(settings, dict):
+        raise NotRepeatableError(f"needs {group}, of which the image has no names and values")
+    for name, value in settings.items():
+        if not (name.isascii() and name.isidentifier()):
+            raise NotRepeatableError(f"needs {group}.{name!r}, which is no name of a setting")
+        yield name, value
+
+
 def find_model_option(name: str) -> str | None:
     """Find the option of `model=` whose checkpoint bears a name; None where there is no such."""
     for file in sorted(MODEL_FOLDER.glob("*.yaml")):
@@ -146,7 +201,7 @@ def list_sampler_words(sampling: Mapping[str, Any]) -> list[str]:
         if value is not None:
             words.append(format_setting(f"sampler.{name}", value))
     for group in SAMPLER_MAPPINGS:
-        for name, value in sampling.get(group, {}).items():
+        for name, value in iterate_settings(f"sampler.{group}", sampling.get(group, {})):
             if not isinstance(value, str | int | float):
                 raise NotRepeatableError(f"needs sampler.{group}.{name}, which is no number or text")
             # ++ sets also what the model's own settings lack
@@ -162,7 +217,8 @@ def list_model_words(facts: Mapping[str, Any]) -> list[str]:
     """
     words = []
     if facts.get("precision") == INT8:
-        words.append(format_setting("outlier", facts.get("outlier")))
+        for group in METHOD_GROUPS:
+            words += list_method_words(group, facts)
     else:
         words.append("int8.enable=false")
         words.append(format_setting("model.dtype", facts.get("precision")))

@@ -56,6 +56,8 @@ def find_runs(folder: Path) -> list[Record]:
             f"{folder} is not a folder (looked for {folder.absolute()}); "
             "task.path= and sync= name one that runs were written to"
         )
+    if folder.resolve().parent == folder.resolve():
+        raise FileError(f"{folder} is the whole file system; name the folder that runs were written to")
     records = find_records(folder)
     if not records:
         raise FileError(f"{folder.absolute()} holds no run of int8run: none of its folders has a status.json")

@@ -1,7 +1,9 @@
 """Negative prompts of samples: where they go, and what is said where they cannot work."""
 
+import inspect
 import re
 
+import diffusers
 import pytest
 import torch
 from support.tiny_pipeline import random_pipeline
@@ -9,7 +11,12 @@ from support.tiny_pipeline import random_pipeline
 from int8run.config.compose import compose_jobs, create_run_spec
 from int8run.errors import ConfigError
 from int8run.generate.image_parameters import format_parameters
-from int8run.generate.negative_prompts import explain_unused_negative_prompt, find_negative_prompts
+from int8run.generate.negative_prompts import (
+    Guidance,
+    explain_unused_negative_prompt,
+    find_negative_prompts,
+    read_guidance,
+)
 from int8run.generate.pipeline_call import call_pipeline
 from int8run.generate.prompts import PromptSet, Sample, build_samples
 from int8run.models.sampling import Sampling
@@ -65,6 +72,104 @@ def test_a_pipeline_without_one_refuses_it():
     assert find_negative_prompts(WithoutNegative(), make_samples(None), Sampling()) is None
 
 
+class Model:
+    """A denoiser or a pipeline, as far as its config tells of its guidance."""
+
+    def __init__(self, **config):
+        self.config = config
+
+
+class Embedding(WithoutNegative):
+    """Like FLUX.2: the guidance is an input of the model, and there is no other one."""
+
+    transformer = Model(guidance_embeds=True)
+
+
+class LatentConsistency(Guided):
+    """A latent consistency model in Stable Diffusion's pipeline."""
+
+    unet = Model(time_cond_proj_dim=256)
+
+
+class NotEmbedding(Guided):
+    """A model whose config says that it takes no guidance."""
+
+    transformer = Model(guidance_embeds=False)
+    unet = Model(time_cond_proj_dim=None)
+
+
+class Klein(Model, WithoutNegative):
+    """FLUX.2 klein, whose distilled version ignores the guidance."""
+
+
+class Krea(Model, Guided):
+    """Krea 2, whose distilled version has a guidance all the same."""
+
+
+@pytest.mark.parametrize(
+    ("pipe", "guidance"),
+    [
+        (Embedding(), Guidance(None, 1.0, distilled_scale=2.5)),
+        (LatentConsistency(), Guidance(None, 1.0, distilled_scale=2.5)),
+        (NotEmbedding(), Guidance("sampler.guidance", 2.5)),
+        (WithoutNegative(), Guidance("sampler.guidance", 2.5)),
+        (Distilled(), Guidance("sampler.extra.true_cfg_scale", 1.0, distilled_scale=2.5)),
+        (Klein(is_distilled=True), Guidance(None, 1.0)),
+        (Klein(is_distilled=False), Guidance("sampler.guidance", 2.5)),
+        (Krea(is_distilled=True), Guidance("sampler.guidance", 2.5)),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_the_guidance_is_what_the_model_makes_of_the_number(pipe, guidance):
+    assert read_guidance(pipe, Sampling(guidance=2.5)) == guidance
+
+
+@pytest.mark.parametrize(
+    ("pipeline_class", "transformer_class", "is_embedded"),
+    [
+        (diffusers.Flux2Pipeline, diffusers.Flux2Transformer2DModel, True),
+        (diffusers.Flux2KleinPipeline, diffusers.Flux2Transformer2DModel, False),
+        (diffusers.SanaSprintPipeline, diffusers.SanaTransformer2DModel, True),
+        (diffusers.SanaPipeline, diffusers.SanaTransformer2DModel, False),
+    ],
+)
+def test_real_pipelines_say_by_their_denoiser_whether_the_guidance_is_distilled(
+    pipeline_class, transformer_class, is_embedded
+):
+    """The pipelines' signatures are the same with both: only the denoiser's config differs."""
+    pipe = pipeline_class.__new__(pipeline_class)
+    config = inspect.signature(transformer_class).parameters
+    assert "guidance_embeds" in config, "the name by which diffusers says it"
+    object.__setattr__(pipe, "transformer", Model(guidance_embeds=is_embedded))
+
+    guidance = read_guidance(pipe, Sampling(guidance=4.0))
+
+    if is_embedded:
+        assert guidance == Guidance(None, 1.0, distilled_scale=4.0)
+    else:
+        assert guidance == Guidance("sampler.guidance", 4.0)
+
+
+def test_the_parameters_name_a_distilled_guidance_as_such():
+    sampling = Sampling(steps=4, guidance=4.0, height=64, width=64)
+    sample = Sample("a", 0, "a", "blurry")
+
+    text = format_parameters(
+        sample,
+        sampling,
+        scheduler="FlowMatchEulerDiscreteScheduler",
+        model="FLUX.2-dev",
+        details={},
+        guidance=read_guidance(Embedding(), sampling),
+    )
+
+    assert text == (
+        "a\nNegative prompt: \n"
+        "Steps: 4, Sampler: Euler, CFG scale: 1, Distilled CFG Scale: 4, Seed: 0, Size: 64x64, "
+        "Model: FLUX.2-dev"
+    )
+
+
 UNUSED = {
     "guidance off": (
         Guided(),
@@ -76,6 +181,7 @@ UNUSED = {
         Sampling(guidance=7.0),
         r"with sampler\.extra\.true_cfg_scale above 1",
     ),
+    "embedded": (LatentConsistency(), Sampling(guidance=8.0), r"with this model has a distilled guidance"),
     "distilled, off": (Distilled(), Sampling(extra={"true_cfg_scale": 1.0}), r"and it is 1$"),
 }
 USED = {

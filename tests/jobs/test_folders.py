@@ -11,7 +11,7 @@ import mlflow
 import pytest
 from support.cli_process import Command
 
-from int8run.errors import ConfigError
+from int8run.errors import ConfigError, FileError
 from int8run.jobs.folders import check_job_folders, claim_run_folder, claim_sweep_folder
 from int8run.tracking.run_record import end_record, find_records, read_record, start_record
 
@@ -197,6 +197,15 @@ def test_a_run_inside_the_folder_of_another_one_is_refused(tmp_path: Path, inner
         pass
 
 
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="a file system that takes no folders")
+def test_a_folder_where_none_can_be_made_is_refused() -> None:
+    with (
+        pytest.raises(FileError, match=r"^/proc/self/runs/1 cannot be made, as its file system takes no new"),
+        claim_run_folder(Path("/proc/self/runs/1"), "x", pytest.fail),
+    ):
+        pass
+
+
 def test_a_run_does_not_take_the_folder_of_a_sweep(tmp_path: Path) -> None:
     (tmp_path / "sweep.json").write_text('{"id": "a"}')
 
@@ -228,6 +237,7 @@ def test_a_sweep_does_not_take_the_folder_of_a_run(tmp_path: Path) -> None:
         (["a", "a/b"], "be inside that of another"),
         ([".", "b"], "not a folder below"),
         (["../x", "b"], "not a folder below"),
+        (["../x\ny", "b"], r"^hydra.sweep.subdir puts a job into /x\\ny, which is"),
     ],
 )
 def test_jobs_that_would_share_a_folder_are_refused(names: list[str], message: str) -> None:

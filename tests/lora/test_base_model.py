@@ -626,6 +626,24 @@ def test_another_base_is_rejected_with_both_sizes():
         )
 
 
+@pytest.mark.parametrize(
+    ("name", "tag"),
+    [("sdxl", ""), ("flux2_dev", ""), ("flux", "flux-2-dev"), ("", "flux-2-dev")],
+    ids=["refused", "refused by width", "a wrong tag", "a tag alone"],
+)
+def test_messages_name_the_folder_of_a_file_that_is_called_as_all_are(name, tag):
+    header = make_peft_header(NATIVE[name]) if name else {}
+    found = detect_lora_base(header, {"modelspec.architecture": tag})
+    file = Path("portrait", "adapter_model.safetensors")
+
+    try:
+        message = check_lora_base(file, found, "flux")
+    except LoraError as error:
+        message = str(error)
+
+    assert message.startswith("portrait/adapter_model.safetensors")
+
+
 def test_base_known_by_names_alone_is_rejected():
     found = detect_lora_base(
         make_entries(**{"lora_unet_txt_in_individual_token_refiner_blocks_0_x.alpha": []}), {}

@@ -101,7 +101,7 @@ def test_adapters_may_be_plain_mappings():
 )
 def test_malformed_adapter_is_rejected(entry):
     words = (
-        "it takes name and path, and may have strength, text_strength, components, weight_name, "
+        "it takes path, and may have name, strength, text_strength, components, weight_name, "
         "enabled, few_step$"
     )
 
@@ -110,8 +110,35 @@ def test_malformed_adapter_is_rejected(entry):
 
 
 def test_adapter_without_a_path_is_rejected():
-    with pytest.raises(ConfigError, match=r"LoRA 'file' has no path; set lora\.adapters\.0\.path="):
-        Adapter("file", None)
+    with pytest.raises(ConfigError, match=r"LoRA 'ink' has no path; set lora\.adapters\.0\.path="):
+        Adapter("ink", None)
+    with pytest.raises(ConfigError, match=r"^a LoRA has no path; set lora\.adapters\.0\.path="):
+        Adapter(None, None)
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ({"path": "runs/portrait"}, "portrait"),
+        ({"path": "loras/ink.safetensors", "name": None}, "ink"),
+        ({"path": "loras/ink.safetensors", "name": "mine"}, "mine"),
+        ({"path": "user/repo", "weight_name": "gloss.safetensors"}, "gloss"),
+    ],
+    ids=repr,
+)
+def test_an_adapter_without_a_name_is_called_like_its_file(given, name):
+    assert [adapter.name for adapter in LoraSettings(adapters=[given]).adapters] == [name]
+
+
+def test_two_files_of_one_name_need_names_of_their_own():
+    with pytest.raises(ConfigError, match=r"lora\.adapters has the name 'ink' twice"):
+        LoraSettings(adapters=[{"path": "a/ink.safetensors"}, {"path": "b/ink.safetensors"}])
+
+
+def test_a_file_for_each_base_needs_a_name():
+    message = r"^a LoRA with a path for each of flux, sdxl has no name; give it one: lora\.adapters\.0\.name="
+    with pytest.raises(ConfigError, match=message):
+        LoraSettings(adapters=[{"path": {"sdxl": "a.safetensors", "flux": "b.safetensors"}}])
 
 
 # -- schedules -----------------------------------------------------------------------------------------------

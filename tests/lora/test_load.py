@@ -967,18 +967,26 @@ class TestFolderOfPeft:
         assert find_lora("ink", None, tmp_path) == path
 
     @pytest.mark.parametrize(
-        ("source", "file", "name"),
+        ("source", "weight_name", "name"),
         [
-            ("runs/portrait", "runs/portrait/adapter_model.safetensors", "portrait"),
-            ("runs/portrait/", "runs/portrait/pytorch_lora_weights.safetensors", "portrait"),
-            ("user/repo", "snapshots/0af3/adapter_model.safetensors", "repo"),
-            (".", "adapter_model.safetensors", "adapter_model"),
-            ("adapter_model.safetensors", "adapter_model.safetensors", "adapter_model"),
-            ("ink", "loras/ink.safetensors", "ink"),
+            ("runs/portrait", None, "portrait"),
+            ("runs/portrait.v2/", None, "portrait.v2"),
+            ("runs/portrait/adapter_model.safetensors", None, "portrait"),
+            ("user/repo", "adapter_model.safetensors", "repo"),
+            ("user/repo", "styles/ink.v2.safetensors", "ink.v2"),
+            ("loras/ink.v2.safetensors", None, "ink.v2"),
+            ("ink", None, "ink"),
+            (".", None, "here"),
+            ("below/..", None, "here"),
+            ("adapter_model.safetensors", None, "here"),
+            ("/", None, "/"),
         ],
     )
-    def test_its_name_is_that_of_the_folder(self, source, file, name):
-        assert find.get_default_name(source, Path(file)) == name
+    def test_its_name_is_that_of_the_file_or_folder(self, source, weight_name, name, tmp_path, monkeypatch):
+        (tmp_path / "here").mkdir()
+        monkeypatch.chdir(tmp_path / "here")
+
+        assert find.get_default_name(source, weight_name) == name
 
     @pytest.mark.parametrize(
         ("file", "title"),

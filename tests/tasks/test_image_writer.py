@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import ExifTags, Image
-from support.run_job import run_job, save_lora
+from support.run_job import make_spec, run_job, save_lora
 from support.tiny_pipeline import random_pipeline
 
 import int8run.generate.generate as generate_module
 from int8run.errors import ConfigError
 from int8run.pipeline import process_cache
 from int8run.report.image_files import save_sample
-from int8run.tasks.image_writer import name_model
+from int8run.tasks.image_writer import list_methods, name_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = [
@@ -90,7 +90,8 @@ def test_each_image_says_what_it_was_made_with(model: str, tmp_path: Path) -> No
         f"lora.adapters=[{{_target_: int8run.lora.config.Adapter, name: style, path: {file}, strength: 0.5}}]"
     )
 
-    run_job([model, *SMALL, "prompts.prompts=['лиса']", "outlier=convrot", "seed=3", lora], tmp_path / "out")
+    methods = ["outlier=convrot", "outlier.group_size=64", "rounding=mse", "rounding.candidates=8"]
+    run_job([model, *SMALL, "prompts.prompts=['лиса']", *methods, "seed=3", lora], tmp_path / "out")
 
     int8_path, float_path = sorted((tmp_path / "out" / "images").iterdir(), key=lambda path: len(path.name))
     texts, float_texts = Image.open(int8_path).text, Image.open(float_path).text
@@ -101,7 +102,10 @@ def test_each_image_says_what_it_was_made_with(model: str, tmp_path: Path) -> No
         "Steps: 2, Sampler: Euler, CFG scale: 1, Distilled CFG Scale: 3.5, Seed: 3, Size: 16x16, "
         f"Model: {folder},"
     )
-    assert 'Precision: INT8, Outlier: convrot, LoRAs: "style: 0.5", Version: int8run' in settings
+    assert (
+        "Precision: INT8, Outlier: convrot group_size=64, Rounding: mse candidates=8 smallest=0.5, "
+        'Backend: reference, LoRAs: "style: 0.5", Version: int8run'
+    ) in settings
     assert 'Precision: float32, LoRAs: "style: 0.5", Version: int8run' in float_texts["parameters"]
     facts = json.loads(texts["int8run"])
     assert (facts["prompt"], facts["seed"], facts["outlier"], facts["loras"]) == (
@@ -110,7 +114,25 @@ def test_each_image_says_what_it_was_made_with(model: str, tmp_path: Path) -> No
         "convrot",
         "style: 0.5",
     )
+    assert (facts["outlier_settings"], facts["rounding"], facts["rounding_settings"], facts["backend"]) == (
+        {"group_size": 64},
+        "mse",
+        {"candidates": 8, "smallest": 0.5},
+        "reference",
+    )
+    assert "backend_settings" not in facts, "it has none"
+    assert not {"outlier", "rounding", "backend"} & set(json.loads(float_texts["int8run"]))
     assert str(tmp_path) not in "".join(texts.values())
+
+
+def test_the_settings_of_a_method_are_those_that_a_command_can_take() -> None:
+    spec = make_spec(["outlier=auto", "outlier.max_cost=null", "backend.table=/home/me/table.json"])
+
+    facts = list_methods(spec)
+
+    assert facts["outlier_settings"] == {"max_cost": None, "tolerance_db": 0.1}, "no methods in it"
+    assert facts["backend_settings"] == {"rounds": 7}, "no file in it"
+    assert "rounding_settings" not in facts, "absmax has none"
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,39 @@ def test_the_command_is_quoted_for_a_shell(tmp_path: Path) -> None:
     assert words[-1] == "outlier=convrot"
 
 
+def test_the_command_has_the_methods_with_their_settings(tmp_path: Path) -> None:
+    methods = {
+        "outlier_settings": {"group_size": 64},
+        "rounding": "mse",
+        "rounding_settings": {"candidates": 8, "smallest": 0.75},
+        "backend": "vnni",
+        "backend_settings": {"int8_branch": True},
+    }
+
+    description = describe(tmp_path, **methods)
+
+    (line,) = description.list_commands()
+    assert line.endswith(
+        " outlier=convrot outlier.group_size=64 rounding=mse rounding.candidates=8 rounding.smallest=0.75"
+        " backend=vnni backend.int8_branch=True"
+    )
+    rows = dict(description.rows)
+    assert (rows["outlier.group_size"], rows["rounding"], rows["backend"]) == ("64", "mse", "vnni")
+    assert "not said" not in rows
+
+
+def test_an_automatic_choice_names_no_candidates(tmp_path: Path) -> None:
+    settings = {"max_cost": None, "tolerance_db": 0.1}
+
+    description = describe(tmp_path, outlier="auto", outlier_settings=settings, rounding="absmax")
+
+    (line,) = description.list_commands()
+    assert line.endswith(" outlier=auto outlier.max_cost=null outlier.tolerance_db=0.1 rounding=absmax")
+    assert (
+        dict(description.rows)["not said"] == "the candidates of outlier=auto: the command takes the defaults"
+    )
+
+
 def test_a_float_image_is_repeated_in_its_dtype(tmp_path: Path) -> None:
     (line,) = describe(tmp_path, precision="bfloat16", outlier=None, text_encoders="nvfp4").list_commands()
 
@@ -76,8 +109,23 @@ def test_a_float_image_is_repeated_in_its_dtype(tmp_path: Path) -> None:
         ({"model": "mine"}, "needs the checkpoint mine, which is no option of model="),
         ({"text_encoders": "auto"}, "needs the file of its text encoders"),
         ({"sampling": {"extra": {"sigmas": [1, 0.5]}}}, "needs sampler.extra.sigmas, which is no number"),
+        ({"sampling": {"extra": [1]}}, "needs sampler.extra, of which the image has no names and values"),
+        ({"sampling": {"extra": {"a;reboot": 1}}}, "needs sampler.extra.'a;reboot', which is no name"),
+        ({"outlier_settings": {"$(reboot)": 1}}, "needs outlier.'$(reboot)', which is no name of a setting"),
+        ({"outlier_settings": "a"}, "needs outlier, of which the image has no names and values"),
+        ({"rounding": "mse", "rounding_settings": {"smallest": "x"}}, "needs rounding.smallest, which is no"),
     ],
-    ids=["loras", "checkpoint", "text encoders", "sigmas"],
+    ids=[
+        "loras",
+        "checkpoint",
+        "text encoders",
+        "sigmas",
+        "a list of arguments",
+        "an argument for a shell",
+        "a setting for a shell",
+        "a text of settings",
+        "a setting that is text",
+    ],
 )
 def test_what_a_command_would_lack_is_named(tmp_path: Path, changes: dict[str, Any], missing: str) -> None:
     description = describe(tmp_path, **changes)
@@ -110,7 +158,8 @@ def test_a_file_that_is_no_png(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_command_makes_the_same_image(command: Command) -> None:
-    settings = ["sampler.steps=2", "outlier=convrot", "tracker=none", "metrics.baseline=none"]
+    settings = ["sampler.steps=2", "tracker=none", "metrics.baseline=none", "backend=reference"]
+    settings += ["outlier=convrot", "outlier.group_size=16", "rounding=mse", "rounding.candidates=4"]
     made = command("model=tiny", 'prompt=a fox, in "snow"', *settings, "hydra.run.dir=first")
     assert made.code == 0, made.err
     (image,) = (command.folder / "first" / "images").iterdir()

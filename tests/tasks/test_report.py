@@ -200,6 +200,7 @@ def test_the_newest_sweep_that_ran_is_reported(command: Command) -> None:
             ),
         ),
         (["sync=nowhere"], 3, r"nowhere is not a folder"),
+        (["task.path=/"], 3, r"/ is the whole file system; name the folder that runs were written to"),
         (["task.path=."], 3, r".* holds no run of int8run: none of its folders has a status\.json"),
         (
             ["task.sweep=unknown"],
