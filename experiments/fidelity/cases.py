@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from int8run.config.compose import create_run_spec
 from int8run.generate.calibration_settings import CalibrationSettings
 from int8run.generate.capture import capture_layers
-from int8run.generate.prompts import build_samples
 from int8run.layers.fusion import group_by_shared_input
 from int8run.layers.int8_linear import get_linear
 from int8run.layers.plan import LayerPlan, plan_layers
@@ -96,7 +95,7 @@ def read_tiny(width: int) -> Iterator[Case]:
             progress=quiet,
         )
 
-    judged = CalibrationSettings([s.prompt for s in build_samples(spec.prompts.read(), 1, 0)], seed=0)
+    judged = CalibrationSettings([row.prompt for row in spec.prompts.read_rows()], seed=0)
     yield from capture_cases(
         "tiny", model, plans, family.same_input, record(spec.calibration), spec.calibration, record(judged)
     )

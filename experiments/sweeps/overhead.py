@@ -24,7 +24,7 @@ OVERRIDES = ["lora=stack_a", "lora.strength=0,0.25,0.5,0.75,1", "outlier=none,co
 def run_alone(overrides: list[str]) -> None:
     """Build each model once and let it draw what the jobs of the sweep draw."""
     from int8run.config.compose import compose_jobs, create_run_spec
-    from int8run.generate.prompts import build_samples
+    from int8run.generate.input_files import read_samples
     from int8run.lora.header_info import read_lora_headers
     from int8run.models.schedulers import set_scheduler
     from int8run.pipeline.build import build_model
@@ -44,7 +44,7 @@ def run_alone(overrides: list[str]) -> None:
     progress = Progress(enabled=False)
     for spec in specs:
         headers = read_lora_headers(spec.lora, spec.model.lora_base, None)
-        samples = build_samples(spec.prompts.read(), spec.prompts.seeds_per_prompt, spec.seed)
+        samples = read_samples(spec.prompts, spec.seed, Path(tempfile.gettempdir()))
         writer = NoFiles(spec, samples, Path())
         create_model = partial(build_model, spec, samples[: spec.sampling.batch], headers, progress)
         built, _ = get_or_build(spec.build_key, create_model)

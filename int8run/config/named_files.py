@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from int8run.errors import FileError
+from int8run.generate.prompt_row import read_files
+from int8run.generate.sample_inputs import INPUT_COLUMNS
 from int8run.lora.find import find_lora
 from int8run.models.resolve_weights import is_local, to_local_path
 from int8run.utils.paths import SAFETENSORS, check_readable, expand_path
@@ -31,10 +33,16 @@ def check_named_files(settings: Mapping[str, Any]) -> None:
 
 
 def check_prompt_file(settings: Mapping[str, Any]) -> None:
-    """Raise FileError where the file of prompts is missing."""
-    location = settings["prompts"].get("path")
+    """Raise FileError where the file of prompts, or an input of all prompts, is missing."""
+    prompts = settings["prompts"]
+    location = prompts.get("path")
     if location:
         check_readable("prompts.path", expand_path(str(location)), takes_folder=False)
+    for column in INPUT_COLUMNS:
+        value = prompts.get(column)
+        if value is not None:
+            for file in read_files(value, f"prompts.{column}", Path()):
+                check_readable(file.place, file.path, takes_folder=False)
 
 
 def check_lora_files(settings: Mapping[str, Any]) -> None:

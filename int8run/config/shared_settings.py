@@ -16,6 +16,7 @@ from hydra.errors import HydraException
 
 from int8run.config.key_patterns import is_at, is_below
 from int8run.errors import ConfigError
+from int8run.generate.sample_inputs import INPUT_COLUMNS
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,8 @@ SWEEP_PARAMS = "hydra.sweeper.params"
 PATH_KEYS = (
     "save",
     "prompts.path",
+    *(f"prompts.{column}" for column in INPUT_COLUMNS),
+    *(f"prompts.{column}.*" for column in INPUT_COLUMNS),
     "task.path",
     "backend.table",
     "backend.candidates.*.table",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from int8run.errors import ConfigError
 from int8run.generate.pipeline_call import call_pipeline, extract_frames, get_execution_device
 from int8run.generate.prompt_cache import PromptCache
-from int8run.generate.prompts import Sample
+from int8run.generate.prompts import Sample, split_batches
 from int8run.generate.step_observer import count_steps
 from int8run.models.dual_denoisers import set_denoiser
 from int8run.models.sampling import Sampling
@@ -161,8 +161,7 @@ def generate(
     """
     device = get_execution_device(pipe)
     generations = {name: Generation() for name in denoisers}
-    batches = [samples[start : start + sampling.batch] for start in range(0, len(samples), sampling.batch)]
-    for number, batch in enumerate(batches):
+    for number, batch in enumerate(split_batches(samples, sampling.batch)):
         names = list(denoisers)
         if number % 2 == 1:
             names.reverse()

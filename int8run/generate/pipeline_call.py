@@ -18,8 +18,10 @@ from torch import Tensor
 
 from int8run.errors import ConfigError, check_choice
 from int8run.generate.call_parameters import get_call_default, list_call_parameters
+from int8run.generate.media import open_image, open_mask, open_video
 from int8run.generate.negative_prompts import NEGATIVE_PROMPT, find_negative_prompts
 from int8run.generate.prompts import Sample
+from int8run.generate.sample_inputs import SampleInputs, is_mask_column, is_video_column
 from int8run.generate.step_observer import OnStepEnd, observe_steps
 from int8run.models.sampling import Sampling
 from int8run.utils.text import shorten_error
@@ -168,9 +170,32 @@ def build_arguments(pipe: DiffusionPipeline, batch: Sequence[Sample], sampling: 
     for name, value in sampling.extra.items():
         is_prompt = PROMPT_ARGUMENT.fullmatch(name) is not None and isinstance(value, str)
         arguments[name] = [value] * len(batch) if is_prompt else value
+    # a sample with inputs is alone in its batch
+    arguments |= build_input_arguments(batch[0].inputs)
     negative_prompts = find_negative_prompts(pipe, batch, sampling)
     if negative_prompts is not None:
         arguments[NEGATIVE_PROMPT] = negative_prompts
+    return arguments
+
+
+def build_input_arguments(inputs: SampleInputs) -> dict[str, Any]:
+    """The arguments of a call for the inputs of a sample.
+
+    Raises:
+        FileError: when an input cannot be read.
+    """
+    arguments = dict(inputs.arguments)
+    for column, files in inputs.files.items():
+        opened: list[Any]
+        if is_video_column(column):
+            opened = [open_video(file) for file in files]
+        elif is_mask_column(column):
+            opened = [open_mask(file) for file in files]
+        else:
+            opened = [open_image(file) for file in files]
+        arguments[column] = opened if len(opened) > 1 else opened[0]
+    if inputs.strength is not None:
+        arguments["strength"] = inputs.strength
     return arguments
 
 

@@ -1,32 +1,51 @@
 """Prompt sets, and the samples that they ask for: prompts times seeds."""
 
-import json
 import unicodedata
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from anyascii import anyascii
 
 from int8run.errors import ConfigError, FileError, check_range
-from int8run.generate.sample_inputs import NO_INPUTS, SampleInputs
+from int8run.generate.prompt_row import (
+    QUOTE,
+    GivenFile,
+    PromptRow,
+    check_strength,
+    format_value,
+    read_files,
+)
+from int8run.generate.prompt_table import is_table, read_table
+from int8run.generate.sample_inputs import INPUT_COLUMNS, NO_INPUTS, SampleInputs
 from int8run.utils.paths import check_readable, expand_path
 
 MAX_SLUG_LENGTH = 40
 MAX_SLUG_BYTES = 160  # of the 255 that a file name may have; the rest is number, seed and ending
-QUOTE = '"'
+
+# a path, or a list of paths
+Files = str | Sequence[str] | None
 
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts from the config, or one per line of a file; each is generated with `seeds_per_prompt` seeds.
+    """Prompts from the config, or from a file: one per line, or the rows of a table.
 
-    `negative_prompt` goes with every prompt; None: the sampling's, else the pipeline's own.
+    Each is generated with `seeds_per_prompt` seeds. All other settings go with every prompt that has none of
+    its own; None: the pipeline's.
     """
 
     prompts: Sequence[str] | None = ()
     path: str | None = None
     seeds_per_prompt: int = 1
     negative_prompt: str | None = None
+    image: Files = None
+    mask_image: Files = None
+    last_image: Files = None
+    control_image: Files = None
+    video: Files = None
+    reference_images: Files = None
+    strength: float | None = None
 
     def __post_init__(self) -> None:
         check_range("prompts.seeds_per_prompt", self.seeds_per_prompt, 1, 10_000, whole=True)
@@ -42,19 +61,58 @@ class PromptSet:
                 "prompts needs exactly one of prompts.prompts=[…] and prompts.path=<file, one prompt per "
                 "line>"
             )
+        try:
+            check_strength(self.strength, "prompts.strength")
+            self.list_files()
+        except FileError as error:  # here it is a setting that is wrong, and no file
+            raise ConfigError(str(error)) from error
 
-    def read(self) -> list[str]:
-        """The prompts, from the config or from the file: one per line, without blank lines and `#` comments.
+    def list_files(self) -> dict[str, tuple[GivenFile, ...]]:
+        """The inputs that go with every prompt, by column."""
+        files = {}
+        for column in INPUT_COLUMNS:
+            value = getattr(self, column)
+            if value is not None:
+                files[column] = read_files(value, f"prompts.{column}", Path())
+        return files
+
+    def read_rows(self) -> list[PromptRow]:
+        """What each prompt asks for, from the config or from the file.
 
         Raises:
-            FileError: when the file is missing, is not text, or holds no prompt.
+            FileError: when the file is missing, is not text, or holds no prompt, and for a row of a table
+                that cannot be.
         """
+        files = self.list_files()
+        return [self.complete_row(row, files) for row in self.read_own_rows()]
+
+    def read_own_rows(self) -> list[PromptRow]:
+        """What each prompt itself says; see read_rows."""
         if not self.path:
-            return list(self.prompts or ())
-        prompts = parse_prompts(read_prompt_file(self.path))
+            return [PromptRow(prompt) for prompt in self.prompts or ()]
+        text = read_prompt_file(self.path)
+        path = expand_path(self.path)
+        if is_table(path):
+            return read_table(text, path)
+        prompts = parse_prompts(text)
         if not prompts:
             raise FileError(f"prompts.path={self.path} holds no prompt; write one per line")
-        return prompts
+        return [PromptRow(prompt) for prompt in prompts]
+
+    def complete_row(self, row: PromptRow, files: Mapping[str, tuple[GivenFile, ...]]) -> PromptRow:
+        """A row with what the whole set has and it has not.
+
+        Args:
+            row: whose own values win.
+            files: of the whole set, by column.
+        """
+        return replace(
+            row,
+            negative_prompt=self.negative_prompt if row.negative_prompt is None else row.negative_prompt,
+            strength=self.strength if row.strength is None else row.strength,
+            # in one order, whatever that of the columns: a sample is known again by its text
+            files=dict(sorted({**files, **row.files}.items())),
+        )
 
 
 def read_prompt_file(location: str) -> str:
@@ -112,11 +170,6 @@ def check_prompts(setting: str, prompts: object) -> None:
             )
 
 
-def format_value(value: object) -> str:
-    """A value as one writes it in YAML."""
-    return json.dumps(value, ensure_ascii=False, default=str)
-
-
 @dataclass(frozen=True)
 class Sample:
     """One image or video to generate.
@@ -136,24 +189,57 @@ class Sample:
     inputs: SampleInputs = NO_INPUTS
 
 
-def build_samples(
-    prompts: Sequence[str], seeds_per_prompt: int, seed: int, negative_prompt: str | None = None
+def build_samples(prompts: Sequence[str], seeds_per_prompt: int, seed: int) -> list[Sample]:
+    """Prompts × seeds, without any inputs; see `build_row_samples`."""
+    rows = [PromptRow(prompt) for prompt in prompts]
+    return build_row_samples(rows, [NO_INPUTS] * len(rows), seeds_per_prompt, seed)
+
+
+def build_row_samples(
+    rows: Sequence[PromptRow], inputs: Sequence[SampleInputs], seeds_per_prompt: int, seed: int
 ) -> list[Sample]:
-    """Prompts × seeds.
+    """Rows × seeds.
 
     Args:
-        prompts: in order.
-        seeds_per_prompt: samples of each prompt.
-        seed: of the first sample of each prompt; sample i has `seed + i`, so that samples of one seed share
-            their noise.
-        negative_prompt: of every sample.
+        rows: in order.
+        inputs: of each row.
+        seeds_per_prompt: samples of each row.
+        seed: of the first sample of each row that has none of its own; sample i has `seed + i`, so that
+            samples of one seed share their noise.
     """
     samples = []
-    for number, prompt in enumerate(prompts):
-        for sample_seed in range(seed, seed + seeds_per_prompt):
-            key = f"{number:03d}_{slugify(prompt)}_s{sample_seed}"
-            samples.append(Sample(prompt, sample_seed, key, negative_prompt))
+    for number, (row, row_inputs) in enumerate(zip(rows, inputs, strict=True)):
+        first_seed = seed if row.seed is None else row.seed
+        for sample_seed in range(first_seed, first_seed + seeds_per_prompt):
+            key = f"{number:03d}_{slugify(name_row(row))}_s{sample_seed}"
+            samples.append(Sample(row.prompt, sample_seed, key, row.negative_prompt, row_inputs))
     return samples
+
+
+def name_row(row: PromptRow) -> str:
+    """What the files of a row are named by: its prompt, else its first input."""
+    if row.prompt.strip() or not row.files:
+        return row.prompt
+    first_column = next(iter(row.files.values()))
+    return first_column[0].path.stem
+
+
+def split_batches(samples: Sequence[Sample], size: int) -> list[list[Sample]]:
+    """What each call of a pipeline generates: a sample with inputs by itself, others together.
+
+    Args:
+        samples: in order.
+        size: most samples of one call.
+    """
+    batches: list[list[Sample]] = []
+    for sample in samples:
+        last = batches[-1] if batches else []
+        is_open = 0 < len(last) < size and last[0].inputs.is_empty
+        if is_open and sample.inputs.is_empty:
+            last.append(sample)
+        else:
+            batches.append([sample])
+    return batches
 
 
 def slugify(text: str) -> str:

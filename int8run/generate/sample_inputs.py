@@ -5,28 +5,41 @@ does not matter, so that the float images of an earlier run are found again. No 
 """
 
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 # Inputs that are files, as the columns of a prompt table and the settings of `prompts` are called.
-INPUT_COLUMNS = ("image", "mask_image", "last_image", "control_image", "video", "reference_images")
+IMAGE, MASK = "image", "mask_image"
+INPUT_COLUMNS = (IMAGE, MASK, "last_image", "control_image", "video", "reference_images")
+# Some pipelines have further ones, such as `pose_video`; diffusers names them alike.
+FILE_COLUMN = re.compile(r"(?:\w+_)?(?:image|images|video|videos)")
 
 
 @dataclass(frozen=True)
 class InputFile:
     """An image or a video that a sample begins with.
 
+    Two are equal where their content is.
+
     Args:
         name: of the file, without its folder.
-        path: where it is; does not count when two are compared.
+        path: where it is.
         sha256: of its content, in hexadecimal digits.
+        place: where a setting or a table names it, for messages: `cats.csv, row 3 (line 4): image`.
     """
 
-    name: str
+    name: str = field(repr=False, compare=False)
     path: Path = field(repr=False, compare=False)
     sha256: str
+    place: str = field(default="", repr=False, compare=False)
+
+    @property
+    def label(self) -> str:
+        """The file for a message, with where it is named."""
+        return f"{self.place}={self.name}" if self.place else self.name
 
 
 @dataclass(frozen=True)
@@ -57,12 +70,31 @@ class SampleInputs:
 NO_INPUTS = SampleInputs()
 
 
-def read_input_file(path: Path) -> InputFile:
+def is_file_column(name: str) -> bool:
+    """Whether what a column or an argument of this name holds are files."""
+    return FILE_COLUMN.fullmatch(name) is not None
+
+
+def is_video_column(name: str) -> bool:
+    """Whether the files of a column are videos."""
+    return name.endswith(("video", "videos"))
+
+
+def is_mask_column(name: str) -> bool:
+    """Whether the files of a column are masks: white is what changes."""
+    return name == MASK or name.endswith(f"_{MASK}")
+
+
+def read_input_file(path: Path, place: str = "") -> InputFile:
     """Describe a file that is there, with the hash of its content.
+
+    Args:
+        path: of the file.
+        place: where it is named, for messages.
 
     Raises:
         OSError: when it cannot be read.
     """
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return InputFile(name=path.name, path=path, sha256=digest)
+    return InputFile(name=path.name, path=path, sha256=digest, place=place)

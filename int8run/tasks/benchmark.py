@@ -6,7 +6,7 @@ up to which float layers are faster, for `int8.small_batch_fallback`.
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -21,7 +21,8 @@ from int8run.config.job import Job
 from int8run.config.run_spec import RunSpec
 from int8run.errors import ConfigError
 from int8run.generate.capture import capture_step
-from int8run.generate.prompts import build_samples
+from int8run.generate.input_files import read_samples
+from int8run.generate.prompts import Sample, split_batches
 from int8run.kernels.hadamard.reference import Rotation
 from int8run.layers.plan import LayerPlan
 from int8run.pipeline.build import select_load_settings
@@ -110,13 +111,14 @@ def run_benchmark(spec: RunSpec, job: Job, rounds: int) -> None:
         ConfigError: when the model has no layer to quantize.
     """
     progress = Progress(enabled=spec.progress)
+    samples = read_samples(spec.prompts, spec.seed, job.output_dir)
     loaded = load_model(select_load_settings(spec, needs_float_denoiser=True), progress)
     plans = [plan for plan in loaded.plan_layers() if plan.skip_reason is None]
     if not plans:
         raise ConfigError(
             f"{type(loaded.denoiser).__name__}: no Linear would become INT8; choose another model_type="
         )
-    layers = count_layer_shapes(spec, loaded, plans)
+    layers = count_layer_shapes(samples, loaded, plans)
     check_backend(spec.backend, loaded.device, plans)
     auto = AutoBackend({spec.backend.name: spec.backend})
     if isinstance(spec.backend, AutoBackend):
@@ -152,18 +154,17 @@ def print_unsupported(auto: AutoBackend, device: torch.device) -> None:
             print_lines(f"not here: {candidate.name} {'; '.join(reasons)}")
 
 
-def count_layer_shapes(spec: RunSpec, loaded: LoadedModel, plans: list[LayerPlan]) -> dict[Shape, int]:
+def count_layer_shapes(
+    samples: Sequence[Sample], loaded: LoadedModel, plans: list[LayerPlan]
+) -> dict[Shape, int]:
     """Count the layers of each shape in one step of the denoiser.
 
     Args:
-        spec: the settings, which decide the number of rows.
+        samples: what a run would generate; its first batch decides the number of rows.
         loaded: the float model.
         plans: of the layers that become INT8.
     """
-    samples = build_samples(
-        spec.prompts.read(), spec.prompts.seeds_per_prompt, spec.seed, spec.prompts.negative_prompt
-    )
-    batch = samples[: spec.sampler.batch]
+    batch = split_batches(samples, loaded.sampling.batch)[0]
     calls = capture_step(loaded.pipe, loaded.component, loaded.denoiser, batch, loaded.sampling)
     rows = count_layer_rows(loaded.denoiser, plans, calls)
     return Counter((rows[plan.name], plan.in_features, plan.out_features) for plan in plans)

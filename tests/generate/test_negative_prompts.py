@@ -11,6 +11,7 @@ from support.tiny_pipeline import random_pipeline
 from int8run.config.compose import compose_jobs, create_run_spec
 from int8run.errors import ConfigError
 from int8run.generate.image_parameters import format_parameters
+from int8run.generate.input_files import read_samples
 from int8run.generate.negative_prompts import (
     Guidance,
     explain_unused_negative_prompt,
@@ -40,8 +41,9 @@ def make_samples(*negative_prompts):
     return [Sample("a", 0, "a", text) for text in negative_prompts]
 
 
-def test_every_sample_has_the_negative_prompt_of_its_set():
-    samples = build_samples(["a", "b"], seeds_per_prompt=2, seed=0, negative_prompt="blurry")
+def test_every_sample_has_the_negative_prompt_of_its_set(tmp_path):
+    prompts = PromptSet(["a", "b"], seeds_per_prompt=2, negative_prompt="blurry")
+    samples = read_samples(prompts, seed=0, folder=tmp_path)
     assert [sample.negative_prompt for sample in samples] == ["blurry"] * 4
     assert build_samples(["a"], 1, 0)[0].negative_prompt is None
 

@@ -8,13 +8,18 @@ from int8run.errors import ConfigError, FileError
 from int8run.generate.prompts import PromptSet, Sample, build_samples, slugify
 
 
+def list_prompts(prompts):
+    """The prompts of a set, without what else its rows have."""
+    return [row.prompt for row in prompts.read_rows()]
+
+
 @pytest.fixture
 def read_prompts(tmp_path):
     """Write bytes to a file and read it as a prompt set."""
 
     def write_and_read(data):
         (tmp_path / "p.txt").write_bytes(data)
-        return PromptSet(path=str(tmp_path / "p.txt")).read()
+        return list_prompts(PromptSet(path=str(tmp_path / "p.txt")))
 
     return write_and_read
 
@@ -55,7 +60,7 @@ def test_utf16_without_a_mark_is_an_error(read_prompts):
 @pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="Linux has this file, which nobody can read")
 def test_a_file_that_the_system_does_not_read_is_an_error():
     with pytest.raises(FileError, match=r"prompts\.path=/proc/self/mem could not be read: "):
-        PromptSet(path="/proc/self/mem").read()
+        PromptSet(path="/proc/self/mem").read_rows()
 
 
 @pytest.mark.parametrize("separator", ["\u2028", "\x85", "\x0b", "\x0c", "\x1c"])
@@ -69,18 +74,18 @@ def test_the_error_for_a_missing_file_has_its_absolute_path(tmp_path, monkeypatc
     with pytest.raises(
         FileError, match=rf"prompts\.path=sub/p\.txt: no such file \(looked for {tmp_path}/sub/p\.txt\)"
     ):
-        PromptSet(path="sub/p.txt").read()
+        PromptSet(path="sub/p.txt").read_rows()
 
 
 def test_a_path_may_begin_with_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "p.txt").write_text("a fox\n")
 
-    assert PromptSet(path="~/p.txt").read() == ["a fox"]
+    assert list_prompts(PromptSet(path="~/p.txt")) == ["a fox"]
 
 
 def test_prompts_of_the_config_are_taken_as_they_are():
-    assert PromptSet(prompts=("# a fox ", "b")).read() == ["# a fox ", "b"]
+    assert list_prompts(PromptSet(prompts=("# a fox ", "b"))) == ["# a fox ", "b"]
 
 
 @pytest.mark.parametrize(
