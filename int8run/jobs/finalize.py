@@ -12,7 +12,7 @@ from int8run.jobs.execute import build_sync_command, explain_file_error, upload_
 from int8run.jobs.manifest import SweepManifest
 from int8run.report.console import print_lines
 from int8run.report.html_page import write_report
-from int8run.report.result_tables import build_sweep_table, count_warnings
+from int8run.report.sweep_table import build_sweep_table, count_warnings
 from int8run.tracking.base import Tracker
 from int8run.tracking.run_record import Record
 

@@ -122,17 +122,27 @@ def select_key_frames(num_frames: int) -> dict[str, int]:
 
 
 def average_quality(samples: Sequence[SampleQuality]) -> dict[str, float]:
-    """The mean over samples of each metric, under its public name; `float/…` is one already."""
+    """The mean of each metric over the samples that have it, under its public name; `float/…` is one already.
+
+    What tells how an edit or a video is kept is a matter of samples with such inputs.
+    """
     means = {}
-    for name in samples[0].values:
+    for name in list_metrics([sample.values for sample in samples]):
         public_name = name if "/" in name else f"quality/{name}"
-        means[public_name] = float(np.mean([sample.values[name] for sample in samples]))
+        measured = [sample.values[name] for sample in samples if name in sample.values]
+        means[public_name] = float(np.mean(measured))
     return means
 
 
+def list_metrics(rows: Sequence[Mapping[str, float]]) -> list[str]:
+    """The names of all metrics that any of some rows has, in order."""
+    return list(dict.fromkeys(name for row in rows for name in row))
+
+
 def average_frames(samples: Sequence[SampleQuality], name: str) -> list[float]:
-    """A metric of the first frame, the second and so on, each the mean over samples."""
-    frames_of_samples = zip(*(sample.frames for sample in samples), strict=True)
+    """A metric of the first frame, the second and so on, each the mean over the samples that have it."""
+    measured = [sample.frames for sample in samples if name in sample.frames[0]]
+    frames_of_samples = zip(*measured, strict=True)
     return [float(np.mean([frame[name] for frame in frames])) for frames in frames_of_samples]
 
 

@@ -14,7 +14,6 @@ from int8run.errors import ConfigError
 from int8run.report.columns import format_psnr
 from int8run.report.comparison import explain_incomparable_speeds
 from int8run.report.heatmap import NUM_COLORS, build_heatmap
-from int8run.report.image_files import DIFFERENCE_GAIN
 from int8run.report.image_gallery import build_gallery
 from int8run.report.page_plots import build_curve_plots, build_speed_quality_plot
 from int8run.report.page_sections import (
@@ -89,7 +88,6 @@ def render_page(records: Sequence[Record], page_folder: Path, title: str) -> str
         curves=[build_curve_plots(curve, number) for number, curve in enumerate(curves)],
         gallery=gallery,
         deferred_images=select_deferred_images(gallery),
-        difference_gain=DIFFERENCE_GAIN,
         format_psnr=format_psnr,
         shorten_value=shorten_value,
         heatmap=heatmap,

@@ -1,10 +1,11 @@
 """The image files of a run: samples as PNG or animated WebP, and grids of them with captions."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
 
-from PIL import ExifTags, Image, ImageChops, ImageDraw, ImageFont
+from PIL import ExifTags, Image, ImageChops, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
 from int8run.report.caption_fonts import choose_caption_font
@@ -18,13 +19,17 @@ MAX_GRID_PIXELS = 120_000_000  # a larger PNG is refused by viewers, and takes g
 GRID_GAP = 12  # px between images
 MIN_FONT_SIZE = 16
 CAPTION_COLOR = "#555"
+STRIP_COLUMNS = 3  # images of one strip that stand side by side at full size
+STRIP_GAP = 4  # px between them
+STRIP_COLOR = "#d8d8d8"  # around an image of another shape; a mask is black and white
 CAPTION_END = 10  # characters at the end of a caption that are never cut: ` · seed 12`
 
 # Of WebP. Lossless, a noisy video takes seven times the bytes, and the PNGs beside it are exact.
 ANIMATION_QUALITY = 95
 ANIMATION_EFFORT = 2  # half the time of WebP's usual 4 for as many bytes
 
-GridRow = tuple[str, Sequence[Image.Image]]
+# a caption and an image for each column; None leaves a column empty
+GridRow = tuple[str, Sequence[Image.Image | None]]
 
 
 def make_difference_image(a: Image.Image, b: Image.Image) -> Image.Image:
@@ -36,24 +41,32 @@ def make_difference_image(a: Image.Image, b: Image.Image) -> Image.Image:
 def make_image_grid(rows: Sequence[GridRow], columns: Sequence[str]) -> Image.Image:
     """Images in rows with a caption above each row and a heading above each column.
 
+    A column is as wide as its widest image, a row as high as its highest. All are enlarged by one whole
+    factor where the images of the last column are small.
+
     Args:
-        rows: caption and images of each row. All images have one size. A row without images is a caption for
-            the rows below it: those of one video.
+        rows: caption and images of each row. A row without images is a caption for the rows below it: those
+            of one video.
         columns: the headings.
     """
-    width, height = choose_cell_size(rows)
+    factor = choose_enlargement(rows)
     # Text grows with the images: a large grid is looked at from further away.
-    font_size = max(MIN_FONT_SIZE, width // 24)
+    font_size = max(MIN_FONT_SIZE, factor * find_widest(rows, column=-1) // 24)
     font = ImageFont.load_default(size=font_size)
     line_height = font_size + 8
-    grid_width = len(columns) * (width + GRID_GAP) + GRID_GAP
-    rows = limit_rows(rows, MAX_GRID_PIXELS // (grid_width * (line_height + height + GRID_GAP)))
-    row_heights = [line_height + (height + GRID_GAP if images else 0) for _, images in rows]
+    widths = []
+    for column, heading in enumerate(columns):
+        widest = factor * find_widest(rows, column)
+        widths.append(max(widest, math.ceil(font.getlength(heading))))
+    lefts = list(accumulate((width + GRID_GAP for width in widths), initial=GRID_GAP))
+    grid_width = lefts.pop()
+    row_heights = measure_row_heights(rows, line_height, factor)
+    rows = limit_rows(rows, MAX_GRID_PIXELS // (grid_width * max(row_heights)))
 
+    row_heights = measure_row_heights(rows, line_height, factor)
     grid_size = grid_width, line_height + sum(row_heights) + GRID_GAP
     grid = Image.new("RGB", grid_size, "white")
     draw = ImageDraw.Draw(grid)
-    lefts = [GRID_GAP + column * (width + GRID_GAP) for column in range(len(columns))]
     for left, heading in zip(lefts, columns, strict=True):
         draw.text((left, GRID_GAP // 2), heading, fill="black", font=font)
 
@@ -63,9 +76,66 @@ def make_image_grid(rows: Sequence[GridRow], columns: Sequence[str]) -> Image.Im
         text = shorten_caption(visible, grid.width - 2 * GRID_GAP, caption_font.getlength)
         draw.text((GRID_GAP, top - 2), text, fill=CAPTION_COLOR, font=caption_font)
         for left, image in zip(lefts, images, strict=False):
-            resized = image.convert("RGB").resize((width, height), Image.Resampling.NEAREST)
-            grid.paste(resized, (left, top + line_height - 4))
+            if image is not None:
+                grid.paste(enlarge(image, factor), (left, top + line_height - 4))
     return grid
+
+
+def measure_row_heights(rows: Sequence[GridRow], line_height: int, factor: int) -> list[int]:
+    """The height of each row with its caption, in pixels.
+
+    Args:
+        rows: of a grid.
+        line_height: of a caption.
+        factor: by which images are enlarged.
+    """
+    heights = []
+    for _, images in rows:
+        highest = max((image.height for image in images if image is not None), default=0)
+        room = factor * highest + GRID_GAP if highest else 0
+        heights.append(line_height + room)
+    return heights
+
+
+def find_widest(rows: Sequence[GridRow], column: int) -> int:
+    """The width of the widest image of a column; 0 where it has none."""
+    widest = 0
+    for _, images in rows:
+        image = images[column] if images else None
+        if image is not None:
+            widest = max(widest, image.width)
+    return widest
+
+
+def choose_enlargement(rows: Sequence[GridRow]) -> int:
+    """The whole factor by which the last column's images are wide enough."""
+    widest = find_widest(rows, column=-1)
+    return max(1, -(-GRID_MIN_SIDE // widest))
+
+
+def enlarge(image: Image.Image, factor: int) -> Image.Image:
+    """An image whose pixels become squares of `factor` pixels."""
+    size = image.width * factor, image.height * factor
+    return image.convert("RGB").resize(size, Image.Resampling.NEAREST)
+
+
+def make_image_strip(images: Sequence[Image.Image], size: tuple[int, int]) -> Image.Image:
+    """Images side by side, at most STRIP_COLUMNS of a size; more are smaller and stand in several lines.
+
+    Args:
+        images: at least one. Each keeps its shape.
+        size: width and height of the room for one.
+    """
+    num_lines = math.ceil(math.sqrt(len(images) / STRIP_COLUMNS))
+    num_columns = math.ceil(len(images) / num_lines)
+    width, height = (max(1, (side - STRIP_GAP * (num_lines - 1)) // num_lines) for side in size)
+    strip_size = num_columns * (width + STRIP_GAP) - STRIP_GAP, num_lines * (height + STRIP_GAP) - STRIP_GAP
+    strip = Image.new("RGB", strip_size, STRIP_COLOR)
+    for number, image in enumerate(images):
+        line, column = divmod(number, num_columns)
+        fitting = ImageOps.pad(image.convert("RGB"), (width, height), color=STRIP_COLOR)
+        strip.paste(fitting, (column * (width + STRIP_GAP), line * (height + STRIP_GAP)))
+    return strip
 
 
 def limit_rows(rows: Sequence[GridRow], max_rows: int) -> Sequence[GridRow]:
@@ -80,12 +150,9 @@ def limit_rows(rows: Sequence[GridRow], max_rows: int) -> Sequence[GridRow]:
     ]
 
 
-def choose_cell_size(rows: Sequence[GridRow]) -> tuple[int, int]:
-    """Width and height of each image in a grid: enlarged by a whole factor where it is small."""
-    widest = max(image.width for _, images in rows for image in images)
-    factor = max(1, -(-GRID_MIN_SIDE // widest))
-    width, height = next(images[0].size for _, images in rows if images)
-    return width * factor, height * factor
+def fit_into(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """An image as large as it can be in a width and height without losing its shape."""
+    return ImageOps.contain(image, size, method=Image.Resampling.LANCZOS)
 
 
 def shorten_caption(text: str, width: float, measure: Callable[[str], float]) -> str:

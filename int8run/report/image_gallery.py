@@ -3,57 +3,18 @@
 Reads the images of the runs' output folders. The page lays the cells out; this module knows nothing of HTML.
 """
 
-import base64
-import hashlib
-import io
-import os
-from collections import Counter
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
-from pathlib import Path
-from typing import NamedTuple
 
-from PIL import Image
-
-from int8run.report.image_files import make_difference_image
+from int8run.report.embedded_images import MAX_SIDE, EmbeddedImages, open_image
+from int8run.report.image_files import DIFFERENCE_GAIN, make_difference_image
 from int8run.report.runs import Run
+from int8run.report.sample_files import SampleFiles, SampleKey, find_sample_files
 from int8run.utils.plurals import count_noun
 
-MAX_SIDE = 512  # px; an image with a longer side is embedded as a thumbnail
-THUMBNAIL_QUALITY = 90  # of WebP
 MAX_BYTES = 30_000_000  # of images on one page, as base64
 MAX_CELLS = 2000  # more make a browser slow
-
-
-class SampleKey(NamedTuple):
-    """What the images of one row have in common.
-
-    Args:
-        prompt, seed: of the sample.
-        repeat: 1 for the first sample with this prompt and seed, 2 for the second.
-        frame: which still of a video; empty for an image.
-    """
-
-    prompt: str
-    seed: int
-    repeat: int
-    frame: str
-
-
-@dataclass(frozen=True)
-class SampleFiles:
-    """The files of one cell.
-
-    Args:
-        image: of the INT8 model.
-        float_image: of the float model; None where it generated none.
-        psnr: of the sample, in dB.
-    """
-
-    image: Path
-    float_image: Path | None
-    psnr: float | None
 
 
 @dataclass(frozen=True)
@@ -82,11 +43,42 @@ class GalleryCell:
 
 
 @dataclass(frozen=True)
+class GalleryInput:
+    """An input of the samples of a row.
+
+    Args:
+        label: its name, with its column where that is not `image`.
+        image: its id; None where it cannot be shown.
+        is_first: whether no earlier row of the page shows this image as an input.
+    """
+
+    label: str
+    image: str | None
+    is_first: bool = False
+
+
+@dataclass(frozen=True)
 class GalleryRow:
-    """The images of one sample; a cell for each run."""
+    """The images of one sample.
+
+    Args:
+        caption: above them.
+        cells: one for each run.
+        inputs: what the samples began with; empty for a prompt alone.
+        input_names: the names of their files.
+        compared_input: id of the input that results are laid over; None where there is none.
+    """
 
     caption: str
     cells: list[GalleryCell]
+    inputs: list[GalleryInput] = field(default_factory=list)
+    input_names: str = ""
+    compared_input: str | None = None
+
+    @property
+    def num_input_columns(self) -> int:
+        """How many inputs stand side by side, so that all together are about square."""
+        return math.ceil(math.sqrt(len(self.inputs)))
 
 
 @dataclass(frozen=True)
@@ -110,47 +102,26 @@ class Gallery:
         """Whether any cell has a float image."""
         return any(cell.float_image for row in self.rows for cell in row.cells)
 
+    @property
+    def modes(self) -> list[tuple[str, str]]:
+        """What the gallery can show, each with the text of its button."""
+        modes = [("int8", "INT8")]
+        if self.has_float_images:
+            modes += [("float", "float"), ("slider", "slider"), ("flicker", "flicker")]
+            modes.append(("difference", f"difference ×{DIFFERENCE_GAIN}"))
+        if self.has_compared_inputs:
+            modes.append(("input", "input slider"))
+        return modes
 
-@dataclass
-class EmbeddedImages:
-    """Data URIs by id; equal images share one id."""
+    @property
+    def has_inputs(self) -> bool:
+        """Whether any sample began with an input."""
+        return any(row.inputs for row in self.rows)
 
-    uris: dict[str, str] = field(default_factory=dict)
-    has_thumbnails: bool = False
-    nbytes: int = 0  # length of all data URIs
-    _ids: dict[bytes, str] = field(default_factory=dict)
-
-    def add(self, image: Image.Image) -> str:
-        """Embed an image where it is new.
-
-        Returns:
-            its id.
-        """
-        image = image.convert("RGB")
-        digest = hashlib.sha256(repr(image.size).encode() + image.tobytes()).digest()
-        if digest not in self._ids:
-            self._ids[digest] = f"p{len(self._ids)}"
-            uri = self.encode(image)
-            self.uris[self._ids[digest]] = uri
-            self.nbytes += len(uri)
-        return self._ids[digest]
-
-    def keep_first(self, number: int) -> None:
-        """Drop all but the images that were added first."""
-        self.uris = dict(islice(self.uris.items(), number))
-
-    def encode(self, image: Image.Image) -> str:
-        """The data URI of an image: exact where it is small, else of a thumbnail."""
-        buffer = io.BytesIO()
-        if max(image.size) <= MAX_SIDE:
-            image.save(buffer, "PNG", optimize=True)
-            return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-        self.has_thumbnails = True
-        thumbnail = image.copy()
-        thumbnail.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
-        thumbnail.save(buffer, "WEBP", quality=THUMBNAIL_QUALITY, method=2)
-        return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    @property
+    def has_compared_inputs(self) -> bool:
+        """Whether any result can be laid over its input."""
+        return any(row.compared_input for row in self.rows)
 
 
 def build_gallery(runs: Sequence[Run], *, max_bytes: int = MAX_BYTES, max_cells: int = MAX_CELLS) -> Gallery:
@@ -173,7 +144,7 @@ def build_gallery(runs: Sequence[Run], *, max_bytes: int = MAX_BYTES, max_cells:
             break
         num_before = len(images.uris)
         files = [files_by_tag[run.tag].get(key) for run in columns]
-        row = GalleryRow(format_caption(key), build_row(columns, files, images, max_bytes))
+        row = build_row(key, columns, files, images, max_bytes)
         if rows and images.nbytes > max_bytes:
             images.keep_first(num_before)  # the row that was one too many
             break
@@ -194,47 +165,65 @@ def build_gallery(runs: Sequence[Run], *, max_bytes: int = MAX_BYTES, max_cells:
     return Gallery(runs=columns, rows=rows, uris=images.uris, notes=notes)
 
 
-def find_sample_files(run: Run) -> dict[SampleKey, SampleFiles]:
-    """The files of each image of a run; of a video those of its stills."""
-    folder = run.record.folder
-    num_seen: Counter[tuple[str, int]] = Counter()
-    found = {}
-    for sample in run.record.images:
-        prompt, seed = str(sample.get("prompt", "")), int(sample.get("seed", 0))
-        num_seen[prompt, seed] += 1
-        names = sample.get("stills") or [sample["file"]]
-        float_names = sample.get("float_stills") or [sample.get("float")]
-        for position, name in enumerate(names):
-            float_name = float_names[position] if position < len(float_names) else None
-            key = SampleKey(
-                prompt=prompt, seed=seed, repeat=num_seen[prompt, seed], frame=name_frame(sample, name)
-            )
-            found[key] = SampleFiles(
-                image=folder / name,
-                float_image=folder / float_name if float_name else None,
-                psnr=sample.get("psnr_db"),
-            )
-    return found
-
-
-def name_frame(sample: Mapping[str, object], still: str) -> str:
-    """Which frame a still shows, from its name: `000_fox_s0_first.png` -> `first`; empty for an image."""
-    if not sample.get("stills"):
-        return ""
-    return Path(still).stem.removeprefix(f"{Path(str(sample['file'])).stem}_")
-
-
 def build_row(
-    runs: Sequence[Run], files: Sequence[SampleFiles | None], images: EmbeddedImages, max_bytes: int
-) -> list[GalleryCell]:
-    """The cells of one row.
+    key: SampleKey,
+    runs: Sequence[Run],
+    files: Sequence[SampleFiles | None],
+    images: EmbeddedImages,
+    max_bytes: int,
+) -> GalleryRow:
+    """One row: the inputs, and a cell for each run.
 
     Args:
+        key: of its samples.
         runs: the columns.
         files: of each run; None where it did not generate this sample.
         images: where the images go.
         max_bytes: of embedded images, after which cells stay empty.
     """
+    inputs, compared_input = build_inputs(runs, files, images)
+    input_names = next((sample.input_names for sample in files if sample is not None), "")
+    return GalleryRow(
+        caption=format_caption(key, files),
+        cells=build_cells(runs, files, images, max_bytes),
+        inputs=inputs,
+        input_names=input_names,
+        compared_input=compared_input,
+    )
+
+
+def build_inputs(
+    runs: Sequence[Run], files: Sequence[SampleFiles | None], images: EmbeddedImages
+) -> tuple[list[GalleryInput], str | None]:
+    """The inputs of a row, as the first run has them: their contents are those of all runs.
+
+    Args:
+        runs: the columns.
+        files: of each run.
+        images: where the images go.
+
+    Returns:
+        The inputs, and the id of the one that results are laid over.
+    """
+    known = [(run, sample) for run, sample in zip(runs, files, strict=True) if sample is not None]
+    if not known:
+        return [], None
+    run, sample = known[0]
+    inputs = []
+    compared_input = None
+    for file in sample.inputs:
+        image = open_image(file.path, run.record.folder) if file.path else None
+        image_id = None if image is None else images.add(image)
+        inputs.append(GalleryInput(file.label, image_id))
+        if file.is_compared:
+            compared_input = image_id
+    return inputs, compared_input
+
+
+def build_cells(
+    runs: Sequence[Run], files: Sequence[SampleFiles | None], images: EmbeddedImages, max_bytes: int
+) -> list[GalleryCell]:
+    """The cells of one row; see `build_row`."""
     cells = []
     tag_of_image: dict[str, str] = {}  # the first run with an image, by the image's id
     for run, sample in zip(runs, files, strict=True):
@@ -270,17 +259,24 @@ def build_cell(run: Run, files: SampleFiles | None, images: EmbeddedImages, max_
 
 
 def mark_first_images(rows: Sequence[GalleryRow]) -> list[GalleryRow]:
-    """The rows with `is_first` set in the first cell that shows an INT8 image: the page embeds it there."""
+    """The rows with `is_first` set where an input or an INT8 image is shown first: it is embedded there."""
     shown: set[str] = set()
+    shown_inputs: set[str] = set()
     marked = []
     for row in rows:
+        inputs = []
+        for given in row.inputs:
+            is_first = given.image is not None and given.image not in shown_inputs
+            inputs.append(replace(given, is_first=is_first))
+            if given.image is not None:
+                shown_inputs.add(given.image)
         cells = []
         for cell in row.cells:
             is_first = cell.image is not None and cell.image not in shown
             cells.append(replace(cell, is_first=is_first))
             if cell.image is not None:
                 shown.add(cell.image)
-        marked.append(GalleryRow(row.caption, cells))
+        marked.append(replace(row, inputs=inputs, cells=cells))
     return marked
 
 
@@ -303,31 +299,20 @@ def list_notes(rows: Sequence[GalleryRow], *, has_videos: bool, has_thumbnails: 
     return notes
 
 
-def open_image(path: Path, folder: Path) -> Image.Image | None:
-    """Read an image of a run.
+def format_caption(key: SampleKey, files: Sequence[SampleFiles | None]) -> str:
+    """The text above a row: `fox · seed 0 · strength 0.6`.
 
     Args:
-        path: of the file.
-        folder: of the run.
-
-    Returns:
-        None when the file is missing, lies outside the folder or cannot be read.
+        key: of its samples.
+        files: of each run. An argument that is not the same in all of them is left to the heads of columns.
     """
-    # not Path.resolve, which raises for links that lead to themselves
-    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
-        return None
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError):  # Pillow raises SyntaxError for a broken PNG
-        return None
-
-
-def format_caption(key: SampleKey) -> str:
-    """The text above a row: `fox · seed 0`."""
     parts = [key.prompt, f"seed {key.seed}"]
     if key.repeat > 1:
         parts.append(f"sample {key.repeat}")
+    known = [sample.arguments for sample in files if sample is not None]
+    for argument in known[0] if known else []:
+        if all(argument in arguments for arguments in known):
+            parts.append(argument)
     if key.frame:
         parts.append(f"{key.frame} frame")
     return " · ".join(parts)

@@ -8,9 +8,17 @@ from collections.abc import Mapping
 from int8run.report.columns import SPEED_RATIO
 from int8run.tracking.run_record import FAILED, FINISHED, RUNNING, Record
 
-MS_SSIM = "quality/ms_ssim"
 PERCEPTUAL_METRICS = ("quality/lpips", "quality/effnet_distance", "quality/clip_score")
 FRAMES_PER_S = "speed/frames_per_s"
+WITHOUT_MASK = "no input tells a mask, or all pixels are on its other side"
+# what lies in the images and inputs of a run, and not in its settings
+REASONS_OF_IMAGES = {
+    "quality/ms_ssim": "the images are too small for it",
+    "quality/masked_psnr_db": WITHOUT_MASK,
+    "quality/unmasked_psnr_db": WITHOUT_MASK,
+    "quality/flicker_err": "images have no neighbouring frames",
+    "quality/drift": "no video begins with an image",
+}
 LAYER_SQNR = "quant/output_sqnr_db_min"
 ENCODER_METRICS = ("clip/cosine_mean", "memory/text_encoder_ratio")
 
@@ -66,8 +74,8 @@ def explain_by_settings(metric: str, params: Mapping[str, str]) -> str:
     if metric in PERCEPTUAL_METRICS:
         name = metric.removeprefix("quality/")
         return f"metrics.perceptual does not name {name}, or it could not be computed"
-    if metric == MS_SSIM:
-        return "the images are too small for it"
+    if metric in REASONS_OF_IMAGES:
+        return REASONS_OF_IMAGES[metric]
     if metric in ENCODER_METRICS and params.get("clip") == "keep":
         return "clip=keep: the text encoders are not quantized"
     if metric == LAYER_SQNR and params.get("int8.enable") == "False":

@@ -85,9 +85,12 @@ const LAYERS_OF_MODE = {
   int8: ["int8"],
   float: ["float"],
   slider: ["float", "int8"],
+  input: ["input", "int8"],
   flicker: ["float", "int8"],
   difference: ["difference"],
 };
+// the modes with a divider, and what is left of it
+const LEFT_OF_DIVIDER = { slider: "float", input: "input" };
 // 1.7 changes a second: fast enough to see a difference move, slow enough to be safe.
 const FLICKER_MS = 600;
 const PIXELATED_PX = 256; // images up to this size are enlarged without smoothing: one sees what was generated
@@ -129,18 +132,31 @@ if (gallery) {
     else if (img.complete) img.onload();
   };
   const showTile = (tile) => {
+    if (tile.dataset.fixed) { // an input looks the same in every mode
+      tile.classList.remove("no-float", "no-input");
+      showLayer(tile, "under", tile.dataset.fixed);
+      showLayer(tile, "over", undefined);
+      return;
+    }
     const ids = LAYERS_OF_MODE[mode].map((name) => tile.dataset[name]);
     const isMissing = ids.some((id) => !id);
-    tile.classList.toggle("no-float", isMissing);
+    tile.classList.toggle("no-float", isMissing && mode !== "input");
+    tile.classList.toggle("no-input", isMissing && mode === "input");
     showLayer(tile, "under", isMissing ? tile.dataset.int8 : ids[0]);
     showLayer(tile, "over", isMissing ? undefined : ids[1]);
   };
   const showMode = () => {
     [gallery, lightbox].forEach((part) => {
       part.dataset.mode = mode;
+      part.classList.toggle("slides", mode in LEFT_OF_DIVIDER);
       part.classList.remove("second");
     });
-    if (divider) select("#divider-label").hidden = mode !== "slider";
+    if (divider) {
+      select("#divider-label").hidden = !(mode in LEFT_OF_DIVIDER);
+      const left = LEFT_OF_DIVIDER[mode] ?? "float";
+      select("#divider-left").textContent = left;
+      divider.ariaLabel = `Divider: ${left} on the left, INT8 on the right`;
+    }
     tiles.forEach(showTile);
     if (openIndex >= 0) enlarge(openIndex);
     clearInterval(flickerTimer);
@@ -175,7 +191,7 @@ if (gallery) {
   let wasDragged = false;
   const drag = (event) => {
     const tile = event.target.closest?.(".tile");
-    if (mode !== "slider" || !tile || event.buttons === 0) return;
+    if (!(mode in LEFT_OF_DIVIDER) || !tile || tile.dataset.fixed || event.buttons === 0) return;
     if (event.type === "pointerdown") {
       wasDragged = false;
       tile.setPointerCapture(event.pointerId);
@@ -202,12 +218,15 @@ if (gallery) {
     openIndex = index;
     const tile = tiles[index];
     const img = tile.querySelector("img");
-    ["int8", "float", "difference"].forEach((name) => {
+    ["int8", "float", "difference", "input", "fixed"].forEach((name) => {
       if (tile.dataset[name]) lightboxTile.dataset[name] = tile.dataset[name];
       else delete lightboxTile.dataset[name];
     });
-    const below = tile.parentElement.querySelector(".below-image").textContent.trim().replace(/^#\d+\s*/, "");
-    select("#lightbox-caption").textContent = `${tile.dataset.run} · ${tile.dataset.caption} · ${below}`;
+    const texts = [tile.dataset.run, tile.dataset.caption];
+    if (!tile.dataset.fixed) {
+      texts.push(tile.parentElement.querySelector(".below-image").textContent.trim().replace(/^#\d+\s*/, ""));
+    }
+    select("#lightbox-caption").textContent = texts.join(" · ");
     const [width, height] = [img.naturalWidth || 64, img.naturalHeight || 64];
     lightboxTile.style.width = `${Math.round(width * fitIntoWindow(width, height))}px`;
     if (!lightbox.open) lightbox.showModal();

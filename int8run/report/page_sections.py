@@ -144,6 +144,7 @@ def select_deferred_images(gallery: Gallery) -> dict[str, str]:
     held = set()
     for row in gallery.rows:
         held |= {cell.image for cell in row.cells if cell.is_first}
+        held |= {given.image for given in row.inputs if given.is_first}
     return {name: uri for name, uri in gallery.uris.items() if name not in held}
 
 

@@ -39,7 +39,7 @@ from int8run.pipeline.built_model import BuiltModel
 from int8run.pipeline.float_baseline import get_float_baseline
 from int8run.report.console import Progress, print_lines
 from int8run.report.formatting import format_pairs
-from int8run.report.result_tables import build_result_table
+from int8run.report.result_table import build_result_table
 from int8run.report.step_times import has_scattered_times
 from int8run.tasks.image_writer import ImageWriter
 from int8run.tasks.run_metrics import DenoiserCalls, RunComparison, measure_run

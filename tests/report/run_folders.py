@@ -1,6 +1,7 @@
 """Output folders of runs, as a run leaves them, and the page of a report as a parsed document."""
 
 import csv
+import hashlib
 import itertools
 import json
 import math
@@ -184,6 +185,19 @@ def write_sample(
         float_image.save(folder / f"{key}_float.png")
         entry["float"] = f"images/{key}_float.png"
     return entry
+
+
+def write_input(run_folder: Path, column: str, name: str, *images: Image.Image) -> dict[str, Any]:
+    """The image files of an input, and its entry in metrics.json; several images are those of a video."""
+    folder = run_folder / "images"
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for number, image in enumerate(images):
+        files.append(f"images/input_{Path(name).stem}_{number}.png")
+        image.save(run_folder / files[-1])
+    content = b"".join(image.tobytes() for image in images)
+    digest = hashlib.sha256(content).hexdigest()
+    return {"column": column, "name": name, "sha256": digest, "images": files}
 
 
 class ParsedPage(HTMLParser):

@@ -8,9 +8,11 @@ from int8run.report import image_files
 from int8run.report.image_files import (
     DIFFERENCE_GAIN,
     GRID_MIN_SIDE,
+    fit_into,
     limit_rows,
     make_difference_image,
     make_image_grid,
+    make_image_strip,
     save_sample,
     shorten_caption,
 )
@@ -186,6 +188,78 @@ def test_a_caption_is_one_line_whatever_its_prompt_has():
         grid = make_image_grid([(prompt, [make_flat_image(RED)])], [""])
         assert grid.size == plain.size
         assert find_color(grid, RED) == find_color(plain, RED), "the text is not drawn over the image"
+
+
+def test_a_column_is_as_wide_as_its_widest_image_and_a_row_as_high_as_its_highest():
+    strip = Image.new("RGB", (128, 64), BLUE)
+    rows = [
+        ("1", [strip, make_flat_image(GREEN)]),
+        ("2", [make_flat_image(BLUE), Image.new("RGB", (64, 32), RED)]),
+    ]
+
+    grid = make_image_grid(rows, ["", ""])
+
+    boxes = [find_color(grid, color)[1] for color in (BLUE, GREEN, RED)]
+    sizes = [(right - left, bottom - top) for left, top, right, bottom in boxes]
+    assert sizes[1:] == [(192, 192), (192, 96)], "enlarged by the factor of the last column"
+    assert boxes[0][2] - boxes[0][0] == 384
+    assert boxes[1][0] == boxes[2][0] >= boxes[0][2], "the second column begins behind the widest image"
+    assert grid.height >= boxes[2][1] + 192, "room for the square beside it"
+
+
+def test_a_column_may_be_empty_in_a_row():
+    rows = [("1", [make_flat_image(RED), make_flat_image(GREEN)]), ("2", [None, make_flat_image(BLUE)])]
+
+    grid = make_image_grid(rows, ["input", "INT8"])
+
+    assert find_color(grid, BLUE)[1][0] == find_color(grid, GREEN)[1][0]
+
+
+def test_a_column_has_room_for_its_heading():
+    heading = "a heading that is much wider than the images below it"
+    rows = [("", [make_flat_image(RED), make_flat_image(GREEN)])]
+
+    narrow, wide = make_image_grid(rows, ["", ""]), make_image_grid(rows, [heading, ""])
+
+    assert find_color(wide, GREEN)[1][0] > find_color(narrow, GREEN)[1][0]
+
+
+@pytest.mark.parametrize(
+    ("count", "size"),
+    [(1, (60, 40)), (2, (124, 40)), (3, (188, 40)), (4, (60, 40)), (5, (92, 40)), (12, (188, 40))],
+)
+def test_inputs_stand_side_by_side_and_shrink_where_they_are_many(count, size):
+    strip = make_image_strip([make_flat_image(RED)] * count, (60, 40))
+
+    assert strip.size == size
+    expected = {1: 1, 2: 1, 3: 1, 4: 2, 5: 2, 12: 2}[count]
+    lines = {top for top in range(strip.height) if RED in row_colors(strip, top)}
+    assert count_runs(lines) == expected
+
+
+def row_colors(image, top):
+    """The colors of a line of pixels."""
+    return {image.getpixel((left, top)) for left in range(image.width)}
+
+
+def count_runs(numbers):
+    """How many unbroken runs some whole numbers make."""
+    return sum(number - 1 not in numbers for number in numbers)
+
+
+def test_an_input_keeps_its_shape_in_a_strip():
+    strip = make_image_strip([Image.new("RGB", (100, 50), RED), make_flat_image(GREEN)], (60, 60))
+
+    left, top, right, bottom = find_color(strip, RED)[1]
+    assert (right - left, bottom - top) == (60, 30)
+    assert find_color(strip, GREEN)[0] == 60 * 60
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [((200, 100), (60, 30)), ((10, 20), (30, 60)), ((9, 9), (60, 60))]
+)
+def test_an_image_fits_into_a_size_without_losing_its_shape(size, expected):
+    assert fit_into(Image.new("RGB", size), (60, 60)).size == expected
 
 
 # -- saved samples -------------------------------------------------------------------------------------------

@@ -5,10 +5,11 @@ from io import BytesIO
 
 import pytest
 from PIL import Image
-from report.run_folders import make_noise_image, write_run, write_sample
+from report.run_folders import make_noise_image, render_report, write_input, write_run, write_sample
 
+from int8run.report.embedded_images import open_image
 from int8run.report.image_files import make_difference_image
-from int8run.report.image_gallery import build_gallery, open_image
+from int8run.report.image_gallery import build_gallery
 from int8run.report.page_sections import select_deferred_images
 from int8run.report.runs import name_runs
 from int8run.tracking.run_record import find_records, read_record
@@ -148,3 +149,138 @@ def test_a_video_is_shown_as_its_stills(tmp_path):
     assert [row.caption for row in gallery.rows] == ["x · seed 1 · first frame", "x · seed 1 · last frame"]
     assert all(cell.image and cell.float_image for row in gallery.rows for cell in row.cells)
     assert "stills" in gallery.notes[0]
+
+
+# -- inputs --------------------------------------------------------------------------------------------------
+
+
+def write_edit_run(folder, number, inputs, prompt="fox", **entry):
+    """A run of one edit; `inputs` are (column, name, images)."""
+    run_folder = folder / str(number)
+    image, float_image = make_noise_image(100 + number), make_noise_image(200)
+    sample = write_sample(run_folder, "000_fox_s0", prompt, image, float_image, **entry)
+    sample["inputs"] = [write_input(run_folder, column, name, *images) for column, name, images in inputs]
+    return write_run(folder, number, [f"outlier={number}"], metrics={}, images=[sample])
+
+
+def test_the_inputs_of_a_sample_stand_in_its_row(tmp_path):
+    cat, mask = make_noise_image(0), make_noise_image(1)
+    inputs = [("image", "cat.png", [cat]), ("mask_image", "mask.png", [mask])]
+    records = [write_edit_run(tmp_path, number, inputs, strength=0.6) for number in range(2)]
+
+    gallery = build_gallery(name_runs(records))
+
+    (row,) = gallery.rows
+    assert row.caption == "fox · seed 0 · strength 0.6"
+    assert row.input_names == "image: cat.png · mask_image: mask.png"
+    shown = [decode_uri(gallery.uris[given.image]) for given in row.inputs]
+    assert [image.tobytes() for image in shown] == [cat.tobytes(), mask.tobytes()]
+    assert row.compared_input == row.inputs[0].image
+    assert len(row.cells) == 2
+    assert ("input", "input slider") in gallery.modes
+
+
+def test_an_input_of_all_rows_is_embedded_once(tmp_path):
+    cat = make_noise_image(0)
+    samples = []
+    for index, prompt in enumerate(("fox", "owl")):
+        sample = write_sample(tmp_path / "0", f"{index:03d}_s0", prompt, make_noise_image(index + 5))
+        sample["inputs"] = [write_input(tmp_path / "0", "image", "cat.png", cat)]
+        samples.append(sample)
+    record = write_run(tmp_path, metrics={}, images=samples)
+
+    gallery = build_gallery(name_runs([record]))
+
+    assert len(gallery.uris) == 3
+    assert [row.inputs[0].is_first for row in gallery.rows] == [True, False]
+    deferred = select_deferred_images(gallery)
+    assert gallery.rows[0].inputs[0].image not in deferred, "the page holds it where it is shown first"
+
+
+def test_other_inputs_make_another_row(tmp_path):
+    records = [
+        write_edit_run(tmp_path, number, [("image", "in.png", [make_noise_image(number)])])
+        for number in range(2)
+    ]
+
+    gallery = build_gallery(name_runs(records))
+
+    assert [row.caption for row in gallery.rows] == ["fox · seed 0"] * 2
+    missing = [[cell.missing_reason for cell in row.cells] for row in gallery.rows]
+    assert missing == [["", "not generated"], ["not generated", ""]]
+
+
+def test_a_strength_that_runs_do_not_share_is_not_in_the_caption(tmp_path):
+    inputs = [("image", "cat.png", [make_noise_image(0)])]
+    arguments = {"true_cfg_scale": 4}
+    records = [
+        write_edit_run(tmp_path, number, inputs, strength=0.3 + number / 10, arguments=arguments)
+        for number in range(2)
+    ]
+
+    (row,) = build_gallery(name_runs(records)).rows
+
+    assert row.caption == "fox · seed 0 · true_cfg_scale=4"
+
+
+def test_an_input_video_shows_the_frame_of_the_still_beside_it(tmp_path):
+    stills = ["images/v_first.png", "images/v_last.png"]
+    frames = [make_noise_image(0), make_noise_image(1)]
+    sample = {"prompt": "x", "seed": 1, "file": "images/v.webp", "stills": stills}
+    sample["inputs"] = [
+        write_input(tmp_path / "0", "video", "clip.mp4", *frames),
+        write_input(tmp_path / "0", "reference_images", "face.png", make_noise_image(2)),
+    ]
+    record = write_run(tmp_path, metrics={}, images=[sample])
+    for number, name in enumerate(stills):
+        make_noise_image(10 + number).save(tmp_path / "0" / name)
+
+    gallery = build_gallery(name_runs([record]))
+
+    first, last = gallery.rows
+    shown = [decode_uri(gallery.uris[row.inputs[0].image]).tobytes() for row in (first, last)]
+    assert shown == [frame.tobytes() for frame in frames]
+    assert first.inputs[1].image == last.inputs[1].image, "an image stands beside each still"
+
+
+def test_a_missing_image_of_an_input_leaves_its_name(tmp_path):
+    record = write_edit_run(tmp_path, 0, [("image", "cat.png", [make_noise_image(0)])])
+    (tmp_path / "0/images/input_cat_0.png").unlink()
+
+    (row,) = build_gallery(name_runs([record])).rows
+
+    assert (row.inputs[0].image, row.input_names, row.compared_input) == (None, "image: cat.png", None)
+
+
+def test_reference_images_alone_are_not_laid_over_the_result(tmp_path):
+    references = [("reference_images", f"{n}.png", [make_noise_image(n)]) for n in range(5)]
+    gallery = build_gallery(name_runs([write_edit_run(tmp_path, 0, references)]))
+
+    (row,) = gallery.rows
+    assert row.compared_input is None
+    assert row.num_input_columns == 3, "five stand in two lines of three and two"
+    assert "input" not in dict(gallery.modes)
+
+
+def test_a_run_of_an_earlier_version_has_no_column_of_inputs(tmp_path):
+    old = write_fox_runs(tmp_path, [make_noise_image(0)], [make_noise_image(1)])
+
+    gallery = build_gallery(old)
+    page, _ = render_report([run.record for run in old], tmp_path)
+
+    assert not gallery.has_inputs
+    assert page.find_all("th", class_="inputs") == page.find_all("td", class_="inputs") == []
+    assert "input slider" not in [span["text"] for span in page.find_all("span")]
+
+
+def test_the_page_has_the_inputs_first(tmp_path):
+    record = write_edit_run(tmp_path, 0, [("image", "<cat>.png", [make_noise_image(0)])])
+
+    page, html = render_report([record], tmp_path)
+
+    (heading,) = page.find_all("th", class_="inputs")
+    assert heading["text"] == "input"
+    tiles = [tile for tile in page.find_all("button") if tile.get("class") == "tile"]
+    assert "data-fixed" in tiles[0] and tiles[1]["data-input"] == tiles[0]["data-fixed"]
+    assert "<cat>" not in html
+    assert page.unbalanced == []

@@ -88,6 +88,9 @@ def test_an_objective_of_another_version_has_a_column(tmp_path):
         ({}, "quality/lpips", "metrics.perceptual does not name lpips, or it could not be computed"),
         ({}, "quality/ms_ssim", "the images are too small for it"),
         ({}, "speed/frames_per_s", "images have no frames"),
+        ({}, "quality/masked_psnr_db", "no input tells a mask, or all pixels are on its other side"),
+        ({}, "quality/flicker_err", "images have no neighbouring frames"),
+        ({}, "quality/drift", "no video begins with an image"),
         ({}, STEP_MS, "not measured"),
     ],
 )

@@ -40,7 +40,7 @@ from int8run.pipeline.built_model import BuiltModel
 from int8run.pipeline.text_encoders import QuantizedEncoders, build_encoders, open_encoders
 from int8run.quant.formats import FORMATS, choose_format
 from int8run.report.console import Progress
-from int8run.report.result_tables import build_result_table
+from int8run.report.result_table import build_result_table
 from int8run.tasks.quantize_checkpoint import quantize_file
 from int8run.tasks.run import RunResult
 from int8run.text_encoders.base import TextEncoders

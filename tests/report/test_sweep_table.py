@@ -1,94 +1,16 @@
-"""The tables that end a command: the result of a run, and the jobs of a sweep."""
+"""The table that ends a sweep."""
 
 import io
 import json
-import math
 
 import pytest
 from report.sweep_jobs import JOB_METRICS, write_job
 from rich.cells import cell_len
 from rich.console import Console
 
-from int8run.report import console, formatting, result_tables
+from int8run.report import console, formatting, sweep_table
 from int8run.report.console import print_lines
-from int8run.report.result_tables import build_result_table, build_sweep_table, count_warnings
-
-# -- one run -------------------------------------------------------------------------------------------------
-
-METRICS = {
-    "speed/step_ms_p50": 20.0,
-    "float/step_ms_p50": 50.0,
-    "speed/step_ms_p90": 25.0,
-    "float/step_ms_p90": 50.0,
-    "speed/images_per_s": 3.0,
-    "float/images_per_s": 2.0,
-    "memory/denoiser_bytes": 10_000_000,
-    "float/denoiser_bytes": 38_000_000,
-    "quality/psnr_db": 31.25,
-    "quality/ssim": 0.98765,
-    "quality/latent_rel_err": 0.0312,
-    "quant/layers_int8": 32,
-    "quant/layers_float": 14,
-    "quant/fallback_layers": 2,
-    "quant/output_sqnr_db_mean": 33.3,
-    "quant/output_sqnr_db_min": 21.1,
-    "lora/modules_matched": 8,
-    "lora/overhead_ratio": 1.07,
-}
-
-
-def read_result_rows(metrics):
-    """The rows of a result table: first cell -> other cells."""
-    table = build_result_table("tiny", metrics, "INT8")
-    assert [column.header for column in table.columns] == ["", "float", "INT8", "ratio"]
-    rows = zip(*(column.cells for column in table.columns), strict=True)
-    return {label: cells for label, *cells in rows}
-
-
-def test_the_result_table_has_a_row_for_every_measurement():
-    assert read_result_rows(METRICS) == {
-        "step, median": ["50.0 ms", "20.0 ms", "2.50×"],
-        "step, 90 %": ["50.0 ms", "25.0 ms", "2.00×"],
-        "images per second": ["2.00", "3.00", "1.50×"],
-        "denoiser memory": ["38.0 MB", "10.0 MB", "3.80×"],
-        "PSNR to float": ["", "31.2 dB", ""],
-        "SSIM to float": ["", "0.9877", ""],
-        "latent error": ["", "3.12 %", ""],
-        "Linear layers, float / INT8": ["", "14 / 32", ""],
-        "small-batch fallback": ["", "2", ""],
-        "layer SQNR, mean / min": ["", "33.3 / 21.1 dB", ""],
-        "LoRA modules matched": ["", "8", ""],
-        "step time with LoRA branch": ["", "1.07×", ""],
-    }
-
-
-def test_what_was_not_measured_has_no_row():
-    rows = read_result_rows(
-        {"speed/step_ms_p50": 20.0, "memory/denoiser_bytes": 10_000_000, "float/denoiser_bytes": 38_000_000}
-    )
-
-    assert set(rows) == {"step, median", "denoiser memory"}
-    assert rows["step, median"] == ["–", "20.0 ms", ""]
-
-
-def test_a_baseline_of_the_same_file_is_said_beside_the_psnr():
-    metrics = METRICS | {"quality/float_layers_from_same_file": 38}
-    rows = read_result_rows(metrics)
-    table = build_result_table("tiny", metrics, "INT8")
-
-    assert list(rows)[list(rows).index("PSNR to float") + 1] == "float layers of the same file"
-    assert rows["float layers of the same file"] == ["", "38", ""]
-    assert "shows neither what the file lost when it was made, nor that it is read" in str(table.caption)
-    assert build_result_table("tiny", METRICS, "INT8").caption is None
-
-
-def test_the_psnr_of_identical_images_is_equal():
-    rows = read_result_rows(METRICS | {"quality/psnr_db": math.inf})
-
-    assert rows["PSNR to float"] == ["", "equal", ""]
-
-
-# -- a sweep -------------------------------------------------------------------------------------------------
+from int8run.report.sweep_table import build_sweep_table, count_warnings
 
 
 @pytest.fixture
@@ -97,7 +19,7 @@ def print_sweep_table(monkeypatch):
 
     def print_table(width, records, varying):
         terminal = Console(width=width, file=io.StringIO())
-        monkeypatch.setattr(result_tables, "get_console", lambda: terminal)
+        monkeypatch.setattr(sweep_table, "get_console", lambda: terminal)
         monkeypatch.setattr(console, "get_console", lambda: terminal)
         print_lines(build_sweep_table(records, varying))
         lines = terminal.file.getvalue().splitlines()
@@ -174,7 +96,7 @@ def test_the_work_of_a_table_grows_with_its_jobs(tmp_path, print_sweep_table, mo
         measured.append(len(text))
         return cell_len(text)
 
-    monkeypatch.setattr(result_tables, "cell_len", measure)
+    monkeypatch.setattr(sweep_table, "cell_len", measure)
     monkeypatch.setattr(formatting, "cell_len", measure)
 
     def count(num_jobs):

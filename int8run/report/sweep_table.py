@@ -1,11 +1,11 @@
-"""The tables that end a command: the result of one run beside the float model, and the jobs of a sweep.
+"""The table that ends a sweep: a line for each job, with as much as the terminal has room for.
 
-Builds rich tables from metrics and records; printing is the caller's.
+Builds a rich table from records; printing is the caller's. `result_table` has that of a single run.
 """
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from rich import box, get_console
@@ -18,184 +18,15 @@ from int8run.report.columns import (
     LATENT_ERROR,
     MISSING,
     PSNR_DB,
-    SAME_FILE_LAYERS,
-    SAME_FILE_LIMITS,
     SPEED_RATIO,
     STEP_MS,
     find_column,
 )
 from int8run.report.console import make_plain
-from int8run.report.formatting import format_decibels, format_megabytes, shorten_to_width
+from int8run.report.formatting import shorten_to_width
 from int8run.report.missing_metrics import explain_missing
 from int8run.tracking.run_record import FINISHED, Record, shorten_keys, split_override
 from int8run.utils.text import make_visible
-
-SAME_FILE_NOTE = f"float has numbers of the same quantized file: PSNR to it {SAME_FILE_LIMITS}"
-
-Format = Callable[[float], str]
-Ratio = Callable[[float, float], float]
-
-
-# -- one run -------------------------------------------------------------------------------------------------
-
-
-def build_result_table(
-    title: str, metrics: Mapping[str, float], candidate: str, *, has_both_models: bool = True
-) -> Table:
-    """The float model beside the candidate with their ratio, then quality and layers.
-
-    What was not measured has no row.
-
-    Args:
-        title: of the table.
-        metrics: of the run.
-        candidate: head of the candidate's column, such as `INT8`.
-        has_both_models: whether both were in memory at once, which the peak memory of each includes.
-    """
-    table = Table(title=title, title_justify="left", caption_justify="left")
-    table.add_column("", style="bold")
-    table.add_column("float", justify="right")
-    table.add_column(candidate, justify="right")
-    table.add_column("ratio", style="green", justify="right")
-
-    rows = ResultRows(table, metrics, has_both_models)
-    rows.add_speed_and_memory()
-    rows.add_embeddings()
-    rows.add_quality()
-    rows.add_layers()
-    rows.add_loras()
-    return table
-
-
-@dataclass(frozen=True)
-class ResultRows:
-    """Adds the rows of a result table, section by section."""
-
-    table: Table
-    metrics: Mapping[str, float]
-    has_both_models: bool
-
-    def add_speed_and_memory(self) -> None:
-        """Times, rates and sizes, each with the float model's."""
-        self.add_comparison("step, median", "speed/step_ms_p50", format_milliseconds, divide_float)
-        self.add_comparison("step, 90 %", "speed/step_ms_p90", format_milliseconds, divide_float)
-        samples = "videos" if "speed/frames_per_s" in self.metrics else "images"
-        self.add_comparison(f"{samples} per second", "speed/images_per_s", "{:.2f}".format, divide_by_float)
-        self.add_comparison("frames per second", "speed/frames_per_s", "{:.2f}".format, divide_by_float)
-        self.add_comparison("denoiser memory", "memory/denoiser_bytes", format_megabytes, divide_float)
-        self.add_peak_memory()
-        if "memory/text_encoder_ratio" in self.metrics:
-            self.add_comparison(
-                "text encoder memory", "memory/text_encoder_bytes", format_megabytes, divide_float
-            )
-
-    def add_peak_memory(self) -> None:
-        """Largest memory while each model generated; a ratio only where each was alone."""
-        peak, float_peak = "memory/peak_bytes", self.metrics.get("float/peak_bytes")
-        if self.has_both_models and float_peak is not None:
-            self.add_comparison("peak memory, both loaded", peak, format_megabytes, ratio=None)
-        else:
-            self.add_comparison("peak memory", peak, format_megabytes, divide_float)
-
-    def add_embeddings(self) -> None:
-        """How far the text encoders' embeddings are from the float ones."""
-        if "clip/cosine_mean" not in self.metrics:
-            return
-        mean, least = self.metrics["clip/cosine_mean"], self.metrics["clip/cosine_min"]
-        self.table.add_section()
-        self.add_row("embedding cosine, mean / min", f"{mean:.5f} / {least:.5f}")
-        self.add_row("embedding error", format_percent(self.metrics["clip/rel_err"]))
-
-    def add_quality(self) -> None:
-        """How far the images are from the float model's."""
-        if "quality/psnr_db" not in self.metrics:
-            return
-        self.table.add_section()
-        self.add_value("PSNR to float", "quality/psnr_db", format_decibels)
-        if SAME_FILE_LAYERS in self.metrics:
-            self.add_value("float layers of the same file", SAME_FILE_LAYERS, "{:.0f}".format)
-            self.table.caption = SAME_FILE_NOTE
-        self.add_value("SSIM to float", "quality/ssim", "{:.4f}".format)
-        self.add_value("MS-SSIM to float", "quality/ms_ssim", "{:.4f}".format)
-        self.add_value("LPIPS to float", "quality/lpips", "{:.4f}".format)
-        self.add_value("EfficientNet distance", "quality/effnet_distance", "{:.5f}".format)
-        self.add_comparison("CLIP score", "quality/clip_score", "{:.2f}".format, ratio=None)
-        self.add_value("latent error", "quality/latent_rel_err", format_percent)
-        if self.metrics.get("quality/half_error_step"):
-            self.add_value("half of the error by step", "quality/half_error_step", "{:.0f}".format)
-
-    def add_layers(self) -> None:
-        """How many layers are INT8, and how exact they are."""
-        if "quant/layers_int8" not in self.metrics:
-            return
-        num_float, num_int8 = self.metrics["quant/layers_float"], self.metrics["quant/layers_int8"]
-        self.table.add_section()
-        self.add_row("Linear layers, float / INT8", f"{num_float:.0f} / {num_int8:.0f}")
-        if self.metrics["quant/fallback_layers"]:
-            self.add_value("small-batch fallback", "quant/fallback_layers", "{:.0f}".format)
-        if "quant/output_sqnr_db_mean" in self.metrics:
-            mean, least = self.metrics["quant/output_sqnr_db_mean"], self.metrics["quant/output_sqnr_db_min"]
-            self.add_row("layer SQNR, mean / min", f"{mean:.1f} / {least:.1f} dB")
-
-    def add_loras(self) -> None:
-        """What the LoRAs change and cost."""
-        self.add_value("LoRA modules matched", "lora/modules_matched", "{:.0f}".format)
-        self.add_value("step time with LoRA branch", "lora/overhead_ratio", "{:.2f}×".format)
-
-    def add_comparison(self, label: str, metric: str, form: Format, ratio: Ratio | None) -> None:
-        """A metric of the candidate beside `float/<name>`.
-
-        Args:
-            label: of the row.
-            metric: of the candidate.
-            form: how both are shown.
-            ratio: of (float, candidate); None: not shown.
-        """
-        value = self.metrics.get(metric)
-        if value is None:
-            return
-        _, _, name = metric.rpartition("/")
-        float_value = self.metrics.get(f"float/{name}")
-        if float_value is None:
-            self.table.add_row(label, MISSING, form(value), "")
-            return
-        ratio_text = ""
-        if ratio is not None and float_value and value:
-            ratio_text = f"{ratio(float_value, value):.2f}×"
-        self.table.add_row(label, form(float_value), form(value), ratio_text)
-
-    def add_value(self, label: str, metric: str, form: Format) -> None:
-        """A metric that only the candidate has; no row where it is missing."""
-        if metric in self.metrics:
-            self.add_row(label, form(self.metrics[metric]))
-
-    def add_row(self, label: str, text: str) -> None:
-        """A row with a text in the candidate's column."""
-        self.table.add_row(label, "", text, "")
-
-
-def divide_float(float_value: float, value: float) -> float:
-    """The ratio of what one wants less of: how many times smaller it is than float's."""
-    return float_value / value
-
-
-def divide_by_float(float_value: float, value: float) -> float:
-    """The ratio of what one wants more of: how many times larger it is than float's."""
-    return value / float_value
-
-
-def format_milliseconds(value: float) -> str:
-    """`5.2 ms`."""
-    return f"{value:.1f} ms"
-
-
-def format_percent(share: float) -> str:
-    """A share in percent: `0.54 %`."""
-    return f"{100 * share:.2f} %"
-
-
-# -- the jobs of a sweep -------------------------------------------------------------------------------------
-
 
 # Shown as in the report. The most important first: a narrow terminal has room for some of them.
 SWEEP_METRICS = (PSNR_DB, SPEED_RATIO, STEP_MS, DENOISER_BYTES, LATENT_ERROR)
