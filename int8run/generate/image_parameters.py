@@ -11,6 +11,7 @@ from typing import Any
 
 from int8run.generate.negative_prompts import Guidance, get_negative_prompt
 from int8run.generate.prompts import Sample
+from int8run.generate.sample_inputs import SampleInputs
 from int8run.models.sampling import Sampling
 
 # scheduler class of diffusers -> the name of the same sampler in these programs
@@ -65,12 +66,36 @@ def format_parameters(
         "Seed": sample.seed,
         "Size": f"{sampling.width}x{sampling.height}",
         "Model": model,
+        **describe_inputs(sample.inputs),
         **details,
     }
     settings = ", ".join(f"{name}: {quote(value)}" for name, value in facts.items() if value is not None)
     negative = get_negative_prompt(sample, sampling) if guidance.uses_negative_prompt else ""
     # ComfyUI looks for the second line even where there is nothing to avoid
     return f"{sample.prompt}\nNegative prompt: {negative}\n{settings}"
+
+
+def describe_inputs(inputs: SampleInputs) -> dict[str, object]:
+    """What a sample began with, by names for its file: those of its files alone, without their folders."""
+    facts: dict[str, object] = {}
+    if inputs.strength is not None:
+        facts["Denoising strength"] = format_scale(inputs.strength)
+    for column, files in inputs.files.items():
+        label = column.replace("_", " ").capitalize()
+        facts[label] = ", ".join(file.name for file in files)
+    return facts
+
+
+def list_input_facts(inputs: SampleInputs) -> dict[str, Any]:
+    """The same for the text chunk `int8run`; empty of a prompt alone."""
+    facts: dict[str, Any] = {}
+    if inputs.files:
+        facts["inputs"] = {column: [file.name for file in files] for column, files in inputs.files.items()}
+    if inputs.strength is not None:
+        facts["strength"] = inputs.strength
+    if inputs.arguments:
+        facts["arguments"] = dict(inputs.arguments)
+    return facts
 
 
 def format_scale(scale: float | None) -> str | None:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import numpy as np
 import torch
@@ -147,12 +148,17 @@ def average_frames(samples: Sequence[SampleQuality], name: str) -> list[float]:
 
 
 def compute_trajectory_error(candidate: Generation, baseline: Generation) -> list[float]:
-    """Relative latent error after each step, mean over samples: where the candidate drifts away."""
+    """Relative latent error after each step, mean over samples: where the candidate drifts away.
+
+    A sample whose strength leaves out the first steps counts in the last ones.
+    """
     errors_of_samples = []
     for latents, float_latents in zip(candidate.trajectories, baseline.trajectories, strict=True):
         steps = zip(latents, float_latents, strict=True)
         errors_of_samples.append([compute_relative_error(x, y) for x, y in steps])
-    return [float(np.mean(errors)) for errors in zip(*errors_of_samples, strict=True)]
+    from_the_end = zip_longest(*(reversed(errors) for errors in errors_of_samples))
+    means = [float(np.mean([error for error in errors if error is not None])) for errors in from_the_end]
+    return means[::-1]
 
 
 def find_half_error_step(errors: Sequence[float]) -> int:

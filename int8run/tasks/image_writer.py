@@ -18,7 +18,7 @@ from int8run.config.run_spec import RunSpec
 from int8run.generate.call_parameters import get_call_default
 from int8run.generate.generate import Generation
 from int8run.generate.generated_sampling import read_generated_sampling
-from int8run.generate.image_parameters import describe_sampling, format_parameters
+from int8run.generate.image_parameters import describe_sampling, format_parameters, list_input_facts
 from int8run.generate.negative_prompts import read_guidance
 from int8run.generate.pipeline_call import get_frame_rate
 from int8run.generate.prompts import Sample
@@ -123,6 +123,9 @@ class ImageWriter:
             "negative_prompt": sample.negative_prompt if guidance.uses_negative_prompt else None,
             "seed": sample.seed,
             "model": name,
+            "pipeline": self.spec.model.pipeline,
+            "mode": self.spec.model.mode,
+            **mask_settings(list_input_facts(sample.inputs)),
             "sampling": mask_settings(describe_sampling(sampling, scheduler)),
         }
         for label, value in details.items():

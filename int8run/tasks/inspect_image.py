@@ -5,14 +5,16 @@ programs write one called `parameters`. Pixels are not decoded.
 """
 
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from PIL import Image
 
+from int8run.config.prompt_argument import quote_text
 from int8run.errors import FileError
+from int8run.generate.sample_inputs import INPUT_COLUMNS
 from int8run.models.family import MODEL_FOLDER
 from int8run.tasks.file_description import FileDescription, Row, format_setting
 from int8run.tasks.image_writer import (
@@ -109,6 +111,9 @@ def describe_facts(facts: Mapping[str, Any]) -> Iterator[Row]:
         group = name.removesuffix(SETTINGS_SUFFIX)
         if name == "sampling":
             yield from describe_sampling(value)
+        elif name == "inputs" and isinstance(value, dict):
+            for column, files in value.items():
+                yield str(column), ", ".join(map(str, files)) if isinstance(files, list) else str(files)
         elif group in METHOD_GROUPS and isinstance(value, dict):
             for setting, number in value.items():
                 yield f"{group}.{setting}", str(number)
@@ -141,9 +146,42 @@ def format_command(facts: Mapping[str, Any]) -> str:
     if "negative_prompt" in facts:
         words.append(shlex.quote(f"negative_prompt={facts['negative_prompt']}"))
     words.append(format_setting("seed", facts.get("seed")))
+    words += list_input_words(facts)
     words += list_sampler_words(facts["sampling"])
     words += list_model_words(facts)
     return " ".join(words)
+
+
+def list_input_words(facts: Mapping[str, Any]) -> list[str]:
+    """The words that choose the pipeline and give it the inputs, whose files lie in the working folder.
+
+    Raises:
+        NotRepeatableError: for an input that no setting is for, and for an argument that is more than a
+            number or a text.
+    """
+    words = []
+    for setting in ("pipeline", "mode"):
+        if setting in facts:
+            words.append(format_setting(f"model.{setting}", facts[setting]))
+    for column, names in iterate_settings("inputs", facts.get("inputs", {})):
+        if column not in INPUT_COLUMNS or not isinstance(names, list):
+            raise NotRepeatableError(f"needs its input {column}, which stands in a prompt table alone")
+        words.append(format_files(f"prompts.{column}", names))
+    if "strength" in facts:
+        words.append(format_setting("prompts.strength", facts["strength"]))
+    for name, value in iterate_settings("arguments", facts.get("arguments", {})):
+        if not isinstance(value, str | int | float):
+            raise NotRepeatableError(f"needs the argument {name}, which is no number or text")
+        words.append(format_setting(f"++sampler.extra.{name}", value))
+    return words
+
+
+def format_files(setting: str, names: Sequence[object]) -> str:
+    """The word that sets a setting to a file, or to a list of them."""
+    if len(names) == 1:
+        return format_setting(setting, names[0])
+    listed = ",".join(quote_text(str(name)) for name in names)
+    return shlex.quote(f"{setting}=[{listed}]")
 
 
 def list_method_words(group: str, facts: Mapping[str, Any]) -> list[str]:

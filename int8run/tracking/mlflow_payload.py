@@ -35,6 +35,7 @@ FORBIDDEN_CHARACTERS = re.compile(r"[^\w\-. :/]", flags=re.ASCII)
 SMALL_COPY_SUFFIX = "+compressed.webp"  # how the name of MLflow's small copy of an image ends
 KEPT_SUFFIXES = {".yaml", ".json", ".csv", ".png", ".log"}  # of files at the top of the folder
 SAMPLES = "samples"  # the folder of our images in a run: MLflow's own are in `images`
+INPUTS = "inputs"  # the folder of the files that samples began with, in the run and here
 TABLE_FILES = {"layers.json": "layers.csv", "text_encoders.json": "text_encoders.csv"}  # MLflow's -> ours
 
 START_TAGS = (
@@ -274,6 +275,9 @@ def list_artifacts(record: Record) -> Iterator[tuple[Path, str | None]]:
     for path in sorted(record.folder.glob("images/*")):
         if path.suffix in (".png", ".webp"):
             yield path, SAMPLES
+    for path in sorted(record.folder.glob(f"{INPUTS}/*")):
+        if path.is_file():
+            yield path, INPUTS
 
 
 def build_tables(record: Record) -> dict[str, dict[str, Any]]:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 SMALL_COPY_PX = 256  # longest side of MLflow's small copies
+# folders of a run -> those of the output folder
+DOWNLOADED_FOLDERS = {mlflow_payload.SAMPLES: "images", mlflow_payload.INPUTS: mlflow_payload.INPUTS}
 METRICS_PER_CALL, ITEMS_PER_CALL = 1000, 100  # MLflow's limits
 
 
@@ -223,9 +225,9 @@ def download_files(client: "MlflowClient", run_id: str, folder: Path) -> None:
             name = Path(artifact.path).name
             if is_kept_file(artifact):
                 Path(client.download_artifacts(run_id, name, temporary)).replace(folder / name)
-            elif artifact.is_dir and artifact.path == mlflow_payload.SAMPLES:
-                samples = Path(client.download_artifacts(run_id, artifact.path, temporary))
-                move_files(samples, folder / "images")
+            elif artifact.is_dir and artifact.path in DOWNLOADED_FOLDERS:
+                files = Path(client.download_artifacts(run_id, artifact.path, temporary))
+                move_files(files, folder / DOWNLOADED_FOLDERS[artifact.path])
 
 
 def is_kept_file(artifact: "FileInfo") -> bool:

@@ -216,6 +216,15 @@ def test_trajectory_error_is_the_mean_over_samples_at_each_step():
     ) == pytest.approx([0, 0.2, 0.1])
 
 
+def test_a_sample_without_the_first_steps_counts_in_the_last_ones():
+    base = [torch.tensor([[1.0], [1.0], [2.0]]), torch.tensor([[1.0], [2.0]])]
+    ours = [torch.tensor([[1.1], [1.1], [2.4]]), torch.tensor([[1.3], [2.0]])]
+
+    assert compute_trajectory_error(
+        make_generation(latents=ours), make_generation(latents=base)
+    ) == pytest.approx([0.1, 0.2, 0.1])
+
+
 # -- speed ---------------------------------------------------------------------------------------------------
 
 

@@ -171,3 +171,43 @@ def test_the_command_makes_the_same_image(command: Command) -> None:
     assert repeated.code == 0, repeated.err
     (again,) = (command.folder / "second" / "images").iterdir()
     assert Image.open(image).tobytes() == Image.open(again).tobytes()
+
+
+def test_the_command_has_the_inputs(tmp_path: Path) -> None:
+    description = describe(
+        tmp_path,
+        pipeline="FluxImg2ImgPipeline",
+        inputs={"image": ["my cat.png"], "reference_images": ["a.png", "b's.png"]},
+        strength=0.5,
+        arguments={"true_cfg_scale": 4},
+    )
+
+    (line,) = description.list_commands()
+    words = shlex.split(line.removeprefix("to repeat it:  "))
+    assert words[4:9] == [
+        "model.pipeline=FluxImg2ImgPipeline",
+        "prompts.image='my cat.png'",
+        r"prompts.reference_images=['a.png','b\'s.png']",
+        "prompts.strength=0.5",
+        "++sampler.extra.true_cfg_scale=4",
+    ]
+    rows = dict(description.rows)
+    assert (rows["image"], rows["reference_images"]) == ("my cat.png", "a.png, b's.png")
+
+
+NOT_GIVEN = {
+    "input of a table": (
+        {"inputs": {"pose_video": ["a.mp4"]}},
+        "needs its input pose_video, which stands in a",
+    ),
+    "no name of an input": ({"inputs": {"image;reboot": ["a"]}}, "needs"),
+    "argument": ({"arguments": {"layers": [1, 2]}}, "needs the argument layers, which is no number or text"),
+}
+
+
+@pytest.mark.parametrize(("facts", "reason"), NOT_GIVEN.values(), ids=NOT_GIVEN)
+def test_inputs_that_no_setting_is_for_are_named(tmp_path: Path, facts: dict[str, Any], reason: str) -> None:
+    description = describe(tmp_path, **facts)
+
+    assert not description.commands
+    assert dict(description.rows)["to repeat it"].startswith(reason)

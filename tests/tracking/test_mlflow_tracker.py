@@ -446,6 +446,8 @@ def test_finished_jobs_are_known_by_their_settings(tracker: MlflowTracker, tmp_p
 
 def test_an_uploaded_run_can_be_downloaded(tracker: MlflowTracker, tmp_path: Path) -> None:
     record = make_record(tmp_path / "job")
+    (record.folder / "inputs").mkdir()
+    (record.folder / "inputs" / "walk.mp4").write_bytes(b"a video that a sample began with")
     run_id = tracker.upload_record(record)
     tracker.attach_file(run_id, record.folder / "grid.png")
     tracker.download_run(run_id, tmp_path / "back")
@@ -454,7 +456,7 @@ def test_an_uploaded_run_can_be_downloaded(tracker: MlflowTracker, tmp_path: Pat
 
     assert names(back.folder) == names(record.folder)
 
-    for name in names(record.folder) - {"images", "status.json"}:
+    for name in names(record.folder) - {"images", "inputs", "status.json"}:
         assert (back.folder / name).read_bytes() == (record.folder / name).read_bytes(), name
 
     assert back.run_id == run_id and back.uploaded and back.state == FINISHED and back.images == record.images
