@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from int8run.generate.generate import Generation
 from int8run.models.sampling import Sampling
 
-BATCH = "sampler.batch"
+BATCH, STEPS = "sampler.batch", "sampler.steps"
 NUM_FRAMES = "num_frames"  # argument of the pipelines of videos
 
 
@@ -52,7 +52,7 @@ def list_rounded(asked: Sampling, generated: Sampling) -> list[Rounded]:
     pairs = [
         ("sampler.width", asked.width, generated.width),
         ("sampler.height", asked.height, generated.height),
-        ("sampler.steps", asked.steps, generated.steps),
+        (STEPS, asked.steps, generated.steps),
         (BATCH, asked.batch, generated.batch),
         (f"sampler.extra.{NUM_FRAMES}", asked.extra.get(NUM_FRAMES), generated.extra.get(NUM_FRAMES)),
     ]
@@ -61,6 +61,23 @@ def list_rounded(asked: Sampling, generated: Sampling) -> list[Rounded]:
         for name, before, after in pairs
         if before is not None and after is not None and before != after
     ]
+
+
+def is_skipped(change: Rounded, strength: float) -> bool:
+    """Whether fewer steps are what a strength asks for: it leaves out the first ones."""
+    return change.name == STEPS and strength < 1 and change.generated < change.asked
+
+
+def describe_skipped(change: Rounded, pipeline: str, strength: float) -> str:
+    """One line: `FluxImg2ImgPipeline takes the last 10 of sampler.steps=16: the strength is 0.6`.
+
+    Args:
+        change: of the steps.
+        pipeline: name of its class.
+        strength: of the samples; of several the smallest.
+    """
+    taken = f"the last {change.generated} of {STEPS}={change.asked}"
+    return f"{pipeline} takes {taken}: the strength is {strength:g}"
 
 
 def describe_rounded(rounded: Sequence[Rounded], pipeline: str) -> str:

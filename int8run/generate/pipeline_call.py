@@ -17,11 +17,10 @@ from PIL.Image import Image
 from torch import Tensor
 
 from int8run.errors import ConfigError, check_choice
-from int8run.generate.call_parameters import get_call_default, list_call_parameters
-from int8run.generate.media import open_image, open_mask, open_video
+from int8run.generate.call_parameters import get_call_default, list_call_parameters, takes_argument
+from int8run.generate.input_arguments import build_input_arguments
 from int8run.generate.negative_prompts import NEGATIVE_PROMPT, find_negative_prompts
 from int8run.generate.prompts import Sample
-from int8run.generate.sample_inputs import SampleInputs, is_mask_column, is_video_column
 from int8run.generate.step_observer import OnStepEnd, observe_steps
 from int8run.models.sampling import Sampling
 from int8run.utils.text import shorten_error
@@ -31,6 +30,13 @@ IMAGE_TYPES = ("pil",)
 OUTPUT_TYPES = (*IMAGE_TYPES, "latent")  # latents are for int8run's own calls, which decode nothing
 # Arguments of a call that are prompts: one for each sample of a batch.
 PROMPT_ARGUMENT = re.compile(r"(negative_)?prompt(_\d+)?")
+# Arguments of a call that are settings, and the fields of a Sampling.
+SETTING_ARGUMENTS = {
+    "num_inference_steps": "steps",
+    "guidance_scale": "guidance",
+    "height": "height",
+    "width": "width",
+}
 # Arguments that would make several images of one prompt.
 SEVERAL_PER_PROMPT = re.compile(r"num_\w+_per_prompt")
 PIPELINES_FOLDER = Path(diffusers.__file__).parent / "pipelines"
@@ -153,49 +159,30 @@ def raise_missing_library(pipe: DiffusionPipeline, error: ImportError | NameErro
 def build_arguments(pipe: DiffusionPipeline, batch: Sequence[Sample], sampling: Sampling) -> dict[str, Any]:
     """The arguments of a call. Settings that are not set are left to the pipeline.
 
+    A checkpoint's own settings that another pipeline for it does not take are left out; the user's own were
+    refused before.
+
     Raises:
         ConfigError: when a sample has a negative prompt, and the pipeline takes none.
+        FileError: when an input cannot be read.
     """
-    arguments: dict[str, Any] = {
-        "prompt": [sample.prompt for sample in batch],
-        "output_type": "pil",  # pipelines of videos return arrays otherwise
-    }
-    common = {
-        "num_inference_steps": sampling.steps,
-        "guidance_scale": sampling.guidance,
-        "height": sampling.height,
-        "width": sampling.width,
-    }
-    arguments |= {name: value for name, value in common.items() if value is not None}
+    prompts = {"prompt": [sample.prompt for sample in batch]}
+    settings = {}
+    for name, field in SETTING_ARGUMENTS.items():
+        if getattr(sampling, field) is not None:
+            settings[name] = getattr(sampling, field)
     for name, value in sampling.extra.items():
         is_prompt = PROMPT_ARGUMENT.fullmatch(name) is not None and isinstance(value, str)
-        arguments[name] = [value] * len(batch) if is_prompt else value
+        settings[name] = [value] * len(batch) if is_prompt else value
+    arguments: dict[str, Any] = {"output_type": "pil"}  # pipelines of videos return arrays otherwise
+    for name, value in {**prompts, **settings}.items():
+        if takes_argument(pipe, name):
+            arguments[name] = value
     # a sample with inputs is alone in its batch
-    arguments |= build_input_arguments(batch[0].inputs)
+    arguments |= build_input_arguments(pipe, batch[0].inputs, arguments)
     negative_prompts = find_negative_prompts(pipe, batch, sampling)
     if negative_prompts is not None:
         arguments[NEGATIVE_PROMPT] = negative_prompts
-    return arguments
-
-
-def build_input_arguments(inputs: SampleInputs) -> dict[str, Any]:
-    """The arguments of a call for the inputs of a sample.
-
-    Raises:
-        FileError: when an input cannot be read.
-    """
-    arguments = dict(inputs.arguments)
-    for column, files in inputs.files.items():
-        opened: list[Any]
-        if is_video_column(column):
-            opened = [open_video(file) for file in files]
-        elif is_mask_column(column):
-            opened = [open_mask(file) for file in files]
-        else:
-            opened = [open_image(file) for file in files]
-        arguments[column] = opened if len(opened) > 1 else opened[0]
-    if inputs.strength is not None:
-        arguments["strength"] = inputs.strength
     return arguments
 
 

@@ -220,10 +220,12 @@ class ModelOption:
     Args:
         location: of its checkpoint.
         family: that it is made for; None: any.
+        pipeline: that it names; None: the one of its repository.
     """
 
     location: str
     family: str | None
+    pipeline: str | None = None
 
 
 @functools.cache
@@ -232,7 +234,9 @@ def read_model_options() -> Mapping[str, ModelOption]:
     options: dict[str, ModelOption] = {}
     for file in sorted(MODEL_FOLDER.glob("*.yaml")):
         settings = yaml.safe_load(file.read_text(encoding="utf-8"))
-        options[file.stem] = ModelOption(str(settings.get("location")), settings.get("family"))
+        options[file.stem] = ModelOption(
+            str(settings.get("location")), settings.get("family"), settings.get("pipeline")
+        )
     return options
 
 

@@ -181,6 +181,16 @@ def find_pipeline_class(source: ModelSource) -> str:
         ConfigError: when it is none of diffusers, or is made of other components than the repository has.
         FileError: when the repository is not there.
     """
+    return choose_source_pipeline(source, read_source_index(source))
+
+
+def read_source_index(source: ModelSource) -> Mapping[str, Any]:
+    """The index of a model's repository; of one on the hub it alone is downloaded.
+
+    Raises:
+        ConfigError: for a denoiser alone without `model.base`.
+        FileError: when the repository is not there.
+    """
     location, setting = str(source.location), "model.location"
     if isinstance(source.location, Mapping) or names_weights(location):
         if source.base is None:
@@ -188,14 +198,14 @@ def find_pipeline_class(source: ModelSource) -> str:
         location, setting = source.base, "model.base"
     path = to_local_path(location)
     if is_local(location) or path.is_dir():
-        return choose_source_pipeline(source, read_model_index(path, location))
+        return read_model_index(path, location)
     revision = source.revision if setting == "model.location" else None
     check_repository(location, setting, revision)
     try:
         folder = download_index(location, revision)
     except (OSError, ValueError) as error:
         raise make_download_error(location, setting, error) from error
-    return choose_source_pipeline(source, read_model_index(folder, location))
+    return read_model_index(folder, location)
 
 
 def choose_source_pipeline(source: ModelSource, index: Mapping[str, Any]) -> str:

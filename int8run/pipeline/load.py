@@ -129,7 +129,7 @@ def load_model(
         pipe = load_float_parts(source, settings, skeletons=skeletons, encoders=encoders, device=device)
 
         denoisers = prepare_denoisers(pipe, source, settings.attention)
-        check_sampling(pipe, settings.sampling)
+        check_sampling(pipe, settings.sampling, settings.model.sampling)
         original_scheduler = pipe.scheduler  # kept: a later job may go back to it
         set_scheduler(pipe, original_scheduler, settings.sampling)
         component, first_denoiser = next(iter(denoisers.items()))
@@ -365,9 +365,19 @@ def set_attention(denoiser: Any, name: str) -> None:
         ) from error
 
 
-def check_sampling(pipe: DiffusionPipeline, sampling: Sampling) -> None:
-    """Raise ConfigError for sampler settings that the pipeline does not take."""
-    unknown = find_unknown_arguments(pipe, sampling)
+def check_sampling(pipe: DiffusionPipeline, sampling: Sampling, default: Sampling) -> None:
+    """Raise ConfigError for sampler settings that the pipeline does not take.
+
+    Args:
+        pipe: the pipeline.
+        sampling: with all defaults.
+        default: the checkpoint's own settings, which may be for another pipeline.
+    """
+    unknown = []
+    for name in find_unknown_arguments(pipe, sampling):
+        is_default = name in default.extra and default.extra[name] == sampling.extra[name]
+        if not is_default:
+            unknown.append(name)
     if unknown:
         raise ConfigError(
             f"sampler.extra.{unknown[0]} is not an argument of {type(pipe).__name__}; see the pipeline's "

@@ -10,19 +10,28 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from int8run.config.job import Job
 from int8run.config.run_spec import RunSpec
 from int8run.errors import FileError
+from int8run.generate.call_inputs import read_call_inputs
 from int8run.generate.capture import capture_step
 from int8run.generate.generate import Differences, Generation, GenerationHooks, generate
-from int8run.generate.generated_sampling import describe_rounded, list_rounded, read_generated_sampling
+from int8run.generate.generated_sampling import (
+    describe_rounded,
+    describe_skipped,
+    is_skipped,
+    list_rounded,
+    read_generated_sampling,
+)
 from int8run.generate.input_files import read_samples
 from int8run.generate.negative_prompts import explain_unused_negative_prompt
 from int8run.generate.prompt_cache import PromptCache
 from int8run.generate.prompts import Sample, split_batches
+from int8run.generate.step_count import count_asked_steps, get_strength
 from int8run.lora.header_info import (
     LoraHeader,
     add_trigger_words,
@@ -37,12 +46,12 @@ from int8run.pipeline import process_cache
 from int8run.pipeline.build import build_model
 from int8run.pipeline.built_model import BuiltModel
 from int8run.pipeline.float_baseline import get_float_baseline
+from int8run.pipeline.sample_checks import check_samples
 from int8run.report.console import Progress, print_lines
 from int8run.report.formatting import format_pairs
 from int8run.report.result_table import build_result_table
 from int8run.report.step_times import has_scattered_times
 from int8run.tasks.image_writer import ImageWriter
-from int8run.tasks.run_edits import measure_edits
 from int8run.tasks.run_metrics import DenoiserCalls, RunComparison, measure_run
 from int8run.tasks.run_outputs import describe_build, name_candidate, write_outputs
 from int8run.utils.hardware import get_device_name
@@ -107,6 +116,7 @@ def run(spec: RunSpec, job: Job) -> RunResult:
     """
     headers = read_headers(spec)
     samples = read_samples(spec.prompts, spec.seed, job.output_dir)
+    check_samples(spec.model, samples, spec.sampler, spec.sampling)
     samples = add_trigger_words(samples, headers, spec.lora)
     inputs = RunInputs(
         headers=headers,
@@ -151,7 +161,7 @@ def generate_and_measure(spec: RunSpec, job: Job, inputs: RunInputs) -> RunResul
     if baseline is not None:
         inputs.writer.write_all("float", baseline, built.pipe)
     check_latents(generations[spec.candidate], name_candidate(spec))
-    log_rounded(spec, built, generations[spec.candidate])
+    log_rounded(spec, built, inputs.samples, generations[spec.candidate])
     comparison = make_comparison(spec, inputs.samples, generations, baseline, is_float_timed=is_float_timed)
 
     calls = capture_denoiser_calls(spec, built, inputs)
@@ -242,7 +252,6 @@ def measure_quality(spec: RunSpec, comparison: RunComparison, baseline: Generati
     """The comparison, completed with each sample's quality against the float model's image."""
     prompts = [sample.prompt for sample in comparison.samples]
     quality = compare_generations(comparison.candidate, baseline, prompts, spec.metrics.perceptual)
-    quality = measure_edits(comparison.samples, comparison.candidate, baseline, quality)
     return replace(comparison, quality=quality)
 
 
@@ -353,7 +362,7 @@ def generate_in_turn(
     other_samplings = {}
     if only_times_float:
         models_with_images.remove("float")
-        other_samplings["float"] = shorten_for_timing(spec.sampling)
+        other_samplings["float"] = shorten_for_timing(built.pipe, inputs.samples, spec.sampling)
     num_images = len(inputs.samples) * len(models_with_images)
 
     def set_scheduled_strengths(fraction: float) -> None:
@@ -401,21 +410,34 @@ def run_warm_up(
         built.component,
         denoisers,
         batch,
-        shorten_sampling(spec.sampling, WARM_UP_STEPS),
+        shorten_sampling(built.pipe, batch, spec.sampling, WARM_UP_STEPS),
         differences=Differences(built.text_encoders),
     )
 
 
-def shorten_sampling(sampling: Sampling, steps: int) -> Sampling:
-    """The same sampling with fewer steps, and without `sigmas` or `timesteps`, which fix their number."""
+def shorten_sampling(pipe: Any, batch: Sequence[Sample], sampling: Sampling, steps: int) -> Sampling:
+    """The same sampling with fewer steps, and without `sigmas` or `timesteps`, which fix their number.
+
+    Args:
+        pipe: to be called.
+        batch: what it generates.
+        sampling: how.
+        steps: that a call takes, whatever the strength.
+    """
     extra = {name: value for name, value in sampling.extra.items() if name not in SCHEDULE_ARGUMENTS}
-    return replace(sampling, steps=steps, extra=extra)
+    return replace(sampling, steps=count_asked_steps(pipe, batch, sampling, steps), extra=extra)
 
 
-def shorten_for_timing(sampling: Sampling) -> Sampling:
-    """A sampling of a few steps, to time a model; it makes no image."""
+def shorten_for_timing(pipe: Any, samples: Sequence[Sample], sampling: Sampling) -> Sampling:
+    """A sampling of a few steps, to time a model; it makes no image.
+
+    Args:
+        pipe: to be called.
+        samples: that it generates.
+        sampling: how.
+    """
     steps = min(sampling.steps or TIMING_STEPS, TIMING_STEPS)
-    shortened = shorten_sampling(sampling, steps)
+    shortened = shorten_sampling(pipe, samples, sampling, steps)
     return replace(shortened, extra={**shortened.extra, "output_type": "latent"})
 
 
@@ -438,11 +460,25 @@ def check_latents(generation: Generation, name: str) -> None:
         )
 
 
-def log_rounded(spec: RunSpec, built: BuiltModel, generation: Generation) -> None:
-    """Log where the pipeline did not do what it was asked for: a size, a number of frames, of steps."""
-    rounded = list_rounded(spec.sampling, read_generated_sampling(spec.sampling, generation))
-    if rounded:
-        log.warning("%s", describe_rounded(rounded, type(built.pipe).__name__))
+def log_rounded(spec: RunSpec, built: BuiltModel, samples: Sequence[Sample], generation: Generation) -> None:
+    """Log where the pipeline did not do what it was asked for: a size, a number of frames, of steps.
+
+    Args:
+        spec: the settings.
+        built: the model.
+        samples: that were generated.
+        generation: of them.
+    """
+    pipeline = type(built.pipe).__name__
+    strength = get_strength(read_call_inputs(type(built.pipe)), samples, spec.sampling)
+    unasked = []
+    for change in list_rounded(spec.sampling, read_generated_sampling(spec.sampling, generation)):
+        if is_skipped(change, strength):
+            log.info("%s", describe_skipped(change, pipeline, strength))
+        else:
+            unasked.append(change)
+    if unasked:
+        log.warning("%s", describe_rounded(unasked, pipeline))
 
 
 def log_lora_warnings(spec: RunSpec, built: BuiltModel, headers: Sequence[LoraHeader]) -> None:

@@ -1,0 +1,226 @@
+"""Refuses samples and sampler settings that the model's pipeline does not take, before anything is loaded.
+
+`tasks.run` calls `check_samples` once it has the samples. What a pipeline takes is read from its class, which
+the repository's index names; no weight is read or downloaded.
+"""
+
+import logging
+import math
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
+
+from diffusers import DiffusionPipeline
+
+from int8run.errors import ConfigError, suggest_similar
+from int8run.generate.call_inputs import CallInputs, read_call_inputs
+from int8run.generate.pipeline_call import SETTING_ARGUMENTS
+from int8run.generate.prompts import Sample
+from int8run.generate.sample_inputs import SampleInputs
+from int8run.generate.step_count import count_taken_steps, get_strength
+from int8run.models.family import ModelSource, read_model_options
+from int8run.models.pipeline_class import get_pipeline_class, list_modes
+from int8run.models.sampling import SCHEDULE_ARGUMENTS, Sampling
+from int8run.models.source import find_pipeline_class, read_source_index
+
+log = logging.getLogger(__name__)
+MAX_SUGGESTIONS = 6
+
+
+def check_samples(model: ModelSource, samples: Sequence[Sample], asked: Sampling, sampling: Sampling) -> None:
+    """Check that a model's pipeline takes what the samples bring, and that they bring what it needs.
+
+    Logs which of the checkpoint's own settings another pipeline for it does not take.
+
+    Args:
+        model: the settings of the model.
+        samples: to generate.
+        asked: the sampler settings that the user has set.
+        sampling: the same with all defaults.
+
+    Raises:
+        ConfigError: for the first sample or setting that does not fit.
+        FileError: when the model's repository is not there.
+    """
+    cls = get_pipeline_class(find_pipeline_class(model))
+    if cls is DiffusionPipeline:
+        return  # a class that diffusers does not have, which loading refuses
+    call = read_call_inputs(cls)
+    for sample in samples:
+        check_columns(call, sample.inputs, model)
+        check_arguments(call, sample.inputs, sampling)
+        check_strength(call, sample, sampling)
+    check_settings(call, asked)
+    unused = list_unused_settings(call, sampling)
+    if unused:
+        log.info(
+            "%s takes no %s, which the checkpoint's settings have for its own pipeline",
+            call.pipeline,
+            ", ".join(unused),
+        )
+
+
+def check_columns(call: CallInputs, inputs: SampleInputs, model: ModelSource) -> None:
+    """Raise ConfigError where a sample brings an image or a video too much, or lacks one.
+
+    Args:
+        call: what the pipeline takes.
+        inputs: of the sample.
+        model: for what else would do.
+    """
+    given = {column: files[0].label for column, files in inputs.files.items()}
+    for column, label in given.items():
+        if column not in call.takes:
+            raise ConfigError(
+                f"{label}: {call.pipeline} takes no {column}; it takes {call.describe()}"
+                f"{suggest_pipelines(model, given)}"
+            )
+        count = len(inputs.files[column])
+        if count > 1 and column not in call.several:
+            raise ConfigError(
+                f"{label}: {call.pipeline} takes one {column}, and there are {count}; give one, or make each "
+                "a row of a table"
+            )
+    missing = [column for column in call.needs if column not in given and not is_joined(call, column, given)]
+    if missing:
+        raise ConfigError(
+            f"{call.pipeline} needs {', '.join(missing)}: {describe_settings(missing)}; it takes "
+            f"{call.describe()}{suggest_pipelines(model, given)}"
+        )
+    if call.needs_one and not set(call.needs_one) & set(given):
+        raise ConfigError(
+            f"{call.pipeline} needs {' or '.join(call.needs_one)}: {describe_settings(call.needs_one[:1])}; "
+            f"it takes {call.describe()}"
+        )
+
+
+def is_joined(call: CallInputs, column: str, given: Collection[str]) -> bool:
+    """Whether another column that is given becomes the same argument: references where an image is needed."""
+    return any(call.arguments[other] == call.arguments[column] for other in given)
+
+
+def describe_settings(columns: Iterable[str]) -> str:
+    """How columns are given on the command line: `prompts.image=FILE prompts.mask_image=FILE`."""
+    return " ".join(f"prompts.{column}=FILE" for column in columns)
+
+
+def check_arguments(call: CallInputs, inputs: SampleInputs, sampling: Sampling) -> None:
+    """Raise ConfigError for an argument that a call does not have, or needs and is not given.
+
+    Args:
+        call: what the pipeline takes.
+        inputs: of the sample.
+        sampling: may have it in `extra`.
+    """
+    for name in inputs.arguments:
+        if name not in call.parameters:
+            raise ConfigError(
+                f"{name} is not an argument of {call.pipeline}; {suggest_similar(name, call.parameters)}see "
+                "the pipeline's documentation"
+            )
+    for name in call.needed_arguments:
+        if name not in inputs.arguments and name not in sampling.extra:
+            raise ConfigError(
+                f"{call.pipeline} cannot be called without {name}, which no input is for; if it is a number "
+                f"or a text, set sampler.extra.{name}, else choose another pipeline"
+            )
+
+
+def check_strength(call: CallInputs, sample: Sample, sampling: Sampling) -> None:
+    """Raise ConfigError for a strength that a pipeline does not take, or that leaves no step.
+
+    Args:
+        call: what the pipeline takes.
+        sample: that brings it.
+        sampling: with the number of steps.
+    """
+    if sample.inputs.strength is not None and not call.takes_strength:
+        raise ConfigError(
+            f"{call.pipeline} takes no strength; leave prompts.strength out: it takes {call.describe()}"
+        )
+    strength = get_strength(call, [sample], sampling)
+    is_scheduled = any(name in sampling.extra for name in SCHEDULE_ARGUMENTS)
+    if sampling.steps is None or is_scheduled or count_taken_steps(sampling.steps, strength) > 0:
+        return
+    raise ConfigError(
+        f"a strength of {strength:g} leaves none of sampler.steps={sampling.steps}; set prompts.strength to "
+        f"{math.ceil(1000 / sampling.steps) / 1000:g} or more, or more steps"
+    )
+
+
+def check_settings(call: CallInputs, asked: Sampling) -> None:
+    """Raise ConfigError for a sampler setting of the user's that a pipeline does not take.
+
+    Args:
+        call: what the pipeline takes.
+        asked: what the user has set.
+    """
+    for argument, setting in SETTING_ARGUMENTS.items():
+        if getattr(asked, setting) is not None and argument not in call.parameters:
+            reason = f"leave sampler.{setting} out"
+            if setting in ("height", "width") and call.takes:
+                reason = f"its images have the size of their input: leave sampler.{setting} out"
+            raise ConfigError(f"{call.pipeline} takes no {argument}; {reason}")
+
+
+def list_unused_settings(call: CallInputs, sampling: Sampling) -> list[str]:
+    """The settings of a checkpoint that a pipeline for it does not take, as they are set.
+
+    Args:
+        call: what the pipeline takes.
+        sampling: with all defaults.
+    """
+    settings: dict[str, Any] = {}
+    for argument, setting in SETTING_ARGUMENTS.items():
+        settings[argument] = (f"sampler.{setting}", getattr(sampling, setting))
+    for name, value in sampling.extra.items():
+        settings[name] = (f"sampler.extra.{name}", value)
+    return [
+        f"{setting}={value}"
+        for argument, (setting, value) in settings.items()
+        if value is not None and argument not in call.parameters
+    ]
+
+
+# -- what else would do ------------------------------------------------------------------------------
+
+
+def suggest_pipelines(model: ModelSource, columns: Collection[str]) -> str:
+    """Which modes of the same model and which other models take some columns; empty where none does.
+
+    Args:
+        model: the settings of the model.
+        columns: that are given.
+    """
+    named = ", ".join(columns) or "text alone"
+    choices = [*list_fitting_modes(model, columns), *list_fitting_models(columns)]
+    if not choices:
+        return ""
+    shown = choices[:MAX_SUGGESTIONS]
+    return f"; for {named}: {' or '.join(shown)}"
+
+
+def list_fitting_modes(model: ModelSource, columns: Collection[str]) -> list[str]:
+    """The modes of the same checkpoint that take exactly what is given or need no more."""
+    controlnet = model.parts.get("controlnet")
+    named = str(read_source_index(model).get("_class_name"))
+    found = []
+    for mode, class_name in list_modes(named, controlnet[0] if controlnet else None).items():
+        if fits_columns(class_name, columns):
+            found.append(f"model.mode={mode}")
+    return found
+
+
+def list_fitting_models(columns: Collection[str]) -> list[str]:
+    """The options of `model=` whose YAML names a pipeline that takes what is given and needs no more."""
+    found = []
+    for name, option in read_model_options().items():
+        if option.pipeline is not None and fits_columns(option.pipeline, columns):
+            found.append(f"model={name}")
+    return found
+
+
+def fits_columns(class_name: str, columns: Collection[str]) -> bool:
+    """Whether a pipeline takes all of some columns and needs no others."""
+    call = read_call_inputs(get_pipeline_class(class_name))
+    has_one = not call.needs_one or bool(set(call.needs_one) & set(columns))
+    return set(columns) <= set(call.takes) and set(call.needs) <= set(columns) and has_one
