@@ -200,7 +200,7 @@ def copy_inputs(rows: Sequence[PromptRow], folder: Path) -> list[SampleInputs]:
     inputs = []
     for row in rows:
         files = {column: tuple(map(copies.add, given)) for column, given in row.files.items()}
-        row_inputs = SampleInputs(files, row.strength, row.arguments)
+        row_inputs = SampleInputs(files, row.strength, row.arguments, row.place)
         inputs.append(NO_INPUTS if row_inputs.is_empty else row_inputs)
     return inputs
 

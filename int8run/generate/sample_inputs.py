@@ -50,11 +50,13 @@ class SampleInputs:
         files: by column, each at least one.
         strength: how much of the image is replaced, 0 to 1; None: the pipeline's own.
         arguments: further arguments of the pipeline's call, by name.
+        place: where a table says so, for messages: `cats.csv, row 3 (line 4)`; empty for the settings.
     """
 
     files: Mapping[str, tuple[InputFile, ...]] = field(default_factory=dict)
     strength: float | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    place: str = field(default="", repr=False, compare=False)
 
     @property
     def is_empty(self) -> bool:

@@ -25,6 +25,7 @@ from int8run.tasks.inspect_checkpoint import describe_checkpoint, list_encoder_c
 from int8run.tasks.inspect_image import PNG, inspect_image
 from int8run.tasks.inspect_lora import ADAPTER_TYPES, Header, describe_lora
 from int8run.tasks.inspect_pipeline import inspect_pipeline, is_pipeline_folder
+from int8run.tasks.inspect_prompts import inspect_prompts, inspects_prompts
 from int8run.utils.paths import expand_path
 from int8run.utils.plurals import count_noun
 
@@ -38,11 +39,11 @@ PACKED_SUFFIX = ".qweight"
 
 
 def inspect_file(location: str, declared: DeclaredFormat = UNDECLARED) -> FileDescription:
-    """Describe a safetensors file, a checkpoint in several files, a pipeline, or an image of ours.
+    """Describe a safetensors file, a checkpoint in several files, a pipeline, an image of ours, or prompts.
 
     Args:
         location: a file, a folder with the files of one checkpoint or with a pipeline, a folder with a LoRA
-            as PEFT and diffusers save it, or a PNG; `~` is the home folder.
+            as PEFT and diffusers save it, a PNG, or a file for `prompts.path`; `~` is the home folder.
         declared: what the user says of a checkpoint; it decides what the file leaves open.
 
     Raises:
@@ -53,6 +54,8 @@ def inspect_file(location: str, declared: DeclaredFormat = UNDECLARED) -> FileDe
         return inspect_folder(path, declared)
     if path.suffix.lower() == PNG:
         return inspect_image(path)
+    if inspects_prompts(path):
+        return inspect_prompts(path)
     return inspect_single_file(path, declared)
 
 

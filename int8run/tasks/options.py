@@ -40,7 +40,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Inspect:
-    """Describe a `.safetensors` file, a folder of them, a pipeline or an image of int8run, from the headers.
+    """Describe a `.safetensors` file, a folder of them, a pipeline, an image of int8run or a prompt table.
 
     Args:
         path: None: list what the cache holds.

@@ -52,6 +52,7 @@ from int8run.report.formatting import format_pairs
 from int8run.report.result_table import build_result_table
 from int8run.report.step_times import has_scattered_times
 from int8run.tasks.image_writer import ImageWriter
+from int8run.tasks.run_edits import measure_edits
 from int8run.tasks.run_metrics import DenoiserCalls, RunComparison, measure_run
 from int8run.tasks.run_outputs import describe_build, name_candidate, write_outputs
 from int8run.utils.hardware import get_device_name
@@ -252,6 +253,7 @@ def measure_quality(spec: RunSpec, comparison: RunComparison, baseline: Generati
     """The comparison, completed with each sample's quality against the float model's image."""
     prompts = [sample.prompt for sample in comparison.samples]
     quality = compare_generations(comparison.candidate, baseline, prompts, spec.metrics.perceptual)
+    quality = measure_edits(comparison.samples, comparison.candidate, baseline, quality)
     return replace(comparison, quality=quality)
 
 

@@ -23,6 +23,7 @@ from int8run.metrics.layers import (
 )
 from int8run.metrics.quality import SampleQuality, average_frames, find_half_error_step
 from int8run.metrics.speed import compute_speed, list_step_times
+from int8run.metrics.videos import DRIFT, FLOAT_DRIFT
 from int8run.models.given_model import find_text_encoders
 from int8run.pipeline.built_model import BuiltModel, measure_lora_overhead
 from int8run.report.columns import SAME_FILE_LAYERS
@@ -200,4 +201,9 @@ def collect_series(comparison: RunComparison) -> dict[str, list[float]]:
     series["series/latent_rel_err"] = list(comparison.latent_errors)
     if candidate.is_video:
         series["series/frame_psnr_db"] = average_frames(comparison.quality, "psnr_db")
+    drift_series = {"series/drift": DRIFT, "series/float_drift": FLOAT_DRIFT}
+    for name, metric in drift_series.items():
+        drift = average_frames(comparison.quality, metric)
+        if drift:
+            series[name] = drift
     return series

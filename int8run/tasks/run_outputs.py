@@ -7,6 +7,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from PIL.Image import Image
 
@@ -20,15 +21,21 @@ from int8run.metrics.quality import SampleQuality, select_key_frames
 from int8run.models.loader import read_library_versions
 from int8run.models.sampling import Sampling
 from int8run.pipeline.built_model import BuiltModel
-from int8run.report.image_files import DIFFERENCE_GAIN, make_difference_image, make_image_grid
+from int8run.report.image_files import (
+    DIFFERENCE_GAIN,
+    GridRow,
+    make_difference_image,
+    make_image_grid,
+    make_image_strip,
+)
 from int8run.report.run_files import collect_environment, write_json, write_layers_csv
-from int8run.tasks.image_writer import ImageWriter
+from int8run.report.sample_entry import InputEntry, describe_inputs
+from int8run.tasks.image_writer import IMAGES, ImageWriter
+from int8run.tasks.input_images import InputImages, open_input_images
 from int8run.tasks.run_metrics import RunComparison, collect_series
 from int8run.utils.plurals import count_noun
 
 log = logging.getLogger(__name__)
-# a caption, and the images below it
-GridRow = tuple[str, list[Image]]
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,7 @@ class ImageRecord:
         float_file: the same of the float model; None without a baseline.
         float_stills: the same of the float model.
         quality: beside the float model; None without a baseline.
+        inputs: the files that the sample began with.
     """
 
     sample: Sample
@@ -52,6 +60,7 @@ class ImageRecord:
     float_file: str | None
     float_stills: Sequence[str]
     quality: SampleQuality | None
+    inputs: Sequence[InputEntry] = ()
 
     def to_json(self) -> dict[str, object]:
         """Return the entry of metrics.json; what does not apply has no key."""
@@ -65,6 +74,12 @@ class ImageRecord:
         }
         if self.sample.negative_prompt is not None:
             entry["negative_prompt"] = self.sample.negative_prompt
+        if self.inputs:
+            entry["inputs"] = [asdict(input_entry) for input_entry in self.inputs]
+        if self.sample.inputs.strength is not None:
+            entry["strength"] = self.sample.inputs.strength
+        if self.sample.inputs.arguments:
+            entry["arguments"] = dict(self.sample.inputs.arguments)
         if self.quality is not None:
             entry |= self.quality.values
         if self.float_file is not None:
@@ -94,15 +109,17 @@ def write_outputs(
         writer: has saved the images.
     """
     output_dir = writer.output_dir
-    records = []
+    has_inputs = any(sample.inputs.files for sample in comparison.samples)
+    entries = []
     rows: list[GridRow] = []
-    for index in range(len(comparison.samples)):
-        records.append(make_record(spec, comparison, index, writer))
-        rows += make_grid_rows(comparison, index)
-    columns = [name_candidate(spec)]
-    if comparison.baseline is not None:
-        columns = ["float", name_candidate(spec), f"difference x {DIFFERENCE_GAIN}"]
-    make_image_grid(rows, columns).save(output_dir / "grid.png")
+    for index, sample in enumerate(comparison.samples):
+        inputs = open_input_images(sample.inputs, comparison.candidate.frames[index])
+        entry = make_record(spec, comparison, index, writer, inputs).to_json()
+        entries.append(entry)
+        rows += make_grid_rows(comparison, index, entry, inputs if has_inputs else None)
+    make_image_grid(rows, name_grid_columns(spec, comparison, has_inputs=has_inputs)).save(
+        output_dir / "grid.png"
+    )
     if comparison.candidate.has_sound:
         pipeline = type(built.pipe).__name__
         log.info("%s makes sound with its videos; it is neither compared nor kept", pipeline)
@@ -121,7 +138,7 @@ def write_outputs(
             # as it was generated, which may not be what was asked
             "sampling": asdict(generated),
             "rounded": collect_rounded(spec.sampling, generated),
-            "images": [record.to_json() for record in records],
+            "images": entries,
         },
         output_dir / "metrics.json",
     )
@@ -135,7 +152,13 @@ def collect_rounded(asked: Sampling, generated: Sampling) -> dict[str, dict[str,
     }
 
 
-def make_record(spec: RunSpec, comparison: RunComparison, index: int, writer: ImageWriter) -> ImageRecord:
+def make_record(
+    spec: RunSpec,
+    comparison: RunComparison,
+    index: int,
+    writer: ImageWriter,
+    inputs: Sequence[InputImages] = (),
+) -> ImageRecord:
     """Describe what was generated for one sample.
 
     Args:
@@ -143,6 +166,7 @@ def make_record(spec: RunSpec, comparison: RunComparison, index: int, writer: Im
         comparison: of all samples.
         index: of the sample.
         writer: has saved it.
+        inputs: that it began with; their images are saved beside it.
     """
     sample = comparison.samples[index]
     first = comparison.candidate.frames[index][0]
@@ -158,22 +182,84 @@ def make_record(spec: RunSpec, comparison: RunComparison, index: int, writer: Im
         float_file=float_file,
         float_stills=float_stills,
         quality=comparison.quality[index] if comparison.quality else None,
+        inputs=[save_input(input_images, writer.output_dir) for input_images in inputs],
     )
 
 
-def make_grid_rows(comparison: RunComparison, index: int) -> list[GridRow]:
-    """Make the row of a sample in the grid; for a video one row for each key frame, below a caption."""
+def save_input(input_images: InputImages, output_dir: Path) -> InputEntry:
+    """Save what is shown of an input, and describe it.
+
+    Args:
+        input_images: of one file.
+        output_dir: of the run.
+    """
+    names = input_images.save(output_dir / IMAGES)
+    return InputEntry(
+        column=input_images.column,
+        name=input_images.file.name,
+        sha256=input_images.file.sha256,
+        images=[f"{IMAGES}/{name}" for name in names],
+    )
+
+
+def name_grid_columns(spec: RunSpec, comparison: RunComparison, *, has_inputs: bool) -> list[str]:
+    """The headings of the grid.
+
+    Args:
+        spec: the settings.
+        comparison: of all samples.
+        has_inputs: whether any sample has one.
+    """
+    columns = ["input"] if has_inputs else []
+    if comparison.baseline is None:
+        return [*columns, name_candidate(spec)]
+    return [*columns, "float", name_candidate(spec), f"difference x {DIFFERENCE_GAIN}"]
+
+
+def make_grid_rows(
+    comparison: RunComparison,
+    index: int,
+    entry: Mapping[str, object],
+    inputs: Sequence[InputImages] | None,
+) -> list[GridRow]:
+    """Make the row of a sample in the grid; for a video one row for each key frame, below a caption.
+
+    Args:
+        comparison: of all samples.
+        index: of the sample.
+        entry: of the sample in metrics.json.
+        inputs: that it began with; None where the grid has no column for them.
+    """
     sample = comparison.samples[index]
     frames = comparison.candidate.frames[index]
-    caption = f"{sample.prompt} · seed {sample.seed}"
-    key_frames = select_key_frames(len(frames)).values()
-    if len(frames) == 1:
-        return [(caption, make_grid_images(comparison, index, number)) for number in key_frames]
-    rows: list[GridRow] = [(caption, [])]
-    for number in key_frames:
-        row_caption = f"frame {number + 1} of {len(frames)}"
-        rows.append((row_caption, make_grid_images(comparison, index, number)))
+    captions = [f"{sample.prompt} · seed {sample.seed}"]
+    about_inputs = describe_inputs(entry)
+    if about_inputs:
+        captions.append(about_inputs)
+    is_video = len(frames) > 1
+    # an image stands below its last caption, a video's key frames have captions of their own
+    rows: list[GridRow] = [(caption, []) for caption in (captions if is_video else captions[:-1])]
+    for position, number in enumerate(select_key_frames(len(frames)).values()):
+        caption = f"frame {number + 1} of {len(frames)}" if is_video else captions[-1]
+        images: list[Image | None] = []
+        if inputs is not None:
+            images.append(make_input_cell(inputs, position, frames[0].size))
+        images += make_grid_images(comparison, index, number)
+        rows.append((caption, images))
     return rows
+
+
+def make_input_cell(inputs: Sequence[InputImages], key_frame: int, size: tuple[int, int]) -> Image | None:
+    """The inputs beside a key frame, side by side; None without any.
+
+    Args:
+        inputs: of the sample.
+        key_frame: of its result, counted from 0.
+        size: width and height of its result.
+    """
+    if not inputs:
+        return None
+    return make_image_strip([one.get_image(key_frame) for one in inputs], size)
 
 
 def make_grid_images(comparison: RunComparison, index: int, frame: int) -> list[Image]:

@@ -1,0 +1,82 @@
+"""task=inspect of a prompt table: what each row has, and which of its inputs cannot be used."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from int8run.errors import FileError
+from int8run.tasks.inspect_file import inspect_file
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Images of two sizes, an animation, and a file that is none."""
+    Image.new("RGB", (32, 16)).save(tmp_path / "cat.png")
+    Image.new("L", (16, 16)).save(tmp_path / "mask.png")
+    frames = [Image.new("L", (16, 16), shade) for shade in (0, 128, 255)]
+    frames[0].save(tmp_path / "walk.gif", save_all=True, append_images=frames[1:])
+    (tmp_path / "text.png").write_text("no image")
+    return tmp_path
+
+
+def test_each_row_says_what_it_has(folder: Path) -> None:
+    path = folder / "a.csv"
+    path.write_text("prompt,image,video,strength,seed,layers\na cat,cat.png,,0.5,7,3\n,,walk.gif,,,\n")
+
+    description = inspect_file(str(path))
+
+    rows = dict(description.rows)
+    assert rows["kind"] == "prompt table"
+    assert rows["size"] == "0.1 kB, 2 rows"
+    assert rows["columns"] == "prompt 1, image 1, strength 1, seed 1, layers 1, video 1"
+    assert rows["row 1"] == "a cat · image cat.png (32 x 16) · strength 0.5 · seed 7 · layers 3"
+    assert rows["row 2"] == "no prompt · video walk.gif (16 x 16, 3 frames)"
+    assert description.list_commands() == [f"to generate them:  int8run prompts=file prompts.path={path}"]
+
+
+def test_an_input_that_cannot_be_used_is_shown_beside_its_row(folder: Path) -> None:
+    path = folder / "a.jsonl"
+    path.write_text(
+        '{"prompt": "a", "image": "dog.png"}\n{"prompt": "b", "image": "text.png"}\n'
+        '{"prompt": "c", "image": "cat.png", "mask_image": "mask.png"}\n{"prompt": "d", "image": "cat.png"}\n'
+    )
+
+    description = inspect_file(str(path))
+
+    rows = dict(description.rows)
+    assert rows["row 1"] == "a · image dog.png"
+    assert rows["problem in row 1"].startswith(f"image={folder}/dog.png: no such file")
+    assert rows["problem in row 2"].startswith("image=text.png is not an image that can be read")
+    assert rows["problem in row 3"].startswith(
+        "mask_image=mask.png has 16 x 16 pixels, and its image cat.png 32"
+    )
+    assert "problem in row 4" not in rows
+    assert not description.commands
+
+
+def test_of_many_rows_the_first_are_shown(folder: Path) -> None:
+    path = folder / "a.csv"
+    path.write_text("prompt,image\n" + "a,cat.png\n" * 30 + "b,dog.png\n")
+
+    rows = dict(inspect_file(str(path)).rows)
+
+    assert rows["size"].endswith("31 rows")
+    assert "row 20" in rows and "row 21" not in rows
+    assert rows["…"] == "11 more rows"
+    assert "problem in row 31" in rows
+
+
+def test_a_list_of_prompts_is_described_too(folder: Path) -> None:
+    (folder / "a.txt").write_text("# mine\na fox\nan owl\n")
+
+    rows = dict(inspect_file(str(folder / "a.txt")).rows)
+
+    assert (rows["kind"], rows["row 2"]) == ("prompts, one per line", "an owl")
+
+
+def test_a_table_that_cannot_be_read_is_an_error(folder: Path) -> None:
+    (folder / "a.csv").write_text("prompt,prompt\n")
+
+    with pytest.raises(FileError, match=r"a\.csv, line 1 has the column 'prompt' twice"):
+        inspect_file(str(folder / "a.csv"))
