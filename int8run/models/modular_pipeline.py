@@ -19,7 +19,7 @@ from diffusers.guiders.guider_utils import BaseGuidance
 from diffusers.hooks import apply_group_offloading
 from torch import nn
 
-from int8run.errors import ConfigError
+from int8run.errors import ConfigError, suggest_similar
 from int8run.models.resolve_weights import DENOISER_COMPONENTS
 
 GUIDER = "guider"
@@ -321,13 +321,25 @@ def read_results(state: Any) -> SimpleNamespace:
     return SimpleNamespace(images=images, audio=None)
 
 
-def build_blocks(cls: type[ModularPipeline], workflow: str | None = None) -> Any:
+def build_blocks(cls: type[ModularPipeline], workflow: str | None = None, skip: Collection[str] = ()) -> Any:
     """The blocks of a modular class of diffusers, all or those of a workflow.
 
+    Args:
+        cls: of diffusers.
+        workflow: name of the only one that is to run; None: all.
+        skip: names of outermost blocks that are left out, such as one that rewrites prompts.
+
     Raises:
-        ConfigError: for a workflow that it does not have.
+        ConfigError: for a workflow or a block that it does not have.
     """
     blocks = getattr(diffusers, str(cls.default_blocks_name))()
+    for name in skip:
+        if name not in blocks.sub_blocks:
+            raise ConfigError(
+                f"model.skip_blocks has {name}, which is not a block of {cls.__name__}; "
+                f"{suggest_similar(name, list(blocks.sub_blocks))}it has {', '.join(blocks.sub_blocks)}"
+            )
+        blocks.sub_blocks.pop(name)
     if workflow is None:
         return blocks
     known = list(getattr(blocks, "_workflow_map", None) or ())

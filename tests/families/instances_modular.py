@@ -3,21 +3,49 @@
 Of diffusers' real classes, without a download, built as `instances_edit.py` builds those with images.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from diffusers import (
     AnimaModularPipeline,
     AnimaTextConditioner,
+    AutoencoderKLMiniMaxH3,
+    AutoencoderKLMiniMaxH3Audio,
     FlowMatchEulerDiscreteScheduler,
+    Flux3DistilledModularPipeline,
+    Flux3ModularPipeline,
+    Flux3Transformer2DModel,
+    MiniMaxH3ModularPipeline,
+    MiniMaxH3Scheduler,
+    MiniMaxH3Transformer3DModel,
     ModularPipeline,
 )
 from diffusers.models.transformers import transformer_cosmos
-from families.instances import LENGTH, SIZES, TEXT, Instance, cosmos, qwen_tokenizer, qwen_vae
+from families.instances import (
+    LAYERS,
+    LENGTH,
+    SIZES,
+    TEMPLATE,
+    TEXT,
+    Instance,
+    TextProcessor,
+    cosmos,
+    flux2_vae,
+    qwen3_vl,
+    qwen_tokenizer,
+    qwen_vae,
+)
 from families.instances_edit import make_image, make_instance
 from torch import nn
-from transformers import Qwen3Config, Qwen3Model, T5Tokenizer
+from transformers import (
+    Qwen2VLImageProcessor,
+    Qwen3Config,
+    Qwen3Model,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
+    T5Tokenizer,
+)
 
 from int8run.models.modular_pipeline import build_blocks, get_call_class, make_pipeline
 
@@ -38,9 +66,9 @@ if not hasattr(transformer_cosmos, "transforms"):
     transformer_cosmos.transforms = Resize
 
 
-def make_modular(cls: type[ModularPipeline], **components: Any) -> ModularPipeline:
-    """A modular pipeline with diffusers' own blocks."""
-    return make_pipeline(cls, build_blocks(cls), components, {})
+def make_modular(cls: type[ModularPipeline], skip: Sequence[str] = (), **components: Any) -> ModularPipeline:
+    """A modular pipeline with diffusers' own blocks, but for those that are skipped."""
+    return make_pipeline(cls, build_blocks(cls, skip=skip), components, {})
 
 
 def anima() -> ModularPipeline:
@@ -66,12 +94,161 @@ def anima() -> ModularPipeline:
     )
 
 
+def vision_processor() -> Qwen3VLProcessor:
+    """Of text and images, as Qwen3-VL has it."""
+    images = Qwen2VLImageProcessor(patch_size=2, temporal_patch_size=2, merge_size=2)
+    return TextProcessor(images, qwen_tokenizer(), None, chat_template=TEMPLATE)
+
+
+def flux3_transformer(flow_map: bool = False) -> Flux3Transformer2DModel:
+    """Reads three layers of the text encoder, side by side."""
+    return Flux3Transformer2DModel(
+        in_channels=8,
+        cond_in_channels=8,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=4,
+        joint_attention_dim=3 * TEXT,
+        timestep_channels=32,
+        axes_dims_rope=(4, 4, 4, 4),
+        flow_map=flow_map,
+    )
+
+
+def flux3_distilled_transformer() -> Flux3Transformer2DModel:
+    """Knows the time that a step goes to."""
+    return flux3_transformer(flow_map=True)
+
+
+def flux3(
+    cls: type[ModularPipeline] = Flux3ModularPipeline, denoiser: Callable[[], nn.Module] = flux3_transformer
+) -> ModularPipeline:
+    """Without the model that rewrites prompts."""
+    return make_modular(
+        cls,
+        skip=["prompt_upsampler"],
+        text_encoder=Qwen3VLForConditionalGeneration(qwen3_vl()),
+        tokenizer=vision_processor(),
+        vae=flux2_vae(),
+        transformer=denoiser(),
+    )
+
+
+def flux3_distilled() -> ModularPipeline:
+    return flux3(Flux3DistilledModularPipeline, flux3_distilled_transformer)
+
+
+def minimax_h3_transformer() -> MiniMaxH3Transformer3DModel:
+    return MiniMaxH3Transformer3DModel(
+        num_attention_heads=4,
+        attention_head_dim=16,
+        hidden_size=64,
+        num_layers=3,
+        num_refiner_layers=1,
+        ffn_dim=96,
+        in_channels=4,
+        audio_in_channels=4,
+        text_dim=TEXT,
+        freq_dim=32,
+        time_embed_hidden_dim=32,
+        time_embed_dim=32,
+        rope_freq_dim=2,
+    )
+
+
+def minimax_h3_parts() -> dict[str, Any]:
+    """All but the denoiser. The 50th layer of the text encoder is what the denoiser reads."""
+    text = qwen3_vl()
+    text.text_config.num_hidden_layers = 51
+    text.text_config.layer_types = ["full_attention"] * 51
+    vae = AutoencoderKLMiniMaxH3(
+        latent_channels=4,
+        block_out_channels=(4,) * 6,
+        layers_per_block=1,
+        norm_num_groups=2,
+        decoder_num_layers=1,
+        decoder_num_attention_heads=2,
+        decoder_attention_head_dim=16,
+        latents_mean=(0.0,) * 4,
+        latents_std=(1.0,) * 4,
+    )
+    audio_vae = AutoencoderKLMiniMaxH3Audio(
+        encoder_dim=4,
+        encoder_rates=(2, 2),
+        latent_dim=16,
+        latent_channels=4,
+        num_attention_heads=2,
+        decoder_dim=16,
+        decoder_rates=(2, 2),
+        decoder_kernel_sizes=(4, 4),
+        resblock_kernel_sizes=(3,),
+        resblock_dilation_sizes=((1, 3, 5),),
+        sampling_rate=160,
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    )
+    processor = vision_processor()
+    return {
+        "text_encoder": Qwen3VLForConditionalGeneration(text),
+        "tokenizer": processor.tokenizer,
+        "processor": processor,
+        "vae": vae,
+        "audio_vae": audio_vae,
+        "scheduler": MiniMaxH3Scheduler(shift=12.0),
+        "audio_scheduler": MiniMaxH3Scheduler(shift=3.0),
+    }
+
+
+def minimax_h3() -> ModularPipeline:
+    """Without the denoiser of references."""
+    return make_modular(MiniMaxH3ModularPipeline, **minimax_h3_parts(), transformer=minimax_h3_transformer())
+
+
 ANIMA = get_call_class(AnimaModularPipeline)
+FLUX3, FLUX3_DISTILLED = map(get_call_class, (Flux3ModularPipeline, Flux3DistilledModularPipeline))
+MINIMAX_H3 = get_call_class(MiniMaxH3ModularPipeline)
 QUICK: dict[str, Instance] = {
     "anima": make_instance("anima", ANIMA, anima, cosmos, size=32, guidance=4.0, **LENGTH),
+    # the blocks of a reference run with a reference alone
+    "flux3_klein_base": make_instance(
+        "flux3",
+        FLUX3,
+        flux3,
+        flux3_transformer,
+        size=64,
+        guidance=3.5,
+        image=make_image(64),
+        text_encoder_out_layers=LAYERS,
+        **LENGTH,
+    ),
+    # at least five seconds, of 24 frames
+    "minimax_h3": make_instance(
+        "minimax_h3", MINIMAX_H3, minimax_h3, minimax_h3_transformer, size=32, num_frames=124
+    ),
 }
 LONG_TAIL: dict[str, Instance] = {
     "anima_img2img": make_instance(
         "anima", ANIMA, anima, cosmos, size=32, guidance=4.0, image=make_image(32), **LENGTH
+    ),
+    "flux3_klein": make_instance(
+        "flux3",
+        FLUX3_DISTILLED,
+        flux3_distilled,
+        flux3_distilled_transformer,
+        size=64,
+        image=make_image(64),
+        text_encoder_out_layers=LAYERS,
+        **LENGTH,
+    ),
+    "minimax_h3_fl2va": make_instance(
+        "minimax_h3",
+        MINIMAX_H3,
+        minimax_h3,
+        minimax_h3_transformer,
+        size=32,
+        num_frames=124,
+        image=make_image(32),
+        last_image=make_image(32, shade=9),
     ),
 }
