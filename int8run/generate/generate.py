@@ -204,13 +204,28 @@ def generate_batch(
     seconds = read_clock(clock.device) - clock.started - clock.paused_seconds
     seconds += prompt_cache.saved_seconds - saved_before
     frames = extract_frames(output)
-    check_count(len(frames) or len(clock.latents[0]), len(batch), sampling)
+    trajectories = split_trajectories(clock.latents, len(batch))
+    check_count(len(frames) or len(trajectories), len(batch), sampling)
     generation.frames += frames
     generation.has_sound |= getattr(output, "audio", None) is not None
-    # [steps, batch, ...] -> [steps, ...] for each sample
-    generation.trajectories += list(torch.stack(clock.latents).unbind(dim=1))
+    generation.trajectories += trajectories
     generation.step_seconds.append(clock.seconds)
     generation.image_seconds += [seconds / len(batch)] * len(batch)
+
+
+def split_trajectories(latents: Sequence[Tensor], num_samples: int) -> list[Tensor]:
+    """The latents of each sample after every step.
+
+    Args:
+        latents: by step, [batch, ...]; of one sample also rows without a batch, as MiniMax-H3 packs them.
+        num_samples: of the call.
+
+    Returns:
+        [steps, ...] of each sample.
+    """
+    steps = torch.stack(list(latents))
+    has_no_batch = num_samples == 1 and steps.shape[1] != 1
+    return [steps] if has_no_batch else list(steps.unbind(dim=1))
 
 
 def check_count(num_images: int, num_samples: int, sampling: Sampling) -> None:

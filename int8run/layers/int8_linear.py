@@ -175,6 +175,11 @@ def center_rows(x: Tensor) -> Tensor:
     return torch.cat([(x - mean).flatten(0, -2), mean.flatten(0, -2)])
 
 
+# diffusers asks some layers for the dtype of the first tensor in them, and converts their input to that: it
+# is to be that of the model, not of the scales
+DTYPE_MARKER = "dtype_marker"
+
+
 class KeepsDtypes(nn.Module):
     """A layer whose tensors `model.to(dtype)` moves and does not convert.
 
@@ -222,6 +227,7 @@ class Int8Linear(KeepsDtypes):
         # input columns from this index on still need their GELU; the quantization applies it
         self.gelu_from: int | None = None
         # in this backend's own layout, which would mean nothing to another that loads the state dict
+        self.register_buffer(DTYPE_MARKER, torch.empty(0, dtype=dtype), persistent=False)
         self.register_buffer("packed", backend.pack_weight(layer.weight), persistent=False)
         self.register_buffer("scale", layer.weight.scale[:, 0].contiguous())  # float32 [N]
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().float())

@@ -317,6 +317,8 @@ class ModelSource:
         mode: short name of such a class: `img2img`, `inpaint`, … (`models/pipeline_modes.yaml`).
         workflow: the only one of a modular pipeline that is loaded and run, by its name in diffusers; None:
             all.
+        skip_blocks: outermost blocks of a modular pipeline that are left out, such as one that rewrites
+            prompts with a model of its own.
     """
 
     location: str | None
@@ -332,6 +334,7 @@ class ModelSource:
     pipeline: str | None = None
     mode: str | None = None
     workflow: str | None = None
+    skip_blocks: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         check_choice("model.dtype", self.dtype, DTYPES)

@@ -26,9 +26,7 @@ BLOCKS_KEY = "_blocks_class_name"
 LIBRARIES: Mapping[str, Any] = {"diffusers": diffusers, "transformers": transformers}
 
 
-def load_modular_pipeline(
-    source: ResolvedModel, given: Mapping[str, Any], dtype: torch.dtype, workflow: str | None = None
-) -> ModularFace:
+def load_modular_pipeline(source: ResolvedModel, given: Mapping[str, Any], dtype: torch.dtype) -> ModularFace:
     """Load a modular pipeline.
 
     A component that the folder lacks is left out: some inputs need it, others do not.
@@ -37,7 +35,6 @@ def load_modular_pipeline(
         source: where it is; its folder may be that of a pipeline that is not modular.
         given: components that exist already, such as skeletons.
         dtype: of the components that are read and are modules.
-        workflow: name of the only one that is to run; None: all.
 
     Raises:
         ConfigError: for an unknown workflow, and for a given component that the pipeline has no place for.
@@ -50,7 +47,7 @@ def load_modular_pipeline(
     index = read_model_index(folder, str(folder))
     cls = getattr(diffusers, class_name)
     check_own_blocks(folder, index)
-    blocks = build_blocks(cls, workflow)
+    blocks = build_blocks(cls, source.workflow, source.skip_blocks)
     components: dict[str, Any] = {}
     for spec in blocks.expected_components:
         place = source.elsewhere.get(spec.name, folder / spec.name)

@@ -349,6 +349,20 @@ def build_blocks(cls: type[ModularPipeline], workflow: str | None = None, skip: 
     return blocks.get_workflow(workflow)
 
 
+def list_used_components(pipeline: str, workflow: str | None, skip: Collection[str]) -> set[str]:
+    """The components that the blocks of a modular pipeline use; none of a pipeline that is not modular.
+
+    Args:
+        pipeline: name of its class.
+        workflow: name of the only one that is run; None: all.
+        skip: names of outermost blocks that are left out.
+    """
+    cls = getattr(diffusers, pipeline, None)
+    if not isinstance(cls, type) or not issubclass(cls, ModularPipeline):
+        return set()
+    return {spec.name for spec in build_blocks(cls, workflow, skip).expected_components}
+
+
 def make_pipeline(
     cls: type[ModularPipeline], blocks: Any, components: Mapping[str, Any], configs: Mapping[str, Any]
 ) -> ModularFace:

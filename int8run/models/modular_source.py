@@ -3,7 +3,7 @@
 `source` calls it. What a hub id names is downloaded, without pickled files and without code.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,19 +45,20 @@ def download_modular(
     return Path(snapshot_download(location, revision=revision, allow_patterns=patterns))
 
 
-def resolve_components_elsewhere(folder: Path) -> dict[str, Path]:
+def resolve_components_elsewhere(folder: Path, used: Collection[str]) -> dict[str, Path]:
     """Return the folders of components that a modular pipeline's index finds in other places.
 
     What is on the hub is downloaded, without pickled files and code.
 
     Args:
         folder: of the pipeline.
+        used: components that are needed.
 
     Raises:
         FileError: when one is not there or cannot be downloaded.
     """
     elsewhere = list_components_elsewhere(folder)
-    return {name: resolve_component(name, origin) for name, origin in elsewhere.items()}
+    return {name: resolve_component(name, origin) for name, origin in elsewhere.items() if name in used}
 
 
 def resolve_component(name: str, origin: ComponentOrigin) -> Path:

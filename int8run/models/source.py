@@ -4,7 +4,7 @@ What a hub id names is downloaded, without pickled files. No weight is read here
 of checkpoints do that.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from torch import nn
 from int8run.errors import ConfigError, FileError, suggest_similar
 from int8run.models.family import ModelSource
 from int8run.models.hub import check_repository, make_download_error
+from int8run.models.modular_pipeline import list_used_components
 from int8run.models.modular_source import download_modular, resolve_components_elsewhere
 from int8run.models.pipeline_class import CONTROLNET, check_pipeline_fits, choose_pipeline_class
 from int8run.models.pipeline_index import (
@@ -100,6 +101,7 @@ class ResolvedModel:
         has_single_files: whether the denoisers' weights are files of their own, outside the folder.
         pipeline_class: name of the class that runs it, of diffusers.
         elsewhere: folders of components that a modular pipeline's index finds in other places.
+        workflow, skip_blocks: which of a modular pipeline's blocks are run; see `ModelSource`.
     """
 
     folder: Path
@@ -107,6 +109,8 @@ class ResolvedModel:
     has_single_files: bool
     pipeline_class: str = "DiffusionPipeline"
     elsewhere: Mapping[str, Path] = field(default_factory=dict)
+    workflow: str | None = None
+    skip_blocks: tuple[str, ...] = ()
 
     def list_parts_elsewhere(self) -> dict[str, tuple[str, str]]:
         """The class and the folder of each component that lies elsewhere, as `model.parts` has them."""
@@ -135,18 +139,36 @@ def resolve_pipeline(source: ModelSource) -> ResolvedModel:
     location = str(source.location)
     folder = resolve_pipeline_folder(location, source.revision)
     index = read_model_index(folder, location)
-    elsewhere = resolve_components_elsewhere(folder)
+    pipeline_class = choose_source_pipeline(source, index)
+    used = list_used_components(pipeline_class, source.workflow, source.skip_blocks)
+    elsewhere = resolve_components_elsewhere(folder, used - set(source.parts))
     denoisers = []
-    for component in list_denoisers(index, str(folder)):
+    for component in select_denoisers(index, str(folder), used):
         place = elsewhere.get(component, folder / component)
         denoisers.append(read_denoiser(place, component, index, place))
     return ResolvedModel(
         folder,
         tuple(denoisers),
         has_single_files=False,
-        pipeline_class=choose_source_pipeline(source, index),
+        pipeline_class=pipeline_class,
         elsewhere=elsewhere,
+        workflow=source.workflow,
+        skip_blocks=tuple(source.skip_blocks),
     )
+
+
+def select_denoisers(index: Mapping[str, Any], location: str, used: Collection[str]) -> list[str]:
+    """Return a pipeline's denoisers; of a modular one those that its blocks use.
+
+    Args:
+        index: of the pipeline.
+        location: of the pipeline, for messages.
+        used: components of its blocks; none of a pipeline without blocks.
+    """
+    denoisers = list_denoisers(index, location)
+    if not used:
+        return denoisers
+    return [component for component in denoisers if component in used]
 
 
 def resolve_single_files(source: ModelSource, files: str | Mapping[str, str]) -> ResolvedModel:
@@ -162,7 +184,9 @@ def resolve_single_files(source: ModelSource, files: str | Mapping[str, str]) ->
         raise make_base_error(source)
     folder = resolve_pipeline_folder(source.base, None, without=DENOISER_COMPONENTS, setting="model.base")
     index = read_model_index(folder, source.base)
-    components = list_denoisers(index, str(folder))
+    pipeline_class = choose_source_pipeline(source, index)
+    used = list_used_components(pipeline_class, source.workflow, source.skip_blocks)
+    components = select_denoisers(index, str(folder), used)
     by_component = {components[0]: files} if isinstance(files, str) else files
     check_components(by_component, components, source.base)
     denoisers = []
@@ -170,7 +194,13 @@ def resolve_single_files(source: ModelSource, files: str | Mapping[str, str]) ->
         weights = resolve_weight_file(by_component[component], source.revision)
         denoisers.append(read_denoiser(folder / component, component, index, weights))
     return ResolvedModel(
-        folder, tuple(denoisers), has_single_files=True, pipeline_class=choose_source_pipeline(source, index)
+        folder,
+        tuple(denoisers),
+        has_single_files=True,
+        pipeline_class=pipeline_class,
+        elsewhere=resolve_components_elsewhere(folder, used - set(components) - set(source.parts)),
+        workflow=source.workflow,
+        skip_blocks=tuple(source.skip_blocks),
     )
 
 

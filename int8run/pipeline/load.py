@@ -245,7 +245,7 @@ def load_float_parts(
     place = device if settings.offload == "none" else CPU
     if is_modular(source.pipeline_class):
         given = {**loaded_parts, **empty_modules}
-        pipe = load_modular_pipeline(source, given, settings.dtype, settings.model.workflow)
+        pipe = load_modular_pipeline(source, given, settings.dtype)
         place_components(pipe, place, without=empty_modules)
         return pipe
     return load_pipeline(

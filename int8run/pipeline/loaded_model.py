@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from int8run.layers.assemble import copy_sharing_tensors
-from int8run.layers.int8_linear import get_linear
+from int8run.layers.int8_linear import DTYPE_MARKER, get_linear
 from int8run.layers.plan import LayerPlan, plan_layers
 from int8run.models.dual_denoisers import split_denoiser
 from int8run.models.family import ModelFamily
@@ -133,10 +133,12 @@ class SkeletonLinear(nn.Module):
     Args:
         in_features: K.
         out_features: N.
+        dtype: of the model.
     """
 
-    def __init__(self, in_features: int, out_features: int):
+    def __init__(self, in_features: int, out_features: int, dtype: torch.dtype):
         super().__init__()
+        self.register_buffer(DTYPE_MARKER, torch.empty(0, dtype=dtype), persistent=False)
         self.in_features = in_features
         self.out_features = out_features
 
@@ -158,5 +160,6 @@ def replace_missing_linears(denoiser: nn.Module) -> nn.Module:
     copy = copy_sharing_tensors(denoiser)
     for name, linear in missing.items():
         parent, _, child = name.rpartition(".")
-        setattr(copy.get_submodule(parent), child, SkeletonLinear(linear.in_features, linear.out_features))
+        skeleton = SkeletonLinear(linear.in_features, linear.out_features, linear.weight.dtype)
+        setattr(copy.get_submodule(parent), child, skeleton)
     return copy

@@ -131,6 +131,7 @@ class Case:
             self.instance.sampling,
             dtype="float32",
             base=None if location is None else str(base or self.base),
+            **self.instance.source,
         )
 
     def build(
@@ -213,7 +214,16 @@ def make_case(name: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> Case:
     for part in ours.values():
         monkeypatch.setattr(part, "save_pretrained", lambda *_, **__: None)
     save_pipeline(pipe, folder)
-    if ours:
+    if ours and isinstance(pipe, ModularPipeline):
+        for component in ours:
+            (folder / component).mkdir()
+        read_modular = load.load_modular_pipeline
+        monkeypatch.setattr(
+            load,
+            "load_modular_pipeline",
+            lambda source, given, *more: read_modular(source, {**given, **ours}, *more),
+        )
+    elif ours:
         index, read = json.loads((folder / "model_index.json").read_text()), load.load_pipeline
         index |= {name: name_base_class(part) for name, part in ours.items()}
         (folder / "model_index.json").write_text(json.dumps(index))

@@ -3,8 +3,9 @@
 Of diffusers' real classes, without a download.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from diffusers import (
@@ -74,6 +75,7 @@ class Instance:
         sampling: two steps at the smallest size that its pipeline takes, and the images that it needs.
         denoiser: makes its first denoiser alone; None: only with the pipeline.
         pipeline: its class; None: known when it is built.
+        source: further settings of its `ModelSource`.
     """
 
     family: str
@@ -82,6 +84,7 @@ class Instance:
     prompt: str = PROMPT
     denoiser: Callable[[], nn.Module] | None = None
     pipeline: type[DiffusionPipeline] | None = None
+    source: Mapping[str, Any] = field(default_factory=dict)
 
 
 def seeded(build: Callable[[], DiffusionPipeline]) -> Callable[[], DiffusionPipeline]:

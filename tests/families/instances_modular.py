@@ -4,6 +4,7 @@ Of diffusers' real classes, without a download, built as `instances_edit.py` bui
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -205,50 +206,40 @@ def minimax_h3() -> ModularPipeline:
     return make_modular(MiniMaxH3ModularPipeline, **minimax_h3_parts(), transformer=minimax_h3_transformer())
 
 
+def make_minimax_h3(**extra: Any) -> Instance:
+    """An instance of the shortest video; its scheduler takes one step less than it is asked for."""
+    made = make_instance(
+        "minimax_h3", MINIMAX_H3, minimax_h3, minimax_h3_transformer, size=32, num_frames=124, **extra
+    )
+    workflow = "fl2va" if extra else "t2va"
+    return replace(made, sampling=replace(made.sampling, steps=3), source={"workflow": workflow})
+
+
+def make_flux3(
+    cls: type[ModularPipeline],
+    build: Callable[[], ModularPipeline],
+    denoiser: Callable[[], nn.Module],
+    guidance: float | None,
+) -> Instance:
+    """An edit: the blocks of a reference run with a reference alone."""
+    extra = {"image": make_image(64), "text_encoder_out_layers": LAYERS, **LENGTH}
+    made = make_instance("flux3", cls, build, denoiser, size=64, guidance=guidance, **extra)
+    return replace(made, source={"skip_blocks": ["prompt_upsampler"]})
+
+
 ANIMA = get_call_class(AnimaModularPipeline)
 FLUX3, FLUX3_DISTILLED = map(get_call_class, (Flux3ModularPipeline, Flux3DistilledModularPipeline))
 MINIMAX_H3 = get_call_class(MiniMaxH3ModularPipeline)
 QUICK: dict[str, Instance] = {
     "anima": make_instance("anima", ANIMA, anima, cosmos, size=32, guidance=4.0, **LENGTH),
-    # the blocks of a reference run with a reference alone
-    "flux3_klein_base": make_instance(
-        "flux3",
-        FLUX3,
-        flux3,
-        flux3_transformer,
-        size=64,
-        guidance=3.5,
-        image=make_image(64),
-        text_encoder_out_layers=LAYERS,
-        **LENGTH,
-    ),
+    "flux3_klein_base": make_flux3(FLUX3, flux3, flux3_transformer, 3.5),
     # at least five seconds, of 24 frames
-    "minimax_h3": make_instance(
-        "minimax_h3", MINIMAX_H3, minimax_h3, minimax_h3_transformer, size=32, num_frames=124
-    ),
+    "minimax_h3": make_minimax_h3(),
 }
 LONG_TAIL: dict[str, Instance] = {
     "anima_img2img": make_instance(
         "anima", ANIMA, anima, cosmos, size=32, guidance=4.0, image=make_image(32), **LENGTH
     ),
-    "flux3_klein": make_instance(
-        "flux3",
-        FLUX3_DISTILLED,
-        flux3_distilled,
-        flux3_distilled_transformer,
-        size=64,
-        image=make_image(64),
-        text_encoder_out_layers=LAYERS,
-        **LENGTH,
-    ),
-    "minimax_h3_fl2va": make_instance(
-        "minimax_h3",
-        MINIMAX_H3,
-        minimax_h3,
-        minimax_h3_transformer,
-        size=32,
-        num_frames=124,
-        image=make_image(32),
-        last_image=make_image(32, shade=9),
-    ),
+    "flux3_klein": make_flux3(FLUX3_DISTILLED, flux3_distilled, flux3_distilled_transformer, None),
+    "minimax_h3_fl2va": make_minimax_h3(image=make_image(32), last_image=make_image(32, shade=9)),
 }

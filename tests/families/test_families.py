@@ -321,7 +321,7 @@ def test_int8_latents_are_close_to_float(name):
     (reference,), (latents,) = plain.trajectories, int8.trajectories
 
     assert reference.shape == latents.shape
-    assert len(latents) == INSTANCES[name].sampling.steps
+    assert len(latents) == 2
     assert torch.isfinite(latents).all()
     assert latents[-1].std() > 0.01
 

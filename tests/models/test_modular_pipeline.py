@@ -171,7 +171,7 @@ def save_modular(folder: Path) -> Path:
 
 def load(location: Path, **settings: Any) -> ModularFace:
     source = ModelSource(str(location), "none", Sampling(), dtype="float32", **settings)
-    return load_modular_pipeline(resolve_model(source), {}, torch.float32, settings.get("workflow"))
+    return load_modular_pipeline(resolve_model(source), {}, torch.float32)
 
 
 def edit_index(folder: Path, **entries: Any) -> None:
