@@ -299,7 +299,8 @@ def test_without_weights_a_model_shows_its_shapes() -> None:
     )
     x = torch.randn(2, 7, 3, dtype=torch.float32)
     assert torch.equal(blank(x), torch.zeros(2, 7, 5))
-    assert SkeletonLinear(4, 5, torch.bfloat16)(torch.ones(1, 4, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    half = SkeletonLinear(4, 5, torch.bfloat16)
+    assert half(torch.ones(1, 4, dtype=torch.bfloat16)).dtype == torch.bfloat16
     full = nn.Sequential(nn.Linear(3, 4))
     assert replace_missing_linears(full) is full
 
