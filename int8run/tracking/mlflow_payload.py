@@ -214,15 +214,35 @@ def read_csv_rows(path: Path) -> list[dict[str, str]]:
 def find_image_files(record: Record) -> dict[str, Path]:
     """The images for MLflow's image grid, by key; of a video its stills.
 
-    Equal prompts and seeds have equal keys in all runs. MLflow takes ASCII letters alone.
+    Equal prompts and seeds have equal keys in all runs. MLflow takes ASCII letters alone. A row of the grid
+    is a key and a column a run: what a sample began with stands in the rows above it, each input once.
     """
     files = {}
     for sample in record.images:
-        for name in sample.get("stills") or [sample["file"]]:
+        for position, name in enumerate(sample.get("stills") or [sample["file"]]):
+            for input_name in list_input_images(sample, position):
+                path = record.folder / input_name
+                if path.is_file():
+                    files[f"input/{make_image_key(path.stem.removeprefix('input_'))}"] = path
             path = record.folder / name
             if name.endswith(".png") and path.is_file():
                 files[f"sample/{make_image_key(path.stem)}"] = path
     return files
+
+
+def list_input_images(sample: Mapping[str, Any], still: int) -> list[str]:
+    """The images of a sample's inputs that belong beside one of its stills, below the output folder.
+
+    Args:
+        sample: an entry of metrics.json; those of earlier versions have no inputs.
+        still: its position among the stills; 0 for an image.
+    """
+    names = []
+    for entry in sample.get("inputs") or []:
+        images = entry.get("images") or []
+        # those of a video have one for each still, any other one stands beside all
+        names += images[still : still + 1] or images[-1:]
+    return names
 
 
 def make_image_key(name: str) -> str:

@@ -139,6 +139,36 @@ def test_the_images_of_a_video_are_its_stills(tmp_path: Path) -> None:
     ]
 
 
+def test_inputs_stand_above_the_samples_that_began_with_them_each_once(tmp_path: Path) -> None:
+    make_record(tmp_path)
+    cat = {"column": "image", "name": "cat.png", "sha256": "a", "images": ["images/input_cat.png"]}
+    stills = ["images/input_clip_first.png", "images/input_clip_last.png"]
+    clip = {"column": "video", "name": "clip.mp4", "sha256": "b", "images": stills}
+    video = {"prompt": "z", "seed": 0, "file": "images/z.webp"}
+    video["stills"] = ["images/z_first.png", "images/z_last.png"]
+    samples = [
+        {"prompt": "x", "seed": 0, "file": "images/x.png", "inputs": [cat]},
+        {"prompt": "y", "seed": 0, "file": "images/y.png", "inputs": [cat]},
+        {**video, "inputs": [clip, cat]},
+    ]
+    names = ["x.png", "y.png", "z_first.png", "z_last.png", "input_cat.png"]
+    for name in [*names, "input_clip_first.png", "input_clip_last.png"]:
+        Image.new("RGB", (4, 4)).save(tmp_path / "images" / name)
+    (tmp_path / "metrics.json").write_text(json.dumps({"images": samples}))
+
+    keys = list(mlflow_payload.find_image_files(make_record(tmp_path, files=False)))
+
+    assert keys == [
+        "input/cat",
+        "sample/x",
+        "sample/y",
+        "input/clip_first",
+        "sample/z_first",
+        "input/clip_last",
+        "sample/z_last",
+    ]
+
+
 def test_a_damaged_image_is_skipped_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     whole, half = tmp_path / "whole.png", tmp_path / "half.png"
     Image.effect_noise((64, 64), 50).save(whole)
