@@ -237,7 +237,7 @@ def list_input_images(sample: Mapping[str, Any], still: int) -> list[str]:
         sample: an entry of metrics.json; those of earlier versions have no inputs.
         still: its position among the stills; 0 for an image.
     """
-    names = []
+    names: list[str] = []
     for entry in sample.get("inputs") or []:
         images = entry.get("images") or []
         # those of a video have one for each still, any other one stands beside all
