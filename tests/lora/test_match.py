@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lora.lora_files import make_tiny_models
+from lora.layouts.tiny_models import make_tiny_models
 from support.compare import assert_close
 from support.helpers import randn
 from support.tiny_pipeline import random_pipeline
