@@ -14,7 +14,7 @@ from fuzzing.lora_oracle import Broken, Module, Reading, flatten
 from text_encoders import mutations as m
 from text_encoders.files import File, Stored
 from text_encoders.mutations import NUMBERS, Draft, is_whole
-from text_encoders.oracle import Array, Unreadable, tensors_of
+from text_encoders.oracle_file import Array, Unreadable, tensors_of
 
 from int8run.errors import FileError
 from int8run.lora.adapters.change import LoraChange

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from text_encoders.oracle import FLOATS, Array, Tensor, Unreadable, fp8_table, need, numbers, tensors_of
+from text_encoders.oracle_file import FLOATS, Array, Tensor, Unreadable, fp8_table, need, numbers, tensors_of
 
 Module = tuple[str, str]  # component, name with underscores for dots
 Names = Sequence[str]  # of one module: as a pattern may mean it

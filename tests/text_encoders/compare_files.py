@@ -14,7 +14,8 @@ import torch
 from text_encoders import oracle
 from text_encoders.files import ENCODERS, FORMATS, File, make_encoder_file, to_legacy
 from text_encoders.mutations import Draft
-from text_encoders.oracle import Reading, Unreadable
+from text_encoders.oracle_file import FLOATS, FP8, Unreadable, numbers, tensors_of
+from text_encoders.oracle_numbers import Reading
 from text_encoders.probes import probe_weights, strip_root
 
 from int8run.checkpoints.detect import read_layers
@@ -191,14 +192,12 @@ def compare_encoder(path: Path) -> str:
         assert is_same_tensor(
             weight, expected[name].weight[tuple(slice(size) for size in weight.shape)], 1e-5
         ), name
-    stored = {
-        strip_root(key.removeprefix(prefix)): tensor for key, tensor in oracle.tensors_of(path)[0].items()
-    }
+    stored = {strip_root(key.removeprefix(prefix)): tensor for key, tensor in tensors_of(path)[0].items()}
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:  # norms and biases
             tensor = stored[strip_root(name)]
-            assert tensor.dtype in (*oracle.FLOATS, *oracle.FP8), f"{name} is {tensor.dtype}"
+            assert tensor.dtype in (*FLOATS, *FP8), f"{name} is {tensor.dtype}"
             layer = expected.get(strip_root(name.removesuffix(".weight")))
-            wanted = oracle.numbers(tensor) if layer is None else layer.weight
+            wanted = numbers(tensor) if layer is None else layer.weight
             assert np.allclose(parameter.numpy(), wanted, rtol=1e-6), name
     return "read"

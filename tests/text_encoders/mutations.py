@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 from text_encoders.files import File, Stored
-from text_encoders.oracle import DTYPES, FOREIGN, SCALES
+from text_encoders.oracle import FOREIGN, SCALES
+from text_encoders.oracle_file import DTYPES
 
 SUFFIXES = (
     *SCALES,

@@ -17,7 +17,8 @@ from text_encoders.files import (
     make_regular_hadamard,
     to_fp8,
 )
-from text_encoders.oracle import TABLES, Tensor, Unreadable
+from text_encoders.oracle_file import TABLES, Tensor, Unreadable, numbers
+from text_encoders.oracle_numbers import hadamard, untile_scales
 
 
 def read_oracle(file: File, tmp_path: Path) -> np.ndarray:
@@ -39,8 +40,8 @@ def test_oracle_decodes_fp8_bytes() -> None:
     assert np.isnan(e5m2[0x7D])
     assert TABLES["F8_E8M0"][[120, 127, 0, 254]].tolist() == [0.0078125, 1, 2.0**-127, 2.0**127]
     assert np.isnan(TABLES["F8_E8M0"][255])
-    assert oracle.numbers(Tensor("BF16", (2,), b"\x80\x3f\x00\xc0")).tolist() == [1, -2]
-    assert oracle.numbers(Tensor("I8", (2,), b"\x80\x7f")).tolist() == [-128, 127]
+    assert numbers(Tensor("BF16", (2,), b"\x80\x3f\x00\xc0")).tolist() == [1, -2]
+    assert numbers(Tensor("I8", (2,), b"\x80\x7f")).tolist() == [-128, 127]
     assert to_fp8(np.array([1.0625, 1.1875, 500, -0.001]), "F8_E4M3")[1].tolist() == [
         1,
         1.25,
@@ -56,15 +57,15 @@ def test_oracle_decodes_fp8_bytes() -> None:
 
 
 def test_oracle_hadamard_matrices_are_orthogonal() -> None:
-    for matrix in (make_regular_hadamard, lambda size: oracle.hadamard(size, False)):
+    for matrix in (make_regular_hadamard, lambda size: hadamard(size, False)):
         assert (np.array([1, 0, 0, 0]) @ matrix(4)).tolist() == [0.5, 0.5, 0.5, -0.5]
         assert (np.array([1, 2, 3, 4]) @ matrix(4)).tolist() == [1, 2, 3, 4]
         assert "".join("-+"[int(x > 0)] for x in matrix(16)[0]) == "+++-+++-+++----+"
-    assert np.allclose(make_regular_hadamard(256), oracle.hadamard(256, False))
-    assert np.allclose(oracle.hadamard(64, False) @ oracle.hadamard(64, False), np.eye(64))
-    assert (2**0.5 * oracle.hadamard(2, True)).round(9).tolist() == [[1, 1], [1, -1]]
+    assert np.allclose(make_regular_hadamard(256), hadamard(256, False))
+    assert np.allclose(hadamard(64, False) @ hadamard(64, False), np.eye(64))
+    assert (2**0.5 * hadamard(2, True)).round(9).tolist() == [[1, 1], [1, -1]]
     with pytest.raises(Unreadable):
-        oracle.hadamard(8, False)
+        hadamard(8, False)
 
 
 def test_oracle_unswizzles_cublas_tiles() -> None:
@@ -82,7 +83,7 @@ def test_oracle_unswizzles_cublas_tiles() -> None:
     for (row, column), offset in offsets.items():
         flat = np.zeros(256 * 48, "u1")
         flat[offset] = 7
-        found = oracle.rows_of(flat, 256, 48)
+        found = untile_scales(flat, 256, 48)
         assert np.argwhere(found == 7).tolist() == [[row, column]]
         assert in_tiles(found.astype(np.int64)).flatten().tolist() == flat.tolist()
     assert in_tiles(np.ones((129, 5), dtype=np.int64)).shape == (256, 8)

@@ -25,7 +25,7 @@ from text_encoders.files import (
     to_legacy,
     write_int8_convrot,
 )
-from text_encoders.oracle import DTYPES
+from text_encoders.oracle_file import DTYPES
 from text_encoders.probes import load_weights, probe_weights, strip_root
 from torch import nn
 

@@ -18,11 +18,7 @@ NUMPY = {
     "U8": "u1",
     "BOOL": "u1",
 }
-
-
 LAYER = "blocks.0.q"
-
-
 # rows and columns of the usual weight
 N, K = 12, 64
 
@@ -141,8 +137,6 @@ def describe_granularity(granularity: str, block: tuple[int, int]) -> str:
 
 
 Draft = Callable[[], CheckpointDraft]  # makes a file
-
-
 Mistake = tuple[
     Draft, str
 ]  # a file with one thing wrong, and what its refusal must say (a regular expression)

@@ -6,17 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
-
-
 FP8 = {"F8_E4M3": 4, "F8_E5M2": 5}
-
-
 LAST_FINITE_BYTE = {"F8_E4M3": 0x7E, "F8_E5M2": 0x7B}
-
-
 LAST_CAST_BYTE = 0x40  # 2, as large as weights are that nothing was divided by
-
-
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 
 

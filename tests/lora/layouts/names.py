@@ -13,15 +13,11 @@ FLUX_DOUBLE = {
     "img_mod.lin": ("norm1.linear",),
     "txt_mod.lin": ("norm1_context.linear",),
 }
-
-
 FLUX_SINGLE = {
     "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
     "linear2": ("proj_out",),
     "modulation.lin": ("norm.linear",),
 }
-
-
 FLUX_REST = {
     "img_in": ("x_embedder",),
     "txt_in": ("context_embedder",),
@@ -34,8 +30,6 @@ FLUX_REST = {
     "final_layer.linear": ("proj_out",),
     "final_layer.adaLN_modulation.1": ("norm_out.linear",),
 }
-
-
 FLUX_BLOCKS = 2  # of each kind, in the tiny model
 
 
@@ -55,12 +49,8 @@ def list_flux_names() -> dict[str, tuple[str, ...]]:
 
 FLUX = list_flux_names()
 FLUX_MODULES = tuple(target for targets in FLUX.values() for target in targets)
-
-
 # shift and scale stand the other way round in diffusers
 SWAPPED = "final_layer.adaLN_modulation.1"
-
-
 XLABS = {
     "double_blocks.0.processor.qkv_lora1": FLUX["double_blocks.0.img_attn.qkv"],
     "double_blocks.0.processor.qkv_lora2": FLUX["double_blocks.0.txt_attn.qkv"],
@@ -69,8 +59,6 @@ XLABS = {
     "single_blocks.1.processor.qkv_lora": FLUX["single_blocks.1.linear1"][:3],
     "single_blocks.1.processor.proj_lora": FLUX["single_blocks.1.linear2"],
 }
-
-
 # Stability's names -> diffusers', of two levels with two resnets each
 SDXL_LINEAR = {
     "input_blocks.4.0.emb_layers.1": "down_blocks.1.resnets.0.time_emb_proj",
@@ -87,8 +75,6 @@ SDXL_LINEAR = {
     "time_embed.0": "time_embedding.linear_1",
     "label_emb.0.2": "add_embedding.linear_2",
 }
-
-
 SDXL_CONV = {
     "input_blocks.0.0": "conv_in",
     "input_blocks.1.0.in_layers.2": "down_blocks.0.resnets.0.conv1",
@@ -98,18 +84,12 @@ SDXL_CONV = {
     "output_blocks.2.2.conv": "up_blocks.0.upsamplers.0.conv",
     "out.2": "conv_out",
 }
-
-
 SDXL_NORM = {
     "input_blocks.4.0.in_layers.0": "down_blocks.1.resnets.0.norm1",
     "middle_block.1.transformer_blocks.0.norm2": "mid_block.attentions.0.transformer_blocks.0.norm2",
     "out.0": "conv_norm_out",
 }
-
-
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-
-
 CLIP_LAYERS = ("self_attn.q_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2")
 
 

@@ -9,8 +9,6 @@ from lora.layouts.names import FLUX, SWAPPED
 from torch import Tensor, nn
 
 RANK, ALPHA = 2, 3.0
-
-
 SCALE = ALPHA / RANK
 
 
@@ -102,8 +100,6 @@ def swap_halves(rows: Tensor) -> Tensor:
 
 
 Layout = Callable[[Sample], None]
-
-
 LAYOUTS: dict[str, tuple[str, Layout]] = {}
 
 
