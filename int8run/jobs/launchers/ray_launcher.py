@@ -5,32 +5,32 @@ Ray is imported when a sweep starts, so that int8run works without it.
 
 import logging
 import re
-import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import median_high
 from threading import Timer
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar
 
 from int8run.errors import ConfigError, check_bool, check_range
-from int8run.jobs.base import Outcome, Worker, WorkerDied
+from int8run.jobs.base import Outcome, Worker
 from int8run.jobs.futures import OutcomesFuture, translate_errors
+from int8run.jobs.launchers.ray_checks import check_address, check_int8run_installed, to_worker_error
+from int8run.jobs.launchers.ray_resources import (
+    check_amount,
+    check_resources,
+    choose_resources,
+    count_workers,
+    format_resources,
+    refuse_resources,
+)
 
 log = logging.getLogger(__name__)
-CONNECT_S = 10.0
 WARN_AFTER_S = 10.0  # that a worker waits for resources
-CHECK_TIMEOUT_S = 600.0  # for the first process on a node; a runtime_env may install packages
-MAX_REASON_LENGTH = 500
 INSTALL_RAY = "hydra/launcher=ray_cluster needs Ray on this machine: pip install 'int8run[ray]'"
 TOKEN_HINT = (
     "both sides need the same token: `ray get-auth-token` on the head node prints the cluster's; here it is "
     "read from ~/.ray/auth_token, or from the environment: RAY_AUTH_MODE=token RAY_AUTH_TOKEN=…"
 )
 ADDRESS = re.compile(r"auto|[^\s/]+:\d+")
-RAYS_OWN_RESOURCES = ("CPU", "GPU", "memory", "object_store_memory")
-DEATH_REASON = re.compile(
-    r"(?:Worker exit detail: |The actor is dead because )(.*?)(?: Some common causes|$)"
-)
 
 
 @dataclass
@@ -263,188 +263,3 @@ class CallActor:
     def call(self, call: Callable[[], Sequence[Outcome]]) -> Sequence[Outcome]:
         """Run a call."""
         return call()
-
-
-def check_address(address: str) -> None:
-    """Raise ConfigError unless something listens at an address; Ray itself tries for minutes."""
-    if address == "auto":
-        return
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_S).close()
-    except OSError as error:
-        raise ConfigError(
-            f"hydra.launcher.address is {address!r}, and nothing answers there ({error.strerror or error}); "
-            "`ray start --head` prints the address of a cluster that it starts, and null starts one on "
-            "this machine"
-        ) from error
-
-
-def to_worker_error(error: BaseException) -> BaseException:
-    """Return WorkerDied for one of Ray's errors; an error of the call as it was raised."""
-    from ray.exceptions import RayError, RayTaskError
-
-    if isinstance(error, RayTaskError):
-        cause: object = error.cause
-        return cause if isinstance(cause, BaseException) else error
-    if isinstance(error, RayError):
-        reason = extract_death_reason(str(error))
-        return WorkerDied(f"its Ray worker ended ({type(error).__name__}): {reason}")
-    return error
-
-
-def extract_death_reason(text: str) -> str:
-    """Return the sentence that says what happened from Ray's page of text about a death."""
-    text = " ".join(text.split())
-    if "ray.kill" in text:
-        return "ended by int8run"
-    if "connection error code 2" in text:
-        return (
-            "the process left no message: killed by a signal, crashed, or stopped by the kernel when memory "
-            "ran out"
-        )
-    reason = DEATH_REASON.search(text)
-    if reason is not None:
-        text = reason[1]
-    return text[:MAX_REASON_LENGTH]
-
-
-def check_resources(resources: Mapping[str, float]) -> None:
-    """Raise ConfigError unless these are amounts of resources that only a cluster can have named."""
-    for name, amount in resources.items():
-        if name in RAYS_OWN_RESOURCES:
-            raise ConfigError(
-                f"hydra.launcher.resources names {name}; allowed are a cluster's own; num_cpus and "
-                "num_gpus set cores and GPUs"
-            )
-        check_range(f"hydra.launcher.resources.{name}", amount, 0, 1e6)
-        check_amount(f"hydra.launcher.resources.{name}", amount)
-
-
-def check_amount(name: str, amount: float) -> None:
-    """Raise ConfigError for an amount that Ray does not give: it takes a part of one GPU, or whole ones."""
-    if amount > 1 and amount != int(amount):
-        raise ConfigError(f"{name} is {amount:g}; allowed is a part of one, such as 0.5, or a whole number")
-
-
-def choose_resources(
-    machines: Sequence[Mapping[str, float]],
-    *,
-    cpus: float | None,
-    gpus: float | None,
-    custom: Mapping[str, float],
-) -> dict[str, float]:
-    """Choose what each worker asks for.
-
-    Args:
-        machines: resources of each machine, by Ray's names.
-        cpus: cores of a worker; None: see RayCluster.
-        gpus: GPUs of a worker; None: see RayCluster.
-        custom: the cluster's own resources of a worker.
-    """
-    if gpus is None:
-        has_gpus = any(machine.get("GPU", 0) for machine in machines)
-        gpus = 1.0 if has_gpus else 0.0
-    resources = {"GPU": float(gpus)}
-    for name, amount in custom.items():
-        resources[name] = float(amount)
-    if cpus is None:
-        cpus = share_cores(machines, resources)
-    return {"CPU": float(cpus), **resources}
-
-
-def refuse_resources(machines: Sequence[Mapping[str, float]], resources: Mapping[str, float]) -> NoReturn:
-    """Raise ConfigError for resources that no machine has; see `choose_resources`."""
-    largest = {}
-    for name in resources:
-        largest[name] = max(machine.get(name, 0) for machine in machines)
-    raise ConfigError(
-        f"a job asks for {format_resources(resources)}, and no machine of the cluster has that: the "
-        f"largest have {format_resources(largest)}; ask for less with hydra.launcher.num_cpus, "
-        "num_gpus and resources, or join another cluster with hydra.launcher.address"
-    )
-
-
-def share_cores(machines: Sequence[Mapping[str, float]], resources: Mapping[str, float]) -> float:
-    """Share the cores of a typical machine among the workers that it has room for.
-
-    A typical machine is the median, not the smallest one: many clusters have a small head node.
-    """
-    shares = []
-    for machine in machines:
-        count = count_workers(machine, resources)
-        if machine.get("CPU") and count > 0:
-            shares.append(machine["CPU"] // count)
-    if not shares:
-        return 1.0
-    return max(1.0, median_high(shares))
-
-
-def count_workers(machine: Mapping[str, float], resources: Mapping[str, float]) -> int:
-    """Count how many workers a machine has room for; one when they ask for nothing.
-
-    Args:
-        machine: its resources, by Ray's names.
-        resources: of each worker.
-    """
-    counts = []
-    for name, amount in resources.items():
-        if amount <= 0:
-            continue
-        there = machine.get(name, 0)
-        if name == "GPU" and amount < 1:
-            # a worker's part is of one GPU: two parts of 0.4 fit into one, and not five into two
-            counts.append(int(there) * int(1 / amount + 1e-6))
-        else:
-            counts.append(int(there / amount + 1e-6))
-    return min(counts, default=1)
-
-
-def format_resources(resources: Mapping[str, float]) -> str:
-    """`num_cpus=2, num_gpus=0.5`: amounts by the names that the settings have."""
-    setting_names = {"CPU": "num_cpus", "GPU": "num_gpus"}
-    return ", ".join(f"{setting_names.get(name, name)}={amount:g}" for name, amount in resources.items())
-
-
-def check_int8run_installed(nodes: Mapping[str, str]) -> None:
-    """Check that each node can import the version of int8run that runs here.
-
-    Args:
-        nodes: node id -> host name.
-
-    Raises:
-        ConfigError: naming each machine that cannot, and why.
-    """
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    from int8run import __version__
-
-    # defined here, so that Ray sends its code: the node may have no int8run to import it from
-    def find_version() -> str:
-        try:
-            import int8run
-        except ImportError as error:
-            return str(error)
-        return int8run.__version__
-
-    remote = ray.remote(num_cpus=0, max_retries=0)(find_version)
-    hosts = {}
-    for node_id, host in nodes.items():
-        strategy = NodeAffinitySchedulingStrategy(node_id, soft=False)
-        hosts[remote.options(scheduling_strategy=strategy).remote()] = host
-    answered, unanswered = ray.wait(list(hosts), num_returns=len(hosts), timeout=CHECK_TIMEOUT_S)
-    problems = [f"{hosts[task]}: no answer within {CHECK_TIMEOUT_S:g} s" for task in unanswered]
-    for task in answered:
-        try:
-            found = ray.get(task)
-        except ray.exceptions.RayError as error:
-            found = extract_death_reason(str(error))
-        if found != __version__:
-            problems.append(f"{hosts[task]}: {found}")
-    if problems:
-        raise ConfigError(
-            f"the jobs need int8run {__version__} on every machine of the cluster, in the Python that Ray "
-            "runs there; install it on those that lack it, or let hydra.launcher.runtime_env bring it: "
-            + "; ".join(problems)
-        )

@@ -1,17 +1,13 @@
 """`hydra/launcher=slurm`: the jobs of one built model are one job of a Slurm cluster.
 
-submitit writes the script of a Slurm job, submits it, and pickles its result into a file. A thread of the
-parent waits for these files and looks after the queue. submitit is imported when a sweep starts, so that
-int8run works without it.
+submitit writes the script of a Slurm job, submits it, and pickles its result into a file, for which a thread
+of `slurm_watcher.py` waits. submitit is imported when a sweep starts, so that int8run works without it.
 """
 
 import logging
 import re
 import shutil
 import signal
-import subprocess
-import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,14 +15,10 @@ from typing import Any, ClassVar
 
 from int8run.errors import ConfigError, check_range, suggest_similar
 from int8run.jobs.base import Outcome, Worker, WorkerDied
-from int8run.jobs.futures import OutcomesFuture, describe_exit_code
+from int8run.jobs.futures import OutcomesFuture
+from int8run.jobs.launchers.slurm_watcher import JobWatcher, PendingJob
 
 log = logging.getLogger(__name__)
-RESULT_POLL_S = 2.0  # how often the folder is searched for results
-QUEUE_POLL_S = 20.0  # how often squeue is asked for jobs that are gone
-# a file that was written on another machine may be seen later than the end of its job
-RESULT_GRACE_S = 30.0
-WARN_AFTER_S = 60.0  # that a job waits
 INSTALL_SUBMITIT = "hydra/launcher=slurm needs submitit on this machine: pip install 'int8run[slurm]'"
 SLURM_PROGRAMS = ("sbatch", "squeue", "scontrol", "scancel", "srun")
 # a config that somebody shared may choose a queue, and may not run code or write files of its choice
@@ -62,13 +54,6 @@ SBATCH_OPTIONS = (
     "tmp",
     "wckey",
 )
-# what the user can do about, or should know of, a state of Slurm
-STATE_HINTS = {
-    "TIMEOUT": "; hydra.launcher.time_min allows more",
-    "OUT_OF_MEMORY": "; hydra.launcher.mem_gb asks for more",
-    "PREEMPTED": ": another job took its place",
-    "NODE_FAIL": ": its machine is gone",
-}
 PARTITION = re.compile(r"[\w.,-]+")
 CONTROL_CHARACTER = re.compile(r"[\x00-\x1f]")
 
@@ -98,7 +83,7 @@ class Slurm:
     folder: str = ".slurm"
     whole_groups: ClassVar[bool] = True
     jobs_at_once: ClassVar[int] = 1  # Slurm gives each its own cores and GPUs
-    watcher: "JobWatcher" = field(default_factory=lambda: JobWatcher(), init=False, repr=False, compare=False)
+    watcher: JobWatcher = field(default_factory=JobWatcher, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.partition is not None and not PARTITION.fullmatch(str(self.partition)):
@@ -198,7 +183,7 @@ class SlurmWorker:
         watcher: waits for the results of all workers.
     """
 
-    def __init__(self, executor: Any, watcher: "JobWatcher") -> None:
+    def __init__(self, executor: Any, watcher: JobWatcher) -> None:
         self.executor = executor
         self.watcher = watcher
         self.latest: PendingJob | None = None
@@ -247,242 +232,3 @@ def run_call(call: Callable[[], Sequence[Outcome]]) -> tuple[Sequence[Outcome] |
         return call(), None
     except Exception as error:  # noqa: BLE001 - submitit would keep its text only; deliver_result raises it
         return None, error
-
-
-@dataclass
-class PendingJob:
-    """A Slurm job that has not delivered its result. Times are of time.monotonic().
-
-    Args:
-        job: submitit's.
-        submitted: when it was submitted.
-        future: of its result.
-        missing_since: when it was first missing in the queue.
-        has_warned: that it waits in the queue.
-    """
-
-    job: Any
-    submitted: float
-    future: OutcomesFuture = field(default_factory=OutcomesFuture)
-    missing_since: float | None = None
-    has_warned: bool = False
-
-
-class JobWatcher:
-    """Looks after all Slurm jobs of a sweep in one thread.
-
-    A result is a file; a death is a job that has left the queue without one.
-    """
-
-    def __init__(self) -> None:
-        self.pending: dict[str, PendingJob] = {}
-        self.num_accepted = 0  # by Slurm
-        self.lock = threading.Lock()
-        self.stop_event = threading.Event()
-        self.thread: threading.Thread | None = None
-
-    def start(self) -> None:
-        """Start the thread."""
-        self.thread = threading.Thread(target=self.run, daemon=True, name="slurm")
-        self.thread.start()
-
-    def stop(self) -> None:
-        """Cancel all jobs and end the thread."""
-        self.stop_event.set()
-        for entry in self.list_pending():
-            self.cancel_job(entry)
-        if self.thread is not None:
-            self.thread.join()
-
-    def list_pending(self) -> list[PendingJob]:
-        """Return a copy, because other threads add and take jobs meanwhile."""
-        return list(self.pending.values())
-
-    def add_job(self, job: Any) -> PendingJob:
-        """Wait for a job of submitit that Slurm has accepted."""
-        entry = PendingJob(job, submitted=time.monotonic())
-        with self.lock:
-            self.pending[job.job_id] = entry
-            self.num_accepted += 1
-        return entry
-
-    def cancel_job(self, entry: PendingJob) -> None:
-        """End a Slurm job that has not delivered its result."""
-        if self.take_job(entry):
-            run_program("scancel", entry.job.job_id)
-            entry.future.set_exception(WorkerDied("its Slurm job was ended by int8run"))
-
-    def take_job(self, entry: PendingJob) -> bool:
-        """Stop waiting for a job; whether the caller is the first to do so, and so is to set its future."""
-        with self.lock:
-            return self.pending.pop(entry.job.job_id, None) is not None
-
-    def run(self) -> None:
-        """What the thread does."""
-        try:
-            self.watch_jobs()
-        except Exception as error:  # noqa: BLE001 - raised where the results are awaited, which would wait for ever
-            for entry in self.list_pending():
-                if self.take_job(entry):
-                    entry.future.set_exception(error)
-
-    def watch_jobs(self) -> None:
-        """Until the watcher is stopped, search for results often, and look at the queue at times."""
-        queue_checked = time.monotonic()
-        while not self.stop_event.wait(RESULT_POLL_S):
-            self.collect_results()
-            now = time.monotonic()
-            if self.pending and now - queue_checked >= QUEUE_POLL_S:
-                queue_checked = now
-                self.check_queue(now)
-
-    def collect_results(self) -> None:
-        """Deliver the results that have been written."""
-        for entry in self.list_pending():
-            if entry.job.paths.result_pickle.exists() and self.take_job(entry):
-                deliver_result(entry)
-
-    def check_queue(self, now: float) -> None:
-        """Find jobs that wait, and jobs that left the queue without a result.
-
-        Args:
-            now: of time.monotonic().
-        """
-        # those that squeue may not know yet are left out
-        entries = [entry for entry in self.list_pending() if now - entry.submitted >= QUEUE_POLL_S]
-        queue = read_queue()
-        if queue is None:  # Slurm does not answer at the moment; its jobs run on
-            return
-        for entry in entries:
-            if entry.job.job_id in queue:
-                entry.missing_since = None
-                warn_waiting(entry, queue[entry.job.job_id], now)
-            else:
-                self.check_missing_job(entry, now)
-
-    def check_missing_job(self, entry: PendingJob, now: float) -> None:
-        """Report the death of a job that left the queue, unless its result may still arrive."""
-        if entry.missing_since is None:
-            entry.missing_since = now
-        end = read_job_end(entry.job.job_id)
-        may_have_result = end is None or end.state == "COMPLETED"
-        if may_have_result and now - entry.missing_since < RESULT_GRACE_S:
-            return
-        if entry.job.paths.result_pickle.exists():
-            return  # delivered at the next search
-        if self.take_job(entry):
-            entry.future.set_exception(WorkerDied(describe_job_end(entry.job, end)))
-
-
-def warn_waiting(entry: PendingJob, reason: str, now: float) -> None:
-    """Warn, once, that a job waits in the queue.
-
-    Args:
-        entry: the job.
-        reason: why it waits; empty for a job that does not.
-        now: of time.monotonic().
-    """
-    if not reason or entry.has_warned:
-        return
-    if now - entry.submitted >= WARN_AFTER_S:
-        entry.has_warned = True
-        log.warning("Slurm job %s waits: %s", entry.job.job_id, reason)
-
-
-def deliver_result(entry: PendingJob) -> None:
-    """Set the future of a Slurm job from the file that it wrote."""
-    from submitit.core.utils import FailedJobError
-
-    try:
-        outcomes, error = entry.job.result()
-    except FailedJobError as failure:
-        # run_call returns the errors of a call: this process could not begin, for instance without int8run
-        job_id, log_file = entry.job.job_id, entry.job.paths.stderr
-        reason = find_last_line(str(failure))
-        error = WorkerDied(f"Slurm job {job_id} could not begin: {reason}; its log: {log_file}")
-    except Exception as unreadable:  # noqa: BLE001 - raised where the result is awaited
-        error = unreadable
-    if error is None:
-        entry.future.set_result(outcomes)
-    else:
-        entry.future.set_exception(error)
-
-
-def find_last_line(text: str) -> str:
-    """Return the last line of the traceback in submitit's text about a failure, which is between dashes."""
-    traceback = text.split("\n" + "-" * 22)[1]
-    return traceback.strip().splitlines()[-1]
-
-
-def read_queue() -> dict[str, str] | None:
-    """Read the jobs of this user from Slurm's queue.
-
-    Returns:
-        Slurm job -> why it waits, an empty string for one that does not; None when Slurm does not answer.
-    """
-    text = run_program("squeue", "--me", "--noheader", "--format=%i|%T|%r")
-    if text is None:
-        return None
-    reasons = {}
-    for line in text.splitlines():
-        if line.count("|") < 2:
-            continue
-        job_id, state, reason = line.strip().split("|", 2)
-        reasons[job_id] = reason if state == "PENDING" else ""
-    return reasons
-
-
-@dataclass(frozen=True)
-class JobEnd:
-    """What Slurm knows of a job that ended.
-
-    Args:
-        state: Slurm's word, such as TIMEOUT.
-        exit_code: of the script; as a shell counts, above 128 where a signal ended it.
-    """
-
-    state: str
-    exit_code: int
-
-
-def describe_job_end(job: Any, end: JobEnd | None) -> str:
-    """Say how a job ended that left no result.
-
-    Args:
-        job: submitit's.
-        end: what Slurm says of it; None where Slurm has forgotten the job.
-    """
-    return f"Slurm job {job.job_id} ended without a result: {explain_end(end)}; its log: {job.paths.stderr}"
-
-
-def explain_end(end: JobEnd | None) -> str:
-    """Say what happened to a job, and what can be done about it; see `describe_job_end`."""
-    if end is None:
-        return "gone from the queue"
-    if end.state in STATE_HINTS:
-        return f"{end.state}{STATE_HINTS[end.state]}"
-    if end.exit_code > 128:
-        return f"{end.state}: {describe_exit_code(128 - end.exit_code)}"
-    return end.state
-
-
-def read_job_end(job_id: str) -> JobEnd | None:
-    """Ask Slurm how a job ended; None where it has forgotten the job."""
-    text = run_program("scontrol", "--oneliner", "show", "job", job_id) or ""
-    state = re.search(r"\bJobState=(\w+)", text)
-    exit_code = re.search(r"\bExitCode=(\d+):", text)
-    # the controller forgets a job after minutes, the accounting does not
-    if state is None and shutil.which("sacct"):
-        options = ("--allocations", "--noheader", "--parsable2", "--format=State,ExitCode")
-        text = run_program("sacct", *options, "--jobs", job_id) or ""
-        state = re.match(r"(\w+)", text)
-        exit_code = re.search(r"\|(\d+):", text)
-    if state is None:
-        return None
-    return JobEnd(state[1], exit_code=0 if exit_code is None else int(exit_code[1]))
-
-
-def run_program(*command: str) -> str | None:
-    """Return what a program of Slurm prints; None when it fails."""
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    return result.stdout if result.returncode == 0 else None

@@ -13,13 +13,9 @@ import pytest
 from int8run.errors import ConfigError
 from int8run.jobs.base import Outcome, WorkerDied
 from int8run.jobs.launchers import ray_launcher
-from int8run.jobs.launchers.ray_launcher import (
-    RayCluster,
-    choose_resources,
-    count_workers,
-    extract_death_reason,
-    format_resources,
-)
+from int8run.jobs.launchers.ray_checks import extract_death_reason
+from int8run.jobs.launchers.ray_launcher import RayCluster
+from int8run.jobs.launchers.ray_resources import choose_resources, count_workers, format_resources
 from int8run.tracking.run_record import find_records
 
 SLOT = {"int8_slot": 1}

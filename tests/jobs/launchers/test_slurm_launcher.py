@@ -18,7 +18,7 @@ import pytest
 
 from int8run.errors import ConfigError
 from int8run.jobs.base import Outcome, WorkerDied
-from int8run.jobs.launchers import slurm_launcher
+from int8run.jobs.launchers import slurm_queue, slurm_watcher
 from int8run.jobs.launchers.slurm_launcher import SLURM_PROGRAMS, Slurm
 
 # for what happens in a second on a quiet machine; a job of LONG_S is one that does not end by itself
@@ -84,7 +84,7 @@ def cluster(tmp_path, monkeypatch):
         "WARN_AFTER_S": 0.5,
     }
     for name, seconds in intervals.items():
-        monkeypatch.setattr(slurm_launcher, name, seconds)
+        monkeypatch.setattr(slurm_watcher, name, seconds)
     yield folder
     for pid in folder.glob("*.pid"):
         if not pid.with_suffix(".exit").exists():
@@ -138,7 +138,7 @@ def test_the_message_about_a_death_has_slurms_state(pool, cluster, monkeypatch):
         os.kill(os.getpid(), signal.SIGKILL)
 
     workers = [pool.start() for _ in range(3)]
-    monkeypatch.setattr(slurm_launcher, "RESULT_GRACE_S", LONG_S)  # there is nothing to wait for
+    monkeypatch.setattr(slurm_watcher, "RESULT_GRACE_S", LONG_S)  # there is nothing to wait for
     killed = workers[0].submit(kill_itself)
     late, cancelled = (worker.submit(make_call(LONG_S)) for worker in workers[1:])
     (cluster / "2.state").write_text("TIMEOUT")
@@ -163,7 +163,7 @@ def test_a_controller_that_does_not_answer_is_not_a_death(pool, cluster):
 
 
 def test_a_result_that_is_seen_late_is_not_a_death(pool, cluster, monkeypatch):
-    monkeypatch.setattr(slurm_launcher, "RESULT_GRACE_S", LONG_S)
+    monkeypatch.setattr(slurm_watcher, "RESULT_GRACE_S", LONG_S)
     future = pool.start().submit(make_call(2.0))
 
     (cluster / "1.state").write_text("COMPLETED")  # gone from the queue, its file not there yet
@@ -223,7 +223,7 @@ def test_one_warning_says_why_a_job_waits(pool, cluster, caplog):
         return []
 
     def messages():
-        return [r.getMessage() for r in caplog.records if r.name == slurm_launcher.log.name]
+        return [r.getMessage() for r in caplog.records if r.name.startswith("int8run.jobs.launchers.slurm_")]
 
     with caplog.at_level(logging.INFO):
         future = pool.start().submit(wait_while_busy)
@@ -265,7 +265,7 @@ def test_a_machine_without_our_code_is_named_in_the_error(pool, monkeypatch):
 
 
 def test_an_error_of_the_watcher_is_raised_where_results_are_awaited(pool, monkeypatch):
-    monkeypatch.setattr(slurm_launcher, "read_queue", lambda: 1 / 0)
+    monkeypatch.setattr(slurm_watcher, "read_queue", lambda: 1 / 0)
 
     with pytest.raises(ZeroDivisionError):
         pool.start().submit(make_call(LONG_S)).result(WAIT_S)
@@ -278,23 +278,23 @@ def test_accounting_is_asked_when_the_controller_has_forgotten(cluster, monkeypa
         asked.append(program)
         return {"sacct": "OUT_OF_MEMORY|0:125\n"}.get(program)
 
-    monkeypatch.setattr(slurm_launcher, "run_program", run_program)
+    monkeypatch.setattr(slurm_queue, "run_program", run_program)
     job = types.SimpleNamespace(job_id="7", paths=types.SimpleNamespace(stderr="7_log.err"))
 
     (cluster / "sacct").symlink_to("/bin/true")
-    end = slurm_launcher.read_job_end("7")
+    end = slurm_queue.read_job_end("7")
 
-    assert end == slurm_launcher.JobEnd("OUT_OF_MEMORY", exit_code=0)
-    assert slurm_launcher.describe_job_end(job, end) == (
+    assert end == slurm_queue.JobEnd("OUT_OF_MEMORY", exit_code=0)
+    assert slurm_queue.describe_job_end(job, end) == (
         "Slurm job 7 ended without a result: OUT_OF_MEMORY; hydra.launcher.mem_gb asks for more; "
         "its log: 7_log.err"
     )
 
     (cluster / "sacct").unlink()
-    end = slurm_launcher.read_job_end("7")
+    end = slurm_queue.read_job_end("7")
 
     assert end is None
-    message = slurm_launcher.describe_job_end(job, end)
+    message = slurm_queue.describe_job_end(job, end)
     assert message == "Slurm job 7 ended without a result: gone from the queue; its log: 7_log.err"
     assert asked == ["scontrol", "sacct", "scontrol"]
 
