@@ -19,8 +19,8 @@ from int8run.layers.fusion import group_by_shared_input
 from int8run.layers.int8_linear import get_linear
 from int8run.layers.plan import LayerPlan, plan_layers
 from int8run.outlier.base import LayerStatistics
-from int8run.pipeline.build import select_load_settings
 from int8run.pipeline.load import load_model
+from int8run.pipeline.step_settings import select_load_settings
 from int8run.ptq.calibration import capture_calibration_calls, collect_layer_statistics
 from int8run.report.console import Progress
 

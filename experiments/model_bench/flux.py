@@ -19,9 +19,9 @@ from int8run.lora.stack import LoraStack
 from int8run.models.family import IgnoreRule, ModelFamily
 from int8run.models.sampling import Sampling
 from int8run.models.source import ResolvedModel
-from int8run.pipeline.build import select_quantization_settings
 from int8run.pipeline.loaded_model import LoadedModel
 from int8run.pipeline.quantize_denoiser import count_layer_rows, quantize_denoiser
+from int8run.pipeline.step_settings import select_quantization_settings
 from int8run.report.console import Progress
 
 Call = Mapping[str, Any]  # the arguments of the model's forward

@@ -7,27 +7,22 @@ the last place that sees the whole RunSpec: the functions that it calls take the
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 
-from int8run.checkpoints.declared_format import AUTO, DeclaredFormat
+from int8run.checkpoints.declared_format import DeclaredFormat
 from int8run.checkpoints.output_path import prepare_output_path
 from int8run.config.run_spec import RunSpec
 from int8run.generate.capture import capture_step
 from int8run.generate.generate import set_text_encoders
 from int8run.generate.prompts import Sample
-from int8run.layers.int8_linear import Int8Linear
 from int8run.layers.plan import LayerPlan
 from int8run.lora.entries import Entry
 from int8run.lora.header_info import LoraHeader
-from int8run.lora.joined_norms import read_joined_norms
-from int8run.lora.load import read_lora
 from int8run.lora.match import Matches
-from int8run.lora.modes import Overhead
 from int8run.lora.stack import LoraStack
 from int8run.metrics.layers import count_macs, count_module_bytes
 from int8run.models.dual_denoisers import set_denoiser, split_denoiser
@@ -35,26 +30,20 @@ from int8run.models.given_model import find_text_encoders
 from int8run.pipeline.built_model import BuiltModel
 from int8run.pipeline.given_files import check_checkpoint_fits, check_loras_fit
 from int8run.pipeline.layer_selection import select_int8_plans
-from int8run.pipeline.load import LoadSettings, load_model, set_offload
+from int8run.pipeline.load import load_model, set_offload
 from int8run.pipeline.loaded_model import LoadedModel, replace_missing_linears
+from int8run.pipeline.lora_steps import attach_loras, bake_loras, read_entries, report_loras
 from int8run.pipeline.prequantized import PrequantizedLayers, PrequantizedRequest, find_prequantized
-from int8run.pipeline.provenance import (
-    QuantizationOrigin,
-    build_cache_key,
-    build_provenance,
-    list_baked_loras,
-)
-from int8run.pipeline.quantization_settings import QuantizationSettings
+from int8run.pipeline.provenance import build_cache_key, build_provenance, list_baked_loras
 from int8run.pipeline.quantize_denoiser import QuantizedDenoiser, count_layer_rows, quantize_denoiser
+from int8run.pipeline.step_settings import select_load_settings, select_origin, select_quantization_settings
 from int8run.pipeline.store_layers import cache_layers, save_layers
 from int8run.pipeline.text_encoders import QuantizedEncoders, build_encoders
-from int8run.ptq.layer_costs import BranchCosts
 from int8run.report.columns import SAME_FILE_LIMITS
 from int8run.report.console import Progress
 from int8run.utils.plurals import count_noun
 
 log = logging.getLogger(__name__)
-OVERHEAD_ROUNDS = 11
 
 
 @dataclass(frozen=True)
@@ -148,69 +137,6 @@ def build_model(
     return built
 
 
-# -- from the settings of a run to those of its steps ----------------------------------------------
-
-
-def select_load_settings(spec: RunSpec, *, needs_float_denoiser: bool | None = None) -> LoadSettings:
-    """What decides how the model of a run is loaded.
-
-    Args:
-        spec: the settings of the run.
-        needs_float_denoiser: None: what the run needs.
-    """
-    if needs_float_denoiser is None:
-        needs_float_denoiser = spec.needs_float_denoiser
-    model = spec.model
-    if spec.int8.checkpoint is not None:
-        # they describe the file of int8.checkpoint then, not the model's own
-        model = replace(model, quant_format=AUTO, sdnq=None)
-    return LoadSettings(
-        model=model,
-        model_type=spec.model_type,
-        sampling=spec.sampling,
-        clip=spec.clip,
-        device=spec.device,
-        attention=spec.attention,
-        offload=spec.offload,
-        backend=spec.backend if spec.int8.enable else None,
-        needs_float_denoiser=needs_float_denoiser,
-        needs_float_encoders=spec.needs_float_encoders,
-    )
-
-
-def select_quantization_settings(spec: RunSpec) -> QuantizationSettings:
-    """What decides how the layers of a run become INT8."""
-    # a single file has its authors' names, which join some layers; a folder has diffusers' own
-    has_fused_layers = spec.saves_single_file
-    return QuantizationSettings(
-        outlier=spec.outlier,
-        rounding=spec.rounding,
-        backend=spec.backend,
-        int8=spec.int8,
-        calibration=spec.calibration,
-        quality_db=spec.quality_db,
-        dtype=getattr(torch, spec.model.dtype),
-        needs_calibration=spec.needs_calibration,
-        has_fused_layers=has_fused_layers,
-    )
-
-
-def select_origin(spec: RunSpec) -> QuantizationOrigin:
-    """Model, LoRAs and quantization settings: what names the layers in the cache and in the header."""
-    return QuantizationOrigin(spec.model, spec.lora, select_quantization_settings(spec))
-
-
-# -- the steps -------------------------------------------------------------------------------------
-
-
-def read_entries(spec: RunSpec, headers: Sequence[LoraHeader]) -> list[Entry]:
-    """Read the LoRA files of the stack."""
-    entries = []
-    for header, adapter in zip(headers, spec.lora.adapters, strict=True):
-        entries.append(Entry(header.name, read_lora(header.path), components=adapter.components))
-    return entries
-
-
 def check_given_files(
     spec: RunSpec, entries: Sequence[Entry], build_skeletons: Callable[[], Mapping[str, nn.Module]]
 ) -> None:
@@ -292,24 +218,6 @@ def install_text_encoders(
     if not spec.needs_float_encoders:
         loaded.pipe.register_modules(**encoders.modules)
     return encoders
-
-
-def bake_loras(spec: RunSpec, loaded: LoadedModel, loras: LoraStack, matches: Matches) -> None:
-    """Give the LoRAs their strengths before anything is quantized: they become part of the weights."""
-    # some DoRA norms need several weights, all at hand only now
-    read_joined_norms(matches.denoiser, loaded.read_weight)
-    loras.set_strengths(spec.lora.strengths)
-
-
-def report_loras(spec: RunSpec, loras: LoraStack) -> None:
-    """Log what each LoRA changes, and warn of strengths that change nothing."""
-    for line in loras.report():
-        log.info("%s", line)
-    for index, adapter in enumerate(spec.lora.adapters):
-        if adapter.text_strength is not None and not loras.changes_text_encoder(index):
-            log.warning(
-                "LoRA %r has a text_strength and no part for a text encoder; it has no effect", adapter.name
-            )
 
 
 def trace_step(spec: RunSpec, loaded: LoadedModel, probe: Sequence[Sample], progress: Progress) -> TracedStep:
@@ -416,47 +324,6 @@ def store_quantized(
         cache_layers(spec.cache, cache_key, quantized.layers, {**provenance, "budget": mixed_precision})
     if spec.save is not None:  # after the cache, so that nothing is lost where it cannot be written
         save_layers(spec.save, loaded, quantized.layers, provenance)
-
-
-def attach_loras(built: BuiltModel, spec: RunSpec, rows: Mapping[str, int]) -> None:
-    """Bring the LoRAs to the INT8 layers, each by the mode that it can have.
-
-    Args:
-        built: has the INT8 denoiser and the stack.
-        spec: the settings of the run.
-        rows: that each layer sees in one step, by name.
-    """
-    overhead: Overhead | None = None
-    if spec.lora.mode == "auto" and not spec.lora.is_scheduled:
-        costs = BranchCosts(spec.backend, built.device, getattr(torch, spec.model.dtype))
-        overhead = partial(measure_overhead, costs, rows)
-    # weights of int8.checkpoint were not made from the float ones in memory
-    has_own_float_weights = "float" in built.denoisers and spec.int8.checkpoint is None
-    built.loras.attach(
-        built.denoisers["int8"],
-        float_weights=has_own_float_weights,
-        rounding=spec.rounding,
-        scheduled=spec.lora.is_scheduled,
-        overhead=overhead,
-        max_overhead=spec.lora.max_overhead,
-    )
-    for warning in built.loras.list_large_changes(spec.lora.largest_strengths):
-        log.warning("%s", warning)
-
-
-def measure_overhead(
-    costs: BranchCosts, rows: Mapping[str, int], name: str, layer: Int8Linear, rank: int
-) -> float:
-    """Time of an INT8 layer with LoRA branches over its time without.
-
-    Args:
-        costs: measures each kind of layer once.
-        rows: that each layer sees in one step, by name.
-        name: of the layer.
-        layer: the layer itself.
-        rank: of all its LoRAs together.
-    """
-    return costs.get_ratio(layer, rank, rows[name])
 
 
 def install_candidate(built: BuiltModel, spec: RunSpec) -> None:

@@ -16,8 +16,8 @@ from int8run.lora.match import MatchRequest, locate_changes, match_file, report_
 from int8run.lora.model_component import ModelComponent
 from int8run.models.dual_denoisers import DualDenoiser
 from int8run.models.family import ModelSource
+from int8run.pipeline.checkpoint_paths import check_has_int8_layers, resolve_checkpoint_paths
 from int8run.pipeline.checkpoint_weights import DenoiserWeights, FileWeights
-from int8run.pipeline.prequantized import check_has_int8_layers, resolve_checkpoint_paths
 
 
 def check_checkpoint_fits(

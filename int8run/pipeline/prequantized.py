@@ -4,35 +4,25 @@ build.py calls `find_prequantized` before anything is quantized, and quantize_de
 """
 
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from int8run.checkpoints.declared_format import UNDECLARED, DeclaredFormat
 from int8run.checkpoints.layer import CheckpointLayer
 from int8run.errors import ConfigError, FileError
-from int8run.layers.int8_linear import QuantizedLayer, get_linear
 from int8run.layers.plan import LayerPlan
 from int8run.models.dual_denoisers import split_denoiser
 from int8run.outlier.auto import AutoOutlier
 from int8run.outlier.base import NONE, OutlierMethod
+from int8run.pipeline.checkpoint_paths import check_has_int8_layers, resolve_checkpoint_paths
 from int8run.pipeline.checkpoint_weights import DenoiserWeights, FileWeights
 from int8run.pipeline.loaded_model import LoadedModel
-from int8run.ptq.quantize import check_weight
-from int8run.quant.weight import QuantizedWeight, quantize_weight, sqnr_db
-from int8run.text_encoders.detect import find_encoders
 from int8run.utils.disk_cache import DiskCache
-from int8run.utils.paths import expand_path
 from int8run.utils.plurals import count_noun
 
 log = logging.getLogger(__name__)
-# an INT8 weight has 30 dB and more; another model's weight 0
-MIN_SQNR_DB = 15.0
-# by how much a rounding that fits the layer's output may be worse than the nearest integers
-MAX_ROUNDING_LOSS_DB = 6.0
 # name and strength of each LoRA that is baked in, as the provenance of a file has them
 BakedLoras = list[list[Any]]
 
@@ -83,9 +73,6 @@ class PrequantizedRequest:
     cache: DiskCache
     cache_key: str | None
     declared: DeclaredFormat = UNDECLARED
-
-
-# -- finding them ----------------------------------------------------------------------------------
 
 
 def find_prequantized(
@@ -146,76 +133,6 @@ def open_given_checkpoint(
     found = open_checkpoint(loaded, resolve_checkpoint_paths(checkpoint, components), request)
     check_has_int8_layers(found.weights, checkpoint)
     return found
-
-
-def check_has_int8_layers(weights: DenoiserWeights, checkpoint: str | Mapping[str, str]) -> None:
-    """Check that the files of `int8.checkpoint` hold INT8 layers of the model.
-
-    Args:
-        weights: the files, opened.
-        checkpoint: as it was given, for the message.
-
-    Raises:
-        FileError: when they hold none; it says what they hold, where that is known.
-    """
-    if weights.find_int8_layers():
-        return
-    check_is_no_text_encoder(weights)
-    for file in weights.parts.values():
-        other = file.describe_other_model()
-        if other:
-            raise FileError(f"int8.checkpoint={checkpoint} is no checkpoint of a {file.class_name}{other}")
-    raise FileError(
-        f"{checkpoint} holds no INT8 layer that can be used as it is; set model.location to it, or "
-        "quantize anew"
-    )
-
-
-def check_is_no_text_encoder(weights: DenoiserWeights) -> None:
-    """Check that files without an INT8 layer of the denoiser are not text encoders.
-
-    Raises:
-        FileError: naming the setting that takes the file.
-    """
-    for file in weights.parts.values():
-        shapes = {key: info.shape for key, info in file.files.items()}
-        encoders = find_encoders(shapes)
-        if encoders:
-            names = " and ".join(encoder.name for encoder in encoders.values())
-            raise FileError(
-                f"int8.checkpoint={file.path} is a text encoder ({names}), and int8.checkpoint takes layers "
-                f"of the denoiser; set clip=auto clip.path={file.path}"
-            )
-
-
-def resolve_checkpoint_paths(
-    checkpoint: str | Mapping[str, str], components: Sequence[str]
-) -> dict[str, Path]:
-    """The file or folder of each denoiser's INT8 layers.
-
-    Args:
-        checkpoint: a file, a folder, a folder with one for each component, or a mapping from components.
-        components: names of the pipeline's denoisers.
-
-    Raises:
-        ConfigError: when it is not clear which file belongs to which denoiser.
-    """
-    if isinstance(checkpoint, Mapping):
-        if set(checkpoint) != set(components):
-            raise ConfigError(
-                f"int8.checkpoint names {', '.join(checkpoint)}; the model has {', '.join(components)}"
-            )
-        return {name: expand_path(path) for name, path in checkpoint.items()}
-    path = expand_path(checkpoint)
-    if all((path / name).is_dir() for name in components):
-        return {name: path / name for name in components}
-    if len(components) > 1:
-        example = ", ".join(f"{name}: <file>" for name in components)
-        raise ConfigError(
-            f"int8.checkpoint={checkpoint} is one file, the model has {len(components)} denoisers; set "
-            f"'int8.checkpoint={{{example}}}'"
-        )
-    return {components[0]: path}
 
 
 def open_checkpoint(
@@ -312,9 +229,6 @@ def describe_loras(loras: object) -> str:
     return ", ".join(f"{name} {strength}" for name, strength in pairs) or "no LoRA"
 
 
-# -- planning with them ----------------------------------------------------------------------------
-
-
 def apply_to_plans(
     found: PrequantizedLayers, plans: Sequence[LayerPlan], outlier: OutlierMethod | AutoOutlier
 ) -> None:
@@ -369,80 +283,7 @@ def check_outlier_methods(
         )
 
 
-# -- reading them ----------------------------------------------------------------------------------
-
-
-def read_prequantized_layers(
-    loaded: LoadedModel,
-    plans: Sequence[LayerPlan],
-    found: PrequantizedLayers,
-    read_weight: Callable[[str], Tensor],
-) -> Iterator[tuple[LayerPlan, QuantizedLayer]]:
-    """Read the layers of a file, each compared with the float weight where that comes from elsewhere.
-
-    Args:
-        loaded: the model.
-        plans: of the layers; what is known of each is put there.
-        found: the file.
-        read_weight: gives the float weight of a Linear by its name.
-
-    Raises:
-        FileError: when a layer was made from another weight.
-    """
-    facts_by_layer = get_layer_facts(found.provenance, "layers")
-    for plan in plans:
-        layer = read_prequantized_layer(loaded, plan, found)
-        facts = facts_by_layer.get(plan.name)
-        if isinstance(facts, Mapping):
-            plan.outlier_skip_reason = str(facts.get("outlier_why_not", ""))
-            plan.measured |= {name: value for name, value in facts.items() if isinstance(value, float)}
-        if not found.is_cached and found.weights is not loaded.checkpoint:
-            check_against_float(plan, layer, read_weight(plan.name), found.source)
-        plan.measured.setdefault("saturated_share", layer.weight.saturated_share)
-        yield plan, layer
-
-
-def read_prequantized_layer(
-    loaded: LoadedModel, plan: LayerPlan, found: PrequantizedLayers
-) -> QuantizedLayer:
-    """Read one layer of a file, with the bias of the float model, on the device."""
-    layer = found.weights.read_int8_layer(plan.name)
-    layer.transform.to(loaded.device)
-    weight = QuantizedWeight(layer.weight.qdata.to(loaded.device), layer.weight.scale.to(loaded.device))
-    plan.outlier = layer.transform.label
-    plan.rounding = found.rounding
-    return QuantizedLayer(weight, layer.transform, get_linear(loaded.denoiser, plan.name).bias)
-
-
 def get_layer_facts(provenance: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     """What a provenance says of layers, by name; nothing where somebody has put something else there."""
     facts = provenance.get(key)
     return facts if isinstance(facts, Mapping) else {}
-
-
-def check_against_float(plan: LayerPlan, layer: QuantizedLayer, weight: Tensor, source: str) -> None:
-    """Check that a layer of a file was made from the model's float weight; the plan gets how near it is.
-
-    Args:
-        plan: of the layer.
-        layer: as it is in the file.
-        weight: float, [N, K].
-        source: the file, for messages.
-
-    Raises:
-        FileError: when it was made from another weight.
-    """
-    check_weight(plan, weight)
-    # In the basis in which it was quantized: transformed back, a factor would make a good weight look bad in
-    # columns that the input hardly uses.
-    transformed = layer.transform.transform_weight(weight.float())
-    sqnr = sqnr_db(transformed, layer.weight.dequantize())
-    # In a wide layer with one huge weight per row, not even the nearest integers come near the usual SQNR.
-    nearest_sqnr = sqnr_db(transformed, quantize_weight(transformed).dequantize())
-    min_sqnr = min(MIN_SQNR_DB, nearest_sqnr - MAX_ROUNDING_LOSS_DB)
-    if not sqnr >= min_sqnr:  # also for NaN
-        raise FileError(
-            f"{source}: {plan.name} does not hold this model's weight (SQNR {sqnr:.1f} dB, at least "
-            f"{min_sqnr:.0f} expected); it was made from another checkpoint, or with LoRAs baked in"
-        )
-    plan.measured.setdefault("weight_sqnr_db", sqnr)  # that of the file was summed in another order

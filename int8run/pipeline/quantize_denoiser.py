@@ -23,8 +23,9 @@ from int8run.outlier.base import LayerStatistics
 from int8run.pipeline.layer_selection import SelectedLayers, select_int8_plans, select_layers
 from int8run.pipeline.loaded_model import LoadedModel, SkeletonLinear
 from int8run.pipeline.outlier_choice import choose_methods
-from int8run.pipeline.prequantized import PrequantizedLayers, read_prequantized_layers
+from int8run.pipeline.prequantized import PrequantizedLayers
 from int8run.pipeline.quantization_settings import QuantizationSettings
+from int8run.pipeline.read_prequantized import read_prequantized_layers
 from int8run.ptq.calibration import capture_calibration_calls, collect_layer_statistics
 from int8run.ptq.mixed_precision import MixedPrecisionResult, MixedPrecisionSearch
 from int8run.ptq.quantize import build_int8_layers, check_backend, check_outlier_method, quantize_layers

@@ -25,10 +25,10 @@ from int8run.generate.input_files import read_samples
 from int8run.generate.prompts import Sample, split_batches
 from int8run.kernels.hadamard.reference import Rotation
 from int8run.layers.plan import LayerPlan
-from int8run.pipeline.build import select_load_settings
 from int8run.pipeline.load import load_model
 from int8run.pipeline.loaded_model import LoadedModel
 from int8run.pipeline.quantize_denoiser import count_layer_rows
+from int8run.pipeline.step_settings import select_load_settings
 from int8run.ptq.quantize import check_backend
 from int8run.quant.weight import QuantizedWeight
 from int8run.report.console import Progress, print_lines

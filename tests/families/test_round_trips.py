@@ -35,10 +35,10 @@ from int8run.errors import ConfigError
 from int8run.layers.plan import Int8Settings
 from int8run.lora.config import Adapter
 from int8run.metrics.quality import compute_relative_error
-from int8run.pipeline.build import select_load_settings
 from int8run.pipeline.built_model import BuiltModel
 from int8run.pipeline.checkpoint_weights import FileWeights
 from int8run.pipeline.load import load_model
+from int8run.pipeline.step_settings import select_load_settings
 from int8run.report.console import Progress
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -12,12 +12,8 @@ from support.run_job import make_spec
 from int8run.layers.plan import LayerPlan
 from int8run.lora.match import Matches
 from int8run.pipeline import build as module
-from int8run.pipeline.build import (
-    find_layer_sources,
-    select_float_denoisers,
-    select_load_settings,
-    select_quantization_settings,
-)
+from int8run.pipeline.build import find_layer_sources, select_float_denoisers
+from int8run.pipeline.step_settings import select_load_settings, select_quantization_settings
 
 ROOT = Path(__file__).parents[2] / "int8run"
 

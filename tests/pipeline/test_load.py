@@ -24,12 +24,13 @@ from int8run.models.family import AutoFamily, load_families
 from int8run.models.resolve_weights import ASSETS_FOLDER
 from int8run.models.source import ResolvedDenoiser, resolve_model
 from int8run.pipeline import load as module
-from int8run.pipeline.build import build_model, select_load_settings
+from int8run.pipeline.build import build_model
 from int8run.pipeline.built_model import BuiltModel
 from int8run.pipeline.checkpoint_weights import DenoiserWeights, FileWeights
 from int8run.pipeline.load import load_model, set_offload
 from int8run.pipeline.loaded_model import LoadedModel, SkeletonLinear, replace_missing_linears
 from int8run.pipeline.model_files import hash_model_files
+from int8run.pipeline.step_settings import select_load_settings
 from int8run.quant.weight import quantize_weight
 from int8run.report.console import Progress
 from int8run.utils.disk_cache import DiskCache

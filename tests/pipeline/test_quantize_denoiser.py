@@ -40,6 +40,7 @@ from int8run.outlier.base import LayerStatistics, OutlierMethod, OutlierTransfor
 from int8run.outlier.convrot import ConvRot
 from int8run.outlier.none import NoOutlier
 from int8run.outlier.smoothquant import SmoothQuant
+from int8run.pipeline.checkpoint_paths import resolve_checkpoint_paths
 from int8run.pipeline.checkpoint_weights import DenoiserWeights, FileWeights
 from int8run.pipeline.layer_selection import SelectedLayers
 from int8run.pipeline.outlier_choice import choose_fixed_method, choose_methods_by_error
@@ -49,11 +50,10 @@ from int8run.pipeline.prequantized import (
     apply_to_plans,
     find_prequantized,
     get_layer_facts,
-    read_prequantized_layers,
-    resolve_checkpoint_paths,
 )
 from int8run.pipeline.provenance import list_baked_loras
 from int8run.pipeline.quantization_settings import QuantizationSettings
+from int8run.pipeline.read_prequantized import read_prequantized_layers
 from int8run.ptq import layer_costs as costs_module
 from int8run.ptq import mixed_precision as budgets
 from int8run.ptq.calibration import capture_calibration_calls
