@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from int8run.tracking.run_record import UNHASHED_SETTINGS, shorten_value, split_override
+from int8run.tracking.run_record import UNHASHED_SETTINGS
 from int8run.tracking.secrets import mask_secrets
+from int8run.tracking.setting_names import shorten_value, split_override
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,11 @@ from int8run.tracking.run_record import (
     Record,
     end_record,
     hash_config,
-    hash_text,
     start_record,
     update_record,
 )
 from int8run.tracking.secrets import mask_secrets, mask_settings
+from int8run.tracking.setting_names import hash_text
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from int8run.errors import FileError
-from int8run.tracking.run_record import find_varying_keys, replace_unusual, split_override
+from int8run.tracking.setting_names import find_varying_keys, replace_unusual, split_override
 
 MANIFEST_FILE = "sweep.json"
 MAX_NAME_LENGTH = 100  # of a folder's name in the id of its sweep

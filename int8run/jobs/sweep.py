@@ -40,10 +40,10 @@ from int8run.tracking.run_record import (
     Record,
     create_record,
     end_record,
-    shorten_value,
     start_record,
     try_read_record,
 )
+from int8run.tracking.setting_names import shorten_value
 
 log = logging.getLogger(__name__)
 

@@ -28,7 +28,8 @@ from int8run.report.runs import name_runs
 from int8run.report.runs_table import build_runs_table
 from int8run.report.strength_curves import build_strength_curves
 from int8run.report.verdict import recommend
-from int8run.tracking.run_record import FINISHED, Record, shorten_value
+from int8run.tracking.run_record import FINISHED, Record
+from int8run.tracking.setting_names import shorten_value
 from int8run.utils.paths import check_replaceable
 from int8run.utils.text import make_lines_visible
 

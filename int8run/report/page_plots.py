@@ -14,7 +14,7 @@ from int8run.report.plots import DASHES, NARROW, SERIES, WIDE, Point, draw_curve
 from int8run.report.ranking import choose_speed_metric, find_fronts, list_speed_quality
 from int8run.report.runs import Run, find_varying_settings, format_tags, parse_number
 from int8run.report.strength_curves import StrengthCurves
-from int8run.tracking.run_record import shorten_keys
+from int8run.tracking.setting_names import shorten_keys
 from int8run.utils.text import make_visible
 
 HALF = 500  # px; two plots beside each other

@@ -21,7 +21,8 @@ from int8run.report.runs import (
     format_tags,
     group_tags_by_value,
 )
-from int8run.tracking.run_record import FINISHED, Record, find_varying_keys
+from int8run.tracking.run_record import FINISHED, Record
+from int8run.tracking.setting_names import find_varying_keys
 from int8run.utils.plurals import count_noun
 from int8run.utils.text import quote_for_shell
 

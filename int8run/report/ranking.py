@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from int8run.report.columns import PSNR_DB, SAME_FILE_LAYERS, SPEED_RATIO, STEP_MS
 from int8run.report.runs import Run, find_varying_settings, format_setting, format_tags, select_measured
-from int8run.tracking.run_record import shorten_keys
+from int8run.tracking.setting_names import shorten_keys
 
 # Settings that are chosen for the image that one wants. Runs that differ in them have different float images,
 # too.

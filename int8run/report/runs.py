@@ -10,14 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from int8run.report.columns import MISSING, PSNR_DB, STEP_MS
-from int8run.tracking.run_record import (
-    FINISHED,
-    Record,
-    find_varying_keys,
-    shorten_keys,
-    shorten_value,
-    split_override,
-)
+from int8run.tracking.run_record import FINISHED, Record
+from int8run.tracking.setting_names import find_varying_keys, shorten_keys, shorten_value, split_override
 from int8run.utils.plurals import count_noun
 
 # Settings that change neither the images nor the speed.

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from int8run.report.runs import Run, find_varying_settings, format_setting, parse_number, select_measured
-from int8run.tracking.run_record import shorten_keys
+from int8run.tracking.setting_names import shorten_keys
 
 STRENGTH_KEY = re.compile(r"lora[.](adapters[.]\d+[.])?strength")
 

@@ -11,7 +11,8 @@ from rich.text import Text
 from int8run.metrics.names import METRICS, NEITHER
 from int8run.report.console import is_interactive, make_bold, make_plain, print_lines
 from int8run.report.formatting import format_decibels, format_duration
-from int8run.tracking.run_record import FINISHED, Record, shorten_value
+from int8run.tracking.run_record import FINISHED, Record
+from int8run.tracking.setting_names import shorten_value
 
 log = logging.getLogger(__name__)
 

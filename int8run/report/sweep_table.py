@@ -25,7 +25,8 @@ from int8run.report.columns import (
 from int8run.report.console import make_plain
 from int8run.report.formatting import shorten_to_width
 from int8run.report.missing_metrics import explain_missing
-from int8run.tracking.run_record import FINISHED, Record, shorten_keys, split_override
+from int8run.tracking.run_record import FINISHED, Record
+from int8run.tracking.setting_names import shorten_keys, split_override
 from int8run.utils.text import make_visible
 
 # Shown as in the report. The most important first: a narrow terminal has room for some of them.

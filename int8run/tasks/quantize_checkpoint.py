@@ -68,7 +68,7 @@ from int8run.tasks.quantize_common import (
     resolve_new_file,
     warn_replaced,
 )
-from int8run.tracking.run_record import split_override
+from int8run.tracking.setting_names import split_override
 from int8run.utils.paths import SAFETENSORS, expand_path
 from int8run.utils.plurals import count_noun
 

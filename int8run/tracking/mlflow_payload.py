@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from anyascii import anyascii
 from PIL import Image
 
-from int8run.tracking.run_record import FAILED, KILLED, Record, hash_text, shorten_value
+from int8run.tracking.run_record import FAILED, KILLED, Record
+from int8run.tracking.setting_names import hash_text, shorten_value
 
 if TYPE_CHECKING:
     from mlflow.entities import DatasetInput, Metric

@@ -19,19 +19,14 @@ from typing import TYPE_CHECKING
 
 from int8run.errors import ConfigError
 from int8run.tracking import mlflow_payload, mlflow_upload
-from int8run.tracking.mlflow_dashboard import (
-    build_view_link,
-    build_view_state,
-    find_varying_params,
-    make_view_key,
-    write_view,
-)
+from int8run.tracking.mlflow_dashboard import build_view_state, find_varying_params
 from int8run.tracking.mlflow_payload import (
     MAX_ERROR_LENGTH,
     build_tag_filter,
     to_milliseconds,
     truncate,
 )
+from int8run.tracking.mlflow_view import build_view_link, make_view_key, write_view
 from int8run.tracking.process_identity import describe_process, is_process_gone
 from int8run.tracking.retry import ping, translate_errors, with_retries
 from int8run.tracking.run_record import KILLED, KILLED_MESSAGE, RUNNING, Record, read_record, update_record

@@ -8,13 +8,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 from PIL import Image
 
-from int8run.tracking.mlflow_dashboard import (
-    build_experiment_link,
-    build_view_link,
-    build_view_state,
-    find_varying_params,
-    write_view,
-)
+from int8run.tracking.mlflow_dashboard import build_view_state, find_varying_params
+from int8run.tracking.mlflow_view import build_experiment_link, build_view_link, write_view
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 

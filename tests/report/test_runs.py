@@ -7,7 +7,8 @@ from report.run_folders import make_metrics, write_run
 
 from int8run.report.columns import PSNR_DB, STEP_MS
 from int8run.report.runs import format_list, format_tags, name_runs
-from int8run.tracking.run_record import find_records, find_varying_keys, shorten_keys
+from int8run.tracking.run_record import find_records
+from int8run.tracking.setting_names import find_varying_keys, shorten_keys
 
 
 def test_runs_are_told_apart_by_the_overrides_that_differ(tmp_path):

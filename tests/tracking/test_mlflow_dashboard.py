@@ -8,17 +8,15 @@ import string
 import pytest
 from mlflow import MlflowClient
 
-from int8run.tracking import mlflow_dashboard
-from int8run.tracking.mlflow_dashboard import (
+from int8run.tracking import mlflow_view
+from int8run.tracking.mlflow_dashboard import build_view_state, find_varying_params, is_plottable
+from int8run.tracking.mlflow_view import (
     MAX_TAG_LENGTH,
     VIEW_TAG_PREFIX,
     build_experiment_link,
     build_view_link,
-    build_view_state,
     decode_view,
     encode_view,
-    find_varying_params,
-    is_plottable,
     make_view_key,
     pack_view,
     write_view,
@@ -168,7 +166,7 @@ def test_the_images_that_fit_are_found_in_a_few_tries(monkeypatch, num_images):
         tries.append(arguments)
         return pack_view(*arguments)
 
-    monkeypatch.setattr(mlflow_dashboard, "pack_view", pack)
+    monkeypatch.setattr(mlflow_view, "pack_view", pack)
     keys = [hashlib.sha256(str(n).encode()).hexdigest() for n in range(num_images)]
 
     value, left_out = encode_view(build_view_state(PARAMS, METRICS, keys), "v")
