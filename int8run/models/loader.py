@@ -17,7 +17,7 @@ from torch import nn
 
 from int8run.errors import BackendError, ConfigError, FileError, suggest_similar
 from int8run.models.pipeline_class import get_pipeline_class
-from int8run.models.source import make_load_error, read_model_index
+from int8run.models.source import find_components, make_load_error, read_model_index
 from int8run.utils.paths import expand_path
 from int8run.utils.text import shorten_error
 
@@ -220,10 +220,8 @@ def place_components(pipeline: Any, device: torch.device, without: Collection[st
 
 def check_component_libraries(folder: Path) -> None:
     """Raise FileError for a pipeline's folder with a component of another library: it would be imported."""
-    for name, entry in read_model_index(folder, str(folder)).items():
-        if name.startswith("_") or not is_component(entry):
-            continue
-        library = entry[0]
+    components = find_components(read_model_index(folder, str(folder)))
+    for name, (library, _) in components.items():
         if library is None or is_component_library(library):
             continue
         # code in the folder itself is refused by diffusers, with its reason
@@ -237,11 +235,6 @@ def check_component_libraries(folder: Path) -> None:
 def is_component_library(library: str) -> bool:
     """Whether components may be of this library, or of this module of diffusers' pipelines."""
     return library in COMPONENT_LIBRARIES or hasattr(diffusers.pipelines, library)
-
-
-def is_component(entry: object) -> bool:
-    """Whether an entry of `model_index.json` is [library, class]; settings may be lists, too."""
-    return isinstance(entry, list) and len(entry) == 2 and all(isinstance(x, str | None) for x in entry)
 
 
 def list_block_prefixes(denoiser: nn.Module) -> list[str]:

@@ -413,6 +413,22 @@ def read_model_index(folder: Path, location: str) -> Mapping[str, Any]:
         raise make_load_error(location, error) from error
 
 
+def find_components(index: Mapping[str, Any]) -> dict[str, tuple[str | None, str | None]]:
+    """The components of a pipeline: the library and the class of each, by name.
+
+    Both are None for a component that was left out.
+
+    Args:
+        index: the pipeline's `model_index.json`, whose settings may be lists, too.
+    """
+    components = {}
+    for name, entry in index.items():
+        is_pair = isinstance(entry, list) and len(entry) == 2
+        if is_pair and not name.startswith("_") and all(isinstance(part, str | None) for part in entry):
+            components[name] = (entry[0], entry[1])
+    return components
+
+
 def read_denoiser(folder: Path, component: str, index: Mapping[str, Any], weights: Path) -> ResolvedDenoiser:
     """Return what a diffusers folder says about one denoiser.
 

@@ -7,6 +7,7 @@ here: they come as a key.
 import gc
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -27,31 +28,39 @@ log = logging.getLogger(__name__)
 HASHED_LIBRARIES = ("torch", "diffusers", "transformers")
 
 
-def get_float_baseline(
-    model: ModelSource,
-    headers: Sequence[LoraHeader],
-    samples: Sequence[Sample],
-    *,
-    settings_key: str,
-    device: str,
-    cache: DiskCache,
-    generate: Callable[[], Generation],
-) -> tuple[Generation, bool]:
-    """Get what the float model generates for these samples, out of the cache or now.
+@dataclass(frozen=True)
+class BaselineOrigin:
+    """Everything that decides what the float model generates.
 
     Args:
         model: where the model is.
         headers: of the LoRA files.
         samples: to generate.
-        settings_key: the settings that decide what is generated, as text.
+        settings_key: the other settings, as text.
         device: `auto`, `cpu`, `cuda`, `cuda:N`.
+    """
+
+    model: ModelSource
+    headers: Sequence[LoraHeader]
+    samples: Sequence[Sample]
+    settings_key: str
+    device: str
+
+
+def get_float_baseline(
+    origin: BaselineOrigin, cache: DiskCache, generate: Callable[[], Generation]
+) -> tuple[Generation, bool]:
+    """Get what the float model generates, out of the cache or now.
+
+    Args:
+        origin: what decides it.
         cache: of earlier and later runs.
         generate: builds the float model and lets it generate; the model is dropped afterwards.
 
     Returns:
         What it generated, and whether it did so now.
     """
-    key = build_baseline_key(model, headers, samples, settings_key=settings_key, device=device, cache=cache)
+    key = build_baseline_key(origin, cache)
     cached = read_cached_baseline(cache, key)
     if cached is not None:
         return cached, False
@@ -60,32 +69,27 @@ def get_float_baseline(
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     metadata = {
-        "model": str(model.location),
-        "drawings": len(generation.frames),
-        "loras": [[header.name] for header in headers],
+        "model": str(origin.model.location),
+        "images": len(generation.frames),
+        "loras": [[header.name] for header in origin.headers],
     }
     cache.put("float", key, generation.nbytes, lambda path: save_generation(generation, path, metadata))
     return generation, True
 
 
-def build_baseline_key(
-    model: ModelSource,
-    headers: Sequence[LoraHeader],
-    samples: Sequence[Sample],
-    *,
-    settings_key: str,
-    device: str,
-    cache: DiskCache,
-) -> str:
-    """The key in the cache, from everything that decides what the float model generates."""
-    source = resolve_model(model)
+def build_baseline_key(origin: BaselineOrigin, cache: DiskCache) -> str:
+    """The key of what the float model generates in the cache, which remembers the hashes of files."""
+    source = resolve_model(origin.model)
     file_hashes = hash_model_files(source, cache) if cache.limit_gb else []
     versions = {
         name: version for name, version in read_library_versions().items() if name in HASHED_LIBRARIES
     }
-    device_name = get_device_name(pick_device(device))
-    lora_hashes = [[cache.hash_file(file) for file in header.files] for header in headers]
-    return hash_parts([file_hashes, versions, device_name, settings_key, lora_hashes, list(samples)])
+    device_name = get_device_name(pick_device(origin.device))
+    lora_hashes = []
+    for header in origin.headers:
+        lora_hashes.append([cache.hash_file(file) for file in header.files])
+    samples = list(origin.samples)
+    return hash_parts([file_hashes, versions, device_name, origin.settings_key, lora_hashes, samples])
 
 
 def read_cached_baseline(cache: DiskCache, key: str) -> Generation | None:

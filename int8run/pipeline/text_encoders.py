@@ -19,7 +19,7 @@ from int8run.lora.float_merge import FloatMerge
 from int8run.lora.match import Matches
 from int8run.models.resolve_weights import to_local_path
 from int8run.models.sampling import Sampling
-from int8run.models.source import read_config, read_model_index, resolve_part_folder
+from int8run.models.source import find_components, read_config, read_model_index, resolve_part_folder
 from int8run.quant.formats import FORMATS, WeightFormat
 from int8run.report.console import Progress
 from int8run.text_encoders.base import KEEP, TextEncoders
@@ -104,22 +104,15 @@ def find_encoder_slots(folder: Path, parts: Mapping[str, Sequence[str]]) -> dict
         parts: by component, the class of transformers and its hub id or folder.
     """
     slots = {}
-    for name, entry in read_model_index(folder, str(folder)).items():
-        if not name.startswith(PREFIX) or not is_class_entry(entry):
-            continue
+    for name, (_, class_name) in find_components(read_model_index(folder, str(folder))).items():
         encoder_folder = folder / name
-        if encoder_folder.is_dir():
-            slots[name] = EncoderSlot(name, str(entry[1]), encoder_folder)
+        if name.startswith(PREFIX) and class_name is not None and encoder_folder.is_dir():
+            slots[name] = EncoderSlot(name, class_name, encoder_folder)
     # those that the folder lacks
-    for name, (class_name, location) in parts.items():
+    for name, (part_class, location) in parts.items():
         if name.startswith(PREFIX) and name not in slots:
-            slots[name] = EncoderSlot(name, class_name, resolve_part_folder(name, location))
+            slots[name] = EncoderSlot(name, part_class, resolve_part_folder(name, location))
     return slots
-
-
-def is_class_entry(entry: object) -> bool:
-    """Whether an entry of `model_index.json` is [library, class]; [null, null] is a component left out."""
-    return isinstance(entry, list) and len(entry) == 2 and None not in entry
 
 
 def open_encoders(

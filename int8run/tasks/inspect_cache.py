@@ -57,8 +57,9 @@ def list_origins(provenance: Mapping[str, Any]) -> list[str]:
         value = provenance.get(name)
         if value:
             origins.append(str(value))
-    if "drawings" in provenance:
-        origins.append(count_noun(int(provenance["drawings"]), "image"))
+    num_images = provenance.get("images", provenance.get("drawings"))  # as earlier versions call them
+    if num_images is not None:
+        origins.append(count_noun(int(num_images), "image"))
     for lora_name, *_ in provenance.get("loras", []):
         origins.append(str(lora_name))
     return origins

@@ -45,7 +45,7 @@ from int8run.models.schedulers import set_scheduler
 from int8run.pipeline import process_cache
 from int8run.pipeline.build import build_model
 from int8run.pipeline.built_model import BuiltModel
-from int8run.pipeline.float_baseline import get_float_baseline
+from int8run.pipeline.float_baseline import BaselineOrigin, get_float_baseline
 from int8run.pipeline.sample_checks import check_samples
 from int8run.report.console import Progress, print_lines
 from int8run.report.formatting import format_pairs
@@ -279,15 +279,15 @@ def get_cached_baseline(spec: RunSpec, inputs: RunInputs) -> tuple[Generation | 
         return None, True
     # else a model of an earlier job would be in memory beside the float one
     process_cache.clear_build()
-    baseline, is_fresh = get_float_baseline(
-        spec.model,
-        inputs.headers,
-        inputs.samples,
+    origin = BaselineOrigin(
+        model=spec.model,
+        headers=inputs.headers,
+        samples=inputs.samples,
         settings_key=spec.float_key,
         device=spec.device,
-        cache=spec.cache,
-        generate=partial(generate_float, spec.float_only, inputs),
     )
+    generate = partial(generate_float, spec.float_only, inputs)
+    baseline, is_fresh = get_float_baseline(origin, spec.cache, generate)
     if is_fresh:
         log.info("the float model ran before, not in turn with INT8: their speed ratio compares two moments")
     return baseline, is_fresh

@@ -73,11 +73,11 @@ def test_an_image_with_transparency_is_kept_as_rgb(tmp_path: Path) -> None:
 
 
 def test_the_file_says_what_generated_it(tmp_path: Path) -> None:
-    save_generation(MADE["pictures"], tmp_path / "a.safetensors", {"model": "tiny", "drawings": 2})
+    save_generation(MADE["pictures"], tmp_path / "a.safetensors", {"model": "tiny", "images": 2})
 
     assert read_provenance(tmp_path / "a.safetensors", read_header(tmp_path / "a.safetensors")[1]) == {
         "model": "tiny",
-        "drawings": 2,
+        "images": 2,
     }
 
 

@@ -10,7 +10,7 @@ from int8run.lora.config import Adapter, LoraSettings
 from int8run.lora.header_info import read_lora_headers
 from int8run.models.family import ModelSource
 from int8run.models.sampling import Sampling
-from int8run.pipeline.float_baseline import build_baseline_key
+from int8run.pipeline.float_baseline import BaselineOrigin, build_baseline_key
 from int8run.utils.disk_cache import DiskCache
 
 
@@ -25,7 +25,8 @@ def make_key(folder: Path) -> str:
     """The key of a run with the LoRA in a folder."""
     headers = read_lora_headers(LoraSettings([Adapter("style", str(folder))]), "tiny")
     model = ModelSource("shipped:tiny", "tiny", Sampling())
-    return build_baseline_key(model, headers, [], settings_key="", device="cpu", cache=DiskCache(None, 0))
+    origin = BaselineOrigin(model=model, headers=headers, samples=[], settings_key="", device="cpu")
+    return build_baseline_key(origin, DiskCache(None, 0))
 
 
 def test_files_beside_a_lora_count(tmp_path: Path) -> None:

@@ -301,11 +301,11 @@ def test_nothing_is_kept_where_nothing_is_allowed(
     assert not (tmp_path / "cache").exists()
 
 
-# -- what the float model drew -------------------------------------------------------------------------------
+# -- what the float model generated ------------------------------------------------------------------------
 
 
 @pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+def float_loads(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """For each model that was loaded, whether its float denoiser was loaded whole."""
     seen: list[bool] = []
     real = build.load_model
@@ -323,20 +323,20 @@ CACHED = "metrics.baseline=cached"
 
 
 def test_a_cached_baseline_says_what_a_run_says(
-    model: Path, job: Callable[..., RunResult], drawn: list[bool], tmp_path: Path
+    model: Path, job: Callable[..., RunResult], float_loads: list[bool], tmp_path: Path
 ) -> None:
     run = job(model, "metrics.baseline=run")
-    drawn.clear()
+    float_loads.clear()
     first = job(model, CACHED)
 
-    assert drawn == [True, False] and len(kept(tmp_path, "float")) == 1, (
+    assert float_loads == [True, False] and len(kept(tmp_path, "float")) == 1, (
         "the float model alone, then the INT8 model alone"
     )
 
-    drawn.clear()
+    float_loads.clear()
     second = job(model, CACHED)
 
-    assert drawn == [False], "no float model in the second run"
+    assert float_loads == [False], "no float model in the second run"
     for result in (first, second):
         assert pictures(result) == pictures(run)
         assert result.baseline is not None
@@ -350,7 +350,7 @@ def test_a_cached_baseline_says_what_a_run_says(
         )
 
 
-OTHER_DRAWINGS = {
+OTHER_IMAGES = {
     "prompt": ["prompts.prompts=[b]"],
     "seed": ["seed=5"],
     "steps": ["sampler.steps=1"],
@@ -362,43 +362,43 @@ OTHER_DRAWINGS = {
 
 @pytest.mark.slow
 def test_other_images_are_generated(
-    model: Path, job: Callable[..., RunResult], drawn: list[bool], tmp_path: Path
+    model: Path, job: Callable[..., RunResult], float_loads: list[bool], tmp_path: Path
 ) -> None:
     job(model, CACHED)
-    for words in OTHER_DRAWINGS.values():
-        drawn.clear()
+    for words in OTHER_IMAGES.values():
+        float_loads.clear()
         job(model, CACHED, *words)
-        assert True in drawn, words
-    drawn.clear()
+        assert True in float_loads, words
+    float_loads.clear()
     job(model, CACHED, "outlier=convrot", "rounding=mse")  # which the float model knows nothing of
 
-    assert True not in drawn
+    assert True not in float_loads
 
     (model / "scheduler" / "scheduler_config.json").write_text(
         (model / "scheduler" / "scheduler_config.json").read_text().replace('"shift": 1.0', '"shift": 3.0')
     )
     job(model, CACHED)
 
-    assert True in drawn, "another scheduler in the folder"
+    assert True in float_loads, "another scheduler in the folder"
 
 
 @pytest.mark.slow
 def test_loras_and_schedules_of_them_have_images_of_their_own(
-    model: Path, job: Callable[..., RunResult], drawn: list[bool], tmp_path: Path
+    model: Path, job: Callable[..., RunResult], float_loads: list[bool], tmp_path: Path
 ) -> None:
     file = save_lora(tmp_path / "style.safetensors", random_pipeline().transformer)
     dynamic = lora(file, mode="dynamic")
     scheduled = [dynamic[0].replace("strength: 1.0", "strength: [[0, 1], [0.5, 0]]"), "lora.mode=dynamic"]
     for words in (dynamic, lora(file, 0.5, "dynamic"), scheduled):
-        drawn.clear()
+        float_loads.clear()
         made = job(model, CACHED, *words)
 
-        assert True in drawn, words
+        assert True in float_loads, words
 
-        drawn.clear()
+        float_loads.clear()
         again, run = job(model, CACHED, *words), job(model, "metrics.baseline=run", *words)
 
-        assert drawn[0] is False
+        assert float_loads[0] is False
         for result in (made, again):
             assert {key: result.metrics[key] for key in QUALITY} == {key: run.metrics[key] for key in QUALITY}
 
@@ -407,7 +407,7 @@ def test_loras_and_schedules_of_them_have_images_of_their_own(
 def test_a_damaged_image_is_generated_again(
     model: Path,
     job: Callable[..., RunResult],
-    drawn: list[bool],
+    float_loads: list[bool],
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -415,10 +415,10 @@ def test_a_damaged_image_is_generated_again(
     (file,) = kept(tmp_path, "float")
     for damage in (flip, cut, empty, with_its_hash(cut), with_its_hash(empty)):
         damage(file)
-        drawn.clear()
+        float_loads.clear()
 
         assert job(model, CACHED).metrics["quality/psnr_db"] == first.metrics["quality/psnr_db"]
-        assert True in drawn
+        assert True in float_loads
         assert f"{file} is not used and removed from the cache" in caplog.text
 
 

@@ -71,7 +71,7 @@ CONTRACT = {
 
 
 @dataclass
-class Drawn:
+class FinishedRun:
     """A run and what it was made with."""
 
     result: RunResult
@@ -100,7 +100,7 @@ class Drawn:
         return list(csv.DictReader((self.result.output_dir / "text_encoders.csv").read_text().splitlines()))
 
 
-def encoded(run: Drawn, which: str) -> list[tuple[Any, Any]]:
+def encoded(run: FinishedRun, which: str) -> list[tuple[Any, Any]]:
     """What the pipeline's `encode_prompt` made of each prompt, with the float encoders and with others."""
     known = PromptCache.for_pipeline(run.built.pipe).entries
     assert known["float"].keys() == known[which].keys()
@@ -155,20 +155,20 @@ def words(model: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def drawn(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Drawn]:
+def run_with(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., FinishedRun]:
     """Runs jobs; equal ones once, each as a new process would."""
-    known: dict[tuple[str, ...], Drawn] = {}
+    known: dict[tuple[str, ...], FinishedRun] = {}
 
-    def draw(*more: str) -> Drawn:
+    def run_once(*more: str) -> FinishedRun:
         if more not in known:
             process_cache.clear()
             result = run_job([*words, *more], tmp_path_factory.mktemp("out"))
             (built,) = process_cache._last_build.values()
-            known[more] = Drawn(result, built)
+            known[more] = FinishedRun(result, built)
             process_cache.clear()
         return known[more]
 
-    return draw
+    return run_once
 
 
 @pytest.fixture
@@ -198,8 +198,8 @@ def find_layer_types(encoders: dict[str, nn.Module]) -> dict[str, type[nn.Module
     return types
 
 
-def test_what_a_run_says_of_its_text_encoders(drawn: Callable[..., Drawn]) -> None:
-    run = drawn(*BOTH)
+def test_what_a_run_says_of_its_text_encoders(run_with: Callable[..., FinishedRun]) -> None:
+    run = run_with(*BOTH)
     sqnr = [float(row["weight_sqnr_db"]) for row in run.rows if row["quantized"] == "true"]
 
     assert set(run.metrics) >= CONTRACT
@@ -215,9 +215,9 @@ def test_what_a_run_says_of_its_text_encoders(drawn: Callable[..., Drawn]) -> No
 
 
 def test_every_layer_of_the_text_encoders_is_listed(
-    drawn: Callable[..., Drawn], floats: dict[str, nn.Module]
+    run_with: Callable[..., FinishedRun], floats: dict[str, nn.Module]
 ) -> None:
-    run = drawn(*BOTH)
+    run = run_with(*BOTH)
     types = find_layer_types(floats)
     quantized = [row for row in run.rows if row["quantized"] == "true"]
     kept_float = {row["name"] for row in run.rows if row["quantized"] != "true"}
@@ -234,9 +234,9 @@ def test_every_layer_of_the_text_encoders_is_listed(
 
 
 def test_memory_is_that_of_codes_and_scales(
-    drawn: Callable[..., Drawn], floats: dict[str, nn.Module]
+    run_with: Callable[..., FinishedRun], floats: dict[str, nn.Module]
 ) -> None:
-    run = drawn(*BOTH)
+    run = run_with(*BOTH)
     whole = sum(p.nbytes for module in floats.values() for p in module.parameters())
     saved = sum(
         3 * WIDTH * WIDTH - 4 * WIDTH for row in run.rows if row["quantized"] == "true"
@@ -252,7 +252,7 @@ def test_memory_is_that_of_codes_and_scales(
         == run.metrics["float/text_encoder_bytes"] / run.metrics["memory/text_encoder_bytes"]
     )
 
-    alone = drawn(FLOAT, "clip=int8_rowwise", "clip.components=[text_encoder_2]").metrics
+    alone = run_with(FLOAT, "clip=int8_rowwise", "clip.components=[text_encoder_2]").metrics
 
     assert (
         run.metrics["memory/text_encoder_bytes"]
@@ -261,8 +261,8 @@ def test_memory_is_that_of_codes_and_scales(
     )
 
 
-def test_embeddings_are_compared_token_by_token(drawn: Callable[..., Drawn]) -> None:
-    run = drawn(*BOTH)
+def test_embeddings_are_compared_token_by_token(run_with: Callable[..., FinishedRun]) -> None:
+    run = run_with(*BOTH)
     pairs = encoded(run, "int8")
 
     assert len(pairs) == 2
@@ -282,13 +282,13 @@ def test_embeddings_are_compared_token_by_token(drawn: Callable[..., Drawn]) -> 
     assert 0.001 < run.metrics["clip/rel_err"] < 0.05
 
 
-def test_the_table_on_the_terminal(drawn: Callable[..., Drawn]) -> None:
+def test_the_table_on_the_terminal(run_with: Callable[..., FinishedRun]) -> None:
     shown = {}
     for name in ("int8_rowwise", "keep"):
         console = Console(file=StringIO(), width=100)
         console.print(
             build_result_table(
-                "t", drawn(*(BOTH if name == "int8_rowwise" else ["clip=keep"])).metrics, "ours"
+                "t", run_with(*(BOTH if name == "int8_rowwise" else ["clip=keep"])).metrics, "ours"
             )
         )
         shown[name] = console.file.getvalue()  # type: ignore[attr-defined]
@@ -299,8 +299,8 @@ def test_the_table_on_the_terminal(drawn: Callable[..., Drawn]) -> None:
     assert "1.0 MB" in shown["int8_rowwise"]
 
 
-def test_without_a_format_or_a_file_nothing_changes(drawn: Callable[..., Drawn]) -> None:
-    kept, auto = drawn("clip=keep"), drawn("clip=auto")
+def test_without_a_format_or_a_file_nothing_changes(run_with: Callable[..., FinishedRun]) -> None:
+    kept, auto = run_with("clip=keep"), run_with("clip=auto")
 
     assert same(kept.latents, auto.latents)
     assert same(kept.floats, auto.floats)
@@ -312,8 +312,8 @@ def test_without_a_format_or_a_file_nothing_changes(drawn: Callable[..., Drawn])
     assert not (auto.result.output_dir / "text_encoders.csv").exists()
 
 
-def test_float_images_are_those_of_the_float_encoders(drawn: Callable[..., Drawn]) -> None:
-    kept, quantized = drawn("clip=keep"), drawn("clip=nvfp4")
+def test_float_images_are_those_of_the_float_encoders(run_with: Callable[..., FinishedRun]) -> None:
+    kept, quantized = run_with("clip=keep"), run_with("clip=nvfp4")
 
     assert same(quantized.floats, kept.floats)
     assert not same(quantized.latents, kept.latents)
@@ -321,9 +321,9 @@ def test_float_images_are_those_of_the_float_encoders(drawn: Callable[..., Drawn
 
 
 def test_with_a_float_denoiser_the_encoders_alone_differ(
-    drawn: Callable[..., Drawn], floats: dict[str, nn.Module]
+    run_with: Callable[..., FinishedRun], floats: dict[str, nn.Module]
 ) -> None:
-    run, kept = drawn(FLOAT, "clip=nvfp4"), drawn("clip=keep")
+    run, kept = run_with(FLOAT, "clip=nvfp4"), run_with("clip=keep")
 
     assert same(run.floats, kept.floats)
     assert not same(run.latents, run.floats)
@@ -529,8 +529,8 @@ def test_blocks_that_do_not_divide_a_layer(
     } == {Int8Linear}
 
 
-def test_some_of_the_encoders(drawn: Callable[..., Drawn], floats: dict[str, nn.Module]) -> None:
-    run = drawn(FLOAT, "clip=int8_rowwise", "clip.components=[text_encoder_2]")
+def test_some_of_the_encoders(run_with: Callable[..., FinishedRun], floats: dict[str, nn.Module]) -> None:
+    run = run_with(FLOAT, "clip=int8_rowwise", "clip.components=[text_encoder_2]")
 
     assert set(run.modules) == {"text_encoder_2"}
     assert {row["name"].split(".")[0] for row in run.rows} == {"text_encoder_2"}
@@ -547,8 +547,10 @@ def test_some_of_the_encoders(drawn: Callable[..., Drawn], floats: dict[str, nn.
 
 
 @pytest.mark.parametrize("baseline", ["none", "cached"])
-def test_without_float_images_no_float_encoder_is_held(baseline: str, drawn: Callable[..., Drawn]) -> None:
-    run, whole = drawn("clip=mxfp8", f"metrics.baseline={baseline}"), drawn("clip=mxfp8")
+def test_without_float_images_no_float_encoder_is_held(
+    baseline: str, run_with: Callable[..., FinishedRun]
+) -> None:
+    run, whole = run_with("clip=mxfp8", f"metrics.baseline={baseline}"), run_with("clip=mxfp8")
 
     assert same(run.latents, whole.latents), "the same pictures with less memory"
     assert set(run.built.text_encoders) == {"int8"}
@@ -580,17 +582,19 @@ def test_without_float_images_no_float_encoder_is_held(baseline: str, drawn: Cal
 
 
 def test_one_encoder_of_two_is_loaded_whole(
-    drawn: Callable[..., Drawn], floats: dict[str, nn.Module]
+    run_with: Callable[..., FinishedRun], floats: dict[str, nn.Module]
 ) -> None:
-    run = drawn(FLOAT, "clip=int8_rowwise", "clip.components=[text_encoder_2]", "metrics.baseline=none")
+    run = run_with(FLOAT, "clip=int8_rowwise", "clip.components=[text_encoder_2]", "metrics.baseline=none")
 
-    assert same(run.latents, drawn(FLOAT, "clip=int8_rowwise", "clip.components=[text_encoder_2]").latents)
+    assert same(run.latents, run_with(FLOAT, "clip=int8_rowwise", "clip.components=[text_encoder_2]").latents)
     assert torch.equal(answer(run.built.pipe.text_encoder), answer(floats["text_encoder"]))
 
 
-def test_images_for_the_calibration_are_generated_with_float_encoders(drawn: Callable[..., Drawn]) -> None:
+def test_images_for_the_calibration_are_generated_with_float_encoders(
+    run_with: Callable[..., FinishedRun],
+) -> None:
     words = ("outlier=smoothquant", "calibration.prompts=[b]", "metrics.baseline=none")
-    run, kept = drawn("clip=nvfp4", *words), drawn("clip=keep", *words)
+    run, kept = run_with("clip=nvfp4", *words), run_with("clip=keep", *words)
 
     assert "float" in run.built.text_encoders
     assert run.built.pipe.text_encoder is run.modules["text_encoder"]
@@ -634,9 +638,9 @@ def test_a_file_finds_its_place(
 
 
 def test_files_by_component(
-    drawn: Callable[..., Drawn], files: dict[str, Any], floats: dict[str, nn.Module]
+    run_with: Callable[..., FinishedRun], files: dict[str, Any], floats: dict[str, nn.Module]
 ) -> None:
-    run = drawn(
+    run = run_with(
         "clip=auto",
         f"clip.path={{text_encoder: {files['clip']}, text_encoder_2: {files['t5']}}}",
         "clip.kernel_backend=dequantize",
@@ -651,7 +655,7 @@ def test_files_by_component(
         )
     assert run.metrics["clip/layers_quantized"] == 12
     assert "clip/weight_sqnr_db_mean" not in run.metrics
-    assert same(run.floats, drawn("clip=keep").floats)
+    assert same(run.floats, run_with("clip=keep").floats)
     assert CONTRACT - set(run.metrics) == {
         "clip/weight_sqnr_db_mean",
         "clip/weight_sqnr_db_min",
@@ -659,10 +663,10 @@ def test_files_by_component(
 
 
 def test_a_file_from_the_command_line_without_a_baseline(
-    drawn: Callable[..., Drawn], files: dict[str, Any]
+    run_with: Callable[..., FinishedRun], files: dict[str, Any]
 ) -> None:
     words = (FLOAT, "clip=auto", f"clip.path={files['clip']}")
-    run, whole = drawn(*words, "metrics.baseline=none"), drawn(*words)
+    run, whole = run_with(*words, "metrics.baseline=none"), run_with(*words)
 
     assert same(run.latents, whole.latents)
     assert set(run.modules) == {"text_encoder"}
@@ -868,9 +872,9 @@ def rounded(weight: Tensor, word: str) -> Tensor:
 
 @pytest.mark.parametrize("word", ["int8_rowwise", "int8_convrot", "float8_e4m3fn_blockwise", "nvfp4"])
 def test_a_lora_is_rounded_with_the_weight(
-    word: str, drawn: Callable, files: dict[str, Any], floats: dict[str, nn.Module]
+    word: str, run_with: Callable, files: dict[str, Any], floats: dict[str, nn.Module]
 ) -> None:
-    run = drawn(FLOAT, f"clip={word}", "clip.kernel_backend=dequantize", lora(files["lora"], 1.5))
+    run = run_with(FLOAT, f"clip={word}", "clip.kernel_backend=dequantize", lora(files["lora"], 1.5))
 
     assert run.metrics["lora/modules_matched"] == 12
 
@@ -891,14 +895,14 @@ def test_a_lora_is_rounded_with_the_weight(
 
 @pytest.mark.parametrize("source", ["on the fly", "file"])
 def test_strength_0_is_the_encoder_without_the_lora(
-    source: str, drawn: Callable[..., Drawn], files: dict[str, Any]
+    source: str, run_with: Callable[..., FinishedRun], files: dict[str, Any]
 ) -> None:
     path = f"clip.path={{text_encoder: {files['clip']}, text_encoder_2: {files['t5']}}}"
     words = (FLOAT, *(["clip=int8_rowwise"] if source == "on the fly" else ["clip=auto", path]))
     without, off, on = (
-        drawn(*words),
-        drawn(*words, lora(files["lora"], 0.0)),
-        drawn(*words, lora(files["lora"], 1.0)),
+        run_with(*words),
+        run_with(*words, lora(files["lora"], 0.0)),
+        run_with(*words, lora(files["lora"], 1.0)),
     )
 
     assert same(without.latents, off.latents)
@@ -909,16 +913,16 @@ def test_strength_0_is_the_encoder_without_the_lora(
         assert torch.equal(answer(off.modules[component]), answer(module))
         assert not torch.equal(answer(on.modules[component]), answer(module))
 
-    bare = drawn(*words, lora(files["lora"], 1.0), "metrics.baseline=none")
+    bare = run_with(*words, lora(files["lora"], 1.0), "metrics.baseline=none")
 
     assert same(bare.latents, on.latents), "without float encoders beside them"
 
 
 def test_a_lora_on_a_files_weights(
-    drawn: Callable[..., Drawn], files: dict[str, Any], floats: dict[str, nn.Module]
+    run_with: Callable[..., FinishedRun], files: dict[str, Any], floats: dict[str, nn.Module]
 ) -> None:
     path = f"clip.path={{text_encoder: {files['clip']}, text_encoder_2: {files['t5']}}}"
-    run = drawn(FLOAT, "clip=auto", path, "clip.kernel_backend=dequantize", lora(files["lora"], 1.5))
+    run = run_with(FLOAT, "clip=auto", path, "clip.kernel_backend=dequantize", lora(files["lora"], 1.5))
     for component, name in (("text_encoder", "clip"), ("text_encoder_2", "t5")):
         file, built = files["files"][name], run.built.encoders.built[component]
         weights = with_lora(component, files["lora"], 1.5, file.real, floats[component])
@@ -933,7 +937,7 @@ def test_a_lora_on_a_files_weights(
 
 @pytest.mark.parametrize("word", ["nvfp4_modelopt", "int8 in groups", "int8_blockwise", "mxfp8"])
 def test_a_lora_on_weights_in_formats_that_are_not_written(
-    word: str, drawn: Callable, files: dict, floats: dict, tmp_path: Path
+    word: str, run_with: Callable, files: dict, floats: dict, tmp_path: Path
 ) -> None:
     module = floats["text_encoder_2"]
     file = file_of(module, word if word != "int8 in groups" else "int8_block3d")
@@ -943,7 +947,7 @@ def test_a_lora_on_weights_in_formats_that_are_not_written(
             if name.endswith("weight_scale"):
                 file.tensors[name] = stored._replace(shape=stored.shape[:2])
     path, asked_for = file.write(tmp_path / "x.safetensors"), word if word == "nvfp4_modelopt" else "auto"
-    run = drawn(
+    run = run_with(
         FLOAT,
         f"clip={asked_for}",
         f"clip.path={path}",
@@ -985,19 +989,21 @@ def test_strengths_there_and_back(words: list[str], files: dict[str, Any], tmp_p
     process_cache.clear()
 
 
-def test_text_strength_of_quantized_encoders(drawn: Callable[..., Drawn], files: dict[str, Any]) -> None:
+def test_text_strength_of_quantized_encoders(
+    run_with: Callable[..., FinishedRun], files: dict[str, Any]
+) -> None:
     words = (FLOAT, "clip=int8_rowwise")
-    quiet = drawn(*words, lora(files["lora"], 1.0, text_strength=0.0))
+    quiet = run_with(*words, lora(files["lora"], 1.0, text_strength=0.0))
 
-    assert same(quiet.latents, drawn(*words).latents)
+    assert same(quiet.latents, run_with(*words).latents)
 
-    loud = drawn(*words, lora(files["lora"], 0.0, text_strength=1.0))
+    loud = run_with(*words, lora(files["lora"], 0.0, text_strength=1.0))
 
-    assert same(loud.latents, drawn(*words, lora(files["lora"], 1.0)).latents)
+    assert same(loud.latents, run_with(*words, lora(files["lora"], 1.0)).latents)
 
 
 def test_a_loras_bias(
-    filled: Callable, drawn: Callable, files: dict[str, Any], floats: dict[str, nn.Module], tmp_path: Path
+    filled: Callable, run_with: Callable, files: dict[str, Any], floats: dict[str, nn.Module], tmp_path: Path
 ) -> None:
     name, module = "encoder.layers.0.mlp.fc1", floats["text_encoder"]
     bias = torch.linspace(-1, 1, WIDTH)
@@ -1010,7 +1016,7 @@ def test_a_loras_bias(
         "metrics.baseline=none",
         "model.dtype=bfloat16",
     )
-    run = drawn(*words, lora(path, 2.0))
+    run = run_with(*words, lora(path, 2.0))
     layer = run.modules["text_encoder"].get_submodule(name)
 
     assert_close("bias", layer.bias, module.get_submodule(name).bias + 2 * bias, 0.005)

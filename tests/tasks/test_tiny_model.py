@@ -36,9 +36,9 @@ def drawings() -> dict[str, np.ndarray]:
     return {name: sheet[y : y + CELL, x : x + CELL] for name, (y, x) in zip(names, cells, strict=True)}
 
 
-def nearest(picture: Path, drawings: dict[str, np.ndarray]) -> str:
+def find_nearest(image: Path, drawings: dict[str, np.ndarray]) -> str:
     """The drawing with the least pixel MSE."""
-    pixels = np.asarray(Image.open(picture).convert("RGB"), dtype=np.float32)
+    pixels = np.asarray(Image.open(image).convert("RGB"), dtype=np.float32)
     return min(drawings, key=lambda name: float(((pixels - drawings[name]) ** 2).mean()))
 
 
@@ -51,8 +51,8 @@ def test_int8_images_are_the_right_ones_and_close_to_float(
     prompts = ",".join(f"'{n.replace('-', ' ')}'" for n in names)
     overrides = [f"prompts.prompts=[{prompts}]", f"outlier={outlier}", "tracker=none", "sampler.batch=5"]
     metrics = run_job(overrides, tmp_path).metrics
-    pictures = sorted(p for p in (tmp_path / "images").iterdir() if "float" not in p.name)
-    found = [nearest(p, drawings) for p in pictures]
+    images = sorted(p for p in (tmp_path / "images").iterdir() if "float" not in p.name)
+    found = [find_nearest(image, drawings) for image in images]
 
     assert len(found) == len(names) == 15
     assert sum(f == n for f, n in zip(found, names, strict=True)) / len(names) >= 0.8, list(
