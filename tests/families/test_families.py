@@ -15,6 +15,7 @@ import yaml
 from families.instance_sets import INSTANCES, LONG_TAIL, NAMED_AS, NAMES
 from families.instances import OTHERS
 from support.helpers import CONF, NEVER_FLOAT
+from support.parameter_ids import name_parameter
 from torch import nn
 
 from int8run.backends.base import Limits
@@ -388,12 +389,12 @@ FOREIGN = {
 }
 
 
-@pytest.mark.parametrize(("family", "keys"), AUTHORS.items())
+@pytest.mark.parametrize(("family", "keys"), AUTHORS.items(), ids=name_parameter)
 def test_file_with_original_names_is_detected(family, keys):
     assert [name for name, _ in find_fingerprint(keys)] == [family]
 
 
-@pytest.mark.parametrize(("name", "keys"), FOREIGN.items())
+@pytest.mark.parametrize(("name", "keys"), FOREIGN.items(), ids=name_parameter)
 def test_file_of_another_model_is_not_detected(name, keys):
     assert find_fingerprint(keys) == set()
 

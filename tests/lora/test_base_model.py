@@ -7,6 +7,7 @@ import diffusers
 import pytest
 import torch
 import yaml
+from support.parameter_ids import name_parameter
 from torch import nn
 
 from int8run.checkpoints.header import read_header
@@ -396,6 +397,7 @@ def test_size_is_read_from_every_adapter_type(parts):
         dict(hada_w1_a=[4, 18432], hada_w1_b=[4, 3072], hada_t1=[4, 4]),
         dict(lokr_w1=[8, 8], lokr_w2_a=[4, 16], lokr_t2=[4, 4]),
     ],
+    ids=name_parameter,
 )
 def test_size_is_unknown_with_a_core_tensor(parts):
     assert (

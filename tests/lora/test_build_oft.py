@@ -12,6 +12,7 @@ from peft.tuners.boft import layer as boft_layer
 from safetensors.torch import load_file, save_file
 from support.compare import assert_close
 from support.helpers import TinyModel, randn
+from support.parameter_ids import name_parameter
 from torch import Tensor, nn
 
 from int8run.errors import LoraError
@@ -382,19 +383,13 @@ def test_rotated_inputs_are_the_same_for_all_rows() -> None:
             "has parts of several adapter types: down, oft_",
         ),
     ],
+    ids=name_parameter,
 )
 def test_what_does_not_fit_is_refused(
     tensors: dict[str, Tensor], settings: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(LoraError, match=f"^{message}"):
         build(tensors, settings)
-
-
-def spell_parameter(value: object) -> str:
-    """Of a parameter: the names of tensors, all else as it is."""
-    if isinstance(value, dict):
-        return " + ".join(value)
-    return str(value)
 
 
 @pytest.mark.parametrize(
@@ -417,7 +412,7 @@ def spell_parameter(value: object) -> str:
             "rotates 192 rows, the mod",
         ),
     ],
-    ids=spell_parameter,
+    ids=name_parameter,
 )
 def test_another_shape_is_refused(tensors: dict[str, Tensor], shape: tuple[int, ...], message: str) -> None:
     delta = build(tensors | {"alpha": torch.tensor(1.0)}).weight_delta

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import diffusers
 import pytest
+from support.parameter_ids import name_parameter
 
 from int8run.errors import ConfigError
 from int8run.lora.base_model import load_table as base_table
@@ -344,6 +345,7 @@ GOOD = LCM.sampling
             "the scheduler is EulerDiscreteScheduler; lcm on sdxl is made for LCMScheduler",
         ),
     ],
+    ids=name_parameter,
 )
 def test_contradicting_setting_is_listed(change, line):
     assert list_differences(LCM, replace(GOOD, **change)) == [line]

@@ -5,6 +5,7 @@ import random
 import string
 
 import pytest
+from support.parameter_ids import name_parameter
 
 from int8run.lora.metadata import describe_header, detect_trainer
 from int8run.lora.trigger_words import (
@@ -86,6 +87,7 @@ def test_hint_without_trigger_words_gives_none(lora, hint):
         (".metadata.json", {"trainedWords": ["ink style"]}),
         (".metadata.json", {"civitai": {"trainedWords": ["ink style"]}}),
     ],
+    ids=name_parameter,
 )
 def test_trigger_words_are_found_in_sidecar_files(lora, suffix, content):
     lora.with_name(f"style.v2{suffix}").write_text(json.dumps(content))
@@ -158,6 +160,7 @@ def test_class_tokens_in_folder_names_are_guesses(lora):
         ({"a": True, "b": "3", "c": 2.5, "d": None, "e": -1}, None),
         ([], None),
     ],
+    ids=name_parameter,
 )
 def test_tags_of_almost_every_caption_are_guesses(lora, counts, words):
     found = find_trigger_words(lora, {"ss_tag_frequency": json.dumps({"10_x": counts})})
@@ -435,6 +438,7 @@ def test_missing_words_are_appended():
         ({}, ["double_blocks.0.processor.qkv_lora1.down.weight"], "diffusers layout, old or xlabs"),
         ({}, ["x.weight"], None),
     ],
+    ids=name_parameter,
 )
 def test_trainer_is_detected(metadata, keys, name):
     assert detect_trainer(metadata, iter(keys)) == name

@@ -11,6 +11,7 @@ from diffusers import (
     WanTransformer3DModel,
 )
 from support.helpers import TinyModel, to_int8
+from support.parameter_ids import name_parameter
 from torch import nn
 
 from int8run.errors import LoraError
@@ -103,6 +104,7 @@ ONE = "single_transformer_blocks.0"
         ("norm_out.linear", (ModuleTarget("norm_out.linear"),)),
         ("guidance_in.out_layer", (ModuleTarget("time_text_embed.guidance_embedder.linear_2"),)),
     ],
+    ids=name_parameter,
 )
 def test_flux_names_have_their_targets(flux, name, places):
     assert flux.find_targets(name) == places
@@ -491,6 +493,7 @@ def test_mapping_that_adds_a_level_ends():
         (("norm2", "norm3"), (KeyMapping("norm3", ("norm2",)),), "norm3"),
         (("a", "b"), (KeyMapping("n_m", ("a",)), KeyMapping("n.m", ("b",))), "n.m"),
     ],
+    ids=name_parameter,
 )
 def test_ambiguous_name_alone_is_rejected(names, rules, asked):
     table = NameTable({"other": nn.Linear(2, 2), **{name: nn.Linear(2, 2) for name in names}}, rules)

@@ -9,6 +9,7 @@ import torch
 import transformers
 from diffusers.loaders import lora_conversion_utils as lora_converters
 from support.original_families import FAMILIES, HIDDEN, Family, tiny
+from support.parameter_ids import name_parameter
 from torch import Tensor, nn
 
 from int8run.errors import ConfigError
@@ -250,6 +251,7 @@ def test_ltx2_names_match_the_lora_converter_of_diffusers():
             },
         ),
     ],
+    ids=name_parameter,
 )
 def test_loose_names_are_found(key, names):
     table = NameTable.from_model(tiny(FAMILIES[key]))
@@ -352,6 +354,7 @@ def make_text_encoders() -> dict[str, nn.Module]:
             ["visual.blocks.0.attn.qkv", "model.visual.blocks.0.attn.qkv"],
         ),
     ],
+    ids=name_parameter,
 )
 def test_text_encoder_names_may_lack_outer_levels(cls, names):
     model = make_text_encoders()[cls]
@@ -398,7 +401,9 @@ def test_ldm_resnet_names_are_found(key):
             assert (wanted is None) == (native == "middle_block.0" and here == "conv_shortcut")
 
 
-@pytest.mark.parametrize("key, names", [("sd15", ["2.1", "5.2", "8.2"]), ("sdxl", ["2.2", "5.2"])])
+@pytest.mark.parametrize(
+    "key, names", [("sd15", ["2.1", "5.2", "8.2"]), ("sdxl", ["2.2", "5.2"])], ids=name_parameter
+)
 def test_ldm_upsamplers_follow_the_attention(key, names):
     table = NameTable.from_model(tiny(FAMILIES[key]))
 
@@ -590,6 +595,7 @@ def test_shipped_classes_exist():
         ("a+", "aa", None),
         ("a.2-1.**", "a.2-1.b", ((), "b")),
     ],
+    ids=name_parameter,
 )
 def test_pattern_matches_and_captures(pattern, name, found):
     match = match_pattern(pattern, name)

@@ -8,6 +8,7 @@ from math import prod
 import pytest
 import torch
 from support.original_families import FAMILIES, Family, tiny
+from support.parameter_ids import name_parameter
 from torch import Tensor
 
 from int8run.errors import ConfigError, FileError
@@ -319,6 +320,7 @@ def test_class_without_mappings_keeps_its_names():
         ),
         ({"single_blocks.0.linear1.weight": (24, 8)}, r"need rows that do not go together"),
     ],
+    ids=name_parameter,
 )
 def test_file_that_does_not_fit_is_an_error(file, message):
     shapes = {

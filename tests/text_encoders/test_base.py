@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from support.parameter_ids import name_parameter
 from torch import nn
 
 from int8run.errors import ConfigError
@@ -50,6 +51,7 @@ def test_is_quantized_unless_encoders_stay_as_they_are() -> None:
         ({"format": "nvfp4", "components": []}, r"^clip\.components is \[\]; it takes a list"),
         ({"format": "auto", "path": {}}, r"^clip\.path is \{\}; it takes a file, or a mapping"),
     ],
+    ids=name_parameter,
 )
 def test_contradictory_settings_are_an_error(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):

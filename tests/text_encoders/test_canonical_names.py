@@ -9,6 +9,7 @@ from diffusers.loaders.single_file_utils import (
     convert_sd3_t5_checkpoint_to_diffusers,
 )
 from safetensors.torch import load_file
+from support.parameter_ids import name_parameter
 from text_encoders.shapes import (
     SMALL,
     WAN,
@@ -285,6 +286,7 @@ def test_projection_is_dropped_for_a_class_without_one():
             "holds text_model.encoder.layers.0.mlp.fc1.weight of the clip twice: as text_model",
         ),
     ],
+    ids=name_parameter,
 )
 def test_file_that_does_not_fit_is_an_error(change, message):
     encoder, shapes = get_encoder("clip"), make_clip_shapes(64, 1)

@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from support.parameter_ids import name_parameter
 from text_encoders.shapes import SMALL, make_clip_shapes, make_t5_shapes
 from text_encoders.tiny_encoders import TINY, tiny_model
 
@@ -150,6 +151,7 @@ DENOISER = [key.replace("*", "0") for key in load_families()["flux"].fingerprint
             "t5_old would have .*wi.w",
         ),
     ],
+    ids=name_parameter,
 )
 def test_file_without_an_encoder_is_an_error_that_says_what_it_is(shapes, message):
     with pytest.raises(FileError, match="the file holds no text encoder that is known: ") as error:
@@ -177,6 +179,7 @@ LAYER = "model.layers.0"
             | {"model.layers.5.self_attn.v_proj.weight": (8, 8)},
         ),
     ],
+    ids=name_parameter,
 )
 def test_known_but_unsupported_encoder_is_an_error(name, shapes):
     with pytest.raises(

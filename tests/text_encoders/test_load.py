@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from support.clip_files import answer, changed, file_of
 from support.compare import assert_close
+from support.parameter_ids import name_parameter
 from support.tiny_pipeline import random_pipeline
 from text_encoders.files import File, make_encoder_file
 
@@ -131,6 +132,7 @@ def test_casts_beside_layers_with_a_scale_per_row_are_one_format(tmp_path: Path)
         (["int8_rowwise", "int8_convrot"], "int8_convrot"),
         (["float8_e4m3fn_block3d", "float8_e4m3fn_rowwise"], "float8_e4m3fn_block3d"),
     ],
+    ids=name_parameter,
 )
 def test_broader_format_accepts_narrower_ones(words: list[str], asked: str, tmp_path: Path) -> None:
     """ComfyUI's word for all of int8; casts; and what a layer becomes that the format cannot take."""

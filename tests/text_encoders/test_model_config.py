@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers
+from support.parameter_ids import name_parameter
 from text_encoders.shapes import (
     QWEN3_VL,
     SMALL,
@@ -417,6 +418,7 @@ ATTENTION = "encoder.block.0.layer.0.SelfAttention"
             "no model.embed_tokens.weight, which says the vocab_size of llama",
         ),
     ],
+    ids=name_parameter,
 )
 def test_size_that_cannot_be_derived_is_an_error(name, change, message):
     shapes = {

@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 import transformers
+from support.parameter_ids import name_parameter
 from text_encoders.shapes import fill_model, has_same_output, make_clip_shapes, shapes_of
 from text_encoders.tiny_encoders import LLM, QWEN25, T5, TINY, tiny_model
 
@@ -151,6 +152,7 @@ def test_skeleton_buffers_are_those_of_the_model():
         ("T5EncoderModel", T5 | {"d_model": "wide"}, FileError, "the config does not fit T5EncoderModel: "),
         ("LlamaModel", LLM | {"pad_token_id": 99}, FileError, "the config does not fit LlamaModel: "),
     ],
+    ids=name_parameter,
 )
 def test_skeleton_that_cannot_be_built_is_an_error(cls, config, error, message):
     with pytest.raises(error, match=message):
