@@ -123,7 +123,7 @@ RULES = {
 CONCRETE = {
     "backends": {"base", "registry", "autotune_cache"},
     "outlier": {"base", "auto"},  # `outlier=auto` is a choice among the others
-    "tracking": {"base", "process_identity", "run_record", "secrets"},
+    "tracking": {"base", "process_identity", "run_record", "secrets", "setting_names"},
 }  # folder -> modules that are none
 SERVES_ALL = {
     "checkpoints",
