@@ -145,7 +145,7 @@ def measure_mode(case: Planted, outlier: OutlierMethod, name: str) -> Row:
     row = {
         "outlier": outlier.name,
         "lora_share": case.share,
-        "rms_steps": round(stack.compute_median_steps(0) or 0, 3),
+        "rms_steps": round(stack.sizes.compute_median_steps(0) or 0, 3),
         "mode": name,
         "effect_error": compute_relative_error(effect - case.wanted, case.wanted),
         "gain": ((effect * case.wanted).sum() / case.wanted.square().sum()).item(),

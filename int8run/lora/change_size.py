@@ -1,15 +1,16 @@
-"""How large the changes of a LoRA are, measured on the INT8 layers: a warning where they break images.
+"""How large the changes of LoRAs are, measured on the INT8 layers: a warning where they break images.
 
-`LoraStack.attach` measures each change, a run warns of the strengths that it uses.
+`LoraStack.attach` records each change, a run warns of the strengths that it uses.
 """
 
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from int8run.layers.int8_linear import Int8Linear
+from int8run.lora.apply import IndexedChanges
 
 # Share of a weight beyond which a change breaks images. Measured with `ink` on the shipped tiny model, six
 # prompts: at 58 % (strength 1) all images are whole, at 87 % (1.5) their outlines dissolve, at 115 % (2)
@@ -45,9 +46,49 @@ def measure_change(delta: Tensor, weight: Tensor, layer: Int8Linear) -> ChangeSi
     )
 
 
-def compute_median_steps(sizes: Sequence[ChangeSize]) -> float:
-    """The typical size of the changes, in steps of the layers' grids."""
-    return statistics.median(size.steps for size in sizes)
+@dataclass(frozen=True)
+class ChangeSizes:
+    """The sizes of the changes that the LoRAs of a stack make.
+
+    Args:
+        by_lora: index of the LoRA -> one for each INT8 layer that it changes.
+    """
+
+    by_lora: dict[int, list[ChangeSize]] = field(default_factory=dict)
+
+    def record(self, layer: Int8Linear, changes: IndexedChanges, read_weight: Callable[[], Tensor]) -> None:
+        """Measure the changes of one INT8 layer's weight.
+
+        Args:
+            layer: made from the weight.
+            changes: of the layer, by index of the LoRA.
+            read_weight: gives the weight without any LoRA, [N, K].
+        """
+        for index, change in changes:
+            if change.weight_delta is not None:
+                weight = read_weight()
+                size = measure_change(change.weight_delta.compute_delta(weight), weight, layer)
+                self.by_lora.setdefault(index, []).append(size)
+
+    def compute_median_steps(self, index: int) -> float | None:
+        """The typical size of a LoRA's changes in steps of the layers' grids; None: no INT8 layer has it."""
+        if index not in self.by_lora:
+            return None
+        return statistics.median(size.steps for size in self.by_lora[index])
+
+    def list_large_changes(self, names: Sequence[str], strengths: Sequence[float]) -> list[str]:
+        """A warning for each LoRA that changes the INT8 layers so much that images break.
+
+        Args:
+            names: of the LoRAs.
+            strengths: at which they are used, one for each.
+        """
+        warnings = []
+        for index, sizes in sorted(self.by_lora.items()):
+            warning = describe_large_change(names[index], strengths[index], sizes)
+            if warning is not None:
+                warnings.append(warning)
+        return warnings
 
 
 def describe_large_change(name: str, strength: float, sizes: Sequence[ChangeSize]) -> str | None:

@@ -36,7 +36,7 @@ EXPERTS = ("transformer", "transformer_2")
 
 @dataclass(frozen=True)
 class Matches:
-    """What a stack changes in a model.
+    """What a stack changes in a model. A LoRA is meant by its index in the stack.
 
     Args:
         by_component: component -> module -> (index of the LoRA in the stack, its change).
@@ -58,6 +58,24 @@ class Matches:
         for modules in self.by_component.values():
             num_pairs += sum(len(changes) for changes in modules.values())
         return num_pairs
+
+    def count_modules(self, index: int) -> dict[str, int]:
+        """How many modules of each component a LoRA changes."""
+        counts = {}
+        for component, modules in self.by_component.items():
+            counts[component] = 0
+            for changes in modules.values():
+                counts[component] += sum(changing == index for changing, _ in changes)
+        return counts
+
+    def count_unmatched(self, index: int) -> int:
+        """How much of a LoRA is not applied."""
+        return sum(lora == index for lora, _, _ in self.unmatched)
+
+    def changes_text_encoder(self, index: int) -> bool:
+        """Whether a LoRA changes a text encoder."""
+        counts = self.count_modules(index)
+        return any(count for component, count in counts.items() if component != DENOISER)
 
 
 @dataclass(frozen=True)

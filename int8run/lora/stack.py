@@ -5,7 +5,7 @@ in steps of its own (`int8run.pipeline.build`): match, install, then attach to t
 """
 
 import logging
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -14,13 +14,8 @@ from torch import Tensor, nn
 
 from int8run.errors import ConfigError, check_choice
 from int8run.layers.int8_linear import Int8Linear
-from int8run.lora.apply import DynamicLayer, IndexedChanges, Int8LoraLayer
-from int8run.lora.change_size import (
-    ChangeSize,
-    compute_median_steps,
-    describe_large_change,
-    measure_change,
-)
+from int8run.lora.apply import DynamicLayer, Int8LoraLayer
+from int8run.lora.change_size import ChangeSizes
 from int8run.lora.config import MODES
 from int8run.lora.entries import Entry, check_strengths, describe_entry, warn_duplicates
 from int8run.lora.find import find_lora, get_default_name
@@ -93,7 +88,7 @@ class LoraStack:
         self.entries: list[Entry] = []
         self.matches = Matches({}, ())
         self.installed = InstalledLoras()
-        self.sizes: dict[int, list[ChangeSize]] = {}  # of each LoRA, one for each INT8 layer
+        self.sizes = ChangeSizes()
 
     @staticmethod
     def of(denoiser: GivenModel) -> "LoraStack | None":
@@ -195,7 +190,7 @@ class LoraStack:
         for installed in (self.installed, *find_left_behind(self.parts.values())):
             installed.restore()
         self.entries, self.matches = [], Matches({}, ())
-        self.installed, self.sizes = InstalledLoras(), {}
+        self.installed, self.sizes = InstalledLoras(), ChangeSizes()
 
     def set_strength(self, name: str, strength: float, text_strength: float | None = None) -> None:
         """Change the strength of one LoRA; in dynamic mode that writes a few numbers per layer.
@@ -315,7 +310,7 @@ class LoraStack:
         """
         earlier = self.installed.merges
         self.installed = InstalledLoras(self, [entry.name for entry in entries])
-        self.entries, self.matches, self.sizes = list(entries), matches, {}
+        self.entries, self.matches, self.sizes = list(entries), matches, ChangeSizes()
         for component, changes in matches.by_component.items():
             if changes and component not in except_for:
                 merge = FloatMerge(self.parts[component], changes, earlier.get(component))
@@ -363,7 +358,7 @@ class LoraStack:
                 continue  # its float weight has the LoRAs added
             read_weight = WeightReader(name, layer, self.merges[DENOISER] if float_weights else None)
             if float_weights:  # reading integers back only for a log line would take long
-                self.record_sizes(layer, changes, read_weight)
+                self.sizes.record(layer, changes, read_weight)
             layers[name] = maker.make(name, layer, changes, read_weight)
         self.installed.layers = layers
         for lora_layer in layers.values():
@@ -429,54 +424,10 @@ class LoraStack:
         """Of the weights with stochastic rounding, the share that the old scales would have clipped."""
         return compute_clipped_share(self.layers)
 
-    def changes_text_encoder(self, index: int) -> bool:
-        """Whether a LoRA changes a text encoder."""
-        counts = self.count_modules(index)
-        return any(count for component, count in counts.items() if component != DENOISER)
-
-    def count_modules(self, index: int) -> dict[str, int]:
-        """How many modules of each component a LoRA changes."""
-        counts = {}
-        for component, modules in self.matches.by_component.items():
-            counts[component] = 0
-            for changes in modules.values():
-                counts[component] += sum(changing == index for changing, _ in changes)
-        return counts
-
     def report(self) -> list[str]:
         """A line for each LoRA: what is in the file, and what it changes."""
-        return [self.describe(index) for index in range(len(self.entries))]
-
-    def describe(self, index: int) -> str:
-        """What is in the file of one LoRA, and what it changes."""
-        num_unmatched = sum(lora == index for lora, _, _ in self.matches.unmatched)
-        return describe_entry(self.entries[index], self.count_modules(index), num_unmatched)
-
-    def record_sizes(
-        self, layer: Int8Linear, changes: IndexedChanges, read_weight: Callable[[], Tensor]
-    ) -> None:
-        """Measure the changes of one INT8 layer's weight."""
-        for index, change in changes:
-            if change.weight_delta is not None:
-                weight = read_weight()
-                size = measure_change(change.weight_delta.compute_delta(weight), weight, layer)
-                self.sizes.setdefault(index, []).append(size)
-
-    def compute_median_steps(self, index: int) -> float | None:
-        """The typical size of a LoRA's changes in steps of the layers' grids; None: no INT8 layer has it."""
-        if index not in self.sizes:
-            return None
-        return compute_median_steps(self.sizes[index])
-
-    def list_large_changes(self, strengths: Sequence[float]) -> list[str]:
-        """A warning for each LoRA that changes the INT8 layers so much that images break.
-
-        Args:
-            strengths: at which the LoRAs are used, one for each.
-        """
-        warnings = []
-        for index, sizes in sorted(self.sizes.items()):
-            warning = describe_large_change(self.entries[index].name, strengths[index], sizes)
-            if warning is not None:
-                warnings.append(warning)
-        return warnings
+        lines = []
+        for index, entry in enumerate(self.entries):
+            num_modules = self.matches.count_modules(index)
+            lines.append(describe_entry(entry, num_modules, self.matches.count_unmatched(index)))
+        return lines

@@ -45,7 +45,7 @@ def report_loras(spec: RunSpec, loras: LoraStack) -> None:
     for line in loras.report():
         log.info("%s", line)
     for index, adapter in enumerate(spec.lora.adapters):
-        if adapter.text_strength is not None and not loras.changes_text_encoder(index):
+        if adapter.text_strength is not None and not loras.matches.changes_text_encoder(index):
             log.warning(
                 "LoRA %r has a text_strength and no part for a text encoder; it has no effect", adapter.name
             )
@@ -73,7 +73,8 @@ def attach_loras(built: BuiltModel, spec: RunSpec, rows: Mapping[str, int]) -> N
         overhead=overhead,
         max_overhead=spec.lora.max_overhead,
     )
-    for warning in built.loras.list_large_changes(spec.lora.largest_strengths):
+    loras = built.loras
+    for warning in loras.sizes.list_large_changes(loras.names, spec.lora.largest_strengths):
         log.warning("%s", warning)
 
 

@@ -438,7 +438,8 @@ def test_sizes_are_measured_in_steps_of_the_grid() -> None:
         model, int8, [{"blocks.0.1": LoraChange(Diff(0.3 * layer.scale.mean() * torch.ones(96, 64)))}], "bake"
     )
 
-    assert loras.compute_median_steps(0) == pytest.approx(0.3) and loras.compute_median_steps(1) is None
+    assert loras.sizes.compute_median_steps(0) == pytest.approx(0.3)
+    assert loras.sizes.compute_median_steps(1) is None
 
 
 def test_a_change_is_warned_of_at_the_strength_that_is_used() -> None:
@@ -448,8 +449,8 @@ def test_a_change_is_warned_of_at_the_strength_that_is_used() -> None:
 
     loras = on_int8(model, int8, [{"blocks.0.1": half}, {"blocks.0.1": half}], "bake")
 
-    assert loras.list_large_changes([1.0, -1.3]) == []
-    assert loras.list_large_changes([1.0, -3.0]) == [
+    assert loras.sizes.list_large_changes(loras.names, [1.0, -1.3]) == []
+    assert loras.sizes.list_large_changes(loras.names, [1.0, -3.0]) == [
         "LoRA 'lora1' at strength -3 changes the model's weights by 150% of their own size (median of the "
         "INT8 layers); most LoRAs change them by a few percent, beyond 70% images break: take a strength of "
         "at most 1.4"
