@@ -124,7 +124,10 @@ def count_shares(entry: Mapping[str, Any]) -> Shares:
     kinds |= {name: "convolution" for name, m in model.named_modules() if isinstance(m, CONVOLUTIONS)}
     work: Counter = Counter()
     for name, kind in kinds.items():
-        count = lambda module, inputs, output, kind=kind: work.update({kind: macs_of(module, inputs, output)})  # noqa: E731
+
+        def count(module, inputs, output, kind=kind):
+            return work.update({kind: macs_of(module, inputs, output)})
+
         model.get_submodule(name).register_forward_hook(count)
     with ExitStack() as stack:
         for owner, name, formula in BY_FORMULA:

@@ -186,7 +186,8 @@ def test_read_weight_equals_the_kernels_reference(name: str, tmp_path: Path) -> 
 
 def test_draft_of_published_vectors() -> None:
     # formats.md section 10 and 3.2, on the generator's own matrices
-    row = lambda *x: np.array([x], dtype=np.float64)  # noqa: E731
+    def row(*x):
+        return np.array([x], dtype=np.float64)
 
     assert rotate_groups(row(1, 0, 0, 0), make_regular(4)).tolist() == [[0.5, 0.5, 0.5, -0.5]]
     assert rotate_groups(row(1, 2, 3, 4), make_regular(4)).tolist() == [[1, 2, 3, 4]]

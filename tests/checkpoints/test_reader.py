@@ -34,7 +34,10 @@ TENSORS = {
 
 def is_bit_equal(a: Tensor, b: Tensor) -> bool:
     """Bit for bit, of any dtype."""
-    raw = lambda t: bytes(t.contiguous().flatten().view(torch.uint8).numpy())  # noqa: E731
+
+    def raw(t):
+        return bytes(t.contiguous().flatten().view(torch.uint8).numpy())
+
     return a.dtype == b.dtype and a.shape == b.shape and raw(a) == raw(b)
 
 

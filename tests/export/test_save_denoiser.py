@@ -105,7 +105,10 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, dict[str, Any]]]:
 
 def by_hand(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """FLUX's own names for some parameters, joined and turned by hand."""
-    split = lambda key, *sizes: np.split(tensors[key], np.cumsum(sizes)[:-1])  # noqa: E731
+
+    def split(key, *sizes):
+        return np.split(tensors[key], np.cumsum(sizes)[:-1])
+
     block, single = "transformer_blocks.1", "single_transformer_blocks.0"
     q, k, v = split("double_blocks.1.img_attn.qkv.weight", 32, 32, 32)
     one, two, three, mlp = split("single_blocks.0.linear1.weight", 32, 32, 32, 128)

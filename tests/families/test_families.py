@@ -333,7 +333,10 @@ def test_int8_latents_are_close_to_float(name):
 
 def find_fingerprint(keys):
     """(family, class) of every fingerprint that the names of a file fit."""
-    matches = lambda pattern: bool(fnmatch.filter(keys, pattern))  # noqa: E731
+
+    def matches(pattern):
+        return bool(fnmatch.filter(keys, pattern))
+
     return {
         (family.name, f.denoiser)
         for family in FAMILIES.values()

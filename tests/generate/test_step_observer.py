@@ -40,7 +40,10 @@ def call_twice(pipe: Any, arguments: dict[str, Any]) -> tuple[Seen, Seen]:
     """What the callback reports of a call, and what the scheduler shows of another."""
     pipe.set_progress_bar_config(disable=True)
     reported, watched = Seen(), Seen()
-    seed = lambda: torch.Generator().manual_seed(3)  # noqa: E731
+
+    def seed():
+        return torch.Generator().manual_seed(3)
+
     pipe(**arguments, generator=seed(), callback_on_step_end=reported.on_step_end, output_type="latent")
     with watch_scheduler(pipe, watched.on_step_end):
         pipe(**arguments, generator=seed(), output_type="latent")

@@ -233,7 +233,10 @@ def rotate_blocks(num_features: int, on_input: bool) -> OFT:
 
 def make_adapters(n: int, k: int) -> dict[str, LoraChange]:
     """One change of each kind for an [n, k] weight."""
-    pair = lambda rank, seed: LowRankPair(randn(n, rank, seed=seed), randn(rank, k, seed=seed + 1) * 0.05)  # noqa: E731
+
+    def pair(rank, seed):
+        return LowRankPair(randn(n, rank, seed=seed), randn(rank, k, seed=seed + 1) * 0.05)
+
     plain = LoRA(randn(3, k, seed=1), randn(n, 3, seed=2), 0.02)
     cores: dict[str, LoraDelta] = {
         "LoHa": LoHa(pair(2, 3), pair(2, 5), 3.0),

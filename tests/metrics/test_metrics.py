@@ -120,7 +120,9 @@ def test_means_have_their_public_names():
         {"psnr_db": 30.0, "ssim": 0.8, "latent_rel_err": 0.1},
         {"psnr_db": 40.0, "ssim": 1.0, "latent_rel_err": 0.3},
     ]
-    mean = lambda *values: average_quality([SampleQuality(v, []) for v in values])  # noqa: E731
+
+    def mean(*values):
+        return average_quality([SampleQuality(v, []) for v in values])
 
     assert mean(*values) == pytest.approx(
         {"quality/psnr_db": 35, "quality/ssim": 0.9, "quality/latent_rel_err": 0.2}

@@ -149,7 +149,10 @@ def compute_reference_ms_ssim(a, b):
     """
     taps = torch.exp(-((torch.arange(11, dtype=torch.float64) - 5) ** 2) / (2 * 1.5**2))
     window = torch.outer(taps / taps.sum(), taps / taps.sum()).expand(3, 1, 11, 11)
-    blur = lambda t: F.conv2d(t, window, groups=3)  # noqa: E731
+
+    def blur(t):
+        return F.conv2d(t, window, groups=3)
+
     a, b = image_to_tensor(a).double(), image_to_tensor(b).double()
     value = 1.0
     for scale, weight in enumerate((0.0448, 0.2856, 0.3001, 0.2363, 0.1333)):
@@ -472,7 +475,10 @@ def test_effnet_is_read_once_and_is_not_training(one_convolution, lines):
         "layer.bias": torch.zeros(4),
     }
     torch.save(state, file)
-    color = lambda *rgb: Image.new("RGB", (16, 16), rgb)  # noqa: E731
+
+    def color(*rgb):
+        return Image.new("RGB", (16, 16), rgb)
+
     rows = compare_generations(
         make_generation(color(255, 127, 127), color(9, 9, 9)),
         make_generation(color(127, 255, 127), color(9, 9, 9)),
@@ -649,7 +655,10 @@ def test_the_clip_score_of_a_video_uses_three_frames(clip):
         [make_noise_image(32, seed=s) for s in range(7)],
         [make_noise_image(32, seed=s) for s in range(7, 14)],
     )
-    made_of = lambda frames: Generation(frames=[frames], trajectories=[torch.ones(1, 4)])  # noqa: E731
+
+    def made_of(frames):
+        return Generation(frames=[frames], trajectories=[torch.ones(1, 4)])
+
     (found,) = compare_generations(made_of(ours), made_of(floats), ["a b"], ["clip_score"])
 
     assert [("clip_score" in frame, "psnr_db" in frame) for frame in found.frames] == [

@@ -223,7 +223,10 @@ class Unknown(nn.Module):
 
     def __init__(self):
         super().__init__()
-        block = lambda: nn.ModuleDict({"to_q": nn.Linear(2, 2)})  # noqa: E731
+
+        def block():
+            return nn.ModuleDict({"to_q": nn.Linear(2, 2)})
+
         self.embed = nn.Linear(2, 2)
         self.blocks = nn.ModuleList(block() for _ in range(12))
         self.head = nn.ModuleList([nn.Linear(2, 2)])

@@ -547,15 +547,18 @@ class Attention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        block = lambda: nn.ModuleDict(  # noqa: E731
-            {
-                "q": nn.Linear(8, 8),
-                "k": nn.Linear(8, 8),
-                "up": nn.Linear(8, 16),
-                "act": nn.GELU("tanh"),
-                "down": nn.Linear(16, 8),
-            }
-        )
+
+        def block():
+            return nn.ModuleDict(
+                {
+                    "q": nn.Linear(8, 8),
+                    "k": nn.Linear(8, 8),
+                    "up": nn.Linear(8, 16),
+                    "act": nn.GELU("tanh"),
+                    "down": nn.Linear(16, 8),
+                }
+            )
+
         self.blocks = nn.ModuleList(block() for _ in range(2))
         self.eval().requires_grad_(False)
 
@@ -587,7 +590,10 @@ def test_two_models_of_the_same_layers_do_not_see_each_other() -> None:
     part = assemble_int8_model(
         model, {n: m for n, m in made.items() if n not in ("blocks.0.k", "blocks.0.down")}, FAMILY
     )
-    at = lambda target, name: target.get_submodule(f"blocks.{name}")  # noqa: E731
+
+    def at(target, name):
+        return target.get_submodule(f"blocks.{name}")
+
     assert at(whole, "0.q").shared is at(whole, "0.k").shared is not None and at(part, "0.q").shared is None
     assert at(part, "1.q").shared is not at(whole, "1.q").shared
     assert (at(whole, "0.down").gelu_from, at(whole, "1.down").gelu_from, at(part, "1.down").gelu_from) == (
@@ -608,7 +614,10 @@ def test_models_of_the_same_layers_share_their_memory() -> None:
     model = Attention()
     made = made_of(model)
     one, two = assemble_int8_model(model, made, FAMILY), assemble_int8_model(model, made, FAMILY)
-    tensors = lambda m: {t.data_ptr() for t in [*m.parameters(), *m.buffers()]}  # noqa: E731
+
+    def tensors(m):
+        return {t.data_ptr() for t in [*m.parameters(), *m.buffers()]}
+
     assert tensors(one) == tensors(two) and len(tensors(one)) >= 3 * len(made)
     assert not {id(m) for m in one.modules()} & {id(m) for m in two.modules()}
 
@@ -684,7 +693,10 @@ def test_no_hook_is_left_when_a_layer_fails() -> None:
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ten dB for each layer that is float; nothing is generated."""
-    floats = lambda denoiser: sum(isinstance(m, nn.Linear) for m in denoiser.modules())  # noqa: E731
+
+    def floats(denoiser):
+        return sum(isinstance(m, nn.Linear) for m in denoiser.modules())
+
     monkeypatch.setattr(budgets, "generate", lambda pipe, component, denoisers, pictures, sampling: denoisers)
     monkeypatch.setattr(budgets, "measure_latents_db", lambda made, exact: 10.0 * floats(made))
     monkeypatch.setattr(

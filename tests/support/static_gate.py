@@ -206,7 +206,10 @@ def count(build: Build) -> Counts:
         cubin.write_bytes(compiled.asm["cubin"])
         sass = _tool("nvdisasm", "-c", str(cubin))
         usage = _tool("cuobjdump", "-res-usage", str(cubin))
-    number = lambda pattern: len(re.findall(pattern, sass))  # noqa: E731
+
+    def number(pattern):
+        return len(re.findall(pattern, sass))
+
     return Counts(
         registers=int(re.search(r"REG:(\d+)", usage)[1]),
         shared=compiled.metadata.shared,

@@ -48,7 +48,9 @@ def _repair_bfloat16() -> None:
         return TensorHandle(rounded.view(torch.int16).numpy().view(np.uint16), tl.bfloat16)
 
     def create_dot(self, a, b, *rest):
-        widen = lambda h: cast(self, h, tl.float32) if h.dtype.scalar == tl.bfloat16 else h  # noqa: E731
+        def widen(h):
+            return cast(self, h, tl.float32) if h.dtype.scalar == tl.bfloat16 else h
+
         return dot(self, widen(a), widen(b), *rest)
 
     InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot = cast_impl, create_dot

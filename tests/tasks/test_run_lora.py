@@ -482,7 +482,9 @@ def test_everything_that_the_float_model_sees_is_in_its_key(plain: RunSpec) -> N
 def test_a_build_is_another_for_other_files_modes_and_parts_but_not_for_strengths(plain: RunSpec) -> None:
     spec = replace(plain, lora=LoraSettings([Adapter("a", "a.safetensors", 1.0)]))
     adapter = spec.lora.adapters[0]
-    changed = lambda **c: replace(spec, lora=replace(spec.lora, adapters=[replace(adapter, **c)])).build_key  # noqa: E731
+
+    def changed(**c):
+        return replace(spec, lora=replace(spec.lora, adapters=[replace(adapter, **c)])).build_key
 
     assert {changed(strength=0.5), changed(text_strength=0.1), replace(spec, seed=4).build_key} == {
         spec.build_key

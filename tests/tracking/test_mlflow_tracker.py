@@ -452,7 +452,9 @@ def test_an_uploaded_run_can_be_downloaded(tracker: MlflowTracker, tmp_path: Pat
     tracker.attach_file(run_id, record.folder / "grid.png")
     tracker.download_run(run_id, tmp_path / "back")
     back = read_record(tmp_path / "back")
-    names = lambda folder: {p.relative_to(folder).as_posix() for p in folder.rglob("*")}  # noqa: E731
+
+    def names(folder):
+        return {p.relative_to(folder).as_posix() for p in folder.rglob("*")}
 
     assert names(back.folder) == names(record.folder)
 

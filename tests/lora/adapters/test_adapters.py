@@ -349,7 +349,9 @@ def test_placed_rows_are_zero_elsewhere(case, weight, start):
 @parametrize_cases(CUTTABLE)
 def test_swapped_halves_are_exchanged(case, weight):
     w = weight(case)
-    swap = lambda t: torch.cat([t[N // 2 :], t[: N // 2]])  # noqa: E731
+
+    def swap(t):
+        return torch.cat([t[N // 2 :], t[: N // 2]])
 
     swapped = LoraChange(case.weight_delta).swap_halves().weight_delta
 
