@@ -1,7 +1,8 @@
 """Build what a run needs: a pipeline, its float denoiser, the INT8 denoiser beside it, and LoRAs on both.
 
 `tasks.run` calls `build_model`; `process_cache` keeps the last model for jobs with equal settings. This is
-the last place that sees the whole RunSpec: the functions that it calls take the settings that they use.
+the last place that sees the whole RunSpec (`step_settings` makes of it what the steps take): the functions
+that it calls take the settings that they use.
 """
 
 import logging
@@ -11,6 +12,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from int8run.checkpoints.declared_format import DeclaredFormat
@@ -23,6 +25,7 @@ from int8run.layers.plan import LayerPlan
 from int8run.lora.entries import Entry
 from int8run.lora.header_info import LoraHeader
 from int8run.lora.match import Matches
+from int8run.lora.modes import Overhead
 from int8run.lora.stack import LoraStack
 from int8run.metrics.layers import count_macs, count_module_bytes
 from int8run.models.dual_denoisers import set_denoiser, split_denoiser
@@ -32,13 +35,14 @@ from int8run.pipeline.given_files import check_checkpoint_fits, check_loras_fit
 from int8run.pipeline.layer_selection import select_int8_plans
 from int8run.pipeline.load import load_model, set_offload
 from int8run.pipeline.loaded_model import LoadedModel, replace_missing_linears
-from int8run.pipeline.lora_steps import attach_loras, bake_loras, read_entries, report_loras
+from int8run.pipeline.lora_steps import bake_loras, measure_overhead, read_entries, report_loras
 from int8run.pipeline.prequantized import PrequantizedLayers, PrequantizedRequest, find_prequantized
 from int8run.pipeline.provenance import build_cache_key, build_provenance, list_baked_loras
 from int8run.pipeline.quantize_denoiser import QuantizedDenoiser, count_layer_rows, quantize_denoiser
 from int8run.pipeline.step_settings import select_load_settings, select_origin, select_quantization_settings
 from int8run.pipeline.store_layers import cache_layers, save_layers
 from int8run.pipeline.text_encoders import QuantizedEncoders, build_encoders
+from int8run.ptq.layer_costs import BranchCosts
 from int8run.report.columns import SAME_FILE_LIMITS
 from int8run.report.console import Progress
 from int8run.utils.plurals import count_noun
@@ -86,7 +90,7 @@ def build_model(
         headers: the LoRA files of the stack, in its order.
         progress: of each step.
     """
-    entries = read_entries(spec, headers)
+    entries = read_entries(spec.lora, headers)
     prepare_save(spec)
     loaded = load_model(select_load_settings(spec), progress, partial(check_given_files, spec, entries))
     warn_dequantized_baseline(spec, loaded)
@@ -104,9 +108,9 @@ def build_model(
     loras.install(entries, matches, except_for=loaded.skeleton_encoders)
     float_text_encoder_bytes = sum(map(count_module_bytes, text_encoders.values()))
     encoders = install_text_encoders(spec, loaded, matches, progress)
-    report_loras(spec, loras)
+    report_loras(spec.lora, loras)
     if spec.lora.is_baked:
-        bake_loras(spec, loaded, loras, matches)
+        bake_loras(spec.lora.strengths, loaded, loras, matches)
 
     step = trace_step(spec, loaded, probe, progress)
     built = BuiltModel(
@@ -324,6 +328,33 @@ def store_quantized(
         cache_layers(spec.cache, cache_key, quantized.layers, {**provenance, "budget": mixed_precision})
     if spec.save is not None:  # after the cache, so that nothing is lost where it cannot be written
         save_layers(spec.save, loaded, quantized.layers, provenance)
+
+
+def attach_loras(built: BuiltModel, spec: RunSpec, rows: Mapping[str, int]) -> None:
+    """Bring the LoRAs to the INT8 layers, each by the mode that it can have.
+
+    Args:
+        built: has the INT8 denoiser and the stack.
+        spec: the settings of the run.
+        rows: that each layer sees in one step, by name.
+    """
+    overhead: Overhead | None = None
+    if spec.lora.mode == "auto" and not spec.lora.is_scheduled:
+        costs = BranchCosts(spec.backend, built.device, getattr(torch, spec.model.dtype))
+        overhead = partial(measure_overhead, costs, rows)
+    # weights of int8.checkpoint were not made from the float ones in memory
+    has_own_float_weights = "float" in built.denoisers and spec.int8.checkpoint is None
+    built.loras.attach(
+        built.denoisers["int8"],
+        float_weights=has_own_float_weights,
+        rounding=spec.rounding,
+        scheduled=spec.lora.is_scheduled,
+        overhead=overhead,
+        max_overhead=spec.lora.max_overhead,
+    )
+    loras = built.loras
+    for warning in loras.sizes.list_large_changes(loras.names, spec.lora.largest_strengths):
+        log.warning("%s", warning)
 
 
 def install_candidate(built: BuiltModel, spec: RunSpec) -> None:
