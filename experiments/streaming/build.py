@@ -18,8 +18,8 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
 from measure import INT8RUN, watch_process
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from int8run.models.resolve_weights import ASSETS_FOLDER
 from int8run.utils.hardware import get_device_name
+from int8run.utils.paths import ASSETS_FOLDER
 
 COMPONENTS = {
     "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],

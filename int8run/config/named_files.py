@@ -13,8 +13,8 @@ from int8run.errors import FileError
 from int8run.generate.prompt_row import read_files
 from int8run.generate.sample_inputs import INPUT_COLUMNS
 from int8run.lora.find import find_lora
-from int8run.models.resolve_weights import is_local, to_local_path
-from int8run.utils.paths import SAFETENSORS, check_readable, expand_path
+from int8run.models.resolve_weights import is_local
+from int8run.utils.paths import SAFETENSORS, check_readable, expand_path, to_local_path
 
 
 def check_named_files(settings: Mapping[str, Any]) -> None:

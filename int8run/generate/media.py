@@ -211,6 +211,22 @@ def convert_to_rgb(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(background, rgba).convert("RGB")
 
 
+def fit_image(image: Image.Image, width: int, height: int) -> Image.Image:
+    """An image or a mask at another size, whole: where its shape differs, borders are added.
+
+    Those of an image are white, those of a mask black, so that they stay.
+
+    Args:
+        image: RGB, or L for a mask.
+        width: of the result, in pixels.
+        height: of the result.
+    """
+    if image.size == (width, height):
+        return image
+    border = "white" if image.mode == "RGB" else "black"
+    return ImageOps.pad(image, (width, height), Image.Resampling.LANCZOS, color=border)
+
+
 def is_deep(image: Image.Image) -> bool:
     """Whether an image has more than 8 bits for each shade of grey.
 

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from int8run.errors import FileError
 from int8run.generate.sample_inputs import INPUT_COLUMNS, is_file_column
 from int8run.models.sampling import SCHEDULE_ARGUMENTS
-from int8run.utils.paths import expand_path
+from int8run.utils.paths import to_local_path
 
 PROMPT, NEGATIVE_PROMPT, SEED, STRENGTH = "prompt", "negative_prompt", "seed", "strength"
 # what a row may have besides arguments of the pipeline's call
@@ -205,7 +205,7 @@ def read_files(value: object, place: str, folder: Path) -> tuple[GivenFile, ...]
             shown = format_value(location)
             raise FileError(f"{place} is {shown}; it takes the path of a file, or a list of paths")
         check_no_address(location, place)
-        path = expand_path(location.strip())
+        path = to_local_path(location.strip())
         files.append(GivenFile(place, folder / path))  # an absolute path stays as it is
     return tuple(files)
 

@@ -12,8 +12,8 @@ from huggingface_hub import snapshot_download
 from int8run.errors import FileError
 from int8run.models.hub import check_repository, make_download_error
 from int8run.models.pipeline_index import ComponentOrigin, list_components_elsewhere
-from int8run.models.resolve_weights import is_local, to_local_path
-from int8run.utils.paths import SAFETENSORS
+from int8run.models.resolve_weights import is_local
+from int8run.utils.paths import SAFETENSORS, to_local_path
 
 # files of a component besides its configs: weights, vocabularies, chat templates
 COMPONENT_SUFFIXES = (SAFETENSORS, ".txt", ".model", ".jinja")

@@ -18,12 +18,10 @@ from int8run.models.pipeline_index import (
     read_json,
     read_pipeline_index,
 )
-from int8run.utils.paths import SAFETENSORS, expand_path
+from int8run.utils.paths import SAFETENSORS, SHIPPED_PREFIX, to_local_path
 from int8run.utils.text import shorten_error
 
 log = logging.getLogger(__name__)
-ASSETS_FOLDER = Path(__file__).parents[1] / "assets"
-SHIPPED_PREFIX = "shipped:"
 # of pipelines; a single one is the denoiser, of two each has its own part of the steps
 DENOISER_COMPONENTS = ("transformer", "transformer_2", "transformer_ref", "unet")
 # what stands beside weights and may say how they were quantized
@@ -94,13 +92,6 @@ def resolve_weights(
 def is_local(location: str) -> bool:
     """Return whether a location can only be a path here, or a model inside this package."""
     return location.startswith((SHIPPED_PREFIX, ".", "/", "~"))
-
-
-def to_local_path(location: str) -> Path:
-    """Return the path that a location names here; it need not exist."""
-    if location.startswith(SHIPPED_PREFIX):
-        return ASSETS_FOLDER / location.removeprefix(SHIPPED_PREFIX)
-    return expand_path(location)
 
 
 def check_format(location: str) -> None:

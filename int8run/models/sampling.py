@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from int8run.errors import ConfigError, check_range
+from int8run.errors import ConfigError, check_bool, check_range
 
 # arguments of a pipeline's call that fix the number of its steps
 SCHEDULE_ARGUMENTS = ("sigmas", "timesteps")
@@ -28,6 +28,7 @@ class Sampling:
         scheduler: a scheduler class of diffusers, made from the checkpoint's own scheduler config; None: the
             checkpoint's own.
         scheduler_settings: what differs from that config.
+        fit_inputs: bring input images to `height` × `width` before the call, which needs both.
 
     Raises:
         ConfigError: for a value outside its range or of another type.
@@ -41,9 +42,12 @@ class Sampling:
     extra: Mapping[str, Any] = field(default_factory=dict)
     scheduler: str | None = None
     scheduler_settings: Mapping[str, Any] = field(default_factory=dict)
+    fit_inputs: bool | None = None
 
     def __post_init__(self) -> None:
         self.check_numbers()
+        if self.fit_inputs is not None:
+            check_bool("sampler.fit_inputs", self.fit_inputs)
         if self.scheduler is not None and not isinstance(self.scheduler, str):
             raise ConfigError(
                 f"sampler.scheduler is {self.scheduler!r}; "

@@ -36,9 +36,8 @@ from int8run.models.resolve_weights import (
     download_index,
     is_local,
     list_denoisers,
-    to_local_path,
 )
-from int8run.utils.paths import SAFETENSORS
+from int8run.utils.paths import SAFETENSORS, to_local_path
 from int8run.utils.text import shorten_error
 
 

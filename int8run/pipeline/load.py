@@ -39,7 +39,7 @@ from int8run.models.loader import (
 )
 from int8run.models.modular_loader import load_modular_pipeline
 from int8run.models.pipeline_class import is_modular
-from int8run.models.resolve_weights import download_side_files, to_local_path
+from int8run.models.resolve_weights import download_side_files
 from int8run.models.sampling import Sampling
 from int8run.models.schedulers import set_scheduler
 from int8run.models.source import ResolvedModel, resolve_model
@@ -50,6 +50,7 @@ from int8run.pipeline.text_encoders import OpenedEncoder, open_encoders
 from int8run.ptq.quantize import check_backend
 from int8run.report.console import Progress
 from int8run.text_encoders.base import TextEncoders
+from int8run.utils.paths import to_local_path
 from int8run.utils.text import shorten_error
 
 log = logging.getLogger(__name__)

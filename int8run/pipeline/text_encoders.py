@@ -17,7 +17,6 @@ from int8run.errors import ConfigError, FileError, suggest_similar
 from int8run.layers.plan import LayerPlan
 from int8run.lora.float_merge import FloatMerge
 from int8run.lora.match import Matches
-from int8run.models.resolve_weights import to_local_path
 from int8run.models.sampling import Sampling
 from int8run.models.source import find_components, read_config, read_model_index, resolve_part_folder
 from int8run.quant.formats import FORMATS, WeightFormat
@@ -29,6 +28,7 @@ from int8run.text_encoders.kernels import Kernels
 from int8run.text_encoders.quantized_layers import WeightChange
 from int8run.text_encoders.skeleton import build_skeleton
 from int8run.text_encoders.weights import EncoderFile
+from int8run.utils.paths import to_local_path
 
 log = logging.getLogger(__name__)
 PREFIX = "text_encoder"

@@ -29,7 +29,7 @@ from int8run.errors import ConfigError, suggest_similar
 from int8run.layers.plan import LayerPlan
 from int8run.models.hub import check_repository, make_download_error
 from int8run.models.pipeline_index import MODEL_INDEX_NAME, MODULAR_INDEX_NAME, has_pipeline_index
-from int8run.models.resolve_weights import CONFIG_NAME, to_local_path
+from int8run.models.resolve_weights import CONFIG_NAME
 from int8run.models.source import read_config
 from int8run.models.state_dict_adapter import TensorPart, join_shapes
 from int8run.outlier.base import OutlierTransform
@@ -59,7 +59,7 @@ from int8run.text_encoders.quantized_layers import quantize_weight
 from int8run.text_encoders.skeleton import build_skeleton
 from int8run.text_encoders.state_dict_adapter import map_canonical_names
 from int8run.text_encoders.weights import EncoderFile, check_finite
-from int8run.utils.paths import SAFETENSORS
+from int8run.utils.paths import SAFETENSORS, to_local_path
 from int8run.utils.plurals import count_noun
 
 log = logging.getLogger(__name__)

@@ -12,6 +12,8 @@ from pathlib import Path
 from int8run.errors import FileError
 
 CACHE_NAME = "int8run"
+ASSETS_FOLDER = Path(__file__).parents[1] / "assets"
+SHIPPED_PREFIX = "shipped:"  # what is inside this package: `shipped:tiny`
 SAFETENSORS = ".safetensors"  # the suffix of checkpoints and LoRAs
 # reading from one of these may never end
 SPECIAL_FILES = (
@@ -37,6 +39,17 @@ def expand_path(location: str | Path) -> Path:
         raise FileError(
             f"{text}: no home folder is known for {user}; write the path out, or ./{text} for a file here"
         ) from error
+
+
+def to_local_path(location: str) -> Path:
+    """Make a path of a text that may name something inside this package; it need not exist.
+
+    Raises:
+        FileError: as `expand_path`.
+    """
+    if location.startswith(SHIPPED_PREFIX):
+        return ASSETS_FOLDER / location.removeprefix(SHIPPED_PREFIX)
+    return expand_path(location)
 
 
 def check_path(location: str | Path) -> None:

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from int8run.errors import ConfigError, FileError
 from int8run.models import source as module
 from int8run.models.family import ModelSource
-from int8run.models.resolve_weights import ASSETS_FOLDER
 from int8run.models.sampling import Sampling
 from int8run.models.source import ResolvedDenoiser, ResolvedModel, resolve_model
+from int8run.utils.paths import ASSETS_FOLDER
 
 FLUX = {
     "_class_name": "FluxTransformer2DModel",

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from int8run.errors import FileError
 from int8run.models.dual_denoisers import DualDenoiser
-from int8run.models.resolve_weights import ASSETS_FOLDER
 from int8run.models.state_dict_adapter import to_original
 from int8run.pipeline.checkpoint_weights import DenoiserWeights, FileWeights
+from int8run.utils.paths import ASSETS_FOLDER
 
 PLAIN = {"format": "int8_tensorwise", "per_row": True}
 QKV = "double_blocks.0.img_attn.qkv"

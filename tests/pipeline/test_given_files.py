@@ -10,10 +10,10 @@ from support.run_job import make_spec
 from int8run.errors import FileError, LoraError
 from int8run.generate.prompts import build_samples
 from int8run.lora.header_info import read_lora_headers
-from int8run.models.resolve_weights import ASSETS_FOLDER
 from int8run.pipeline import load
 from int8run.pipeline.build import build_model
 from int8run.report.console import Progress
+from int8run.utils.paths import ASSETS_FOLDER
 
 LORA = ASSETS_FOLDER / "lora" / "ink.safetensors"
 

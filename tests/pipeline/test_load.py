@@ -21,7 +21,6 @@ from int8run.errors import BackendError, ConfigError, FileError
 from int8run.generate.prompts import build_samples
 from int8run.layers.int8_linear import Int8Linear
 from int8run.models.family import AutoFamily, load_families
-from int8run.models.resolve_weights import ASSETS_FOLDER
 from int8run.models.source import ResolvedDenoiser, resolve_model
 from int8run.pipeline import load as module
 from int8run.pipeline.build import build_model
@@ -34,6 +33,7 @@ from int8run.pipeline.step_settings import select_load_settings
 from int8run.quant.weight import quantize_weight
 from int8run.report.console import Progress
 from int8run.utils.disk_cache import DiskCache
+from int8run.utils.paths import ASSETS_FOLDER
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 QUIET = Progress(enabled=False)

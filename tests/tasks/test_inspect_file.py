@@ -16,11 +16,11 @@ from int8run.backends.reference import Reference
 from int8run.checkpoints.declared_format import DeclaredFormat
 from int8run.export.save_denoiser import keep_own_names, write_tensors
 from int8run.layers.int8_linear import Int8Linear, QuantizedLayer
-from int8run.models.resolve_weights import ASSETS_FOLDER
 from int8run.outlier.none import NoOutlier
 from int8run.outlier.quarot import QuaRot
 from int8run.quant.weight import quantize_weight
 from int8run.tasks.inspect_file import inspect_file
+from int8run.utils.paths import ASSETS_FOLDER
 
 
 def inspect(command: Command, name: str) -> dict[str, str]:

@@ -24,7 +24,7 @@ from int8run.config.job import Job
 from int8run.errors import ConfigError, FileError
 from int8run.export.stream_plan import QuantizationRecipe, plan_targets
 from int8run.models.family import load_families
-from int8run.models.resolve_weights import ASSETS_FOLDER, ResolvedWeights
+from int8run.models.resolve_weights import ResolvedWeights
 from int8run.models.state_dict_adapter import find_prefix, join_shapes, to_original
 from int8run.outlier.none import NoOutlier
 from int8run.quant.rounding import AbsMax
@@ -36,6 +36,7 @@ from int8run.tasks.denoiser_checkpoint import (
 )
 from int8run.tasks.quantize_checkpoint import plan_names, quantize_file
 from int8run.tasks.quantize_common import count_skip_reasons, hash_checkpoint
+from int8run.utils.paths import ASSETS_FOLDER
 
 TINY = ASSETS_FOLDER / "tiny" / "transformer"
 NO_TRACKER = "tracker=none"
