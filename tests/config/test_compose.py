@@ -106,6 +106,24 @@ def test_every_model_names_a_family_that_there_is():
     assert set(families.values()) <= set(load_families())
 
 
+def test_a_model_may_choose_its_lora_and_prompts():
+    chosen = composed("model=tiny_edit")
+    asked_for = composed("model=tiny_edit", "lora=none", "prompts=tiny")
+
+    choices, asked_choices = chosen.hydra.runtime.choices, asked_for.hydra.runtime.choices
+    assert (choices["lora"], choices["prompts"]) == ("edit", "tiny_edit")
+    assert (asked_choices["lora"], asked_choices["prompts"]) == ("none", "tiny")
+    assert [adapter.name for adapter in create_run_spec(chosen).lora.adapters] == ["edit"]
+    assert create_run_spec(asked_for).lora.adapters == []
+    assert composed("model=tiny").hydra.runtime.choices["lora"] == "none"
+
+
+def test_a_sweep_over_models_gives_each_its_own_lora():
+    _, configs = compose_jobs(["device=cpu", "model=tiny,tiny_edit"], multirun=True)
+
+    assert [len(config.lora.adapters) for config in configs] == [0, 1]
+
+
 def test_a_family_of_the_users_own_is_chosen_by_its_name(tmp_path):
     (tmp_path / "model_type").mkdir()
     rows = "ignore:\n  - { pattern: head, reason: final projection }\ninputs:\n  'blocks.*.to_k': 64\n"

@@ -161,3 +161,17 @@ def test_an_edit_lora_is_trained_on_and_measured(
     assert 0 <= of_all["pairs"] <= 1
     # two drawings: the flat one, the 3-D one that was made and the one that it should be, and the blue one
     assert Image.open(tmp_path / "sheet.png").size == (4 * 128, 2 * 128)
+
+
+@pytest.mark.slow
+def test_edits_of_int8_and_float_are_compared(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--work", work, "--count", "2", "--steps", "1")
+
+    run_script("tiny/edit_strip.py", *words, "--out", tmp_path / "strip.png")
+
+    line = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert line["pairs"] == 2
+    assert line["psnr_db"] > 20
+    assert (tmp_path / "strip.png").is_file()

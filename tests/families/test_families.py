@@ -451,7 +451,7 @@ def test_file_of_another_class_is_not_detected_as_a_family(monkeypatch):
 
 MODELS = {file.stem: yaml.safe_load(file.read_text()) for file in sorted((CONF / "model").glob("*.yaml"))}
 # checkpoints that are not named after an instance
-CALLED = {"tiny": "flux"}
+CALLED = {"tiny": "flux", "tiny_edit": "flux"}
 
 
 def make_instance(model):

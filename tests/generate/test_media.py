@@ -10,7 +10,7 @@ from PIL import Image
 
 from int8run.errors import FileError
 from int8run.generate import media
-from int8run.generate.media import check_image, check_video, open_image, open_mask, open_video
+from int8run.generate.media import check_image, check_video, fit_image, open_image, open_mask, open_video
 from int8run.generate.sample_inputs import InputFile
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
@@ -311,3 +311,29 @@ def test_a_video_that_would_fill_the_memory_is_refused(
         FileError, match=r"video=a has 10 frames of 64 x 64 pixels; all frames together may have 36,864"
     ):
         check_video(tmp_path / "a.gif", "video=a")
+
+
+def test_an_image_is_fitted_whole_with_white_beside_it() -> None:
+    wide = make_halves(width=64, height=16)
+
+    fitted = np.asarray(fit_image(wide, 32, 32))
+
+    assert fitted.shape == (32, 32, 3)
+    assert (fitted[:12] == 255).all() and (fitted[20:] == 255).all()
+    assert fitted[16, 2].tolist() == list(RED)
+    assert fitted[16, 29].tolist() == list(BLUE)
+
+
+def test_the_border_of_a_fitted_mask_stays_as_it_is() -> None:
+    mask = Image.new("L", (16, 64), 255)
+
+    fitted = np.asarray(fit_image(mask, 32, 32))
+
+    assert (fitted[:, 16] == 255).all()
+    assert (fitted[:, :12] == 0).all()
+
+
+def test_an_image_of_the_right_size_is_not_touched() -> None:
+    image = make_halves(width=32, height=32)
+
+    assert fit_image(image, 32, 32) is image

@@ -6,6 +6,7 @@ import pytest
 
 from int8run.errors import ConfigError, FileError
 from int8run.generate.prompts import PromptSet, Sample, build_samples, slugify
+from int8run.utils.paths import ASSETS_FOLDER
 
 
 def list_prompts(prompts):
@@ -144,3 +145,13 @@ SLUGS = {
 @pytest.mark.parametrize(("text", "name"), SLUGS.values(), ids=SLUGS)
 def test_a_prompt_becomes_part_of_a_file_name(text, name):
     assert slugify(text) == name
+
+
+def test_an_input_may_be_one_of_this_package():
+    prompts = PromptSet(prompts=["mirror it"], image="shipped:images/water_pistol.png")
+
+    (row,) = prompts.read_rows()
+
+    (file,) = row.files["image"]
+    assert file.path.is_file()
+    assert file.path == ASSETS_FOLDER / "images" / "water_pistol.png"

@@ -285,6 +285,15 @@ def test_with_defaults_fills_fields_that_are_none():
     assert Sampling().with_defaults(model) == model
 
 
+def test_input_images_are_fitted_where_the_model_or_the_user_says_so():
+    model = Sampling(height=64, width=64, fit_inputs=True)
+
+    assert Sampling().with_defaults(model).fit_inputs is True
+    assert Sampling(fit_inputs=False).with_defaults(model).fit_inputs is False
+    with pytest.raises(ConfigError, match=r"sampler\.fit_inputs is 'yes'"):
+        Sampling(fit_inputs="yes")
+
+
 @pytest.mark.parametrize(
     ("setting", "value", "low", "high"),
     [
