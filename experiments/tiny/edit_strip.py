@@ -30,7 +30,7 @@ from int8run.tasks.run import RunResult, run
 
 # held-out drawings to show, and their edits
 SHOWN = {"water-pistol": "mirror", "teapot": "blue", "strawberry": "3d", "sailboat": "high_contrast"}
-COLUMNS = ["input", "float", "INT8", f"difference × {DIFFERENCE_GAIN}"]
+COLUMNS = ["input", "float", "INT8", f"difference x {DIFFERENCE_GAIN}"]
 
 
 @dataclass(frozen=True)

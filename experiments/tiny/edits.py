@@ -22,9 +22,9 @@ PROMPTS = {
 }
 # the edits that are other drawings of the same name
 STYLES = {"high_contrast": "ink", "3d": "gloss"}
-# how often an edit is trained: a new line drawing is harder than a new hue
-SHARES = {"high_contrast": 0.3, "3d": 0.2, "mirror": 0.2, "grayscale": 0.05}
-COLOR_SHARE = 0.05
+# how often an edit is trained, among the styles and among the others: a new line drawing is harder than a hue
+WEIGHTS = {"high_contrast": 0.6, "3d": 0.4, "mirror": 0.4}
+OTHER_WEIGHT = 0.1
 # what the most saturated pixel becomes, red, green and blue in 0..1
 HUES = {
     "red": (1.0, 0.1, 0.0),
@@ -37,9 +37,17 @@ LUMA = (0.299, 0.587, 0.114)  # Rec. 601
 HELD_OUT = 100
 
 
-def list_shares() -> Tensor:
-    """How often each edit is trained, in the order of PROMPTS."""
-    return torch.tensor([SHARES.get(edit, COLOR_SHARE) for edit in PROMPTS])
+def list_shares(style_share: float) -> Tensor:
+    """How often each edit is trained, in the order of PROMPTS.
+
+    Args:
+        style_share: of the edits that are styles, together, 0 to 1.
+    """
+    shares = []
+    for edit in PROMPTS:
+        of_group = style_share if edit in STYLES else 1 - style_share
+        shares.append(of_group * WEIGHTS.get(edit, OTHER_WEIGHT))
+    return torch.tensor(shares)
 
 
 def list_held_out(count: int) -> list[int]:

@@ -41,10 +41,12 @@ class Found:
     Attributes:
         right: nothing is nearer than the right drawing with the right edit; an equal one may be as near.
         right_edit: the same for any drawing with the right edit.
+        right_drawing: of all drawings with the right edit, none is nearer than the right one.
     """
 
     right: Tensor
     right_edit: Tensor
+    right_drawing: Tensor
 
 
 def load_editor(lora: Path) -> FluxKontextPipeline:
@@ -100,7 +102,9 @@ def look_up(images: Tensor, edit: str, drawings: list[int], candidates: Mapping[
     own = distances[edit][torch.arange(len(images)), torch.tensor(drawings)]
     nearest = torch.stack([distance.amin(dim=1) for distance in distances.values()]).amin(dim=0)
     nearest_of_edit = distances[edit].amin(dim=1)
-    return Found(right=own <= nearest, right_edit=nearest_of_edit <= nearest)
+    return Found(
+        right=own <= nearest, right_edit=nearest_of_edit <= nearest, right_drawing=own <= nearest_of_edit
+    )
 
 
 def draw_sheet(columns: list[Tensor], scale: int = 2) -> Image.Image:
@@ -142,8 +146,9 @@ def describe_edit(edit: str, found: Found, made: Tensor, target: Tensor, before:
     return {
         "edit": edit,
         "drawings": len(made),
-        "top1": found.right.float().mean().item(),
-        "right_edit": found.right_edit.float().mean().item(),
+        "top1": round(found.right.float().mean().item(), 3),
+        "right_edit": round(found.right_edit.float().mean().item(), 3),
+        "right_drawing": round(found.right_drawing.float().mean().item(), 3),
         "psnr": round(psnr(made, target), 2),
         "psnr_of_input": round(psnr(before, target), 2),
     }

@@ -42,6 +42,7 @@ class Pairs:
         states: T5 states of the prompts, [P, TOKENS, C].
         pooled: CLIP's vectors of the prompts, [P, C].
         prompts_of: positions among the P prompts, by edit.
+        shares: how often each edit is trained, [edits].
     """
 
     sources: Tensor
@@ -49,6 +50,7 @@ class Pairs:
     states: Tensor
     pooled: Tensor
     prompts_of: list[list[int]]
+    shares: Tensor
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ def encode_prompts(pipe: FluxPipeline) -> tuple[Tensor, Tensor, list[list[int]]]
 
 def draw_batch(pairs: Pairs, size: int, generator: torch.Generator) -> Batch:
     """Edits of drawings, each of them any, and prompts that ask for them, mostly not capitalised."""
-    edits = torch.multinomial(list_shares(), size, replacement=True, generator=generator)
+    edits = torch.multinomial(pairs.shares, size, replacement=True, generator=generator)
     drawings = torch.randint(len(pairs.sources), (size,), generator=generator)
     chosen = []
     for edit, dice in zip(edits.tolist(), torch.rand(size, 2, generator=generator).tolist(), strict=True):
@@ -182,19 +184,20 @@ def load_model() -> FluxPipeline:
     return pipe
 
 
-def train_edit_lora(work: Path, schedule: Schedule, out: Path, device: str) -> None:
+def train_edit_lora(work: Path, schedule: Schedule, style_share: float, out: Path, device: str) -> None:
     """Train the LoRA and write it.
 
     Args:
         work: has the drawings; keeps the state of the run.
         schedule: images, batch and learning rate.
+        style_share: how often an edit is a style, 0 to 1.
         out: the LoRA's file.
         device: where to train.
     """
     pipe = load_model()
     names, sources, targets = encode_drawings(work, pipe)
     states, pooled, prompts_of = encode_prompts(pipe)
-    pairs = Pairs(sources, targets, states, pooled, prompts_of)
+    pairs = Pairs(sources, targets, states, pooled, prompts_of, list_shares(style_share))
     transformer = pipe.transformer.to(device)
     trainer = Trainer(
         work / "edit.pt", nn.ModuleDict({"transformer": transformer}), names, ema_half_life=4_000
@@ -211,8 +214,9 @@ if __name__ == "__main__":
     parser.add_argument("--images", type=int, default=100_000)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--style-share", type=float, default=0.5, help="how often an edit is a style")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     schedule = Schedule(args.images, args.batch, peak=args.lr)
-    train_edit_lora(args.work, schedule, args.out, args.device)
+    train_edit_lora(args.work, schedule, args.style_share, args.out, args.device)

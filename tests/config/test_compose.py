@@ -114,7 +114,7 @@ def test_a_model_may_choose_its_lora_and_prompts():
     assert (choices["lora"], choices["prompts"]) == ("edit", "tiny_edit")
     assert (asked_choices["lora"], asked_choices["prompts"]) == ("none", "tiny")
     assert [adapter.name for adapter in create_run_spec(chosen).lora.adapters] == ["edit"]
-    assert create_run_spec(asked_for).lora.adapters == []
+    assert not create_run_spec(asked_for).lora.adapters
     assert composed("model=tiny").hydra.runtime.choices["lora"] == "none"
 
 

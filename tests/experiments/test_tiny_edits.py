@@ -61,8 +61,11 @@ def test_a_style_is_another_drawing_of_the_same_name(edits: ModuleType, drawings
 
 
 def test_shares_of_all_edits_are_whole(edits: ModuleType) -> None:
-    assert edits.list_shares().sum().item() == pytest.approx(1)
-    assert set(edits.SHARES) | set(edits.HUES) == set(edits.PROMPTS)
+    shares = dict(zip(edits.PROMPTS, edits.list_shares(style_share=0.7).tolist(), strict=True))
+
+    assert sum(shares.values()) == pytest.approx(1)
+    assert shares["high_contrast"] + shares["3d"] == pytest.approx(0.7)
+    assert min(shares.values()) > 0
 
 
 @pytest.mark.parametrize(("count", "held_out"), [(1594, 100), (9, 3)])
