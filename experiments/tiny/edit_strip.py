@@ -29,7 +29,7 @@ from int8run.report.image_files import DIFFERENCE_GAIN, make_difference_image, m
 from int8run.tasks.run import RunResult, run
 
 # held-out drawings to show, and their edits
-SHOWN = {"water-pistol": "mirror", "teapot": "blue", "strawberry": "3d", "sailboat": "high_contrast"}
+SHOWN = {"guide-dog": "mirror", "teapot": "blue", "strawberry": "3d", "sailboat": "high_contrast"}
 COLUMNS = ["input", "float", "INT8", f"difference x {DIFFERENCE_GAIN}"]
 
 

@@ -20,6 +20,7 @@ WIDTH = 120
 ALL_PAGES = "all"
 MAX_OPTION_CHARACTERS = 100_000  # of a file in a user's folder
 KEY = re.compile(r"^(?P<indent> *)(?P<key>[a-z_]\w*):(?P<value>[^#]*)(?:#\s*(?P<comment>.*))?$")
+FIRST_GROUPS = ("task", "model")
 DEFAULT = re.compile(r"^  - (?P<group>[a-z_]+): (?P<option>\w+)(?: +# (?P<comment>.*))?$", flags=re.MULTILINE)
 NAME_WIDTH = 16
 KEY_WIDTH = 44
@@ -231,10 +232,12 @@ def read_own_settings() -> list[Setting]:
 
 
 def read_groups() -> list[Group]:
-    """Every group of config.yaml, and the launchers of hydra."""
+    """Every group of config.yaml, the most used ones first, and the launchers of hydra."""
     groups = [
         Group(row["group"], row["option"], row["comment"] or "") for row in DEFAULT.finditer(read_config())
     ]
+    # in config.yaml the model stands behind the groups of which it may choose an option
+    groups.sort(key=lambda group: group.name not in FIRST_GROUPS)
     return [*groups, LAUNCHER]
 
 

@@ -16,6 +16,11 @@ from int8run.lora.apply import IndexedChanges
 # prompts: at 58 % (strength 1) all images are whole, at 87 % (1.5) their outlines dissolve, at 115 % (2)
 # nothing can be recognized any more.
 LARGE_SHARE = 0.7
+# The same up to the strength for which a LoRA was made: what it changes there is meant. The shipped `edit`
+# changes three quarters of the weights at strength 1, and its images are whole.
+LARGE_SHARE_AS_MADE = 1.0
+MADE_FOR_STRENGTH = 1.0
+TINY_SHARE = 1e-9  # of a LoRA that changes nothing
 
 
 @dataclass(frozen=True)
@@ -91,6 +96,17 @@ class ChangeSizes:
         return warnings
 
 
+def find_largest_strength(share_at_1: float) -> float:
+    """The largest strength of which nothing is said.
+
+    Args:
+        share_at_1: of the weights that the LoRA changes at strength 1.
+    """
+    if share_at_1 <= LARGE_SHARE:
+        return LARGE_SHARE / max(share_at_1, TINY_SHARE)
+    return min(MADE_FOR_STRENGTH, LARGE_SHARE_AS_MADE / share_at_1)
+
+
 def describe_large_change(name: str, strength: float, sizes: Sequence[ChangeSize]) -> str | None:
     """A warning where a LoRA changes the model so much that images break; None: it does not.
 
@@ -101,10 +117,10 @@ def describe_large_change(name: str, strength: float, sizes: Sequence[ChangeSize
     """
     share_at_1 = statistics.median(size.share for size in sizes)
     share = abs(strength) * share_at_1
-    if share <= LARGE_SHARE:
+    largest_strength = find_largest_strength(share_at_1)
+    if abs(strength) <= largest_strength:
         return None
-    percent, limit = f"{share:.0%}", f"{LARGE_SHARE:.0%}"
-    largest_strength = LARGE_SHARE / share_at_1
+    percent, limit = f"{share:.0%}", f"{largest_strength * share_at_1:.0%}"
     return (
         f"LoRA {name!r} at strength {strength:g} changes the model's weights by {percent} of their own size "
         f"(median of the INT8 layers); most LoRAs change them by a few percent, beyond {limit} images break: "

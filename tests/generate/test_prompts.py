@@ -148,10 +148,10 @@ def test_a_prompt_becomes_part_of_a_file_name(text, name):
 
 
 def test_an_input_may_be_one_of_this_package():
-    prompts = PromptSet(prompts=["mirror it"], image="shipped:images/water_pistol.png")
+    prompts = PromptSet(prompts=["mirror it"], image="shipped:images/teapot.png")
 
     (row,) = prompts.read_rows()
 
     (file,) = row.files["image"]
     assert file.path.is_file()
-    assert file.path == ASSETS_FOLDER / "images" / "water_pistol.png"
+    assert file.path == ASSETS_FOLDER / "images" / "teapot.png"

@@ -23,6 +23,7 @@ from int8run.lora.adapters.lora import LoRA
 from int8run.lora.adapters.low_rank import LowRankPair
 from int8run.lora.adapters.oft import OFT, RotationStage
 from int8run.lora.apply import balance_factors
+from int8run.lora.change_size import ChangeSize, describe_large_change
 from int8run.lora.entries import Entry
 from int8run.lora.stack import LoraStack
 from int8run.outlier.base import OutlierMethod
@@ -458,6 +459,23 @@ def test_a_change_is_warned_of_at_the_strength_that_is_used() -> None:
         "INT8 layers); most LoRAs change them by a few percent, beyond 70% images break: take a strength of "
         "at most 1.4"
     ]
+
+
+def test_a_large_change_is_as_it_was_made_up_to_strength_1() -> None:
+    sizes = [ChangeSize(steps=1.0, share=0.8)]
+
+    assert describe_large_change("edit", 1.0, sizes) is None
+    assert describe_large_change("edit", -1.0, sizes) is None
+    beyond = describe_large_change("edit", 1.2, sizes)
+    assert beyond is not None
+    assert beyond.endswith("beyond 80% images break: take a strength of at most 1")
+    too_much = describe_large_change("loud", 1.0, [ChangeSize(steps=1.0, share=2.0)])
+    assert too_much is not None
+    assert too_much.endswith("beyond 100% images break: take a strength of at most 0.5")
+
+
+def test_a_lora_that_changes_nothing_is_not_warned_of() -> None:
+    assert describe_large_change("nothing", 20.0, [ChangeSize(steps=0.0, share=0.0)]) is None
 
 
 def test_balanced_factors_have_the_same_product() -> None:

@@ -11,7 +11,7 @@ from support.run_job import run_job
 
 from int8run.utils.paths import ASSETS_FOLDER
 
-EXAMPLE = ASSETS_FOLDER / "images" / "water_pistol.png"
+EXAMPLE = ASSETS_FOLDER / "images" / "teapot.png"
 DRAWINGS = Path(__file__).parents[1] / "data" / "drawings.png"
 CELL = 64
 # of those in drawings.png, the ones that the LoRA has not seen
