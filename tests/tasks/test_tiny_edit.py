@@ -47,8 +47,8 @@ def find_nearest(pixels: Pixels, candidates: Mapping[tuple[str, str], Pixels]) -
 
 
 def find_images(folder: Path) -> list[Path]:
-    """The INT8 images of a run, in the order of its prompts."""
-    return sorted(path for path in (folder / "images").iterdir() if "float" not in path.name)
+    """The INT8 images of a run, in the order of its prompts; beside them are inputs and float images."""
+    return sorted(path for path in (folder / "images").glob("0*.png") if "float" not in path.name)
 
 
 def test_the_example_is_mirrored_without_any_setting(tmp_path: Path) -> None:
