@@ -1,10 +1,11 @@
 """Settings of the calibration: what the float model generates for it, and how many activations are kept."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from int8run.errors import ConfigError, check_range
 from int8run.generate.prompts import Sample, check_prompts
+from int8run.generate.sample_inputs import NO_INPUTS, SampleInputs
 
 
 @dataclass(frozen=True)
@@ -18,12 +19,14 @@ class CalibrationSettings:
         seed: of the first image; each following image has the next one.
         num_timesteps: denoiser calls of each image that are observed, spread evenly over its steps.
         max_tokens_per_layer: input tokens of each layer that are kept, over all images and timesteps.
+        inputs: what the samples of the run bring, which the images take in turn; no setting.
     """
 
     prompts: Sequence[str]
     seed: int = 1000
     num_timesteps: int = 4
     max_tokens_per_layer: int = 2048
+    inputs: Sequence[SampleInputs] = ()
 
     def __post_init__(self) -> None:
         check_prompts("calibration.prompts", self.prompts)
@@ -38,5 +41,19 @@ class CalibrationSettings:
 
     @property
     def samples(self) -> list[Sample]:
-        """Prompt and seed of each image."""
-        return [Sample(prompt, self.seed + i, str(i)) for i, prompt in enumerate(self.prompts)]
+        """Prompt, seed and inputs of each image."""
+        samples = []
+        for number, prompt in enumerate(self.prompts):
+            inputs = self.inputs[number % len(self.inputs)] if self.inputs else NO_INPUTS
+            samples.append(Sample(prompt, self.seed + number, str(number), inputs=inputs))
+        return samples
+
+    def with_inputs(self, samples: Sequence[Sample]) -> "CalibrationSettings":
+        """These settings for a pipeline that begins with images: with those of a run's samples."""
+        inputs: list[SampleInputs] = []
+        for sample in samples:
+            if not sample.inputs.is_empty and sample.inputs not in inputs:
+                inputs.append(sample.inputs)
+            if len(inputs) == len(self.prompts):
+                break
+        return replace(self, inputs=tuple(inputs))

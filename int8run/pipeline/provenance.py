@@ -6,11 +6,12 @@ names.
 
 import importlib.metadata
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+from int8run.generate.calibration_settings import CalibrationSettings
 from int8run.layers.plan import LayerPlan
 from int8run.lora.config import LoraSettings
 from int8run.lora.entries import Entry
@@ -171,13 +172,20 @@ def build_provenance(
         "rounding": int8_plans[0].rounding if int8_plans else None,
         "checkpoint": checkpoint,
         "settings": method_settings,
-        "calibration": asdict(settings.calibration) if settings.needs_calibration else None,
+        "calibration": describe_calibration(settings.calibration) if settings.needs_calibration else None,
         "quality_db": settings.quality_db,
         "seed": seed,
         "loras": list_baked_loras(origin.lora),
         "kept_float": {plan.name: plan.skip_reason for plan in plans if plan.skip_reason is not None},
         "layers": {plan.name: describe_layer(plan) for plan in int8_plans},
     }
+
+
+def describe_calibration(calibration: CalibrationSettings) -> dict[str, Any]:
+    """What the provenance says of a calibration: of the images that it begins with the hashes."""
+    described = {item.name: getattr(calibration, item.name) for item in fields(calibration)}
+    described["inputs"] = [file.sha256 for inputs in calibration.inputs for file in inputs.all_files]
+    return described
 
 
 def describe_layer(plan: LayerPlan) -> dict[str, Any]:

@@ -7,6 +7,7 @@ the repository's index names; no weight is read or downloaded.
 import logging
 import math
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from diffusers import DiffusionPipeline
@@ -18,7 +19,8 @@ from int8run.generate.prompts import Sample
 from int8run.generate.sample_inputs import SampleInputs
 from int8run.generate.step_count import count_taken_steps, get_strength
 from int8run.models.family import ModelSource, read_model_options
-from int8run.models.pipeline_class import get_pipeline_class, list_modes
+from int8run.models.modular_pipeline import get_call_class
+from int8run.models.pipeline_class import get_pipeline_class, is_modular, list_modes
 from int8run.models.sampling import SCHEDULE_ARGUMENTS, Sampling
 from int8run.models.source import find_pipeline_class, read_source_index
 
@@ -44,7 +46,10 @@ def check_samples(model: ModelSource, samples: Sequence[Sample], asked: Sampling
     cls = get_pipeline_class(find_pipeline_class(model))
     if cls is DiffusionPipeline:
         return  # a class that diffusers does not have, which loading refuses
-    call = read_call_inputs(cls)
+    call = read_call_inputs(get_call_class(cls, model.workflow))
+    if is_modular(cls.__name__):
+        # what its blocks hand to each other has no default either
+        call = replace(call, needed_arguments=())
     for sample in samples:
         check_columns(call, sample.inputs, model)
         check_arguments(call, sample.inputs, sampling)
@@ -221,6 +226,6 @@ def list_fitting_models(columns: Collection[str]) -> list[str]:
 
 def fits_columns(class_name: str, columns: Collection[str]) -> bool:
     """Whether a pipeline takes all of some columns and needs no others."""
-    call = read_call_inputs(get_pipeline_class(class_name))
+    call = read_call_inputs(get_call_class(get_pipeline_class(class_name)))
     has_one = not call.needs_one or bool(set(call.needs_one) & set(columns))
     return set(columns) <= set(call.takes) and set(call.needs) <= set(columns) and has_one

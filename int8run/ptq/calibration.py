@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from int8run.generate.calibration_settings import CalibrationSettings
 from int8run.generate.capture import capture_calls, capture_layers, check_finite
+from int8run.generate.prompts import split_batches
 from int8run.layers.int8_linear import get_linear
 from int8run.layers.plan import LayerPlan
 from int8run.models.sampling import Sampling
@@ -45,8 +46,7 @@ def capture_calibration_calls(
         sampling: steps and size of the images.
         progress: shows one count per batch.
     """
-    samples = calibration.samples
-    batches = [samples[i : i + sampling.batch] for i in range(0, len(samples), sampling.batch)]
+    batches = split_batches(calibration.samples, sampling.batch)
     chosen = []
     with progress.track_loop("Generating calibration images", len(batches)) as advance:
         for batch in batches:

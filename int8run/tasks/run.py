@@ -118,6 +118,8 @@ def run(spec: RunSpec, job: Job) -> RunResult:
     headers = read_headers(spec)
     samples = read_samples(spec.prompts, spec.seed, job.output_dir)
     check_samples(spec.model, samples, spec.sampler, spec.sampling)
+    # a pipeline that needs an image needs one for the calibration, too
+    spec = replace(spec, calibration=spec.calibration.with_inputs(samples))
     samples = add_trigger_words(samples, headers, spec.lora)
     inputs = RunInputs(
         headers=headers,

@@ -141,3 +141,15 @@ def test_setting_of_the_checkpoint_that_a_pipeline_does_not_take_is_said(caplog)
 def test_model_that_is_not_there_is_refused_first(tmp_path):
     with pytest.raises(FileError):
         check_samples(replace(TINY, location=str(tmp_path)), [make_sample()], Sampling(), Sampling())
+
+
+def test_modular_pipeline_takes_what_its_blocks_take(tmp_path):
+    (tmp_path / "modular_model_index.json").write_text('{"_class_name": "WanAnimate2ModularPipeline"}')
+    model = replace(TINY, location=str(tmp_path))
+
+    with pytest.raises(
+        ConfigError, match=r"^WanAnimate2ModularPipeline needs driving_video: prompts\.driving_video"
+    ):
+        check_samples(model, [make_sample("image")], Sampling(steps=4), Sampling(steps=4))
+    # arguments without a default are what its blocks make themselves
+    check_samples(model, [make_sample("image", "driving_video")], Sampling(steps=4), Sampling(steps=4))

@@ -13,6 +13,8 @@ from torch import nn
 
 from int8run.errors import ConfigError
 from int8run.generate.calibration_settings import CalibrationSettings
+from int8run.generate.prompts import Sample
+from int8run.generate.sample_inputs import NO_INPUTS, SampleInputs
 from int8run.layers.fusion import group_by_shared_input
 from int8run.layers.plan import plan_layers
 from int8run.models.sampling import Sampling
@@ -525,3 +527,18 @@ def test_a_sample_goes_by_image_so_that_its_halves_hold_different_ones():
     first, second = (set(half.flatten().int().tolist()) for half in sample.tensor_split(2))
 
     assert (first, second) == ({0, 2}, {1, 3})
+
+
+def test_calibration_of_a_pipeline_that_begins_with_images_takes_those_of_the_run(tmp_path):
+    inputs = [SampleInputs(strength=strength) for strength in (0.5, 0.7)]
+    samples = [Sample("a", 0, "0", inputs=each) for each in (*inputs, NO_INPUTS, inputs[0])]
+
+    calibration = CalibrationSettings(["x", "y", "z"], seed=5).with_inputs(samples)
+
+    made = calibration.samples
+    assert [(s.prompt, s.seed, s.inputs.strength) for s in made] == [
+        ("x", 5, 0.5),
+        ("y", 6, 0.7),
+        ("z", 7, 0.5),
+    ]
+    assert CalibrationSettings(["x"]).with_inputs([Sample("a", 0, "0")]).samples[0].inputs.is_empty
