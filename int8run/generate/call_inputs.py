@@ -15,6 +15,7 @@ from typing import Any, get_args, get_origin
 import yaml
 
 from int8run.generate.sample_inputs import is_file_column
+from int8run.models.modular_pipeline import get_call_class
 
 FACTS_FILE = Path(__file__).with_suffix(".yaml")
 IMAGE, MASK_IMAGE, LAST_IMAGE, VIDEO = "image", "mask_image", "last_image", "video"
@@ -105,7 +106,7 @@ class CallInputs:
 
 def read_call_inputs(cls: Any) -> CallInputs:
     """Read what the call of a pipeline's class takes and needs."""
-    parameters = inspect.signature(cls.__call__).parameters
+    parameters = inspect.signature(get_call_class(cls).__call__).parameters
     components = inspect.signature(cls.__init__).parameters
     return find_call_inputs(cls.__name__, parameters, tuple(components))
 

@@ -10,13 +10,15 @@ import inspect
 import logging
 from collections.abc import Collection, Iterator, Mapping
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Optional
 
 import diffusers
 import torch
 from diffusers import ComponentsManager, ModularPipeline
 from diffusers.guiders.guider_utils import BaseGuidance
 from diffusers.hooks import apply_group_offloading
+from diffusers.modular_pipelines.minimax_h3 import MiniMaxH3ImageReference, MiniMaxH3VideoReference
+from diffusers.modular_pipelines.minimax_h3.references import MiniMaxH3Reference
 from torch import nn
 
 from int8run.errors import ConfigError, suggest_similar
@@ -26,6 +28,8 @@ GUIDER = "guider"
 TEXT_ENCODER = "text_encoder"
 # what a pipeline calls its result, as an image or a video
 RESULTS = ("images", "videos")
+# the argument of MiniMax-H3 that takes images and videos as objects of its own
+REFERENCES = "references"
 OUTPUT_TYPE, LATENT = "output_type", "latent"
 # modules of diffusers; see `quiet_libraries`
 NOISY_LOGGERS = ("diffusers.modular_pipelines.modular_pipeline", "diffusers.guiders.guider_utils")
@@ -103,6 +107,8 @@ class ModularFace(ModularPipeline):
         self.set_guiders(inputs)
         for name in ("prompt", "negative_prompt", "generator"):
             inputs[name] = unpack_single(inputs.get(name))
+        if inputs.get(REFERENCES) is not None:
+            inputs[REFERENCES] = [make_reference(media) for media in inputs[REFERENCES]]
         wants_latents = inputs.get(OUTPUT_TYPE) == LATENT
         if wants_latents:
             del inputs[OUTPUT_TYPE]
@@ -256,8 +262,12 @@ def quiet_libraries() -> None:
 def build_signature(blocks: Any, guiders: Mapping[str, BaseGuidance]) -> inspect.Signature:
     """What a call takes: the inputs of its blocks, and the settings of its guiders."""
     defaults: dict[str, Any] = {}
+    types: dict[str, Any] = {}
     for parameter in blocks.inputs:
         if parameter.name is not None:
+            hint = parameter.type_hint
+            is_optional = hint is not None and not parameter.required
+            types[parameter.name] = Optional[hint] if is_optional else hint  # noqa: UP045
             needs_value = parameter.required and parameter.default is None
             defaults[parameter.name] = inspect.Parameter.empty if needs_value else parameter.default
     for name, guider in guiders.items():
@@ -265,7 +275,10 @@ def build_signature(blocks: Any, guiders: Mapping[str, BaseGuidance]) -> inspect
             defaults.setdefault(argument, guider.config[setting])
     parameters = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
     for name, default in defaults.items():
-        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default))
+        kind = types.get(name) or inspect.Parameter.empty
+        parameters.append(
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+        )
     return inspect.Signature(parameters)
 
 
@@ -311,6 +324,15 @@ def iter_nested_blocks(block: Any) -> Iterator[Any]:
 def unpack_single(value: Any) -> Any:
     """The only item of a list; everything else as it is."""
     return value[0] if isinstance(value, list) and len(value) == 1 else value
+
+
+def make_reference(media: Any) -> MiniMaxH3Reference:
+    """An image, or the frames of a video, as one of MiniMax-H3's references; a reference as it is."""
+    if isinstance(media, MiniMaxH3Reference):
+        return media
+    if isinstance(media, list):
+        return MiniMaxH3VideoReference(frames=media)
+    return MiniMaxH3ImageReference(image=media)
 
 
 def read_results(state: Any) -> SimpleNamespace:

@@ -97,7 +97,7 @@ def anima() -> ModularPipeline:
 
 def vision_processor() -> Qwen3VLProcessor:
     """Of text and images, as Qwen3-VL has it."""
-    images = Qwen2VLImageProcessor(patch_size=2, temporal_patch_size=2, merge_size=2)
+    images = Qwen2VLImageProcessor(patch_size=16, min_pixels=32 * 32, max_pixels=128 * 128)
     return TextProcessor(images, qwen_tokenizer(), None, chat_template=TEMPLATE)
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from int8run.errors import ConfigError
 from int8run.generate import generate as generate_module
 from int8run.generate import prompt_cache
-from int8run.generate.generate import GenerationHooks, StepClock, generate
+from int8run.generate.generate import GenerationHooks, StepClock, generate, split_trajectories
 from int8run.generate.pipeline_call import (
     call_pipeline,
     extract_frames,
@@ -370,6 +370,15 @@ def test_a_pipeline_with_the_older_callback_is_timed_as_well(clock: list[float])
     assert heard[OldPipe] == heard[Pipe] and 0.25 in heard[Pipe]
     assert (old.step_seconds, old.image_seconds) == (new.step_seconds, new.image_seconds)
     assert all(map(torch.equal, old.trajectories, new.trajectories))
+
+
+def test_latents_of_one_sample_may_be_rows_without_a_batch() -> None:
+    batched = [torch.full((2, 3), float(step)) for step in range(4)]
+    rows = [torch.full((5, 3), float(step)) for step in range(4)]
+
+    assert [t.shape for t in split_trajectories(batched, 2)] == [(4, 3)] * 2
+    assert [t.shape for t in split_trajectories(rows, 1)] == [(4, 5, 3)]
+    assert [t.shape for t in split_trajectories([t[:1] for t in rows], 1)] == [(4, 3)]
 
 
 # -- what a pipeline returns ---------------------------------------------------------------------------------

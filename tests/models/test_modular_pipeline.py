@@ -9,13 +9,25 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AnimaModularPipeline, FluxModularPipeline, FluxPipeline, Wan22ModularPipeline
+from diffusers import (
+    AnimaModularPipeline,
+    Flux3ModularPipeline,
+    FluxModularPipeline,
+    FluxPipeline,
+    MiniMaxH3ModularPipeline,
+    ModularPipeline,
+    Wan22ModularPipeline,
+    WanAnimate2ModularPipeline,
+)
+from diffusers.modular_pipelines.minimax_h3 import MiniMaxH3ImageReference, MiniMaxH3VideoReference
 from families.instances_modular import QUICK
+from PIL import Image
 from support.tiny_pipeline import random_pipeline, save_random_pipeline
 
 import int8run.models.modular_pipeline as module
 import int8run.models.modular_source as modular_source
 from int8run.errors import ConfigError, FileError
+from int8run.generate.call_inputs import read_call_inputs
 from int8run.generate.call_parameters import get_call_default
 from int8run.generate.generate import generate
 from int8run.generate.negative_prompts import read_guidance
@@ -159,6 +171,37 @@ def test_offloading_is_that_of_diffusers(monkeypatch: pytest.MonkeyPatch) -> Non
 
     assert offloaded == ["text_encoder", "text_encoder_2", "vae", "transformer", device]
     assert grouped == [{"onload_device": device}] * 4
+
+
+@pytest.mark.parametrize(
+    ("cls", "arguments", "needs"),
+    [
+        (AnimaModularPipeline, {"image": "image"}, ()),
+        (Flux3ModularPipeline, {"image": "image", "reference_images": "image"}, ()),
+        (
+            MiniMaxH3ModularPipeline,
+            {"image": "image", "last_image": "last_image", "reference_images": "references"},
+            (),
+        ),
+        (WanAnimate2ModularPipeline, {"image": "image", "video": "driving_video"}, ("image", "video")),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_inputs_of_a_sample_have_a_place_in_a_modular_call(
+    cls: type[ModularPipeline], arguments: dict[str, str], needs: tuple[str, ...]
+) -> None:
+    call = read_call_inputs(cls)
+
+    assert (dict(call.arguments), call.needs) == (arguments, needs)
+
+
+def test_images_and_videos_become_the_references_of_minimax_h3() -> None:
+    image = Image.new("RGB", (8, 8))
+    given = module.make_reference(image)
+
+    assert isinstance(given, MiniMaxH3ImageReference) and given.image is image
+    assert isinstance(module.make_reference([image, image]), MiniMaxH3VideoReference)
+    assert module.make_reference(given) is given
 
 
 # -- folders -------------------------------------------------------------------------------------------------
