@@ -27,16 +27,15 @@ from int8run.generate.call_inputs import (
     load_facts,
     read_call_inputs,
 )
-from int8run.generate.media import fit_image, open_image, open_mask, open_video
+from int8run.generate.media import open_image, open_mask, open_video
 from int8run.generate.sample_inputs import InputFile, SampleInputs, is_mask_column, is_video_column
 
 NUM_FRAMES = "num_frames"
-ImageSize = tuple[int, int]  # width and height in pixels
 Media = Any  # an image, or a video as the list of its frames
 
 
 def build_input_arguments(
-    pipe: DiffusionPipeline, inputs: SampleInputs, settings: Mapping[str, Any], size: ImageSize | None = None
+    pipe: DiffusionPipeline, inputs: SampleInputs, settings: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The arguments of a call for the inputs of its sample.
 
@@ -44,7 +43,6 @@ def build_input_arguments(
         pipe: to be called.
         inputs: of the only sample of the call.
         settings: the other arguments of the call.
-        size: width and height that images are brought to; None: they stay as they are.
 
     Raises:
         FileError: when an input cannot be read.
@@ -52,9 +50,7 @@ def build_input_arguments(
     if inputs.is_empty:
         return {}
     call = read_call_inputs(type(pipe))
-    opened = {}
-    for column, files in inputs.files.items():
-        opened[column] = [open_input(column, file, size) for file in files]
+    opened = {column: [open_input(column, file) for file in files] for column, files in inputs.files.items()}
     arguments: dict[str, Any] = {}
     if call.condition is not None:
         columns = {column: opened.pop(column) for column in CONDITION_COLUMNS if column in opened}
@@ -68,19 +64,13 @@ def build_input_arguments(
     return {**arguments, **inputs.arguments}
 
 
-def open_input(column: str, file: InputFile, size: ImageSize | None) -> Media:
-    """An input as a call takes it: an image, a mask, or the frames of a video.
-
-    Args:
-        column: that it stands in.
-        file: to open.
-        size: width and height that it is brought to; None: it stays as it is.
-    """
+def open_input(column: str, file: InputFile) -> Media:
+    """An input as a call takes it: an image, a mask, or the frames of a video."""
     if is_video_column(column):
-        frames = open_video(file)
-        return [fit_image(frame, *size) for frame in frames] if size else frames
-    image = open_mask(file) if is_mask_column(column) else open_image(file)
-    return fit_image(image, *size) if size else image
+        return open_video(file)
+    if is_mask_column(column):
+        return open_mask(file)
+    return open_image(file)
 
 
 def group_by_argument(call: CallInputs, opened: Mapping[str, Sequence[Media]]) -> dict[str, list[Media]]:

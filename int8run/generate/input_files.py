@@ -38,20 +38,23 @@ SUFFIX = re.compile(r"\.[a-z0-9]{1,8}")
 Source = tuple[Path, bool]
 
 
-def read_samples(prompts: PromptSet, seed: int, folder: Path) -> list[Sample]:
+def read_samples(
+    prompts: PromptSet, seed: int, folder: Path, size: tuple[int, int] | None = None
+) -> list[Sample]:
     """What a set of prompts asks for, with its input files checked and copied.
 
     Args:
         prompts: the set.
         seed: of the first sample of each prompt.
         folder: of the run; copies go into `inputs` below it.
+        size: width and height that input images are brought to when they are opened; None: they stay.
 
     Raises:
         FileError: for a prompt file or an input that cannot be used; it names the row.
     """
     rows = prompts.read_rows()
     check_inputs(rows)
-    inputs = copy_inputs(rows, folder / INPUTS)
+    inputs = copy_inputs(rows, folder / INPUTS, size)
     return build_row_samples(rows, inputs, prompts.seeds_per_prompt, seed)
 
 
@@ -143,10 +146,12 @@ class InputCopies:
 
     Args:
         folder: for the copies; made where there is anything to copy.
+        size: that the inputs are brought to when they are opened; None: they stay as they are.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, size: tuple[int, int] | None = None):
         self.folder = folder
+        self.size = size
         self.by_path: dict[Path, InputFile] = {}
         self.by_content: dict[str, Path] = {}  # by hash
         self.names: Counter[str] = Counter()
@@ -172,7 +177,7 @@ class InputCopies:
             if read_input_file(copy).sha256 != original.sha256:
                 raise FileError(f"{original.label} changes while it is read; start again when it is complete")
             self.by_content[original.sha256] = copy
-        self.by_path[file.path] = replace(original, path=copy)
+        self.by_path[file.path] = replace(original, path=copy, size=self.size)
         return self.by_path[file.path]
 
     def choose_name(self, path: Path) -> str:
@@ -189,14 +194,17 @@ class InputCopies:
         return numbered if numbered not in self.names else self.choose_name(path)
 
 
-def copy_inputs(rows: Sequence[PromptRow], folder: Path) -> list[SampleInputs]:
+def copy_inputs(
+    rows: Sequence[PromptRow], folder: Path, size: tuple[int, int] | None = None
+) -> list[SampleInputs]:
     """Copy every input file, and return the inputs of each row.
 
     Args:
         rows: of the prompt set.
         folder: for the copies.
+        size: that the inputs are brought to when they are opened; None: they stay as they are.
     """
-    copies = InputCopies(folder)
+    copies = InputCopies(folder, size)
     inputs = []
     for row in rows:
         files = {column: tuple(map(copies.add, given)) for column, given in row.files.items()}

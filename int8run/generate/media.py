@@ -10,7 +10,7 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +177,7 @@ def open_image(file: InputFile) -> Image.Image:
         FileError: when it cannot be read.
     """
     with opened_image(file.path, file.label) as image:
-        return convert_to_rgb(image)
+        return fit_image(convert_to_rgb(image), file.size, border="white")
 
 
 def open_mask(file: InputFile) -> Image.Image:
@@ -186,7 +186,8 @@ def open_mask(file: InputFile) -> Image.Image:
     Raises:
         FileError: when it cannot be read.
     """
-    return open_image(file).convert("L")
+    image = open_image(replace(file, size=None))
+    return fit_image(image.convert("L"), file.size, border="black")
 
 
 def open_video(file: InputFile) -> list[Image.Image]:
@@ -197,8 +198,10 @@ def open_video(file: InputFile) -> list[Image.Image]:
     """
     if is_image_file(file.path, file.label):
         with opened_image(file.path, file.label) as image:
-            return [convert_to_rgb(frame) for frame in ImageSequence.Iterator(image)]
-    return list(iter_video_frames(file.path, file.label))
+            frames = [convert_to_rgb(frame) for frame in ImageSequence.Iterator(image)]
+    else:
+        frames = list(iter_video_frames(file.path, file.label))
+    return [fit_image(frame, file.size, border="white") for frame in frames]
 
 
 def convert_to_rgb(image: Image.Image) -> Image.Image:
@@ -211,20 +214,17 @@ def convert_to_rgb(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(background, rgba).convert("RGB")
 
 
-def fit_image(image: Image.Image, width: int, height: int) -> Image.Image:
-    """An image or a mask at another size, whole: where its shape differs, borders are added.
-
-    Those of an image are white, those of a mask black, so that they stay.
+def fit_image(image: Image.Image, size: tuple[int, int] | None, border: str) -> Image.Image:
+    """An image at another size, whole: where its shape differs, borders are added.
 
     Args:
         image: RGB, or L for a mask.
-        width: of the result, in pixels.
-        height: of the result.
+        size: width and height of the result in pixels; None: those of the image.
+        border: color of the borders; those of a mask are black, so that they stay.
     """
-    if image.size == (width, height):
+    if size is None or image.size == size:
         return image
-    border = "white" if image.mode == "RGB" else "black"
-    return ImageOps.pad(image, (width, height), Image.Resampling.LANCZOS, color=border)
+    return ImageOps.pad(image, size, Image.Resampling.LANCZOS, color=border)
 
 
 def is_deep(image: Image.Image) -> bool:

@@ -179,10 +179,7 @@ def build_arguments(pipe: DiffusionPipeline, batch: Sequence[Sample], sampling: 
         if takes_argument(pipe, name):
             arguments[name] = value
     # a sample with inputs is alone in its batch
-    size = None
-    if sampling.fit_inputs and sampling.width and sampling.height:
-        size = (sampling.width, sampling.height)
-    arguments |= build_input_arguments(pipe, batch[0].inputs, arguments, size)
+    arguments |= build_input_arguments(pipe, batch[0].inputs, arguments)
     negative_prompts = find_negative_prompts(pipe, batch, sampling)
     if negative_prompts is not None:
         arguments[NEGATIVE_PROMPT] = negative_prompts

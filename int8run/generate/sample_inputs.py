@@ -22,19 +22,21 @@ FILE_COLUMN = re.compile(r"(?:\w+_)?(?:image|images|video|videos)")
 class InputFile:
     """An image or a video that a sample begins with.
 
-    Two are equal where their content is.
+    Two are equal where their content is, and the size at which it is opened.
 
     Args:
         name: of the file, without its folder.
         path: where it is.
         sha256: of its content, in hexadecimal digits.
         place: where a setting or a table names it, for messages: `cats.csv, row 3 (line 4): image`.
+        size: width and height that it is brought to when it is opened; None: it stays as it is.
     """
 
     name: str = field(repr=False, compare=False)
     path: Path = field(repr=False, compare=False)
     sha256: str
     place: str = field(default="", repr=False, compare=False)
+    size: tuple[int, int] | None = None
 
     @property
     def label(self) -> str:

@@ -67,6 +67,13 @@ class Sampling:
                 check_range(f"sampler.{name}", size, 8, 16384, whole=True)
         check_range("sampler.batch", self.batch, 1, 1024, whole=True)
 
+    @property
+    def input_size(self) -> tuple[int, int] | None:
+        """Width and height that input images are brought to; None: they stay as they are."""
+        if not self.fit_inputs or self.width is None or self.height is None:
+            return None
+        return self.width, self.height
+
     def with_defaults(self, default: "Sampling") -> "Sampling":
         """Return these settings, with the default's in the place of each that is None."""
         unset = [f.name for f in fields(self) if getattr(self, f.name) is None]

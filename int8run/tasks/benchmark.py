@@ -111,7 +111,7 @@ def run_benchmark(spec: RunSpec, job: Job, rounds: int) -> None:
         ConfigError: when the model has no layer to quantize.
     """
     progress = Progress(enabled=spec.progress)
-    samples = read_samples(spec.prompts, spec.seed, job.output_dir)
+    samples = read_samples(spec.prompts, spec.seed, job.output_dir, spec.sampling.input_size)
     loaded = load_model(select_load_settings(spec, needs_float_denoiser=True), progress)
     plans = [plan for plan in loaded.plan_layers() if plan.skip_reason is None]
     if not plans:

@@ -116,7 +116,7 @@ def run(spec: RunSpec, job: Job) -> RunResult:
         job: where they came from, and where to write.
     """
     headers = read_headers(spec)
-    samples = read_samples(spec.prompts, spec.seed, job.output_dir)
+    samples = read_samples(spec.prompts, spec.seed, job.output_dir, spec.sampling.input_size)
     check_samples(spec.model, samples, spec.sampler, spec.sampling)
     # a pipeline that needs an image needs one for the calibration, too
     spec = replace(spec, calibration=spec.calibration.with_inputs(samples))

@@ -10,6 +10,7 @@ from PIL import Image
 from int8run.errors import FileError
 from int8run.generate import input_files
 from int8run.generate.input_files import read_samples
+from int8run.generate.media import open_image
 from int8run.generate.prompts import PromptSet, Sample, split_batches
 from int8run.generate.sample_inputs import NO_INPUTS, SampleInputs
 
@@ -169,3 +170,15 @@ def test_a_sample_with_inputs_has_a_call_of_its_own() -> None:
         [with_inputs],
         [plain[1], plain[2]],
     ]
+
+
+def test_an_input_is_opened_at_the_size_of_the_run(tmp_path):
+    Image.new("RGB", (40, 20)).save(tmp_path / "a.png")
+    prompts = PromptSet(prompts=["mirror it"], image=str(tmp_path / "a.png"))
+
+    (fitted,) = read_samples(prompts, seed=0, folder=tmp_path / "run", size=(16, 24))
+    (as_it_is,) = read_samples(prompts, seed=0, folder=tmp_path / "run")
+
+    assert open_image(fitted.inputs.files["image"][0]).size == (16, 24)
+    assert open_image(as_it_is.inputs.files["image"][0]).size == (40, 20)
+    assert fitted.inputs != as_it_is.inputs, "float images of the one are not those of the other"

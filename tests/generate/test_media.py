@@ -2,6 +2,7 @@
 
 import struct
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -316,7 +317,7 @@ def test_a_video_that_would_fill_the_memory_is_refused(
 def test_an_image_is_fitted_whole_with_white_beside_it() -> None:
     wide = make_halves(width=64, height=16)
 
-    fitted = np.asarray(fit_image(wide, 32, 32))
+    fitted = np.asarray(fit_image(wide, (32, 32), border="white"))
 
     assert fitted.shape == (32, 32, 3)
     assert (fitted[:12] == 255).all() and (fitted[20:] == 255).all()
@@ -327,13 +328,31 @@ def test_an_image_is_fitted_whole_with_white_beside_it() -> None:
 def test_the_border_of_a_fitted_mask_stays_as_it_is() -> None:
     mask = Image.new("L", (16, 64), 255)
 
-    fitted = np.asarray(fit_image(mask, 32, 32))
+    fitted = np.asarray(fit_image(mask, (32, 32), border="black"))
 
     assert (fitted[:, 16] == 255).all()
     assert (fitted[:, :12] == 0).all()
 
 
-def test_an_image_of_the_right_size_is_not_touched() -> None:
+@pytest.mark.parametrize("size", [(32, 32), None])
+def test_an_image_of_the_right_size_is_not_touched(size: tuple[int, int] | None) -> None:
     image = make_halves(width=32, height=32)
 
-    assert fit_image(image, 32, 32) is image
+    assert fit_image(image, size, border="white") is image
+
+
+def test_an_input_is_opened_at_the_size_that_it_is_brought_to(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    make_halves(width=64, height=16).save(path)
+    animation = tmp_path / "a.gif"
+    make_halves().save(
+        animation, save_all=True, append_images=[make_halves().transpose(Image.Transpose.ROTATE_180)]
+    )
+    fitted = replace(as_input(path), size=(32, 48))
+
+    frames = open_video(replace(as_input(animation), size=(32, 48)))
+
+    assert open_image(fitted).size == open_mask(fitted).size == (32, 48)
+    assert [frame.size for frame in frames] == [(32, 48)] * 2
+    assert np.asarray(open_image(fitted))[0, 0].tolist() == [255, 255, 255]
+    assert np.asarray(open_mask(fitted))[0, 0] == 0

@@ -1,6 +1,5 @@
 """The arguments of one call, and what is said where a pipeline cannot be called."""
 
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,12 +7,10 @@ import pytest
 import torch
 from families.instances_b import wan
 from families.instances_edit import make_image, reuse
-from PIL import Image
 
 from int8run.errors import ConfigError
 from int8run.generate.pipeline_call import call_pipeline
 from int8run.generate.prompts import Sample
-from int8run.generate.sample_inputs import SampleInputs, read_input_file
 from int8run.models.sampling import Sampling
 
 
@@ -47,47 +44,6 @@ def test_one_sample_is_passed_without_a_list(prompts: list[str], heard: tuple[An
     if isinstance(generators, torch.Generator):
         generators = [generators]
     assert [generator.initial_seed() for generator in generators] == [sample.seed for sample in samples]
-
-
-class Editor(Recorder):
-    """A pipeline that keeps the image of its call, too."""
-
-    image: Any = None
-
-    def __call__(
-        self,
-        image: Any = None,
-        prompt: Any = None,
-        height: int = 0,
-        width: int = 0,
-        generator: Any = None,
-        callback_on_step_end: Any = None,
-        **rest: Any,
-    ) -> Any:
-        self.image = image
-        return SimpleNamespace(images=[])
-
-
-@pytest.mark.parametrize(
-    ("sampling", "size"),
-    [
-        (Sampling(height=32, width=48, fit_inputs=True), (48, 32)),
-        (Sampling(height=32, width=48), (100, 20)),
-        (Sampling(fit_inputs=True), (100, 20)),
-    ],
-    ids=["fitted", "as it is", "no size to fit"],
-)
-def test_input_image_is_brought_to_the_size_of_the_result(
-    tmp_path: Path, sampling: Sampling, size: tuple[int, int]
-) -> None:
-    path = tmp_path / "a.png"
-    Image.new("RGB", (100, 20)).save(path)
-    pipe: Any = Editor()
-    inputs = SampleInputs(files={"image": (read_input_file(path),)})
-
-    call_pipeline(pipe, [Sample("a", 0, "0", inputs=inputs)], sampling, lambda *_: {})
-
-    assert pipe.image.size == size
 
 
 def test_library_that_a_pipeline_needs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

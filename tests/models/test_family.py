@@ -288,8 +288,9 @@ def test_with_defaults_fills_fields_that_are_none():
 def test_input_images_are_fitted_where_the_model_or_the_user_says_so():
     model = Sampling(height=64, width=64, fit_inputs=True)
 
-    assert Sampling().with_defaults(model).fit_inputs is True
-    assert Sampling(fit_inputs=False).with_defaults(model).fit_inputs is False
+    assert Sampling().with_defaults(model).input_size == (64, 64)
+    assert Sampling(fit_inputs=False).with_defaults(model).input_size is None
+    assert Sampling(fit_inputs=True).input_size is None, "a size that is not known"
     with pytest.raises(ConfigError, match=r"sampler\.fit_inputs is 'yes'"):
         Sampling(fit_inputs="yes")
 
