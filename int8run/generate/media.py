@@ -18,7 +18,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, ImageSequence, UnidentifiedImageError
 
 from int8run.errors import FileError
-from int8run.generate.sample_inputs import InputFile
+from int8run.generate.sample_inputs import InputFile, is_video_column
 from int8run.utils.text import shorten_error
 
 PNG, TIFF = "PNG", "TIFF"
@@ -202,6 +202,22 @@ def open_video(file: InputFile) -> list[Image.Image]:
     else:
         frames = list(iter_video_frames(file.path, file.label))
     return [fit_image(frame, file.size, border="white") for frame in frames]
+
+
+def read_size(column: str, file: InputFile) -> tuple[int, int]:
+    """Width and height of an input, from its header; of a video, from its first frame.
+
+    Args:
+        column: that it stands in.
+        file: the input.
+
+    Raises:
+        FileError: when it cannot be read.
+    """
+    if is_video_column(column) and not is_image_file(file.path, file.label):
+        return next(iter_video_frames(file.path, file.label)).size
+    with opened_image(file.path, file.label) as image:
+        return get_shown_size(image, reads_all=False)
 
 
 def convert_to_rgb(image: Image.Image) -> Image.Image:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 # Inputs that are files, as the columns of a prompt table and the settings of `prompts` are called.
-IMAGE, MASK = "image", "mask_image"
-INPUT_COLUMNS = (IMAGE, MASK, "last_image", "control_image", "video", "reference_images")
+IMAGE, MASK, VIDEO = "image", "mask_image", "video"
+INPUT_COLUMNS = (IMAGE, MASK, "last_image", "control_image", VIDEO, "reference_images")
 # Some pipelines have further ones, such as `pose_video`; diffusers names them alike.
 FILE_COLUMN = re.compile(r"(?:\w+_)?(?:image|images|video|videos)")
 

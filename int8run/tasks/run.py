@@ -28,6 +28,7 @@ from int8run.generate.generated_sampling import (
     read_generated_sampling,
 )
 from int8run.generate.input_files import read_samples
+from int8run.generate.input_sizes import list_resized
 from int8run.generate.negative_prompts import explain_unused_negative_prompt
 from int8run.generate.prompt_cache import PromptCache
 from int8run.generate.prompts import Sample, split_batches
@@ -467,6 +468,8 @@ def check_latents(generation: Generation, name: str) -> None:
 def log_rounded(spec: RunSpec, built: BuiltModel, samples: Sequence[Sample], generation: Generation) -> None:
     """Log where the pipeline did not do what it was asked for: a size, a number of frames, of steps.
 
+    Also logs what size it makes of inputs.
+
     Args:
         spec: the settings.
         built: the model.
@@ -483,6 +486,8 @@ def log_rounded(spec: RunSpec, built: BuiltModel, samples: Sequence[Sample], gen
             unasked.append(change)
     if unasked:
         log.warning("%s", describe_rounded(unasked, pipeline))
+    for resized in list_resized(samples, generation.frames):
+        log.info("%s", resized.describe(pipeline))
 
 
 def log_lora_warnings(spec: RunSpec, built: BuiltModel, headers: Sequence[LoraHeader]) -> None:
