@@ -28,6 +28,8 @@ from int8run.utils.text import shorten_error
 # What a call may be asked for: images, or latents without decoding.
 IMAGE_TYPES = ("pil",)
 OUTPUT_TYPES = (*IMAGE_TYPES, "latent")  # latents are for int8run's own calls, which decode nothing
+# What pipelines call the images or videos that they return: Kandinsky 5 has one `image` for all.
+OUTPUT_FIELDS = ("frames", "images", "image")
 # Arguments of a call that are prompts: one for each sample of a batch.
 PROMPT_ARGUMENT = re.compile(r"(negative_)?prompt(_\d+)?")
 # Arguments of a call that are settings, and the fields of a Sampling.
@@ -197,7 +199,7 @@ def get_execution_device(pipe: DiffusionPipeline) -> torch.device:
 
 def extract_frames(output: Any) -> list[list[Image]]:
     """The frames of each sample in a pipeline's output; none where it was asked for latents."""
-    samples = output.frames if hasattr(output, "frames") else output.images
+    samples = next(getattr(output, name) for name in OUTPUT_FIELDS if hasattr(output, name))
     if isinstance(samples, Tensor):
         return []
     return [list(sample) if isinstance(sample, list) else [sample] for sample in samples]

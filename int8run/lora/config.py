@@ -14,12 +14,14 @@ from typing import Any
 from int8run.errors import ConfigError, check_bool, check_choice, check_range
 from int8run.lora.few_step import FewStepPreset, get_preset, parse_steps_in_name
 from int8run.lora.find import get_default_name
+from int8run.models.denoiser_components import DENOISER_COMPONENTS
 
 MODES = ("auto", "dynamic", "bake", "stochastic")
 STRENGTH_LIMIT = 20
 USUAL_STRENGTHS = (-1, 2)
-# `transformer` and `transformer_2`: one of the two denoisers of a pipeline that has two
-COMPONENTS = ("denoiser", "transformer", "transformer_2", "text_encoder", "text_encoder_2", "text_encoder_3")
+# `transformer` and the like: one of the denoisers of a pipeline that has several
+EXPERTS = tuple(name for name in DENOISER_COMPONENTS if name != "unet")
+COMPONENTS = ("denoiser", *EXPERTS, "text_encoder", "text_encoder_2", "text_encoder_3")
 # [fraction of the steps, strength from there on], in order
 Schedule = Sequence[Sequence[float]]
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from int8run.errors import LoraError
 from int8run.lora.adapters.change import LoraChange, is_same
+from int8run.lora.config import EXPERTS
 from int8run.lora.fit_change import (
     check_row_count,
     find_changed_rows,
@@ -30,8 +31,6 @@ from int8run.lora.module_names import ModuleTargets
 from int8run.lora.unread_types import UnreadType, describe_unread_types, list_unread_types
 
 log = logging.getLogger(__name__)
-# components that are one of two denoisers, as in Wan 2.2
-EXPERTS = ("transformer", "transformer_2")
 
 
 @dataclass(frozen=True)

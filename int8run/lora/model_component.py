@@ -9,6 +9,7 @@ from dataclasses import replace
 from torch import nn
 
 from int8run.lora.module_names import ModuleTarget, ModuleTargets, NameTable, get_target_shape
+from int8run.models.denoiser_components import COMPONENTS_WITHOUT_LORAS
 from int8run.models.dual_denoisers import split_denoiser
 
 
@@ -37,13 +38,12 @@ class ModelComponent:
 
         Args:
             names: without prefixes.
-            experts: of two denoisers, those that are meant; empty: both.
+            experts: of two denoisers, those that are meant; empty: those that LoRAs are for.
         """
         names = list(names)
         found: dict[str, ModuleTargets | None] = dict.fromkeys(names)
         for prefix, name_table in self.name_tables.items():
-            is_left_out = prefix and experts and prefix.removesuffix(".") not in experts
-            if is_left_out:
+            if prefix and not is_meant(prefix.removesuffix("."), experts):
                 continue
             for name, targets in name_table.find_all_targets(names).items():
                 if not targets:
@@ -56,3 +56,15 @@ class ModelComponent:
     def get_weight_shape(self, target: ModuleTarget) -> tuple[int, ...]:
         """Shape of the weight of a target."""
         return get_target_shape(self.model, target.module)
+
+
+def is_meant(component: str, experts: Sequence[str]) -> bool:
+    """Whether a LoRA is for one of two denoisers.
+
+    Args:
+        component: its name in the pipeline.
+        experts: what the LoRA's settings name; empty: nothing.
+    """
+    if experts:
+        return component in experts
+    return component not in COMPONENTS_WITHOUT_LORAS

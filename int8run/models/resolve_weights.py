@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from int8run.errors import ConfigError, FileError, suggest_similar
+from int8run.models.denoiser_components import DENOISER_COMPONENTS
 from int8run.models.hub import check_repository, make_download_error
 from int8run.models.pipeline_index import (
     MODEL_INDEX_NAME,
@@ -22,8 +23,6 @@ from int8run.utils.paths import SAFETENSORS, SHIPPED_PREFIX, to_local_path
 from int8run.utils.text import shorten_error
 
 log = logging.getLogger(__name__)
-# of pipelines; a single one is the denoiser, of two each has its own part of the steps
-DENOISER_COMPONENTS = ("transformer", "transformer_2", "transformer_ref", "unet")
 # what stands beside weights and may say how they were quantized
 QUANTIZATION_CONFIGS = ("config.json", "quantization_config.json", "hf_quant_config.json")
 CONFIG_NAME = "config.json"

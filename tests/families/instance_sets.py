@@ -4,7 +4,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from families import instances, instances_b, instances_edit, instances_modular, instances_video
+from families import (
+    instances,
+    instances_b,
+    instances_edit,
+    instances_modular,
+    instances_more,
+    instances_rest,
+    instances_video,
+)
 from families.instances import Instance
 
 QUICK: Mapping[str, Instance] = {
@@ -17,11 +25,16 @@ LONG_TAIL: Mapping[str, Instance] = {
     **instances_edit.INSTANCES,
     **instances_video.INSTANCES,
     **instances_modular.LONG_TAIL,
+    **instances_more.INSTANCES,
+    **instances_rest.INSTANCES,
 }
 INSTANCES: Mapping[str, Instance] = {**QUICK, **LONG_TAIL}
 # what a test of whole pipelines is called with
 NAMES: list[Any] = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in LONG_TAIL)]
 # denoisers whose files have the very names of another class of their family
-NAMED_AS: Mapping[str, str] = dict.fromkeys(
-    ("chronoedit", "skyreels", "skyreels_i2v"), "WanTransformer3DModel"
-)
+NAMED_AS: Mapping[str, str] = {
+    "chronoedit": "WanTransformer3DModel",
+    "skyreels": "WanTransformer3DModel",
+    "skyreels_i2v": "WanTransformer3DModel",
+    "joyimage_edit_plus": "JoyImageEditTransformer3DModel",
+}

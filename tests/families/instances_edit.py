@@ -3,6 +3,7 @@
 Of diffusers' real classes, without a download. They are built as `instances.py` builds those without images.
 """
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -94,6 +95,21 @@ def seeded(build: Callable[[], DiffusionPipeline]) -> Callable[[], DiffusionPipe
     return again
 
 
+class PlainText:
+    """Takes the place of ftfy, which repairs characters, where it is not installed."""
+
+    @staticmethod
+    def fix_text(text: str) -> str:
+        return text
+
+
+def replace_missing_ftfy(pipeline: type[DiffusionPipeline]) -> None:
+    """Let a pipeline clean its text without the library; the prompts here are clean."""
+    module: Any = sys.modules[pipeline.__module__]
+    if hasattr(module, "is_ftfy_available") and not hasattr(module, "ftfy"):
+        module.ftfy = PlainText
+
+
 def make_instance(
     family: str,
     pipeline: type[DiffusionPipeline],
@@ -106,6 +122,7 @@ def make_instance(
     **extra: Any,
 ) -> Instance:
     """An instance of two steps; its images are arguments of the call."""
+    replace_missing_ftfy(pipeline)
     return Instance(
         family=family,
         build=seeded(build),

@@ -3,7 +3,6 @@
 Of diffusers' real classes, without a download, built as `instances_b.py` builds those without images.
 """
 
-import sys
 from typing import Any
 
 from diffusers import (
@@ -245,20 +244,9 @@ WAN: dict[str, Entry] = {
 }
 
 
-class PlainText:
-    """Takes the place of ftfy, which repairs characters, where it is not installed."""
-
-    @staticmethod
-    def fix_text(text: str) -> str:
-        return text
-
-
 def make_video(family: str, entry: Entry, size: int) -> Instance:
     """An instance of two steps."""
     pipeline, build, denoiser, guidance, extra = entry
-    module: Any = sys.modules[pipeline.__module__]
-    if not hasattr(module, "ftfy"):
-        module.ftfy = PlainText
     return make_instance(family, pipeline, build, denoiser, size=size, guidance=guidance, **extra)
 
 

@@ -406,6 +406,8 @@ def test_file_of_another_model_is_not_detected(name, keys):
 # all the same
 SAME_NAMES = {
     "AudioLDM2UNet2DConditionModel": "sd15",
+    "BriaTransformer2DModel": "longcat_image",
+    "CogView3PlusTransformer2DModel": "cogview4",
     "SanaWMLTX2RefinerTransformer3DModel": "ltx2",
 }
 
@@ -424,6 +426,7 @@ def detect_names(cls):
     "cls",
     [
         "FluxControlNetModel",
+        "BriaFiboTransformer2DModel",
         "HunyuanVideoTransformer3DModel",
         "NucleusMoEImageTransformer2DModel",
         "QwenImageControlNetModel",
