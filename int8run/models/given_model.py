@@ -6,8 +6,8 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from int8run.errors import ConfigError
+from int8run.models.denoiser_components import DENOISER_COMPONENTS
 from int8run.models.dual_denoisers import DualDenoiser
-from int8run.models.resolve_weights import DENOISER_COMPONENTS
 
 GivenModel = nn.Module | DiffusionPipeline
 

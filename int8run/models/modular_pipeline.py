@@ -22,7 +22,7 @@ from diffusers.modular_pipelines.minimax_h3.references import MiniMaxH3Reference
 from torch import nn
 
 from int8run.errors import ConfigError, suggest_similar
-from int8run.models.resolve_weights import DENOISER_COMPONENTS
+from int8run.models.denoiser_components import DENOISER_COMPONENTS
 
 GUIDER = "guider"
 TEXT_ENCODER = "text_encoder"

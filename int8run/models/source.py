@@ -16,6 +16,7 @@ from huggingface_hub import hf_hub_download, snapshot_download
 from torch import nn
 
 from int8run.errors import ConfigError, FileError, suggest_similar
+from int8run.models.denoiser_components import DENOISER_COMPONENTS
 from int8run.models.family import ModelSource
 from int8run.models.hub import check_repository, make_download_error
 from int8run.models.modular_pipeline import list_used_components
@@ -30,7 +31,6 @@ from int8run.models.pipeline_index import (
 )
 from int8run.models.resolve_weights import (
     CONFIG_NAME,
-    DENOISER_COMPONENTS,
     UNSUPPORTED_FORMATS,
     check_format,
     download_index,

@@ -11,8 +11,8 @@ from int8run.checkpoints.detect import read_layers
 from int8run.checkpoints.layer import FLOAT
 from int8run.checkpoints.reader import TensorFiles
 from int8run.errors import ConfigError, FileError
+from int8run.models.denoiser_components import DENOISER_COMPONENTS
 from int8run.models.pipeline_index import has_pipeline_index, read_pipeline_index
-from int8run.models.resolve_weights import DENOISER_COMPONENTS
 from int8run.tasks.file_description import FileDescription, Row, count_names, format_size
 from int8run.tasks.inspect_checkpoint import describe_family
 from int8run.text_encoders.detect import find_encoder_of_class

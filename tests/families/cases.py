@@ -24,8 +24,8 @@ from int8run.generate.prompts import Sample
 from int8run.layers.int8_linear import Int8Linear, get_linear
 from int8run.lora.config import Adapter, LoraSettings
 from int8run.lora.header_info import read_lora_headers
+from int8run.models.denoiser_components import DENOISER_COMPONENTS
 from int8run.models.family import ModelSource, load_families
-from int8run.models.resolve_weights import DENOISER_COMPONENTS
 from int8run.models.state_dict_adapter import TensorPart, to_original
 from int8run.outlier.convrot import ConvRot
 from int8run.outlier.none import NoOutlier

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from int8run.errors import ConfigError, FileError
 from int8run.lora.config import Adapter
-from int8run.models.resolve_weights import DENOISER_COMPONENTS
+from int8run.models.denoiser_components import DENOISER_COMPONENTS
 from int8run.pipeline.built_model import BuiltModel
 from int8run.pipeline.checkpoint_weights import FileWeights
 

@@ -9,9 +9,9 @@ from support.tiny_pipeline import random_pipeline
 from torch import nn
 
 from int8run.errors import ConfigError
+from int8run.models.denoiser_components import DENOISER_COMPONENTS
 from int8run.models.dual_denoisers import DualDenoiser
 from int8run.models.given_model import take_denoiser, take_text_encoders, unwrap_text_encoders
-from int8run.models.resolve_weights import DENOISER_COMPONENTS
 
 
 class Expert(nn.Linear):

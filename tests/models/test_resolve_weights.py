@@ -9,7 +9,8 @@ import pytest
 
 import int8run.models.resolve_weights as resolve_weights_module
 from int8run.errors import ConfigError, FileError
-from int8run.models.resolve_weights import DENOISER_COMPONENTS, download_side_files, resolve_weights
+from int8run.models.denoiser_components import DENOISER_COMPONENTS
+from int8run.models.resolve_weights import download_side_files, resolve_weights
 from int8run.utils.paths import ASSETS_FOLDER
 
 CONFIG = {"_class_name": "FluxTransformer2DModel", "num_layers": 1}
