@@ -279,7 +279,8 @@ def test_text_strength_is_scaled_by_the_stack():
 
 
 def test_components_have_the_names_of_the_pipeline():
-    choices = "denoiser, text_encoder, text_encoder_2, text_encoder_3, transformer, transformer_2"
+    texts = "text_encoder, text_encoder_2, text_encoder_3"
+    choices = f"denoiser, {texts}, transformer, transformer_2, transformer_ref, unconditional_transformer"
 
     with pytest.raises(ConfigError, match=rf"^a component of LoRA 'ink' is 'unet'; .*choose from {choices}$"):
         Adapter("ink", "ink", components=["denoiser", "unet"])

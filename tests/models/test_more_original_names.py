@@ -7,6 +7,8 @@ import torch
 from support.more_original_families import SCRIPTS
 from torch import Tensor
 
+from int8run.models.detect_family import detect_denoiser
+from int8run.models.family import load_families
 from int8run.models.state_dict_adapter import to_model, to_original
 
 
@@ -70,3 +72,17 @@ def test_joined_query_key_value_of_hunyuan_is_read(name: str) -> None:
     assert (found.unused, found.missing) == ((), ())
     (part,) = found.parts["transformer_blocks.0.attn.to_k.weight"]
     assert torch.equal(part.extract(file[part.key]), tensors["transformer_blocks.0.attn.to_k.weight"])
+
+
+FAMILY = {"hunyuan_image_distilled": "hunyuan_image", "joyimage_edit": "joyimage"}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_file_is_detected_by_both_namings(name: str) -> None:
+    class_name, tensors = number_tensors(name)
+    families = load_families().values()
+
+    for keys in (tensors, write_original(class_name, tensors)):
+        found = detect_denoiser(keys, families, None)
+        assert found is not None
+        assert (found[0].name, found[1]) == (FAMILY.get(name, name), class_name)
