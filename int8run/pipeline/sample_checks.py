@@ -15,6 +15,7 @@ from diffusers import DiffusionPipeline
 from int8run.errors import ConfigError, suggest_similar
 from int8run.generate.call_inputs import CallInputs, read_call_inputs
 from int8run.generate.pipeline_call import SETTING_ARGUMENTS
+from int8run.generate.prompt_row import ROW_COLUMNS
 from int8run.generate.prompts import Sample
 from int8run.generate.sample_inputs import SampleInputs
 from int8run.generate.step_count import count_taken_steps, get_strength
@@ -51,8 +52,9 @@ def check_samples(model: ModelSource, samples: Sequence[Sample], asked: Sampling
         # what its blocks hand to each other has no default either
         call = replace(call, needed_arguments=())
     for sample in samples:
+        check_argument_names(call, sample.inputs)
         check_columns(call, sample.inputs, model)
-        check_arguments(call, sample.inputs, sampling)
+        check_needed_arguments(call, sample.inputs, sampling)
         check_strength(call, sample, sampling)
     check_settings(call, asked)
     unused = list_unused_settings(call, sampling)
@@ -108,20 +110,31 @@ def describe_settings(columns: Iterable[str]) -> str:
     return " ".join(f"prompts.{column}=FILE" for column in columns)
 
 
-def check_arguments(call: CallInputs, inputs: SampleInputs, sampling: Sampling) -> None:
-    """Raise ConfigError for an argument that a call does not have, or needs and is not given.
+def check_argument_names(call: CallInputs, inputs: SampleInputs) -> None:
+    """Raise ConfigError for an argument that a call does not have, such as a column that is misspelled.
+
+    Args:
+        call: what the pipeline takes.
+        inputs: of the sample.
+    """
+    place = f"{inputs.place}: " if inputs.place else ""
+    for name in inputs.arguments:
+        if name not in call.parameters:
+            known = [*ROW_COLUMNS, *call.parameters]
+            raise ConfigError(
+                f"{place}{name} is not an argument of {call.pipeline}; {suggest_similar(name, known)}see the "
+                "pipeline's documentation"
+            )
+
+
+def check_needed_arguments(call: CallInputs, inputs: SampleInputs, sampling: Sampling) -> None:
+    """Raise ConfigError for an argument that a call needs and is not given.
 
     Args:
         call: what the pipeline takes.
         inputs: of the sample.
         sampling: may have it in `extra`.
     """
-    for name in inputs.arguments:
-        if name not in call.parameters:
-            raise ConfigError(
-                f"{name} is not an argument of {call.pipeline}; {suggest_similar(name, call.parameters)}see "
-                "the pipeline's documentation"
-            )
     for name in call.needed_arguments:
         if name not in inputs.arguments and name not in sampling.extra:
             raise ConfigError(

@@ -13,7 +13,12 @@ from int8run.generate.prompts import Sample
 from int8run.generate.sample_inputs import InputFile, SampleInputs
 from int8run.models.family import ModelSource
 from int8run.models.sampling import Sampling
-from int8run.pipeline.sample_checks import check_arguments, check_columns, check_samples, check_settings
+from int8run.pipeline.sample_checks import (
+    check_columns,
+    check_needed_arguments,
+    check_samples,
+    check_settings,
+)
 
 TINY = ModelSource("shipped:tiny", "tiny", Sampling(steps=16, height=64, width=64))
 
@@ -103,14 +108,24 @@ def test_argument_of_a_row_must_be_one_of_the_call():
         check(make_sample("image", "mask_image", padding_mask_crops=8), mode="inpaint")
 
 
+def test_misspelled_column_is_named_before_the_input_that_is_missing():
+    inputs = SampleInputs(arguments={"imge": "cat.png"}, place="a.csv, row 3 (line 4)")
+
+    with pytest.raises(
+        ConfigError,
+        match=r"^a\.csv, row 3 \(line 4\): imge is not an argument of FluxImg2ImgPipeline; did you mean 'im",
+    ):
+        check(Sample("a", 0, "0", inputs=inputs), mode="img2img")
+
+
 def test_argument_that_no_input_is_for_can_be_given_as_a_setting():
     call = read_call_inputs(diffusers.DiTPipeline)
 
     with pytest.raises(
         ConfigError, match=r"^DiTPipeline cannot be called without class_labels, which no input is"
     ):
-        check_arguments(call, SampleInputs(), Sampling())
-    check_arguments(call, SampleInputs(), Sampling(extra={"class_labels": [1]}))
+        check_needed_arguments(call, SampleInputs(), Sampling())
+    check_needed_arguments(call, SampleInputs(), Sampling(extra={"class_labels": [1]}))
 
 
 def test_setting_of_the_user_that_a_pipeline_does_not_take_is_refused():
