@@ -122,11 +122,13 @@ CASES = {
     "flux_control": InputCase("flux_control", CONTROL),
     "flux2_klein": InputCase("flux2_klein_edit", {"image": 1, "reference_images": 1}),
     "qwen_image_edit_plus": InputCase("qwen_image_edit_plus", {"image": 2}),
-    "wan_i2v": InputCase("wan_i2v", {"image": 1, "last_image": 1}),
+    "wan_i2v": InputCase("wan_i2v", ONE),
+    "wan_flf2v": InputCase("wan_flf2v", {"image": 1, "last_image": 1}),
     "wan_vace": InputCase("wan_vace", {"video": 1, "mask_image": 1, "reference_images": 1}),
     "ltx2_i2v": InputCase("ltx2_i2v", ONE),
     "ltx2_condition": InputCase("ltx2_condition", {"image": 1, "last_image": 1}),
 }
+NEEDS_PYAV = ("ltx2_condition",)  # its images are compressed as the frames of a video are
 QUICK = ("flux_img2img", "flux_inpaint", "flux_controlnet", "sd15_img2img", "sdxl_inpaint")
 NAMES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
 
@@ -139,6 +141,8 @@ def build_pipeline(name: str) -> DiffusionPipeline:
 
 def make_inputs(case: InputCase, folder: Any, shade: int = 0) -> SampleInputs:
     """Files for all columns, each of another color."""
+    if case.instance in NEEDS_PYAV:
+        pytest.importorskip("av")
     files = {}
     for number, (column, count) in enumerate(case.columns.items()):
         paths = []
