@@ -25,21 +25,22 @@ def choose_pipeline_class(
 
     Args:
         named: the class that its `model_index.json` names.
-        pipeline: `model.pipeline`.
-        mode: `model.mode`.
+        pipeline: `model.pipeline`, which takes its place.
+        mode: `model.mode`, of either.
         controlnet: the class of the component `controlnet` in `model.parts`; None: there is none.
 
     Raises:
         ConfigError: for a class that diffusers does not have, and for a mode that this class has not.
     """
+    own = str(named)
     if pipeline is not None:
         check_pipeline_name(pipeline)
-        return pipeline
+        own = pipeline
     if mode is None:
-        return str(named)
-    found = find_mode_class(str(named), mode, controlnet)
+        return own
+    found = find_mode_class(own, mode, controlnet)
     if found is None:
-        raise ConfigError(describe_missing_mode(str(named), mode, controlnet))
+        raise ConfigError(describe_missing_mode(own, mode, controlnet))
     return found
 
 

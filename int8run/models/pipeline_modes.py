@@ -42,7 +42,7 @@ def check_pipeline_settings(pipeline: object, mode: object) -> None:
     """Check `model.pipeline` and `model.mode`, before the model is looked at.
 
     Raises:
-        ConfigError: for a mode that does not exist, a name that is no text, and for both at once.
+        ConfigError: for a mode that does not exist, and a name that is no text.
     """
     if pipeline is not None and not isinstance(pipeline, str):
         raise ConfigError(
@@ -51,8 +51,3 @@ def check_pipeline_settings(pipeline: object, mode: object) -> None:
         )
     if mode is not None:
         check_choice("model.mode", mode, load_modes())
-    if pipeline is not None and mode is not None:
-        raise ConfigError(
-            f"model.pipeline={pipeline} and model.mode={mode} both say which pipeline runs the model; "
-            "give one of them"
-        )

@@ -251,11 +251,11 @@ def choose_source_pipeline(source: ModelSource, index: Mapping[str, Any]) -> str
     chosen = choose_pipeline_class(
         index.get("_class_name"), pipeline=source.pipeline, mode=source.mode, controlnet=parts.get(CONTROLNET)
     )
-    setting = f"model.mode={source.mode}"
-    if source.pipeline is not None:
+    setting = f"model.location={source.location}"
+    if source.mode is not None:
+        setting = f"model.mode={source.mode}"
+    elif source.pipeline is not None:
         setting = f"model.pipeline={source.pipeline}"
-    elif source.mode is None:
-        setting = f"model.location={source.location}"
     if chosen != index.get("_class_name") or CONTROLNET in parts:
         check_pipeline_fits(chosen, index, parts, setting, checked=(*DENOISER_COMPONENTS, CONTROLNET))
     return chosen

@@ -220,7 +220,7 @@ def suggest_pipelines(model: ModelSource, columns: Collection[str]) -> str:
 def list_fitting_modes(model: ModelSource, columns: Collection[str]) -> list[str]:
     """The modes of the same checkpoint that take exactly what is given or need no more."""
     controlnet = model.parts.get("controlnet")
-    named = str(read_source_index(model).get("_class_name"))
+    named = model.pipeline or str(read_source_index(model).get("_class_name"))
     found = []
     for mode, class_name in list_modes(named, controlnet[0] if controlnet else None).items():
         if fits_columns(class_name, columns):

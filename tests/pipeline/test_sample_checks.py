@@ -162,9 +162,7 @@ def test_modular_pipeline_takes_what_its_blocks_take(tmp_path):
     (tmp_path / "modular_model_index.json").write_text('{"_class_name": "WanAnimate2ModularPipeline"}')
     model = replace(TINY, location=str(tmp_path))
 
-    with pytest.raises(
-        ConfigError, match=r"^WanAnimate2ModularPipeline needs driving_video: prompts\.driving_video"
-    ):
+    with pytest.raises(ConfigError, match=r"^WanAnimate2ModularPipeline needs video: prompts\.video"):
         check_samples(model, [make_sample("image")], Sampling(steps=4), Sampling(steps=4))
     # arguments without a default are what its blocks make themselves
-    check_samples(model, [make_sample("image", "driving_video")], Sampling(steps=4), Sampling(steps=4))
+    check_samples(model, [make_sample("image", "video")], Sampling(steps=4), Sampling(steps=4))
