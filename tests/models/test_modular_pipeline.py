@@ -14,12 +14,15 @@ from diffusers import (
     Flux3ModularPipeline,
     FluxModularPipeline,
     FluxPipeline,
+    LTX2VideoDiffusionDecoderModel,
+    LTX25ModularPipeline,
     MiniMaxH3ModularPipeline,
     ModularPipeline,
     Wan22ModularPipeline,
     WanAnimate2ModularPipeline,
 )
 from diffusers.modular_pipelines.minimax_h3 import MiniMaxH3ImageReference, MiniMaxH3VideoReference
+from families.instances_b import INSTANCES
 from families.instances_modular import QUICK
 from PIL import Image
 from support.tiny_pipeline import random_pipeline, save_random_pipeline
@@ -202,6 +205,41 @@ def test_images_and_videos_become_the_references_of_minimax_h3() -> None:
     assert isinstance(given, MiniMaxH3ImageReference) and given.image is image
     assert isinstance(module.make_reference([image, image]), MiniMaxH3VideoReference)
     assert module.make_reference(given) is given
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "extra", [{}, {"image": Image.new("RGB", (32, 32)), "image_crf": 0}], ids=["text", "image"]
+)
+def test_ltx25_makes_videos_with_sound_which_has_steps_of_its_own(extra: dict[str, Any]) -> None:
+    # of LTX-2, but for the decoder, which is not larger than its latents here
+    parts = INSTANCES["ltx2"].build().components
+    decoder = LTX2VideoDiffusionDecoderModel(
+        latent_channels=8,
+        patch_size=1,
+        decoder_head_dim=8,
+        decoder_stage_channels=(16, 8, 8, 8, 8),
+        decoder_stage_depths=(1,) * 5,
+        decoder_stage_kernels=((1, 3, 3),) * 4,
+        decoder_upsample_strides=((1, 1, 1),) * 4,
+        decoder_upsample_channel_reductions=(2, 1, 1, 1),
+        decoder_stage5_kernel=(3, 3, 3),
+        decoder_t_emb_dim=8,
+    )
+    blocks = build_blocks(LTX25ModularPipeline)
+    names = {spec.name for spec in blocks.expected_components}
+    components = {name: part for name, part in parts.items() if name in names and part is not None}
+    components["diffusion_decoder"] = decoder.eval()
+    pipe = make_pipeline(LTX25ModularPipeline, blocks, components, {})
+    pipe.set_progress_bar_config(disable=True)
+    settings = {"num_frames": 9, "max_sequence_length": 12, "spatio_temporal_guidance_blocks": [1], **extra}
+    sampling = Sampling(steps=2, guidance=3.0, height=32, width=32, extra=settings)
+
+    made = generate(pipe, "transformer", {"": pipe.transformer}, SAMPLES[:1], sampling)[""]
+
+    assert made.has_sound and len(made.frames) == 1
+    assert [len(steps) for steps in made.trajectories] == [2] and made.trajectories[0].isfinite().all()
+    assert pipe.guider.guidance_scale == 3.0 and pipe.audio_guider.guidance_scale == 7.0
 
 
 # -- folders -------------------------------------------------------------------------------------------------
