@@ -66,6 +66,20 @@ def check_samples(model: ModelSource, samples: Sequence[Sample], asked: Sampling
         )
 
 
+def describe_call(model: ModelSource) -> str:
+    """What a model's pipeline takes: `FluxImg2ImgPipeline: image (needed), strength`.
+
+    Raises:
+        ConfigError: when diffusers does not have its pipeline.
+        FileError: when the model's repository is not there.
+    """
+    cls = get_pipeline_class(find_pipeline_class(model))
+    if cls is DiffusionPipeline:
+        return "not known: diffusers does not have its pipeline"
+    call = read_call_inputs(get_call_class(cls, model.workflow))
+    return f"{cls.__name__}: {call.describe()}"
+
+
 def check_columns(call: CallInputs, inputs: SampleInputs, model: ModelSource) -> None:
     """Raise ConfigError where a sample brings an image or a video too much, or lacks one.
 

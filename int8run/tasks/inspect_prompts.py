@@ -8,13 +8,15 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from int8run.errors import FileError
+from int8run.errors import ConfigError, FileError
 from int8run.generate.input_files import check_file, check_mask_size
 from int8run.generate.media import MediaFacts
 from int8run.generate.prompt_row import NEGATIVE_PROMPT, PROMPT, SEED, STRENGTH, GivenFile, PromptRow
 from int8run.generate.prompt_table import is_table
 from int8run.generate.prompts import PromptSet
 from int8run.generate.sample_inputs import is_video_column
+from int8run.models.family import ModelSource
+from int8run.pipeline.sample_checks import describe_call
 from int8run.tasks.file_description import FileDescription, Row, format_setting
 from int8run.utils.paths import check_readable
 from int8run.utils.plurals import count_noun
@@ -76,8 +78,12 @@ def inspects_prompts(path: Path) -> bool:
     return is_table(path) or path.suffix.lower() == TEXT
 
 
-def inspect_prompts(path: Path) -> FileDescription:
+def inspect_prompts(path: Path, model: ModelSource | None = None) -> FileDescription:
     """Describe a prompt table, or a list of prompts.
+
+    Args:
+        path: of the file.
+        model: whose inputs are named beside those of the table; None: nothing is said of any.
 
     Raises:
         FileError: when it cannot be read, or one of its rows cannot be.
@@ -89,6 +95,8 @@ def inspect_prompts(path: Path) -> FileDescription:
         ("size", f"{path.stat().st_size / 1e3:.1f} kB, {count_noun(len(rows), 'row')}"),
         ("columns", count_columns(rows)),
     ]
+    if model is not None:
+        described.append(("the model takes", describe_model_inputs(model)))
     inputs = InputFacts()
     problems = {}
     for number, row in enumerate(rows, start=1):
@@ -101,6 +109,14 @@ def inspect_prompts(path: Path) -> FileDescription:
         return FileDescription(path.name, described)
     command = f"int8run prompts=file {format_setting('prompts.path', path)}"
     return FileDescription(path.name, described, [("to generate them", command)])
+
+
+def describe_model_inputs(model: ModelSource) -> str:
+    """What a model's pipeline takes, or why that is not known."""
+    try:
+        return describe_call(model)
+    except (ConfigError, FileError) as error:
+        return f"not known: {error}"
 
 
 def count_columns(rows: Sequence[PromptRow]) -> str:

@@ -57,12 +57,18 @@ class Inspect:
         from int8run.report.console import print_lines
         from int8run.tasks.inspect_cache import inspect_cache
         from int8run.tasks.inspect_file import inspect_file
+        from int8run.tasks.inspect_prompts import inspect_prompts, inspects_prompts
+        from int8run.utils.paths import expand_path
 
         if not self.path:
             print_lines(inspect_cache(spec.cache), "task.path=<file.safetensors> looks at a file")
             return
         declared = DeclaredFormat(spec.model.quant_format, spec.model.sdnq)
-        description = inspect_file(str(self.path), declared)
+        path = expand_path(str(self.path))
+        if inspects_prompts(path):
+            description = inspect_prompts(path, spec.model)
+        else:
+            description = inspect_file(str(self.path), declared)
         print_lines(description.to_table(), *description.list_commands())
 
 

@@ -1,12 +1,16 @@
 """task=inspect of a prompt table: what each row has, and which of its inputs cannot be used."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from int8run.errors import FileError
+from int8run.models.family import ModelSource
+from int8run.models.sampling import Sampling
 from int8run.tasks.inspect_file import inspect_file
+from int8run.tasks.inspect_prompts import inspect_prompts
 
 
 @pytest.fixture
@@ -80,3 +84,15 @@ def test_a_table_that_cannot_be_read_is_an_error(folder: Path) -> None:
 
     with pytest.raises(FileError, match=r"a\.csv, line 1 has the column 'prompt' twice"):
         inspect_file(str(folder / "a.csv"))
+
+
+def test_what_the_model_takes_is_said(folder: Path) -> None:
+    (folder / "a.csv").write_text("prompt,image\na,cat.png\n")
+    model = ModelSource("shipped:tiny", "tiny", Sampling(), mode="img2img")
+
+    rows = dict(inspect_prompts(folder / "a.csv", model).rows)
+    absent = replace(model, location=str(folder / "absent"))
+    unknown = dict(inspect_prompts(folder / "a.csv", absent).rows)
+
+    assert rows["the model takes"] == "FluxImg2ImgPipeline: image (needed), strength"
+    assert unknown["the model takes"].startswith("not known: ")
