@@ -31,6 +31,16 @@ RESULTS = ("images", "videos")
 # the argument of MiniMax-H3 that takes images and videos as objects of its own
 REFERENCES = "references"
 OUTPUT_TYPE, LATENT = "output_type", "latent"
+# what every call is given, whether its blocks read it or not
+ALWAYS_GIVEN = ("generator", OUTPUT_TYPE)
+# settings by the arguments that they become
+SETTINGS = {
+    "num_inference_steps": "sampler.steps",
+    "guidance_scale": "sampler.guidance",
+    "height": "sampler.height",
+    "width": "sampler.width",
+    "negative_prompt": "prompts.negative_prompt",
+}
 # modules of diffusers; see `quiet_libraries`
 NOISY_LOGGERS = ("diffusers.modular_pipelines.modular_pipeline", "diffusers.guiders.guider_utils")
 # a guider's settings of when it acts; their names say nothing without what they belong to
@@ -101,10 +111,12 @@ class ModularFace(ModularPipeline):
             tensor of latents where these were asked for.
 
         Raises:
-            ConfigError: where a component that this call needs is not in the folder.
+            ConfigError: for an argument that nothing reads, and where a component that this call needs is not
+                in the folder.
         """
         inputs = dict(arguments)
         self.set_guiders(inputs)
+        self.check_arguments(inputs)
         for name in ("prompt", "negative_prompt", "generator"):
             inputs[name] = unpack_single(inputs.get(name))
         if inputs.get(REFERENCES) is not None:
@@ -120,6 +132,17 @@ class ModularFace(ModularPipeline):
             if wants_latents and is_denoiser:
                 return SimpleNamespace(images=state.get("latents"), audio=None)
         return read_results(state)
+
+    def check_arguments(self, inputs: Mapping[str, Any]) -> None:
+        """Raise ConfigError for an argument that no block and no guider reads: it would have no effect."""
+        reads = {parameter.name for parameter in self._blocks.inputs} | set(ALWAYS_GIVEN)
+        for name, value in inputs.items():
+            if value is not None and name not in reads:
+                setting = SETTINGS.get(name, f"sampler.extra.{name}")
+                raise ConfigError(
+                    f"{type(self).__name__} takes no {name}; leave it out: {setting}=null, or choose another "
+                    "workflow or pipeline"
+                )
 
     def build_state(self, inputs: Mapping[str, Any]) -> Any:
         """What the blocks read when a call begins: what is given, else what they say themselves."""

@@ -148,6 +148,12 @@ def test_a_component_that_a_call_needs_and_the_folder_lacks_is_an_error() -> Non
         generate_images(pipe)
 
 
+def test_a_setting_that_cannot_be_passed_on_is_an_error() -> None:
+    pipe = QUICK["minimax_h3"].build()
+    with pytest.raises(ConfigError, match=r"^MiniMaxH3ModularPipeline takes no guidance_scale; .*sampler"):
+        pipe(prompt=["a"], guidance_scale=3.0)
+
+
 def test_a_workflow_is_run_alone_and_an_unknown_one_is_an_error() -> None:
     blocks = build_blocks(AnimaModularPipeline, "img2img")
 
