@@ -403,7 +403,7 @@ def test_a_hub_error_is_one_line(command, monkeypatch):
     message = (
         r"model\.location=nobody/nothing is not on this machine, and the hub cannot be reached "
         r"\(Offline.*\); set model\.location to a folder that you have, or fetch it .*: "
-        r"hf download nobody/nothing$"
+        r"hf download nobody/nothing \(its size is not known here\)$"
     )
     assert_one_line(outcome, 3, message)
 

@@ -22,6 +22,7 @@ TIMEOUT_S = 10.0
 MAX_REASON_LENGTH = 200
 KNOWN_REPOSITORIES = Path(__file__).parent / "known_repositories.yaml"
 BFLOAT16_BYTES = 2
+UNKNOWN_SIZE = "its size is not known here"
 
 
 @dataclass(frozen=True)
@@ -30,19 +31,21 @@ class KnownRepository:
 
     Args:
         parameters_b: billions of parameters of everything that its pipeline loads.
-        file_bytes: that one takes in its files.
+        file_bytes: that one takes in its files; None: not known.
         gated: whether its terms must be accepted first.
     """
 
     parameters_b: float
-    file_bytes: int
+    file_bytes: int | None = None
     gated: bool = False
 
     def describe_size(self) -> str:
         """`about 34 GB to download, about 34 GB of memory as bfloat16; gated: its terms must be accepted`."""
-        download = self.parameters_b * self.file_bytes
-        memory = self.parameters_b * BFLOAT16_BYTES
-        sizes = f"about {download:.0f} GB to download, about {memory:.0f} GB of memory as bfloat16"
+        memory = f"about {self.parameters_b * BFLOAT16_BYTES:.0f} GB of memory as bfloat16"
+        if self.file_bytes is None:
+            sizes = f"{memory}; how much is to download is not known here"
+        else:
+            sizes = f"about {self.parameters_b * self.file_bytes:.0f} GB to download, {memory}"
         return f"{sizes}; gated: its terms must be accepted on its page" if self.gated else sizes
 
 
@@ -138,11 +141,11 @@ def make_access_error(
             f"set {setting} to a folder that you have, or to org/name"
         )
     known = read_known_repositories().get(repository)
-    size = f" ({known.describe_size()})" if known is not None else ""
+    size = UNKNOWN_SIZE if known is None else known.describe_size()
     return FileError(
         f"{given} is not on this machine, and the hub cannot be reached "
         f"({describe_reason(error)}); set {setting} to a folder that you have, or fetch it where there "
-        f"is a network: hf download {repository}{size}"
+        f"is a network: hf download {repository} ({size})"
     )
 
 

@@ -253,11 +253,22 @@ class MlflowTracker:
             )
         if self.database is not None:
             check_path(self.database)
+            self.check_encoding(self.database)
             # SQLite waits for ever for what a pipe will say
             if self.database.exists() and not self.database.is_file():
                 raise ConfigError(
                     f"tracker.uri={self.store} is a folder, a pipe or a device; name a file, which may be new"
                 )
+
+    def check_encoding(self, database: Path) -> None:
+        """Raise ConfigError for a database whose path is not UTF-8: SQLite cannot open it."""
+        try:
+            str(database).encode()
+        except UnicodeEncodeError:
+            raise ConfigError(
+                f"{database} has a name that is not UTF-8, and SQLite opens no such file; run in another "
+                "folder, or set tracker.folder=FOLDER"
+            ) from None
 
     @contextmanager
     def lock_database(self) -> Iterator[None]:

@@ -1,8 +1,9 @@
 """LoRA files of every layout, damaged at random, and the comparison of what int8run reads with the oracle."""
 
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -10,7 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 from fuzzing import lora_oracle
-from fuzzing.lora_oracle import Broken, Module, Reading, flatten
+from fuzzing import rotation_inputs as rotations
+from fuzzing.lora_oracle import Module, flatten
+from fuzzing.reading import Broken, Reading
 from text_encoders import mutations as m
 from text_encoders.files import File, Stored
 from text_encoders.mutations import NUMBERS, Draft, is_whole
@@ -26,6 +29,7 @@ Damage = Callable[[Draft, Random], None]
 Shapes = Mapping[str, tuple[int, ...]]
 
 RANK = 2
+RELATIVE = ("pissa", "pissa_niter_4", "olora", "corda", "lora_ga", "loftq", "PiSSA")
 MODULES = {
     "transformer_blocks.0.attn.to_q": (6, 4),
     "transformer_blocks.0.attn.to_out.0": (4, 6),
@@ -41,6 +45,8 @@ SUFFIXES = (
     ".lora_A.other.weight_scale",
     ".scale",
     ".bias",
+    ".oft_R.default.weight",
+    ".boft_R.default",
     ".lora_A.default.weight",
     ".lora_B.default.weight",
 )
@@ -66,7 +72,8 @@ CONFIG: dict[str, tuple[Any, ...]] = {
     ),
     "rank_pattern": ({"to_q": 4}, {"to_out.0": RANK, "proj_out": 1}, {"to_q": 0}, 7),
     "use_dora": (True, False),
-    "peft_type": ("LORA", "LOHA", "LOKR", "VERA", "IA3", 3, None, "peftType.LORA"),
+    "peft_type": ("LORA", "LOHA", "LOKR", "OFT", "BOFT", "VERA", "IA3", 3, None, "peftType.LORA"),
+    **rotations.RARE_SETTINGS,
     "init_lora_weights": (True, "gaussian", "pissa", "olora", "new", ["eva"], None, "pissa_niter_4"),
     "alpha": (4, 16),
     "target_modules": (["to_q"], "all-linear", None),
@@ -92,17 +99,30 @@ class LoraInput:
     Args:
         draft: of the file.
         config: of `adapter_config.json`; None: there is none.
+        initial: where the initial factors are -> their file; several only in damaged inputs.
+        initial_config: of the `adapter_config.json` beside these; None: there is none.
     """
 
     draft: Draft
     config: dict[str, Any] | None = None
+    initial: dict[str, Draft] = field(default_factory=dict)
+    initial_config: dict[str, Any] | None = None
 
     def write(self, folder: Path) -> Path:
-        """Write both; what an earlier one left is removed."""
+        """Write all; what an earlier one left is removed."""
         for old in folder.iterdir():
-            old.unlink()
+            if old.is_dir():
+                shutil.rmtree(old)
+            else:
+                old.unlink()
         if self.config is not None:
             (folder / "adapter_config.json").write_text(json.dumps(self.config))
+        for place, draft in self.initial.items():
+            file = folder / place
+            file.parent.mkdir(exist_ok=True)
+            draft.write(file)
+            if self.initial_config is not None and file.parent != folder:
+                file.with_name("adapter_config.json").write_text(json.dumps(self.initial_config))
         name = "x" if self.config is None else "adapter_model"
         return self.draft.write(folder / f"{name}.safetensors")
 
@@ -164,7 +184,12 @@ def make_lora(chance: Random) -> LoraInput:
     """One file as its writer would write it."""
     file = File(metadata={"format": "pt"})
     chosen = chance.sample([*MODULES], k=chance.randint(1, 3))
-    if chance.random() < 0.5:
+    kind = chance.random()
+    if kind < 0.2:
+        return make_rotation(file, chance, chosen)
+    if kind < 0.3:
+        return make_relative_lora(file, chance, chosen)
+    if kind < 0.6:
         return make_peft_lora(file, chance, chosen)
     prefix = chance.choice(KOHYA_PREFIXES)
     is_lycoris = chance.random() < 0.6
@@ -203,6 +228,69 @@ def make_peft_lora(file: File, chance: Random, chosen: Sequence[str]) -> LoraInp
         text = json.dumps({f"transformer.{key}": value for key, value in settings.items()})
         file.metadata["lora_adapter_metadata"] = text
     return LoraInput(Draft(file))
+
+
+def make_rotation(file: File, chance: Random, chosen: Sequence[str]) -> LoraInput:
+    """An OFT or BOFT of one of three programs."""
+    program = chance.choice(rotations.PROGRAMS)
+    prefix = chance.choice(rotations.PREFIXES[program])
+    is_peft = program.startswith("peft")
+    for name in chosen:
+        stem = prefix + (name if is_peft else flatten(name))
+        put_parts(file, chance, stem, rotations.choose_rotation_shapes(chance, program, MODULES[name]))
+        is_bounded = program.startswith("kohya") or chance.random() < 0.3
+        if is_bounded and not is_peft:
+            # times the rows: above and below the norm of the blocks
+            file.put(f"{stem}.alpha", "F32", chance.choice((0.05, 0.3, 2.0, 0.0)))
+    if not is_peft:
+        return LoraInput(Draft(file))
+    settings = rotations.choose_rotation_settings(chance, program)
+    if chance.random() < 0.3:
+        text = json.dumps({f"transformer.{key}": value for key, value in settings.items()})
+        file.metadata["lora_adapter_metadata"] = text
+        return LoraInput(Draft(file), {**settings} if chance.random() < 0.3 else None)
+    return LoraInput(Draft(file), settings)
+
+
+def make_relative_lora(file: File, chance: Random, chosen: Sequence[str]) -> LoraInput:
+    """PiSSA and its relatives: with the initial factors beside the file, in it, or nowhere."""
+    has_norms = chance.random() < 0.2
+    initial = File(metadata={"format": "pt"})
+    place = chance.choice(
+        ("initial/adapter_model.safetensors", "pissa_init.safetensors", "pissa_init/x.safetensors", "", None)
+    )
+    for name in chosen:
+        rows, columns, *kernel = MODULES[name]
+        shapes: dict[str, tuple[int, ...]] = {
+            "lora_B.weight": (rows, RANK, *[1] * len(kernel)),
+            "lora_A.weight": (RANK, columns, *kernel),
+        }
+        stem = f"base_model.model.{name}"
+        if place == "":  # in the file itself, under an adapter's name
+            put_parts(
+                file,
+                chance,
+                stem,
+                {key.replace(".", ".pissa_init."): shape for key, shape in shapes.items()},
+            )
+        put_parts(initial, chance, stem, shapes)
+        if has_norms:
+            shapes["lora_magnitude_vector"] = (rows,) if not kernel else (1, rows, *[1] * len(kernel))
+        put_parts(file, chance, stem, shapes)
+    settings: dict[str, Any] = {
+        "peft_type": "LORA",
+        "lora_alpha": chance.choice((1, 2, 8)),
+        "r": RANK,
+        "use_rslora": chance.random() < 0.3,
+        "use_dora": has_norms,
+        "init_lora_weights": chance.choice(RELATIVE),
+    }
+    made = LoraInput(Draft(file), settings)
+    if place:
+        made.initial[place] = Draft(initial)
+    if chance.random() < 0.5:
+        made.initial_config = {**settings, "lora_alpha": chance.choice((1, 2, 4)), "init_lora_weights": True}
+    return made
 
 
 # damages
@@ -274,7 +362,7 @@ def name_adapter(draft: Draft, chance: Random) -> None:
     def rename(key: str) -> str:
         if is_one and key != only:
             return key
-        for part in (".lora_A", ".lora_B", ".lora_magnitude_vector"):
+        for part in (".lora_A", ".lora_B", ".lora_magnitude_vector", ".oft_R", ".boft_R", ".boft_s"):
             key = key.replace(part, part + word)
         return key
 
@@ -332,7 +420,9 @@ def make_damaged_lora(chance: Random) -> LoraInput:
     """A file with up to three things done to it and to the settings beside it."""
     made = make_lora(chance)
     for _ in range(chance.choice((0, 1, 1, 2, 3))):
-        if made.config is not None and chance.random() < 0.5:
+        if made.initial and chance.random() < 0.4:
+            chance.choice(DAMAGES)(chance.choice([*made.initial.values()]), chance)
+        elif made.config is not None and chance.random() < 0.5:
             key = chance.choice([*CONFIG])
             made.config[key] = chance.choice(CONFIG[key])
             if chance.random() < 0.2:
@@ -417,14 +507,15 @@ def compare_change(module: Module, change: LoraChange, reading: Reading) -> None
     mismatch = delta.shape_mismatch(reading.shape)
     assert mismatch is None, f"{module}: {mismatch}"
     weight = np.random.default_rng(0).normal(size=reading.shape).astype(np.float32)
-    assert_near(
-        module, delta.compute_delta(torch.tensor(weight)).numpy(), reading.change(weight.astype(float))
-    )
+    found = delta.compute_delta(torch.tensor(weight)).numpy()
+    # the difference of two whole weights has the rounding of these
+    lost = 2e-6 * np.abs(weight).max() if delta.needs_weight else 0.0
+    assert_near(module, found, reading.change(weight.astype(float)), lost)
 
 
-def assert_near(module: Module, found: Array, wanted: Array) -> None:
-    """The same numbers but for the rounding of float32 sums."""
+def assert_near(module: Module, found: Array, wanted: Array, lost: float = 0.0) -> None:
+    """The same numbers but for the rounding of float32 sums, and what is `lost` anyway."""
     assert found.shape == wanted.shape, f"{module}: {found.shape}, {wanted.shape}"
-    allowed = 1e-4 * max(np.abs(wanted).max(initial=0), 1e-3)
+    allowed = 1e-4 * max(np.abs(wanted).max(initial=0), 1e-3) + lost
     difference = np.abs(found - wanted).max(initial=0)
     assert difference <= allowed, f"{module}: {difference} away, of {np.abs(wanted).max(initial=0)}"

@@ -9,11 +9,13 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from fuzzing import rotation_oracle
+from fuzzing.reading import Broken, Reading
 from text_encoders.oracle_file import FLOATS, Array, Tensor, Unreadable, fp8_table, need, numbers, tensors_of
 
 Module = tuple[str, str]  # component, name with underscores for dots
@@ -34,10 +36,16 @@ SUFFIXES = {
     **{f".lokr_{part}": f"lokr_{part}" for part in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
     **{f".{part}": part for part in ("alpha", "dora_scale", "diff", "diff_b", "w_norm", "b_norm")},
     ".on_input": "on_input",
+    ".oft_blocks": "oft_blocks",
+    ".rescale": "rescale",
+    **{f".oft_blocks.{i}": f"kohya_blocks_{i}" for i in range(4)},
+    ".oft_R.weight": "oft_R",
+    ".boft_R": "boft_R",
+    ".boft_s": "boft_s",
     ".weight": "weight",
 }
 ADAPTER_NAME = re.compile(
-    r"\.(lora_A|lora_B|lora_magnitude_vector)"
+    r"\.(lora_A|lora_B|lora_magnitude_vector|oft_R|boft_R|boft_s)"
     # in front of `weight`; at the end what begins with `default`, and after a vector any name
     r"(?:(?:\.\w+){1,2}(?=\.weight$|\.bias$)|(?:\.default\w*){1,2}$|(?<=_vector)(?:\.\w+){1,2}$)"
 )
@@ -47,7 +55,10 @@ FLAT_PREFIXES = {
     "lycoris_": "denoiser",
     "lora_te1_": "text_encoder",
     "lora_te2_": "text_encoder_2",
+    "oft_unet_": "denoiser",
+    "oft_te1_": "text_encoder",
 }
+KOHYA_OFT_PREFIXES = ("oft_unet_", "oft_te1_")
 ENCODER_PREFIXES = {"text_encoder.": "text_encoder", "text_encoder_2.": "text_encoder_2"}
 WRAPPERS = ("base_model.model.", "transformer.", "diffusion_model.", "unet.")
 MAGNITUDE_NAME = re.compile(r"\.(lora_magnitude_vector)\.(?!weight$)\w+$")
@@ -58,41 +69,17 @@ KINDS = (
     {"diff"},
     {"w_norm"},
     {"weight", "on_input"},
+    rotation_oracle.PARTS,
 )
-LORA, LOHA, LOKR, DIFF, NORM, IA3 = KINDS
+LORA, LOHA, LOKR, DIFF, NORM, IA3, ROTATION = KINDS
 PLAIN_INITIALIZATIONS = ("true", "false", "gaussian", "eva", "orthogonal", "none")
-PEFT_TYPES = ("LORA", "LOHA", "LOKR", "IA3")
+# the adapter starts at factors that were taken out of the base
+RELATIVE_INITIALIZATIONS = ("pissa", "olora", "corda", "lora_ga", "loftq")
+INITIAL_NAME = re.compile(r"\.(lora_A|lora_B|lora_magnitude_vector)\.[^.]*(?i:init)[^.]*(?=\.weight$|$)")
+PEFT_TYPES = ("LORA", "LOHA", "LOKR", "IA3", "OFT", "BOFT")
 ALPHA_KEYS = ("lora_alpha", "alpha", "network_alpha")
 FLOAT8_BY_WRITER = {"F8_E4M3FNUZ": 4, "F8_E5M2FNUZ": 5}
 INTEGERS = ("I64", "I32", "I16", "I8", "U8")
-
-
-class Broken(Exception):  # noqa: N818
-    """A module has no reading.
-
-    Args:
-        reason: for messages.
-        shape: of the weight that it is for, which it does not fit; None: it is for none.
-    """
-
-    def __init__(self, reason: str, shape: tuple[int, ...] | None = None):
-        super().__init__(reason)
-        self.shape = shape
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What is done to one module.
-
-    Args:
-        shape: of its weight; None: its weight is not changed.
-        change: the weight -> the change at strength 1.
-        bias: change of the bias.
-    """
-
-    shape: tuple[int, ...] | None
-    change: Callable[[Array], Array] | None
-    bias: Array | None = None
 
 
 @dataclass
@@ -113,7 +100,10 @@ def split_key(key: str) -> tuple[str, str, str, str]:
     suffix = next((ending for ending in SUFFIXES if plain.endswith(ending)), "")
     spelled = plain.removesuffix(suffix)
     component, name = strip_prefixes(spelled)
-    return component, name, spelled, SUFFIXES.get(suffix, "")
+    part = SUFFIXES.get(suffix, "")
+    if part == "oft_blocks" and spelled.removesuffix(name).endswith(KOHYA_OFT_PREFIXES):
+        part = "kohya_blocks_0"
+    return component, name, spelled, part
 
 
 def strip_prefixes(name: str) -> tuple[str, str]:
@@ -256,8 +246,9 @@ def check_place(place: Place, parts: Mapping[str, object]) -> None:
         return
     kind = str(settings.get("peft_type", "LORA")).rpartition(".")[2]  # of an enum written as text
     need(kind.upper() in PEFT_TYPES, "a PEFT type")
-    start = settings.get("init_lora_weights")
-    need(str(start).lower() in PLAIN_INITIALIZATIONS, f"initialized by {start}")
+    start = str(settings.get("init_lora_weights")).lower()
+    is_known = start in PLAIN_INITIALIZATIONS or start.startswith(RELATIVE_INITIALIZATIONS)
+    need(is_known, f"initialized by {start}")
     if "down" not in parts:
         return
     has_norms = bool({"magnitude", "dora_scale"} & parts.keys())
@@ -446,8 +437,20 @@ def dequantize(parts: dict[str, Array], dtypes: Mapping[str, str]) -> None:
             raise Broken(f"{part} is of integers")
 
 
-def read_module(parts: dict[str, Array], get_scale: Callable[[int | None], float]) -> Reading:
-    """The change of a module."""
+def read_module(
+    parts: dict[str, Array],
+    get_scale: Callable[[int | None], float],
+    rotate: Callable[[Mapping[str, Array]], Reading],
+    start: Array | None,
+) -> Reading:
+    """The change of a module.
+
+    Args:
+        parts: without the alpha.
+        get_scale: rank -> alpha / rank.
+        rotate: reads those of an OFT.
+        start: what was taken out of the base before the training; None: nothing.
+    """
     kinds = [kind for kind in KINDS if kind & parts.keys()]
     if len(kinds) > 1 or ({"weight", "on_input"} & parts.keys()) not in (set(), {"weight", "on_input"}):
         raise Broken("parts of several kinds")
@@ -457,21 +460,41 @@ def read_module(parts: dict[str, Array], get_scale: Callable[[int | None], float
     norms = [parts[key] for key in ("dora_scale", "magnitude") if key in parts]
     if len(norms) > 1 or (norms and kinds not in ([LORA], [LOHA], [LOKR])):
         raise Broken("norms of nothing")
+    if start is not None and kinds != [LORA]:
+        raise Broken("no low-rank pair, and its initial factors are to be subtracted")
     if not kinds:
         if len(biases) != 1:
             raise Broken("nothing")
         return Reading(None, None, biases[0])
     if kinds == [IA3]:
         return add_bias(read_ia3(parts), biases)
+    if kinds == [ROTATION]:
+        return add_bias(rotate({name: parts[name] for name in ROTATION & parts.keys()}), biases)
+    return read_delta(parts, get_scale, start, norms, biases)
+
+
+def read_delta(
+    parts: Mapping[str, Array],
+    get_scale: Callable[[int | None], float],
+    start: Array | None,
+    norms: Sequence[Array],
+    biases: list[Array],
+) -> Reading:
+    """The change of a kind that does not look at the weight, or of one in DoRA's norms."""
     delta, scale = make_delta(parts, get_scale)
+    change = scale * delta
+    if start is not None:
+        if start.shape != delta.shape or "mid" in parts:
+            raise Broken("initial factors of another weight")
+        change = change - start
     if "up_bias" in parts:
         if norms:
             raise Broken("norms and a bias")
         biases.append(scale * parts["up_bias"].reshape(-1))
     if norms:
         is_row = "magnitude" in parts
-        return add_bias(read_dora(scale * delta, norms[0], is_row), biases)
-    return add_bias(Reading(delta.shape, lambda weight: scale * delta), biases)
+        return add_bias(read_dora(change, norms[0], is_row), biases)
+    return add_bias(Reading(delta.shape, lambda weight: change), biases)
 
 
 def add_bias(reading: Reading, biases: Sequence[Array]) -> Reading:
@@ -513,6 +536,21 @@ def read_dora(delta: Array, norms: Array, is_row: bool) -> Reading:
 # a file
 
 
+@dataclass(frozen=True)
+class LoraText:
+    """A file as it is written.
+
+    Args:
+        path: of the LoRA that settings are beside; of initial factors the LoRA's, where they have none.
+        tensors: by key.
+        metadata: of the header that has the settings.
+    """
+
+    path: Path
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str]
+
+
 def read(path: Path) -> dict[Module, Reading | Broken]:
     """What a file does to each of its modules.
 
@@ -520,31 +558,98 @@ def read(path: Path) -> dict[Module, Reading | Broken]:
         Unreadable: for a file without a reading.
     """
     tensors, metadata = tensors_of(path)
+    text = LoraText(path, tensors, metadata)
+    initial = None
+    if is_relative(text):
+        text, initial = find_initial(text)
     found: dict[Module, Reading | Broken] = {}
-    for module, parts in group(tensors).items():
+    for module, parts in group(text.tensors).items():
         try:
-            found[module] = read_parts(path, metadata, tensors, module, parts)
+            start = None if initial is None else read_start(initial, module)
+            found[module] = read_parts(text, module, parts, start)
         except Broken as error:
             found[module] = error
     return found
 
 
-def read_parts(
-    path: Path, metadata: Mapping[str, str], tensors: Mapping[str, Tensor], module: Module, parts: Parts
-) -> Reading:
-    """The change of a module, from its keys."""
-    if parts.unknown or parts.keys.keys() in ({"weight"}, {"alpha"}):
-        raise Broken("an unknown part, or nothing to apply")
+def is_relative(text: LoraText) -> bool:
+    """Whether a place says that the tensors are no change of the model itself."""
+    components = {component for component, _ in group(text.tensors)}
+    for component in components:
+        for place in read_places(text.path, text.metadata, component):
+            start = str(place.settings.get("init_lora_weights")).lower()
+            if place.is_peft and start.startswith(RELATIVE_INITIALIZATIONS):
+                return True
+    return False
+
+
+def find_initial(text: LoraText) -> tuple[LoraText, LoraText]:
+    """The file without its initial factors, and these: from the same file, or from the one beside it."""
+    own: dict[str, Tensor] = {}
+    initial: dict[str, Tensor] = {}
+    for key, tensor in text.tensors.items():
+        if INITIAL_NAME.search(key):
+            initial[INITIAL_NAME.sub(r".\1", key).removesuffix(".weight") + ".weight"] = tensor
+        else:
+            own[key] = tensor
+    if initial:
+        return replace(text, tensors=own), replace(text, tensors=initial)
+    files = [
+        file
+        for file in text.path.parent.glob("*.safetensors")
+        if file != text.path and "init" in file.name.removesuffix(".safetensors").lower()
+    ]
+    for folder in text.path.parent.iterdir():
+        if folder.is_dir() and "init" in folder.name.lower():
+            named = folder / "adapter_model.safetensors"
+            files += [named] if named.is_file() else list(folder.glob("*.safetensors"))
+    need(len(files) == 1, "initial factors")
+    tensors, metadata = tensors_of(files[0])
+    found = LoraText(files[0], tensors, metadata)
+    has_settings = any(read_places(files[0], metadata, component) for component, _ in group(tensors))
+    if not has_settings:  # a bare file has those of the LoRA
+        found = LoraText(text.path, tensors, text.metadata)
+    return text, found
+
+
+def read_start(initial: LoraText, module: Module) -> Array:
+    """What was taken out of a module's weight: alpha / rank times its initial factors."""
+    parts = group(initial.tensors).get(module)
+    if parts is None or parts.unknown:
+        raise Broken("no initial factors")
+    values, alpha = read_values(initial, parts)
+    if not {"down", "up"} <= values.keys() or "mid" in values:
+        raise Broken("initial factors are no pair")
+    places = read_places(initial.path, initial.metadata, module[0])
+    delta, scale = make_delta(values, lambda rank: find_scale(places, parts.names, alpha, rank))
+    return scale * delta
+
+
+def read_values(text: LoraText, parts: Parts) -> tuple[dict[str, Array], Array | None]:
+    """The numbers of a module's parts, and apart from them its alpha."""
     chosen = {part: keys[0] for part, keys in parts.keys.items()}
     for part, keys in parts.keys.items():
         for key in keys[1:]:
-            same = tensors[key] == tensors[chosen[part]]
+            same = text.tensors[key] == text.tensors[chosen[part]]
             if not same or split_key(key)[2] == split_key(chosen[part])[2]:
                 raise Broken("in the file twice")
-    places = read_places(path, metadata, module[0])
+    values = {part: to_numbers(part, text.tensors[key]) for part, key in chosen.items()}
+    dequantize(values, {part: text.tensors[key].dtype for part, key in chosen.items()})
+    return values, values.pop("alpha", None)
+
+
+def read_parts(text: LoraText, module: Module, parts: Parts, start: Array | None) -> Reading:
+    """The change of a module, from its keys."""
+    if parts.unknown or parts.keys.keys() in ({"weight"}, {"alpha"}):
+        raise Broken("an unknown part, or nothing to apply")
+    places = read_places(text.path, text.metadata, module[0])
     for place in places:
-        check_place(place, chosen)
-    values = {part: to_numbers(part, tensors[key]) for part, key in chosen.items()}
-    dequantize(values, {part: tensors[key].dtype for part, key in chosen.items()})
-    alpha = values.pop("alpha", None)
-    return read_module(values, lambda rank: find_scale(places, parts.names, alpha, rank))
+        check_place(place, parts.keys)
+    values, alpha = read_values(text, parts)
+    settings = [place.settings for place in places if place.is_peft]
+    return read_module(
+        values,
+        get_scale=lambda rank: find_scale(places, parts.names, alpha, rank),
+        rotate=lambda found: rotation_oracle.read_rotation(found, alpha, settings),
+        start=start,
+    )

@@ -613,6 +613,13 @@ def test_a_database_that_may_not_be_written_is_an_error(
         MlflowTracker(folder=str(tmp_path)).prepare()
 
 
+@pytest.mark.parametrize("uri", [None, "sqlite:///a\udcff.db"])
+def test_a_database_whose_name_is_no_utf8_is_refused(uri):
+    tracker = MlflowTracker(uri=uri, folder="a\udcff")
+    with pytest.raises(ConfigError, match=r"has a name that is not UTF-8.*tracker\.folder=FOLDER"):
+        tracker.check_address()
+
+
 @pytest.mark.parametrize("name", ["a%20b", "a?b"])
 def test_a_folder_that_mlflow_would_misread_is_an_error(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigError, match=r"has % or \? in its path.*tracker\.folder=FOLDER"):
