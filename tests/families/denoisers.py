@@ -30,7 +30,7 @@ FLUX_LIKE: dict[str, Any] = {
 }
 
 
-def hunyuan_video15(task: str = "t2v") -> HunyuanVideo15Transformer3DModel:
+def hunyuan_video15(task: str = "t2v", **more: Any) -> HunyuanVideo15Transformer3DModel:
     """Beside the noise as many channels of a given image, and one that tells where it is given."""
     return HunyuanVideo15Transformer3DModel(
         **HEADS,
@@ -44,6 +44,7 @@ def hunyuan_video15(task: str = "t2v") -> HunyuanVideo15Transformer3DModel:
         rope_axes_dim=(4, 6, 6),
         target_size=32,
         task_type=task,
+        **more,
     )
 
 

@@ -62,6 +62,10 @@ def cogview4_control() -> DiffusionPipeline:
     return CogView4ControlPipeline(**cogview4_parts(), transformer=denoisers.cogview4_control())
 
 
+class GemmaEncoder(T5GemmaEncoder):
+    """Its config is that of one half of the model, which transformers does not read again."""
+
+
 def prx() -> DiffusionPipeline:
     sizes = {
         **SIZES,
@@ -77,7 +81,7 @@ def prx() -> DiffusionPipeline:
     return PRXPipeline(
         transformer=denoisers.prx(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        text_encoder=T5GemmaEncoder(config.encoder),
+        text_encoder=GemmaEncoder(config.encoder),
         tokenizer=gemma_tokenizer(),
         vae=image_vae(),
     )

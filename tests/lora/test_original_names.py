@@ -8,6 +8,8 @@ import pytest
 import torch
 import transformers
 from diffusers.loaders import lora_conversion_utils as lora_converters
+from families.denoisers import hunyuan_video15
+from families.instance_sets import LONG_TAIL
 from support.original_families import FAMILIES, HIDDEN, Family, tiny
 from support.parameter_ids import name_parameter
 from torch import Tensor, nn
@@ -263,6 +265,9 @@ def test_every_mapping_is_used():
     models = [tiny(family) for family in FAMILIES.values()] + list(make_text_encoders().values())
     ltx2 = FAMILIES["ltx2"]
     models.append(tiny(replace(ltx2, config={**ltx2.config, "cross_attn_mod": True})))
+    with torch.device("meta"):
+        models += [instance.denoiser() for instance in LONG_TAIL.values() if instance.denoiser is not None]
+        models.append(hunyuan_video15(use_meanflow=True))
     used = {
         rule
         for model in models
