@@ -5,7 +5,7 @@ names.
 """
 
 import importlib.metadata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from operator import itemgetter
 from pathlib import Path
@@ -83,7 +83,7 @@ def build_cache_key(
             loaded.family,
             settings.outlier,
             settings.rounding,
-            select_calibration(loaded, settings),
+            select_calibration(loaded, settings, model.parts),
             hash_baked_loras(origin.lora, entries, cache),
         ]
     )
@@ -100,13 +100,24 @@ def hash_sources(
     return sources or [("", cache.hash_file(path)) for path in list_weight_files(loaded)]
 
 
-def select_calibration(loaded: LoadedModel, settings: QuantizationSettings) -> tuple[object, ...] | None:
-    """Everything that the activations of a calibration and their use depend on; None: there is none."""
+def select_calibration(
+    loaded: LoadedModel, settings: QuantizationSettings, parts: Mapping[str, Sequence[str]]
+) -> tuple[object, ...] | None:
+    """Everything that the activations of a calibration and their use depend on; None: there is none.
+
+    Args:
+        loaded: the model.
+        settings: of the layers.
+        parts: components from elsewhere, as `model.parts` names them.
+    """
     if not settings.needs_calibration:
         return None
     return (
         settings.calibration,
         loaded.sampling,
+        loaded.source.pipeline_class,
+        # a ControlNet or a text encoder from elsewhere
+        sorted((name, list(part)) for name, part in parts.items()),
         settings.quality_db,
         settings.backend,
         str(loaded.device),
