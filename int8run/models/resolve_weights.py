@@ -16,6 +16,7 @@ from int8run.models.pipeline_index import (
     MODEL_INDEX_NAME,
     MODULAR_INDEX_NAME,
     has_pipeline_index,
+    is_modular_folder,
     read_json,
     read_pipeline_index,
 )
@@ -130,7 +131,7 @@ def resolve_in_folder(folder: Path, location: str, component: str | None) -> Res
         ConfigError: when the component is not in the pipeline, or the folder is no pipeline.
     """
     if has_pipeline_index(folder):
-        index = read_pipeline_index(folder)
+        index = keep_present_components(folder, read_pipeline_index(folder))
         name = choose_component(index, location, component)
         return ResolvedWeights(folder / name, read_denoiser_config(folder / name), index.get("_class_name"))
     if component is not None:
@@ -139,6 +140,17 @@ def resolve_in_folder(folder: Path, location: str, component: str | None) -> Res
             "leave it out"
         )
     return ResolvedWeights(folder, read_denoiser_config(folder))
+
+
+def keep_present_components(folder: Path, index: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Leave out of a modular pipeline's index the components that its folder does not hold."""
+    if not is_modular_folder(folder):
+        return index
+    present = {}
+    for name, entry in index.items():
+        if not isinstance(entry, list) or (folder / name).is_dir():
+            present[name] = entry
+    return present
 
 
 def resolve_on_hub(

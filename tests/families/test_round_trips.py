@@ -181,11 +181,13 @@ def test_quantize_task_writes_what_a_run_saves(case: Case) -> None:
         in_file = case.get_saved("file").location
         assert_same_tensors(read_file(file), read_file(in_file if single else in_file[component]))
         # a file says what it is by its names alone
-        source = write_file(make_original_state(part), case.home / f"float {component}.safetensors")
+        beside = BESIDE.get(case.instance.family, {})
+        source = case.home / f"float {component}.safetensors"
+        write_file(make_original_state(part) | beside, source)
         about = case.quantize(source, case.home / "again.safetensors")
         named = NAMED_AS.get(case.name, type(part).__name__)
         assert (about["family"], about["denoiser"]) == (case.instance.family, named)
-        assert_same_tensors(read_file(case.home / "again.safetensors"), read_file(file))
+        assert_same_tensors(read_file(case.home / "again.safetensors"), read_file(file) | beside)
 
 
 # LoRAs
