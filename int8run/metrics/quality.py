@@ -66,7 +66,7 @@ def compare_generations(
         for name in frame_metrics[0]:
             # a metric of the key frames alone is missing from the others
             measured = [metrics[name] for metrics in frame_metrics if name in metrics]
-            values[name] = float(np.mean(measured))
+            values[name] = compute_mean(measured)
         values["latent_rel_err"] = compute_relative_error(latents[-1], float_latents[-1])
         qualities.append(SampleQuality(values, frame_metrics))
     return qualities
@@ -131,8 +131,18 @@ def average_quality(samples: Sequence[SampleQuality]) -> dict[str, float]:
     for name in list_metrics([sample.values for sample in samples]):
         public_name = name if "/" in name else f"quality/{name}"
         measured = [sample.values[name] for sample in samples if name in sample.values]
-        means[public_name] = float(np.mean(measured))
+        means[public_name] = compute_mean(measured)
     return means
+
+
+def compute_mean(values: Sequence[float]) -> float:
+    """The mean of what was measured, without infinite values where there are others.
+
+    The PSNR of one identical image or frame is infinite, and would make all of them look identical. So the
+    mean says less good of them than is true, never better.
+    """
+    not_infinite = [value for value in values if not math.isinf(value)]
+    return float(np.mean(not_infinite or values))
 
 
 def list_metrics(rows: Sequence[Mapping[str, float]]) -> list[str]:
@@ -144,7 +154,7 @@ def average_frames(samples: Sequence[SampleQuality], name: str) -> list[float]:
     """A metric of the first frame, the second and so on, each the mean over the samples that have it."""
     measured = [sample.frames for sample in samples if name in sample.frames[0]]
     frames_of_samples = zip(*measured, strict=True)
-    return [float(np.mean([frame[name] for frame in frames])) for frames in frames_of_samples]
+    return [compute_mean([frame[name] for frame in frames]) for frames in frames_of_samples]
 
 
 def compute_trajectory_error(candidate: Generation, baseline: Generation) -> list[float]:

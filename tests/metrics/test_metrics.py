@@ -127,7 +127,25 @@ def test_means_have_their_public_names():
     assert mean(*values) == pytest.approx(
         {"quality/psnr_db": 35, "quality/ssim": 0.9, "quality/latent_rel_err": 0.2}
     )
-    assert mean(values[0] | {"psnr_db": math.inf}, values[1])["quality/psnr_db"] == math.inf
+
+
+def test_one_identical_image_does_not_make_all_of_them_equal():
+    def mean(*psnrs):
+        return average_quality([SampleQuality({"psnr_db": psnr}, []) for psnr in psnrs])["quality/psnr_db"]
+
+    assert mean(math.inf, 30.0, 40.0) == 35
+    assert mean(math.inf, math.inf) == math.inf
+    assert math.isnan(mean(math.inf, math.nan))
+
+
+def test_one_identical_frame_does_not_make_a_video_equal():
+    float_video = make_video_generation([make_flat_image(100), make_flat_image(100)])
+    video = make_video_generation([make_flat_image(100), make_flat_image(110)])
+
+    (row,) = compare_generations(video, float_video, ["a"])
+
+    assert row.frames[0]["psnr_db"] == math.inf
+    assert row.values["psnr_db"] == row.frames[1]["psnr_db"] < 40
 
 
 def test_images_of_any_mode_are_compared_in_rgb():
