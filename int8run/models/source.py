@@ -227,6 +227,7 @@ def read_source_index(source: ModelSource) -> Mapping[str, Any]:
         location, setting = source.base, "model.base"
     path = to_local_path(location)
     if is_local(location) or path.is_dir():
+        check_pipeline_folder(path)
         return read_model_index(path, location)
     revision = source.revision if setting == "model.location" else None
     check_repository(location, setting, revision)
@@ -235,6 +236,12 @@ def read_source_index(source: ModelSource) -> Mapping[str, Any]:
     except (OSError, ValueError) as error:
         raise make_download_error(location, setting, error) from error
     return read_model_index(folder, location)
+
+
+def check_pipeline_folder(path: Path) -> None:
+    """Raise FileError for a path that is no folder of a pipeline."""
+    if not has_pipeline_index(path):
+        raise FileError(f"{path.absolute()} is not a diffusers folder: it has no {MODEL_INDEX_NAME}")
 
 
 def choose_source_pipeline(source: ModelSource, index: Mapping[str, Any]) -> str:
@@ -325,8 +332,7 @@ def resolve_pipeline_folder(
     """
     path = to_local_path(location)
     if is_local(location) or path.is_dir():
-        if not has_pipeline_index(path):
-            raise FileError(f"{path.absolute()} is not a diffusers folder: it has no {MODEL_INDEX_NAME}")
+        check_pipeline_folder(path)
         return path
     check_repository(location, setting, revision)
     left_out = dict.fromkeys(without)

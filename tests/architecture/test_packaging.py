@@ -42,8 +42,8 @@ IMPORTED_AS = {
     "pillow": "PIL",
     "pyyaml": "yaml",
 }
-# not imported by us: diffusers and transformers need them to load the models that conf/ names
-FOR_OTHERS = {"sentencepiece", "protobuf"}
+# not imported by us: diffusers and transformers need them to load and call the models that conf/ names
+FOR_OTHERS = {"sentencepiece", "protobuf", "ftfy"}
 # used where they are installed: torchvision must match the user's build of torch, and pip would take any;
 # pynvml is for GPUs alone
 UNDECLARED = {"torchvision", "pynvml"}

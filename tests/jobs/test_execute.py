@@ -118,7 +118,7 @@ def test_the_parent_of_a_sweep_has_prepared_the_store(spec: RunSpec, tmp_path: P
 @pytest.mark.parametrize(
     ("error", "state", "message"),
     [
-        (ConfigError("wrong\nlines"), FAILED, "wrong lines"),
+        (ConfigError("wrong\nlines"), FAILED, r"wrong\nlines"),
         (ValueError(), FAILED, "ValueError"),
         (KeyboardInterrupt(), KILLED, "interrupted by Ctrl-C"),
         (SystemExit(143), KILLED, "143"),

@@ -554,7 +554,7 @@ def test_a_folder_of_peft_is_inspected(write):
 
     table = inspect_file(str(path.parent)).to_table()
 
-    assert table.title == "adapter_model.safetensors"
+    assert table.title == f"{path.parent.name}/adapter_model.safetensors"
     assert "rank 8, alpha 16" in list(table.columns[1].cells)
 
 

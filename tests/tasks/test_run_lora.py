@@ -330,8 +330,8 @@ def test_prompts_are_encoded_once_for_all_jobs_of_a_build(
     encoded: list[str] = []
     encode = FluxPipeline.encode_prompt
 
-    def counted(self: FluxPipeline, prompt: list[str], *args: Any, **kwargs: Any) -> Any:
-        encoded.extend(prompt)
+    def counted(self: FluxPipeline, prompt: str | list[str], *args: Any, **kwargs: Any) -> Any:
+        encoded.extend([prompt] if isinstance(prompt, str) else prompt)
         return encode(self, prompt, *args, **kwargs)
 
     monkeypatch.setattr(FluxPipeline, "encode_prompt", counted)
