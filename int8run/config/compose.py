@@ -173,7 +173,8 @@ def check_jobs(jobs: Sequence[Sequence[str]], configs: Sequence[DictConfig]) -> 
         The RunSpec of each job.
 
     Raises:
-        ConfigError: one bad job: its message; several: one line for each.
+        ConfigError: for a command with one job, which is bad.
+        SweepError: for a sweep with bad jobs; it has a line for each.
     """
     specs: list[Any] = []
     problems: list[tuple[int, Int8RunError]] = []
@@ -186,7 +187,7 @@ def check_jobs(jobs: Sequence[Sequence[str]], configs: Sequence[DictConfig]) -> 
     if problems and len(jobs) == 1:
         raise problems[0][1]
     if problems:
-        raise ConfigError(list_problems(jobs, problems))
+        raise SweepError(list_problems(jobs, problems), ConfigError.exit_code)
     check_saved_files(specs)
     return specs
 
