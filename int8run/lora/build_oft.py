@@ -136,8 +136,8 @@ def build_kohya_part(blocks: Tensor, bound: float) -> OFT:
     check_square("oft_blocks", blocks, dims=(3,))
     num_rows = blocks.shape[0] * blocks.shape[-1]
     skew = blocks - blocks.mT
-    norm = skew.norm()
-    bounded_norm = norm.clamp(max=bound * num_rows)
+    norm = skew.norm().item()
+    bounded_norm = min(norm, bound * num_rows)
     rotations = cayley(skew * ((bounded_norm + 1e-8) / (norm + 1e-8)))  # [D, b, b]
     return OFT((RotationStage(rotations.mT),), num_rows)
 

@@ -114,7 +114,9 @@ def subtract_pair(trained: LoRA, initial: LoRA) -> LoRA:
         raise LoraError("has alpha 0, and its initial factors cannot be subtracted")
     ratio = initial.scale / trained.scale
     down = torch.cat([trained.lora_A.float(), initial.lora_A.float()])  # [r + r0, K]
-    up = torch.cat([trained.lora_B.float(), -ratio * initial.lora_B.float()], dim=1)  # [N, r + r0]
+    # of a convolution, one of the two may have more dimensions of 1
+    initial_up = initial.lora_B.float().reshape(*initial.lora_B.shape[:2], *trained.lora_B.shape[2:])
+    up = torch.cat([trained.lora_B.float(), -ratio * initial_up], dim=1)  # [N, r + r0]
     return replace(trained, lora_A=down, lora_B=up)
 
 

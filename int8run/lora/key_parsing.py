@@ -193,10 +193,10 @@ def parse_key(key: str) -> ParsedKey:
 
     suffix = find_suffix(plain_key)
     if suffix:
-        part = PART_BY_SUFFIX[suffix]
-        if part == "oft_blocks" and key.startswith(KOHYA_OFT_PREFIX):  # bounded otherwise than LyCORIS's
-            part = KOHYA_OFT_PARTS[0]
-        return ParsedKey(*split_component(plain_key.removesuffix(suffix)), part)
+        part, name = PART_BY_SUFFIX[suffix], plain_key.removesuffix(suffix)
+        if part == "oft_blocks" and remove_wrappers(name).startswith(KOHYA_OFT_PREFIX):
+            part = KOHYA_OFT_PARTS[0]  # bounded otherwise than LyCORIS's
+        return ParsedKey(*split_component(name), part)
 
     unread_weight = find_unread_weight(key)
     if unread_weight is not None:
@@ -264,9 +264,13 @@ def find_named_part(pieces: Sequence[str]) -> int | None:
 
 def split_component(name: str) -> tuple[str, str]:
     """The component of a module, and its name without prefixes, wrappers and `.processor`."""
-    unwrapped = strip_prefixes(remove_torch_wrappers(name), DENOISER_PREFIXES)
-    component, inner = match_component(unwrapped)
+    component, inner = match_component(remove_wrappers(name))
     return component or DENOISER, inner.replace(".processor.", ".").removesuffix(".processor").strip(".")
+
+
+def remove_wrappers(name: str) -> str:
+    """A name without the wrappers around it; with the prefix of its component, where it has one."""
+    return strip_prefixes(remove_torch_wrappers(name), DENOISER_PREFIXES)
 
 
 def remove_torch_wrappers(name: str) -> str:

@@ -244,7 +244,7 @@ def read_initial_factors(opened: OpenLora, initial_keys: Mapping[str, str], init
     log.info("%s: initialized by %s; initial factors from %s", title, initialization, initial_path)
     with open_lora(initial_path) as initial:
         # a bare file has the settings of the LoRA that it belongs to
-        written = initial.written if initial.written.places else opened.written
+        written = initial.written if initial.written.has_settings else opened.written
         return read_modules(replace(initial, written=written, is_initial=True), initial.dtypes)
 
 

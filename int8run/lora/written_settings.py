@@ -135,6 +135,11 @@ class WrittenSettings:
         return found
 
     @property
+    def has_settings(self) -> bool:
+        """Whether any place says anything."""
+        return any(any(place.by_component.values()) for place in self.places)
+
+    @property
     def has_adapter_config(self) -> bool:
         """Whether PEFT's file is beside the LoRA."""
         return any(place.name == ADAPTER_CONFIG for place in self.places)

@@ -606,8 +606,8 @@ def find_initial(text: LoraText) -> tuple[LoraText, LoraText]:
     need(len(files) == 1, "initial factors")
     tensors, metadata = tensors_of(files[0])
     found = LoraText(files[0], tensors, metadata)
-    has_settings = any(read_places(files[0], metadata, component) for component, _ in group(tensors))
-    if not has_settings:  # a bare file has those of the LoRA
+    places = [place for module in group(tensors) for place in read_places(files[0], metadata, module[0])]
+    if not any(place.settings for place in places):  # a bare file has those of the LoRA
         found = LoraText(text.path, tensors, text.metadata)
     return text, found
 

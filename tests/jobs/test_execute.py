@@ -119,6 +119,7 @@ def test_the_parent_of_a_sweep_has_prepared_the_store(spec: RunSpec, tmp_path: P
     ("error", "state", "message"),
     [
         (ConfigError("wrong\nlines"), FAILED, r"wrong\nlines"),
+        (ValueError("wrong\nlines"), FAILED, "wrong lines"),
         (ValueError(), FAILED, "ValueError"),
         (KeyboardInterrupt(), KILLED, "interrupted by Ctrl-C"),
         (SystemExit(143), KILLED, "143"),

@@ -199,7 +199,9 @@ def test_oft_of_lycoris(bound: float, tmp_path: Path) -> None:
     assert_close("OFT", model.get_submodule(LAYER).weight - before, 0.5 * expected, 1e-5)
 
 
-@pytest.mark.parametrize("bound", [0.5, 1e9], ids=["bounded", "far bound"])
+@pytest.mark.parametrize(
+    "bound", [0.5, 1e9, 1e39], ids=["bounded", "far bound", "beyond float32 with its rows"]
+)
 def test_oft_of_kohya(bound: float, tmp_path: Path) -> None:
     model = TinyModel()
     tensors = {"oft_blocks": BLOCKS, "alpha": torch.tensor(bound / N)}

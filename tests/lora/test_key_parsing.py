@@ -147,6 +147,7 @@ from int8run.lora.unread_types import load_signatures
         ("lycoris_x.oft_blocks", "denoiser", "x", "oft_blocks"),
         ("lora_unet_x.rescale", "denoiser", "x", "rescale"),
         ("oft_unet_x.oft_blocks", "denoiser", "x", "kohya_oft_blocks_0"),
+        ("transformer.oft_unet_x.oft_blocks", "denoiser", "x", "kohya_oft_blocks_0"),
         ("oft_unet_x.oft_blocks.2", "denoiser", "x", "kohya_oft_blocks_2"),
         ("base_model.model.x.oft_R.weight", "denoiser", "x", "oft_R"),
         ("base_model.model.x.oft_R.my_style.weight", "denoiser", "x", "oft_R"),

@@ -486,6 +486,33 @@ def test_initial_factors_beside_it_are_no_other_lora(write, tmp_path):
     assert get_scale(plain) == 1, "settings that may be those of the other file are ignored"
 
 
+def test_initial_factors_without_any_settings_have_those_of_the_lora(write, tmp_path):
+    pair = {f"base_model.model.x.{part}": 0.5 * tensor for part, tensor in PAIR.items()}
+    save_file(pair, tmp_path / "initial.safetensors", {"lora_adapter_metadata": "{}"})
+    path = write(config=CONFIG | {"lora_alpha": 4, "init_lora_weights": "pissa"})
+
+    (change,) = read_lora(path).all_changes
+
+    down, up = (PAIR[f"lora_{half}.weight"] for half in "AB")
+    expected = 0.5 * (up @ down - 0.25 * up @ down)
+    torch.testing.assert_close(change.weight_delta.compute_delta(torch.zeros(OUT, IN)), expected)
+
+
+def test_initial_factors_of_a_convolution_may_have_more_dimensions(write, tmp_path):
+    down, up = torch.randn(2, 3, 3, 3), torch.randn(4, 2, 1, 1)
+    name = "base_model.model.x"
+    initial = {f"{name}.lora_A.weight": 0.5 * down, f"{name}.lora_B.weight": (0.5 * up)[..., None].clone()}
+    save_file(initial, tmp_path / "initial.safetensors")
+    config = CONFIG | {"r": 2, "lora_alpha": 2, "init_lora_weights": "pissa"}
+    path = write(parts={"lora_A.weight": down, "lora_B.weight": up}, config=config)
+
+    (change,) = read_lora(path).all_changes
+
+    whole = torch.einsum("nr,rkij->nkij", up[..., 0, 0], down)
+    found = change.weight_delta.compute_delta(torch.zeros(4, 3, 3, 3))
+    torch.testing.assert_close(found, 0.75 * whole)
+
+
 def test_initial_factors_of_another_lora_are_refused(write, tmp_path):
     path = write(config=CONFIG | {"init_lora_weights": "pissa"})
     save_file({"base_model.model.y.lora_A.weight": PAIR["lora_A.weight"]}, tmp_path / "initial.safetensors")
