@@ -136,7 +136,8 @@ def build_kohya_part(blocks: Tensor, bound: float) -> OFT:
     check_square("oft_blocks", blocks, dims=(3,))
     num_rows = blocks.shape[0] * blocks.shape[-1]
     skew = blocks - blocks.mT
-    norm = skew.norm().item()
+    # squares of what a damaged file holds may be beyond float32
+    norm = torch.linalg.vector_norm(skew, dtype=torch.float64).item()
     bounded_norm = min(norm, bound * num_rows)
     rotations = cayley(skew * ((bounded_norm + 1e-8) / (norm + 1e-8)))  # [D, b, b]
     return OFT((RotationStage(rotations.mT),), num_rows)

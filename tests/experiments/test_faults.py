@@ -70,6 +70,8 @@ def test_paths_that_cannot_work_are_one_line_in_real_commands() -> None:
 
     done = run_script("faults/paths.py", "--settings", *settings, "--kinds", *kinds)
 
+    if "nobody may not read" in done.stderr:
+        pytest.skip("as root, the script needs a Python that others may read")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "30 pairs, 0 do not pass" in done.stdout
 

@@ -414,6 +414,7 @@ SAME_NAMES = {
     "BriaTransformer2DModel": "longcat_image",
     "CogView3PlusTransformer2DModel": "cogview4",
     "SanaWMLTX2RefinerTransformer3DModel": "ltx2",
+    "SanaWMTransformer3DModel": "sana_video",
 }
 
 
