@@ -287,10 +287,16 @@ def make_peft_butterfly(num_features: int, num_blocks: int, block_size: int, sta
 
 
 def cayley(skew: Tensor) -> Tensor:
-    """`(I + Q)(I - Q)⁻¹` of skew-symmetric matrices, which is orthogonal. [..., b, b], float32."""
+    """`(I + Q)(I - Q)⁻¹` of skew-symmetric matrices, which is orthogonal. [..., b, b], float32.
+
+    Raises:
+        LoraError: for numbers so large that float32 cannot hold the way there.
+    """
     identity = torch.eye(skew.shape[-1])
     # (I + Q) and (I - Q)⁻¹ commute, so that the inverse may stand on the left
     rotations: Tensor = torch.linalg.solve(identity - skew, identity + skew)
+    if not rotations.isfinite().all():
+        raise LoraError("has numbers too large for a rotation in float32; the file is broken")
     return rotations
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from int8run.errors import LoraError
 from int8run.lora.adapters.change import LoraChange
+from int8run.lora.build_oft import cayley
 from int8run.lora.load import read_lora
 from int8run.lora.parse import build_change
 from int8run.lora.stack import LoraStack
@@ -428,3 +429,11 @@ def test_untrained_rotation_has_no_effect(tmp_path: Path) -> None:
         path = tmp_path / f"{changed}.safetensors"
         save_file({f"lycoris_blocks_0_1.{part}": t for part, t in tensors.items()}, path)
         assert any("has no effect" in note for note in read_lora(path).notes) is not has_effect
+
+
+def test_numbers_too_large_for_a_rotation_are_refused() -> None:
+    """As the difference of two numbers near the largest of float32."""
+    skew = torch.tensor([[0.0, math.inf], [-math.inf, 0.0]])
+
+    with pytest.raises(LoraError, match="has numbers too large for a rotation in float32"):
+        cayley(skew)
