@@ -1,6 +1,6 @@
 """Which inputs the call of a pipeline takes and needs: read from its signature and `call_inputs.yaml`.
 
-`input_arguments` makes the arguments of a call with it, `pipeline.sample_inputs` refuses samples before
+`input_arguments` makes the arguments of a call with it, `pipeline.sample_checks` refuses samples before
 anything is loaded. No file is opened and no class is asked for its name here.
 """
 
@@ -14,14 +14,20 @@ from typing import Any, get_args, get_origin
 
 import yaml
 
-from int8run.generate.sample_inputs import is_file_column
+from int8run.generate.sample_inputs import (
+    CONTROL_IMAGE,
+    IMAGE,
+    LAST_IMAGE,
+    MASK_IMAGE,
+    REFERENCE_IMAGES,
+    STRENGTH,
+    VIDEO,
+    is_file_column,
+)
 from int8run.models.modular_pipeline import get_call_class
 
 FACTS_FILE = Path(__file__).with_suffix(".yaml")
-IMAGE, MASK_IMAGE, LAST_IMAGE, VIDEO = "image", "mask_image", "last_image", "video"
-CONTROL_IMAGE, REFERENCE_IMAGES = "control_image", "reference_images"
 CONDITION_COLUMNS = (IMAGE, LAST_IMAGE, VIDEO)  # what an object of `conditions` can hold
-STRENGTH = "strength"
 # what a call is always given, besides the settings
 GIVEN = ("self", "prompt", "args", "kwargs")
 

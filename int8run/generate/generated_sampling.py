@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from int8run.generate.generate import Generation
-from int8run.models.sampling import Sampling
+from int8run.models.sampling import NUM_FRAMES, Sampling
 
 BATCH, STEPS = "sampler.batch", "sampler.steps"
-NUM_FRAMES = "num_frames"  # argument of the pipelines of videos
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,6 @@ from torch import Tensor
 
 from int8run.generate.call_inputs import (
     CONDITION_COLUMNS,
-    IMAGE,
-    LAST_IMAGE,
-    REFERENCE_IMAGES,
-    STRENGTH,
-    VIDEO,
     CallInputs,
     find_object_class,
     is_list,
@@ -28,9 +23,19 @@ from int8run.generate.call_inputs import (
     read_call_inputs,
 )
 from int8run.generate.media import open_image, open_mask, open_video
-from int8run.generate.sample_inputs import InputFile, SampleInputs, is_mask_column, is_video_column
+from int8run.generate.sample_inputs import (
+    IMAGE,
+    LAST_IMAGE,
+    REFERENCE_IMAGES,
+    STRENGTH,
+    VIDEO,
+    InputFile,
+    SampleInputs,
+    is_mask_column,
+    is_video_column,
+)
+from int8run.models.sampling import NUM_FRAMES
 
-NUM_FRAMES = "num_frames"
 Media = Any  # an image, or a video as the list of its frames
 
 

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from int8run.errors import FileError
-from int8run.generate.sample_inputs import INPUT_COLUMNS, is_file_column
+from int8run.generate.sample_inputs import INPUT_COLUMNS, STRENGTH, is_file_column
 from int8run.models.sampling import SCHEDULE_ARGUMENTS
 from int8run.utils.paths import to_local_path
 
-PROMPT, NEGATIVE_PROMPT, SEED, STRENGTH = "prompt", "negative_prompt", "seed", "strength"
+PROMPT, NEGATIVE_PROMPT, SEED = "prompt", "negative_prompt", "seed"
 # what a row may have besides arguments of the pipeline's call
 ROW_COLUMNS = (PROMPT, NEGATIVE_PROMPT, *INPUT_COLUMNS, STRENGTH, SEED)
 MAX_SEED = 2**63 - 1

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 # Inputs that are files, as the columns of a prompt table and the settings of `prompts` are called.
-IMAGE, MASK, VIDEO = "image", "mask_image", "video"
-INPUT_COLUMNS = (IMAGE, MASK, "last_image", "control_image", VIDEO, "reference_images")
+IMAGE, MASK_IMAGE, LAST_IMAGE, VIDEO = "image", "mask_image", "last_image", "video"
+CONTROL_IMAGE, REFERENCE_IMAGES = "control_image", "reference_images"
+INPUT_COLUMNS = (IMAGE, MASK_IMAGE, LAST_IMAGE, CONTROL_IMAGE, VIDEO, REFERENCE_IMAGES)
+STRENGTH = "strength"
 # Some pipelines have further ones, such as `pose_video`; diffusers names them alike.
 FILE_COLUMN = re.compile(r"(?:\w+_)?(?:image|images|video|videos)")
 
@@ -86,7 +88,7 @@ def is_video_column(name: str) -> bool:
 
 def is_mask_column(name: str) -> bool:
     """Whether the files of a column are masks: white is what changes."""
-    return name == MASK or name.endswith(f"_{MASK}")
+    return name == MASK_IMAGE or name.endswith(f"_{MASK_IMAGE}")
 
 
 def read_input_file(path: Path, place: str = "") -> InputFile:

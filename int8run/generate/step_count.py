@@ -7,8 +7,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from int8run.generate.call_inputs import STRENGTH, CallInputs, read_call_inputs
+from int8run.generate.call_inputs import CallInputs, read_call_inputs
 from int8run.generate.prompts import Sample
+from int8run.generate.sample_inputs import STRENGTH
 from int8run.models.sampling import Sampling
 
 MAX_STEPS = 1000  # that a Sampling may have

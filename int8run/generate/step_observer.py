@@ -87,6 +87,7 @@ class WatchedStep:
     def __init__(self, scheduler: Any, report: Callable[[int, Any, Tensor], None]):
         self.scheduler = scheduler
         self.step = scheduler.step
+        self.signature = inspect.signature(self.step)
         self.report = report
         self.num_steps = 0
         # pipelines look into the signature for what a scheduler takes
@@ -95,7 +96,7 @@ class WatchedStep:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """`step(model_output, timestep, sample, …)`."""
         output = self.step(*args, **kwargs)
-        arguments = inspect.signature(self.step).bind(*args, **kwargs).arguments
+        arguments = self.signature.bind(*args, **kwargs).arguments
         latents = output[0] if isinstance(output, tuple) else output.prev_sample
         self.report(self.num_steps, arguments.get("timestep"), latents)
         self.num_steps += 1

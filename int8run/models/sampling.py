@@ -12,6 +12,7 @@ from int8run.errors import ConfigError, check_bool, check_range
 
 # arguments of a pipeline's call that fix the number of its steps
 SCHEDULE_ARGUMENTS = ("sigmas", "timesteps")
+NUM_FRAMES = "num_frames"  # argument of the pipelines of videos
 
 
 @dataclass(frozen=True)

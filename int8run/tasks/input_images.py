@@ -11,13 +11,20 @@ from PIL.Image import Image
 
 from int8run.generate.media import open_image, open_mask, open_video
 from int8run.generate.prompts import slugify
-from int8run.generate.sample_inputs import InputFile, SampleInputs, is_mask_column, is_video_column
+from int8run.generate.sample_inputs import (
+    IMAGE,
+    MASK_IMAGE,
+    VIDEO,
+    InputFile,
+    SampleInputs,
+    is_mask_column,
+    is_video_column,
+)
 from int8run.metrics.edits import EditSource, resize_to_output
 from int8run.metrics.quality import select_key_frames
 from int8run.report.image_files import fit_into, save_whole
 from int8run.report.sample_entry import COMPARED_COLUMNS
 
-IMAGE, MASK, VIDEO = "image", "mask_image", "video"
 HASH_LENGTH = 8  # hexadecimal digits of an input's content in the name of its image
 
 
@@ -130,7 +137,7 @@ def open_edit_source(inputs: SampleInputs, num_frames: int) -> EditSource:
         images = open_video(inputs.files[VIDEO][0])
     elif IMAGE in inputs.files and num_frames == 1:
         images = [open_image(inputs.files[IMAGE][0])]
-    masks = [open_mask(file) for file in inputs.files.get(MASK, ())]
+    masks = [open_mask(file) for file in inputs.files.get(MASK_IMAGE, ())]
     return EditSource(images=images, masks=masks)
 
 

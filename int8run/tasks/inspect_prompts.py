@@ -11,10 +11,10 @@ from pathlib import Path
 from int8run.errors import ConfigError, FileError
 from int8run.generate.input_files import check_file, check_mask_size
 from int8run.generate.media import MediaFacts
-from int8run.generate.prompt_row import NEGATIVE_PROMPT, PROMPT, SEED, STRENGTH, GivenFile, PromptRow
+from int8run.generate.prompt_row import NEGATIVE_PROMPT, PROMPT, SEED, GivenFile, PromptRow
 from int8run.generate.prompt_table import is_table
 from int8run.generate.prompts import PromptSet
-from int8run.generate.sample_inputs import is_video_column
+from int8run.generate.sample_inputs import STRENGTH, is_video_column
 from int8run.models.family import ModelSource
 from int8run.pipeline.sample_checks import describe_call
 from int8run.tasks.file_description import FileDescription, Row, format_setting

@@ -26,6 +26,7 @@ from families.cases import (
     round_rows,
     write_file,
 )
+from support.rotation import GROUP, make_hadamard, rotate_groups
 from torch import Tensor, nn
 
 from int8run.errors import ConfigError, FileError
@@ -118,12 +119,9 @@ def lightx2v_comfy(weight: Tensor) -> Foreign:
 
 
 def rotate_and_round(weight: Tensor, **marker: object) -> Foreign:
-    """In groups of 16; H4 has its minus signs on the other diagonal."""
-    base = 1 - 2 * torch.eye(4).flip(0)
-    matrix = torch.kron(base, base) / 4
-    turned = (weight.view(len(weight), -1, 16) @ matrix.T).view_as(weight)
-    codes, scale = round_rows(turned)
-    real = ((codes * scale).view(len(weight), -1, 16) @ matrix).view_as(weight)
+    """Rows of the rotated weight, and what they stand for: rotated back."""
+    codes, scale = round_rows(rotate_groups(weight))
+    real = ((codes * scale).view(len(weight), -1, GROUP) @ make_hadamard()).view_as(weight)
     return Foreign(
         {"weight": codes, "weight_scale": scale, "comfy_quant": encode_text(**marker)}, real, codes, scale
     )

@@ -24,6 +24,7 @@ from families.cases import (
     round_rows,
     write_file,
 )
+from support.rotation import GROUP, rotate_groups
 from torch import Tensor
 
 from int8run.checkpoints.declared_format import DeclaredFormat
@@ -33,7 +34,6 @@ from int8run.tasks.inspect_checkpoint import describe_checkpoint
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 LIST = Path(__file__).parents[1] / "data" / "official_files.yaml"
 DENOISERS = yaml.safe_load(LIST.read_text(encoding="utf-8"))["denoisers"]
-GROUP = 16  # 256 in the published files, whose layers are wider
 MARKER = "comfy_quant"
 
 
@@ -70,21 +70,13 @@ def official(entry: Mapping[str, Any], case: Case, layers: Mapping[str, list[str
     tensors = make_original_state(case.denoiser, "")
     for name in layers:
         weight = tensors.pop(f"{name}.weight")
-        codes, scale = round_rows(rotate(weight))
+        codes, scale = round_rows(rotate_groups(weight))
         tensors[f"{name}.weight"] = codes
         tensors[f"{name}.weight_scale"] = scale
         tensors[f"{name}.{MARKER}"] = encode_marker(entry)
     prefix = entry.get("prefix", "")
     named = {prefix + key: value.contiguous() for key, value in tensors.items()}
     return write_file(named, case.home / f"{entry['file']}.safetensors")
-
-
-def rotate(weight: Tensor) -> Tensor:
-    """Each group of 16 columns times the regular Hadamard matrix, the Kronecker square of one of 4. [N, K]"""
-    base = 1 - 2 * torch.eye(4).flip(0)
-    matrix = torch.kron(base, base) / 4
-    groups = weight.reshape(len(weight), -1, GROUP)  # [N, K] -> [N, K / 16, 16]
-    return (groups @ matrix.T).reshape(weight.shape)
 
 
 def encode_marker(entry: Mapping[str, Any]) -> Tensor:
@@ -114,7 +106,7 @@ def test_the_file_is_loaded_as_it_is(case: Case, official: Path, layers: Mapping
     found = find_int8_layers(built)
     assert linears <= found.keys()
     for name in linears:
-        codes, scale = round_rows(rotate(case.denoiser.get_submodule(name).weight.detach()))
+        codes, scale = round_rows(rotate_groups(case.denoiser.get_submodule(name).weight.detach()))
         weight = found[name].read_quantized_weight()
         assert torch.equal(weight.qdata, codes), name
         assert torch.equal(weight.scale, scale), name

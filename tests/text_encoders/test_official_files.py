@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from support.rotation import GROUP, rotate_groups
 from support.run_job import make_spec
 from text_encoders.tiny_encoders import TINY, Tiny
 from torch import Tensor, nn
@@ -30,7 +31,6 @@ from int8run.text_encoders.registry import get_encoder
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 LIST = Path(__file__).parents[1] / "data" / "official_files.yaml"
 ENTRIES = yaml.safe_load(LIST.read_text(encoding="utf-8"))["text_encoders"]
-GROUP = 16  # 256 in the published files, whose layers are wider
 MARKER = {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": GROUP}
 
 
@@ -49,10 +49,7 @@ def make_tiny(entry: Mapping[str, Any]) -> Tiny:
 
 def round_rotated(weight: Tensor) -> tuple[Tensor, Tensor]:
     """int8 [N, K] and a scale for each row [N, 1] of a weight whose groups of 16 columns are rotated."""
-    base = 1 - 2 * torch.eye(4).flip(0)
-    matrix = torch.kron(base, base) / 4
-    groups = weight.reshape(len(weight), -1, GROUP)  # [N, K] -> [N, K / 16, 16]
-    rotated = (groups @ matrix.T).reshape(weight.shape)
+    rotated = rotate_groups(weight)
     scale = rotated.abs().amax(dim=1, keepdim=True) / 127
     return (rotated / scale).round().to(torch.int8), scale
 

@@ -64,8 +64,8 @@ QWEN35 = LLM | {
         "mrope_section": [2, 1, 1],
     },
 }
-# five layers with a sliding window, then one with full attention, whose heads are wider; then twice as many
-# layers that share the keys and values of these
+# five layers with a sliding window, then one with full attention, whose heads are wider; then three
+# times as many layers that share the keys and values of these
 GEMMA4 = LLM | {"num_hidden_layers": 6, "global_head_dim": 32}
 GEMMA4_E = GEMMA4 | {
     "num_hidden_layers": 24,
