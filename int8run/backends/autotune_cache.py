@@ -4,7 +4,6 @@ The next run with the same config finds the same choices in it. `backend=auto`, 
 the costs of outlier methods and LoRA branches share one file; each brings keys of its own.
 """
 
-import importlib.metadata
 import logging
 import time
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 
+from int8run import __version__
 from int8run.utils.content_hash import format_checked_json, read_checked_json
 from int8run.utils.hardware import get_device_name
 from int8run.utils.paths import check_replaceable, expand_path, get_cache_folder
@@ -86,7 +86,7 @@ def describe_environment(device: torch.device, dtype: torch.dtype | None) -> str
 
 def library_versions(device: torch.device) -> list[str]:
     """The versions of int8run, torch and, on a GPU, CUDA and its driver."""
-    versions = [f"int8run {importlib.metadata.version('int8run')}", f"torch {torch.__version__}"]
+    versions = [f"int8run {__version__}", f"torch {torch.__version__}"]
     if device.type == "cuda":
         runtime: Any = torch._C  # typed by builds with CUDA only
         versions.append(f"CUDA {torch.version.cuda}, driver {runtime._cuda_getDriverVersion()}")

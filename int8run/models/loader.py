@@ -15,6 +15,7 @@ import transformers
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from int8run import __version__
 from int8run.errors import BackendError, ConfigError, FileError, suggest_similar
 from int8run.models.pipeline_class import get_pipeline_class
 from int8run.models.source import find_components, make_load_error, read_model_index
@@ -25,7 +26,6 @@ log = logging.getLogger(__name__)
 DEVICES = ("cpu", "cuda")
 # libraries whose versions can change a result
 VERSIONED_LIBRARIES = (
-    "int8run",
     "torch",
     "diffusers",
     "transformers",
@@ -250,5 +250,11 @@ def list_block_prefixes(denoiser: nn.Module) -> list[str]:
 
 
 def read_library_versions() -> dict[str, str]:
-    """Return the installed versions of the libraries that can change a result."""
-    return {name: importlib.metadata.version(name) for name in VERSIONED_LIBRARIES}
+    """The versions of int8run and of the libraries that can change a result.
+
+    int8run may run from a working tree that was never installed; it knows its version itself.
+    """
+    versions = {"int8run": __version__}
+    for name in VERSIONED_LIBRARIES:
+        versions[name] = importlib.metadata.version(name)
+    return versions

@@ -4,13 +4,13 @@ build.py calls it. Files of earlier versions have the same keys, which is why th
 names.
 """
 
-import importlib.metadata
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+from int8run import __version__
 from int8run.generate.calibration_settings import CalibrationSettings
 from int8run.layers.plan import LayerPlan
 from int8run.lora.config import LoraSettings
@@ -74,7 +74,7 @@ def build_cache_key(
         configs.append((denoiser.class_name, sorted(denoiser.config.items(), key=itemgetter(0))))
     return hash_parts(
         [
-            importlib.metadata.version("int8run"),
+            __version__,
             hash_sources(loaded, settings, cache),
             configs,
             model.dtype,
@@ -160,9 +160,8 @@ def build_provenance(
         prequantized: a file that some layers come from; None: all were quantized in this run.
         cache: remembers the hashes of files that did not change.
     """
-    version = importlib.metadata.version("int8run")
     if prequantized is not None and prequantized.is_cached:
-        return {**prequantized.provenance, "int8run": version}
+        return {**prequantized.provenance, "int8run": __version__}
     settings = origin.settings
     checkpoint: str | None = None
     method_settings: dict[str, Any] = {}
@@ -173,7 +172,7 @@ def build_provenance(
         method_settings = {name: asdict(method) for name, method in methods.items()}
     int8_plans = select_int8_plans(plans)
     return {
-        "int8run": version,
+        "int8run": __version__,
         "model": str(origin.model.location),
         "revision": origin.model.revision,
         "source_sha256": {path.name: cache.hash_file(path) for path in list_weight_files(loaded)},

@@ -4,7 +4,6 @@ Each file says what it was made with; see `generate.image_parameters`.
 """
 
 import dataclasses
-import importlib.metadata
 import json
 import logging
 import re
@@ -14,6 +13,7 @@ from typing import Any
 
 from PIL.Image import Image
 
+from int8run import __version__
 from int8run.config.run_spec import RunSpec
 from int8run.generate.call_parameters import get_call_default
 from int8run.generate.generate import Generation
@@ -109,7 +109,7 @@ class ImageWriter:
         scheduler = type(pipe.scheduler).__name__
         details = describe_model(self.spec, model)
         name = name_model(str(self.spec.model.location))
-        version = f"int8run {importlib.metadata.version('int8run')}"
+        version = f"int8run {__version__}"
         all_details: dict[str, object] = {**details, "Version": version}
         num_frames = len(generation.frames[0])
         if num_frames > 1:

@@ -5,7 +5,6 @@
 imported on the way: they would take more memory than all the rest.
 """
 
-import importlib.metadata
 import json
 import logging
 import time
@@ -17,6 +16,7 @@ from typing import Any
 
 import torch
 
+from int8run import __version__
 from int8run.checkpoints.comfy_formats import TORCH_DTYPES
 from int8run.checkpoints.comfy_int8 import WEIGHT
 from int8run.checkpoints.declared_format import DeclaredFormat
@@ -458,7 +458,7 @@ def build_metadata(
     """
     options: dict[str, Any] = {"outlier": spec.outlier, "rounding": spec.rounding}
     provenance: dict[str, Any] = {
-        "int8run": importlib.metadata.version("int8run"),
+        "int8run": __version__,
         "model": spec.model.location,
         "revision": spec.model.revision,
         "source": {

@@ -4,7 +4,6 @@
 weights (a skeleton), then reads, quantizes and writes tensor by tensor.
 """
 
-import importlib.metadata
 import json
 import logging
 import time
@@ -18,6 +17,7 @@ import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
+from int8run import __version__
 from int8run.checkpoints.comfy_formats import TORCH_DTYPES, collect_tensors, plan_packed_entries
 from int8run.checkpoints.comfy_int8 import WEIGHT
 from int8run.checkpoints.kept_dtype import find_kept_dtype
@@ -559,7 +559,7 @@ def build_metadata(weights: EncoderFile, spec: RunSpec, plans: Sequence[LayerPla
         plans: of all layers.
     """
     provenance = {
-        "int8run": importlib.metadata.version("int8run"),
+        "int8run": __version__,
         "model": str(spec.model.location),
         "revision": spec.model.revision,
         "source": {

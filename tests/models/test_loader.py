@@ -1,5 +1,6 @@
 """Loading: each way in which a folder can be wrong is a FileError with the folder's name and the reason."""
 
+import importlib.metadata
 import json
 import shutil
 
@@ -8,6 +9,8 @@ import torch
 from support.tiny_pipeline import random_pipeline, save_random_pipeline
 from torch import nn
 
+import int8run
+from int8run.backends.autotune_cache import describe_environment
 from int8run.errors import BackendError, ConfigError, FileError
 from int8run.models.family import ModelSource
 from int8run.models.loader import (
@@ -170,6 +173,20 @@ def test_library_versions_are_the_installed_ones():
     assert {"int8run", "torch", "diffusers", "transformers", "numpy"} <= set(versions)
     # the build tag, +cpu or +cu130, is not always part of the installed version
     assert versions["torch"].split("+")[0] == torch.__version__.split("+")[0]
+
+
+def test_a_working_tree_without_installed_metadata_knows_its_version(monkeypatch):
+    find_version = importlib.metadata.version
+
+    def without_int8run(name):
+        if name == "int8run":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return find_version(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", without_int8run)
+
+    assert read_library_versions()["int8run"] == int8run.__version__
+    assert f"int8run {int8run.__version__}" in describe_environment(torch.device("cpu"), None)
 
 
 def test_missing_component_is_loaded_from_model_parts(tmp_path):

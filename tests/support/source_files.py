@@ -39,9 +39,12 @@ def find_libraries(file: Path) -> frozenset[str]:
 
 @functools.cache
 def find_own_imports(file: Path) -> frozenset[str]:
-    """What a file imports of int8run, without the `int8run.` in front."""
+    """What a file imports of int8run, without the `int8run.` in front.
+
+    Not the version, a constant of the package itself, which every import of a module runs first.
+    """
     own = [name for name in find_imports(file) if name.startswith("int8run.")]
-    return frozenset(name.removeprefix("int8run.").replace("__version__", "__init__") for name in own)
+    return frozenset(name.removeprefix("int8run.") for name in own if name != "int8run.__version__")
 
 
 def get_part(file: Path) -> str:
