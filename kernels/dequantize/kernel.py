@@ -158,7 +158,8 @@ def _launch(
         # the largest power of two that divides the width
         group = min(width & -width, BLOCK_COLUMNS)
     grid = (n, ceil(k / BLOCK_COLUMNS))
-    with torch.cuda.device_of(qdata):
+    # Triton launches on the current device, which need not be qdata's
+    with torch.accelerator.device_index(qdata.device.index):
         _dequantize_kernel[grid](
             qdata.contiguous(),
             scale.contiguous(),

@@ -99,34 +99,36 @@ def _launch_int8_linear(
     is_square_block = bool(group) and w_scale.shape[0] != n
     y = torch.empty(m, n, dtype=out_dtype, device=q.device)
     n_programs = triton.cdiv(m, t.block_m) * triton.cdiv(n, t.block_n)
-    _int8_linear_kernel[(n_programs,)](
-        q,
-        x_scale,
-        qdata,
-        w_scale,
-        bias,
-        h,
-        up,
-        strengths,
-        y,
-        m,
-        n,
-        k,
-        rank,
-        GROUP=group,
-        SCALE_ROWS=group if is_square_block else 1,
-        HAS_BIAS=bias is not None,
-        BLOCK_R=choose_block_r(rank),
-        EVEN_N=n % t.block_n == 0,
-        EVEN_K=k % block_k == 0,
-        BLOCK_M=t.block_m,
-        BLOCK_N=t.block_n,
-        BLOCK_K=block_k,
-        GROUP_M=t.group_m,
-        num_warps=t.warps,
-        num_stages=t.stages,
-        enable_fp_fusion=True,
-    )
+    # Triton launches on the current device, which need not be q's
+    with torch.accelerator.device_index(q.device.index):
+        _int8_linear_kernel[(n_programs,)](
+            q,
+            x_scale,
+            qdata,
+            w_scale,
+            bias,
+            h,
+            up,
+            strengths,
+            y,
+            m,
+            n,
+            k,
+            rank,
+            GROUP=group,
+            SCALE_ROWS=group if is_square_block else 1,
+            HAS_BIAS=bias is not None,
+            BLOCK_R=choose_block_r(rank),
+            EVEN_N=n % t.block_n == 0,
+            EVEN_K=k % block_k == 0,
+            BLOCK_M=t.block_m,
+            BLOCK_N=t.block_n,
+            BLOCK_K=block_k,
+            GROUP_M=t.group_m,
+            num_warps=t.warps,
+            num_stages=t.stages,
+            enable_fp_fusion=True,
+        )
     return y
 
 

@@ -80,26 +80,53 @@ def _launch_quantize_rowwise(
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_arguments(x, factor, down, rotation=rotation, sylvester=sylvester)
     q, scale, h = _allocate_outputs(x, down)
+    fits_registers = x.shape[1] <= MAX_K_IN_REGISTERS
+    # Triton launches on the current device, which need not be x's
+    with torch.accelerator.device_index(x.device.index):
+        if fits_registers and not rotation and down is None:
+            _launch_one_row_kernel(x, factor, q, scale, gelu_from)
+        else:
+            _launch_row_block_kernel(
+                x, factor, down, q, scale, h, rotation=rotation, sylvester=sylvester, gelu_from=gelu_from
+            )
+    return q, scale, h
+
+
+def _launch_one_row_kernel(
+    x: Tensor, factor: Tensor | None, q: Tensor, scale: Tensor, gelu_from: int
+) -> None:
+    rows, columns = x.shape
+    block_k = triton.next_power_of_2(columns)
+    _quantize_one_row_kernel[(rows,)](
+        x,
+        factor,
+        q,
+        scale,
+        columns,
+        x.stride(0),
+        gelu_from,
+        HAS_FACTOR=factor is not None,
+        GELU=gelu_from >= 0,
+        BLOCK_K=block_k,
+        num_warps=choose_one_row_warps(block_k),
+        enable_fp_fusion=True,
+    )
+
+
+def _launch_row_block_kernel(
+    x: Tensor,
+    factor: Tensor | None,
+    down: Tensor | None,
+    q: Tensor,
+    scale: Tensor,
+    h: Tensor,
+    *,
+    rotation: int,
+    sylvester: bool,
+    gelu_from: int,
+) -> None:
     rows, columns = x.shape
     rank = h.shape[1]
-    if columns <= MAX_K_IN_REGISTERS and not rotation and not rank:
-        block_k = triton.next_power_of_2(columns)
-        _quantize_one_row_kernel[(rows,)](
-            x,
-            factor,
-            q,
-            scale,
-            columns,
-            x.stride(0),
-            gelu_from,
-            HAS_FACTOR=factor is not None,
-            GELU=gelu_from >= 0,
-            BLOCK_K=block_k,
-            num_warps=choose_one_row_warps(block_k),
-            enable_fp_fusion=True,
-        )
-        return q, scale, h
-
     # at least a whole rotated group in a step, and at least four parts, so that loads are long
     parts = max(rotation // PART.value, 4)
     block_r = choose_block_r(rank)
@@ -126,7 +153,6 @@ def _launch_quantize_rowwise(
         num_stages=1,
         enable_fp_fusion=True,
     )
-    return q, scale, h
 
 
 def choose_one_row_warps(block_k: int) -> int:

@@ -1,0 +1,112 @@
+"""On which GPU the Triton kernels are launched: the tensors', whichever one is current.
+
+The current device is mocked, and so are the kernels; tensors on `cuda:1` have no memory.
+"""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+pytest.importorskip("triton", reason="Triton is not installed")
+from int8run.kernels.dequantize import kernel as dequantize
+from int8run.kernels.int8_linear import kernel as int8_linear
+from int8run.kernels.int8_linear.tile import Tile
+from int8run.kernels.quantize_rowwise import kernel as quantize_rowwise
+
+SECOND_GPU = torch.device("cuda:1")
+
+
+class CurrentDevice:
+    """Takes the place of CUDA's current device."""
+
+    def __init__(self):
+        self.index = 0
+
+    def exchange(self, index):
+        previous, self.index = self.index, index
+        return previous
+
+
+class LaunchRecorder:
+    """Takes the place of a kernel and notes which device is current at a launch."""
+
+    def __init__(self, current):
+        self.current = current
+        self.devices = []
+
+    def __getitem__(self, grid):
+        return self.launch
+
+    def launch(self, *arguments, **options):
+        self.devices.append(self.current.index)
+
+
+@pytest.fixture
+def current(monkeypatch):
+    device = CurrentDevice()
+    for name in ("_accelerator_exchangeDevice", "_accelerator_maybeExchangeDevice"):
+        monkeypatch.setattr(torch._C, name, device.exchange)
+    return device
+
+
+def record_launches(monkeypatch, module, name, current):
+    recorder = LaunchRecorder(current)
+    monkeypatch.setattr(module, name, recorder)
+    return recorder
+
+
+def make_empty(*shape, dtype):
+    return torch.empty(shape, dtype=dtype, device=SECOND_GPU)
+
+
+def test_the_product_runs_where_its_tensors_are(monkeypatch, current):
+    recorder = record_launches(monkeypatch, int8_linear, "_int8_linear_kernel", current)
+    with FakeTensorMode():
+        y = int8_linear._launch_int8_linear(
+            q=make_empty(5, 64, dtype=torch.int8),
+            x_scale=make_empty(5, 1, dtype=torch.float32),
+            qdata=make_empty(48, 64, dtype=torch.int8),
+            w_scale=make_empty(48, dtype=torch.float32),
+            group=0,
+            bias=None,
+            h=None,
+            up=None,
+            strengths=None,
+            out_dtype=torch.bfloat16,
+            tile=Tile(16, 32, 64, warps=4).as_list(),
+        )
+
+    assert y.device == SECOND_GPU
+    assert recorder.devices == [1]
+    assert current.index == 0
+
+
+@pytest.mark.parametrize(
+    ("kernel", "rotation"), [("_quantize_one_row_kernel", 0), ("_quantize_row_block_kernel", 64)]
+)
+def test_quantization_runs_where_its_input_is(monkeypatch, current, kernel, rotation):
+    recorder = record_launches(monkeypatch, quantize_rowwise, kernel, current)
+    with FakeTensorMode():
+        x = make_empty(5, 64, dtype=torch.bfloat16)
+        q, _, _ = quantize_rowwise._launch_quantize_rowwise(
+            x, factor=None, rotation=rotation, sylvester=False, gelu_from=-1, down=None
+        )
+
+    assert q.device == SECOND_GPU
+    assert recorder.devices == [1]
+    assert current.index == 0
+
+
+def test_dequantization_runs_where_its_weight_is(monkeypatch, current):
+    recorder = record_launches(monkeypatch, dequantize, "_dequantize_kernel", current)
+    with FakeTensorMode():
+        dequantize._launch(
+            qdata=make_empty(3, 64, dtype=torch.int8),
+            scale=make_empty(3, dtype=torch.float32),
+            out=make_empty(3, 64, dtype=torch.float32),
+            blocks=(1, 64),
+            storage=dequantize.Storage("int8", "float32"),
+        )
+
+    assert recorder.devices == [1]
+    assert current.index == 0
