@@ -8,6 +8,7 @@ files.
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import diffusers
@@ -98,7 +99,7 @@ def load_component(folder: Path, entry: list[str], dtype: torch.dtype) -> Any:
         FileError: when it cannot be read, or is of a class that is not here.
     """
     library, class_name = entry
-    cls: Any = getattr(LIBRARIES.get(library), class_name, None)
+    cls: Any = getattr(find_library(library), class_name, None)
     if not isinstance(cls, type) or not hasattr(cls, "from_pretrained"):
         reason = (
             f"the {folder.name} is a {library}.{class_name}, which neither diffusers nor transformers has"
@@ -109,3 +110,15 @@ def load_component(folder: Path, entry: list[str], dtype: torch.dtype) -> Any:
         return cls.from_pretrained(str(folder), **options)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise make_load_error(str(folder.parent), error) from error
+
+
+def find_library(name: str) -> Any:
+    """Return what an index calls a library: one of LIBRARIES, or a folder of diffusers' pipelines, as `ltx2`.
+
+    None for every other; nothing else is imported.
+    """
+    if name in LIBRARIES:
+        return LIBRARIES[name]
+    folder = getattr(diffusers.pipelines, name, None)
+    is_folder = isinstance(folder, ModuleType) and hasattr(folder, "__path__")
+    return folder if is_folder else None

@@ -94,9 +94,11 @@ def seeded(build: Callable[[], DiffusionPipeline]) -> Callable[[], DiffusionPipe
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             pipe = build()
-            for parameter in pipe.transformer.parameters():
-                if not parameter.any():
-                    nn.init.normal_(parameter, std=0.1)
+            for module in [m for m in pipe.components.values() if isinstance(m, nn.Module)]:
+                module.eval()
+                for parameter in module.parameters():
+                    if not parameter.any():
+                        nn.init.normal_(parameter, std=0.1)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 

@@ -6,7 +6,6 @@ Of diffusers' real classes, without a download.
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
@@ -42,8 +41,7 @@ from diffusers import (
 )
 from diffusers.pipelines.ltx2 import LTX2TextConnectors
 from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder
-from families.instances import PROMPT, Instance
-from torch import nn
+from families.instances import Instance, seeded
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -289,27 +287,30 @@ def ltx() -> LTXPipeline:
     )
 
 
+LTX2_SIZES: dict[str, Any] = {
+    "in_channels": 8,
+    "out_channels": 8,
+    "num_attention_heads": 4,
+    "attention_head_dim": 16,
+    "cross_attention_dim": 64,
+    "audio_in_channels": 32,
+    "audio_out_channels": 32,
+    "audio_num_attention_heads": 2,
+    "audio_attention_head_dim": 16,
+    "audio_cross_attention_dim": 32,
+    "num_layers": 2,
+    "caption_channels": 32,
+    "rope_type": "split",
+    "gated_attn": True,
+    "audio_gated_attn": True,
+    "cross_attn_mod": True,
+    "audio_cross_attn_mod": True,
+    "perturbed_attn": True,
+}
+
+
 def ltx2_transformer() -> LTX2VideoTransformer3DModel:
-    return LTX2VideoTransformer3DModel(
-        in_channels=8,
-        out_channels=8,
-        num_attention_heads=4,
-        attention_head_dim=16,
-        cross_attention_dim=64,
-        audio_in_channels=32,
-        audio_out_channels=32,
-        audio_num_attention_heads=2,
-        audio_attention_head_dim=16,
-        audio_cross_attention_dim=32,
-        num_layers=2,
-        caption_channels=32,
-        rope_type="split",
-        gated_attn=True,
-        audio_gated_attn=True,
-        cross_attn_mod=True,
-        audio_cross_attn_mod=True,
-        perturbed_attn=True,
-    )
+    return LTX2VideoTransformer3DModel(**LTX2_SIZES)
 
 
 def ltx2() -> LTX2Pipeline:
@@ -527,26 +528,9 @@ def hidream() -> HiDreamImagePipeline:
 def instance(
     family: str, build: Callable[[], DiffusionPipeline], size: int, guidance: float, extra: dict[str, Any]
 ) -> Instance:
-    """Two steps, square; the same weights at every call, none all zero.
-
-    A gate of zero would hide what a block computes.
-    """
-
-    def seeded() -> DiffusionPipeline:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            pipe = build()
-            for module in [m for m in pipe.components.values() if isinstance(m, nn.Module)]:
-                module.eval()
-                for parameter in module.parameters():
-                    if not parameter.any():
-                        nn.init.normal_(parameter, std=0.1)
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
-
-    return Instance(
-        family, seeded, Sampling(steps=2, guidance=guidance, height=size, width=size, extra=extra), PROMPT
-    )
+    """Two steps, square."""
+    sampling = Sampling(steps=2, guidance=guidance, height=size, width=size, extra=extra)
+    return Instance(family, seeded(build), sampling)
 
 
 # more rows than the float fallback takes

@@ -45,6 +45,7 @@ from families.instances import (
     qwen_image_21_transformer,
     qwen_image_transformer,
     qwen_tokenizer,
+    seeded,
     z_image,
     z_image_transformer,
 )
@@ -75,24 +76,6 @@ def make_mask(size: int = 64) -> Image.Image:
     mask = Image.new("L", (size, size))
     mask.paste(255, (0, 0, size // 2, size))
     return mask
-
-
-def seeded(build: Callable[[], DiffusionPipeline]) -> Callable[[], DiffusionPipeline]:
-    """Set the same weights at every call, none all zero: a gate of zero would hide what a block computes."""
-
-    def again() -> DiffusionPipeline:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            pipe = build()
-            for module in [m for m in pipe.components.values() if isinstance(m, nn.Module)]:
-                module.eval()
-                for parameter in module.parameters():
-                    if not parameter.any():
-                        nn.init.normal_(parameter, std=0.1)
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
-
-    return again
 
 
 class PlainText:

@@ -17,12 +17,16 @@ from diffusers import (
     Flux3DistilledModularPipeline,
     Flux3ModularPipeline,
     Flux3Transformer2DModel,
+    LTX2VideoDiffusionDecoderModel,
+    LTX2VideoTransformer3DModel,
+    LTX25ModularPipeline,
     MiniMaxH3ModularPipeline,
     MiniMaxH3Scheduler,
     MiniMaxH3Transformer3DModel,
     ModularPipeline,
 )
 from diffusers.models.transformers import transformer_cosmos
+from diffusers.pipelines.ltx2 import LTX2DurationHead, LTX2TextConnectors
 from families.instances import (
     LAYERS,
     LENGTH,
@@ -37,6 +41,7 @@ from families.instances import (
     qwen_tokenizer,
     qwen_vae,
 )
+from families.instances_b import LTX2_SIZES, ltx2
 from families.instances_edit import make_image, make_instance
 from torch import nn
 from transformers import (
@@ -206,6 +211,74 @@ def minimax_h3() -> ModularPipeline:
     return make_modular(MiniMaxH3ModularPipeline, **minimax_h3_parts(), transformer=minimax_h3_transformer())
 
 
+def ltx25_transformer() -> LTX2VideoTransformer3DModel:
+    """Reads texts that are projected elsewhere; no biases in its feed-forwards."""
+    return LTX2VideoTransformer3DModel(
+        **LTX2_SIZES,
+        use_prompt_embeddings=False,
+        use_prompt_adaln_single=False,
+        use_keyframes_abs_pos_embedding=True,
+        ff_bias=False,
+        audio_ff_bias=False,
+    )
+
+
+def ltx25_connectors() -> LTX2TextConnectors:
+    """As wide as the blocks for the video and for the sound."""
+    return LTX2TextConnectors(
+        caption_channels=TEXT,
+        text_proj_in_factor=2,
+        video_connector_num_attention_heads=2,
+        video_connector_attention_head_dim=32,
+        video_connector_num_layers=1,
+        video_connector_num_learnable_registers=None,
+        audio_connector_num_attention_heads=2,
+        audio_connector_attention_head_dim=16,
+        audio_connector_num_layers=1,
+        audio_connector_num_learnable_registers=None,
+        connector_rope_base_seq_len=16,
+        rope_type="split",
+        per_modality_projections=True,
+        video_hidden_dim=64,
+        audio_hidden_dim=32,
+    )
+
+
+def ltx25_decoder() -> LTX2VideoDiffusionDecoderModel:
+    """Makes the frames in one step."""
+    return LTX2VideoDiffusionDecoderModel(
+        latent_channels=8,
+        patch_size=1,
+        decoder_head_dim=8,
+        decoder_stage_channels=(16,) * 5,
+        decoder_stage_depths=(1,) * 5,
+        decoder_stage_kernels=((1, 3, 3),) * 4,
+        decoder_upsample_strides=((1, 1, 1),) * 4,
+        decoder_upsample_channel_reductions=(1,) * 4,
+        decoder_stage5_kernel=(1, 3, 3),
+        decoder_t_emb_dim=16,
+        spatial_compression_ratio=2,
+        temporal_compression_ratio=2,
+    )
+
+
+def ltx25() -> ModularPipeline:
+    """Without the model that rewrites prompts."""
+    parts = {name: part for name, part in ltx2().components.items() if part is not None}
+    given = {
+        "connectors": ltx25_connectors(),
+        "transformer": ltx25_transformer(),
+        "diffusion_decoder": ltx25_decoder(),
+        "duration_head": LTX2DurationHead(
+            video_cross_attention_dim=64,
+            audio_cross_attention_dim=32,
+            pooler_hidden_dim=16,
+            mlp_hidden_dim=16,
+        ),
+    }
+    return make_modular(LTX25ModularPipeline, **{**parts, **given})
+
+
 def make_minimax_h3(**extra: Any) -> Instance:
     """An instance of the shortest video; its scheduler takes one step less than it is asked for."""
     made = make_instance(
@@ -229,6 +302,7 @@ def make_flux3(
 
 ANIMA = get_call_class(AnimaModularPipeline)
 FLUX3, FLUX3_DISTILLED = map(get_call_class, (Flux3ModularPipeline, Flux3DistilledModularPipeline))
+LTX25 = get_call_class(LTX25ModularPipeline)
 MINIMAX_H3 = get_call_class(MiniMaxH3ModularPipeline)
 QUICK: dict[str, Instance] = {
     "anima": make_instance("anima", ANIMA, anima, cosmos, size=32, guidance=4.0, **LENGTH),
@@ -241,5 +315,17 @@ LONG_TAIL: dict[str, Instance] = {
         "anima", ANIMA, anima, cosmos, size=32, guidance=4.0, image=make_image(32), **LENGTH
     ),
     "flux3_klein": make_flux3(FLUX3_DISTILLED, flux3_distilled, flux3_distilled_transformer, None),
+    "ltx25": make_instance(
+        "ltx2",
+        LTX25,
+        ltx25,
+        ltx25_transformer,
+        size=32,
+        guidance=3.0,
+        image=make_image(32),
+        image_crf=0,
+        num_frames=9,
+        **LENGTH,
+    ),
     "minimax_h3_fl2va": make_minimax_h3(image=make_image(32), last_image=make_image(32, shade=9)),
 }

@@ -36,7 +36,7 @@ from int8run.generate.generate import generate
 from int8run.generate.negative_prompts import read_guidance
 from int8run.generate.prompts import Sample
 from int8run.models.family import ModelSource
-from int8run.models.modular_loader import load_modular_pipeline
+from int8run.models.modular_loader import find_library, load_modular_pipeline
 from int8run.models.modular_pipeline import ModularFace, build_blocks, find_guiders, make_pipeline
 from int8run.models.pipeline_index import read_pipeline_index
 from int8run.models.sampling import Sampling
@@ -338,6 +338,12 @@ def test_a_class_of_another_library_is_not_imported(tmp_path: Path) -> None:
     edit_index(folder, vae=["antigravity", "Fly", entry[2]])
     with pytest.raises(FileError, match=r"the vae is a antigravity\.Fly, which neither diffusers nor transf"):
         load(folder)
+
+
+def test_classes_of_diffusers_pipelines_are_found_and_nothing_beside_them() -> None:
+    assert find_library("ltx2").LTX2TextConnectors.__name__ == "LTX2TextConnectors"
+    # a class, a module that is none of its folders, and one that is not loaded
+    assert [find_library(name) for name in ("FluxPipeline", "pipeline_utils", "antigravity")] == [None] * 3
 
 
 def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
