@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.helpers import CPU
-from support.triton_process import needs_gpu, run_cases
+from support.triton_process import needs_gpu, needs_interpreter, run_cases
 
 from int8run.backends.autotune_cache import AutotuneCache
 from int8run.backends.triton import Triton, parse_tile, tile_key
@@ -19,6 +19,7 @@ HOPPER = (9, 0)
 
 
 @pytest.mark.slow
+@needs_interpreter
 def test_interpreted():
     pytest.importorskip("triton", reason="Triton is not installed")
     run_cases(CASES, interpret=True)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from support.helpers import full_range, randn
 from support.tiers import slow_except
+from support.triton_process import needs_gpu, needs_interpreter
 
 from int8run.kernels.dequantize import reference
 
@@ -146,6 +147,7 @@ def interpreted_results(tmp_path_factory):
 
 
 @pytest.mark.slow
+@needs_interpreter
 @pytest.mark.parametrize("i", range(len(CALLS)), ids=IDS)
 def test_interpreted_kernel_equals_the_reference(i, interpreted_results):
     name, arguments, keywords = CALLS[i]
@@ -153,6 +155,7 @@ def test_interpreted_kernel_equals_the_reference(i, interpreted_results):
 
 
 @pytest.mark.slow
+@needs_interpreter
 def test_compiled_graphs_see_each_operator_whole(interpreted_results):
     assert interpreted_results[1] == [
         f"int8run.triton_{name}.default" for name in dict.fromkeys(name for name, *_ in CALLS)
@@ -160,7 +163,7 @@ def test_compiled_graphs_see_each_operator_whole(interpreted_results):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_compiled_kernel_equals_the_reference(dtype):
     for name, arguments, keywords in CALLS:

@@ -3,13 +3,14 @@
 from pathlib import Path
 
 import pytest
-from support.triton_process import needs_gpu, run_cases
+from support.triton_process import needs_gpu, needs_interpreter, run_cases
 
 pytest.importorskip("triton", reason="Triton is not installed")
 CASES = Path(__file__).with_name("cases_triton_quantize_rowwise.py")
 
 
 @pytest.mark.slow
+@needs_interpreter
 def test_interpreted():
     run_cases(CASES, interpret=True)
 

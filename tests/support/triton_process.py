@@ -27,8 +27,25 @@ def case_device() -> torch.device:
 
     if not triton.knobs.runtime.interpret:
         return torch.device("cuda")
+    repair_index()
     _repair_bfloat16()
     return torch.device("cpu")
+
+
+def repair_index() -> None:
+    """Take the one number out of an array where Python wants an integer, as for the bounds of `range`.
+
+    The interpreter of Triton 3.6 gives numpy the array, and numpy refuses from 2.4 on.
+    """
+    from triton.runtime import interpreter
+
+    patch_language = interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor, scope):
+        patch_language(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch_lang_tensor
 
 
 def _repair_bfloat16() -> None:
@@ -57,3 +74,6 @@ def _repair_bfloat16() -> None:
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+needs_interpreter = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="with a CUDA device the tests marked gpu run the kernels themselves"
+)
