@@ -31,13 +31,21 @@ from int8run.checkpoints.declared_format import DeclaredFormat
 from int8run.checkpoints.reader import TensorFiles
 from int8run.tasks.inspect_checkpoint import describe_checkpoint
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.usefixtures("one_thread")
 LIST = Path(__file__).parents[1] / "data" / "official_files.yaml"
 DENOISERS = yaml.safe_load(LIST.read_text(encoding="utf-8"))["denoisers"]
 MARKER = "comfy_quant"
+# the one of which every run of the tests looks at the header
+QUICK = "krea2_turbo_int8_convrot"
 
 
-@pytest.fixture(scope="module", params=DENOISERS, ids=lambda entry: str(entry["file"]))
+def mark_entry(entry: dict[str, Any]) -> Any:
+    """An entry as a parameter: slow, but for one."""
+    marks = () if entry["file"] == QUICK else pytest.mark.slow
+    return pytest.param(entry, id=entry["file"], marks=marks)
+
+
+@pytest.fixture(scope="module", params=map(mark_entry, DENOISERS))
 def entry(request: pytest.FixtureRequest) -> dict[str, Any]:
     """One line of the list."""
     return request.param
@@ -99,6 +107,7 @@ def test_inspect_names_the_family_and_what_is_int8(
     assert re.search(r"int8.*row.*convrot.*16", kind)
 
 
+@pytest.mark.slow
 def test_the_file_is_loaded_as_it_is(case: Case, official: Path, layers: Mapping[str, list[str]]) -> None:
     built = case.build(official)
 
@@ -113,6 +122,7 @@ def test_the_file_is_loaded_as_it_is(case: Case, official: Path, layers: Mapping
     assert case.generate_latents(built).isfinite().all()
 
 
+@pytest.mark.slow
 def test_quantizing_the_float_spelling_gives_the_same_keys(case: Case, official: Path) -> None:
     floats = write_file(make_original_state(case.denoiser), case.home / "float.safetensors")
     save = case.home / "ours.safetensors"

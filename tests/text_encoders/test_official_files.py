@@ -23,14 +23,19 @@ from torch import Tensor, nn
 from int8run.checkpoints.declared_format import DeclaredFormat
 from int8run.checkpoints.reader import TensorFiles
 from int8run.config.job import Job
+from int8run.errors import FileError
 from int8run.tasks.inspect_checkpoint import describe_checkpoint
 from int8run.tasks.quantize_text_encoder import quantize_text_encoder
 from int8run.text_encoders.load import build_text_encoder, load_text_encoder
 from int8run.text_encoders.registry import get_encoder
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.usefixtures("one_thread")
 LIST = Path(__file__).parents[1] / "data" / "official_files.yaml"
-ENTRIES = yaml.safe_load(LIST.read_text(encoding="utf-8"))["text_encoders"]
+FILES = yaml.safe_load(LIST.read_text(encoding="utf-8"))
+ENTRIES = FILES["text_encoders"]
+W4A8_ENTRIES = FILES["w4a8_text_encoders"]
+# the one of which every run of the tests looks at the header
+QUICK = "qwen3.5_9b_qwen_image_2.1_pe_i2i.int8_convrot"
 MARKER = {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": GROUP}
 
 
@@ -44,7 +49,10 @@ def make_tiny(entry: Mapping[str, Any]) -> Tiny:
     if "vision_config" not in tiny.config:
         return tiny
     tower = {**tiny.config["vision_config"], **TOWER, **entry.get("tower", {})}
-    return replace(tiny, config={**tiny.config, "vision_config": tower})
+    tiny = replace(tiny, config={**tiny.config, "vision_config": tower})
+    if not entry.get("tied", False):
+        return tiny
+    return replace(tiny, config={**tiny.config, "tie_word_embeddings": True}, lacks=r"^lm_head")
 
 
 def round_rotated(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,7 +74,13 @@ def list_quantized(entry: Mapping[str, Any], model: nn.Module) -> dict[str, str]
     return found
 
 
-@pytest.fixture(scope="module", params=ENTRIES, ids=lambda entry: str(entry["file"]))
+def mark_entry(entry: dict[str, Any]) -> Any:
+    """An entry as a parameter: slow, but for one."""
+    marks = () if entry["file"] == QUICK else pytest.mark.slow
+    return pytest.param(entry, id=entry["file"], marks=marks)
+
+
+@pytest.fixture(scope="module", params=map(mark_entry, ENTRIES))
 def entry(request: pytest.FixtureRequest) -> dict[str, Any]:
     """One line of the list."""
     return request.param
@@ -97,6 +111,7 @@ def test_inspect_names_the_encoder_and_what_is_int8(entry: Mapping[str, Any], of
     assert any(row.startswith(f"{count} × int8") for label, row in rows if label == "layers"), rows
 
 
+@pytest.mark.slow
 def test_every_layer_is_read_as_it_is(entry: Mapping[str, Any], official: Path) -> None:
     tiny = make_tiny(entry)
     model = tiny.model()
@@ -113,6 +128,7 @@ def test_every_layer_is_read_as_it_is(entry: Mapping[str, Any], official: Path) 
         assert torch.equal(weight.scale, scale), name
 
 
+@pytest.mark.slow
 def test_answers_are_those_of_the_float_encoder_but_for_rounding(
     entry: Mapping[str, Any], official: Path
 ) -> None:
@@ -131,6 +147,7 @@ def test_answers_are_those_of_the_float_encoder_but_for_rounding(
     assert 0 < error < 0.2
 
 
+@pytest.mark.slow
 def test_quantizing_the_float_spelling_gives_the_same_keys(
     entry: Mapping[str, Any], official: Path, tmp_path: Path
 ) -> None:
@@ -149,3 +166,35 @@ def test_quantizing_the_float_spelling_gives_the_same_keys(
     quantize_text_encoder(make_spec(overrides), Job({}, {}, overrides, tmp_path), "text_encoder")
 
     assert set(load_file(tmp_path / "ours.safetensors")) == set(load_file(official))
+
+
+def pack_w4a8(weight: Tensor) -> dict[str, Tensor]:
+    """What stands for a weight whose integers have 4 bits, by suffix; the numbers are zeros."""
+    rows, columns = weight.shape
+    text = json.dumps({"format": "asym_w4a8_int8", "group_size": GROUP})
+    return {
+        "weight": torch.zeros(rows, columns // 2, dtype=torch.int8),
+        "weight_s_rel": torch.ones(rows, columns // GROUP).to(torch.float8_e4m3fn),
+        "weight_s_channel": torch.ones(rows),
+        "comfy_quant": torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8),
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("entry", W4A8_ENTRIES, ids=lambda entry: str(entry["file"]))
+def test_w4a8_is_named_and_refused(entry: Mapping[str, Any], tmp_path: Path) -> None:
+    tiny = make_tiny(entry)
+    model = tiny.model()
+    tensors = dict(tiny.file(model))
+    for name in list_quantized(entry, model):
+        packed = pack_w4a8(tensors.pop(f"{name}.weight"))
+        tensors |= {f"{name}.{suffix}": value for suffix, value in packed.items()}
+    path = tmp_path / f"{entry['file']}.safetensors"
+    save_file(tensors, path)
+
+    with TensorFiles.open(path) as files:
+        facts = dict(describe_checkpoint(files, DeclaredFormat("auto", None)))
+    with pytest.raises(FileError, match=r"asym_w4a8_int8.*ComfyUI"):
+        load_text_encoder(path, kernel_backend="reference")
+
+    assert "asym_w4a8_int8" in facts["cannot be read"]
