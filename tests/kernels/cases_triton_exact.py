@@ -1,0 +1,88 @@
+"""Cases for test_triton_exact.py: exact results, on a GPU at full size, interpreted at a small one.
+
+On a GPU `pytest -m gpu tests/kernels/test_triton_exact.py` runs them all, and
+`pytest tests/kernels/cases_triton_exact.py -k rank64` some.
+"""
+
+import pytest
+import torch
+from support.exact_kernels import (
+    ROWS,
+    LinearCase,
+    RowwiseCase,
+    list_default_tiles,
+    list_linear_cases,
+    list_rowwise_cases,
+    make_linear_inputs,
+    make_rowwise_inputs,
+    shrink_linear_cases,
+    shrink_rowwise_cases,
+)
+from support.triton_process import case_device
+
+from int8run.kernels.int8_linear.kernel import int8_linear
+from int8run.kernels.int8_linear.tile import Tile
+from int8run.kernels.quantize_rowwise.kernel import quantize_rowwise
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+DEVICE = case_device()
+ON_GPU = DEVICE.type == "cuda"
+
+if ON_GPU:
+    LINEAR_CASES = [case for tile in list_default_tiles() for case in list_linear_cases(tile)]
+    ROWWISE_CASES = list_rowwise_cases()
+    ROWS_HERE = ROWS
+else:
+    LINEAR_CASES = list(shrink_linear_cases(Tile(32, 32, 64, group_m=2, warps=4, stages=2)))
+    ROWWISE_CASES = list(shrink_rowwise_cases())
+    ROWS_HERE = (1, 17, 63)
+
+
+def skip_unless_tile_fits(tile: Tile) -> None:
+    """Skip a tile of another architecture that asks for more shared memory than this GPU has."""
+    if not ON_GPU:
+        return
+    available = torch.cuda.get_device_properties(DEVICE).shared_memory_per_block_optin
+    if tile.shared_bytes > available:
+        pytest.skip(f"the tile needs {tile.shared_bytes} bytes of shared memory, {available} there are")
+
+
+@pytest.mark.parametrize("case", LINEAR_CASES, ids=str)
+def test_products_are_exact(case: LinearCase) -> None:
+    skip_unless_tile_fits(case.tile)
+    inputs = make_linear_inputs(case, max(ROWS_HERE), DEVICE)
+    for rows in ROWS_HERE:
+        y = int8_linear(
+            inputs.q[:rows],
+            inputs.x_scale[:rows],
+            inputs.qdata,
+            inputs.w_scale,
+            group=0,
+            bias=inputs.bias,
+            h=None if inputs.h is None else inputs.h[:rows],
+            up=inputs.up,
+            out_dtype=case.dtype,
+            tile=case.tile,
+            strengths=inputs.strengths,
+        )
+
+        assert torch.equal(y, inputs.expected[:rows]), f"{rows} rows"
+
+
+@pytest.mark.parametrize("case", ROWWISE_CASES, ids=str)
+def test_quantizations_are_exact(case: RowwiseCase) -> None:
+    inputs = make_rowwise_inputs(case, max(ROWS_HERE), DEVICE)
+    for rows in ROWS_HERE:
+        q, scale, h = quantize_rowwise(
+            inputs.x[:rows],
+            inputs.factor,
+            case.rotation,
+            sylvester=case.sylvester,
+            gelu_from=case.first_gelu_column,
+            down=inputs.down,
+        )
+
+        assert torch.equal(q, inputs.q[:rows]), f"{rows} rows"
+        assert torch.equal(scale, inputs.scale[:rows]), f"{rows} rows"
+        if inputs.h is not None:
+            assert torch.equal(h, inputs.h[:rows]), f"{rows} rows"
