@@ -135,7 +135,7 @@ class RunSpec:
 
     def __post_init__(self) -> None:
         check_choice("compile", self.compile, ("none", "blocks", "full"))
-        check_choice("offload", self.offload, ("none", "model", "group"))
+        check_choice("offload", self.offload, ("none", "model", "group", "group_stream"))
         check_choice("model.quant_format", self.model.quant_format, ("auto", *FORMATS))
         self.check_family()
         check_range("seed", self.seed, 0, 2**63 - 1, whole=True)

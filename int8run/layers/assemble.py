@@ -6,7 +6,9 @@ precision search. The float model stays as it was.
 
 import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -42,9 +44,35 @@ def assemble_int8_model(model: nn.Module, layers: Mapping[str, Int8Linear], fami
     return target
 
 
+# what other programs put on a module to move it to a GPU for its turn: diffusers' hooks and accelerate's,
+# which replace its `forward` and hold modules of their own
+HOOKS = ("_diffusers_hook", "_hf_hook", "_old_forward")
+FORWARD = "forward"
+
+
 def copy_sharing_tensors(model: nn.Module) -> nn.Module:
-    """A copy of the module tree with the same tensors and backends: no memory until layers are replaced."""
+    """A copy of the module tree with the same tensors and backends: no memory until layers are replaced.
+
+    Hooks that offload the model are not copied: they would move the modules of the original.
+    """
     backends = [m.backend for m in model.modules() if isinstance(m, KeepsDtypes) and hasattr(m, "backend")]
     shared = [*model.parameters(), *model.buffers(), *backends]
-    # deepcopy takes what its memo holds as copied already
-    return copy.deepcopy(model, memo={id(item): item for item in shared})
+    with hidden_hooks(model):
+        # deepcopy takes what its memo holds as copied already
+        return copy.deepcopy(model, memo={id(item): item for item in shared})
+
+
+@contextmanager
+def hidden_hooks(model: nn.Module) -> Iterator[None]:
+    """Take the hooks of other programs off every module, and put them back."""
+    hidden: list[tuple[nn.Module, dict[str, Any]]] = []
+    for module in model.modules():
+        attributes = module.__dict__
+        if any(name in attributes for name in HOOKS):
+            taken = {name: attributes.pop(name) for name in (*HOOKS, FORWARD) if name in attributes}
+            hidden.append((module, taken))
+    try:
+        yield
+    finally:
+        for module, taken in hidden:
+            module.__dict__.update(taken)

@@ -21,6 +21,9 @@ from int8run.quant.weight import QuantizedWeight
 # how many unit vectors are multiplied at a time to read a packed weight back
 UNIT_VECTORS_AT_ONCE = 1024
 
+# the tensors of a fused branch
+FUSED_OPERANDS = ("down", "up", "down_scale", "up_scale")
+
 # the version of a tensor that has none, because it was made in inference mode
 NO_VERSION = -1
 
@@ -100,9 +103,18 @@ class LowRankBranch(nn.Module):
         if self.fused is None:
             return
         # as buffers, the factors and scales count as the model's memory
-        for name, operand in self.fused._asdict().items():
-            if isinstance(operand, Tensor):
+        for name in FUSED_OPERANDS:
+            operand = getattr(self.fused, name)
+            if operand is not None:
                 self.register_buffer(f"fused_{name}", operand, persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:  # noqa: FBT001, FBT002
+        """Move the branch, and let the backend's operands be the tensors that were moved."""
+        branch: Self = super()._apply(fn, recurse)
+        if self.fused is not None:
+            operands = {name: getattr(self, f"fused_{name}", None) for name in FUSED_OPERANDS}
+            self.fused = FusedBranch(**operands, needs_input=self.fused.needs_input)  # type: ignore[arg-type]
+        return branch
 
     def drop_float_factors(self) -> None:
         """Free the float factors of a fused branch.
@@ -163,6 +175,18 @@ def get_tensor_version(x: Tensor) -> int:
     if torch.compiler.is_compiling():
         return 0
     return NO_VERSION if x.is_inference() else x._version
+
+
+def overwrite(old: Tensor, new: Tensor) -> Tensor:
+    """Write a tensor into the place of an old one, whose address others know: CUDA graphs, offloading.
+
+    Returns:
+        The old one; the new one where it does not fit, or where the old one is opaque.
+    """
+    has_place = old.shape == new.shape and old.dtype == new.dtype and old.device == new.device
+    if not has_place or old.is_mkldnn:
+        return new.contiguous()
+    return old.copy_(new)
 
 
 def center_rows(x: Tensor) -> Tensor:
@@ -238,12 +262,12 @@ class Int8Linear(KeepsDtypes):
     def set_weight(self, weight: QuantizedWeight) -> None:
         """Replace the weight by another of its shape, in the transform's basis.
 
-        A compiled model stays compiled.
+        A compiled model stays compiled, and its tensors where they are.
         """
-        self.packed = self.backend.pack_weight(weight)
-        self.scale = weight.scale[:, 0].contiguous()
+        self.packed = overwrite(self.packed, self.backend.pack_weight(weight))
+        self.scale = overwrite(self.scale, weight.scale[:, 0])
         if self.float_weight is not None:
-            self.float_weight = weight.dequantize(self.dtype)
+            self.float_weight = overwrite(self.float_weight, weight.dequantize(self.dtype))
 
     @torch.no_grad()
     def read_qdata(self) -> Tensor:

@@ -33,9 +33,10 @@ from int8run.models.given_model import find_text_encoders
 from int8run.pipeline.built_model import BuiltModel
 from int8run.pipeline.given_files import check_checkpoint_fits, check_loras_fit
 from int8run.pipeline.layer_selection import select_int8_plans
-from int8run.pipeline.load import load_model, set_offload
+from int8run.pipeline.load import load_model
 from int8run.pipeline.loaded_model import LoadedModel, replace_missing_linears
 from int8run.pipeline.lora_steps import bake_loras, measure_overhead, read_entries, report_loras
+from int8run.pipeline.offload import set_offload
 from int8run.pipeline.prequantized import PrequantizedLayers, PrequantizedRequest, find_prequantized
 from int8run.pipeline.provenance import build_cache_key, build_provenance, list_baked_loras
 from int8run.pipeline.quantize_denoiser import QuantizedDenoiser, count_layer_rows, quantize_denoiser
@@ -137,7 +138,7 @@ def build_model(
         add_int8_denoiser(built, spec, loaded, sources=sources, step=step, progress=progress)
     install_candidate(built, spec)
     built.seconds = {"load": load_seconds, "quantize": time.perf_counter() - started}
-    compile_denoisers(built.denoisers, spec.compile)
+    compile_denoisers(built.denoisers, spec.compile, has_hooks=spec.offload != "none")
     return built
 
 
@@ -364,16 +365,17 @@ def install_candidate(built: BuiltModel, spec: RunSpec) -> None:
     set_offload(built.pipe, spec.offload, built.device)
 
 
-def compile_denoisers(denoisers: Mapping[str, nn.Module], mode: str) -> None:
+def compile_denoisers(denoisers: Mapping[str, nn.Module], mode: str, *, has_hooks: bool) -> None:
     """Compile all denoisers, float and INT8 alike, by torch.compile.
 
     Args:
         denoisers: by what generates with them.
         mode: `none`, `blocks` (the repeated blocks) or `full`.
+        has_hooks: whether hooks move their blocks to the GPU, which are not compiled and part the graph.
     """
     parts: list[Any] = [part for whole in denoisers.values() for part in split_denoiser(whole).values()]
     for part in dict.fromkeys(parts):  # with quantized text encoders alone both denoisers are one
         if mode == "blocks":
-            part.compile_repeated_blocks(fullgraph=True)
+            part.compile_repeated_blocks(fullgraph=not has_hooks)
         elif mode == "full":
-            part.compile(fullgraph=True)
+            part.compile(fullgraph=not has_hooks)

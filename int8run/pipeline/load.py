@@ -20,7 +20,7 @@ from torch import nn
 
 from int8run.backends.base import Backend
 from int8run.checkpoints.declared_format import DeclaredFormat
-from int8run.errors import BackendError, ConfigError
+from int8run.errors import ConfigError
 from int8run.generate.pipeline_call import find_unknown_arguments
 from int8run.models.dual_denoisers import DualDenoiser
 from int8run.models.family import (
@@ -46,6 +46,7 @@ from int8run.models.source import ResolvedModel, resolve_model
 from int8run.pipeline.checkpoint_weights import DenoiserWeights, FileWeights
 from int8run.pipeline.loaded_model import LoadedModel
 from int8run.pipeline.model_files import check_float_components, has_quantized_weights
+from int8run.pipeline.offload import check_offload, find_home
 from int8run.pipeline.text_encoders import OpenedEncoder, open_encoders
 from int8run.ptq.quantize import check_backend
 from int8run.report.console import Progress
@@ -54,7 +55,6 @@ from int8run.utils.paths import to_local_path
 from int8run.utils.text import shorten_error
 
 log = logging.getLogger(__name__)
-CPU = torch.device("cpu")
 # is given a function that builds the skeletons of the denoisers, by component
 CheckFiles = Callable[[Callable[[], Mapping[str, nn.Module]]], None]
 
@@ -70,7 +70,7 @@ class LoadSettings:
         clip: which text encoders are to be quantized.
         device: `auto`, `cpu`, `cuda`, `cuda:N`.
         attention: diffusers' attention backend.
-        offload: diffusers' offloading: `none`, `model`, `group`.
+        offload: diffusers' offloading, see `set_offload`.
         backend: of the INT8 layers; None where there will be none.
         needs_float_denoiser: read all weights of the denoiser; else it is a skeleton, to be filled as needed.
         needs_float_encoders: read the text encoders that `clip` changes, too.
@@ -147,6 +147,7 @@ def load_model(
             source=source,
             checkpoint=checkpoint,
             encoders=encoders,
+            offload=settings.offload,
         )
         if settings.needs_float_denoiser and checkpoint is not None:
             loaded.fill_weights()
@@ -162,11 +163,7 @@ def check_device(settings: LoadSettings, device: torch.device) -> None:
     """
     if settings.backend is not None:
         check_backend(settings.backend, device, ())
-    if settings.offload != "none" and device.type != "cuda":
-        raise BackendError(
-            f"offload={settings.offload} moves parts of the model between memory and a GPU; on {device} "
-            "there is nothing to move; set offload=none"
-        )
+    check_offload(settings.offload, device)
 
 
 def open_denoiser_weights(
@@ -243,7 +240,7 @@ def load_float_parts(
             parts.pop(name, None)
     check_float_components(source.folder, without=empty_modules)
     loaded_parts = load_parts(source.folder, parts, settings.dtype)
-    place = device if settings.offload == "none" else CPU
+    place = find_home(settings.offload, device)
     if is_modular(source.pipeline_class):
         given = {**loaded_parts, **empty_modules}
         pipe = load_modular_pipeline(source, given, settings.dtype)
@@ -331,22 +328,6 @@ def warn_of_other_family(
         family.name,
         model.family,
     )
-
-
-def set_offload(pipe: DiffusionPipeline, mode: str, device: torch.device) -> None:
-    """Turn on diffusers' offloading for everything that the pipeline has now.
-
-    Args:
-        pipe: is changed.
-        mode: `none`; `model`: one component on the GPU at a time; `group`: one block at a time.
-        device: the GPU.
-    """
-    if mode == "model":
-        pipe.enable_model_cpu_offload(device=device)
-    elif mode == "group":
-        pipe.enable_group_offload(
-            onload_device=device, offload_device=CPU, offload_type="block_level", num_blocks_per_group=1
-        )
 
 
 def set_attention(denoiser: Any, name: str) -> None:

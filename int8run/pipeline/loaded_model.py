@@ -20,6 +20,7 @@ from int8run.models.family import ModelFamily
 from int8run.models.sampling import Sampling
 from int8run.models.source import ResolvedModel
 from int8run.pipeline.checkpoint_weights import DenoiserWeights
+from int8run.pipeline.offload import find_home
 from int8run.pipeline.text_encoders import OpenedEncoder
 
 
@@ -33,6 +34,7 @@ class LoadedModel:
         scheduler: as the checkpoint has it; a sampling may name another.
         checkpoint: the denoiser's weights; None where diffusers has read them.
         encoders: the text encoders that `clip=` changes, opened.
+        offload: diffusers' offloading, see `set_offload`.
         seconds: that loading took.
     """
 
@@ -46,7 +48,13 @@ class LoadedModel:
     source: ResolvedModel
     checkpoint: DenoiserWeights | None
     encoders: Mapping[str, OpenedEncoder]
+    offload: str = "none"
     seconds: float = 0.0
+
+    @property
+    def home(self) -> torch.device:
+        """Where its weights wait: on the device, or with offloading in memory."""
+        return find_home(self.offload, self.device)
 
     @property
     def skeleton_encoders(self) -> tuple[str, ...]:
@@ -99,9 +107,9 @@ class LoadedModel:
             if tensor.is_meta and name not in left_out:
                 missing.append(name)
         if self.checkpoint is not None:
-            self.checkpoint.fill_parameters(self.denoiser, missing, self.device)
+            self.checkpoint.fill_parameters(self.denoiser, missing, self.home)
         # buffers that no checkpoint holds have their numbers already
-        move_buffers(self.denoiser, self.device)
+        move_buffers(self.denoiser, self.home)
 
 
 def move_buffers(module: nn.Module, device: torch.device) -> None:

@@ -22,6 +22,7 @@ from int8run.outlier.auto import AutoOutlier
 from int8run.outlier.base import LayerStatistics
 from int8run.pipeline.layer_selection import SelectedLayers, select_int8_plans, select_layers
 from int8run.pipeline.loaded_model import LoadedModel, SkeletonLinear
+from int8run.pipeline.offload import set_offload
 from int8run.pipeline.outlier_choice import choose_methods
 from int8run.pipeline.prequantized import PrequantizedLayers
 from int8run.pipeline.quantization_settings import QuantizationSettings
@@ -215,13 +216,18 @@ def bind_layers(
     """
     label = "Quantizing layers" if layers.new else "Loading INT8 layers"
     with progress.track_loop(label, len(layers.plans)) as advance:
+
+        def finish_layer(layer: Int8Linear) -> None:
+            layer.to(loaded.home)  # so that with offload= the GPU never holds them all
+            advance(1)
+
         return build_int8_layers(
             loaded.denoiser,
             quantized,
             backend=settings.backend,
             settings=settings.int8,
             rows=layers.rows,
-            on_layer=lambda plan: advance(1),
+            on_layer=finish_layer,
             device=loaded.device,
         )
 
@@ -263,6 +269,7 @@ def search_mixed_precision(
         assemble=assemble,
         pipe=loaded.pipe,
         component=loaded.component,
+        offload=partial(set_offload, loaded.pipe, loaded.offload, loaded.device),
         samples=settings.calibration.samples,
         sampling=loaded.sampling,
         calls=calls,

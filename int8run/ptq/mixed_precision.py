@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import DiffusionPipeline
@@ -18,10 +18,13 @@ from torch import Tensor, nn
 
 from int8run.errors import ConfigError
 from int8run.generate.generate import Generation, generate
+from int8run.generate.pipeline_call import get_execution_device
 from int8run.generate.prompts import Sample
+from int8run.layers.assemble import copy_sharing_tensors
 from int8run.layers.int8_linear import Int8Linear
 from int8run.metrics.layers import count_module_bytes
 from int8run.metrics.quality import compute_relative_error
+from int8run.models.dual_denoisers import set_denoiser
 from int8run.models.sampling import Sampling
 from int8run.report.console import Progress
 from int8run.utils.plurals import count_noun
@@ -90,6 +93,7 @@ class MixedPrecisionSearch:
         assemble: gives the denoiser in which the named layers are INT8 and the others float.
         pipe: generates the images.
         component: the denoiser's name in the pipe.
+        offload: turns offloading on, where it is asked for, for what the pipeline has now.
         samples: prompts and seeds of the calibration images.
         sampling: steps and size of the images.
         calls: arguments of the denoiser at some of their timesteps.
@@ -103,6 +107,7 @@ class MixedPrecisionSearch:
     assemble: Callable[[Sequence[str]], nn.Module]
     pipe: DiffusionPipeline
     component: str
+    offload: Callable[[], None]
     samples: Sequence[Sample]
     sampling: Sampling
     calls: Sequence[Mapping[str, Any]]
@@ -127,6 +132,7 @@ class MixedPrecisionSearch:
             advance(1)
             if reached_db[0] >= self.target_db:
                 return all_int8, self._summarize_met_without(reached_db[0])
+            self._install(self.float_denoiser)
             sensitivities = measure_layer_sensitivities(
                 self.float_denoiser, self.layers, self.calls, on_layer=lambda: advance(1)
             )
@@ -145,7 +151,13 @@ class MixedPrecisionSearch:
         )
         return denoiser, result
 
+    def _install(self, denoiser: nn.Module) -> None:
+        """Let the pipeline use a denoiser, and move it like its other components."""
+        set_denoiser(self.pipe, denoiser, self.component)
+        self.offload()
+
     def _generate_images(self, denoiser: nn.Module) -> Generation:
+        self._install(denoiser)
         # latents are compared, so that nothing has to be decoded
         sampling = replace(self.sampling, extra={**self.sampling.extra, "output_type": "latent"})
         return generate(self.pipe, self.component, {"": denoiser}, self.samples, sampling)[""]
@@ -198,8 +210,11 @@ class MixedPrecisionSearch:
 
     @torch.no_grad()
     def _compare_step_times(self, denoiser: nn.Module, other: nn.Module) -> float:
-        calls = [partial(denoiser, **self.calls[0]), partial(other, **self.calls[0])]
-        seconds, other_seconds = time_medians(calls, self.pipe.device, ROUNDS)
+        calls = []
+        for each in (denoiser, other):
+            self._install(each)
+            calls.append(partial(each, **self.calls[0]))
+        seconds, other_seconds = time_medians(calls, get_execution_device(self.pipe), ROUNDS)
         return seconds / other_seconds
 
 
@@ -232,7 +247,8 @@ def measure_layer_sensitivities(
     sensitivities = {}
     for name, layer in layers.items():
         squares = []
-        with denoiser.get_submodule(name).register_forward_hook(make_replacement_hook(layer)):
+        hook = make_replacement_hook(copy_sharing_tensors(layer))
+        with denoiser.get_submodule(name).register_forward_hook(hook):
             for call, exact_output in zip(calls, exact, strict=True):
                 output = get_output_tensor(denoiser(**call))
                 squares.append(compute_relative_error(output, exact_output) ** 2)
@@ -241,12 +257,18 @@ def measure_layer_sensitivities(
     return sensitivities
 
 
-def make_replacement_hook(layer: Int8Linear) -> Callable[..., Tensor]:
-    """A forward hook of a Linear that returns the INT8 layer's output instead of the Linear's."""
+def make_replacement_hook(layer: nn.Module) -> Callable[..., Tensor]:
+    """A forward hook of a Linear that returns the INT8 layer's output instead of the Linear's.
+
+    Args:
+        layer: an `Int8Linear`; it is moved to its input, because with offloading it waits in memory.
+    """
+    int8_layer = cast(Int8Linear, layer)
 
     def replace_output(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        x = args[0]
         # the float model has its own activation before the layer
-        return layer.forward_isolated(args[0])
+        return int8_layer.to(x.device).forward_isolated(x)
 
     return replace_output
 

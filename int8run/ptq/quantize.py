@@ -249,7 +249,7 @@ def build_int8_layers(
     backend: Backend,
     settings: Int8Settings,
     rows: Mapping[str, int],
-    on_layer: Callable[[LayerPlan], None] | None = None,
+    on_layer: Callable[[Int8Linear], None] | None = None,
     device: torch.device | None = None,
 ) -> dict[str, Int8Linear]:
     """Bind each quantized layer to a backend.
@@ -260,7 +260,7 @@ def build_int8_layers(
         backend: of the config.
         settings: which layers compute in float when a call has few rows.
         rows: rows that each layer sees in this run, by name; `backend=auto` measures with them.
-        on_layer: called after each layer, for progress.
+        on_layer: called with each layer once it is made.
         device: where the layers will run; None: where the model is.
 
     Returns:
@@ -281,7 +281,7 @@ def build_int8_layers(
         plan.backend_used = FLOAT_FALLBACK if float_rows else chosen.name
         made[plan.name] = Int8Linear(layer, chosen, dtype, float_rows)
         if on_layer is not None:
-            on_layer(plan)
+            on_layer(made[plan.name])
     return made
 
 

@@ -220,7 +220,10 @@ REFUSED = {
         r"^offload=model moves one model, and metrics\.baseline=run holds two; set ",
     ),
     "two models to move by blocks": (["offload=group"], r"^offload=group moves one model, .* or none$"),
-    "unknown offload": (["offload=disk"], r"^offload is 'disk'; choose from group, model, none$"),
+    "unknown offload": (
+        ["offload=disk"],
+        r"^offload is 'disk'; choose from group, group_stream, model, none$",
+    ),
     "unknown baseline": (
         ["metrics.baseline=never"],
         r"^metrics\.baseline is 'never'; .*choose from cached, none, run$",

@@ -26,7 +26,7 @@ from int8run.pipeline import load as module
 from int8run.pipeline.build import build_model
 from int8run.pipeline.built_model import BuiltModel
 from int8run.pipeline.checkpoint_weights import DenoiserWeights, FileWeights
-from int8run.pipeline.load import load_model, set_offload
+from int8run.pipeline.load import load_model
 from int8run.pipeline.loaded_model import LoadedModel, SkeletonLinear, replace_missing_linears
 from int8run.pipeline.model_files import hash_model_files
 from int8run.pipeline.step_settings import select_load_settings
@@ -239,7 +239,7 @@ def test_modules_that_diffusers_keeps_in_float32_are_kept(dtype: torch.dtype, tm
     diffusers.WanTransformer3DModel(**WAN).save_pretrained(tmp_path)
     expected = diffusers.WanTransformer3DModel.from_pretrained(tmp_path, torch_dtype=dtype)
     made = ResolvedDenoiser("transformer", "WanTransformer3DModel", WAN, tmp_path).build_skeleton(dtype)
-    stand_in: Any = SimpleNamespace(denoiser=made, checkpoint=None, device=CPU)
+    stand_in: Any = SimpleNamespace(denoiser=made, checkpoint=None, home=CPU)
     files = DenoiserWeights({"": FileWeights(tmp_path, made)})
     stand_in.checkpoint = files
     LoadedModel.fill_weights(stand_in)
@@ -350,25 +350,6 @@ def test_offloading_without_a_gpu_is_refused_before_anything_is_loaded(
     )
     with pytest.raises(BackendError, match=message):
         loaded(folder, f"offload={mode}", "device=cpu")
-
-
-def test_offloading_is_diffusers_own() -> None:
-    calls: list[tuple[str, dict[str, Any]]] = []
-    pipe: Any = SimpleNamespace(
-        enable_model_cpu_offload=lambda **k: calls.append(("model", k)),
-        enable_group_offload=lambda **k: calls.append(("group", k)),
-    )
-    cuda = torch.device("cuda:1")
-    for mode in ("none", "model", "group"):
-        set_offload(pipe, mode, cuda)
-    (first, one), (second, two) = calls
-    assert (first, one) == ("model", {"device": cuda})
-    assert (
-        second == "group"
-        and two["onload_device"] == cuda
-        and two["offload_device"] == CPU
-        and two["num_blocks_per_group"] == 1
-    )
 
 
 def test_every_change_of_the_denoiser_is_told_to_the_offloading(
