@@ -1,33 +1,37 @@
 """`backend=auto`: the fastest backend for each layer shape, measured on this machine, never guessed.
 
 A candidate takes part only if its result agrees with the reference on full-range integers, where a CPU
-without the right instructions saturates. The choices are kept in a small file (`autotune_cache`), so that the
-same config gives the same result the next time. `int8run.ptq.quantize` asks for a backend per layer, and
-`task=bench` measures with the same code.
+without the right instructions saturates. One that cannot run is left out with its reason. The float layer
+takes part where INT8 has to pay (`int8.only_if_faster`). The choices are kept in a small file
+(`autotune_cache`), so that the same config gives the same result the next time. `int8run.ptq.quantize` asks
+for a backend per layer, and `task=bench` measures with the same code.
 """
 
 import logging
-import statistics
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from int8run.backends.autotune_cache import AutotuneCache
-from int8run.backends.base import Backend, Limits, run_plain_layer
+from int8run.backends.base import Backend, LayerTimes, Limits, Shape, run_plain_layer
+from int8run.backends.float import Float
+from int8run.backends.layer_timer import LayerTimer
 from int8run.backends.reference import Reference
-from int8run.errors import BackendError, check_range
-from int8run.quant.weight import QuantizedWeight, quantize_weight
+from int8run.backends.run_errors import find_run_failure
+from int8run.errors import BackendError, ConfigError, check_range
+from int8run.quant.weight import QuantizedWeight
 from int8run.utils.paths import expand_path
-from int8run.utils.timing import is_steady, time_in_turns
 
 log = logging.getLogger(__name__)
 
 # how far the results of the correctness check may be from the reference: float16 rounds the scaled sums
 MAX_REL_ERR = 1e-3
+# how many times as fast as INT8 the float layer must be to stay: as fast as INT8, it only takes more memory
+MIN_FLOAT_GAIN = 1.05
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class AutoBackend:
         candidates: backends by name.
         rounds: timings of each candidate, interleaved; the median decides.
         table: file of measured choices; None: a file in the user's cache.
-        last_resort: not timed; runs the layers that no candidate can run. None: such a layer is an error.
+        last_resort: runs the layers that no candidate can run. None: such a layer is an error.
     """
 
     candidates: Mapping[str, Backend]
@@ -52,9 +56,21 @@ class AutoBackend:
         check_range("backend.rounds", self.rounds, 1, 1000, whole=True)
         if self.table is not None:
             expand_path(self.table)  # raises for what can be no path
+        if any(isinstance(backend, Float) for backend in self.candidates.values()):
+            raise ConfigError(
+                "backend.candidates holds float, which is no INT8 backend; int8.only_if_faster=true lets the "
+                "float layer take part"
+            )
 
-    def make_chooser(self, device: torch.device, dtype: torch.dtype) -> "BackendChooser":
+    def make_chooser(
+        self, device: torch.device, dtype: torch.dtype, *, times_float: bool = False
+    ) -> "BackendChooser":
         """What chooses for one device and one dtype of the float model.
+
+        Args:
+            device: where the layers run.
+            dtype: of the float model.
+            times_float: whether the float layer is timed beside the candidates.
 
         Raises:
             BackendError: when no candidate can run on the device and there is no last resort.
@@ -73,18 +89,21 @@ class AutoBackend:
         table = expand_path(self.table) if self.table else None
         return BackendChooser(
             candidates=usable,
-            rounds=self.rounds,
+            timer=LayerTimer(device, dtype, self.rounds),
             cache=AutotuneCache(table, device, dtype),
-            device=device,
-            dtype=dtype,
             last_resort=self.last_resort,
+            times_float=times_float,
         )
 
     def _announce_last_resort(self, device: torch.device, missing: Mapping[str, str]) -> None:
         listed = "; ".join(f"{name}: {reasons}" for name, reasons in missing.items())
         if self.last_resort is None:
             raise BackendError(f"backend=auto has no candidate for {device}: {listed}")
-        log.warning("backend=auto uses %s, the slow definition: %s", self.last_resort.name, listed)
+        log.warning(
+            "backend=auto has none but %s, the slow definition: %s",
+            self.last_resort.name,
+            listed,
+        )
 
     def _report_missing(self, device: torch.device, missing: Mapping[str, str]) -> None:
         """Log the candidates that one would expect on this device."""
@@ -94,29 +113,54 @@ class AutoBackend:
                 log.info("backend=auto runs without %s: it %s", backend.name, missing[backend.name])
 
 
+@dataclass(frozen=True)
+class LayerChoice:
+    """What was chosen for a layer shape.
+
+    Args:
+        backend: the fastest INT8 backend.
+        speedup: time of the float layer over that of the backend; None: it was not measured.
+    """
+
+    backend: Backend
+    speedup: float | None = None
+
+    @property
+    def is_float_faster(self) -> bool:
+        """Whether INT8 does not pay at this shape."""
+        return self.speedup is not None and self.speedup * MIN_FLOAT_GAIN <= 1
+
+
 @dataclass
 class BackendChooser:
     """Measures each new layer shape once and remembers the choice, in memory and in the autotune cache.
 
     Args:
         candidates: backends that can run on the device.
-        rounds: timings of each candidate.
+        timer: measures on the device.
         cache: choices made before.
-        device: where the layers run.
-        dtype: of the float model.
         last_resort: see `AutoBackend`.
-        n_measured: how many measurements were taken so far.
-        is_steady: whether the last measurement can be trusted: the times of the fastest did not scatter.
+        times_float: whether the float layer is timed beside the candidates.
+        left_out: why candidates take no part in a choice, by name.
     """
 
-    candidates: list[Backend]
-    rounds: int
+    candidates: Sequence[Backend]
+    timer: LayerTimer
     cache: AutotuneCache
-    device: torch.device
-    dtype: torch.dtype
     last_resort: Backend | None = None
-    n_measured: int = field(default=0, init=False)
-    is_steady: bool = field(default=True, init=False)
+    times_float: bool = False
+    left_out: dict[str, str] = field(default_factory=dict, init=False)
+    _checked: dict[tuple[str, int], bool] = field(default_factory=dict, init=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layers run."""
+        return self.timer.device
+
+    @property
+    def float_layer(self) -> Float:
+        """The float layer in the model's dtype."""
+        return Float(self.timer.dtype)
 
     def choose_backend(self, rows: int, in_features: int, out_features: int) -> Backend:
         """The fastest correct backend for `[rows, in_features] x [out_features, in_features]`.
@@ -124,27 +168,58 @@ class BackendChooser:
         Raises:
             BackendError: when no candidate computes the right numbers and there is no last resort.
         """
-        shape = (rows, in_features, out_features)
-        by_name = {b.name: b for b in self.supported_backends(in_features, out_features)}
-        known = self.cache.get(choice_key(by_name, shape))
-        if known in by_name:
-            return by_name[known]
-        correct = self.select_correct(by_name.values(), in_features)
-        seconds = self.measure_seconds(correct, *shape)
-        if not seconds:
-            return self._use_last_resort(shape)
-        fastest = min(seconds, key=seconds.__getitem__)
-        if self.is_steady:
-            self.save_choice(by_name, shape, fastest)
-        return by_name[fastest]
+        return self.choose_layer((rows, in_features, out_features)).backend
 
-    def _use_last_resort(self, shape: tuple[int, int, int]) -> Backend:
-        # not kept in the cache: what is missing may be installed tomorrow
+    def choose_layer(self, shape: Shape) -> LayerChoice:
+        """The fastest correct backend for a shape, and how it compares with the float layer.
+
+        Raises:
+            BackendError: when no candidate computes the right numbers and there is no last resort.
+        """
+        _, in_features, out_features = shape
+        supported = self.supported_backends(in_features, out_features)
+        correct = {backend.name: backend for backend in self.select_correct(supported, in_features)}
+        if not correct:
+            correct = self._take_last_resort(shape)
+            if not self.times_float:
+                return LayerChoice(next(iter(correct.values())))
+        known = parse_choice(self.cache.get(choice_key(correct, shape)), correct)
+        if known is not None and (known.speedup is not None or not self.times_float):
+            return known
+        return self.measure_choice(correct, shape)
+
+    def measure_choice(self, backends: Mapping[str, Backend], shape: Shape) -> LayerChoice:
+        """Time backends on a shape, and remember the fastest where the times can be trusted.
+
+        Args:
+            backends: that compute the right numbers, by name; one alone is timed only beside float.
+            shape: rows, in_features and out_features.
+
+        Raises:
+            BackendError: when none can run the shape and there is no last resort.
+        """
+        if not self.timer.n_measured:
+            log.info("timing the backends on this machine, once for each layer shape")
+        timed: dict[str, Backend] = dict(backends)
+        if self.times_float:
+            timed[Float.name] = self.float_layer
+        times = self.timer.measure(timed, shape)
+        self.note_failures(times.failures)
+        int8_seconds = {name: times.seconds[name] for name in backends if name in times.seconds}
+        if not int8_seconds:
+            return LayerChoice(next(iter(self._take_last_resort(shape).values())))
+        fastest = min(int8_seconds, key=int8_seconds.__getitem__)
+        choice = LayerChoice(backends[fastest], compute_speedup(times, fastest))
+        if times.is_steady:
+            self.save_choice(int8_seconds, shape, choice)
+        return choice
+
+    def _take_last_resort(self, shape: Shape) -> dict[str, Backend]:
         if self.last_resort is None:
             raise BackendError(f"no INT8 backend computes the right numbers on {self.cache.environment}")
         size = "x".join(map(str, shape))
-        log.warning("%s: no candidate of backend=auto can run it; %s does", size, self.last_resort.name)
-        return self.last_resort
+        log.warning("%s: no candidate of backend=auto can run it; %s can", size, self.last_resort.name)
+        return {self.last_resort.name: self.last_resort}
 
     def supported_backends(self, in_features: int, out_features: int) -> list[Backend]:
         """The candidates that can take a layer of this shape."""
@@ -152,9 +227,9 @@ class BackendChooser:
             b for b in self.candidates if not b.limits.unsupported_layer_reasons(in_features, out_features)
         ]
 
-    def save_choice(self, candidates: Iterable[str], shape: tuple[int, int, int], best: str) -> None:
+    def save_choice(self, candidates: Iterable[str], shape: Shape, choice: LayerChoice) -> None:
         """Remember the best of these candidates for a shape (rows, in_features, out_features)."""
-        self.cache.put(choice_key(candidates, shape), best)
+        self.cache.put(choice_key(candidates, shape), format_choice(choice))
 
     def measured_float_rows(self, in_features: int, out_features: int) -> int | None:
         """Up to how many rows `task=bench` found float to be faster; None where it was not measured."""
@@ -163,30 +238,6 @@ class BackendChooser:
             return None
         return int(found)
 
-    def measure_seconds(
-        self, backends: Iterable[Backend], rows: int, in_features: int, out_features: int
-    ) -> dict[str, float]:
-        """Seconds of each backend on random numbers, by its name: the median of interleaved calls."""
-        if not self.n_measured:
-            log.info("timing the backends on this machine, once for each layer shape")
-        self.n_measured += 1
-        generator = torch.Generator().manual_seed(0)
-
-        def random_tensor(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator).to(self.device)
-
-        weight = quantize_weight(random_tensor(out_features, in_features))
-        x = random_tensor(rows, in_features).to(self.dtype)
-        scale, bias = weight.scale[:, 0].contiguous(), random_tensor(out_features)
-        calls = {b.name: partial(run_plain_layer, b, x, b.pack_weight(weight), scale, bias) for b in backends}
-        times = time_in_turns(list(calls.values()), self.device, self.rounds)
-        seconds = dict(zip(calls, times, strict=True))  # of each call, by backend
-        medians = {name: statistics.median(values) for name, values in seconds.items()}
-        # scatter matters for the fastest, and for those that were as fast once
-        rivals = [values for values in seconds.values() if min(values) <= min(medians.values())]
-        self.is_steady = all(map(is_steady, rivals))
-        return medians
-
     def select_correct(self, backends: Iterable[Backend], in_features: int) -> list[Backend]:
         """The backends that compute the right numbers; the others are named in the log with the reason."""
         return [b for b in backends if self.is_correct(b, in_features)]
@@ -194,18 +245,34 @@ class BackendChooser:
     def is_correct(self, backend: Backend, in_features: int) -> bool:
         """Whether full-range integers come out right: +127 everywhere makes the largest sums there are.
 
-        A backend whose kernels cannot be built does not take part either; the log says why.
+        A backend that cannot run does not take part either. Each is checked once for each width.
         """
-        try:
-            found = run_full_range(backend, in_features, self.device)
-        except BackendError as error:
-            log.warning("backend=auto leaves out %s", error)
-            return False
-        expected = run_full_range(Reference(), in_features, self.device)
-        is_close = bool(((found - expected).abs() <= MAX_REL_ERR * expected.abs()).all())
-        if not is_close:
-            log.warning("backend %s saturates on this CPU and is left out", backend.name)
-        return is_close
+        key = (backend.name, in_features)
+        if key not in self._checked:
+            reason = find_wrong_result(backend, in_features, self.device)
+            self._checked[key] = reason is None
+            if reason is not None:
+                self.note_failures({backend.name: reason})
+        return self._checked[key]
+
+    def note_failures(self, failures: Mapping[str, str]) -> None:
+        """Remember and log why candidates take no part, each reason once."""
+        for name, reason in failures.items():
+            if self.left_out.get(name) != reason:
+                log.warning("backend=auto leaves out %s: %s", name, reason)
+            self.left_out[name] = reason
+
+
+def find_wrong_result(backend: Backend, in_features: int, device: torch.device) -> str | None:
+    """Why a backend cannot be used for layers of this width on this machine; None: it can."""
+    results: list[Tensor] = []
+    failure = find_run_failure(lambda: results.append(run_full_range(backend, in_features, device)), device)
+    if failure is not None:
+        return failure
+    (found,) = results
+    expected = run_full_range(Reference(), in_features, device)
+    is_close = bool(((found - expected).abs() <= MAX_REL_ERR * expected.abs()).all())
+    return None if is_close else "its sums saturate on this machine"
 
 
 def run_full_range(backend: Backend, in_features: int, device: torch.device) -> Tensor:
@@ -219,6 +286,42 @@ def run_full_range(backend: Backend, in_features: int, device: torch.device) -> 
     return run_plain_layer(backend, x, packed, scale, bias=None).float()
 
 
-def choice_key(candidates: Iterable[str], shape: tuple[int, int, int]) -> str:
+def compute_speedup(times: LayerTimes, backend: str, float_name: str = Float.name) -> float | None:
+    """Time of the float layer over that of a backend, rounded as it is kept.
+
+    Args:
+        times: of one shape.
+        backend: name of the backend.
+        float_name: that the float layer has in the times.
+
+    Returns:
+        None where the float layer has no time.
+    """
+    if float_name not in times.seconds:
+        return None
+    return round(times.seconds[float_name] / times.seconds[backend], 3)
+
+
+def choice_key(candidates: Iterable[str], shape: Shape) -> str:
     """The key of a choice in the autotune cache: the candidates by name, and the shape of the layer."""
     return f"{','.join(sorted(candidates))} | {'x'.join(map(str, shape))}"
+
+
+def format_choice(choice: LayerChoice) -> str:
+    """A choice as the autotune cache has it: `vnni`, or `vnni 1.84` where the float layer was timed."""
+    if choice.speedup is None:
+        return choice.backend.name
+    return f"{choice.backend.name} {choice.speedup}"
+
+
+def parse_choice(text: str | None, backends: Mapping[str, Backend]) -> LayerChoice | None:
+    """A choice out of the autotune cache; None for one of other backends, and for what somebody edited."""
+    name, _, ratio = (text or "").partition(" ")
+    if name not in backends:
+        return None
+    try:
+        speedup = float(ratio)
+    except ValueError:
+        return LayerChoice(backends[name])
+    is_ratio = 0 < speedup < math.inf
+    return LayerChoice(backends[name], speedup if is_ratio else None)

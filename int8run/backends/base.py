@@ -7,7 +7,7 @@ LoRAs or configs.
 
 import importlib.util
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
@@ -27,6 +27,8 @@ MAX_UNSIGNED_PRODUCTS = 2**31 // (255 * 127)
 
 # each of these instruction sets has a byte product that adds into 32 bits, by torch's names
 INT8_CPU_FEATURES = ("avx512_vnni", "avx_vnni", "amx_int8")
+
+Shape = tuple[int, int, int]  # of a layer: rows, in_features, out_features
 
 # what the kernels take as `gelu_from` where there is no GELU: their operators have no optional integers
 NO_GELU = -1
@@ -235,6 +237,21 @@ class FusesBranch(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class LayerTimes:
+    """What was measured on one layer shape.
+
+    Args:
+        seconds: of one call, by name: the median of its rounds.
+        failures: why others could not run, by name.
+        is_steady: whether the times of the fastest did not scatter.
+    """
+
+    seconds: Mapping[str, float]
+    failures: Mapping[str, str]
+    is_steady: bool
+
+
 class Timer(Protocol):
     """Times backends on one device; `Tunable` backends are given one."""
 
@@ -243,10 +260,13 @@ class Timer(Protocol):
         """Where it measures."""
         ...
 
-    def measure_seconds(
-        self, backends: Iterable[Backend], rows: int, in_features: int, out_features: int
-    ) -> dict[str, float]:
-        """Seconds that each backend takes for a layer of this shape, by the backend's name."""
+    def measure(self, backends: Mapping[str, Backend], shape: Shape) -> LayerTimes:
+        """Time a layer without transform and branch on each backend.
+
+        Args:
+            backends: by the name that they have in the result.
+            shape: of the layer.
+        """
         ...
 
 
@@ -254,8 +274,8 @@ class Timer(Protocol):
 class Tunable(Protocol):
     """A backend with settings that `task=bench` chooses for each shape."""
 
-    def tune(self, timer: Timer, rows: int, in_features: int, out_features: int) -> None:
-        """Time the settings for a shape and keep the best."""
+    def tune(self, timer: Timer, shape: Shape) -> None:
+        """Time the settings for a shape and keep the best of those that can run."""
         ...
 
 

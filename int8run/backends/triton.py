@@ -4,6 +4,7 @@ The first passes over the input: GELU, factor, rotation, rounding and the first 
 second is the product, with scales, bias and the second half of the branch.
 """
 
+import logging
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar
@@ -13,13 +14,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from int8run.backends.autotune_cache import AutotuneCache
-from int8run.backends.base import MAX_SIGNED_PRODUCTS, NO_GELU, FusedBranch, Limits, QuantizedInput, Timer
+from int8run.backends.base import (
+    MAX_SIGNED_PRODUCTS,
+    NO_GELU,
+    FusedBranch,
+    Limits,
+    QuantizedInput,
+    Shape,
+    Timer,
+)
 from int8run.errors import ConfigError
 from int8run.kernels.hadamard.reference import Rotation
 from int8run.kernels.int8_linear.tile import BUCKETS, Tile, choose_tile, find_bucket, list_candidates
 from int8run.quant.weight import QuantizedWeight
 from int8run.utils.paths import expand_path
 
+log = logging.getLogger(__name__)
 # the tensor cores take ranks in multiples of 16, so ranks are padded with zeros; the registers hold up to 256
 RANK_MULTIPLE, MAX_RANK = 16, 256
 
@@ -156,18 +166,28 @@ class Triton:
                 tiles.append(choose_tile(capability, rows))
         return tuple(tiles)
 
-    def tune(self, timer: Timer, rows: int, in_features: int, out_features: int) -> None:
-        """Time every candidate tile and keep the fastest. Does nothing where the config names a tile."""
+    def tune(self, timer: Timer, shape: Shape) -> None:
+        """Time every candidate tile and keep the fastest of those that can run.
+
+        Does nothing where the config names a tile.
+        """
         if self.tile is not None:
             return
-        tiles = list_candidates(torch.cuda.get_device_capability(timer.device), rows)
-        seconds = []
-        for tile in tiles:
-            backend = replace(self, tile=tile)
-            seconds.append(timer.measure_seconds([backend], rows, in_features, out_features)[self.name])
-        best = tiles[seconds.index(min(seconds))]
-        fields = ",".join(map(str, best.as_list()))
-        self.open_autotune_cache(timer.device).put(tile_key(rows, in_features, out_features), fields)
+        rows, _, _ = shape
+        candidates = list_candidates(torch.cuda.get_device_capability(timer.device), rows)
+        tiles = {str(tile): tile for tile in candidates}
+        times = timer.measure({name: replace(self, tile=tile) for name, tile in tiles.items()}, shape)
+        for name, reason in times.failures.items():
+            log.debug("%s is left out: %s", name, reason)
+        if times.seconds:
+            fastest = min(times.seconds, key=times.seconds.__getitem__)
+            self.keep_tile(timer.device, shape, tiles[fastest])
+
+    def keep_tile(self, device: torch.device, shape: Shape, tile: Tile) -> None:
+        """Remember the fastest tile for a shape on this GPU; layers that are packed from now on use it."""
+        rows, in_features, out_features = shape
+        fields = ",".join(map(str, tile.as_list()))
+        self.open_autotune_cache(device).put(tile_key(rows, in_features, out_features), fields)
         self.tiles.pop((in_features, out_features), None)
 
 

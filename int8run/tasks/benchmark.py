@@ -1,102 +1,39 @@
-"""`task=bench`: time every backend on the layer shapes of a model.
+"""`task=bench`: time every backend and the float layer in every dtype on the layer shapes of a model.
 
-The fastest backend of each shape is kept where `backend=auto` looks for it. Also finds the number of rows
-up to which float layers are faster, for `int8.small_batch_fallback`.
+The fastest backend of each shape is kept where `backend=auto` looks for it, with its ratio to float. Also
+finds the number of rows up to which float layers are faster, for `int8.small_batch_fallback`.
 """
 
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
-from rich.table import Table
-from torch import Tensor
 
-from int8run.backends.auto import AutoBackend, BackendChooser
-from int8run.backends.base import Backend, FusedBranch, Limits, QuantizedInput, Tunable
+from int8run.backends.auto import AutoBackend, BackendChooser, LayerChoice, compute_speedup
+from int8run.backends.base import Backend, LayerTimes, Shape, Tunable
+from int8run.backends.float import FLOAT_DTYPES, Float
+from int8run.backends.registry import make_backend
 from int8run.config.job import Job
 from int8run.config.run_spec import RunSpec
 from int8run.errors import ConfigError
 from int8run.generate.capture import capture_step
 from int8run.generate.input_files import read_samples
 from int8run.generate.prompts import Sample, split_batches
-from int8run.kernels.hadamard.reference import Rotation
 from int8run.layers.plan import LayerPlan
 from int8run.pipeline.load import load_model
 from int8run.pipeline.loaded_model import LoadedModel
 from int8run.pipeline.quantize_denoiser import count_layer_rows
 from int8run.pipeline.step_settings import select_load_settings
 from int8run.ptq.quantize import check_backend
-from int8run.quant.weight import QuantizedWeight
 from int8run.report.console import Progress, print_lines
 from int8run.report.run_files import write_json
-from int8run.utils.hardware import get_device_name
+from int8run.tasks.benchmark_table import BenchmarkResult, build_result_table, format_shape, make_record
+from int8run.utils.hardware import describe_instructions, get_device_name
 
 log = logging.getLogger(__name__)
 # row counts at which float and INT8 are compared for int8.small_batch_fallback
 SMALL_ROW_COUNTS = (1, 2, 4, 8, 16, 32)
-MILLISECONDS = 1000
-Shape = tuple[int, int, int]  # rows, in_features, out_features
-LayerSize = tuple[int, int]  # in_features, out_features
-
-
-@dataclass(frozen=True)
-class FloatBackend:
-    """The float layer in the place of a backend, so that it is timed by the same code."""
-
-    dtype: torch.dtype
-    name: ClassVar[str] = "float"
-    limits: ClassVar[Limits] = Limits()
-
-    def pack_weight(self, weight: QuantizedWeight) -> Tensor:
-        """Return the dequantized weight, [N, K]."""
-        return weight.dequantize(self.dtype)
-
-    def quantize(
-        self,
-        x: Tensor,
-        *,
-        factor: Tensor | None = None,
-        rotation: Rotation | None = None,
-        gelu_from: int | None = None,
-        down: Tensor | None = None,
-    ) -> QuantizedInput:
-        """Return x as it is."""
-        return QuantizedInput(x, x)
-
-    def linear(
-        self,
-        x: QuantizedInput,
-        packed: Tensor,
-        w_scale: Tensor,
-        *,
-        dtype: torch.dtype,
-        bias: Tensor | None = None,
-        branch: FusedBranch | None = None,
-        strengths: Tensor | None = None,
-    ) -> Tensor:
-        """[M, K] -> [M, N]."""
-        return F.linear(x.q, packed, None if bias is None else bias.to(dtype))
-
-
-@dataclass(frozen=True)
-class BenchmarkResult:
-    """What was measured.
-
-    Args:
-        seconds: of one call, by shape and backend, `float` included.
-        layers: number of layers of each shape.
-        float_rows: the largest number of rows at which the float layer is faster, by layer size.
-        num_unsteady: shapes whose times scatter too much to be kept.
-    """
-
-    seconds: Mapping[Shape, Mapping[str, float]]
-    layers: Mapping[Shape, int]
-    float_rows: Mapping[LayerSize, int]
-    num_unsteady: int
 
 
 def run_benchmark(spec: RunSpec, job: Job, rounds: int) -> None:
@@ -120,19 +57,18 @@ def run_benchmark(spec: RunSpec, job: Job, rounds: int) -> None:
         )
     layers = count_layer_shapes(samples, loaded, plans)
     check_backend(spec.backend, loaded.device, plans)
-    auto = AutoBackend({spec.backend.name: spec.backend})
-    if isinstance(spec.backend, AutoBackend):
-        auto = spec.backend
-    dtype = getattr(torch, spec.model.dtype)
-    chooser = auto.make_chooser(loaded.device, dtype)
-    chooser.rounds = rounds
+    auto = make_auto_backend(spec.backend)
+    chooser = auto.make_chooser(loaded.device, getattr(torch, spec.model.dtype), times_float=True)
+    chooser.timer.rounds = rounds
 
-    result = measure_layers(chooser, FloatBackend(dtype), layers, progress)
+    result = measure_layers(chooser, layers, progress)
 
     model = job.choices.get("model", "model")
-    title = f"{model} on {get_device_name(loaded.device)}; float is {spec.model.dtype}"
-    print_lines("", build_result_table(title, result))
+    machine = f"{get_device_name(loaded.device)} ({describe_instructions(loaded.device)})"
+    print_lines("", build_result_table(f"{model} on {machine}; the model is {spec.model.dtype}", result))
     print_unsupported(auto, loaded.device)
+    for name, reason in chooser.left_out.items():
+        print_lines(f"cannot run: {name}: {reason}")
     if result.num_unsteady:
         log.warning(
             "%d of %d shapes scatter by more than twice: other work runs here; their choices are not kept",
@@ -142,8 +78,20 @@ def run_benchmark(spec: RunSpec, job: Job, rounds: int) -> None:
     float_rows = ", ".join(f"{format_shape(size)}: {rows}" for size, rows in result.float_rows.items())
     print_lines(f"float is faster up to this many rows (int8.small_batch_fallback): {float_rows}")
     file = job.output_dir / "bench.json"
-    write_json(make_record(result, chooser.cache.environment), file)
+    write_json(make_record(result, chooser.cache.environment, chooser.left_out), file)
     print_lines(f"numbers:  {file}", f"choices:  {chooser.cache.path}")
+
+
+def make_auto_backend(backend: Backend) -> AutoBackend:
+    """`backend=auto` as it is; of another backend one that has it as its only candidate.
+
+    The float layer is timed anyway, so that `backend=float` adds nothing to the shipped candidates.
+    """
+    if isinstance(backend, Float):
+        backend = make_backend(AutoBackend.name)
+    if isinstance(backend, AutoBackend):
+        return backend
+    return AutoBackend({backend.name: backend})
 
 
 def print_unsupported(auto: AutoBackend, device: torch.device) -> None:
@@ -171,13 +119,12 @@ def count_layer_shapes(
 
 
 def measure_layers(
-    chooser: BackendChooser, float_backend: Backend, layers: Mapping[Shape, int], progress: Progress
+    chooser: BackendChooser, layers: Mapping[Shape, int], progress: Progress
 ) -> BenchmarkResult:
-    """Time all backends on all shapes.
+    """Time all backends and the float layer in all dtypes on all shapes.
 
     Args:
         chooser: measures, and keeps the choices.
-        float_backend: timed beside the others.
         layers: number of layers of each shape.
         progress: shows the shapes.
     """
@@ -185,114 +132,59 @@ def measure_layers(
     num_unsteady = 0
     with progress.track_loop("Timing layer shapes", len(layers)) as advance:
         for shape in sorted(layers):
-            seconds[shape] = measure_shape(chooser, float_backend, shape)
-            if not chooser.is_steady:
+            times = measure_shape(chooser, shape)
+            seconds[shape] = times.seconds
+            if not times.is_steady:
                 num_unsteady += 1
             advance(1)
     float_rows = {}
     for in_features, out_features in sorted({shape[1:] for shape in layers}):
-        rows = measure_float_rows(chooser, float_backend, in_features, out_features)
+        rows = measure_float_rows(chooser, in_features, out_features)
         float_rows[in_features, out_features] = rows
     return BenchmarkResult(seconds, layers, float_rows, num_unsteady)
 
 
-def measure_shape(chooser: BackendChooser, float_backend: Backend, shape: Shape) -> dict[str, float]:
-    """Time the float layer and every backend that supports a shape; keep the choice of the fastest.
+def measure_shape(chooser: BackendChooser, shape: Shape) -> LayerTimes:
+    """Time a shape in every float dtype and on every backend that supports it; keep the fastest backend.
 
     Returns:
-        Seconds by backend; one whose results are wrong on this machine is left out.
+        Seconds by dtype and by backend; one whose results are wrong on this machine is left out.
     """
-    rows, in_features, out_features = shape
-    supported = chooser.supported_backends(in_features, out_features)
-    for backend in supported:
+    _, in_features, out_features = shape
+    correct = chooser.select_correct(chooser.supported_backends(in_features, out_features), in_features)
+    for backend in correct:
         if isinstance(backend, Tunable):
-            backend.tune(chooser, rows, in_features, out_features)
-    correct = chooser.select_correct(supported, in_features)
-    seconds = chooser.measure_seconds([float_backend, *correct], rows, in_features, out_features)
-    if correct and chooser.is_steady:
-        best = min((backend.name for backend in correct), key=seconds.__getitem__)
-        chooser.save_choice((backend.name for backend in supported), shape, best)
-    return seconds
+            backend.tune(chooser.timer, shape)
+    contestants: dict[str, Backend] = {name: Float(getattr(torch, name)) for name in FLOAT_DTYPES}
+    contestants |= {backend.name: backend for backend in correct}
+    times = chooser.timer.measure(contestants, shape)
+    chooser.note_failures(times.failures)
+    able = {backend.name: backend for backend in correct if backend.name in times.seconds}
+    if able and times.is_steady:
+        fastest = min(able, key=times.seconds.__getitem__)
+        speedup = compute_speedup(times, fastest, chooser.float_layer.dtype_name)
+        chooser.save_choice(able, shape, LayerChoice(able[fastest], speedup))
+    return times
 
 
-def measure_float_rows(
-    chooser: BackendChooser, float_backend: Backend, in_features: int, out_features: int
-) -> int:
+def measure_float_rows(chooser: BackendChooser, in_features: int, out_features: int) -> int:
     """Find the number of rows up to which the float layer is faster than every backend.
 
     Returns:
         The largest of SMALL_ROW_COUNTS for which this is so, and for all smaller ones; 0 when it never is.
     """
     supported = chooser.supported_backends(in_features, out_features)
-    correct = chooser.select_correct(supported, in_features)
+    contestants: dict[str, Backend] = {Float.name: chooser.float_layer}
+    contestants |= {backend.name: backend for backend in chooser.select_correct(supported, in_features)}
     largest = 0
     is_steady = True
     for rows in SMALL_ROW_COUNTS:
-        seconds = chooser.measure_seconds([float_backend, *correct], rows, in_features, out_features)
-        is_steady = is_steady and chooser.is_steady
-        fastest = min(seconds, key=seconds.__getitem__)
-        if fastest != float_backend.name:
+        times = chooser.timer.measure(contestants, (rows, in_features, out_features))
+        is_steady = is_steady and times.is_steady
+        fastest = min(times.seconds, key=times.seconds.__getitem__, default="")
+        if fastest != Float.name:
             break
         largest = rows
     if is_steady:
         chooser.cache.put(f"float_rows | {in_features}x{out_features}", str(largest))
     return largest
-
-
-def build_result_table(title: str, result: BenchmarkResult) -> Table:
-    """Build a table with a row for each shape and one for all layers.
-
-    A row has the milliseconds of each backend, and how many times faster than float the best one is.
-    """
-    names = list(dict.fromkeys(name for seconds in result.seconds.values() for name in seconds))
-    table = Table(title=title, title_justify="left")
-    table.add_column("rows × in → out")
-    for column in ("layers", *(f"{name}, ms" for name in names), "best"):
-        table.add_column(column, justify="right")
-    float_total = best_total = 0.0
-    for shape, seconds in result.seconds.items():
-        rows, in_features, out_features = shape
-        count = result.layers[shape]
-        int8 = {name: time for name, time in seconds.items() if name != FloatBackend.name}
-        best = min(int8, key=int8.__getitem__, default=FloatBackend.name)
-        times = [f"{MILLISECONDS * seconds[name]:.3f}" if name in seconds else "–" for name in names]
-        table.add_row(
-            f"{rows} × {in_features} → {out_features}",
-            str(count),
-            *times,
-            f"{best} {seconds['float'] / seconds[best]:.2f}×",
-        )
-        float_total += count * seconds["float"]
-        best_total += count * seconds[best]
-    table.add_section()
-    table.add_row(
-        "all layers",
-        str(sum(result.layers.values())),
-        f"{MILLISECONDS * float_total:.2f}",
-        *[""] * (len(names) - 1),
-        f"{float_total / best_total:.2f}×",
-    )
-    return table
-
-
-def make_record(result: BenchmarkResult, environment: object) -> dict[str, object]:
-    """Make the content of `bench.json`.
-
-    Args:
-        result: what was measured.
-        environment: what the choices hold for: machine, versions, dtype.
-    """
-    milliseconds = {}
-    for shape, seconds in result.seconds.items():
-        milliseconds[format_shape(shape)] = {name: MILLISECONDS * time for name, time in seconds.items()}
-    return {
-        "device": environment,
-        "milliseconds": milliseconds,
-        "layers": {format_shape(shape): count for shape, count in result.layers.items()},
-        "float_rows": {format_shape(size): rows for size, rows in result.float_rows.items()},
-    }
-
-
-def format_shape(numbers: tuple[int, ...]) -> str:
-    """`4096x3072x9216`: rows, in_features and out_features, or the last two."""
-    return "x".join(str(number) for number in numbers)

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from int8run.backends.float import Float
 from int8run.backends.registry import list_backend_names
 from int8run.errors import ConfigError, check_choice
 from int8run.quant.formats import FORMATS
@@ -94,5 +95,6 @@ class TextEncoders:
 
 
 def list_kernel_backends() -> tuple[str, ...]:
-    """Return what `clip.kernel_backend` may be."""
-    return (*sorted(list_backend_names()), DEQUANTIZE, SCALED_MM)
+    """What `clip.kernel_backend` may be. Float products are called `dequantize` here: weights stay packed."""
+    names = [name for name in sorted(list_backend_names()) if name != Float.name]
+    return (*names, DEQUANTIZE, SCALED_MM)

@@ -7,6 +7,25 @@ import torch
 
 from int8run.utils.plurals import count_noun
 
+# instruction sets by torch's names that decide how fast matrix products are
+MATRIX_INSTRUCTIONS = (
+    "avx2",
+    "avx512_f",
+    "avx512_vnni",
+    "avx_vnni",
+    "avx512_bf16",
+    "avx512_fp16",
+    "amx_int8",
+    "amx_bf16",
+    "amx_fp16",
+    "neon",
+    "dotprod",
+    "i8mm",
+    "bf16",
+    "sve",
+    "sme",
+)
+
 
 def get_cpu_capabilities() -> dict[str, Any]:
     """Instruction sets by torch's names, and `cpu_name`; before torch 2.13 only what int8 products need."""
@@ -25,3 +44,15 @@ def get_device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{get_cpu_name()}, {count_noun(torch.get_num_threads(), 'thread')}"
+
+
+def describe_instructions(device: torch.device) -> str:
+    """What a processor has for matrix products: `avx2, avx512_vnni`, `compute capability 9.0`."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"compute capability {major}.{minor}"
+    if device.type != "cpu":
+        return device.type
+    capabilities = get_cpu_capabilities()
+    found = [name for name in MATRIX_INSTRUCTIONS if capabilities.get(name, False)]
+    return ", ".join(found) or "no instructions for matrices"

@@ -121,7 +121,7 @@ RULES = {
 
 # what conf/ chooses between; everything that serves all options alike names none of them
 CONCRETE = {
-    "backends": {"base", "registry", "autotune_cache"},
+    "backends": {"base", "registry", "autotune_cache", "layer_timer", "run_errors"},
     "outlier": {"base", "auto"},  # `outlier=auto` is a choice among the others
     "tracking": {"base", "process_identity", "run_record", "secrets", "setting_names"},
 }  # folder -> modules that are none
@@ -144,8 +144,9 @@ EXCEPTIONS = {
     # `backend=auto` is a choice per layer, and this is where layers get theirs; a transform costs what it
     # costs there
     ("ptq", "backends.auto"),
-    # task=bench fills the table that backend=auto reads
+    # task=bench fills the table that backend=auto reads, and times the float layer beside all backends
     ("tasks", "backends.auto"),
+    ("tasks", "backends.float"),
     # the formats of text encoders have one with a rotation, int8_convrot
     ("tasks", "outlier.convrot"),
 }

@@ -6,7 +6,9 @@ Times are faked, so nothing depends on the machine.
 import itertools
 import json
 import os
+import subprocess
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -14,12 +16,15 @@ import torch
 from filelock import FileLock
 from support.helpers import CPU, shipped, usable
 
-from int8run.backends import auto, autotune_cache
+from int8run.backends import autotune_cache, layer_timer
 from int8run.backends.auto import AutoBackend
 from int8run.backends.autotune_cache import AutotuneCache, read_entries
 from int8run.backends.base import Limits
+from int8run.backends.float import Float
+from int8run.backends.layer_timer import LayerTimer
 from int8run.backends.reference import Reference
-from int8run.errors import BackendError, FileError
+from int8run.errors import BackendError, ConfigError, FileError
+from int8run.utils import timing
 
 
 @dataclass(frozen=True)
@@ -46,21 +51,35 @@ class GpuOnly(Reference):
     limits: ClassVar[Limits] = Limits(devices=("cuda",))
 
 
+@dataclass(frozen=True)
+class Failing(Reference):
+    """Raises what it is given, in each call or in those with many rows alone."""
+
+    error: Exception
+    from_rows: int = 0
+    name: ClassVar[str] = "failing"
+
+    def linear(self, x, packed, w_scale, *, dtype, bias=None, branch=None, strengths=None):
+        if len(x.q) >= self.from_rows:
+            raise self.error
+        return super().linear(x, packed, w_scale, dtype=dtype, bias=bias)
+
+
 @pytest.fixture
 def seconds(monkeypatch):
     """Seconds of each call by backend name; the last value repeats."""
     table: dict[str, list[float]] = {}
     calls: dict[str, itertools.count] = {}
 
-    def timed(call):
-        name = call.args[0].name
+    def timed(attempt):
+        name = attempt.run.args[0].name
         index = next(calls.setdefault(name, itertools.count()))
         return table[name][min(index, len(table[name]) - 1)]
 
     def in_turns(runs, device, rounds):
         return list(zip(*([timed(call) for call in runs] for _ in range(rounds + 1)), strict=True))
 
-    monkeypatch.setattr(auto, "time_in_turns", lambda *args: [times[1:] for times in in_turns(*args)])
+    monkeypatch.setattr(layer_timer, "time_in_turns", lambda *args: [times[1:] for times in in_turns(*args)])
     return table
 
 
@@ -93,13 +112,18 @@ def test_the_least_median_wins(tmp_path, seconds, reference, exact, winner):
 def test_a_saturating_backend_is_left_out_even_if_faster(tmp_path, seconds, caplog):
     seconds.update(saturating=[0.001], reference=[9.0], exact=[8.0])
     assert chooser(tmp_path, Saturating(), Reference(), Exact()).choose_backend(4, 64, 8).name == "exact"
-    assert "backend saturating saturates on this CPU and is left out" in caplog.text
+    assert "backend=auto leaves out saturating: its sums saturate on this machine" in caplog.text
 
 
 @pytest.mark.parametrize("table", ["a\0b", "a\ud800b", "~nobody_of_this_name/table.json"])
 def test_a_table_that_can_be_no_path_is_an_error_before_anything_is_measured(table):
     with pytest.raises(FileError):
         AutoBackend({}, table=table)
+
+
+def test_float_is_no_candidate():
+    with pytest.raises(ConfigError, match=r"backend\.candidates holds float, .*int8\.only_if_faster=true"):
+        AutoBackend({"float": Float()})
 
 
 def test_a_table_that_another_process_keeps_is_not_waited_for(tmp_path, monkeypatch, caplog):
@@ -119,6 +143,107 @@ def test_a_table_that_is_a_pipe_holds_nothing(tmp_path):
     os.mkfifo(tmp_path / "pipe")
 
     assert AutotuneCache(tmp_path / "pipe", CPU).entries == {}
+
+
+def find_triton_errors():
+    """What Triton raises, where it is installed."""
+    errors = pytest.importorskip("triton.runtime.errors")
+    compiler_errors = pytest.importorskip("triton.compiler.errors")
+    return {
+        "resources": errors.OutOfResources(98304, 65536, "shared memory"),
+        "compilation": compiler_errors.CompilationError("x = 1", SimpleNamespace(lineno=1, col_offset=0)),
+        "ptxas": errors.PTXASError("no such architecture"),
+    }
+
+
+FAILURES = {
+    "no C compiler": RuntimeError("Failed to find C compiler. Please specify via CC environment variable"),
+    "compiler fails": subprocess.CalledProcessError(1, ["gcc"]),
+    "compiler not there": FileNotFoundError("nowhere/gcc"),
+    "no driver library": AssertionError("libcuda.so cannot found!\n"),
+    "cuBLAS": RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasLtMatmul`"),
+    "memory": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"),
+    "_int_mm": RuntimeError("self.size(0) needs to be greater than 16, but got 8"),
+    "kernels": BackendError("backend failing: no kernels"),
+    "import": ImportError("undefined symbol: _ZN3c10"),
+}
+LATE = 12  # rows: the check of the numbers has 8, the layer 16
+
+
+@pytest.mark.parametrize("from_rows", [0, LATE], ids=["at once", "in the measured layer"])
+@pytest.mark.parametrize("case", FAILURES)
+def test_a_candidate_that_fails_is_left_out_with_its_reason(tmp_path, seconds, caplog, case, from_rows):
+    seconds.update(reference=[2.0], exact=[1.0])
+    ours = chooser(tmp_path, Failing(FAILURES[case], from_rows), Reference(), Exact())
+
+    assert ours.choose_backend(16, 16, 8).name == "exact"
+    words = str(FAILURES[case]).split()[0]
+    assert words in ours.left_out["failing"] and "\n" not in ours.left_out["failing"]
+    assert caplog.text.count("backend=auto leaves out failing: ") == 1
+
+
+@pytest.mark.parametrize("case", ["resources", "compilation", "ptxas"])
+def test_what_triton_raises_leaves_a_candidate_out(tmp_path, seconds, case):
+    error = find_triton_errors()[case]
+    seconds.update(reference=[2.0], exact=[1.0])
+    ours = chooser(tmp_path, Failing(error, LATE), Reference(), Exact())
+
+    assert ours.choose_backend(16, 16, 8).name == "exact"
+    assert ours.left_out["failing"].startswith(f"{type(error).__name__}: ")
+
+
+def test_a_fault_of_ours_is_not_taken_for_a_missing_compiler(tmp_path):
+    for error in (TypeError("quantize() takes no x"), AssertionError("the float factors were dropped")):
+        with pytest.raises(type(error)):
+            chooser(tmp_path, Failing(error), Reference()).choose_backend(4, 16, 8)
+
+
+def test_a_candidate_that_fails_between_two_rounds_is_left_out(tmp_path):
+    @dataclass(frozen=True)
+    class Exhausted(Reference):
+        calls: itertools.count
+        name: ClassVar[str] = "exhausted"
+
+        def linear(self, *args, **options):
+            if next(self.calls) == 4:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().linear(*args, **options)
+
+    ours = chooser(tmp_path, Exhausted(itertools.count()), Reference())
+
+    assert ours.choose_backend(4, 16, 8).name == "reference"
+    assert ours.left_out == {"exhausted": "OutOfMemoryError: CUDA out of memory"}
+
+
+def test_what_failed_is_tried_again_by_the_next_run(tmp_path, seconds):
+    """The compiler may be there by then."""
+    seconds.update(reference=[2.0], exact=[3.0], failing=[1.0])
+    error = RuntimeError("Failed to find C compiler")
+
+    first = chooser(tmp_path, Failing(error, LATE), Reference(), Exact())
+    assert first.choose_backend(16, 16, 8).name == "reference"
+    mended = chooser(tmp_path, Failing(error, from_rows=99), Reference(), Exact())
+    assert mended.choose_backend(16, 16, 8).name == "failing" and not mended.left_out
+
+
+def test_what_takes_much_too_long_is_called_once(monkeypatch):
+    clock = itertools.count()
+    slow, quick = Float(torch.float64), Float(torch.float32)
+    calls = []
+
+    def run(backend, x, packed, scale, bias):
+        calls.append(backend)
+        for _ in range(99 if backend is slow else 1):
+            next(clock)
+
+    monkeypatch.setattr(layer_timer, "run_plain_layer", run)
+    monkeypatch.setattr(layer_timer, "read_clock", lambda device: next(clock))
+    monkeypatch.setattr(timing, "read_clock", lambda device: next(clock))
+    times = LayerTimer(CPU, torch.float32, rounds=5).measure({"slow": slow, "quick": quick}, (4, 16, 8))
+
+    assert times.seconds["slow"] == 100 and times.seconds["quick"] == 2
+    # packed and called, called once more; then one round that warms up and five
+    assert (calls.count(slow), calls.count(quick)) == (2, 8)
 
 
 def test_no_correct_backend_is_an_error(tmp_path):
@@ -158,13 +283,13 @@ def test_a_second_chooser_reads_the_table_and_measures_nothing(tmp_path, seconds
     seconds.update(reference=[2.0], exact=[1.0])
     first = chooser(tmp_path, Reference(), Exact())
 
-    assert first.choose_backend(4, 16, 8) is first.choose_backend(4, 16, 8) and first.n_measured == 1
+    assert first.choose_backend(4, 16, 8) is first.choose_backend(4, 16, 8) and first.timer.n_measured == 1
 
     # were it measured again, the other would win
     seconds.update(reference=[1.0], exact=[2.0])
     second = chooser(tmp_path, Reference(), Exact())
 
-    assert second.choose_backend(4, 16, 8).name == "exact" and second.n_measured == 0
+    assert second.choose_backend(4, 16, 8).name == "exact" and second.timer.n_measured == 0
 
 
 @pytest.mark.parametrize(
@@ -176,18 +301,18 @@ def test_another_shape_is_measured_on_its_own(tmp_path, seconds, rows):
     ours.choose_backend(4, 16, 8)
     ours.choose_backend(*rows)
 
-    assert ours.n_measured == 2
+    assert ours.timer.n_measured == 2
 
 
 def test_other_candidates_or_another_dtype_are_measured_anew(tmp_path, seconds):
-    seconds.update(reference=[2.0], exact=[1.0], saturating=[0.0])
+    seconds.update(reference=[2.0], exact=[1.0], third=[3.0])
     chooser(tmp_path, Reference(), Exact()).choose_backend(4, 16, 8)
     for again in (
-        chooser(tmp_path, Reference(), Exact(), Saturating()),
+        chooser(tmp_path, Reference(), Exact(), type("Third", (Exact,), {"name": "third"})()),
         chooser(tmp_path, Reference(), Exact(), dtype=torch.bfloat16),
     ):
         again.choose_backend(4, 16, 8)
-        assert again.n_measured == 1
+        assert again.timer.n_measured == 1
 
     assert len(read_entries(tmp_path / "choices" / "table.json")) == 3
 
@@ -215,7 +340,7 @@ def test_a_damaged_choice_is_measured_again(tmp_path, seconds, choice):
     table.write_text(json.dumps(dict.fromkeys(json.loads(table.read_text()), choice)))
     again = chooser(tmp_path, Reference(), Exact())
 
-    assert again.choose_backend(4, 16, 8).name == "exact" and again.n_measured == 1
+    assert again.choose_backend(4, 16, 8).name == "exact" and again.timer.n_measured == 1
 
 
 def test_the_shipped_candidates_with_real_times(tmp_path):
@@ -228,7 +353,7 @@ def test_a_measurement_that_scatters_is_used_but_not_kept(tmp_path, seconds):
     seconds.update(reference=[1.0, 1.0, 3.0, 3.0], exact=[1.0, 1.0, 2.5, 2.5])
     ours = chooser(tmp_path, Reference(), Exact())
 
-    assert ours.choose_backend(4, 16, 8).name == "exact" and not ours.is_steady
+    assert ours.choose_backend(4, 16, 8).name == "exact"
     assert not (tmp_path / "choices" / "table.json").exists()
 
     seconds.update(reference=[1.0], exact=[2.0])
@@ -240,7 +365,7 @@ def test_a_slow_backend_may_scatter(tmp_path, seconds):
     seconds.update(reference=[5.0, 4.0, 9.0, 9.0], exact=[1.0])
     ours = chooser(tmp_path, Reference(), Exact())
 
-    assert ours.choose_backend(4, 16, 8).name == "exact" and ours.is_steady
+    assert ours.choose_backend(4, 16, 8).name == "exact"
     assert (tmp_path / "choices" / "table.json").exists()
 
 
@@ -250,7 +375,9 @@ def test_a_table_that_cannot_be_written_is_said_once_and_costs_no_run(tmp_path, 
     ours = chooser(tmp_path, Reference(), Exact())
 
     assert ours.choose_backend(4, 16, 8).name == "exact" and ours.choose_backend(4, 32, 8).name == "exact"
-    assert ours.choose_backend(4, 16, 8).name == "exact" and ours.n_measured == 2, "remembered for this run"
+    assert ours.choose_backend(4, 16, 8).name == "exact" and ours.timer.n_measured == 2, (
+        "remembered for this run"
+    )
     assert caplog.text.count("measured choices cannot be kept in") == 1
 
 

@@ -9,9 +9,10 @@ from support.helpers import CPU
 from support.triton_process import needs_gpu, needs_interpreter, run_cases
 
 from int8run.backends.autotune_cache import AutotuneCache
+from int8run.backends.base import LayerTimes
 from int8run.backends.triton import Triton, parse_tile, tile_key
 from int8run.errors import ConfigError
-from int8run.kernels.int8_linear.tile import BUCKETS, Tile, choose_tile
+from int8run.kernels.int8_linear.tile import BUCKETS, Tile, choose_tile, list_candidates
 from int8run.quant.weight import quantize_weight
 
 CASES = Path(__file__).with_name("cases_triton_backend.py")
@@ -50,27 +51,45 @@ class FakeTimer:
 
     device = CPU
 
-    def __init__(self, best):
-        self.best, self.tried = best, []
+    def __init__(self, best, broken=()):
+        self.best, self.broken, self.tried = best, broken, []
 
-    def measure_seconds(self, backends, rows, k, n):
-        self.tried.append(backends[0].tile)
-        return {"triton": 1.0 if backends[0].tile == self.best else 2.0}
+    def measure(self, backends, shape):
+        self.tried += [backend.tile for backend in backends.values()]
+        seconds = {}
+        for name, backend in backends.items():
+            if backend.tile not in self.broken:
+                seconds[name] = 1.0 if backend.tile == self.best else 2.0
+        return LayerTimes(seconds, {}, is_steady=True)
 
 
 def test_tuning_keeps_the_fastest_tile(tmp_path, hopper):
     backend, timer = Triton(table=str(tmp_path / "choices.json")), FakeTimer(Tile(128, 128, 128, 8, 8, 4))
     backend.pack_weight(quantize_weight(torch.ones(24, 48)))
-    backend.tune(timer, 4096, 48, 24)
+    backend.tune(timer, (4096, 48, 24))
     backend.pack_weight(quantize_weight(torch.ones(24, 48)))
 
     assert timer.best in timer.tried and len(timer.tried) > 5
     assert backend.tiles[48, 24][-1] == timer.best
 
 
+def test_tiles_that_cannot_run_are_passed_over(tmp_path, hopper):
+    table = tmp_path / "choices.json"
+    backend, candidates = Triton(table=str(table)), list_candidates(HOPPER, 4096)
+    backend.tune(FakeTimer(candidates[0], broken=candidates[:2]), (4096, 48, 24))
+    backend.pack_weight(quantize_weight(torch.ones(24, 48)))
+
+    assert backend.tiles[48, 24][-1] == candidates[2]
+
+    (tmp_path / "other").mkdir()
+    nothing_runs = Triton(table=str(tmp_path / "other" / "choices.json"))
+    nothing_runs.tune(FakeTimer(None, broken=candidates), (4096, 48, 24))
+    assert list((tmp_path / "other").iterdir()) == []
+
+
 def test_a_tile_that_was_asked_for_is_not_tuned(tmp_path, hopper):
     timer = FakeTimer(None)
-    Triton(tile=Tile(64, 64, 64), table=str(tmp_path / "choices.json")).tune(timer, 4096, 48, 24)
+    Triton(tile=Tile(64, 64, 64), table=str(tmp_path / "choices.json")).tune(timer, (4096, 48, 24))
     assert timer.tried == []
 
 

@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from int8run.backends.base import Backend
+from int8run.backends.float import Float
 from int8run.backends.onednn import OneDnn
 from int8run.backends.reference import Reference
 from int8run.layers.assemble import assemble_int8_model
@@ -51,8 +52,8 @@ def shipped(group: str) -> dict[str, Any]:
 
 
 def usable(backend: Backend, device: torch.device) -> bool:
-    """Whether the backend's limits allow this device."""
-    return not backend.limits.unsupported_reasons(device)
+    """Whether this is an INT8 backend whose limits allow the device."""
+    return not isinstance(backend, Float) and not backend.limits.unsupported_reasons(device)
 
 
 def without_vnni() -> bool:

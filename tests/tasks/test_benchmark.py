@@ -1,7 +1,6 @@
 """task=bench: which shapes are timed, what is kept for backend=auto, what is printed. No time is asserted."""
 
 import json
-from collections.abc import Iterable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,17 +10,15 @@ from support.cli_process import Command
 from support.tiny_pipeline import random_pipeline
 from torch import nn
 
+from int8run.backends.auto import AutoBackend, LayerChoice
+from int8run.backends.base import LayerTimes
+from int8run.backends.float import FLOAT_DTYPES, Float
 from int8run.backends.reference import Reference
-from int8run.tasks.benchmark import (
-    BenchmarkResult,
-    FloatBackend,
-    build_result_table,
-    measure_float_rows,
-    measure_shape,
-)
+from int8run.tasks.benchmark import make_auto_backend, measure_float_rows, measure_shape
+from int8run.tasks.benchmark_table import BenchmarkResult, build_result_table, make_record
+from int8run.utils.hardware import describe_instructions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-FLOAT = FloatBackend(torch.float32)
 SMALL = ("task.rounds=1", "sampler.height=16", "sampler.width=16", "prompts.prompts=[a]", "progress=false")
 
 
@@ -36,8 +33,11 @@ class FakeChooser:
     def __init__(self, int8_seconds: float, *, is_steady: bool = True):
         self.int8_seconds = int8_seconds
         self.is_steady = is_steady
-        self.kept: dict[str, str] = {}
+        self.kept: dict[str, Any] = {}
+        self.left_out: dict[str, str] = {}
         self.cache = SimpleNamespace(put=self.kept.__setitem__)
+        self.timer = self
+        self.float_layer = Float(torch.float32)
 
     def supported_backends(self, in_features: int, out_features: int) -> list[Any]:
         return [Reference()]
@@ -45,11 +45,18 @@ class FakeChooser:
     def select_correct(self, backends: list[Any], in_features: int) -> list[Any]:
         return backends
 
-    def measure_seconds(self, backends: Sequence[Any], rows: int, *shape: int) -> dict[str, float]:
-        return {backend.name: float(rows) if backend is FLOAT else self.int8_seconds for backend in backends}
+    def measure(self, backends: dict[str, Any], shape: tuple[int, ...]) -> LayerTimes:
+        seconds = {
+            name: float(shape[0]) if isinstance(backend, Float) else self.int8_seconds
+            for name, backend in backends.items()
+        }
+        return LayerTimes(seconds, {}, self.is_steady)
 
-    def save_choice(self, names: Iterable[str], shape: tuple[int, ...], best: str) -> None:
-        self.kept[str(shape)] = best
+    def note_failures(self, failures: dict[str, str]) -> None:
+        self.left_out |= failures
+
+    def save_choice(self, names: Any, shape: tuple[int, ...], choice: LayerChoice) -> None:
+        self.kept[str(shape)] = (choice.backend.name, choice.speedup)
 
 
 def test_every_int8_layer_is_timed_on_its_shape(command: Command, model: str) -> None:
@@ -59,7 +66,8 @@ def test_every_int8_layer_is_timed_on_its_shape(command: Command, model: str) ->
     (file,) = command.folder.rglob("bench.json")
     record = json.loads(file.read_text())
     assert record["layers"].keys() == record["milliseconds"].keys()
-    assert all("float" in times and len(times) > 1 for times in record["milliseconds"].values())
+    assert all(set(times) > set(FLOAT_DTYPES) for times in record["milliseconds"].values())
+    assert record["step_milliseconds"].keys() == set.union(*map(set, record["milliseconds"].values()))
     timed_sizes = {shape.partition("x")[2] for shape in record["layers"]}
     linears = [m for m in random_pipeline().transformer.modules() if isinstance(m, nn.Linear)]
     sizes = {f"{linear.in_features}x{linear.out_features}" for linear in linears}
@@ -80,7 +88,7 @@ def test_a_model_without_layers_to_quantize_is_an_error(command: Command, model:
 def test_float_is_preferred_up_to_the_rows_where_it_is_faster(int8_seconds: float, rows: int) -> None:
     chooser: Any = FakeChooser(int8_seconds)
 
-    assert measure_float_rows(chooser, FLOAT, 64, 32) == rows
+    assert measure_float_rows(chooser, 64, 32) == rows
     assert chooser.kept == {"float_rows | 64x32": str(rows)}
 
 
@@ -88,31 +96,65 @@ def test_the_fastest_backend_is_kept_and_unsteady_times_are_not() -> None:
     steady: Any = FakeChooser(0.5)
     unsteady: Any = FakeChooser(0.5, is_steady=False)
 
-    assert measure_shape(steady, FLOAT, (8, 64, 32)) == {"float": 8.0, "reference": 0.5}
-    assert steady.kept == {"(8, 64, 32)": "reference"}
+    times = measure_shape(steady, (8, 64, 32))
 
-    measure_shape(unsteady, FLOAT, (8, 64, 32))
-    measure_float_rows(unsteady, FLOAT, 64, 32)
+    assert times.seconds == {**dict.fromkeys(FLOAT_DTYPES, 8.0), "reference": 0.5}
+    assert steady.kept == {"(8, 64, 32)": ("reference", 16.0)}
+
+    measure_shape(unsteady, (8, 64, 32))
+    measure_float_rows(unsteady, 64, 32)
     assert unsteady.kept == {}
 
 
-def test_the_table_weighs_each_shape_by_its_layers() -> None:
-    seconds = {(8, 64, 32): {"float": 0.004, "a": 0.002, "b": 0.001}, (8, 32, 64): {"float": 0.002}}
-    result = BenchmarkResult(seconds, {(8, 64, 32): 3, (8, 32, 64): 1}, {}, 0)
+SECONDS = {
+    (8, 64, 32): {"float32": 0.004, "bfloat16": 0.0015, "a": 0.002, "b": 0.001},
+    (8, 32, 64): {"float32": 0.002, "bfloat16": 0.003},
+}
+RESULT = BenchmarkResult(SECONDS, {(8, 64, 32): 3, (8, 32, 64): 1}, {}, 0)
 
-    rows = list(zip(*(column.cells for column in build_result_table("t", result).columns), strict=True))
 
-    assert rows == [
-        ("8 × 64 → 32", "3", "4.000", "2.000", "1.000", "b 4.00×"),
-        ("8 × 32 → 64", "1", "2.000", "–", "–", "float 1.00×"),
-        # (3 × 4 + 2) / (3 × 1 + 2)
-        ("all layers", "4", "14.00", "", "", "2.80×"),
+def test_the_table_is_sorted_and_weighs_each_shape_by_its_layers() -> None:
+    table = build_result_table("t", RESULT)
+
+    assert [column.header for column in table.columns] == [
+        "rows × in → out",
+        "layers",
+        "bfloat16, ms",  # 3 x 1.5 + 3, float32 takes 14
+        "float32, ms",
+        "a, ms",
+        "b, ms",
+        "best INT8 against best float",
+    ]
+    assert list(zip(*(column.cells for column in table.columns), strict=True)) == [
+        ("8 × 64 → 32", "3", "1.500", "4.000", "2.000", "1.000", "b 1.50× bfloat16"),
+        ("8 × 32 → 64", "1", "3.000", "2.000", "–", "–", "float32"),
+        ("all layers", "4", "7.50", "14.00", "–", "–", ""),
     ]
 
 
-def test_float_layers_are_timed_by_the_same_calls() -> None:
-    x, weight = torch.ones(2, 4), torch.eye(4)
+def test_all_layers_are_compared_with_one_float_dtype() -> None:
+    seconds = {**SECONDS, (8, 32, 64): {"float32": 0.002, "bfloat16": 0.003, "b": 0.0045}}
+    result = BenchmarkResult(seconds, RESULT.layers, {}, 0)
 
-    y = FLOAT.linear(FLOAT.quantize(x), weight, torch.ones(4, 1), dtype=torch.float32, bias=torch.ones(4))
+    # bfloat16 takes 3 x 1.5 + 3, INT8 3 x 1 + 4.5
+    assert list(build_result_table("t", result).columns[-1].cells)[-1] == "1.00× bfloat16"
+    assert make_record(result, "here", {"a": "why"})["cannot_run"] == {"a": "why"}
 
-    assert torch.equal(y, torch.full((2, 4), 2.0))
+
+def test_the_instruction_sets_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"avx2": True, "sse2": True, "amx_int8": True, "avx512_vnni": False, "cpu_name": "a"}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
+    assert describe_instructions(torch.device("cpu")) == "avx2, amx_int8"
+
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    assert describe_instructions(torch.device("cpu")) == "no instructions for matrices"
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert describe_instructions(torch.device("cuda")) == "compute capability 9.0"
+
+
+def test_one_backend_is_timed_alone_and_float_beside_all_of_them() -> None:
+    assert list(make_auto_backend(Reference()).candidates) == ["reference"]
+    assert {"vnni", "triton"} <= make_auto_backend(Float()).candidates.keys()
+    auto = AutoBackend({})
+    assert make_auto_backend(auto) is auto

@@ -1,0 +1,70 @@
+"""The layer that INT8 has to beat: the float product, in the place of a backend.
+
+`backend=auto` and `task=bench` time it beside the INT8 backends, by the same calls. With `backend=float`
+every layer stays as it is. It never runs an `Int8Linear`.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from int8run.backends.base import FusedBranch, Limits, QuantizedInput
+from int8run.kernels.hadamard.reference import Rotation
+from int8run.kernels.quantize_rowwise.reference import transform_rows
+from int8run.quant.weight import QuantizedWeight
+
+# what a diffusion model computes in
+FLOAT_DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Float:
+    """The float layer.
+
+    Args:
+        dtype: that it computes in; None: float32 for a weight, which a config asks for and nothing times.
+    """
+
+    dtype: torch.dtype | None = None
+    name: ClassVar[str] = "float"
+    limits: ClassVar[Limits] = Limits()
+
+    @property
+    def dtype_name(self) -> str:
+        """`bfloat16`, ..."""
+        return str(self.dtype).removeprefix("torch.")
+
+    def pack_weight(self, weight: QuantizedWeight) -> Tensor:
+        """The weight that the integers stand for, [N, K]."""
+        return weight.dequantize(self.dtype or torch.float32)
+
+    def quantize(
+        self,
+        x: Tensor,
+        *,
+        factor: Tensor | None = None,
+        rotation: Rotation | None = None,
+        gelu_from: int | None = None,
+        down: Tensor | None = None,
+    ) -> QuantizedInput:
+        """x: [M, K], transformed and not quantized."""
+        transformed = transform_rows(x, factor, rotation, gelu_from)
+        # nothing reads the scale; the field has to hold a tensor
+        return QuantizedInput(transformed, scale=x)
+
+    def linear(
+        self,
+        x: QuantizedInput,
+        packed: Tensor,
+        w_scale: Tensor,
+        *,
+        dtype: torch.dtype,
+        bias: Tensor | None = None,
+        branch: FusedBranch | None = None,
+        strengths: Tensor | None = None,
+    ) -> Tensor:
+        """x: [M, K] -> [M, N]."""
+        return F.linear(x.q, packed, None if bias is None else bias.to(dtype))

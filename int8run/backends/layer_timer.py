@@ -1,0 +1,154 @@
+"""Times backends on one layer shape: random numbers, calls that take turns, medians.
+
+`auto` chooses with it, `task=bench` prints its numbers, and backends that have settings are tuned with it.
+"""
+
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from int8run.backends.base import Backend, LayerTimes, Shape, run_plain_layer
+from int8run.backends.float import Float
+from int8run.backends.run_errors import describe_run_error, find_run_failure, list_run_errors
+from int8run.quant.weight import QuantizedWeight, quantize_weight
+from int8run.utils.timing import is_steady, read_clock, time_in_turns
+
+# what takes this many times as long as the fastest is timed once: it is out of the race, and some float
+# products of CPUs without instructions for them take minutes
+HOPELESS = 10.0
+MIN_HOPELESS_SECONDS = 0.5  # a quicker call may have waited for other work
+
+
+@dataclass(frozen=True)
+class RandomLayer:
+    """A layer with random numbers.
+
+    Args:
+        weight: [N, K].
+        bias: float32 [N].
+        x: float32 [M, K].
+    """
+
+    weight: QuantizedWeight
+    bias: Tensor
+    x: Tensor
+
+
+def draw_layer(shape: Shape, device: torch.device) -> RandomLayer:
+    """Draw a layer on the device, the same one at each call."""
+    rows, in_features, out_features = shape
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, device=device)
+
+    return RandomLayer(
+        weight=quantize_weight(draw(out_features, in_features)),
+        bias=draw(out_features),
+        x=draw(rows, in_features),
+    )
+
+
+@dataclass
+class Attempt:
+    """One backend on one layer, for as long as it can run.
+
+    Args:
+        run: one call of it.
+        failure: why it cannot run; None: it can.
+    """
+
+    run: Callable[[], object]
+    failure: str | None = None
+
+    def __call__(self) -> None:
+        """One call, after a failure none."""
+        if self.failure is not None:
+            return
+        try:
+            self.run()
+        except list_run_errors() as error:
+            self.failure = describe_run_error(error)
+
+
+@dataclass
+class LayerTimer:
+    """Times backends on one device.
+
+    Args:
+        device: where the layers run.
+        dtype: of their inputs.
+        rounds: timings of each backend, interleaved.
+        n_measured: how many shapes were measured so far.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    rounds: int
+    n_measured: int = field(default=0, init=False)
+
+    @torch.no_grad()
+    def measure(self, backends: Mapping[str, Backend], shape: Shape) -> LayerTimes:
+        """Time a layer without transform and branch on each backend.
+
+        Args:
+            backends: by the name that they have in the result.
+            shape: rows, in_features and out_features.
+        """
+        self.n_measured += 1
+        layer = draw_layer(shape, self.device)
+        attempts = {name: self.prepare(backend, layer) for name, backend in backends.items()}
+        seconds = self.time_first_calls(attempts)
+        limit = max(HOPELESS * min(seconds.values(), default=0.0), MIN_HOPELESS_SECONDS)
+        rivals = {name: attempts[name] for name in seconds if seconds[name] <= limit}
+        times = time_in_turns(list(rivals.values()), self.device, self.rounds)
+        rounds = dict(zip(rivals, times, strict=True))
+        for name, attempt in attempts.items():
+            if attempt.failure is not None:  # in one of its rounds
+                seconds.pop(name, None)
+                rounds.pop(name, None)
+        seconds |= {name: statistics.median(values) for name, values in rounds.items()}
+        failures = {name: attempt.failure for name, attempt in attempts.items() if attempt.failure}
+        return LayerTimes(seconds, failures, is_steady=are_fastest_steady(rounds))
+
+    def prepare(self, backend: Backend, layer: RandomLayer) -> Attempt:
+        """Pack the weight and call the backend once, which compiles what it needs."""
+        dtype = self.dtype
+        if isinstance(backend, Float) and backend.dtype is not None:
+            dtype = backend.dtype
+        x, scale = layer.x.to(dtype), layer.weight.scale[:, 0].contiguous()
+        attempt = Attempt(run=lambda: None)
+
+        def pack_and_run() -> None:
+            packed = backend.pack_weight(layer.weight)
+            attempt.run = partial(run_plain_layer, backend, x, packed, scale, layer.bias)
+            attempt.run()
+
+        attempt.failure = find_run_failure(pack_and_run, self.device)
+        return attempt
+
+    def time_first_calls(self, attempts: Mapping[str, Attempt]) -> dict[str, float]:
+        """Seconds of one call of each attempt that can run, by name."""
+        seconds = {}
+        for name, attempt in attempts.items():
+            started = read_clock(self.device)
+            attempt()
+            if attempt.failure is None:
+                seconds[name] = read_clock(self.device) - started
+        return seconds
+
+
+def are_fastest_steady(rounds: Mapping[str, list[float]]) -> bool:
+    """Whether the times can be trusted.
+
+    Scatter matters for the fastest, and for those that were as fast once.
+    """
+    if not rounds:
+        return True
+    least_median = min(statistics.median(values) for values in rounds.values())
+    rivals = [values for values in rounds.values() if min(values) <= least_median]
+    return all(map(is_steady, rivals))
