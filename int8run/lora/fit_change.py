@@ -40,6 +40,22 @@ def has_matching_row_count(change: LoraChange, targets: Sequence[ModuleTarget]) 
     return change.out_features == needed_rows
 
 
+def find_replaced_reason(
+    change: LoraChange, targets: Sequence[ModuleTarget], component: ModelComponent
+) -> str | None:
+    """Why a change made for the usual class of a model does not fit this one; None where it fits, or should.
+
+    Args:
+        change: of the targets.
+        targets: the modules that its name stands for.
+        component: that they are in.
+    """
+    reasons = [component.find_replaced_reason(target.module) for target in targets]
+    if None in reasons or has_matching_shapes(change, targets, component):
+        return None
+    return reasons[0]
+
+
 def check_row_count(file: LoraFile, name: str, change: LoraChange, targets: Sequence[ModuleTarget]) -> None:
     """Check that a matrix does not lose rows when it is cut.
 

@@ -18,6 +18,7 @@ from int8run.lora.config import EXPERTS
 from int8run.lora.fit_change import (
     check_row_count,
     find_changed_rows,
+    find_replaced_reason,
     fit_to_target,
     has_matching_shapes,
     join_columns,
@@ -256,7 +257,9 @@ def match_file(request: MatchRequest, components: Mapping[str, ModelComponent]) 
     for component, changes in file.changes.items():
         if not request.includes(component):
             continue
-        locations = locate_changes(component, changes, components, request.experts)
+        located = locate_changes(component, changes, components, request.experts)
+        replaced = find_replaced_changes(changes, located, components)
+        locations = {name: location for name, location in located.items() if name not in replaced}
         for name, location in locations.items():
             change, model_component = changes[name], components[location.component]
             check_row_count(file, name, change, location.targets)
@@ -268,11 +271,11 @@ def match_file(request: MatchRequest, components: Mapping[str, ModelComponent]) 
                     match.add(file, location.component, target.module, named)
 
         match.n_matched += len(locations)
-        reason = describe_missing_module(component, components)
+        missing = describe_missing_module(component, components)
         for name in changes:
             if name not in locations:
                 full_name = name if component == DENOISER else f"{component}: {name}"
-                match.unmatched.append((full_name, reason))
+                match.unmatched.append((full_name, replaced.get(name, missing)))
     return match
 
 
@@ -312,6 +315,26 @@ def locate_changes(
             if candidate == component or has_matching_shapes(changes[name], targets, model_component):
                 locations[name] = Location(candidate, targets)
     return locations
+
+
+def find_replaced_changes(
+    changes: Mapping[str, LoraChange],
+    locations: Mapping[str, Location],
+    components: Mapping[str, ModelComponent],
+) -> dict[str, str]:
+    """The changes of layers that this model has in another form than its usual class, each with the reason.
+
+    Args:
+        changes: of one component of a file, by module name.
+        locations: as `locate_changes` gives them.
+        components: those of the model.
+    """
+    replaced = {}
+    for name, location in locations.items():
+        reason = find_replaced_reason(changes[name], location.targets, components[location.component])
+        if reason is not None:
+            replaced[name] = reason
+    return replaced
 
 
 def describe_missing_module(component: str, components: Mapping[str, ModelComponent]) -> str:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from torch import nn
 
 from int8run.lora.module_names import ModuleTarget, ModuleTargets, NameTable, get_target_shape
+from int8run.models.denoiser_classes import find_replaced_reason
 from int8run.models.denoiser_components import COMPONENTS_WITHOUT_LORAS
 from int8run.models.dual_denoisers import split_denoiser
 
@@ -23,8 +24,10 @@ class ModelComponent:
         self.model = model
         # `transformer.` and `transformer_2.` of two denoisers, "" of a single one
         self.name_tables: dict[str, NameTable] = {}
+        self.class_names: dict[str, str] = {}
         for prefix, denoiser in split_denoiser(model).items():
             self.name_tables[prefix] = NameTable.from_model(denoiser)
+            self.class_names[prefix] = type(denoiser).__name__
 
     @property
     def experts(self) -> list[str]:
@@ -56,6 +59,13 @@ class ModelComponent:
     def get_weight_shape(self, target: ModuleTarget) -> tuple[int, ...]:
         """Shape of the weight of a target."""
         return get_target_shape(self.model, target.module)
+
+    def find_replaced_reason(self, module: str) -> str | None:
+        """Why a LoRA made for the usual class of this model cannot change a module; None where it can."""
+        for prefix, class_name in self.class_names.items():
+            if module.startswith(prefix):
+                return find_replaced_reason(class_name, module.removeprefix(prefix))
+        return None
 
 
 def is_meant(component: str, experts: Sequence[str]) -> bool:

@@ -16,6 +16,7 @@ from huggingface_hub import hf_hub_download, snapshot_download
 from torch import nn
 
 from int8run.errors import ConfigError, FileError, suggest_similar
+from int8run.models.denoiser_classes import find_denoiser_class, get_denoiser_class
 from int8run.models.denoiser_components import DENOISER_COMPONENTS
 from int8run.models.family import ModelSource
 from int8run.models.hub import check_repository, make_download_error
@@ -47,7 +48,7 @@ class ResolvedDenoiser:
 
     Args:
         component: its name in the pipeline.
-        class_name: of diffusers.
+        class_name: of diffusers, or our own.
         config: of the class.
         weights: a `.safetensors` file, or a folder of them.
     """
@@ -70,7 +71,7 @@ class ResolvedDenoiser:
         """
         from accelerate import init_empty_weights
 
-        cls = getattr(diffusers, self.class_name)
+        cls = get_denoiser_class(self.class_name)
         try:
             with init_empty_weights(include_buffers=False):
                 model = cls.from_config(dict(self.config))
@@ -448,8 +449,7 @@ def read_denoiser(folder: Path, component: str, index: Mapping[str, Any], weight
     """
     entry = index[component]
     library, class_name = entry if len(entry) == 2 else (None, entry)
-    is_known = library == "diffusers" and isinstance(getattr(diffusers, str(class_name), None), type)
-    if not is_known:
+    if find_denoiser_class(library, str(class_name)) is None:
         unknown = f"{library}.{class_name} is not in diffusers {diffusers.__version__}"
         reason = FileError(f"the {component} is of a class that is not here: {unknown}")
         raise make_load_error(str(folder.parent), reason)

@@ -22,6 +22,7 @@ from int8run.backends.base import Backend
 from int8run.checkpoints.declared_format import DeclaredFormat
 from int8run.errors import ConfigError
 from int8run.generate.pipeline_call import find_unknown_arguments
+from int8run.models.denoiser_classes import OWN_DENOISERS
 from int8run.models.dual_denoisers import DualDenoiser
 from int8run.models.family import (
     AutoFamily,
@@ -44,6 +45,7 @@ from int8run.models.sampling import Sampling
 from int8run.models.schedulers import set_scheduler
 from int8run.models.source import ResolvedModel, resolve_model
 from int8run.pipeline.checkpoint_weights import DenoiserWeights, FileWeights
+from int8run.pipeline.denoiser_variants import choose_denoiser_classes
 from int8run.pipeline.loaded_model import LoadedModel
 from int8run.pipeline.model_files import check_float_components, has_quantized_weights
 from int8run.pipeline.offload import check_offload, find_home
@@ -115,7 +117,7 @@ def load_model(
     check_device(settings, device)
     started = time.perf_counter()
     with progress.track_step("Loading the model"):
-        source = resolve_model(settings.model)
+        source = choose_denoiser_classes(resolve_model(settings.model))
         check_model_family(settings.model, source.denoisers[0].class_name, source.pipeline_class)
         check_files(partial(build_skeletons, source, settings.dtype))
 
@@ -189,6 +191,8 @@ def open_denoiser_weights(
 def needs_skeletons(source: ResolvedModel, settings: LoadSettings) -> bool:
     """Whether int8run reads the weights of the denoisers itself, into skeletons, and not diffusers."""
     if source.has_single_files or not settings.needs_float_denoiser:
+        return True
+    if any(denoiser.class_name in OWN_DENOISERS for denoiser in source.denoisers):
         return True
     declared = DeclaredFormat(settings.model.quant_format, settings.model.sdnq)
     if not declared.is_empty:

@@ -140,10 +140,11 @@ class Case:
         base: object = None,
         loras: Sequence[Adapter] = (),
         mode: str = "dynamic",
+        strict: bool = True,
         **changes: Any,
     ) -> BuiltModel:
         """A build of these weights; streamed, if no change of the spec asks for the float model."""
-        stack = LoraSettings(mode=mode, adapters=loras)
+        stack = LoraSettings(mode=mode, adapters=loras, strict=strict)
         spec = replace(self.spec, model=self.make_source(location, base), lora=stack, **changes)
         built = build_model(spec, self.samples, read_lora_headers(spec.lora, "none"), Progress(enabled=False))
         built.set_strengths(spec.lora.strengths, spec.lora.text_strengths)

@@ -53,6 +53,7 @@ from transformers import (
     T5Tokenizer,
 )
 
+from int8run.models.minimax_h3_pruned import MiniMaxH3PrunedTransformer3DModel
 from int8run.models.modular_pipeline import build_blocks, get_call_class, make_pipeline
 
 
@@ -145,22 +146,31 @@ def flux3_distilled() -> ModularPipeline:
     return flux3(Flux3DistilledModularPipeline, flux3_distilled_transformer)
 
 
+MINIMAX_H3_SIZES: dict[str, Any] = {
+    "num_attention_heads": 4,
+    "attention_head_dim": 16,
+    "hidden_size": 64,
+    "num_layers": 3,
+    "num_refiner_layers": 1,
+    "ffn_dim": 96,
+    "in_channels": 4,
+    "audio_in_channels": 4,
+    "text_dim": TEXT,
+    "freq_dim": 32,
+    "time_embed_hidden_dim": 32,
+    "time_embed_dim": 32,
+    "rope_freq_dim": 2,
+}
+
+
 def minimax_h3_transformer() -> MiniMaxH3Transformer3DModel:
-    return MiniMaxH3Transformer3DModel(
-        num_attention_heads=4,
-        attention_head_dim=16,
-        hidden_size=64,
-        num_layers=3,
-        num_refiner_layers=1,
-        ffn_dim=96,
-        in_channels=4,
-        audio_in_channels=4,
-        text_dim=TEXT,
-        freq_dim=32,
-        time_embed_hidden_dim=32,
-        time_embed_dim=32,
-        rope_freq_dim=2,
-    )
+    return MiniMaxH3Transformer3DModel(**MINIMAX_H3_SIZES)
+
+
+def minimax_h3_pruned_transformer() -> MiniMaxH3PrunedTransformer3DModel:
+    """With a curve of eight numbers at nine times."""
+    sizes = MINIMAX_H3_SIZES | {"time_embed_dim": 8}
+    return MiniMaxH3PrunedTransformer3DModel(**sizes, curve_points=9)
 
 
 def minimax_h3_parts() -> dict[str, Any]:
@@ -206,9 +216,9 @@ def minimax_h3_parts() -> dict[str, Any]:
     }
 
 
-def minimax_h3() -> ModularPipeline:
+def minimax_h3(denoiser: Callable[[], nn.Module] = minimax_h3_transformer) -> ModularPipeline:
     """Without the denoiser of references."""
-    return make_modular(MiniMaxH3ModularPipeline, **minimax_h3_parts(), transformer=minimax_h3_transformer())
+    return make_modular(MiniMaxH3ModularPipeline, **minimax_h3_parts(), transformer=denoiser())
 
 
 def ltx25_transformer() -> LTX2VideoTransformer3DModel:
@@ -279,11 +289,19 @@ def ltx25() -> ModularPipeline:
     return make_modular(LTX25ModularPipeline, **{**parts, **given})
 
 
-def make_minimax_h3(**extra: Any) -> Instance:
+def minimax_h3_pruned() -> ModularPipeline:
+    """With a denoiser as the pruned files hold it."""
+    return minimax_h3(minimax_h3_pruned_transformer)
+
+
+def make_minimax_h3(
+    family: str = "minimax_h3",
+    build: Callable[[], ModularPipeline] = minimax_h3,
+    denoiser: Callable[[], nn.Module] = minimax_h3_transformer,
+    **extra: Any,
+) -> Instance:
     """An instance of the shortest video; its scheduler takes one step less than it is asked for."""
-    made = make_instance(
-        "minimax_h3", MINIMAX_H3, minimax_h3, minimax_h3_transformer, size=32, num_frames=124, **extra
-    )
+    made = make_instance(family, MINIMAX_H3, build, denoiser, size=32, num_frames=124, **extra)
     workflow = "fl2va" if extra else "t2va"
     return replace(made, sampling=replace(made.sampling, steps=3), source={"workflow": workflow})
 
@@ -326,6 +344,9 @@ LONG_TAIL: dict[str, Instance] = {
         image_crf=0,
         num_frames=9,
         **LENGTH,
+    ),
+    "minimax_h3_pruned": make_minimax_h3(
+        "minimax_h3_pruned", minimax_h3_pruned, minimax_h3_pruned_transformer
     ),
     "minimax_h3_fl2va": make_minimax_h3(image=make_image(32), last_image=make_image(32, shade=9)),
 }
