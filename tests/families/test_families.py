@@ -365,6 +365,11 @@ def test_file_with_diffusers_names_is_detected(name):
 
 # names of the authors' own files that others do not have, as ComfyUI and diffusers look for them
 KEY_NORM = "double_blocks.0.img_attn.norm.key_norm.scale"
+MINIMAX_H3 = [
+    "video_patch_proj.weight",
+    "audio_patch_proj.weight",
+    "token_refiner.blocks.0.attn.qkv_proj.weight",
+]
 AUTHORS = {
     "flux": [KEY_NORM, "img_in.weight", "vector_in.in_layer.weight", "guidance_in.in_layer.bias"],
     "flux2": [
@@ -380,6 +385,8 @@ AUTHORS = {
         "layers.0.attention.qkv.weight",
     ],
     "krea2": ["txtfusion.projector.weight", "blocks.0.attn.wq.weight"],
+    "minimax_h3": [*MINIMAX_H3, "time_embedder.proj_in.weight"],
+    "minimax_h3_pruned": [*MINIMAX_H3, "adaln_t_table"],
     "anima": [
         "blocks.0.mlp.layer1.weight",
         "blocks.0.self_attn.q_proj.weight",
