@@ -2,7 +2,6 @@
 
 import pytest
 from families.instance_sets import LONG_TAIL
-from families.instances_modular import QUICK as MODULAR
 from support.original_families import FAMILIES, tiny
 
 from int8run.errors import ConfigError
@@ -78,7 +77,7 @@ def test_cosmos_that_is_not_anima_is_not_detected():
 def test_every_family_is_covered_by_a_file():
     here = {FAMILY.get(key, key) for key in FAMILIES if key not in TWINS} - {None}
     # tests/families detects the files of all others by the names of diffusers
-    elsewhere = {instance.family for instance in (*LONG_TAIL.values(), *MODULAR.values())}
+    elsewhere = {instance.family for instance in LONG_TAIL.values()}
 
     assert here | elsewhere == set(load_families())
 
