@@ -6,23 +6,15 @@ One forward on torch's meta device, where nothing is computed or stored.
 import argparse
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import diffusers
 import torch
 import yaml
-from diffusers.models.transformers import (
-    transformer_cosmos,
-    transformer_ernie_image,
-    transformer_hidream_image,
-    transformer_lumina2,
-)
+from meta_forward import run_on_meta
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -61,50 +53,6 @@ def make_argument(value: Any) -> Any:
     )
 
 
-def even_experts(moe: nn.Module, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-    """Replace HiDream's choice by value, which a meta tensor does not have: experts get as many tokens."""
-    tokens = len(indices) // len(moe.experts)
-    for expert in moe.experts:
-        expert(x[:tokens])
-    return torch.empty_like(x)
-
-
-def lumina_positions(rope: nn.Module, hidden_states: Tensor, attention_mask: Tensor) -> tuple[Any, ...]:
-    """In place of Lumina 2's positions, which it finds by the values of the mask: every text token counts."""
-    batch, channels, height, width = hidden_states.shape
-    text, image = attention_mask.shape[1], height * width // rope.patch_size**2
-
-    def angles(tokens: int) -> Tensor:
-        return torch.empty(batch, tokens, sum(rope.axes_dim) // 2, dtype=torch.complex64, device="meta")
-
-    patches = hidden_states.reshape(batch, image, channels * rope.patch_size**2)
-    return patches, angles(text), angles(image), angles(text + image), [text] * batch, [text + image] * batch
-
-
-def ernie_angles(positions: Tensor, dim: int, theta: int) -> Tensor:
-    """In place of ERNIE-Image's angles: they switch autocast off, which the meta device does not have."""
-    return torch.empty(*positions.shape, dim // 2, device="meta")
-
-
-def cosmos_mask(mask: Tensor, size: list[int], interpolation: object) -> Tensor:
-    """In place of torchvision's resize, which need not be installed."""
-    return torch.empty(*mask.shape[:-2], *size, device="meta")
-
-
-TORCHVISION = SimpleNamespace(
-    functional=SimpleNamespace(resize=cosmos_mask), InterpolationMode=SimpleNamespace(NEAREST="nearest")
-)
-# where a forward cannot run on meta: who does it there, under which name, and the same by formula
-BY_FORMULA: Sequence[tuple[Any, str, Any]] = (
-    (transformer_hidream_image.MOEFeedForwardSwiGLU, "moe_infer", even_experts),
-    # puts the output together by sizes that it has as tensors
-    (diffusers.HiDreamImageTransformer2DModel, "unpatchify", lambda model, x, sizes, training: x),
-    (transformer_lumina2.Lumina2RotaryPosEmbed, "forward", lumina_positions),
-    (transformer_ernie_image, "rope", ernie_angles),
-    (transformer_cosmos, "transforms", TORCHVISION),
-)
-
-
 def macs_of(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> int:
     """Multiply-adds of a Linear, rows x K x N, or of a convolution."""
     if isinstance(module, nn.Linear):
@@ -117,6 +65,8 @@ def count_shares(entry: Mapping[str, Any]) -> Shares:
     """Build one model on the meta device, call it once, and count."""
     with torch.device("meta"):
         model = getattr(diffusers, entry["class"])(**entry["config"]).eval()
+    # torch follows gradients into modules as it counts, with no_grad as well
+    model.requires_grad_(False)
     linears = {name: m.in_features for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     family = load_families()[entry["family"]]
     assert not family.find_input_mismatch(linears), family.find_input_mismatch(linears)
@@ -129,11 +79,7 @@ def count_shares(entry: Mapping[str, Any]) -> Shares:
             return work.update({kind: macs_of(module, inputs, output)})
 
         model.get_submodule(name).register_forward_hook(count)
-    with ExitStack() as stack:
-        for owner, name, formula in BY_FORMULA:
-            stack.enter_context(mock.patch.object(owner, name, formula, create=True))
-        flops = stack.enter_context(FlopCounterMode(display=False))
-        stack.enter_context(torch.no_grad())
+    with run_on_meta(), FlopCounterMode(display=False) as flops, torch.no_grad():
         model(**make_argument(entry["inputs"]), return_dict=False)
     # attention is what torch counts besides; two operations are one multiply-add
     work["attention"] = flops.get_total_flops() // 2 - work.total()

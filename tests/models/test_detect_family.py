@@ -18,6 +18,7 @@ FAMILY = {
     "wan_vace": "wan",
     "wan_animate": "wan",
     "skyreels_df": "wan",
+    "ltx25": "ltx2",
     "hunyuan_video": None,
     "framepack": None,
 }

@@ -4,6 +4,7 @@ authors' files.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import diffusers
 import torch
@@ -369,6 +370,68 @@ FAMILIES = {
             "video_embeddings_connector.learnable_registers",
             "audio_embeddings_connector.transformer_1d_blocks.0.attn1.to_q.weight",
         ),
+    ),
+    "ltx25": Family(
+        "LTX2VideoTransformer3DModel",
+        {
+            **LTX,
+            "audio_in_channels": 4,
+            "audio_out_channels": 4,
+            "audio_num_attention_heads": 2,
+            "audio_attention_head_dim": 4,
+            "audio_cross_attention_dim": 8,
+            "gated_attn": True,
+            "audio_gated_attn": True,
+            "cross_attn_mod": True,
+            "audio_cross_attn_mod": True,
+            "perturbed_attn": True,
+            "ff_bias": False,
+            "audio_ff_bias": False,
+            "use_prompt_embeddings": False,
+            "use_prompt_adaln_single": False,
+            "use_keyframes_abs_pos_embedding": True,
+        },
+        converters.convert_ltx2_transformer_to_diffusers,
+        unchanged=r"(audio_)?proj_out|transformer_blocks\.(?!.*norm).*",
+        same=r"keyframes_abs_pos_embedding|(transformer_blocks\.\d\.)?(audio_)?(prompt_)?scale_shift_table",
+    ),
+    "flux3": Family(
+        "Flux3Transformer2DModel",
+        {
+            "in_channels": 4,
+            "cond_in_channels": 4,
+            "num_layers": 2,
+            "num_single_layers": 2,
+            "attention_head_dim": 8,
+            "num_attention_heads": 2,
+            "joint_attention_dim": 8,
+            "timestep_channels": 8,
+            "axes_dims_rope": (2, 2, 2, 2),
+            "flow_map": True,
+        },
+        converters.convert_flux3_transformer_checkpoint_to_diffusers,
+        dropped=("repa_projectors.0.weight",),
+    ),
+    "minimax_h3": Family(
+        "MiniMaxH3Transformer3DModel",
+        {
+            "num_attention_heads": 2,
+            "attention_head_dim": 8,
+            "hidden_size": 16,
+            "num_layers": 2,
+            "num_refiner_layers": 1,
+            "ffn_dim": 24,
+            "in_channels": 4,
+            "audio_in_channels": 4,
+            "text_dim": 8,
+            "freq_dim": 8,
+            "time_embed_hidden_dim": 8,
+            "time_embed_dim": 8,
+            "rope_freq_dim": 1,
+        },
+        partial(converters.convert_minimax_h3_transformer_checkpoint_to_diffusers, config={}),
+        unchanged=r"token_refiner\.final_norm",
+        dropped=("rope.inv_freq",),
     ),
     "sd15": Family(
         "UNet2DConditionModel",
