@@ -69,6 +69,25 @@ def test_families_prints_the_models_that_are_asked_for(capsys: Capture) -> None:
     assert row.startswith("| sd15 | SD1.5 |")
 
 
+def test_every_family_has_a_row_of_its_full_size() -> None:
+    rows = yaml.safe_load((EXPERIMENTS / "families" / "models.yaml").read_text())
+
+    assert {row["family"] for row in rows} == set(load_families())
+
+
+@pytest.mark.slow  # several seconds
+def test_families_counts_models_that_choose_rows_by_masks(capsys: Capture) -> None:
+    run_script("families/table.py", "HunyuanImage", "GLM-Image", "Qwen-Image 2.1")
+
+    cells = [row.split(" | ") for row in capsys.readouterr().out.splitlines()[2:]]
+    # INT8 and float Linears, parameters in 10⁹: as many as the authors publish
+    assert [(row[1], row[3], row[4]) for row in cells] == [
+        ("Qwen-Image 2.1", "224 / 8", "7.12"),
+        ("HunyuanImage 2.1", "440 / 106", "17.43"),
+        ("GLM-Image", "180 / 41", "6.93"),
+    ]
+
+
 @pytest.mark.slow  # builds every model of models.yaml on the meta device
 def test_a_drafted_family_finds_what_the_shipped_one_says(tmp_path: Path, capsys: Capture) -> None:
     flux = load_families()["flux"]
