@@ -9,6 +9,7 @@ stack.set_strength("style", 0.4)
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,12 +25,13 @@ from int8run.config.renamed import rename_overrides, report_once
 from int8run.config.run_spec import RunSpec
 from int8run.errors import ConfigError, check_range
 from int8run.layers.assemble import assemble_int8_model
-from int8run.layers.int8_linear import Int8Linear
+from int8run.layers.int8_linear import Int8Linear, get_linear
 from int8run.layers.plan import LayerPlan, plan_layers
 from int8run.lora.installed import find_marks, format_names
 from int8run.lora.stack import LoraStack
 from int8run.models.dual_denoisers import split_denoiser
 from int8run.models.given_model import GivenModel, take_denoiser
+from int8run.models.loader import pick_device
 from int8run.pipeline.layer_selection import describe_skip_reasons, select_int8_plans
 from int8run.pipeline.load import resolve_family
 from int8run.pipeline.loaded_model import make_skip_rule
@@ -43,7 +45,7 @@ __all__ = ["LoraStack", "quantize_"]
 
 
 @torch.no_grad()
-def quantize_(
+def quantize_(  # noqa: PLR0913  # the contract of the library: each is an option of the command line
     model: GivenModel,
     outlier: str = "none",
     backend: str = "auto",
@@ -51,6 +53,7 @@ def quantize_(
     model_type: str = "auto",
     rows: int = 1024,
     overrides: Sequence[str] = (),
+    device: str | None = None,
 ) -> list[LayerPlan]:
     """Replace the Linears of a denoiser by INT8 layers, with options named as on the command line.
 
@@ -63,6 +66,9 @@ def quantize_(
         model_type: option of `model_type=`.
         rows: tokens that a layer sees in one call, which `backend=auto` measures with.
         overrides: further settings, such as `int8.small_batch_fallback=never`.
+        device: where the INT8 model will run (`cpu`, `cuda`, `cuda:1`, ...). Layers are quantized there one
+            at a time, and the model ends up there: it never has to fit as floats. None: where it is, or
+            where diffusers' model offloading brings it.
 
     Returns:
         What happened to each Linear.
@@ -86,7 +92,8 @@ def quantize_(
     chosen = select_int8_plans(plans)
     check_model(denoiser, plans, chosen)
 
-    check_backend(spec.backend, next(denoiser.parameters()).device, chosen)
+    placement = find_placement(denoiser, device)
+    check_backend(spec.backend, placement.device, chosen)
     # quantized one at a time, as `build_int8_layers` asks for them
     quantized = quantize_layers(
         denoiser,
@@ -94,6 +101,7 @@ def quantize_(
         methods=choose_fixed_method(chosen, spec.outlier),
         rounding=spec.rounding,
         statistics={},
+        read=lambda name: get_linear(denoiser, name).weight.detach().to(placement.device),
     )
     layers = build_int8_layers(
         denoiser,
@@ -101,14 +109,45 @@ def quantize_(
         backend=spec.backend,
         settings=spec.int8,
         rows=dict.fromkeys((plan.name for plan in chosen), rows),
+        on_layer=lambda layer: layer.to(placement.home),
+        device=placement.device,
     )
     int8_parts = split_denoiser(assemble_int8_model(denoiser, layers, family))
     warn_compiled_blocks(denoiser)
     for prefix, part in parts.items():
         for name, child in int8_parts[prefix].named_children():  # into the object that the caller holds
             setattr(part, name, child)
+    denoiser.to(placement.home)
     log.info("%d of %d Linears are INT8", len(chosen), len(plans))
     return plans
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where an INT8 model runs, and where it waits until then."""
+
+    device: torch.device
+    home: torch.device
+
+
+def find_placement(model: nn.Module, device: str | None) -> Placement:
+    """Where a model will run and where it waits.
+
+    Args:
+        model: the denoiser, with its hook if accelerate moves it to a GPU for its turn.
+        device: as it was asked for; None: not.
+
+    Raises:
+        ConfigError: for a name that torch does not know.
+        BackendError: for a device that is not there.
+    """
+    now = next(model.parameters()).device
+    hook = getattr(model, "_hf_hook", None)
+    offloaded_to = getattr(hook, "execution_device", None)
+    if device is None:
+        return Placement(now if offloaded_to is None else torch.device(offloaded_to), home=now)
+    target = pick_device(device)
+    return Placement(target, home=target if offloaded_to is None else now)
 
 
 def check_settings(spec: RunSpec, options: Mapping[str, str]) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.hooks import CpuOffload, add_hook_to_module
 from diffusers import DiffusionPipeline
 from hydra import compose, initialize_config_dir, version
 from hydra.core.global_hydra import GlobalHydra
@@ -16,7 +17,7 @@ from support.tiny_pipeline import random_pipeline, save_random_pipeline
 from torch import Tensor, nn
 
 import int8run
-from int8run import LoraStack, quantize_
+from int8run import LoraStack, api, quantize_
 from int8run.errors import BackendError, ConfigError
 from int8run.generate.capture import capture_step
 from int8run.generate.prompts import build_samples
@@ -25,6 +26,7 @@ from int8run.lora.stack import LoraStack as TheStack
 from int8run.models.sampling import Sampling
 from int8run.pipeline.build import build_model
 from int8run.pipeline.built_model import BuiltModel
+from int8run.ptq.quantize import build_int8_layers, quantize_layers
 from int8run.report.console import Progress
 
 KEEP_ALL = "model_type.ignore=[{pattern: '*', reason: asked}]"
@@ -207,6 +209,64 @@ def test_a_model_with_loras_is_not_quantized(tmp_path: Path) -> None:
     LoraStack(model).clear()
     quantize_(model, backend="reference")
     assert len(list_int8_layers(model)) == 34
+
+
+# -- where a model will run ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def packed_for(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
+    """The meta device as a GPU: where each weight is when it is quantized, and what the backend packs for."""
+    seen: list[torch.device] = []
+    monkeypatch.setattr(api, "pick_device", torch.device)
+    monkeypatch.setattr(api, "check_backend", lambda backend, device, plans: seen.append(device))
+
+    def quantize_here(model, plans, *, read, **settings):
+        seen.extend(read(plan.name).device for plan in plans)
+        return quantize_layers(model, plans, **settings)
+
+    def build_here(model, layers, *, device, **settings):
+        seen.append(device)
+        return build_int8_layers(model, layers, device=torch.device("cpu"), **settings)
+
+    monkeypatch.setattr(api, "quantize_layers", quantize_here)
+    monkeypatch.setattr(api, "build_int8_layers", build_here)
+    return seen
+
+
+def list_devices(model: nn.Module) -> set[str]:
+    return {tensor.device.type for tensor in [*model.parameters(), *model.buffers()]}
+
+
+def test_a_model_in_memory_is_quantized_for_the_gpu_and_ends_up_there(packed_for: list) -> None:
+    model = random_pipeline().transformer
+
+    quantize_(model, backend="reference", device="meta")
+
+    assert len(packed_for) == 36 and set(packed_for) == {torch.device("meta")}
+    assert list_devices(model) == {"meta"} and len(list_int8_layers(model)) == 34
+
+
+def test_an_offloaded_model_is_quantized_for_where_it_computes_and_waits_in_memory(packed_for: list) -> None:
+    model = random_pipeline().transformer
+    add_hook_to_module(model, CpuOffload(execution_device="meta"))
+
+    quantize_(model, backend="reference")
+
+    assert len(packed_for) == 36 and set(packed_for) == {torch.device("meta")}
+    assert list_devices(model) == {"cpu"} and len(list_int8_layers(model)) == 34
+
+
+@pytest.mark.parametrize(
+    ("device", "error", "message"),
+    [
+        ("cuda:0", BackendError, r"^device=cuda:0 asks for a GPU, but torch .* sees none"),
+        ("gpu", ConfigError, r"^device is 'gpu'; choose from auto, cpu"),
+    ],
+)
+def test_a_device_that_is_not_there_is_named(device: str, error: type, message: str) -> None:
+    with pytest.raises(error, match=message):
+        quantize_(random_pipeline().transformer, backend="reference", device=device)
 
 
 def test_other_programs_changes_are_named() -> None:

@@ -16,8 +16,9 @@ from int8run.kernels.quantize_rowwise.eager import quantize_rowwise
 from int8run.kernels.quantize_rowwise.reference import transform_rows
 from int8run.quant.weight import QuantizedWeight
 
-# cuBLASLt's int8 product takes more than 16 rows, and K and N in multiples of 8 (pytorch PR 178469)
-CUDA_MIN_ROWS, CUDA_MULTIPLE = 17, 8
+# cuBLASLt's int8 product takes more than 16 rows, and K and N in multiples of 8 (pytorch PR 178469). On CPUs
+# with K = 1 the transpose has two strides of 1, and torch writes nothing.
+CUDA_MIN_ROWS, MULTIPLE = 17, 8
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,12 @@ class TorchIntMM:
     )
 
     def pack_weight(self, weight: QuantizedWeight) -> Tensor:
-        """The integers as they are; on CUDA padded with zeros to multiples of 8. [N, K]."""
-        if not weight.qdata.is_cuda:
-            # with K = 1 the transpose has two strides of 1 and torch writes nothing
-            return F.pad(weight.qdata, (0, 1)) if weight.qdata.shape[1] == 1 else weight.qdata
+        """The integers, padded with zeros to multiples of 8: alike everywhere, so that they can be moved.
+
+        [N, K].
+        """
         n, k = weight.qdata.shape
-        return F.pad(weight.qdata, (0, -k % CUDA_MULTIPLE, 0, -n % CUDA_MULTIPLE))
+        return pad_rows_and_columns(weight.qdata, -n % MULTIPLE, -k % MULTIPLE)
 
     def quantize(
         self,
@@ -49,11 +50,8 @@ class TorchIntMM:
         """x: [M, K] -> int8 and scales [M, 1]; padded for `_int_mm`, so M and K may be larger."""
         q, scale = quantize_rowwise(transform_rows(x, factor, rotation, gelu_from))
         rows, k = q.shape
-        if q.is_cuda:
-            q = F.pad(q, (0, -k % CUDA_MULTIPLE, 0, max(0, CUDA_MIN_ROWS - rows)))
-        elif k == 1:
-            q = F.pad(q, (0, 1))
-        return QuantizedInput(q, scale)
+        missing_rows = max(0, CUDA_MIN_ROWS - rows) if q.is_cuda else 0
+        return QuantizedInput(pad_rows_and_columns(q, missing_rows, -k % MULTIPLE), scale)
 
     def linear(
         self,
@@ -72,3 +70,10 @@ class TorchIntMM:
         y = accumulated.float().mul_(w_scale)
         y = y.mul_(x.scale) if bias is None else torch.addcmul(bias, y, x.scale)
         return y.to(dtype)
+
+
+def pad_rows_and_columns(matrix: Tensor, rows: int, columns: int) -> Tensor:
+    """A matrix with so many more rows and columns of zeros; the same one where it needs none."""
+    if not rows and not columns:
+        return matrix  # torch would copy it
+    return F.pad(matrix, (0, columns, 0, rows))

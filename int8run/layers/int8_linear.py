@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from int8run.backends.base import Backend, FusedBranch, FusesBranch, QuantizedInput
+from int8run.errors import BackendError
 from int8run.kernels.quantize_rowwise.reference import apply_gelu_to_columns
 from int8run.outlier.base import OutlierTransform
 from int8run.quant.weight import QuantizedWeight
@@ -199,9 +200,32 @@ def center_rows(x: Tensor) -> Tensor:
     return torch.cat([(x - mean).flatten(0, -2), mean.flatten(0, -2)])
 
 
+# where layers of any backend may lie between their turns, as offloading leaves them
+WAITING_DEVICES = ("cpu", "meta")
+
 # diffusers asks some layers for the dtype of the first tensor in them, and converts their input to that: it
 # is to be that of the model, not of the scales
 DTYPE_MARKER = "dtype_marker"
+
+
+def check_move(backend: Backend, device: torch.device) -> None:
+    """Check that a layer may be moved: to where its backend runs, or to where it only waits.
+
+    A backend's layout is the same on all of its devices; on others its integers would mean nothing.
+
+    Args:
+        backend: of the layer.
+        device: where it is moved to.
+
+    Raises:
+        BackendError: for a device on which it could only fail.
+    """
+    if device.type in backend.limits.devices or device.type in WAITING_DEVICES:
+        return
+    raise BackendError(
+        f"an INT8 layer of backend {backend.name!r} cannot run on {device}, where it is moved; load the "
+        f"model anew and call quantize_(model, device={str(device)!r}), which packs its weights for there"
+    )
 
 
 class KeepsDtypes(nn.Module):
@@ -218,6 +242,10 @@ class KeepsDtypes(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
+        backend: Backend | None = getattr(self, "backend", None)
+        if backend is not None:
+            probe = next(self.buffers())[:0]
+            check_move(backend, fn(probe).device)
         layer: Self = super()._apply(move, recurse)
         return layer
 

@@ -249,7 +249,7 @@ def build_int8_layers(
     backend: Backend,
     settings: Int8Settings,
     rows: Mapping[str, int],
-    on_layer: Callable[[Int8Linear], None] | None = None,
+    on_layer: Callable[[Int8Linear], object] | None = None,
     device: torch.device | None = None,
 ) -> dict[str, Int8Linear]:
     """Bind each quantized layer to a backend.

@@ -9,6 +9,7 @@ import torch
 
 from int8run.backends.base import Backend
 from int8run.backends.registry import make_backend
+from int8run.backends.triton import Triton
 from int8run.errors import BackendError
 from int8run.layers.plan import LayerPlan
 from int8run.ptq.quantize import check_backend
@@ -43,8 +44,14 @@ class Kernels:
         """The kernels that dequantize weights: `reference`, `triton` or `eager` (torch)."""
         if self.name == "reference":
             return "reference"
-        uses_triton = self.device.type == "cuda" and self.name in ("auto", "triton", DEQUANTIZE)
-        return "triton" if uses_triton else "eager"
+        if self.name in ("auto", "triton", DEQUANTIZE) and self.has_triton:
+            return "triton"
+        return "eager"
+
+    @cached_property
+    def has_triton(self) -> bool:
+        """Whether int8run's Triton kernels run on the device."""
+        return not Triton.limits.unsupported_reasons(self.device)
 
 
 def check_kernels(kernels: Kernels, plans: Iterable[LayerPlan], where: str) -> None:

@@ -182,6 +182,7 @@ def test_the_walk_sees_what_there_is():
     assert {"kernels", "conf", "__init__", "ptq", "backends"} <= {get_part(f) for f in FILES}
     assert find_own_imports(ROOT / "int8run/layers/int8_linear.py") == {
         "backends.base",
+        "errors",
         "kernels.quantize_rowwise.reference",
         "outlier.base",
         "quant.weight",

@@ -1,6 +1,7 @@
 """Built encoders: the modules in the place of Linears and embeddings, dtypes, memory, devices, kernels."""
 
 import copy
+import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -232,13 +233,26 @@ def test_kernels_without_a_layer_are_an_error(tmp_path: Path) -> None:
         ("scaled_mm", "cuda", "eager"),
     ],
 )
-def test_dequantizer_depends_on_backend_and_device(word: str, device: str, reader: str) -> None:
+def test_dequantizer_depends_on_backend_and_device(
+    word: str, device: str, reader: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     kernels = Kernels(word, torch.device(device), 8)
 
     assert kernels.dequantizer == reader
     assert (kernels.backend is None) == (word in ("dequantize", "scaled_mm"))
     assert kernels.backend is None or kernels.backend.name == word
     assert kernels.backend is kernels.backend, "made once"
+
+
+@pytest.mark.parametrize("missing", ["package", "capability"])
+def test_without_triton_a_gpu_dequantizes_by_torch(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    capability = (7, 5) if missing == "capability" else (9, 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    if missing == "package":
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for word in ("auto", "dequantize"):
+        assert Kernels(word, torch.device("cuda:1"), 8).dequantizer == "eager"
 
 
 # what becomes of each layer
