@@ -4,6 +4,7 @@ The Linears of one step of three models, every method interleaved.
 
     python experiments/linear_bench/gpu.py                   # all models, all methods
     python experiments/linear_bench/gpu.py --models flux --rounds 50
+    python experiments/linear_bench/gpu.py --device cpu --only int8run   # a dry run on tiny sizes: no numbers
 
 The tests of kernels and backends run first. A method whose error is above its limit is refused and not timed.
 """
@@ -22,7 +23,7 @@ import ours
 import torch
 import torch.nn.functional as F
 from case import Case, make_case
-from gpu_clock import Call, Ceilings, Clock, measure_ceilings
+from gpu_clock import DRY_SHRINK, Call, Ceilings, Clock, make_clock, measure_ceilings
 from gpu_tables import Size, format_size, format_steps
 from shapes import MODELS, LayerShape
 from sidebyside import (
@@ -61,6 +62,13 @@ def parse_arguments() -> argparse.Namespace:
         "--only", nargs="+", metavar="WORD", help="methods with one of these words in their name"
     )
     parser.add_argument("--json", type=Path, default=Path("outputs/linear_bench_gpu.json"))
+    parser.add_argument("--device", default="cuda", help="cuda, cuda:N; cpu: a dry run on tiny sizes")
+    parser.add_argument(
+        "--tiles",
+        nargs="+",
+        metavar="TILE",
+        help="128x256x128/8/3 (block, warps, stages); default: all",
+    )
     parser.add_argument("--no-gate", action="store_true", help="do not run the tests first")
     parser.add_argument("--no-tune", action="store_true", help="do not try the tiles of our kernel")
     return parser.parse_args()
@@ -113,7 +121,7 @@ def int8run_triton(
         tile: of the kernel; None: its own choice.
         branch: adds the case's LoRA to the layer.
     """
-    layer = ours.int8_layer(case, ours.triton_backend(tile), outlier)
+    layer = ours.int8_layer(case, ours.triton_backend(case.x.device, tile), outlier)
     return layer if branch is None else branch(case, layer)
 
 
@@ -150,14 +158,14 @@ def count_tera_ops(size: Size, seconds: float) -> float:
     return 2 * m * k * n / seconds / 1e12
 
 
-def tune_tiles(clock: Clock, case: Case) -> tuple[Any, list[Reply]]:
-    """Time our product alone with every candidate tile.
+def tune_tiles(clock: Clock, case: Case, wanted: Sequence[str] | None) -> tuple[Any, list[Reply]]:
+    """Time our product alone with every candidate tile, or those that are wanted.
 
     Returns:
         the fastest tile, None where none could run; and what each gave, the fastest first.
     """
     product = ours.triton_product(case)
-    tiles = {str(tile): tile for tile in ours.triton_tiles(case)}
+    tiles = {str(tile): tile for tile in ours.triton_tiles(case, wanted)}
     calls: dict[str, Call] = {}
     records = {}
     for name, tile in tiles.items():
@@ -196,7 +204,7 @@ def measure_size(
     builds: dict[str, tuple[Build, Case]] = {name: (build, case) for name, build in METHODS.items()}
     if not args.no_tune and is_wanted(BEST_TILE, args.only):
         try:
-            tile, report["tiles"] = tune_tiles(clock, case)
+            tile, report["tiles"] = tune_tiles(clock, case, args.tiles)
             builds[BEST_TILE] = (partial(int8run_triton, tile=tile), case)
         except (ImportError, NotImplementedError) as error:
             print(f"no tiles to try: {error}", file=sys.stderr)
@@ -268,17 +276,17 @@ def group_by_size(models: Mapping[str, Sequence[LayerShape]]) -> dict[Size, list
 @torch.no_grad()
 def main() -> None:
     args = parse_arguments()
-    if not torch.cuda.is_available():
+    device = torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
         print(
             "this benchmark needs a CUDA GPU; on a CPU run experiments/linear_bench/bench.py", file=sys.stderr
         )
         sys.exit(BackendError.exit_code)
     if not args.no_gate:
         run_gate()
-    device = torch.device("cuda")
     facts = collect_facts(device)
     print(describe_machine(facts))
-    clock = Clock(device)
+    clock = make_clock(device)
     ceilings = measure_ceilings(clock, device)
     print(
         f"measured ceilings: bf16 {ceilings.bf16_ops / 1e12:.0f} TFLOPS, "
@@ -287,6 +295,9 @@ def main() -> None:
     )
 
     models = {name: MODELS[name]() for name in args.models}
+    if device.type == "cpu":
+        print("a dry run on a CPU: sizes are tiny, and the definition runs in the place of our kernels")
+        models = {name: [shape.shrink(DRY_SHRINK) for shape in shapes] for name, shapes in models.items()}
     reports: dict[Size, Reply] = {}
     saved = []
     for size, shapes in group_by_size(models).items():

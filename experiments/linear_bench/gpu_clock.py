@@ -1,6 +1,6 @@
 """Times on a CUDA GPU, and what the GPU can reach at most, for `gpu.py`.
 
-It knows calls, not what they compute.
+It knows calls, not what they compute. `CpuClock` takes the clock's place in dry runs.
 """
 
 import statistics
@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -18,6 +19,7 @@ AHEAD_CYCLES = 1_000_000
 CEILING_SIDE = 8192
 CEILING_ROUNDS = 20
 COPY_BYTES = 2**30
+DRY_SHRINK = 64  # how much smaller lengths are in a dry run
 
 Call = Callable[[int], object]  # takes the number of the round
 
@@ -67,6 +69,33 @@ class Clock:
         return spent
 
 
+class CpuClock(Clock):
+    """Times the same calls on a CPU: a dry run, whose numbers mean nothing."""
+
+    def __init__(self) -> None:
+        """Nothing is flushed."""
+
+    def _time_round(self, calls: Mapping[str, Call], number: int) -> dict[str, float]:
+        return {name: self.time_launch(partial(call_again, call, number), 1) for name, call in calls.items()}
+
+    def time_launch(self, call: Call, times: int = 20) -> float:
+        """Seconds of one call."""
+        started = time.perf_counter()
+        for number in range(times):
+            call(number)
+        return (time.perf_counter() - started) / times
+
+
+def call_again(call: Call, number: int, _: int) -> object:
+    """A call with the number of its round."""
+    return call(number)
+
+
+def make_clock(device: torch.device) -> Clock:
+    """The clock of a device."""
+    return Clock(device) if device.type == "cuda" else CpuClock()
+
+
 @dataclass(frozen=True)
 class Ceilings:
     """What this GPU reaches in this run, per second.
@@ -100,11 +129,12 @@ class Ceilings:
 
 
 def measure_ceilings(clock: Clock, device: torch.device) -> Ceilings:
-    """Time a bfloat16 and an int8 product of 8192 cubed, and a copy of 1 GiB."""
-    side = CEILING_SIDE
+    """Time a bfloat16 and an int8 product of 8192 cubed, and a copy of 1 GiB; small ones in a dry run."""
+    shrink = 1 if device.type == "cuda" else DRY_SHRINK
+    side, copy_bytes = CEILING_SIDE // shrink, COPY_BYTES // shrink**2
     a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
     q, w = (torch.randint(-127, 128, (side, side), device=device, dtype=torch.int8) for _ in range(2))
-    source = torch.empty(COPY_BYTES, dtype=torch.uint8, device=device)
+    source = torch.empty(copy_bytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     calls: dict[str, Call] = {
         "bf16": lambda number: a @ b,
@@ -123,4 +153,4 @@ def measure_ceilings(clock: Clock, device: torch.device) -> Ceilings:
     # cuBLAS may run int8 far below the hardware; twice bfloat16 is what tensor cores since Ampere do at least
     if "int8" in seconds and ops / seconds["int8"] > int8_ops:
         int8_ops, int8_from = ops / seconds["int8"], "torch._int_mm"
-    return Ceilings(bf16_ops, int8_ops, 2 * COPY_BYTES / seconds["copy"], int8_from)
+    return Ceilings(bf16_ops, int8_ops, 2 * copy_bytes / seconds["copy"], int8_from)

@@ -4,7 +4,7 @@ What the benchmarks know about int8run's own interfaces is in this file.
 """
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from int8run.quant.rounding import AbsMax
 from int8run.quant.weight import quantize_weight
 
 CPU_BACKENDS = {"reference": "Reference", "torch_int_mm": "TorchIntMM", "onednn": "OneDnn", "vnni": "Vnni"}
+GROUP_M = 8  # blocks of rows that share a column of the weight
 OUTLIERS = {"none": NoOutlier(), "convrot": ConvRot(256)}
 
 
@@ -78,16 +79,35 @@ class NaiveBranch:
         return self.layer(x) + F.linear(F.linear(x, self.lora_A), self.lora_B)
 
 
-def triton_backend(tile: Any = None) -> Backend:
-    """The Triton backend, with its own choice of tile or a given one."""
+def triton_backend(device: torch.device, tile: Any = None) -> Backend:
+    """The Triton backend, with its own choice of tile or a given one; on a CPU its definition."""
+    if device.type == "cpu":
+        return make_backend("reference", "Reference")
     return make_backend("triton", "Triton", **({} if tile is None else {"tile": tile}))
 
 
-def triton_tiles(case: Case) -> list[Any]:
-    """What a tuner should try for this case."""
+def triton_tiles(case: Case, wanted: Sequence[str] | None = None) -> list[Any]:
+    """What a tuner should try for this case, or the tiles that are wanted.
+
+    Raises:
+        NotImplementedError: on a CPU.
+    """
     from int8run.kernels.int8_linear.tile import list_candidates
 
+    if case.x.device.type == "cpu":
+        raise NotImplementedError("a CPU has no tiles")
+    if wanted is not None:
+        return [parse_tile(text) for text in wanted]
     return list(list_candidates(torch.cuda.get_device_capability(case.x.device), case.x.shape[0]))
+
+
+def parse_tile(text: str) -> Any:
+    """The tile that a text such as `128x256x128/8/3` means: its block, warps and stages."""
+    from int8run.kernels.int8_linear.tile import Tile
+
+    block, warps, stages = text.split("/")
+    block_m, block_n, block_k = map(int, block.split("x"))
+    return Tile(block_m, block_n, block_k, GROUP_M, int(warps), int(stages))
 
 
 def triton_product(case: Case) -> Callable[[Any], Tensor]:

@@ -1,7 +1,7 @@
 """The Linears of one denoising step at 1024x1024, batch 1, with sizes from diffusers' default configs."""
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 IMAGE_TOKENS = 4096  # 1024 / 8 (VAE) / 2 (patch), squared
@@ -23,6 +23,11 @@ class LayerShape:
     def size(self) -> tuple[int, int, int]:
         """M, K, N; layers of equal size are measured once."""
         return self.m, self.k, self.n
+
+    def shrink(self, factor: int) -> "LayerShape":
+        """The layer with all lengths so much smaller, of a single row if it has one."""
+        m, k, n = (max(length // factor, 1) for length in self.size)
+        return replace(self, m=m, k=k, n=n)
 
 
 def read_defaults(class_name: str) -> dict[str, Any]:

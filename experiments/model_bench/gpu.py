@@ -5,6 +5,7 @@ One step in bfloat16 against INT8, eager and compiled.
     # 19 + 38 blocks, 4096 + 512 tokens; about 60 GB of GPU memory
     python experiments/model_bench/gpu.py
     python experiments/model_bench/gpu.py --size big         # a small one
+    python experiments/model_bench/gpu.py --size tiny --device cpu --only int8run   # a dry run: no numbers
 
 The tests of kernels and backends run first. A variant whose output is too far from bfloat16 is refused and
 not timed.
@@ -12,6 +13,7 @@ not timed.
 
 import argparse
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -68,11 +70,19 @@ def quantize_with_torchao(model: nn.Module, call: Mapping[str, Any], layers: str
     return variants.quantize_with_torchao(copy_sharing_tensors(model), call, layers)
 
 
+def quantize_with_triton(
+    model: nn.Module, call: Mapping[str, Any], layers: str, outlier: str = "none"
+) -> nn.Module:
+    """int8run's own kernels; on a CPU their definition."""
+    backend = "reference" if next(model.parameters()).device.type == "cpu" else "triton"
+    return variants.quantize_with_int8run(model, call, layers, backend=backend, outlier=outlier)
+
+
 BUILDS: dict[str, Build] = {
     BASE: keep_float,
     "torchao": quantize_with_torchao,
-    "int8run triton": partial(variants.quantize_with_int8run, backend="triton"),
-    "int8run triton, convrot": partial(variants.quantize_with_int8run, backend="triton", outlier="convrot"),
+    "int8run triton": quantize_with_triton,
+    "int8run triton, convrot": partial(quantize_with_triton, outlier="convrot"),
     "int8run torch_int_mm": partial(variants.quantize_with_int8run, backend="torch_int_mm"),
 }
 
@@ -111,12 +121,22 @@ def parse_arguments() -> argparse.Namespace:
         "--only", nargs="+", metavar="WORD", help="variants with one of these words in their name"
     )
     parser.add_argument("--json", type=Path, default=Path("outputs/model_bench_gpu.json"))
+    parser.add_argument("--device", default="cuda", help="cuda, cuda:N; cpu: a dry run")
     parser.add_argument("--no-gate", action="store_true", help="do not run the tests first")
     return parser.parse_args()
 
 
+def find_device(call: Mapping[str, Any]) -> torch.device:
+    """Where a call is made."""
+    return next(value.device for value in call.values() if isinstance(value, torch.Tensor))
+
+
 def time_step(model: nn.Module, call: Mapping[str, Any]) -> float:
-    """Seconds of one step, by CUDA events."""
+    """Seconds of one step, by CUDA events; in a dry run by the clock."""
+    if find_device(call).type == "cpu":
+        started = time.perf_counter()
+        model(**call)
+        return time.perf_counter() - started
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     begin.record()
     model(**call)
@@ -126,7 +146,9 @@ def time_step(model: nn.Module, call: Mapping[str, Any]) -> float:
 
 
 def measure_workspace(model: nn.Module, call: Mapping[str, Any]) -> int:
-    """Bytes that one step allocates on top of everything that is resident."""
+    """Bytes that one step allocates on top of everything that is resident; 0 in a dry run."""
+    if find_device(call).type == "cpu":
+        return 0
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -164,7 +186,9 @@ def build_models(
             records[name]["refused"] = f"output error {error:.4f}, the limit is {LIMIT:g}"
             continue
         compiled = copy_sharing_tensors(built)
-        compiled.compile_repeated_blocks(fullgraph=True)
+        # Inductor takes minutes on a CPU; that the graph is one shows without it, too
+        compiler = "eager" if find_device(call).type == "cpu" else "inductor"
+        compiled.compile_repeated_blocks(fullgraph=True, backend=compiler)
         timed.append(TimedModel(copy_sharing_tensors(built), name, EAGER))
         timed.append(TimedModel(compiled, name, COMPILED))
     return timed, records
@@ -213,7 +237,8 @@ def format_row(timed: TimedModel, times: Reply, record: Reply) -> list[str]:
 @torch.no_grad()
 def main() -> None:
     args = parse_arguments()
-    if not torch.cuda.is_available():
+    device = torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
         print(
             "this benchmark needs a CUDA GPU; on a CPU run experiments/model_bench/bench.py", file=sys.stderr
         )
@@ -221,11 +246,11 @@ def main() -> None:
     if not args.no_gate:
         run_gate()
     torch._dynamo.config.recompile_limit = 64  # one block class, several kinds of Linear in it
-    facts = collect_facts(torch.device("cuda"))
+    facts = collect_facts(device)
     print(describe_machine(facts), flush=True)
 
     names = [name for name in BUILDS if name == BASE or is_wanted(name, args.only)]
-    model, call = flux.make_model(flux.SIZES[args.size], "cuda", torch.bfloat16)
+    model, call = flux.make_model(flux.SIZES[args.size], args.device, torch.bfloat16)
     models, records = build_models(model, call, names, args.layers)
     seconds = time_models(models, call, args.rounds)
 

@@ -122,8 +122,8 @@ def test_a_model_is_built_eager_and_compiled_unless_it_is_wrong(
         def forward(self, x: torch.Tensor) -> tuple[torch.Tensor]:
             return (2 * x,)
 
-        def compile_repeated_blocks(self, fullgraph: bool) -> None:
-            assert fullgraph
+        def compile_repeated_blocks(self, fullgraph: bool, backend: str) -> None:
+            assert fullgraph and backend == "eager"
 
     def build_wrong(model: torch.nn.Module, call: object, layers: str) -> torch.nn.Module:
         return torch.nn.Flatten()

@@ -249,6 +249,33 @@ def test_gpu_benchmarks_say_that_they_need_one(
 
 
 @pytest.mark.slow
+def test_linear_bench_for_a_gpu_runs_dry_on_a_cpu(tmp_path: Path, capsys: Capture) -> None:
+    report = tmp_path / "report.json"
+    dry = ("--device", "cpu", "--no-gate", "--models", "flux", "--rounds", "1", "--only", "int8run triton")
+
+    run_script("linear_bench/gpu.py", *dry, "--json", report)
+
+    sizes = json.loads(report.read_text())["sizes"]
+    assert len(sizes) == 11
+    for size in sizes:
+        assert max(size["layers"][0][length] for length in "mkn") <= 288, "tiny"
+        for name in ("bf16 cuBLAS", "int8run triton", "int8run triton, convrot", "int8run triton, LoRA r64"):
+            assert size["methods"][name].get("us", 0) > 0, size["methods"][name]
+    assert "a dry run on a CPU" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_model_bench_for_a_gpu_runs_dry_on_a_cpu(tmp_path: Path) -> None:
+    dry = ("--device", "cpu", "--no-gate", "--size", "tiny", "--rounds", "1", "--only", "int8run triton")
+
+    run_script("model_bench/gpu.py", *dry, "--json", tmp_path / "report.json")
+
+    timed = json.loads((tmp_path / "report.json").read_text())["timed"]
+    builds = ("bf16", "int8run triton", "int8run triton, convrot")
+    assert set(timed) == {f"{name} {mode}" for name in builds for mode in ("eager", "compile=blocks")}
+
+
+@pytest.mark.slow
 @pytest.mark.gpu
 @NEEDS_GPU
 def test_linear_bench_times_methods_on_a_gpu(tmp_path: Path) -> None:
