@@ -12,6 +12,7 @@ STARTED_BY = {
     "linear_bench/worker.py": "linear_bench/bench.py",
     "model_bench/worker.py": "model_bench/bench.py",
 }
+RUNNERS = ("run_script", "run_in_process")
 SHELL_SCRIPTS = [script for script in find_scripts() if script.endswith(".sh")]
 PYTHON_SCRIPTS = [script for script in find_scripts() if script.endswith(".py")]
 
@@ -23,7 +24,7 @@ def find_run_scripts(file: Path) -> set[str]:
         if not isinstance(function, ast.FunctionDef) or needs_gpu(function):
             continue
         for call in ast.walk(function):
-            if isinstance(call, ast.Call) and getattr(call.func, "id", None) == "run_script":
+            if isinstance(call, ast.Call) and getattr(call.func, "id", None) in RUNNERS:
                 found |= {node.value for node in ast.walk(call) if isinstance(node, ast.Constant)}
     return found & set(find_scripts())
 
