@@ -3,6 +3,7 @@
 Calibration, mixed precision and layer metrics read real activations through these functions.
 """
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -94,13 +95,32 @@ def add_call_hook(part: nn.Module, expert: Mapping[str, str], calls: list[Call])
 def clone_tensors(value: Any) -> Any:
     """A copy that later steps cannot change.
 
-    Some denoisers take lists of tensors (Z-Image) or tensors by name (SDXL).
+    Some denoisers take lists of tensors (Z-Image), tensors by name (SDXL) or a cache that is emptied after
+    the last step (Wan Animate 2).
     """
     if isinstance(value, list):
         return [clone_tensors(item) for item in value]
     if isinstance(value, dict):
         return {key: clone_tensors(item) for key, item in value.items()}
-    return value.clone() if isinstance(value, Tensor) else value
+    if isinstance(value, Tensor):
+        return value.clone()
+    return copy_cache(value)
+
+
+def copy_cache(value: Any) -> Any:
+    """A copy of an object of diffusers, and of all such objects in it; everything else as it is.
+
+    Its tensors are the same ones: they are large, and a cache takes others in instead of changing them.
+    """
+    if isinstance(value, list):
+        return [copy_cache(item) for item in value]
+    is_cache = type(value).__module__.startswith("diffusers.") and hasattr(value, "__dict__")
+    if not is_cache or isinstance(value, nn.Module):
+        return value
+    copied = copy.copy(value)
+    for name, item in vars(value).items():
+        setattr(copied, name, copy_cache(item))
+    return copied
 
 
 @torch.no_grad()

@@ -38,3 +38,5 @@ NAMED_AS: Mapping[str, str] = {
     "skyreels_i2v": "WanTransformer3DModel",
     "joyimage_edit_plus": "JoyImageEditTransformer3DModel",
 }
+# the same of their authors' names alone
+ORIGINAL_NAMED_AS: Mapping[str, str] = {**NAMED_AS, "wan_animate_2": "WanTransformer3DModel"}

@@ -24,6 +24,8 @@ from diffusers import (
     MiniMaxH3Scheduler,
     MiniMaxH3Transformer3DModel,
     ModularPipeline,
+    WanAnimate2ModularPipeline,
+    WanAnimate2Transformer3DModel,
 )
 from diffusers.models.transformers import transformer_cosmos
 from diffusers.pipelines.ltx2 import LTX2DurationHead, LTX2TextConnectors
@@ -41,10 +43,12 @@ from families.instances import (
     qwen_tokenizer,
     qwen_vae,
 )
-from families.instances_b import LTX2_SIZES, ltx2
+from families.instances_b import LTX2_SIZES, ltx2, wan
 from families.instances_edit import make_image, make_instance
 from torch import nn
 from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
     Qwen2VLImageProcessor,
     Qwen3Config,
     Qwen3Model,
@@ -318,6 +322,29 @@ def make_flux3(
     return replace(made, source={"skip_blocks": ["prompt_upsampler"]})
 
 
+def wan_animate_2_transformer() -> WanAnimate2Transformer3DModel:
+    return WanAnimate2Transformer3DModel(
+        dim=64, ffn_dim=96, freq_dim=32, text_dim=TEXT, text_len=16, num_heads=4, num_layers=2
+    )
+
+
+def wan_animate_2() -> ModularPipeline:
+    """Sees images as CLIP-H does: 1280 numbers for each of its tokens."""
+    config = CLIPVisionConfig(
+        hidden_size=1280, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, patch_size=112
+    )
+    parts = wan().components
+    return make_modular(
+        WanAnimate2ModularPipeline,
+        text_encoder=parts["text_encoder"],
+        tokenizer=parts["tokenizer"],
+        vae=parts["vae"],
+        image_encoder=CLIPVisionModel(config),
+        transformer=wan_animate_2_transformer(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
+    )
+
+
 ANIMA = get_call_class(AnimaModularPipeline)
 FLUX3, FLUX3_DISTILLED = map(get_call_class, (Flux3ModularPipeline, Flux3DistilledModularPipeline))
 LTX25 = get_call_class(LTX25ModularPipeline)
@@ -328,7 +355,20 @@ QUICK: dict[str, Instance] = {
     # at least five seconds, of 24 frames
     "minimax_h3": make_minimax_h3(),
 }
+WAN_ANIMATE_2 = get_call_class(WanAnimate2ModularPipeline)
 LONG_TAIL: dict[str, Instance] = {
+    "wan_animate_2": make_instance(
+        "wan",
+        WAN_ANIMATE_2,
+        wan_animate_2,
+        wan_animate_2_transformer,
+        size=32,
+        guidance=3.0,
+        image=make_image(32),
+        driving_video=[make_image(32, shade=40 * i) for i in range(5)],
+        segment_frame_length=5,
+        **LENGTH,
+    ),
     "anima_img2img": make_instance(
         "anima", ANIMA, anima, cosmos, size=32, guidance=4.0, image=make_image(32), **LENGTH
     ),

@@ -27,7 +27,7 @@ from families.cases import (
     write_file,
     write_shards,
 )
-from families.instance_sets import NAMED_AS, NAMES
+from families.instance_sets import NAMES, ORIGINAL_NAMED_AS
 from families.instances import OTHERS
 from torch import nn
 
@@ -185,7 +185,7 @@ def test_quantize_task_writes_what_a_run_saves(case: Case) -> None:
         source = case.home / f"float {component}.safetensors"
         write_file(make_original_state(part) | beside, source)
         about = case.quantize(source, case.home / "again.safetensors")
-        named = NAMED_AS.get(case.name, type(part).__name__)
+        named = ORIGINAL_NAMED_AS.get(case.name, type(part).__name__)
         assert (about["family"], about["denoiser"]) == (case.instance.family, named)
         assert_same_tensors(read_file(case.home / "again.safetensors"), read_file(file) | beside)
 

@@ -5,10 +5,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from diffusers.models.transformers.transformer_wan_animate_2 import WanAnimate2KVCache
 from support.helpers import CPU
 from torch import Tensor, nn
 
-from int8run.generate.capture import capture_calls, capture_step
+from int8run.generate.capture import capture_calls, capture_step, clone_tensors
 from int8run.generate.generate import StepClock
 from int8run.generate.pipeline_call import call_pipeline
 from int8run.generate.prompts import Sample
@@ -69,3 +70,14 @@ def test_latents_that_the_pipeline_changes_in_place_are_copied() -> None:
     call_pipeline(pipe, BATCH, Sampling(steps=3), clock.on_step_end)
 
     assert [x.tolist() for x in clock.latents] == [[1, 1], [2, 2], [3, 3]]
+
+
+def test_a_cache_that_is_emptied_later_is_captured_with_what_it_held() -> None:
+    cache = WanAnimate2KVCache(2)
+    for layer in cache.layer_caches:
+        layer.store(torch.ones(2), torch.zeros(2))
+
+    copied = clone_tensors({"kv_cache": cache})["kv_cache"]
+    cache.clear()
+
+    assert [[x.tolist() for x in layer.get()] for layer in copied.layer_caches] == [[[1, 1], [0, 0]]] * 2
