@@ -67,7 +67,7 @@ def parse_arguments() -> argparse.Namespace:
         "--tiles",
         nargs="+",
         metavar="TILE",
-        help="128x256x128/8/3 (block, warps, stages); default: all",
+        help="128x256x128/8/3 (block, warps, stages), /hopper for that kernel; default: all",
     )
     parser.add_argument("--no-gate", action="store_true", help="do not run the tests first")
     parser.add_argument("--no-tune", action="store_true", help="do not try the tiles of our kernel")

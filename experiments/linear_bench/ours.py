@@ -93,21 +93,22 @@ def triton_tiles(case: Case, wanted: Sequence[str] | None = None) -> list[Any]:
         NotImplementedError: on a CPU.
     """
     from int8run.kernels.int8_linear.tile import list_candidates
+    from int8run.utils.hardware import get_gpu_architecture
 
     if case.x.device.type == "cpu":
         raise NotImplementedError("a CPU has no tiles")
     if wanted is not None:
         return [parse_tile(text) for text in wanted]
-    return list(list_candidates(torch.cuda.get_device_capability(case.x.device), case.x.shape[0]))
+    return list_candidates(get_gpu_architecture(case.x.device), case.x.shape[0])
 
 
 def parse_tile(text: str) -> Any:
-    """The tile that a text such as `128x256x128/8/3` means: its block, warps and stages."""
+    """The tile that `128x256x128/8/3` means, its block, warps and stages; `/hopper` names the kernel."""
     from int8run.kernels.int8_linear.tile import Tile
 
-    block, warps, stages = text.split("/")
+    block, warps, stages, *kernel = text.split("/")
     block_m, block_n, block_k = map(int, block.split("x"))
-    return Tile(block_m, block_n, block_k, GROUP_M, int(warps), int(stages))
+    return Tile(block_m, block_n, block_k, GROUP_M, int(warps), int(stages), *kernel)
 
 
 def triton_product(case: Case) -> Callable[[Any], Tensor]:

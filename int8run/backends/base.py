@@ -18,7 +18,7 @@ from int8run.backends.onednn_check import onednn_saturates
 from int8run.kernels.cpu.library import COMPILERS
 from int8run.kernels.hadamard.reference import Rotation
 from int8run.quant.weight import QuantizedWeight
-from int8run.utils.hardware import get_cpu_capabilities
+from int8run.utils.hardware import get_cpu_capabilities, get_gpu_architecture
 
 # a 32-bit sum holds this many products of the largest integers: signed inputs, or unsigned ones, by signed
 # weights
@@ -44,7 +44,8 @@ class Limits:
         uses_onednn: whether its products on a CPU are oneDNN's, which need not use what the CPU has.
         needs_compiler: whether a C++ compiler must be on the PATH.
         python_packages: packages that must be installed.
-        cuda_capability: the least compute capability of a GPU.
+        cuda_capability: the least compute capability of an NVIDIA GPU.
+        amd_architectures: AMD GPUs that it runs on, by the compiler's names; empty: all.
         max_in_features: the widest layer whose 32-bit sums cannot overflow; None: any width.
         fuses_gelu: whether `quantize` computes a GELU on the way, at next to no cost.
         is_optional: whether `backend=auto` says nothing where this backend is missing, because few have it.
@@ -56,6 +57,7 @@ class Limits:
     needs_compiler: bool = False
     python_packages: tuple[str, ...] = ()
     cuda_capability: tuple[int, int] = (0, 0)
+    amd_architectures: tuple[str, ...] = ()
     max_in_features: int | None = None
     fuses_gelu: bool = False
     is_optional: bool = False
@@ -94,6 +96,8 @@ class Limits:
         return None
 
     def _unsupported_gpu_reason(self, device: torch.device) -> str | None:
+        if torch.version.hip:
+            return self._unsupported_amd_reason(device)
         # a GPU is asked for its capability only where one is required: asking starts CUDA
         if self.cuda_capability == (0, 0):
             return None
@@ -102,6 +106,15 @@ class Limits:
             return None
         required, found = format_version(self.cuda_capability), format_version(capability)
         return f"needs compute capability {required}, this GPU has {found}"
+
+    def _unsupported_amd_reason(self, device: torch.device) -> str | None:
+        if not self.amd_architectures:
+            return None
+        architecture = get_gpu_architecture(device)
+        if architecture in self.amd_architectures:
+            return None
+        known = ", ".join(self.amd_architectures)
+        return f"runs on AMD GPUs of {known}, this one is {architecture}; backend=auto finds another"
 
     def unsupported_layer_reasons(self, in_features: int, out_features: int) -> list[str]:
         """Every reason why the backend cannot take a layer of this shape; empty when it can."""

@@ -23,10 +23,21 @@ from int8run.backends.base import (
     Shape,
     Timer,
 )
-from int8run.errors import ConfigError
+from int8run.errors import BackendError, ConfigError
 from int8run.kernels.hadamard.reference import Rotation
-from int8run.kernels.int8_linear.tile import BUCKETS, Tile, choose_tile, find_bucket, list_candidates
+from int8run.kernels.int8_linear.tile import (
+    AMD_ARCHITECTURES,
+    BUCKETS,
+    HOPPER,
+    PORTABLE,
+    Tile,
+    choose_tile,
+    find_architecture,
+    find_bucket,
+    list_candidates,
+)
 from int8run.quant.weight import QuantizedWeight
+from int8run.utils.hardware import get_gpu_architecture
 from int8run.utils.paths import expand_path
 
 log = logging.getLogger(__name__)
@@ -50,6 +61,7 @@ class Triton:
     limits: ClassVar[Limits] = Limits(
         devices=("cuda",),
         cuda_capability=(8, 0),
+        amd_architectures=AMD_ARCHITECTURES,
         python_packages=("triton",),
         fuses_gelu=True,
         max_in_features=MAX_SIGNED_PRODUCTS,
@@ -58,6 +70,8 @@ class Triton:
     def pack_weight(self, weight: QuantizedWeight) -> Tensor:
         """The integers as they are, [N, K]: one copy, K contiguous for the tensor cores."""
         n, k = weight.qdata.shape
+        if self.tile is not None:
+            check_tile(self.tile, weight.qdata.device)
         # tiles are read here and not in `linear`, because a compiled graph cannot read a file
         if self.tile is None and (k, n) not in self.tiles:
             self.tiles[k, n] = self.load_tiles(weight.qdata.device, k, n)
@@ -156,14 +170,14 @@ class Triton:
     def load_tiles(self, device: torch.device, k: int, n: int) -> tuple[Tile, ...]:
         """A tile for each bucket of rows: the measured one, else the default of this GPU."""
         cache = self.open_autotune_cache(device)
-        capability = torch.cuda.get_device_capability(device)
+        architecture = get_gpu_architecture(device)
         tiles = []
         for rows in BUCKETS:
             measured = cache.get(tile_key(rows, k, n))  # the fields of a tile, separated by commas
             if measured:
-                tiles.append(Tile(*map(int, measured.split(","))))
+                tiles.append(Tile.from_list([int(field) for field in measured.split(",")]))
             else:
-                tiles.append(choose_tile(capability, rows))
+                tiles.append(choose_tile(architecture, rows))
         return tuple(tiles)
 
     def tune(self, timer: Timer, shape: Shape) -> None:
@@ -174,7 +188,7 @@ class Triton:
         if self.tile is not None:
             return
         rows, _, _ = shape
-        candidates = list_candidates(torch.cuda.get_device_capability(timer.device), rows)
+        candidates = list_candidates(get_gpu_architecture(timer.device), rows)
         tiles = {str(tile): tile for tile in candidates}
         times = timer.measure({name: replace(self, tile=tile) for name, tile in tiles.items()}, shape)
         for name, reason in times.failures.items():
@@ -191,6 +205,22 @@ class Triton:
         self.tiles.pop((in_features, out_features), None)
 
 
+def check_tile(tile: Tile, device: torch.device) -> None:
+    """Check that a tile that was asked for can run.
+
+    Raises:
+        BackendError: for the Hopper kernel on another GPU.
+    """
+    if tile.kernel != HOPPER or device.type != "cuda":
+        return
+    architecture = get_gpu_architecture(device)
+    if not find_architecture(architecture).has_hopper_kernel:
+        raise BackendError(
+            f"backend.tile.kernel={HOPPER} needs compute capability 9.0, this GPU is {architecture}; "
+            f"use backend.tile.kernel={PORTABLE}"
+        )
+
+
 def tile_key(rows: int, k: int, n: int) -> str:
     """The key of a measured tile in the autotune cache."""
     return f"triton tile | up to {find_bucket(rows)} rows | {k}x{n}"
@@ -203,10 +233,11 @@ def parse_tile(
     group_m: int | None,
     warps: int | None,
     stages: int | None,
+    kernel: str | None = None,
 ) -> Tile | None:
     """The tile that a config names; None when it names none. `conf/backend/triton.yaml` calls it.
 
-    The arguments are the fields of `Tile`, all of them or none.
+    The arguments are the fields of `Tile`, all of them or none; without a kernel it is the portable one.
 
     Raises:
         ConfigError: when it names some fields and not others, or a value that the kernel does not take.
@@ -220,12 +251,12 @@ def parse_tile(
         "stages": stages,
     }
     given = {name: value for name, value in fields.items() if value is not None}
-    if not given:
+    if not given and kernel is None:
         return None
     if len(given) < len(fields):
         missing = ", ".join(f"backend.tile.{name}" for name in fields if name not in given)
         raise ConfigError(f"backend.tile needs all of its fields or none; missing: {missing}")
     try:
-        return Tile(**given)
+        return Tile(**given, kernel=PORTABLE if kernel is None else kernel)
     except ValueError as error:
         raise ConfigError(f"backend.{error}") from error

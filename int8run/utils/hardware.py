@@ -56,3 +56,12 @@ def describe_instructions(device: torch.device) -> str:
     capabilities = get_cpu_capabilities()
     found = [name for name in MATRIX_INSTRUCTIONS if capabilities.get(name, False)]
     return ", ".join(found) or "no instructions for matrices"
+
+
+def get_gpu_architecture(device: torch.device) -> str:
+    """For which processor code is compiled: `sm_90` for an H100, `gfx942` for an MI300."""
+    if torch.version.hip:
+        name: str = torch.cuda.get_device_properties(device).gcnArchName
+        return name.split(":")[0]  # what follows says which options are on
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"

@@ -23,12 +23,17 @@ The weight stays [N, K], K contiguous, and its tile is loaded as [BLOCK_N, BLOCK
 (tests/support/static_gate.py counts both).
 """
 
+import functools
+import logging
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from int8run.kernels.int8_linear.tile import Tile
+from int8run.kernels.int8_linear.tile import PORTABLE, Tile
+
+log = logging.getLogger(__name__)
 
 MAX_K = 131072  # int32 holds that many products of -128 * 127
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -92,12 +97,18 @@ def _launch_int8_linear(
     tile: list[int],
 ) -> Tensor:
     _check_arguments(q, x_scale, qdata, w_scale, group, bias, h, up, strengths, out_dtype)
-    t = Tile(*tile)
+    t = _choose_kernel(Tile.from_list(tile), q, qdata, group, up)
     (m, k), n = q.shape, qdata.shape[0]
+    y = torch.empty(m, n, dtype=out_dtype, device=q.device)
+    if t.kernel != PORTABLE:
+        from int8run.kernels.int8_linear.hopper import launch_hopper
+
+        with torch.accelerator.device_index(q.device.index):
+            launch_hopper(q, x_scale, qdata, w_scale, bias, h, up, strengths, y, t)
+        return y
     rank = 0 if h is None else h.shape[1]
     block_k = limit_block_k(t.block_k, group)
     is_square_block = bool(group) and w_scale.shape[0] != n
-    y = torch.empty(m, n, dtype=out_dtype, device=q.device)
     n_programs = triton.cdiv(m, t.block_m) * triton.cdiv(n, t.block_n)
     # Triton launches on the current device, which need not be q's
     with torch.accelerator.device_index(q.device.index):
@@ -130,6 +141,26 @@ def _launch_int8_linear(
             enable_fp_fusion=True,
         )
     return y
+
+
+def _choose_kernel(tile: Tile, q: Tensor, qdata: Tensor, group: int, up: Tensor | None) -> Tile:
+    """The tile; for the portable kernel where the one that it asks for cannot take these arguments."""
+    if tile.kernel == PORTABLE:
+        return tile
+    # imported here, because on other GPUs than Hopper Triton need not have Gluon
+    from int8run.kernels.int8_linear.hopper import find_unsupported
+
+    reason = find_unsupported(q, qdata, group, up)
+    if reason is None:
+        return tile
+    _report_portable(reason)
+    return tile.as_portable()
+
+
+@functools.cache
+def _report_portable(reason: str) -> None:
+    """Say once why the portable kernel takes the Hopper kernel's place."""
+    log.warning("the Hopper kernel is left out for some layers: %s", reason)
 
 
 def _int8_linear_fake(

@@ -10,9 +10,9 @@ from support.triton_process import needs_gpu, needs_interpreter, run_cases
 
 from int8run.backends.autotune_cache import AutotuneCache
 from int8run.backends.base import LayerTimes
-from int8run.backends.triton import Triton, parse_tile, tile_key
-from int8run.errors import ConfigError
-from int8run.kernels.int8_linear.tile import BUCKETS, Tile, choose_tile, list_candidates
+from int8run.backends.triton import Triton, check_tile, parse_tile, tile_key
+from int8run.errors import BackendError, ConfigError
+from int8run.kernels.int8_linear.tile import ARCHITECTURES, BUCKETS, Tile, choose_tile, list_candidates
 from int8run.quant.weight import quantize_weight
 
 CASES = Path(__file__).with_name("cases_triton_backend.py")
@@ -43,7 +43,7 @@ def test_tiles_come_from_the_table_and_else_from_the_defaults(tmp_path, hopper):
     backend = Triton(table=str(table))
     backend.pack_weight(quantize_weight(torch.ones(24, 48)))
 
-    assert backend.tiles[48, 24] == (*(choose_tile(HOPPER, rows) for rows in BUCKETS[:-1]), best)
+    assert backend.tiles[48, 24] == (*(choose_tile("sm_90", rows) for rows in BUCKETS[:-1]), best)
 
 
 class FakeTimer:
@@ -75,7 +75,7 @@ def test_tuning_keeps_the_fastest_tile(tmp_path, hopper):
 
 def test_tiles_that_cannot_run_are_passed_over(tmp_path, hopper):
     table = tmp_path / "choices.json"
-    backend, candidates = Triton(table=str(table)), list_candidates(HOPPER, 4096)
+    backend, candidates = Triton(table=str(table)), list_candidates("sm_90", 4096)
     backend.tune(FakeTimer(candidates[0], broken=candidates[:2]), (4096, 48, 24))
     backend.pack_weight(quantize_weight(torch.ones(24, 48)))
 
@@ -93,15 +93,54 @@ def test_a_tile_that_was_asked_for_is_not_tuned(tmp_path, hopper):
     assert timer.tried == []
 
 
+def test_a_hopper_tile_runs_on_hopper_alone(monkeypatch):
+    tile = Tile(128, 128, 128, 8, 4, 3, "hopper")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: HOPPER)
+    check_tile(tile, torch.device("cuda"))
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    with pytest.raises(BackendError, match=r"needs compute capability 9\.0, this GPU is sm_89; use "):
+        check_tile(tile, torch.device("cuda"))
+
+
+class RocmGpu:
+    gcnArchName = "gfx1030:sramecc+:xnack-"
+
+
+def test_an_amd_gpu_without_tiles_is_refused_by_name(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: RocmGpu)
+
+    reasons = Triton.limits.unsupported_reasons(torch.device("cuda"))
+
+    assert "runs on AMD GPUs of gfx90a, gfx942" in reasons[0]
+    assert "this one is gfx1030; backend=auto finds another" in reasons[0]
+
+
+def test_an_amd_gpu_of_the_table_gets_its_tiles(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(RocmGpu, "gcnArchName", "gfx942:sramecc+:xnack-")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: RocmGpu)
+
+    reasons = Triton.limits.unsupported_reasons(torch.device("cuda"))
+    tiles = Triton(table=str(tmp_path / "choices.json")).load_tiles(CPU, 48, 24)
+
+    assert not [reason for reason in reasons if "AMD" in reason]
+    assert tiles == ARCHITECTURES["gfx942"].defaults
+
+
 def test_a_config_names_all_fields_of_a_tile_or_none():
     assert parse_tile(None, None, None, None, None, None) is None
     assert parse_tile(128, 64, 64, 8, 4, 3) == Tile(128, 64, 64, 8, 4, 3)
+    assert parse_tile(128, 64, 64, 8, 4, 3, "hopper") == Tile(128, 64, 64, 8, 4, 3, "hopper")
 
     with pytest.raises(
         ConfigError,
         match=re.escape("backend.tile needs all of its fields or none; missing: backend.tile.block_n, "),
     ):
         parse_tile(128, None, 64, 8, 4, None)
+    with pytest.raises(ConfigError, match=re.escape("missing: backend.tile.block_m, backend.tile.block_n")):
+        parse_tile(None, None, None, None, None, None, "hopper")
     with pytest.raises(
         ConfigError, match=re.escape("backend.tile.block_m is 100; it must be one of 16, 32, 64, 128, 256")
     ):

@@ -11,6 +11,7 @@ from support.exact_kernels import (
     LinearCase,
     RowwiseCase,
     list_default_tiles,
+    list_hopper_tiles,
     list_linear_cases,
     list_rowwise_cases,
     make_linear_inputs,
@@ -21,15 +22,18 @@ from support.exact_kernels import (
 from support.triton_process import case_device
 
 from int8run.kernels.int8_linear.kernel import int8_linear
-from int8run.kernels.int8_linear.tile import Tile
+from int8run.kernels.int8_linear.tile import Tile, count_shared_bytes, find_architecture
 from int8run.kernels.quantize_rowwise.kernel import quantize_rowwise
+from int8run.utils.hardware import get_gpu_architecture
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 DEVICE = case_device()
 ON_GPU = DEVICE.type == "cuda"
 
 if ON_GPU:
-    LINEAR_CASES = [case for tile in list_default_tiles() for case in list_linear_cases(tile)]
+    GPU = find_architecture(get_gpu_architecture(DEVICE))
+    TILES = list_default_tiles() + (list_hopper_tiles() if GPU.has_hopper_kernel else [])
+    LINEAR_CASES = [case for tile in TILES for case in list_linear_cases(tile)]
     ROWWISE_CASES = list_rowwise_cases()
     ROWS_HERE = ROWS
 else:
@@ -43,8 +47,9 @@ def skip_unless_tile_fits(tile: Tile) -> None:
     if not ON_GPU:
         return
     available = torch.cuda.get_device_properties(DEVICE).shared_memory_per_block_optin
-    if tile.shared_bytes > available:
-        pytest.skip(f"the tile needs {tile.shared_bytes} bytes of shared memory, {available} there are")
+    needed = count_shared_bytes(tile, GPU)
+    if needed > available:
+        pytest.skip(f"the tile needs {needed} bytes of shared memory, {available} there are")
 
 
 @pytest.mark.parametrize("case", LINEAR_CASES, ids=str)

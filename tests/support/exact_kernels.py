@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from int8run.kernels.hadamard.reference import regular_hadamard, rotate_groups, sylvester_hadamard
-from int8run.kernels.int8_linear.tile import DEFAULTS, Tile
+from int8run.kernels.int8_linear.tile import ARCHITECTURES, BUCKETS, HOPPER, Tile, list_candidates
 
 # one row, a whole tile of few rows, one more, one less than a tile, and many with a tail
 ROWS = (1, 16, 17, 63, 4099)
@@ -40,7 +40,7 @@ class LinearCase:
 
     def __str__(self) -> str:
         t = self.tile
-        tile = f"{t.block_m}x{t.block_n}x{t.block_k}-w{t.warps}-s{t.stages}"
+        tile = f"{t.kernel}-{t.block_m}x{t.block_n}x{t.block_k}-w{t.warps}-s{t.stages}"
         bias = "-bias" if self.bias else ""
         rank = f"-rank{self.rank}" if self.rank else ""
         return f"{tile}-{self.n}x{self.k}-{name_dtype(self.dtype)}{bias}{rank}"
@@ -98,8 +98,14 @@ def name_dtype(dtype: torch.dtype) -> str:
 
 def list_default_tiles() -> list[Tile]:
     """Every tile that some architecture starts with, each once."""
-    tiles = (tile for of_architecture in DEFAULTS.values() for tile in of_architecture)
+    tiles = (tile for gpu in ARCHITECTURES.values() for tile in gpu.defaults)
     return list(dict.fromkeys(tiles))
+
+
+def list_hopper_tiles() -> list[Tile]:
+    """Every tile of the Hopper kernel that a tuner tries, each once."""
+    candidates = (tile for rows in BUCKETS for tile in list_candidates("sm_90", rows))
+    return list(dict.fromkeys(tile for tile in candidates if tile.kernel == HOPPER))
 
 
 def list_linear_cases(tile: Tile) -> list[LinearCase]:
@@ -117,6 +123,8 @@ def list_linear_cases(tile: Tile) -> list[LinearCase]:
         replace(whole, n=520),
         replace(whole, k=15368, dtype=HALF),
         replace(whole, n=333, k=1027, bias=True, rank=64),
+        # a tail that the copy engine of the Hopper kernel takes: rows begin at multiples of 16 bytes
+        replace(whole, n=333, k=1040, bias=True, rank=64),
     ]
 
 

@@ -1,37 +1,34 @@
 """Compile the Triton kernels for each GPU without having one, and count what costs speed.
 
-`python tests/support/static_gate.py` prints the counts.
+`tests/kernels/test_triton_static.py` fails where something does; `experiments/gpu/compile_table.py` writes
+the counts into a table.
 """
 
 import re
 import subprocess
-import sys
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import triton
+from support.static_builds import AMD, Build, resident_build
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
+from int8run.kernels.int8_linear import hopper
 from int8run.kernels.int8_linear import kernel as linear
-from int8run.kernels.int8_linear.tile import BUCKETS, FEW_ROWS, MANY_ROWS, SHARED_MEMORY, Tile, choose_tile
-from int8run.kernels.quantize_rowwise import kernel as rowwise
+from int8run.kernels.int8_linear.tile import find_architecture
 
-ARCHITECTURES = (80, 86, 89, 90, 100, 120)
-# mma.sync, wgmma and tcgen05 on int8
-INTEGER_MMA = r"\b(?:IMMA|IGMMA|UTCIMMA)\b"
 # Byte permutes in the k loop mean that the operands arrive in another order than the tensor cores want: on
-# sm_80 Triton 3.9 makes
-# 168 for the default tile, and 244 registers, from a weight tile loaded through a [K, N] view. The right form
-# has none; on
-# sm_100 scales per group have 16.
+# sm_80 Triton 3.9 makes 168 for the default tile, and 244 registers, from a weight tile loaded through a
+# [K, N] view. The right form has none; on sm_100 scales per group have 16.
 MOST_PERMUTES = 32
 # FLUX.1-dev's widths and ranks are multiples of 16, and torch's memory is aligned
 DIVISIBLE = [["tt.divisibility", 16]]
+# what the kernels ask Triton not to specialize, and what is no pointer or number
+NOT_SPECIALIZED = ("M", "gelu_from", "q_desc", "qdata_desc")
 TYPES = {
     **dict.fromkeys(("M", "N", "K", "R", "stride_xm", "gelu_from"), "i32"),
     **dict.fromkeys(("q_ptr", "qdata_ptr"), "*i8"),
@@ -40,23 +37,43 @@ TYPES = {
     ),
     **dict.fromkeys(("x_ptr", "down_ptr", "bias_ptr", "up_ptr", "y_ptr"), "*bf16"),
 }
-FLOAT32 = dict.fromkeys(("x_ptr", "down_ptr"), "*fp32")
 
 
 @dataclass(frozen=True)
-class Build:
-    """One compiled variant of a kernel."""
+class Assembly:
+    """How one vendor's assembly language looks, as regular expressions.
 
-    architecture: int
-    name: str
-    function: Any
-    constants: dict[str, Any]
-    warps: int
-    stages: int
-    types: dict[str, str] = field(default_factory=dict)
+    Args:
+        label: the beginning of a block, its name in the group.
+        branch: a jump to a label, its name in the group.
+        integer_mma: a tensor-core instruction on int8.
+        permute: an instruction that shuffles bytes.
+        product_wait: an instruction that waits for products, how many may go on in the group.
+    """
 
-    def __str__(self) -> str:
-        return f"sm_{self.architecture} {self.name}"
+    label: str
+    branch: str
+    integer_mma: str
+    permute: str
+    product_wait: str
+
+
+NVIDIA_ASSEMBLY = Assembly(
+    label=r"\s*(\.L_x_\d+):",
+    branch=r"\bBRA\b.*`\((\.L_x_\d+)\)",
+    integer_mma=r"\b(?:IMMA|IGMMA|UTCIMMA)\b",  # mma.sync, wgmma and tcgen05
+    permute=r"\bPRMT\b",
+    product_wait=r"\bWARPGROUP\.DEPBAR\.LE gsb0, 0x(\d)",
+)
+AMD_ASSEMBLY = Assembly(
+    label=r"\s*(\.LBB\d+_\d+):",
+    branch=r"\bs_c?branch\w*\s+(\.LBB\d+_\d+)",
+    integer_mma=r"\bv_(?:mfma|wmma)_i32_\w*i\w*8\b",
+    permute=r"\bv_perm_b32\b",
+    product_wait=r"\bnever (\d)",
+)
+# a tensor-core instruction in PTX or in AMD's assembly, its name without the types
+INSTRUCTION = r"\b(wgmma|mma\.sync|tcgen05\.mma|v_mfma|v_wmma)\S*?(?:[._](m\d+n\d+k\d+|\d+x\d+x\d+)\S*)?\s"
 
 
 @dataclass(frozen=True)
@@ -65,181 +82,141 @@ class Counts:
 
     registers: int
     shared: int  # bytes
-    local_loads: int  # LDL and STL: registers that were spilled to memory
-    local_stores: int
+    spills: int  # instructions that move registers to memory and back (NVIDIA), registers there (AMD)
     integer_mma: int
-    loop_permutes: int  # PRMT in loops that hold an integer MMA
+    loop_permutes: int  # in the innermost loops that hold an integer MMA
+    instruction: str = ""  # the tensor-core instruction
+    loop_waits: tuple[int, ...] = ()  # how many products may still run when those loops wait for products
 
-
-def linear_build(architecture: int, tile: Tile, rank: int = 0, group: int = 0, even: bool = True) -> Build:
-    """The INT8 linear kernel with a bias, bfloat16 out."""
-    block_k = linear.limit_block_k(tile.block_k, group)
-    constants = {
-        "GROUP": group,
-        "SCALE_ROWS": 1,
-        "HAS_BIAS": True,
-        "BLOCK_R": linear.choose_block_r(rank),
-        "EVEN_N": even,
-        "EVEN_K": even,
-        "BLOCK_M": tile.block_m,
-        "BLOCK_N": tile.block_n,
-        "BLOCK_K": block_k,
-        "GROUP_M": tile.group_m,
-    }
-    size = f"{tile.block_m}x{tile.block_n}x{block_k} w{tile.warps} s{tile.stages}"
-    options = (
-        f"{f' rank {rank}' if rank else ''}{f' group {group}' if group else ''}{'' if even else ' tails'}"
-    )
-    return Build(
-        architecture,
-        f"linear {size}{options}",
-        linear._int8_linear_kernel,
-        constants,
-        tile.warps,
-        tile.stages,
-    )
-
-
-def rowwise_build(
-    architecture: int,
-    rotation: int,
-    rank: int,
-    before: bool,
-    sylvester: bool = False,
-    dtype: torch.dtype = torch.bfloat16,
-) -> Build:
-    """The walking quantize kernel. `before`: with GELU and factor."""
-    block_r = rowwise.choose_block_r(rank)
-    constants = {
-        "HAS_FACTOR": before,
-        "GELU": before,
-        "ROTATION": rotation,
-        "SYLVESTER": sylvester,
-        "BLOCK_R": block_r,
-        "EVEN_K": True,
-        "PARTS": max(rotation // 64, 4),
-    }
-    kind = "sylvester" if sylvester else "rotation"
-    name = (
-        f"quantize {kind} {rotation} rank "
-        f"{rank}{' gelu factor' if before else ''}{' float32' if dtype == torch.float32 else ''}"
-    )
-    warps = rowwise.choose_row_block_warps(rotation, block_r)
-    return Build(
-        architecture,
-        name,
-        rowwise._quantize_row_block_kernel,
-        constants,
-        warps,
-        1,
-        FLOAT32 if dtype == torch.float32 else {},
-    )
-
-
-def resident_build(architecture: int, block_k: int) -> Build:
-    """The quantize kernel for whole rows, with GELU and factor."""
-    constants = {"HAS_FACTOR": True, "GELU": True, "BLOCK_K": block_k}
-    return Build(
-        architecture,
-        f"quantize row of {block_k}",
-        rowwise._quantize_one_row_kernel,
-        constants,
-        rowwise.choose_one_row_warps(block_k),
-        3,
-    )
-
-
-def linear_builds(architecture: int) -> Iterator[Build]:
-    """Each default tile; the smallest and the largest with every option."""
-    capability = divmod(architecture, 10)
-    for rows in BUCKETS:
-        tile, grouped = choose_tile(capability, rows), choose_tile(capability, rows, grouped=True)
-        yield linear_build(architecture, tile)
-        if rows in (FEW_ROWS, MANY_ROWS):
-            yield linear_build(architecture, tile, rank=64)
-            yield linear_build(architecture, grouped, group=128)
-            yield linear_build(architecture, tile, even=False)
-
-
-def rowwise_builds(architecture: int) -> Iterator[Build]:
-    """What FLUX needs: plain rows, GELU before ff.net.2, both kinds of rotation, LoRA of small and large
-    rank.
-    """
-    yield resident_build(architecture, 4096)
-    yield resident_build(architecture, 16384)
-    yield rowwise_build(architecture, 256, 0, before=False)
-    yield rowwise_build(architecture, 256, 16, before=True)
-    yield rowwise_build(architecture, 256, 64, before=False)
-    yield rowwise_build(architecture, 128, 0, before=False, sylvester=True)
-    yield rowwise_build(architecture, 128, 16, before=True, sylvester=True)
-    yield rowwise_build(architecture, 0, 256, before=True)
-    if architecture in (80, 90):
-        yield rowwise_build(architecture, 1024, 16, before=False)
-        yield rowwise_build(architecture, 256, 16, before=False, dtype=torch.float32)
-
-
-def builds(architecture: int) -> list[Build]:
-    """Everything that the gate compiles for one architecture."""
-    return [*linear_builds(architecture), *rowwise_builds(architecture)]
+    @property
+    def is_asynchronous(self) -> bool:
+        """Whether a warp-group product runs on while the next is started."""
+        return bool(self.loop_waits) and min(self.loop_waits) >= 1
 
 
 def count(build: Build) -> Counts:
     """Compile and count. Nothing is left on disk."""
+    with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope():
+        triton.knobs.cache.dir = folder
+        compiled = compile_build(build)
+        if build.architecture in AMD:
+            return count_amd(compiled)
+        return count_nvidia(compiled, Path(folder) / "kernel.cubin")
+
+
+def compile_build(build: Build) -> Any:
+    """What Triton makes of a build."""
     names = build.function.arg_names
     types = {**TYPES, **build.types}
-    source = ASTSource(
+    is_gluon = build.function is hopper._hopper_kernel
+    make_source = GluonASTSource if is_gluon else ASTSource
+    source = make_source(
         fn=build.function,
         signature={name: "constexpr" if name in build.constants else types[name] for name in names},
         constexprs=build.constants,
-        # M and gelu_from are what the kernels ask Triton not to specialize
         attrs={
             (i,): DIVISIBLE
-            for i, n in enumerate(names)
-            if n not in build.constants and n not in ("M", "gelu_from")
+            for i, name in enumerate(names)
+            if name not in build.constants and name not in NOT_SPECIALIZED
         },
     )
-    options = {"num_warps": build.warps, "num_stages": build.stages, "enable_fp_fusion": True}
-    with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope():
-        triton.knobs.cache.dir = folder
-        compiled = triton.compile(source, target=GPUTarget("cuda", build.architecture, 32), options=options)
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        sass = _tool("nvdisasm", "-c", str(cubin))
-        usage = _tool("cuobjdump", "-res-usage", str(cubin))
+    options = {"num_warps": build.warps, "enable_fp_fusion": True}
+    if not is_gluon:
+        options["num_stages"] = build.stages
+    return triton.compile(source, target=make_target(build.architecture), options=options)
 
-    def number(pattern):
-        return len(re.findall(pattern, sass))
 
+def make_target(architecture: str) -> GPUTarget:
+    """What Triton calls an architecture: its warps have 64 threads on AMD's Instinct, else 32."""
+    if architecture not in AMD:
+        return GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
+    warp_size = 64 if architecture.startswith("gfx9") else 32
+    return GPUTarget("hip", architecture, warp_size)
+
+
+def count_nvidia(compiled: Any, cubin: Path) -> Counts:
+    """Read the machine code, which is written to `cubin`."""
+    cubin.write_bytes(compiled.asm["cubin"])
+    usage = _tool("cuobjdump", "-res-usage", str(cubin))
+    sass = _tool("nvdisasm", "-c", str(cubin)).splitlines()
     return Counts(
         registers=int(re.search(r"REG:(\d+)", usage)[1]),
         shared=compiled.metadata.shared,
-        local_loads=number(r"\bLDL\b"),
-        local_stores=number(r"\bSTL\b"),
-        integer_mma=number(INTEGER_MMA),
-        loop_permutes=sum("PRMT" in line for line in integer_loops(sass.splitlines())),
+        spills=count_lines(r"\b(?:LDL|STL)\b", sass),
+        instruction=find_instruction(compiled.asm["ptx"]),
+        **count_products(sass, NVIDIA_ASSEMBLY),
     )
 
 
-def integer_loops(lines: list[str]) -> list[str]:
-    """The lines of all loops that hold an integer MMA: from a label to a branch that goes back to it."""
-    line_of_label = find_labels(lines)
-    inside: set[int] = set()
+def count_amd(compiled: Any) -> Counts:
+    """Read the assembly and what it says of itself at its end."""
+    text = compiled.asm["amdgcn"]
+    lines = text.splitlines()
+    spills = re.search(r"\.vgpr_spill_count:\s+(\d+)", text)
+    return Counts(
+        registers=int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1]),
+        shared=compiled.metadata.shared,
+        spills=int(spills[1]) + count_lines(r"\bscratch_(?:load|store)", lines),
+        instruction=find_instruction(text),
+        **count_products(lines, AMD_ASSEMBLY),
+    )
+
+
+def count_products(lines: list[str], assembly: Assembly) -> dict[str, Any]:
+    """The fields of `Counts` that tell of integer products."""
+    loops = integer_loops(lines, assembly)
+    waits = [re.search(assembly.product_wait, line) for line in loops]
+    return {
+        "integer_mma": count_lines(assembly.integer_mma, lines),
+        "loop_permutes": count_lines(assembly.permute, loops),
+        "loop_waits": tuple(int(wait[1]) for wait in waits if wait),
+    }
+
+
+def count_lines(pattern: str, lines: list[str]) -> int:
+    """How many lines have something that matches."""
+    return sum(re.search(pattern, line) is not None for line in lines)
+
+
+def find_instruction(text: str) -> str:
+    """The first integer tensor-core instruction by its name and size, `wgmma m64n128k32`."""
+    for line in text.splitlines():
+        found = re.search(INSTRUCTION, line)
+        if found and re.search(r"s8|u8|i8", line):
+            return " ".join(part for part in found.groups() if part)
+    return ""
+
+
+def integer_loops(lines: list[str], assembly: Assembly = NVIDIA_ASSEMBLY) -> list[str]:
+    """The lines of the innermost loops that hold an integer MMA: from a label to a branch back to it."""
+    line_of_label = find_labels(lines, assembly)
+    loops: list[range] = []
     for end, line in enumerate(lines):
-        branch = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)
+        branch = re.search(assembly.branch, line)
         if branch is None:
             continue
         start = line_of_label.get(branch[1], end)  # after `end` where it branches forward: an empty body
-        body = lines[start:end]
-        if any(re.search(INTEGER_MMA, instruction) for instruction in body):
-            inside.update(range(start, end))
+        if count_lines(assembly.integer_mma, lines[start:end]):
+            loops.append(range(start, end))
+    innermost: list[range] = []
+    # a longer one around it is an outer loop, or comes back from a block that waits out of line
+    for loop in sorted(loops, key=len):
+        if not any(overlap(loop, other) for other in innermost):
+            innermost.append(loop)
+    inside = {i for loop in innermost for i in loop}
     return [lines[i] for i in sorted(inside)]
 
 
-def find_labels(lines: list[str]) -> dict[str, int]:
+def overlap(loop: range, other: range) -> bool:
+    """Whether two loops have lines in common."""
+    return loop.start < other.stop and other.start < loop.stop
+
+
+def find_labels(lines: list[str], assembly: Assembly) -> dict[str, int]:
     """At which line each label stands."""
     found = {}
     for i, line in enumerate(lines):
-        label = re.match(r"\s*(\.L_x_\d+):", line)
+        label = re.match(assembly.label, line)
         if label is not None:
             found[label[1]] = i
     return found
@@ -248,24 +225,27 @@ def find_labels(lines: list[str]) -> dict[str, int]:
 def failures(build: Build, counts: Counts) -> list[str]:
     """What is wrong with it; empty when nothing is."""
     wrong = []
-    is_linear = build.function is linear._int8_linear_kernel
-    if is_linear and not counts.integer_mma:
+    multiplies = build.function in (linear._int8_linear_kernel, hopper._hopper_kernel)
+    shared_memory = find_architecture(build.architecture).shared_memory
+    if multiplies and not counts.integer_mma:
         wrong.append("no integer tensor-core instruction")
-    if counts.local_loads or counts.local_stores:
-        wrong.append(f"spills: {counts.local_loads} LDL, {counts.local_stores} STL")
-    if is_linear and counts.loop_permutes > MOST_PERMUTES:
+    if counts.spills:
+        wrong.append(f"{counts.spills} spills")
+    if multiplies and counts.loop_permutes > MOST_PERMUTES:
         wrong.append(f"{counts.loop_permutes} byte permutes in the k loop, more than {MOST_PERMUTES}")
-    if counts.shared > SHARED_MEMORY[build.architecture]:
-        wrong.append(f"{counts.shared} bytes of shared memory, {SHARED_MEMORY[build.architecture]} there are")
+    if counts.shared > shared_memory:
+        wrong.append(f"{counts.shared} bytes of shared memory, {shared_memory} there are")
+    if build.function is hopper._hopper_kernel and not counts.is_asynchronous:
+        wrong.append("waits for each product before it starts the next")
     return wrong
 
 
-def unsupported(architecture: int) -> str | None:
+def unsupported(architecture: str) -> str | None:
     """Why the installed Triton cannot compile for an architecture; None when it can."""
     try:
         count(resident_build(architecture, 32))
     except (RuntimeError, triton.runtime.errors.TritonError) as error:
-        return f"Triton {triton.__version__} does not compile for sm_{architecture}: {error}"
+        return f"Triton {triton.__version__} does not compile for {architecture}: {error}"
     return None
 
 
@@ -274,25 +254,3 @@ def _tool(name: str, *arguments: str) -> str:
     program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     done = subprocess.run([str(program), *arguments], capture_output=True, text=True, check=True)
     return done.stdout + done.stderr
-
-
-def main() -> None:
-    """Print a row for every build."""
-    write = sys.stdout.write
-    write(f"Triton {triton.__version__}\n{'':62} regs   smem  LDL  STL  MMA PRMT\n")
-    for architecture in ARCHITECTURES:
-        reason = unsupported(architecture)
-        if reason:
-            write(reason + "\n")
-            continue
-        for build in builds(architecture):
-            c = count(build)
-            row = (
-                f"{c.registers:4} {c.shared:6} {c.local_loads:4} "
-                f"{c.local_stores:4} {c.integer_mma:4} {c.loop_permutes:4}"
-            )
-            write(f"{build!s:62} {row}  {'; '.join(failures(build, c))}\n")
-
-
-if __name__ == "__main__":
-    main()

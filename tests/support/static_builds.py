@@ -1,0 +1,196 @@
+"""What the static gate compiles: every kernel, for every GPU, with every option that its code depends on."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from support.exact_kernels import list_hopper_tiles
+
+from int8run.kernels.int8_linear import hopper
+from int8run.kernels.int8_linear import kernel as linear
+from int8run.kernels.int8_linear.tile import (
+    BUCKETS,
+    FEW_ROWS,
+    HOPPER_PIECE,
+    MANY_ROWS,
+    Tile,
+    choose_tile,
+    find_architecture,
+)
+from int8run.kernels.quantize_rowwise import kernel as rowwise
+
+NVIDIA = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120")
+AMD = ("gfx942", "gfx1100", "gfx1201")
+FLOAT32 = dict.fromkeys(("x_ptr", "down_ptr"), "*fp32")
+
+
+@dataclass(frozen=True)
+class Build:
+    """One compiled variant of a kernel."""
+
+    architecture: str
+    name: str
+    function: Any
+    constants: dict[str, Any]
+    warps: int
+    stages: int
+    types: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.architecture} {self.name}"
+
+
+def linear_build(architecture: str, tile: Tile, rank: int = 0, group: int = 0, even: bool = True) -> Build:
+    """The INT8 linear kernel with a bias, bfloat16 out."""
+    block_k = linear.limit_block_k(tile.block_k, group)
+    constants = {
+        "GROUP": group,
+        "SCALE_ROWS": 1,
+        "HAS_BIAS": True,
+        "BLOCK_R": linear.choose_block_r(rank),
+        "EVEN_N": even,
+        "EVEN_K": even,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_K": block_k,
+        "GROUP_M": tile.group_m,
+    }
+    name = f"linear {tile.block_m}x{tile.block_n}x{block_k} w{tile.warps} s{tile.stages}"
+    if rank:
+        name += f" rank {rank}"
+    if group:
+        name += f" group {group}"
+    if not even:
+        name += " tails"
+    return Build(
+        architecture,
+        name,
+        linear._int8_linear_kernel,
+        constants,
+        tile.warps,
+        tile.stages,
+    )
+
+
+def hopper_build(tile: Tile, rank: int = 0, out: str = "bf16") -> Build:
+    """The Hopper kernel with a bias."""
+    constants = {
+        "BLOCK_R": hopper.choose_block_r(rank),
+        "GROUP_M": tile.group_m,
+        "STAGES": tile.stages,
+        "PIECE": HOPPER_PIECE,
+    }
+    if not rank:
+        constants |= dict.fromkeys(("h_ptr", "up_ptr", "strengths_ptr"))
+    types = {
+        "q_desc": _operand_type(tile.block_m, tile.block_k),
+        "qdata_desc": _operand_type(tile.block_n, tile.block_k),
+        "y_ptr": f"*{out}",
+    }
+    name = f"hopper {tile.block_m}x{tile.block_n}x{tile.block_k} w{tile.warps} s{tile.stages}"
+    if rank:
+        name += f" rank {rank}"
+    if out != "bf16":
+        name += f" {out}"
+    return Build("sm_90", name, hopper._hopper_kernel, constants, tile.warps, tile.stages, types)
+
+
+def _operand_type(rows: int, columns: int) -> str:
+    """The type of an operand's descriptor in a kernel's signature."""
+    return f"tensordesc<i8[{rows},{columns}],{hopper.choose_operand_layout(rows, columns)!r}>"
+
+
+def rowwise_build(
+    architecture: str,
+    rotation: int,
+    rank: int,
+    before: bool,
+    sylvester: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Build:
+    """The walking quantize kernel. `before`: with GELU and factor."""
+    block_r = rowwise.choose_block_r(rank)
+    constants = {
+        "HAS_FACTOR": before,
+        "GELU": before,
+        "ROTATION": rotation,
+        "SYLVESTER": sylvester,
+        "BLOCK_R": block_r,
+        "EVEN_K": True,
+        "PARTS": max(rotation // 64, 4),
+    }
+    kind = "sylvester" if sylvester else "rotation"
+    name = (
+        f"quantize {kind} {rotation} rank "
+        f"{rank}{' gelu factor' if before else ''}{' float32' if dtype == torch.float32 else ''}"
+    )
+    warps = rowwise.choose_row_block_warps(rotation, block_r)
+    return Build(
+        architecture,
+        name,
+        rowwise._quantize_row_block_kernel,
+        constants,
+        warps,
+        1,
+        FLOAT32 if dtype == torch.float32 else {},
+    )
+
+
+def resident_build(architecture: str, block_k: int) -> Build:
+    """The quantize kernel for whole rows, with GELU and factor."""
+    constants = {"HAS_FACTOR": True, "GELU": True, "BLOCK_K": block_k}
+    return Build(
+        architecture,
+        f"quantize row of {block_k}",
+        rowwise._quantize_one_row_kernel,
+        constants,
+        rowwise.choose_one_row_warps(block_k),
+        3,
+    )
+
+
+def linear_builds(architecture: str) -> Iterator[Build]:
+    """Each default tile; the smallest and the largest with every option."""
+    for rows in BUCKETS:
+        tile, grouped = choose_tile(architecture, rows), choose_tile(architecture, rows, grouped=True)
+        yield linear_build(architecture, tile)
+        if rows in (FEW_ROWS, MANY_ROWS):
+            yield linear_build(architecture, tile, rank=64)
+            yield linear_build(architecture, grouped, group=128)
+            yield linear_build(architecture, tile, even=False)
+
+
+def hopper_builds() -> Iterator[Build]:
+    """Each tile of the Hopper kernel that a tuner tries, with every option."""
+    for tile in list_hopper_tiles():
+        yield hopper_build(tile)
+        yield hopper_build(tile, rank=16)
+        yield hopper_build(tile, rank=64)
+        yield hopper_build(tile, out="fp16")
+        yield hopper_build(tile, out="fp32")
+
+
+def rowwise_builds(architecture: str) -> Iterator[Build]:
+    """What FLUX needs: plain rows, GELU before ff.net.2, both kinds of rotation, LoRA of small and large
+    rank.
+    """
+    yield resident_build(architecture, 4096)
+    yield resident_build(architecture, 16384)
+    yield rowwise_build(architecture, 256, 0, before=False)
+    yield rowwise_build(architecture, 256, 16, before=True)
+    yield rowwise_build(architecture, 256, 64, before=False)
+    yield rowwise_build(architecture, 128, 0, before=False, sylvester=True)
+    yield rowwise_build(architecture, 128, 16, before=True, sylvester=True)
+    yield rowwise_build(architecture, 0, 256, before=True)
+    if architecture in ("sm_80", "sm_90", *AMD):
+        yield rowwise_build(architecture, 1024, 16, before=False)
+        yield rowwise_build(architecture, 256, 16, before=False, dtype=torch.float32)
+
+
+def builds(architecture: str) -> list[Build]:
+    """Everything that the gate compiles for one architecture."""
+    found = [*linear_builds(architecture), *rowwise_builds(architecture)]
+    if find_architecture(architecture).has_hopper_kernel:
+        found += hopper_builds()
+    return found
