@@ -5,6 +5,7 @@ anything is loaded. No file is opened and no class is asked for its name here.
 """
 
 import functools
+import importlib
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -40,6 +41,7 @@ class CallFacts:
     no_files: Sequence[str]
     control_components: Sequence[str]
     conditions: Sequence[str]
+    object_classes: Mapping[str, Mapping[str, str]]
     several_images: Sequence[str]
     nested_images: Sequence[str]
     frame_tensors: Sequence[str]
@@ -129,7 +131,7 @@ def find_call_inputs(
     """
     facts = load_facts()
     arguments = find_arguments(parameters, components)
-    condition = find_condition_class(parameters)
+    condition = find_condition_class(name, parameters)
     if condition is not None:
         argument = next(word for word in facts.conditions if word in parameters)
         arguments |= dict.fromkeys(CONDITION_COLUMNS, argument)
@@ -185,16 +187,31 @@ def find_arguments(parameters: Mapping[str, inspect.Parameter], components: Sequ
     return arguments
 
 
-def find_condition_class(parameters: Mapping[str, inspect.Parameter]) -> type | None:
-    """The class of the objects that `conditions` takes, from its annotation; None where there is none."""
+def find_condition_class(pipeline: str, parameters: Mapping[str, inspect.Parameter]) -> type | None:
+    """The class of the objects that `conditions` takes; None where there is none.
+
+    Args:
+        pipeline: name of its class.
+        parameters: of its call, by name.
+    """
     for word in load_facts().conditions:
         if word in parameters:
-            return find_object_class(parameters[word])
+            return find_object_class(pipeline, parameters[word])
     return None
 
 
-def find_object_class(parameter: inspect.Parameter) -> type | None:
-    """The class of diffusers that an argument takes, alone or in a list; None where it takes none."""
+def find_object_class(pipeline: str, parameter: inspect.Parameter) -> type | None:
+    """The class of diffusers that an argument takes, alone or in a list; None where it takes none.
+
+    Args:
+        pipeline: name of its class.
+        parameter: of its call.
+    """
+    path = load_facts().object_classes.get(pipeline, {}).get(parameter.name)
+    if path is not None:
+        module, _, name = path.rpartition(".")
+        found: type = getattr(importlib.import_module(module), name)
+        return found
     pending = [parameter.annotation]
     while pending:
         option = pending.pop(0)

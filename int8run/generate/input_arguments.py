@@ -115,7 +115,7 @@ def shape_argument(
     first = media[0]
     if call.pipeline in facts.frame_tensors:
         return make_frame_tensor(first)
-    condition = find_object_class(parameter)
+    condition = find_object_class(call.pipeline, parameter)
     if condition is not None:
         return [condition(frames=frames) for frames in media]
     if call.pipeline in facts.nested_images:

@@ -43,6 +43,7 @@ MEDIA = (
     "mask",
     "reference_images",
     "conditions",
+    "driving_video",
 )
 
 
@@ -127,8 +128,11 @@ CASES = {
     "wan_vace": InputCase("wan_vace", {"video": 1, "mask_image": 1, "reference_images": 1}),
     "ltx2_i2v": InputCase("ltx2_i2v", ONE),
     "ltx2_condition": InputCase("ltx2_condition", {"image": 1, "last_image": 1}),
+    "ltx2_condition_video": InputCase("ltx2_condition", {"video": 1}, strength=0.9),
+    "ltx25_first_and_last": InputCase("ltx25", {"image": 1, "last_image": 1}),
+    "wan_animate_2": InputCase("wan_animate_2", {"image": 1, "video": 1}),
 }
-NEEDS_PYAV = ("ltx2_condition",)  # its images are compressed as the frames of a video are
+NEEDS_PYAV = ("ltx2_condition", "ltx25")  # its images are compressed as the frames of a video are
 QUICK = ("flux_img2img", "flux_inpaint", "flux_controlnet", "sd15_img2img", "sdxl_inpaint")
 NAMES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES]
 

@@ -193,6 +193,16 @@ def test_offloading_is_that_of_diffusers(monkeypatch: pytest.MonkeyPatch) -> Non
             (),
         ),
         (WanAnimate2ModularPipeline, {"image": "image", "video": "driving_video"}, ("image", "video")),
+        (
+            LTX25ModularPipeline,
+            {
+                "image": "conditions",
+                "reference_video": "reference_conditions",
+                "last_image": "conditions",
+                "video": "conditions",
+            },
+            (),
+        ),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
