@@ -31,7 +31,8 @@ def run_alone(overrides: list[str]) -> None:
     from int8run.pipeline.process_cache import get_or_build
     from int8run.report.console import Progress
     from int8run.tasks.image_writer import ImageWriter
-    from int8run.tasks.run import RunInputs, generate_all
+    from int8run.tasks.run_generation import generate_all
+    from int8run.tasks.run_inputs import RunInputs
 
     class NoFiles(ImageWriter):
         """Has the samples of a job and saves none of its images."""

@@ -1,102 +1,33 @@
-"""mxfp8 and nvfp4: weights whose blocks of a row share a small scale.
+"""mxfp8 and nvfp4: weights whose blocks of a row share a small scale, checked and read from a file.
 
-Two questions are answered here that a file does not always answer itself: in which order the block scales
-stand, and what the weight's shape is without padding. ComfyUI keeps the scales in cuBLAS's tiles
-("swizzled"), and of nvfp4 the even columns in the high half of a byte; ModelOpt keeps the scales in rows and
-the even columns in the low half. Where N is a multiple of 128 and the blocks of a row are one of 4, no shape
-shows which it is.
-
-`classify.py` checks layers with this module, `detect.py` finds their format with it when all of them are
-known, `layer.py` reads their numbers.
+`classify.py` checks layers with this module, `layer.py` reads their numbers. Of nvfp4, ComfyUI keeps the even
+columns in the high half of a byte, ModelOpt in the low half; in which order the scales stand is found out by
+`block_layout.py`.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from int8run.checkpoints.block_formats import (
+    BLOCK_FORMATS,
+    FORMATS_BY_NAME,
+    SWIZZLED_NAMES,
+    TILE_ROWS,
+    BlockFormat,
+)
+from int8run.checkpoints.block_layout import find_layouts
 from int8run.checkpoints.granularity import check_positive
 from int8run.checkpoints.layer_evidence import LayerEvidence
 from int8run.checkpoints.quant_metadata import Marker
 from int8run.checkpoints.reader import TensorFiles, TensorInfo
-from int8run.checkpoints.unsupported import is_modelopt
 from int8run.errors import FileError
-from int8run.kernels.dequantize.reference import MXFP8_BLOCK, NVFP4_BLOCK, compute_swizzled_offsets
-from int8run.quant.formats import SCALE_TILE
+from int8run.kernels.dequantize.reference import compute_swizzled_offsets
 from int8run.quant.packed_weight import PackedWeight, round_up
-from int8run.utils.plurals import count_noun
 
-NVFP4, MXFP8 = "nvfp4", "mxfp8"
-TILE_ROWS, TILE_COLUMNS = SCALE_TILE
-
-
-@dataclass(frozen=True)
-class BlockFormat:
-    """What all weights in mxfp8, or all in nvfp4, have in common.
-
-    Args:
-        qdata_dtype: of the weight in the file, by safetensors' name.
-        values_per_byte: numbers of the weight in one byte.
-        scale_dtypes: that the block scales may have.
-        first_invalid_byte: from this byte on, scales are NaN or negative.
-        block_size: numbers of a row that share a scale.
-        padding_multiple: what N and K are padded to.
-        swizzled_name: format name of a layer whose scales lie in tiles, as ComfyUI writes them.
-        row_major_name: format name of a layer whose scales lie in rows.
-        required_parts: what for -> name of the tensor, of those that must stand beside the weight.
-    """
-
-    qdata_dtype: str
-    values_per_byte: int
-    scale_dtypes: tuple[str, ...]
-    first_invalid_byte: int
-    block_size: int
-    padding_multiple: int
-    swizzled_name: str
-    row_major_name: str
-    required_parts: Mapping[str, str]
-
-    def count_columns(self, info: TensorInfo) -> int:
-        """K of a weight in the file, with its padding."""
-        return info.shape[1] * self.values_per_byte
-
-    def get_padded_shape(self, info: TensorInfo) -> tuple[int, int]:
-        """N and K of a weight in the file, with their padding."""
-        return info.shape[0], self.count_columns(info)
-
-
-BLOCK_FORMATS = {
-    NVFP4: BlockFormat(
-        qdata_dtype="U8",
-        values_per_byte=2,
-        scale_dtypes=("F8_E4M3", "U8"),
-        first_invalid_byte=0x7F,
-        block_size=NVFP4_BLOCK,
-        padding_multiple=16,
-        swizzled_name="nvfp4",
-        row_major_name="nvfp4_modelopt",
-        required_parts={"scale": "weight_scale", "global": "weight_scale_2"},
-    ),
-    MXFP8: BlockFormat(
-        qdata_dtype="F8_E4M3",
-        values_per_byte=1,
-        scale_dtypes=("U8", "F8_E8M0"),
-        first_invalid_byte=0xFF,
-        block_size=MXFP8_BLOCK,
-        padding_multiple=32,
-        swizzled_name="mxfp8",
-        row_major_name="mxfp8_rows",
-        required_parts={"scale": "weight_scale"},
-    ),
-}
 MINUS_ZERO = 0x80  # in e4m3
-SWIZZLED_NAMES = {block_format.swizzled_name for block_format in BLOCK_FORMATS.values()}
-FORMATS_BY_NAME = {
-    **{block_format.swizzled_name: block_format for block_format in BLOCK_FORMATS.values()},
-    **{block_format.row_major_name: block_format for block_format in BLOCK_FORMATS.values()},
-}
 
 
 @dataclass(frozen=True)
@@ -113,20 +44,6 @@ class LogicalShape:
     rows: int
     columns: int
     declared: tuple[bool, bool]
-
-
-class BlockScaledLayer(Protocol):
-    """What this module uses of a `CheckpointLayer`, which is defined above it."""
-
-    @property
-    def key(self) -> str:
-        """The weight's key."""
-        ...
-
-    @property
-    def part_keys(self) -> Mapping[str, str]:
-        """What for -> key, of the tensors beside the weight."""
-        ...
 
 
 def check_block_scaled(evidence: LayerEvidence, storage_dtype: str) -> LogicalShape:
@@ -217,37 +134,6 @@ def check_global_scale(evidence: LayerEvidence) -> None:
     check_positive(evidence.files, scale.key)
 
 
-def find_layouts(info: TensorInfo, scale: TensorInfo, storage_dtype: str) -> list[bool]:
-    """Whether block scales can lie in tiles, by the shapes.
-
-    Args:
-        info: of the weight.
-        scale: of its block scales.
-        storage_dtype: mxfp8 or nvfp4.
-
-    Returns:
-        [True], [False], or both where the two layouts have the same shape.
-
-    Raises:
-        FileError: they fit neither way.
-    """
-    block_format = BLOCK_FORMATS[storage_dtype]
-    blocks_per_row = block_format.count_columns(info) // block_format.block_size
-    in_rows = (info.shape[0], blocks_per_row)
-    in_tiles = (round_up(info.shape[0], TILE_ROWS), round_up(blocks_per_row, TILE_COLUMNS))
-    layouts = []
-    if scale.shape == in_tiles:
-        layouts.append(True)
-    if scale.shape == in_rows:
-        layouts.append(False)
-    if not layouts:
-        raise FileError(
-            f"{scale.file}: {scale.key} has the shape {list(scale.shape)}; of {info.key} {list(info.shape)} "
-            f"in {storage_dtype} it is {list(in_tiles)} in tiles, {list(in_rows)} in rows"
-        )
-    return layouts
-
-
 def infer_logical_shape(evidence: LayerEvidence, storage_dtype: str) -> LogicalShape:
     """Find N and K without padding.
 
@@ -327,87 +213,6 @@ def is_padded_from(shape: tuple[int, ...], padded: tuple[int, ...], multiple: in
         size <= padded_size and padded_size in (size, round_up(size, multiple))
         for size, padded_size in zip(shape, padded, strict=True)
     )
-
-
-def resolve_format_name(
-    files: TensorFiles,
-    storage_dtype: str,
-    layers: Mapping[str, BlockScaledLayer],
-    markers: Mapping[str, Marker],
-    quant_format: str,
-) -> str:
-    """The format name of all layers in mxfp8, or in nvfp4, of a file: a file has one maker.
-
-    Markers and shapes decide; else the name that the user declares; else the config in the folder.
-
-    Args:
-        files: the checkpoint.
-        storage_dtype: mxfp8 or nvfp4.
-        layers: all that have it.
-        markers: of the layers that have one, or an entry in the header, as ComfyUI's have and no others.
-        quant_format: that the user declares; perhaps `auto`, or one of another storage dtype.
-
-    Raises:
-        FileError: for layers that contradict each other, or where nothing decides.
-    """
-    block_format = BLOCK_FORMATS[storage_dtype]
-    swizzled, row_major = block_format.swizzled_name, block_format.row_major_name
-    evidence = find_layout_evidence(files, storage_dtype, layers, markers)
-    if len(evidence) == 2:
-        raise FileError(
-            f"{files.path}: the scales of {evidence[True]} lie in tiles as ComfyUI has them, those of "
-            f"{evidence[False]} in rows as ModelOpt has them; a file has one maker, so this one cannot be "
-            "read"
-        )
-    if True in evidence:
-        return swizzled
-    if False in evidence:
-        return row_major
-    if quant_format in (swizzled, row_major):
-        return quant_format
-    if is_modelopt(files):
-        return row_major
-    raise FileError(
-        f"{files.path}: {count_noun(len(layers), 'weight', 'are')} {storage_dtype} (first: "
-        f"{next(iter(layers))}) by ComfyUI or by ModelOpt, and neither shapes nor markers show which; set "
-        f"model.quant_format={swizzled} or model.quant_format={row_major}, for a text encoder "
-        f"clip={swizzled} or clip={row_major} (quant_format in a program)"
-    )
-
-
-def find_layout_evidence(
-    files: TensorFiles,
-    storage_dtype: str,
-    layers: Mapping[str, BlockScaledLayer],
-    markers: Mapping[str, Marker],
-) -> dict[bool, str]:
-    """Find the layers that show how block scales lie: those with a marker, or a shape of one layout alone.
-
-    Args:
-        files: the checkpoint.
-        storage_dtype: mxfp8 or nvfp4.
-        layers: all that have it.
-        markers: of the layers that have one.
-
-    Returns:
-        Whether scales lie in tiles -> the first layer that shows it.
-
-    Raises:
-        FileError: for a marker that the shape of the scales contradicts.
-    """
-    evidence: dict[bool, str] = {}
-    for name, layer in layers.items():
-        scale_key = layer.part_keys["scale"]
-        layouts = find_layouts(files[layer.key], files[scale_key], storage_dtype)
-        marker = markers.get(name)
-        if marker is not None and True not in layouts:
-            raise FileError(
-                f"{marker.location} says {marker.format_name!r}, whose scales lie in tiles, and {scale_key} "
-                "has the shape of scales in rows; they contradict each other, so the weight cannot be read"
-            )
-        if marker is not None or len(layouts) == 1:
-            evidence.setdefault(layouts[0], name)
-    return evidence
 
 
 def check_block_scales(files: TensorFiles, info: TensorInfo, format_name: str, scale_key: str) -> None:

@@ -9,7 +9,7 @@ from itertools import chain
 from math import prod
 
 from int8run.checkpoints import block_scaled, quip
-from int8run.checkpoints.block_scaled import BLOCK_FORMATS, MXFP8, NVFP4
+from int8run.checkpoints.block_formats import BLOCK_FORMATS, MXFP8, NVFP4
 from int8run.checkpoints.classify_int8 import parse_int8_layer
 from int8run.checkpoints.format_names import FORMAT_NAMES, MARKER_FORMATS, name_granularity
 from int8run.checkpoints.granularity import Granularity, check_positive, read_granularity

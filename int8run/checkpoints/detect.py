@@ -12,8 +12,8 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 
-from int8run.checkpoints import block_scaled, quip
-from int8run.checkpoints.block_scaled import BLOCK_FORMATS
+from int8run.checkpoints import block_layout, block_scaled, quip
+from int8run.checkpoints.block_formats import BLOCK_FORMATS
 from int8run.checkpoints.classify import CLEAR_SUFFIXES, classify_weight
 from int8run.checkpoints.classify_int8 import is_transformed_by_tensors
 from int8run.checkpoints.declared_format import AUTO, UNDECLARED, DeclaredFormat
@@ -189,7 +189,7 @@ def resolve_block_layers(
         own = {name: layer for name, layer in layers.items() if layer.storage_dtype == storage_dtype}
         if not own:
             continue
-        format_name = block_scaled.resolve_format_name(files, storage_dtype, own, markers, quant_format)
+        format_name = block_layout.resolve_format_name(files, storage_dtype, own, markers, quant_format)
         for name, layer in own.items():
             block_scaled.check_block_scales(files, files[layer.key], format_name, layer.part_keys["scale"])
             resolved[name] = replace(layer, format_name=format_name, label=format_name)

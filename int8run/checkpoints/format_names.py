@@ -5,7 +5,7 @@
 
 from typing import NamedTuple
 
-from int8run.checkpoints.block_scaled import MXFP8, NVFP4
+from int8run.checkpoints.block_formats import MXFP8, NVFP4
 from int8run.checkpoints.layer import FP8, INT8
 from int8run.checkpoints.quant_metadata import INT8RUN_FORMAT, Marker
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from int8run.checkpoints import block_scaled, quip
-from int8run.checkpoints.block_scaled import BLOCK_FORMATS
+from int8run.checkpoints.block_formats import BLOCK_FORMATS
 from int8run.checkpoints.reader import TensorFiles, resolve_rows
 from int8run.errors import FileError
 from int8run.kernels.hadamard.reference import Rotation, regular_hadamard, sylvester_hadamard
@@ -24,7 +24,7 @@ from int8run.outlier.base import NONE, OutlierTransform
 from int8run.quant.packed_weight import PackedWeight
 from int8run.quant.weight import QuantizedWeight
 
-# storage dtypes besides those of block_scaled.py
+# storage dtypes besides those of block_formats.py
 FLOAT, INT8, FP8 = "float", "int8", "fp8"
 MAX_EXACT_GROUP_SIZE = 1024  # the kernels rotate no larger groups
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import torch
 
-from int8run.checkpoints.block_scaled import MXFP8, NVFP4
+from int8run.checkpoints.block_formats import MXFP8, NVFP4
 from int8run.checkpoints.layer import INT8, CheckpointLayer
 from int8run.checkpoints.reader import TensorFiles
 from int8run.errors import FileError

@@ -29,12 +29,9 @@ from int8run.models.state_dict_adapter import find_prefix, join_shapes, to_origi
 from int8run.outlier.none import NoOutlier
 from int8run.quant.rounding import AbsMax
 from int8run.quant.weight import quantize_weight
-from int8run.tasks.denoiser_checkpoint import (
-    find_repeated_blocks,
-    has_original_names,
-    recognize_checkpoint,
-)
-from int8run.tasks.quantize_checkpoint import plan_names, quantize_file
+from int8run.tasks.denoiser_checkpoint import find_repeated_blocks, has_original_names, recognize_checkpoint
+from int8run.tasks.quantize_checkpoint import quantize_file
+from int8run.tasks.quantize_checkpoint_plan import plan_names
 from int8run.tasks.quantize_common import count_skip_reasons, hash_checkpoint
 from int8run.utils.paths import ASSETS_FOLDER
 

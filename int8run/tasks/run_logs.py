@@ -1,0 +1,113 @@
+"""What a run says in the terminal: warnings about its settings, what was built, and the table of results.
+
+Called by `tasks.run`. The files of a run are written by `tasks.run_outputs`.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+
+from int8run.config.job import Job
+from int8run.config.run_spec import RunSpec
+from int8run.generate.call_inputs import read_call_inputs
+from int8run.generate.generate import Generation
+from int8run.generate.generated_sampling import (
+    describe_rounded,
+    describe_skipped,
+    is_skipped,
+    list_rounded,
+    read_generated_sampling,
+)
+from int8run.generate.input_sizes import list_resized
+from int8run.generate.negative_prompts import explain_unused_negative_prompt
+from int8run.generate.prompts import Sample
+from int8run.generate.step_count import get_strength
+from int8run.lora.header_info import LoraHeader, list_few_step_warnings
+from int8run.pipeline.built_model import BuiltModel
+from int8run.report.console import print_lines
+from int8run.report.formatting import format_pairs
+from int8run.report.result_table import build_result_table
+from int8run.report.step_times import has_scattered_times
+from int8run.tasks.run_outputs import describe_build, name_candidate
+from int8run.utils.hardware import get_device_name
+
+log = logging.getLogger(__name__)
+
+
+def log_rounded(spec: RunSpec, built: BuiltModel, samples: Sequence[Sample], generation: Generation) -> None:
+    """Log where the pipeline did not do what it was asked for: a size, a number of frames, of steps.
+
+    Also logs what size it makes of inputs.
+
+    Args:
+        spec: the settings.
+        built: the model.
+        samples: that were generated.
+        generation: of them.
+    """
+    pipeline = type(built.pipe).__name__
+    strength = get_strength(read_call_inputs(type(built.pipe)), samples, spec.sampling)
+    unasked = []
+    for change in list_rounded(spec.sampling, read_generated_sampling(spec.sampling, generation)):
+        if is_skipped(change, strength):
+            log.info("%s", describe_skipped(change, pipeline, strength))
+        else:
+            unasked.append(change)
+    if unasked:
+        log.warning("%s", describe_rounded(unasked, pipeline))
+    for resized in list_resized(samples, generation.frames):
+        log.info("%s", resized.describe(pipeline))
+
+
+def log_lora_warnings(spec: RunSpec, built: BuiltModel, headers: Sequence[LoraHeader]) -> None:
+    """Log unusual strengths, and settings that a few-step LoRA was not made for."""
+    few_step_warnings = list_few_step_warnings(
+        headers,
+        spec.lora,
+        lora_base=spec.model.lora_base,
+        location=str(spec.model.location),
+        sampling=spec.sampling,
+        scheduler=built.pipe.scheduler,
+    )
+    for line in [*spec.lora.list_unusual_strengths(), *few_step_warnings]:
+        log.warning("%s", line)
+
+
+def log_unused_negative_prompts(spec: RunSpec, built: BuiltModel, samples: Sequence[Sample]) -> None:
+    """Log that negative prompts change nothing, where they do not.
+
+    Only prompts that the user gave count, not the checkpoint's default.
+    """
+    # `sampler` is what the user set, `sampling` the same with all defaults
+    asked = [spec.sampler.extra.get("negative_prompt"), *(sample.negative_prompt for sample in samples)]
+    unused = explain_unused_negative_prompt(built.pipe, asked, spec.sampling)
+    if unused is not None:
+        log.warning("%s", unused)
+
+
+def warn_scattered_times(metrics: Mapping[str, float]) -> None:
+    """Log that speeds say little, where steps of one model took very different times."""
+    if has_scattered_times(metrics):
+        log.warning(
+            "step times scatter by more than twice: other work runs on this machine, so the speeds say little"
+        )
+
+
+def print_build(spec: RunSpec, built: BuiltModel, *, is_reused: bool) -> None:
+    """Print what was built, and what a mixed precision search found."""
+    print_lines(format_pairs(describe_build(spec, built, is_reused=is_reused)))
+    if built.mixed_precision is not None:
+        print_lines(str(built.mixed_precision))
+
+
+def print_result(spec: RunSpec, job: Job, built: BuiltModel, metrics: Mapping[str, float]) -> None:
+    """Print the table of results and where the files are."""
+    model = job.choices.get("model", "model")
+    title = f"{model} on {get_device_name(built.device)}; float is {spec.model.dtype}"
+    table = build_result_table(title, metrics, name_candidate(spec), has_both_models=spec.runs_both_models)
+    print_lines("", table)
+    files = {"images": "grid.png", "layers": "layers.csv"}
+    if spec.clip.is_quantized:
+        files["encoders"] = "text_encoders.csv"
+    files["numbers"] = "metrics.json"
+    for name, file in files.items():
+        print_lines(f"{name + ':':<10}{job.output_dir / file}")
