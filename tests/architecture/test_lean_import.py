@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import pytest
 from support.source_files import FILES, ROOT
 
 HEAVY = "torch", "diffusers", "transformers", "mlflow"
@@ -63,6 +64,7 @@ def modules():
     return sorted(name if name.startswith("int8run") else f"int8run.{name}" for name in dotted)
 
 
+@pytest.mark.slow
 def test_importing_every_module_touches_nothing(tmp_path):
     names = modules()
     assert {"int8run", "int8run.cli", "int8run.conf", "int8run.kernels.hadamard.reference"} <= set(names)

@@ -149,6 +149,7 @@ def test_streaming_writes_a_checkpoint_of_flux_layers(tmp_path: Path) -> None:
 # -- what is read of a sweep -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_lora_modes_puts_strengths_side_by_side(lora_sweep: Path, tmp_path: Path) -> None:
     run_script("lora_modes/grid.py", lora_sweep, "--out", tmp_path / "grid.png")
 
@@ -174,6 +175,7 @@ def test_fidelity_plots_a_sweep(image: str, lora_sweep: Path, tmp_path: Path) ->
     assert (tmp_path / "plot.png").is_file()
 
 
+@pytest.mark.slow
 def test_text_encoders_shows_what_formats_change(encoder_sweep: Path, tmp_path: Path) -> None:
     run_script("text_encoders/images.py", "--sweep", encoder_sweep, "--out", tmp_path)
 
@@ -185,6 +187,7 @@ def test_text_encoders_shows_what_formats_change(encoder_sweep: Path, tmp_path: 
 # -- text encoders -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_text_encoders_are_measured_in_every_part(tmp_path: Path) -> None:
     case = ("--cases", "tiny_clip", "--formats", "int8_rowwise", "--parts", "quality", "time", "wo")
     folders = ("--work", tmp_path / "work", "--out", tmp_path / "out")

@@ -561,6 +561,7 @@ print(peak() - before, "diffusers" in sys.modules)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_is_a_few_blocks_however_large_the_file_is(tmp_path):
     small = save(tmp_path, "small", {"a.weight": torch.zeros(8, 256)})

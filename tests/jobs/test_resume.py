@@ -152,6 +152,7 @@ def test_a_single_run_has_nothing_to_resume(command: Command, model: str) -> Non
     assert command.made() == []
 
 
+@pytest.mark.slow
 def test_jobs_that_only_the_tracker_has_are_downloaded(command: Command, model: str) -> None:
     """The folder is gone; MLflow knows the jobs by their hashes."""
     assert command("-m", "seed=0,1", model, *SMALL).code == 0

@@ -910,7 +910,9 @@ class TestRun:
 
     def test_networks_of_metrics_do_not_count_in_the_peak_memory(self, small, tmp_path, monkeypatch):
         order = []
-        monkeypatch.setattr("int8run.tasks.run_generation.read_peak_bytes", lambda device: order.append("peak") or 1.0)
+        monkeypatch.setattr(
+            "int8run.tasks.run_generation.read_peak_bytes", lambda device: order.append("peak") or 1.0
+        )
         monkeypatch.setitem(
             perceptual.LOADERS,
             "lpips",

@@ -397,6 +397,7 @@ def test_a_column_that_the_input_hardly_uses_does_not_make_a_weight_look_wrong(t
     )
 
 
+@pytest.mark.slow
 def test_a_wide_layer_with_a_huge_weight_in_each_row_is_recognised(tmp_path: Path) -> None:
     model, other = (nn.Sequential(nn.Linear(16384, 4, bias=False)) for _ in range(2))
     for seed, made in enumerate((model, other)):

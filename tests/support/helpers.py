@@ -1,6 +1,7 @@
 """What several tests share: a comparison, seeded tensors, a small model, and the classes that conf/ names."""
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,12 @@ def full_range(*shape: int, seed: int = 0) -> Tensor:
 
 def shipped(group: str) -> dict[str, Any]:
     """Every option of a config group that stands alone, built: a new YAML is a new row in the tests."""
+    return dict(build_shipped(group))
+
+
+@cache
+def build_shipped(group: str) -> dict[str, Any]:
+    """What `shipped` returns; twenty modules ask for it while pytest collects them."""
     configs = {file.stem: OmegaConf.load(file) for file in sorted((CONF / group).glob("*.yaml"))}
     return {
         name: instantiate(config, _convert_="all")

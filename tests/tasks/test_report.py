@@ -51,6 +51,7 @@ def uploaded(command: Command) -> list[mlflow.entities.Run]:
     return client.search_runs([client.get_experiment_by_name("int8run").experiment_id])
 
 
+@pytest.mark.slow
 def test_runs_that_no_tracker_has_are_uploaded_once_and_fetched_again(command: Command, model: str) -> None:
     assert command("-m", "seed=0,1", model, *SMALL, "tracker=none").code == 0
 

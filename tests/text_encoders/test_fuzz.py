@@ -56,6 +56,7 @@ def test_mutated_files_are_read_right_or_are_an_error(tmp_path: Path) -> None:
     assert counts["read"] > 400 and counts["refused, rightly"] > 400, counts
 
 
+@pytest.mark.slow
 def test_mutated_encoders_are_built_right_or_are_an_error(tmp_path: Path) -> None:
     path, counts = tmp_path / "x.safetensors", Counter[str]()
 
