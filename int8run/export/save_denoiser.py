@@ -124,8 +124,9 @@ def write_tensors(
     for key, parts in names.items():
         int8_parts = get_int8_parts(key, parts, layers)
         if int8_parts:
-            rows, columns = sum(layer.out_features for layer in int8_parts), int8_parts[0].in_features
-            entries += plan_int8_entries(key, (rows, columns), int8_parts[0].transform)
+            pairs = zip(parts, int8_parts, strict=True)
+            rows = sum(part.count_rows(layer.out_features) for part, layer in pairs)
+            entries += plan_int8_entries(key, (rows, int8_parts[0].in_features), int8_parts[0].transform)
         else:
             dtype_name = DTYPE_NAMES[get_joined_dtype(parts, state)]
             entries.append(TensorEntry(key, dtype_name, join_shapes(parts, shapes) or ()))

@@ -199,7 +199,8 @@ class LayerPlanner:
             layers: of its parts in the source.
             reason: why it is to stay float; integers that can be copied are copied all the same.
         """
-        rows, columns = sum(layer.rows for layer in layers), layers[0].columns
+        pairs = zip(target.parts, layers, strict=True)
+        rows, columns = sum(part.count_rows(layer.rows) for part, layer in pairs), layers[0].columns
         target.plan = plan = LayerPlan(target.key.removesuffix(WEIGHT), columns, rows, reason)
         if target.shape != (rows, columns) or not target.key.endswith(WEIGHT):
             plan.skip_reason = reason or "no matrix in this naming"

@@ -352,12 +352,22 @@ def map_to_original(
     for part in parts:
         part_slices += known[part][0]
     slices = merge_neighbors(part_slices)
+    if mapping.part is not None:
+        if len(slices) != 1 or slices[0].count % mapping.part[1]:
+            return None
+        slices = (cut_rows(slices[0], *mapping.part),)
     is_swapped = mapping.swap_halves is True
     if mapping.swap_halves == "last":
         is_swapped = int(values[0][0]) == last_index
     if is_swapped:
         slices = tuple(replace(rows, is_swapped=not rows.is_swapped) for rows in slices)
     return fill_pattern(mapping.original, values), slices
+
+
+def cut_rows(rows: RowSlice, index: int, count: int) -> RowSlice:
+    """One of several equal parts of consecutive rows."""
+    size = rows.count // count
+    return replace(rows, start=rows.start + index * size, count=size)
 
 
 def merge_neighbors(slices: Iterable[RowSlice]) -> RowSlices:

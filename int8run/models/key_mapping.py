@@ -20,6 +20,8 @@ weights. A file of key mappings:
       time_in.**: time_embed.**
       # one matrix there, several here: its rows in this order
       double_blocks.*.img_attn.qkv: [transformer_blocks.*.attn.to_q, ...]
+      # several matrices there, one here: this is the first of its two equal parts
+      double_blocks.*.img_mlp.up_proj: { to: transformer_blocks.*.ff.net.0.proj, part: 1/2 }
       # the two halves of the rows change places; `last`: only in the block with the greatest number
       final_layer.adaLN_modulation.1: { to: norm_out.linear, swap_halves: true }
       # written so only for a model that has no such module
@@ -62,7 +64,7 @@ REQUIRED_FIELDS = {"classes", "names"}
 OPTIONAL_FIELDS = {"prefix", "drop", "lora_names", "parameters", "needs", "lacks"}
 # what a mapping of each section may have besides `to`
 SECTION_OPTIONS = {
-    "names": ("swap_halves", "without"),
+    "names": ("swap_halves", "without", "part"),
     "lora_names": ("swap_halves", "without"),
     "parameters": ("shape", "transposed"),
 }
@@ -82,6 +84,7 @@ class KeyMapping:
         without: only models in which no module has a name of this pattern use this name.
         whole_key: the names are whole keys, of parameters; else they are those of modules.
         transposed: the authors' matrix is the transpose of the model's.
+        part: index and count where it holds one of several equal parts of the target's rows; None: all.
     """
 
     original: str
@@ -91,6 +94,7 @@ class KeyMapping:
     without: str = ""
     whole_key: bool = False
     transposed: bool = False
+    part: tuple[int, int] | None = None
 
     def extract_name(self, key: str) -> str:
         """Return what of a key the mapping is about: all of it, or its module."""
@@ -305,6 +309,7 @@ def parse_mapping(file: str, section: str, original: Any, value: Any) -> KeyMapp
     check_shape(where, options, targets)
     check_swap_halves(where, options.get("swap_halves", False), original, targets)
     check_without(where, options)
+    check_part(where, options, targets)
     check_wildcards(where, original, targets)
     shape = options.get("shape")
     return KeyMapping(
@@ -315,7 +320,14 @@ def parse_mapping(file: str, section: str, original: Any, value: Any) -> KeyMapp
         without=options.get("without", ""),
         whole_key=section == "parameters",
         transposed=options.get("transposed", False),
+        part=parse_part(options["part"]) if "part" in options else None,
     )
+
+
+def parse_part(text: str) -> tuple[int, int]:
+    """`1/2` -> (0, 2): the index and the count of equal parts."""
+    number, count = text.split("/")
+    return int(number) - 1, int(count)
 
 
 def check_options(where: str, options: Mapping[Any, Any], allowed: Sequence[str]) -> None:
@@ -359,6 +371,18 @@ def check_without(where: str, options: Mapping[str, Any]) -> None:
         raise ConfigError(
             f"{where} has without {options['without']!r}; it takes the pattern of a module name"
         )
+
+
+def check_part(where: str, options: Mapping[str, Any], targets: Sequence[str]) -> None:
+    """Raise ConfigError unless `part`, where it is given, is one of several parts, of one module."""
+    if "part" not in options:
+        return
+    part = options["part"]
+    match = re.fullmatch(r"([1-9])/([2-9])", part) if isinstance(part, str) else None
+    if match is None or int(match[1]) > int(match[2]):
+        raise ConfigError(f"{where} has part {part!r}; it takes a number and how many there are, such as 1/2")
+    if len(targets) > 1 or "swap_halves" in options:
+        raise ConfigError(f"{where} is a part of a module; such a rule has one module and no swap_halves")
 
 
 def check_wildcards(where: str, original: str, targets: Sequence[str]) -> None:

@@ -20,6 +20,9 @@ from int8run.models.key_mapping import KeyMapping, KeyMappingSet, load_mappings
 from int8run.models.name_pattern import fill_pattern, find_greatest_number, match_pattern
 
 Shape = tuple[int, ...]
+# one of several equal parts of a tensor's rows: index and count
+Portion = tuple[int, int]
+WHOLE: Portion = (0, 1)
 DENOISER_PREFIXES = (
     "model.diffusion_model.",  # whole checkpoints and ComfyUI's save nodes
     "model.model.",  # some older files of ComfyUI
@@ -49,6 +52,8 @@ class TensorPart:
         shape: what the values are reshaped to, -1 for the number that follows from the rest; None: they keep
             their shape.
         transposed: whether the matrix is transposed.
+        portion: index and count where it is one of several equal parts of the rows, until their number is
+            known; `rows` says the same then.
     """
 
     key: str
@@ -56,6 +61,14 @@ class TensorPart:
     swap_halves: bool = False
     shape: Shape | None = None
     transposed: bool = False
+    portion: Portion | None = None
+
+    def count_rows(self, num_rows: int) -> int:
+        """Return how many of a tensor's rows these are."""
+        if self.portion is not None:
+            return num_rows // self.portion[1]
+        first, end, _ = (self.rows or slice(None)).indices(num_rows)
+        return end - first
 
     def extract(self, tensor: Tensor) -> Tensor:
         """Return this part of a tensor.
@@ -147,7 +160,8 @@ def to_model(
     """
     mappings = load_mappings(class_name)
     last_blocks = find_last_blocks(mappings, parameters)
-    parts: dict[str, tuple[TensorPart, ...]] = {}
+    # by parameter: what it is made of, by its portion
+    found: dict[str, dict[Portion, TensorPart]] = {}
     unused: list[str] = []
     dropped: dict[str, str] = {}
     for key, shape in shapes.items():
@@ -161,15 +175,44 @@ def to_model(
             continue
         check_targets(key, targets, parameters, class_name)
         check_shape(key, shape, targets=targets, parameters=parameters, class_name=class_name)
-        for name, part in split_tensor(key, targets, parameters):
-            if name in parts:
-                raise FileError(
-                    f"the file holds {name} of the {class_name} twice: "
-                    f"as {parts[name][0].key} and as {key}; remove one"
-                )
-            parts[name] = (part,)
+        for target, (name, part) in zip(targets, split_tensor(key, targets, parameters), strict=True):
+            known = found.setdefault(name, {})
+            check_held_once(target, part, known, class_name)
+            known[target.portion or WHOLE] = part
+    parts = {name: join_portions(known) for name, known in found.items() if is_complete(known)}
     missing = tuple(name for name in parameters if name not in parts)
     return StateDictLayout(parts=parts, unused=tuple(unused), missing=missing, dropped=dropped)
+
+
+def check_held_once(
+    target: TensorPart, part: TensorPart, known: Mapping[Portion, TensorPart], class_name: str
+) -> None:
+    """Raise FileError where a file holds the same rows of a parameter twice.
+
+    Args:
+        target: of the model.
+        part: of the file, that holds it.
+        known: what the file holds of it already.
+        class_name: the model's class.
+    """
+    index, count = target.portion or WHOLE
+    for (known_index, known_count), known_part in known.items():
+        if (index, count) == (known_index, known_count) or count != known_count:
+            raise FileError(
+                f"the file holds {target.key} of the {class_name} twice: "
+                f"as {known_part.key} and as {part.key}; remove one"
+            )
+
+
+def is_complete(known: Mapping[Portion, TensorPart]) -> bool:
+    """Return whether these are all portions of a parameter."""
+    ((_, count), *_) = known
+    return len(known) == count
+
+
+def join_portions(known: Mapping[Portion, TensorPart]) -> tuple[TensorPart, ...]:
+    """Return the portions of a parameter one after the other."""
+    return tuple(known[portion] for portion in sorted(known))
 
 
 def check_targets(
@@ -246,7 +289,14 @@ def join_shapes(parts: Iterable[TensorPart], shapes: Mapping[str, Shape]) -> Sha
 
 
 def join_single_shape(part: TensorPart, shape: Shape) -> Shape | None:
-    """Return the shape of a tensor that is one whole tensor, transposed and reshaped as the part says."""
+    """Return the shape of a tensor that is (rows of) one, transposed and reshaped as the part says.
+
+    None where it cannot be: rows that are not a multiple of their parts.
+    """
+    if part.portion is not None or part.rows is not None:
+        if not shape or (part.portion is not None and shape[0] % part.portion[1]):
+            return None
+        shape = (part.count_rows(shape[0]), *shape[1:])
     turned = tuple(shape)[::-1] if part.transposed else tuple(shape)
     return turned if part.shape is None else complete_shape(part.shape, prod(turned))
 
@@ -285,7 +335,26 @@ def to_original(parameters: Mapping[str, Shape], class_name: str) -> dict[str, t
     renamed = rename_parameters(parameters, usable, find_last_blocks(mappings, parameters), class_name)
     order = {name: i for i, name in enumerate(parameters)}
     in_order = sorted(renamed.items(), key=lambda item: order[item[1][0].key])
-    return {mappings.prefix + original: parts for original, parts in in_order}
+    return {
+        mappings.prefix + original: tuple(select_portion(part, parameters[part.key]) for part in parts)
+        for original, parts in in_order
+    }
+
+
+def select_portion(part: TensorPart, shape: Shape) -> TensorPart:
+    """Return a part with its rows in the place of its portion.
+
+    Raises:
+        ConfigError: when the tensor has no such parts.
+    """
+    if part.portion is None:
+        return part
+    index, count = part.portion
+    if not shape or shape[0] % count:
+        raise ConfigError(f"{part.key} {list(shape)} cannot be {count} tensors{NO_ORIGINAL_NAMES}")
+    num_rows = shape[0] // count
+    rows = slice(index * num_rows, (index + 1) * num_rows)
+    return replace(part, rows=rows, portion=None)
 
 
 def is_excluded(mapping: KeyMapping, modules: Iterable[str]) -> bool:
@@ -324,6 +393,13 @@ def rename_parameters(
         if step is None:
             finished[key] = pending.pop(key)
             continue
+        if step.mapping.part is not None:
+            # each of the authors' tensors is a name of its own
+            (part,) = pending.pop(key)
+            for original, mapping in list_portions(key, step.mapping, unused):
+                pending[original] = (apply_mapping(part, mapping, swap=False),)
+                used[original] = used[key] | {mapping}
+            continue
         parts = tuple(part for joined in step.keys for part in pending.pop(joined))
         taken = pending.get(step.original) or finished.get(step.original)
         if taken:
@@ -335,6 +411,26 @@ def rename_parameters(
         pending[step.original] = tuple(apply_mapping(part, step.mapping, swap=swap) for part in parts)
         used[step.original] = used[key] | {step.mapping}
     return finished
+
+
+def list_portions(
+    key: str, first: KeyMapping, mappings: Iterable[KeyMapping]
+) -> Iterator[tuple[str, KeyMapping]]:
+    """Yield the authors' names of a parameter that is several tensors of theirs, each with its mapping.
+
+    Args:
+        key: the parameter's name so far.
+        first: one of the mappings.
+        mappings: all that may apply; the first of each part counts.
+    """
+    found: dict[tuple[int, int] | None, KeyMapping] = {}
+    for mapping in mappings:
+        if mapping.targets == first.targets and mapping.part is not None:
+            found.setdefault(mapping.part, mapping)
+    for mapping in found.values():
+        match = match_pattern(mapping.targets[0], mapping.extract_name(key))
+        assert match is not None
+        yield mapping.complete_key(fill_pattern(mapping.original, match), key), mapping
 
 
 def check_architecture(mappings: KeyMappingSet, modules: Container[str], class_name: str) -> None:
@@ -466,6 +562,7 @@ def apply_mapping(part: TensorPart, mapping: KeyMapping, *, swap: bool) -> Tenso
         swap_halves=part.swap_halves != swap,
         shape=mapping.shape or part.shape,
         transposed=part.transposed != mapping.transposed,
+        portion=mapping.part or part.portion,
     )
 
 

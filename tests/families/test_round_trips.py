@@ -225,7 +225,10 @@ def test_lora_has_the_same_effect_under_both_namings(case: Case) -> None:
     layers = [name for name in find_int8_layers(own) if not name.startswith(without_loras)]
 
     assert_same_tensors(collect_contents(authors), held)
-    assert torch.equal(latents, case.generate_latents(authors))
+    # a layer that is several of the authors' has as many changes, which are summed in another order
+    is_cut = any(part.rows is not None for parts in lora.original.values() for part in parts)
+    bound = 1e-3 if is_cut else 0.0
+    assert compute_relative_error(case.generate_latents(authors), latents) <= bound
     assert latents.isfinite().all()
     assert own.loras.layers_by_mode == {"dynamic": len(layers)}
     assert_same_tensors(

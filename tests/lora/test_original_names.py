@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from int8run.errors import ConfigError
 from int8run.lora.module_names import ModuleTarget, NameTable, count_source_rows, flatten_name
+from int8run.models.denoiser_classes import OWN_DENOISERS
 from int8run.models.key_mapping import (
     MAPPING_FOLDER,
     KeyMapping,
@@ -511,6 +512,17 @@ GOOD = "classes: [Model]\nnames: {a.*: b.*}\n"
             "classes: [Model]\nnames: {a: {to: b, swap_halves: first}}",
             "swap_halves 'first'; choose true, false or last",
         ),
+        *[
+            (
+                f"classes: [Model]\nnames: {{a: {{to: b, part: {part}}}}}",
+                "it takes a number and how many there are",
+            )
+            for part in ("1", "0/2", "3/2", "1/1", "half", "[1, 2]")
+        ],
+        (
+            "classes: [Model]\nnames: {a: {to: [b, c], part: 1/2}}",
+            "rule 'a' is a part of a module; such a rule has one module and no swap_halves",
+        ),
         (
             "classes: [Model]\nnames: {a: {to: b, swap_halves: 1}}",
             "swap_halves 1; choose true, false or last",
@@ -577,10 +589,9 @@ def test_class_in_two_files_is_rejected(tmp_path):
 
 def test_shipped_classes_exist():
     known = set(read_mapping_folder(MAPPING_FOLDER)) - {"*"}
+    classes = known - set(load_encoders()) - set(OWN_DENOISERS)
 
-    assert all(
-        hasattr(diffusers, name) or hasattr(transformers, name) for name in known - set(load_encoders())
-    )
+    assert all(hasattr(diffusers, name) or hasattr(transformers, name) for name in classes)
     assert (
         set(list_supported_encoders()) <= known
     )  # the names of a text encoder's files are kept under its own name

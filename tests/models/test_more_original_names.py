@@ -7,6 +7,8 @@ import torch
 from support.more_original_families import SCRIPTS
 from torch import Tensor
 
+from int8run.errors import ConfigError, FileError
+from int8run.lora.module_names import ModuleTarget, NameTable
 from int8run.models.detect_family import detect_denoiser
 from int8run.models.family import load_families
 from int8run.models.state_dict_adapter import to_model, to_original
@@ -72,6 +74,62 @@ def test_joined_query_key_value_of_hunyuan_is_read(name: str) -> None:
     assert (found.unused, found.missing) == ((), ())
     (part,) = found.parts["transformer_blocks.0.attn.to_k.weight"]
     assert torch.equal(part.extract(file[part.key]), tensors["transformer_blocks.0.attn.to_k.weight"])
+
+
+UP, GATE = (f"double_blocks.0.img_mlp.{name}_proj.weight" for name in ("up", "gate"))
+JOINED = "transformer_blocks.0.ff.net.0.proj"
+
+
+def test_half_of_a_module_alone_is_missing() -> None:
+    class_name, tensors = number_tensors("ovis_image")
+    file = write_original(class_name, tensors)
+    del file[UP]
+
+    found = to_model(get_shapes(file), get_shapes(tensors), class_name)
+
+    assert (found.unused, found.missing) == ((), (f"{JOINED}.weight",))
+
+
+def test_half_of_a_module_beside_the_whole_is_held_twice() -> None:
+    class_name, tensors = number_tensors("ovis_image")
+    file = write_original(class_name, tensors)
+    del file[UP]
+    file[f"{JOINED}.weight"] = tensors[f"{JOINED}.weight"]
+
+    with pytest.raises(FileError, match=rf"holds {JOINED}\.weight of the {class_name} twice: as "):
+        to_model(get_shapes(file), get_shapes(tensors), class_name)
+
+
+def test_half_of_a_module_of_another_size_is_refused() -> None:
+    class_name, tensors = number_tensors("ovis_image")
+    file = write_original(class_name, tensors)
+    file[GATE] = torch.cat([file[GATE], file[GATE]])
+
+    with pytest.raises(
+        FileError, match=rf"{GATE} of the file has the shape \[512, 64\], .* need \[256, 64\]"
+    ):
+        to_model(get_shapes(file), get_shapes(tensors), class_name)
+
+
+def test_module_that_has_no_halves_is_not_written_as_two() -> None:
+    class_name, tensors = number_tensors("ovis_image")
+    shapes = get_shapes(tensors)
+    shapes[f"{JOINED}.weight"] = (511, 64)
+
+    with pytest.raises(ConfigError, match=r"net\.0\.proj\.weight \[511, 64\] cannot be 2 tensors: "):
+        to_original(shapes, class_name)
+
+
+def test_change_of_half_a_module_is_placed_in_its_rows() -> None:
+    with torch.device("meta"):
+        table = NameTable.from_model(SCRIPTS["ovis_image"][0]())
+
+    found = [table.find_targets(f"double_blocks.0.img_mlp.{name}_proj") for name in ("up", "gate")]
+
+    assert found == [
+        (ModuleTarget(JOINED, start=0, total=512),),
+        (ModuleTarget(JOINED, start=256, total=512),),
+    ]
 
 
 FAMILY = {"hunyuan_image_distilled": "hunyuan_image", "joyimage_edit": "joyimage"}

@@ -21,31 +21,36 @@ class Script:
 
     Args:
         names: regular expression of the beginning of a key, and what takes its place; the first counts.
-        cuts: the same for modules whose rows become those of several modules: replacements, in order.
+        cuts: the same for modules whose rows become those of several modules: replacements, in order; one
+            that stands there several times has as many parts of the rows.
+        joins: the same for modules whose rows are those of one module, `up_proj` before `gate_proj`.
         swapped: modules of the model whose halves change places.
     """
 
     names: Sequence[tuple[str, str]]
     cuts: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    joins: Mapping[str, str] = field(default_factory=dict)
     swapped: Sequence[str] = ()
 
     def convert(self, file: File) -> File:
         """The model's state dict from the authors' file."""
         model: File = {}
-        for key, value in file.items():
-            model.update(self.convert_tensor(key, value))
+        # `up_proj` comes before `gate_proj`, wherever they stand in the file
+        for key in sorted(file, key=lambda key: "gate_proj" in key):
+            for name, rows in self.convert_tensor(key, file[key]):
+                model[name] = torch.cat([model[name], rows]) if name in model else rows
         return model
 
-    def convert_tensor(self, key: str, value: Tensor) -> File:
-        """What one tensor becomes."""
+    def convert_tensor(self, key: str, value: Tensor) -> list[tuple[str, Tensor]]:
+        """What one tensor becomes: names and rows, one after the other."""
         for pattern, targets in self.cuts.items():
             found = re.match(pattern, key)
             if found:
                 rest = key[found.end() :]
                 parts = value.chunk(len(targets))
                 names = [found.expand(target) + rest for target in targets]
-                return dict(zip(names, parts, strict=True))
-        for pattern, target in self.names:
+                return list(zip(names, parts, strict=True))
+        for pattern, target in [*self.joins.items(), *self.names]:
             found = re.match(pattern, key)
             if found:
                 key = found.expand(target) + key[found.end() :]
@@ -53,7 +58,7 @@ class Script:
         if key.rpartition(".")[0] in self.swapped:
             first, second = value.chunk(2)
             value = torch.cat([second, first])
-        return {key: value}
+        return [(key, value)]
 
 
 HUNYUAN_TEXT = [
@@ -206,6 +211,44 @@ SANA_VIDEO = Script(
         CROSS + r"kv_linear\.": [f"{BLOCK}attn2.to_{name}." for name in "kv"],
     },
 )
+OVIS_IMAGE = Script(
+    names=[
+        (r"img_in\.", "x_embedder."),
+        (r"semantic_txt_norm\.", "context_embedder_norm."),
+        (r"semantic_txt_in\.", "context_embedder."),
+        (r"time_in\.in_layer\.", "timestep_embedder.linear_1."),
+        (r"time_in\.out_layer\.", "timestep_embedder.linear_2."),
+        (DOUBLE + r"img_mod\.lin\.", BLOCK + "norm1.linear."),
+        (DOUBLE + r"txt_mod\.lin\.", BLOCK + "norm1_context.linear."),
+        (DOUBLE + r"img_attn\.norm\.query_norm\.", BLOCK + "attn.norm_q."),
+        (DOUBLE + r"img_attn\.norm\.key_norm\.", BLOCK + "attn.norm_k."),
+        (DOUBLE + r"txt_attn\.norm\.query_norm\.", BLOCK + "attn.norm_added_q."),
+        (DOUBLE + r"txt_attn\.norm\.key_norm\.", BLOCK + "attn.norm_added_k."),
+        (DOUBLE + r"img_attn\.proj\.", BLOCK + "attn.to_out.0."),
+        (DOUBLE + r"txt_attn\.proj\.", BLOCK + "attn.to_add_out."),
+        (DOUBLE + r"img_mlp\.down_proj\.", BLOCK + "ff.net.2."),
+        (DOUBLE + r"txt_mlp\.down_proj\.", BLOCK + "ff_context.net.2."),
+        (SINGLE + r"modulation\.lin\.", SINGLE_BLOCK + "norm.linear."),
+        (SINGLE + r"norm\.query_norm\.", SINGLE_BLOCK + "attn.norm_q."),
+        (SINGLE + r"norm\.key_norm\.", SINGLE_BLOCK + "attn.norm_k."),
+        (SINGLE + r"linear2\.", SINGLE_BLOCK + "proj_out."),
+        *LAST,
+    ],
+    cuts={
+        DOUBLE + r"img_attn\.qkv\.": [f"{BLOCK}attn.to_{name}." for name in "qkv"],
+        DOUBLE + r"txt_attn\.qkv\.": [f"{BLOCK}attn.add_{name}_proj." for name in "qkv"],
+        # 3 of 11 equal parts are q, k and v; the rest is the feed-forward's
+        SINGLE + r"linear1\.": [
+            *(f"{SINGLE_BLOCK}attn.to_{name}." for name in "qkv"),
+            *[f"{SINGLE_BLOCK}proj_mlp."] * 8,
+        ],
+    },
+    joins={
+        DOUBLE + r"img_mlp\.(?:up|gate)_proj\.": BLOCK + "ff.net.0.proj.",
+        DOUBLE + r"txt_mlp\.(?:up|gate)_proj\.": BLOCK + "ff_context.net.0.proj.",
+    },
+    swapped=["norm_out.linear"],
+)
 # by name: what makes the model, and the script
 SCRIPTS: Mapping[str, tuple[Callable[[], torch.nn.Module], Script]] = {
     "hunyuan_video15": (denoisers.hunyuan_video15, HUNYUAN_VIDEO15),
@@ -213,6 +256,7 @@ SCRIPTS: Mapping[str, tuple[Callable[[], torch.nn.Module], Script]] = {
     "hunyuan_image_distilled": (denoisers.hunyuan_image_distilled, HUNYUAN_IMAGE),
     "ideogram4": (denoisers.ideogram4, IDEOGRAM4),
     "fibo2": (denoisers.fibo2, FIBO2),
+    "ovis_image": (denoisers.ovis_image, OVIS_IMAGE),
     "cogview4": (denoisers.cogview4, COGVIEW4),
     "joyimage_edit": (denoisers.joyimage_edit, JOYIMAGE),
     "prx": (denoisers.prx, PRX),
