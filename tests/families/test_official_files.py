@@ -24,6 +24,7 @@ from families.cases import (
     round_rows,
     write_file,
 )
+from families.instance_sets import ORIGINAL_NAMED_AS
 from support.rotation import GROUP, rotate_groups
 from torch import Tensor
 
@@ -100,7 +101,8 @@ def test_inspect_names_the_family_and_what_is_int8(
         rows = list(describe_checkpoint(files, DeclaredFormat("auto", None)))
 
     facts = dict(rows)
-    assert facts["family"] == f"{case.instance.family} ({type(case.denoiser).__name__})"
+    named = ORIGINAL_NAMED_AS.get(case.name, type(case.denoiser).__name__)
+    assert facts["family"] == f"{case.instance.family} ({named})"
     (described,) = [text for label, text in rows if label == "layers" and "int8" in text]
     count, _, kind = described.partition(" × ")
     assert int(count) == len(layers) > 4

@@ -269,13 +269,14 @@ def test_every_mapping_is_used():
     with torch.device("meta"):
         models += [instance.denoiser() for instance in LONG_TAIL.values() if instance.denoiser is not None]
         models.append(hunyuan_video15(use_meanflow=True))
-    used = {
-        rule
-        for model in models
-        for names in [NameTable.from_model(model).targets_by_name]
-        for rule in load_lora_mappings(type(model).__name__)
-        if any(match_pattern(rule.targets[0], name) for name in names)
-    }
+    used = set()
+    for model in models:
+        # a parameter may belong to a module without a weight, such as a block
+        owners = {name.rpartition(".")[0] for name, _ in model.named_parameters()}
+        names = {*NameTable.from_model(model).targets_by_name, *owners}
+        for rule in load_lora_mappings(type(model).__name__):
+            if any(match_pattern(rule.targets[0], name) for name in names):
+                used.add(rule)
 
     of_classes = [
         rules for name, rules in read_mapping_folder(MAPPING_FOLDER).items() if name not in load_encoders()
