@@ -82,7 +82,7 @@ REFUSED = {
         r"int8.small_batch_fallback is 'newer'; did you mean 'never'\?",
     ),
     "max_rows": (["int8.max_rows=-1"], r"int8.max_rows is -1; allowed is a whole number from 0 to 4096"),
-    "compile": (["compile=yes"], r"compile is 'yes'; choose from blocks, full, none"),
+    "compile": (["compile=yes"], r"compile is 'yes'; choose from blocks, full, none, reduce-overhead"),
     "seed": (["seed=-1"], r"seed is -1; allowed is a whole number from 0 to "),
     "steps": (["sampler.steps=0"], r"sampler.steps is 0; allowed is a whole number from 1 to 1000"),
     "guidance": (["sampler.guidance=-1"], r"sampler.guidance is -1; allowed is a number from 0 to 100"),

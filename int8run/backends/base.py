@@ -30,6 +30,9 @@ INT8_CPU_FEATURES = ("avx512_vnni", "avx_vnni", "amx_int8")
 
 Shape = tuple[int, int, int]  # of a layer: rows, in_features, out_features
 
+# why no backend runs on a device that torch knows, for messages
+NO_INT8_PRODUCT = {"mps": ", for which torch has no int8 product"}
+
 # what the kernels take as `gelu_from` where there is no GELU: their operators have no optional integers
 NO_GELU = -1
 
@@ -65,7 +68,8 @@ class Limits:
     def unsupported_reasons(self, device: torch.device) -> list[str]:
         """Every reason why the backend cannot run on this device; empty when it can."""
         if device.type not in self.devices:
-            return [f"runs on {' and '.join(self.devices)}, not on {device.type}"]
+            reason = f"runs on {' and '.join(self.devices)}, not on {device.type}"
+            return [reason + NO_INT8_PRODUCT.get(device.type, "")]
         reasons = []
         processor_reason = self._unsupported_processor_reason(device)
         if processor_reason is not None:

@@ -30,7 +30,7 @@ class Float:
 
     dtype: torch.dtype | None = None
     name: ClassVar[str] = "float"
-    limits: ClassVar[Limits] = Limits()
+    limits: ClassVar[Limits] = Limits(devices=("cpu", "cuda", "xpu"))
 
     @property
     def dtype_name(self) -> str:

@@ -27,7 +27,10 @@ class TorchIntMM:
 
     name: ClassVar[str] = "torch_int_mm"
     limits: ClassVar[Limits] = Limits(
-        cpu_features=INT8_CPU_FEATURES, uses_onednn=True, max_in_features=MAX_SIGNED_PRODUCTS
+        devices=("cpu", "cuda", "xpu"),
+        cpu_features=INT8_CPU_FEATURES,
+        uses_onednn=True,
+        max_in_features=MAX_SIGNED_PRODUCTS,
     )
 
     def pack_weight(self, weight: QuantizedWeight) -> Tensor:

@@ -93,6 +93,7 @@ def select_sampling(spec: "RunSpec") -> object:
 
 
 # -- all settings ----------------------------------------------------------------------------------
+REDUCE_OVERHEAD = "reduce-overhead"  # torch.compile's own name for CUDA graphs
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ class RunSpec:
     sync: str | None = field(default=None, metadata=NOTHING)
 
     def __post_init__(self) -> None:
-        check_choice("compile", self.compile, ("none", "blocks", "full"))
+        check_choice("compile", self.compile, ("none", "blocks", "full", REDUCE_OVERHEAD))
         check_choice("offload", self.offload, ("none", "model", "group", "group_stream"))
         check_choice("model.quant_format", self.model.quant_format, ("auto", *FORMATS))
         self.check_family()
@@ -207,7 +208,12 @@ class RunSpec:
             )
 
     def check_offload(self) -> None:
-        """Raise ConfigError where offloading would have two models to move."""
+        """Raise ConfigError where offloading would have two models to move, or to move what may not move."""
+        if self.offload != "none" and self.compile == REDUCE_OVERHEAD:
+            raise ConfigError(
+                f"compile={REDUCE_OVERHEAD} records where each tensor lies, and offload={self.offload} moves "
+                "them; choose compile=blocks or full, or offload=none"
+            )
         if self.offload != "none" and self.runs_both_models:
             raise ConfigError(
                 f"offload={self.offload} moves one model, and metrics.baseline=run holds two; set "

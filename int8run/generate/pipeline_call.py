@@ -7,6 +7,7 @@ import random
 import re
 import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def call_pipeline(
         arguments |= unwrap_prompts(arguments)
     device = get_execution_device(pipe)
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with kept_random_state(device):
             # Not the seed itself: it gives the noise that the image begins with.
             torch.manual_seed(random.Random(f"noise between steps {batch[0].seed}").getrandbits(63))
             with observe_steps(pipe, on_step_end) as callback:
@@ -186,6 +187,13 @@ def build_arguments(pipe: DiffusionPipeline, batch: Sequence[Sample], sampling: 
     if negative_prompts is not None:
         arguments[NEGATIVE_PROMPT] = negative_prompts
     return arguments
+
+
+def kept_random_state(device: torch.device) -> AbstractContextManager[None]:
+    """Leave torch's random state as it was, on the CPU and on a GPU."""
+    if device.type in ("cuda", "xpu"):
+        return torch.random.fork_rng([device], device_type=device.type)
+    return torch.random.fork_rng([])
 
 
 def get_execution_device(pipe: DiffusionPipeline) -> torch.device:

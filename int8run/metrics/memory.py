@@ -17,6 +17,9 @@ def reset_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
+    if device.type == "xpu":
+        torch.xpu.reset_peak_memory_stats(device)
+        return
     with suppress(OSError):  # another system, or one that does not allow it: the peak is that of the process
         CLEAR_REFS.write_text(RESET_PEAK)
 
@@ -24,11 +27,13 @@ def reset_peak_memory(device: torch.device) -> None:
 def read_peak_bytes(device: torch.device) -> float:
     """Peak memory in bytes since `reset_peak_memory`.
 
-    On a GPU what was allocated; on a CPU the process's largest resident size, on systems that cannot reset it
-    since the process began.
+    On a GPU what was allocated. On a CPU, and with MPS, which has the CPU's memory, the process's largest
+    resident size; on systems that cannot reset it, since the process began.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if device.type == "xpu":
+        return torch.xpu.max_memory_allocated(device)
     lines = STATUS.read_text().splitlines() if STATUS.is_file() else []
     for line in lines:
         if line.startswith(PEAK_LINE):

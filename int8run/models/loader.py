@@ -19,11 +19,12 @@ from int8run import __version__
 from int8run.errors import BackendError, ConfigError, FileError, suggest_similar
 from int8run.models.pipeline_class import get_pipeline_class
 from int8run.models.source import find_components, make_load_error, read_model_index
+from int8run.utils.hardware import count_devices, has_device
 from int8run.utils.paths import expand_path
 from int8run.utils.text import shorten_error
 
 log = logging.getLogger(__name__)
-DEVICES = ("cpu", "cuda")
+DEVICES = ("cpu", "cuda", "xpu", "mps")
 # libraries whose versions can change a result
 VERSIONED_LIBRARIES = (
     "torch",
@@ -48,35 +49,45 @@ COMPONENT_LIBRARIES = ("diffusers", "transformers")
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device of a setting; `auto` is CUDA where there is one.
+    """Return the device of a setting; `auto` is CUDA or XPU where there is one.
+
+    MPS is taken only where it is asked for: torch has no int8 product there.
 
     Raises:
         ConfigError: for a name that torch does not know.
         BackendError: for a device that is not there.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        kind = next((kind for kind in ("cuda", "xpu") if has_device(kind)), "cpu")
+        return torch.device(kind)
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ConfigError(f"device is {name!r}; choose from auto, cpu, cuda, cuda:N") from error
+        choices = "auto, cpu, cuda, cuda:N, xpu, xpu:N, mps"
+        raise ConfigError(f"device is {name!r}; choose from {choices}") from error
     if device.type not in DEVICES:
         raise BackendError(f"device={name}: this version runs on {' and '.join(DEVICES)}")
-    if device.type == "cuda":
-        check_gpu(name, device.index or 0)
+    if device.type != "cpu":
+        check_gpu(name, device)
     return device
 
 
-def check_gpu(name: str, index: int) -> None:
-    """Raise BackendError unless torch sees a GPU with this index."""
-    if not torch.cuda.is_available():
+def check_gpu(name: str, device: torch.device) -> None:
+    """Raise BackendError unless torch sees this GPU.
+
+    Args:
+        name: of the device, as it was asked for.
+        device: that it means.
+    """
+    if not has_device(device.type):
         raise BackendError(
             f"device={name} asks for a GPU, but torch {torch.__version__} sees none; device=cpu works here"
         )
-    if index >= torch.cuda.device_count():
+    count = count_devices(device.type)
+    if (device.index or 0) >= count:
         raise BackendError(
-            f"device={name} asks for a GPU that is not there; "
-            f"torch sees {torch.cuda.device_count()}, counted from 0"
+            f"device={name} asks for a GPU that is not there; torch sees {count}, counted from 0 (a launcher "
+            "or CUDA_VISIBLE_DEVICES may hide others)"
         )
 
 

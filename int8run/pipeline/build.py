@@ -28,9 +28,10 @@ from int8run.lora.match import Matches
 from int8run.lora.modes import Overhead
 from int8run.lora.stack import LoraStack
 from int8run.metrics.layers import count_macs, count_module_bytes
-from int8run.models.dual_denoisers import set_denoiser, split_denoiser
+from int8run.models.dual_denoisers import set_denoiser
 from int8run.models.given_model import find_text_encoders
 from int8run.pipeline.built_model import BuiltModel
+from int8run.pipeline.compile import compile_denoisers
 from int8run.pipeline.given_files import check_checkpoint_fits, check_loras_fit
 from int8run.pipeline.layer_selection import select_int8_plans
 from int8run.pipeline.load import load_model
@@ -363,19 +364,3 @@ def install_candidate(built: BuiltModel, spec: RunSpec) -> None:
     set_denoiser(built.pipe, built.denoisers[spec.candidate], built.component)
     set_text_encoders(built.pipe, spec.candidate, built.encoders.modules)
     set_offload(built.pipe, spec.offload, built.device)
-
-
-def compile_denoisers(denoisers: Mapping[str, nn.Module], mode: str, *, has_hooks: bool) -> None:
-    """Compile all denoisers, float and INT8 alike, by torch.compile.
-
-    Args:
-        denoisers: by what generates with them.
-        mode: `none`, `blocks` (the repeated blocks) or `full`.
-        has_hooks: whether hooks move their blocks to the GPU, which are not compiled and part the graph.
-    """
-    parts: list[Any] = [part for whole in denoisers.values() for part in split_denoiser(whole).values()]
-    for part in dict.fromkeys(parts):  # with quantized text encoders alone both denoisers are one
-        if mode == "blocks":
-            part.compile_repeated_blocks(fullgraph=not has_hooks)
-        elif mode == "full":
-            part.compile(fullgraph=not has_hooks)

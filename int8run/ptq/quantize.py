@@ -62,9 +62,10 @@ def check_backend(backend: Backend, device: torch.device, plans: Iterable[LayerP
     reasons = backend.limits.unsupported_reasons(device)
     if reasons:
         usable = ", ".join(list_usable_backends(device))
-        raise BackendError(
-            f"backend {backend.name!r} cannot run here: {'; '.join(reasons)}; these can: {usable}"
-        )
+        way_out = "set device=cpu, or int8.enable=false for the float model"
+        if usable:
+            way_out = f"these can: {usable}"
+        raise BackendError(f"backend {backend.name!r} cannot run here: {'; '.join(reasons)}; {way_out}")
     unsupported = []
     for plan in plans:
         reasons = backend.limits.unsupported_layer_reasons(plan.in_features, plan.out_features)

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from int8run.layers.plan import LayerPlan
-from int8run.utils.hardware import get_cpu_name
+from int8run.utils.hardware import get_cpu_name, get_device_name
 
 GIT_TIMEOUT_S = 10
 LAYER_COLUMNS = (
@@ -104,8 +104,8 @@ def collect_environment(device: torch.device, versions: Mapping[str, str]) -> di
         "versions": dict(versions),
         "git": read_git_revision(),
     }
-    if device.type == "cuda":
-        facts["gpu"] = torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        facts["gpu"] = get_device_name(device)
     else:
         facts["cpu"] = get_cpu_name()
     return facts

@@ -1,7 +1,7 @@
 """Chooses the kernels that a text encoder's quantized layers run on, from `clip.kernel_backend`."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -54,7 +54,29 @@ class Kernels:
         return not Triton.limits.unsupported_reasons(self.device)
 
 
-def check_kernels(kernels: Kernels, plans: Iterable[LayerPlan], where: str) -> None:
+def check_dtypes(kernels: Kernels, plans: Sequence[LayerPlan], where: str) -> None:
+    """Check that the device has the numbers that the weights are stored in.
+
+    Args:
+        kernels: as they were asked for.
+        plans: of all layers.
+        where: the file, for messages.
+
+    Raises:
+        BackendError: for fp8 weights and scales on MPS.
+    """
+    if kernels.device.type != "mps":
+        return
+    formats = Counter(plan.rounding for plan in plans if plan.skip_reason is None)
+    fp8 = Counter({name: count for name, count in formats.items() if not name.startswith("int8")})
+    if fp8:
+        raise BackendError(
+            f"{where} gives {format_counts(fp8)}, and torch has no fp8 on mps; choose an int8 format, or "
+            "device=cpu"
+        )
+
+
+def check_kernels(kernels: Kernels, plans: Sequence[LayerPlan], where: str) -> None:
     """Check that the kernels can run here, and that they have a layer to run.
 
     Args:
@@ -65,6 +87,7 @@ def check_kernels(kernels: Kernels, plans: Iterable[LayerPlan], where: str) -> N
     Raises:
         BackendError: naming what would work.
     """
+    check_dtypes(kernels, plans, where)
     backend = kernels.backend
     if backend is None:
         return

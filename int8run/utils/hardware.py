@@ -39,10 +39,38 @@ def get_cpu_name() -> str:
     return get_cpu_capabilities().get("cpu_name") or platform.processor() or platform.machine()
 
 
+def has_device(kind: str) -> bool:
+    """Whether torch sees a GPU of this kind: `cuda`, `xpu` or `mps`."""
+    if kind == "mps":
+        return torch.backends.mps.is_available()
+    available: bool = getattr(torch, kind).is_available()
+    return available
+
+
+def count_devices(kind: str) -> int:
+    """How many GPUs of this kind torch sees."""
+    count: int = getattr(torch, kind).device_count()
+    return count
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has done what it was given; nothing to wait for on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "xpu":
+        torch.xpu.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
 def get_device_name(device: torch.device) -> str:
     """The GPU's name, or the CPU's with its thread count."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    if device.type == "xpu":
+        return torch.xpu.get_device_name(device)
+    if device.type == "mps":
+        return f"{get_cpu_name()} (Metal)"
     return f"{get_cpu_name()}, {count_noun(torch.get_num_threads(), 'thread')}"
 
 

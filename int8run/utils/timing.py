@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from int8run.utils.hardware import synchronize
+
 # median over the shortest time; beyond it a measurement says more about other work on the machine than about
 # the call
 MAX_SCATTER = 2.0
@@ -13,8 +15,7 @@ MAX_SCATTER = 2.0
 
 def read_clock(device: torch.device) -> float:
     """A clock that waits for the device, in seconds."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize(device)
     return time.perf_counter()
 
 

@@ -220,6 +220,10 @@ REFUSED = {
         r"^offload=model moves one model, and metrics\.baseline=run holds two; set ",
     ),
     "two models to move by blocks": (["offload=group"], r"^offload=group moves one model, .* or none$"),
+    "graphs of what is moved": (
+        ["compile=reduce-overhead", "offload=model", "metrics.baseline=none"],
+        r"^compile=reduce-overhead records where each tensor lies, and offload=model moves them; choose ",
+    ),
     "unknown offload": (
         ["offload=disk"],
         r"^offload is 'disk'; choose from group, group_stream, model, none$",

@@ -17,11 +17,12 @@ from torch import nn
 from int8run.errors import BackendError
 from int8run.layers.block_int8_linear import BlockInt8Linear
 from int8run.layers.int8_linear import Int8Linear
+from int8run.layers.plan import LayerPlan
 from int8run.layers.weight_only import WeightOnlyEmbedding, WeightOnlyLinear
 from int8run.metrics.layers import count_module_bytes
 from int8run.quant.formats import FORMATS
 from int8run.text_encoders.build import build_encoder
-from int8run.text_encoders.kernels import Kernels
+from int8run.text_encoders.kernels import Kernels, check_kernels
 from int8run.text_encoders.load import build_text_encoder, load_text_encoder
 from int8run.text_encoders.model_config import build_config
 from int8run.text_encoders.plan_layers import plan_encoder
@@ -243,6 +244,17 @@ def test_dequantizer_depends_on_backend_and_device(
     assert (kernels.backend is None) == (word in ("dequantize", "scaled_mm"))
     assert kernels.backend is None or kernels.backend.name == word
     assert kernels.backend is kernels.backend, "made once"
+
+
+def test_fp8_weights_are_refused_where_torch_has_no_fp8() -> None:
+    plans = [LayerPlan(name, 16, 16, None) for name in "ab"]
+    for plan, rounding in zip(plans, ("int8_rowwise", "nvfp4"), strict=True):
+        plan.rounding = rounding
+    kernels = Kernels("dequantize", torch.device("mps"), 8)
+    check_kernels(kernels, plans[:1], "file")
+    message = r"^file gives 1 × nvfp4, and torch has no fp8 on mps; choose an int8 format, or device=cpu$"
+    with pytest.raises(BackendError, match=message):
+        check_kernels(kernels, plans, "file")
 
 
 @pytest.mark.parametrize("missing", ["package", "capability"])

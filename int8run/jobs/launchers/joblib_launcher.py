@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar
 
 import psutil
@@ -23,6 +24,7 @@ from int8run.jobs.base import Outcome, Worker, WorkerDied
 from int8run.jobs.futures import OutcomesFuture, describe_exit_code, translate_errors
 
 DEFAULT_JOBS = 2
+ALL_GPUS = "all"
 PARENT_POLL_S = 1.0  # how often a worker looks whether its parent is alive
 EXIT_TIMEOUT_S = 10.0  # for a process that ends by itself
 # loky names the exit code only in a text: "{SIGKILL(-9)}"
@@ -35,13 +37,13 @@ class Processes:
 
     Args:
         n_jobs: jobs at once; None: one per GPU named in `gpus`, else 2.
-        gpus: numbers of GPUs as nvidia-smi shows them, one worker for each entry; None: every worker sees
-            all.
+        gpus: numbers of GPUs as nvidia-smi shows them, one worker for each entry; `all`: every GPU of this
+            machine; None: every worker sees all.
         threads: CPU threads of each worker; None: the cores of this machine shared equally.
     """
 
     n_jobs: int | None = None
-    gpus: Sequence[int | str] | None = None
+    gpus: Sequence[int | str] | str | None = None
     threads: int | None = None
     whole_groups: ClassVar[bool] = False
     # slot, 0 to jobs_at_once - 1 -> the worker that has it, or had it last
@@ -52,16 +54,27 @@ class Processes:
             check_range("hydra.launcher.n_jobs", self.n_jobs, 1, 1024, whole=True)
         if self.threads is not None:
             check_range("hydra.launcher.threads", self.threads, 1, 1024, whole=True)
-        if self.gpus is not None:
+        if self.gpus is not None and self.gpus != ALL_GPUS:
             check_gpus(self.gpus, self.n_jobs)
+
+    @cached_property
+    def gpu_list(self) -> Sequence[int | str] | None:
+        """The GPU of each worker; None: every worker sees all.
+
+        Raises:
+            BackendError: when all are asked for and there is none.
+        """
+        if self.gpus == ALL_GPUS:
+            return list_all_gpus(self.n_jobs)
+        return self.gpus
 
     @property
     def jobs_at_once(self) -> int:
         """One per GPU that is named, unless `n_jobs` says how many."""
         if self.n_jobs is not None:
             return self.n_jobs
-        if self.gpus is not None:
-            return len(self.gpus)
+        if self.gpu_list is not None:
+            return len(self.gpu_list)
         return DEFAULT_JOBS
 
     def open(self, jobs: int) -> int:
@@ -101,10 +114,12 @@ class Processes:
             # else MKL, and torch with it, uses fewer threads where it sees fewer physical cores
             "MKL_DYNAMIC": "FALSE",
         }
-        if self.gpus is not None:
+        if self.gpu_list is not None:
             # without this order, CUDA's number 0 is the fastest device
             environment["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
-            environment["CUDA_VISIBLE_DEVICES"] = str(self.gpus[slot])
+            # ROCm reads it, too; Intel's driver has a name of its own
+            environment["CUDA_VISIBLE_DEVICES"] = str(self.gpu_list[slot])
+            environment["ZE_AFFINITY_MASK"] = str(self.gpu_list[slot])
         return environment
 
     def close(self) -> None:
@@ -129,13 +144,32 @@ def check_shared_memory() -> None:
         ) from error
 
 
+def list_all_gpus(n_jobs: int | None) -> list[int | str]:
+    """Number every GPU that torch sees, in turn where there are more jobs at once.
+
+    Args:
+        n_jobs: jobs at once; None: one per GPU.
+
+    Raises:
+        BackendError: when there is none.
+    """
+    from int8run.utils.hardware import count_devices, has_device
+
+    count = max((count_devices(kind) for kind in ("cuda", "xpu") if has_device(kind)), default=0)
+    if not count:
+        raise BackendError(
+            f"hydra.launcher.gpus={ALL_GPUS} finds no GPU here; leave it out to run the jobs on the CPU"
+        )
+    return [number % count for number in range(n_jobs or count)]
+
+
 def check_gpus(gpus: Sequence[int | str], n_jobs: int | None) -> None:
     """Raise ConfigError unless `gpus` is a list of GPUs that has a place for each of `n_jobs` jobs."""
     is_list = not isinstance(gpus, str | int) and len(gpus) > 0
     if not is_list or not all(is_gpu_number(gpu) for gpu in gpus):
         raise ConfigError(
             f"hydra.launcher.gpus is {gpus!r}; name GPUs as nvidia-smi numbers them, such as [0,1], "
-            "or null for all"
+            f"{ALL_GPUS} for one job on each, or null to let every job see all"
         )
     if n_jobs is not None and n_jobs != len(gpus):
         raise ConfigError(

@@ -18,13 +18,14 @@ from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
 from int8run.config.compose import int8run_options
-from int8run.errors import ConfigError
+from int8run.errors import BackendError, ConfigError
 from int8run.jobs.base import Outcome, Pool, WorkerDied
 from int8run.jobs.futures import describe_exit_code
 from int8run.jobs.launchers import joblib_launcher
 from int8run.jobs.launchers.joblib_launcher import Processes, ProcessWorker
 from int8run.jobs.launchers.ray_launcher import RayCluster
 from int8run.jobs.launchers.slurm_launcher import Slurm
+from int8run.utils import hardware
 
 # for what happens in a second on a quiet machine; a job of LONG_S is one that does not end by itself
 WAIT_S = 300
@@ -281,6 +282,29 @@ def test_a_worker_gets_its_threads_and_its_gpu_before_torch_is_imported():
     finally:
         first.close()
         second.close()
+
+
+@pytest.mark.parametrize(
+    ("n_jobs", "gpus"), [(None, ["0", "1", "2"]), (2, ["0", "1"]), (5, ["0", "1", "2", "0", "1"])]
+)
+def test_jobs_are_spread_over_all_gpus_of_a_machine(n_jobs, gpus, monkeypatch):
+    monkeypatch.setattr(hardware, "has_device", lambda kind: kind == "cuda")
+    monkeypatch.setattr(hardware, "count_devices", lambda kind: 3)
+
+    pool = Processes(n_jobs=n_jobs, gpus="all")
+
+    assert pool.jobs_at_once == len(gpus)
+    environments = [pool.make_environment(slot) for slot in range(len(gpus))]
+    for name in ("CUDA_VISIBLE_DEVICES", "ZE_AFFINITY_MASK"):
+        assert [environment[name] for environment in environments] == gpus
+
+
+def test_all_gpus_of_a_machine_without_one_is_an_error(monkeypatch):
+    monkeypatch.setattr(hardware, "has_device", lambda kind: False)
+    with pytest.raises(
+        BackendError, match=r"^hydra.launcher.gpus=all finds no GPU here; leave it out to run"
+    ):
+        Processes(gpus="all").open(3)
 
 
 @pytest.mark.slow
