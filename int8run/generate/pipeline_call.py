@@ -23,6 +23,7 @@ from int8run.generate.input_arguments import build_input_arguments
 from int8run.generate.negative_prompts import NEGATIVE_PROMPT, find_negative_prompts
 from int8run.generate.prompts import Sample
 from int8run.generate.step_observer import OnStepEnd, observe_steps
+from int8run.models.missing_library import raise_if_library_is_missing
 from int8run.models.sampling import Sampling
 from int8run.utils.text import shorten_error
 
@@ -90,7 +91,7 @@ def call_pipeline(
         raise_refusal(pipe, sampling, error)
         raise
     except (ImportError, NameError) as error:
-        raise_missing_library(pipe, error)
+        raise_if_library_is_missing(type(pipe).__name__, error)
         raise
 
 
@@ -137,26 +138,6 @@ def raise_refusal(pipe: DiffusionPipeline, sampling: Sampling, error: ValueError
         f"{name} cannot generate this: {reason.rstrip('.')}; change sampler.height, sampler.width or "
         "sampler.extra"
     ) from error
-
-
-def raise_missing_library(pipe: DiffusionPipeline, error: ImportError | NameError) -> None:
-    """Raise ConfigError for a library that a pipeline needs; return for an error of another place.
-
-    diffusers imports such libraries where they are installed, and uses the name all the same.
-
-    Args:
-        pipe: that was called.
-        error: that it raised.
-    """
-    frames = traceback.extract_tb(error.__traceback__)
-    if not frames or PIPELINES_FOLDER not in Path(frames[-1].filename).parents:
-        return
-    name = type(pipe).__name__
-    if isinstance(error, NameError):
-        raise ConfigError(
-            f"{name} needs the library {error.name}, which is not installed; pip install {error.name}"
-        ) from error
-    raise ConfigError(f"{name} needs a library that is not installed: {shorten_error(error)}") from error
 
 
 def build_arguments(pipe: DiffusionPipeline, batch: Sequence[Sample], sampling: Sampling) -> dict[str, Any]:

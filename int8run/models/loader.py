@@ -17,6 +17,7 @@ from torch import nn
 
 from int8run import __version__
 from int8run.errors import BackendError, ConfigError, FileError, suggest_similar
+from int8run.models.missing_library import raise_if_library_is_missing
 from int8run.models.pipeline_class import get_pipeline_class
 from int8run.models.source import find_components, make_load_error, read_model_index
 from int8run.utils.hardware import count_devices, has_device
@@ -132,6 +133,9 @@ def load_part(name: str, class_name: str, location: str, dtype: torch.dtype) -> 
     path = expand_path(location)
     try:
         return cls.from_pretrained(str(path) if path.is_dir() else location, **options)
+    except ImportError as error:
+        raise_if_library_is_missing(f"{name} of {location}", error)
+        raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = shorten_error(error)
         raise FileError(
@@ -202,6 +206,9 @@ def load_pipeline(
         pipeline = cls.from_pretrained(
             str(folder), dtype=dtype, use_safetensors=True, **denoisers, **(parts or {})
         )
+    except ImportError as error:
+        raise_if_library_is_missing(f"{cls.__name__} of {folder}", error)
+        raise
     # diffusers reads a damaged index as it comes: each fault raises its own type
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise make_load_error(str(folder), error) from error

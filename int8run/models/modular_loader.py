@@ -18,6 +18,7 @@ from diffusers.modular_pipelines import ModularPipelineBlocks
 from torch import nn
 
 from int8run.errors import ConfigError, FileError
+from int8run.models.missing_library import raise_if_library_is_missing
 from int8run.models.modular_pipeline import ModularFace, build_blocks, make_pipeline
 from int8run.models.source import ResolvedModel, make_load_error, read_model_index
 
@@ -108,6 +109,9 @@ def load_component(folder: Path, entry: list[str], dtype: torch.dtype) -> Any:
     options = {"dtype": dtype, "use_safetensors": True} if issubclass(cls, nn.Module) else {}
     try:
         return cls.from_pretrained(str(folder), **options)
+    except ImportError as error:
+        raise_if_library_is_missing(f"the {folder.name} of {folder.parent}", error)
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise make_load_error(str(folder.parent), error) from error
 

@@ -22,7 +22,7 @@ from int8run.backends.base import Backend
 from int8run.checkpoints.declared_format import DeclaredFormat
 from int8run.errors import ConfigError
 from int8run.generate.pipeline_call import find_unknown_arguments
-from int8run.models.denoiser_classes import OWN_DENOISERS
+from int8run.models.denoiser_classes import OWN_DENOISERS, get_denoiser_class
 from int8run.models.dual_denoisers import DualDenoiser
 from int8run.models.family import (
     AutoFamily,
@@ -38,6 +38,7 @@ from int8run.models.loader import (
     pick_device,
     place_components,
 )
+from int8run.models.missing_library import check_needed_library
 from int8run.models.modular_loader import load_modular_pipeline
 from int8run.models.pipeline_class import is_modular
 from int8run.models.resolve_weights import download_side_files
@@ -119,6 +120,8 @@ def load_model(
     with progress.track_step("Loading the model"):
         source = choose_denoiser_classes(resolve_model(settings.model))
         check_model_family(settings.model, source.denoisers[0].class_name, source.pipeline_class)
+        for denoiser in source.denoisers:
+            check_needed_library(get_denoiser_class(denoiser.class_name))
         check_files(partial(build_skeletons, source, settings.dtype))
 
         skeletons: dict[str, nn.Module] = {}

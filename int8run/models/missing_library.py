@@ -1,0 +1,121 @@
+"""Names the library that a pipeline needs and that is not installed, from the error by which that shows.
+
+The loaders of pipelines ask when they read components, `generate.pipeline_call` when a pipeline is called.
+diffusers and transformers import such a library where it is installed, and use it all the same.
+"""
+
+import ast
+import re
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import diffusers
+import transformers
+
+from int8run.errors import ConfigError
+from int8run.utils.text import shorten_error
+
+FOLDERS = (Path(diffusers.__file__).parent, Path(transformers.__file__).parent)
+# how both say it themselves: `AutoVideoProcessor requires the Torchvision library but it was not found`
+REQUIREMENT = re.compile(r"requires the (?P<library>[\w.-]+) library")
+# packages that are not called like the library that they hold
+PACKAGES = {
+    "bs4": "beautifulsoup4",
+    "cv2": "opencv-python",
+    "skimage": "scikit-image",
+    "sklearn": "scikit-learn",
+}
+# what the source of a denoiser imports from a library that diffusers does without where it is missing
+NEEDED_NAMES = {"CosmosTransformer3DModel": "transforms"}
+# libraries that are built for one version of torch
+BUILT_FOR_TORCH = ("torchvision", "torchaudio", "torchcodec")
+
+
+def raise_if_library_is_missing(what: str, error: ImportError | NameError) -> None:
+    """Raise ConfigError for a library that is not installed; return for an error of another kind.
+
+    Args:
+        what: needs it, such as the name of a pipeline.
+        error: that was raised by diffusers or transformers.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    if not frames or not is_in_library(Path(frames[-1].filename)):
+        return
+    library = find_missing_library(error, Path(frames[-1].filename))
+    if library is not None:
+        raise_missing(what, library, error)
+    if isinstance(error, ImportError):
+        raise ConfigError(f"{what} needs a library that is not installed: {shorten_error(error)}") from error
+
+
+def check_needed_library(denoiser: Any) -> None:
+    """Check that the library of a denoiser is there, before weights are read.
+
+    Args:
+        denoiser: its class.
+
+    Raises:
+        ConfigError: with the library, when it is not installed.
+    """
+    name = NEEDED_NAMES.get(denoiser.__name__)
+    module = sys.modules[denoiser.__module__]
+    if name is None or hasattr(module, name):
+        return
+    library = find_imported_library(name, Path(str(module.__file__)))
+    raise_missing(denoiser.__name__, library or name)
+
+
+def raise_missing(what: str, library: str, error: Exception | None = None) -> NoReturn:
+    """Raise ConfigError with the library and how it is installed."""
+    package = PACKAGES.get(library, library)
+    remedy = f"pip install {package}"
+    if library in BUILT_FOR_TORCH:
+        remedy += ", of the version and from the place that belong to your torch"
+    raise ConfigError(f"{what} needs the library {library}, which is not installed; {remedy}") from error
+
+
+def is_in_library(file: Path) -> bool:
+    """Whether a source file is one of diffusers or transformers."""
+    return any(folder in file.parents for folder in FOLDERS)
+
+
+def find_missing_library(error: ImportError | NameError, file: Path) -> str | None:
+    """The library that an error is about; None where it does not show.
+
+    Args:
+        error: that was raised.
+        file: the source file in which it was.
+    """
+    if isinstance(error, NameError):
+        return find_imported_library(error.name or "", file)
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return error.name.partition(".")[0]
+    found = REQUIREMENT.search(str(error))
+    return None if found is None else found["library"].lower()
+
+
+def find_imported_library(name: str, file: Path) -> str | None:
+    """The library from which a source file would have imported a name; None where it says nothing of it.
+
+    Args:
+        name: that is not defined there.
+        file: the source.
+    """
+    for bound, module in iter_imports(ast.parse(file.read_text(encoding="utf-8"))):
+        if bound == name:
+            return module.partition(".")[0]
+    return None
+
+
+def iter_imports(source: ast.Module) -> Iterator[tuple[str, str]]:
+    """What a source imports from other packages: the name that it gives it, and the module."""
+    for node in ast.walk(source):
+        if isinstance(node, ast.ImportFrom) and node.level == 0:
+            for alias in node.names:
+                yield alias.asname or alias.name, str(node.module)
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.asname or alias.name.partition(".")[0], alias.name
