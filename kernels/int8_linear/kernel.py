@@ -25,18 +25,18 @@ The weight stays [N, K], K contiguous, and its tile is loaded as [BLOCK_N, BLOCK
 
 import functools
 import logging
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from int8run.kernels.int8_linear.layouts import check_branch, check_product
 from int8run.kernels.int8_linear.tile import PORTABLE, Tile
+from int8run.kernels.triton_calls import Layout, choose_dot_precision, describe_layout, needs_operator
 
 log = logging.getLogger(__name__)
-
-MAX_K = 131072  # int32 holds that many products of -128 * 127
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def int8_linear(
@@ -67,6 +67,7 @@ def int8_linear(
             scaled in float32.
         bias: [N], any float dtype, or None.
         h: float32 [M, R], the input times the first factor of a low-rank branch; with `up` or not at all.
+            Its rows may lie apart: a part of the columns that several branches computed together.
         up: [N, R], its second factor. The product uses tensor cores in up's dtype, float32 sums.
         out_dtype: bfloat16, float16 or float32.
         tile: see `tile.py`. block_k becomes smaller where a group asks for it.
@@ -78,9 +79,30 @@ def int8_linear(
     Raises:
         ValueError: for shapes, dtypes or strides that do not fit each other, or K above 131072.
     """
-    op = torch.ops.int8run.triton_int8_linear.default
-    y: Tensor = op(q, x_scale, qdata, w_scale, group, bias, h, up, strengths, out_dtype, tile.as_list())
-    return y
+    if needs_operator(q):
+        op = torch.ops.int8run.triton_int8_linear.default
+        y: Tensor = op(q, x_scale, qdata, w_scale, group, bias, h, up, strengths, out_dtype, tile.as_list())
+        return y
+    return _launch_int8_linear(q, x_scale, qdata, w_scale, group, bias, h, up, strengths, out_dtype, tile)
+
+
+def _run_operator(
+    q: Tensor,
+    x_scale: Tensor,
+    qdata: Tensor,
+    w_scale: Tensor,
+    group: int,
+    bias: Tensor | None,
+    h: Tensor | None,
+    up: Tensor | None,
+    strengths: Tensor | None,
+    out_dtype: torch.dtype,
+    tile: list[int],
+) -> Tensor:
+    """As an operator of torch, which knows no tiles."""
+    return _launch_int8_linear(
+        q, x_scale, qdata, w_scale, group, bias, h, up, strengths, out_dtype, Tile.from_list(tile)
+    )
 
 
 def _launch_int8_linear(
@@ -94,24 +116,38 @@ def _launch_int8_linear(
     up: Tensor | None,
     strengths: Tensor | None,
     out_dtype: torch.dtype,
-    tile: list[int],
+    tile: Tile,
 ) -> Tensor:
-    _check_arguments(q, x_scale, qdata, w_scale, group, bias, h, up, strengths, out_dtype)
-    t = _choose_kernel(Tile.from_list(tile), q, qdata, group, up)
-    (m, k), n = q.shape, qdata.shape[0]
-    y = torch.empty(m, n, dtype=out_dtype, device=q.device)
-    if t.kernel != PORTABLE:
+    if tile.kernel != PORTABLE:
+        tile = _choose_kernel(tile, q, qdata, group, up)
+    options = _plan_launch(
+        describe_layout(q),
+        describe_layout(x_scale),
+        describe_layout(qdata),
+        describe_layout(w_scale),
+        describe_layout(bias),
+        describe_layout(h),
+        describe_layout(up),
+        describe_layout(strengths),
+        group,
+        out_dtype,
+        tile,
+    )
+    m, k = q.shape
+    n = qdata.shape[0]
+    rank, stride_hm = (0, 0) if h is None else (h.shape[1], h.stride(0))
+    device = q.device
+    y = torch.empty(m, n, dtype=out_dtype, device=device)
+    if tile.kernel != PORTABLE:
         from int8run.kernels.int8_linear.hopper import launch_hopper
 
-        with torch.accelerator.device_index(q.device.index):
-            launch_hopper(q, x_scale, qdata, w_scale, bias, h, up, strengths, y, t)
+        h = None if h is None else h.contiguous()
+        with torch.accelerator.device_index(device.index):
+            launch_hopper(q, x_scale, qdata, w_scale, bias, h, up, strengths, y, tile)
         return y
-    rank = 0 if h is None else h.shape[1]
-    block_k = limit_block_k(t.block_k, group)
-    is_square_block = bool(group) and w_scale.shape[0] != n
-    n_programs = triton.cdiv(m, t.block_m) * triton.cdiv(n, t.block_n)
+    n_programs = -(-m // tile.block_m) * -(-n // tile.block_n)
     # Triton launches on the current device, which need not be q's
-    with torch.accelerator.device_index(q.device.index):
+    with torch.accelerator.device_index(device.index):
         _int8_linear_kernel[(n_programs,)](
             q,
             x_scale,
@@ -126,27 +162,14 @@ def _launch_int8_linear(
             n,
             k,
             rank,
-            GROUP=group,
-            SCALE_ROWS=group if is_square_block else 1,
-            HAS_BIAS=bias is not None,
-            BLOCK_R=choose_block_r(rank),
-            EVEN_N=n % t.block_n == 0,
-            EVEN_K=k % block_k == 0,
-            BLOCK_M=t.block_m,
-            BLOCK_N=t.block_n,
-            BLOCK_K=block_k,
-            GROUP_M=t.group_m,
-            num_warps=t.warps,
-            num_stages=t.stages,
-            enable_fp_fusion=True,
+            stride_hm,
+            **options,
         )
     return y
 
 
 def _choose_kernel(tile: Tile, q: Tensor, qdata: Tensor, group: int, up: Tensor | None) -> Tile:
     """The tile; for the portable kernel where the one that it asks for cannot take these arguments."""
-    if tile.kernel == PORTABLE:
-        return tile
     # imported here, because on other GPUs than Hopper Triton need not have Gluon
     from int8run.kernels.int8_linear.hopper import find_unsupported
 
@@ -161,6 +184,48 @@ def _choose_kernel(tile: Tile, q: Tensor, qdata: Tensor, group: int, up: Tensor 
 def _report_portable(reason: str) -> None:
     """Say once why the portable kernel takes the Hopper kernel's place."""
     log.warning("the Hopper kernel is left out for some layers: %s", reason)
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan_launch(
+    q: Layout,
+    x_scale: Layout,
+    qdata: Layout,
+    w_scale: Layout,
+    bias: Layout | None,
+    h: Layout | None,
+    up: Layout | None,
+    strengths: Layout | None,
+    group: int,
+    out_dtype: torch.dtype,
+    tile: Tile,
+) -> dict[str, Any]:
+    """Check the arguments, once for every layout of them, and choose the kernel's constants and its warps.
+
+    Raises:
+        ValueError: for layouts that do not fit each other, or that the kernel does not take.
+    """
+    check_product(q, x_scale, qdata, w_scale, bias, group=group, out_dtype=out_dtype)
+    rank = check_branch(h, up, strengths, m=q.shape[0], n=qdata.shape[0])
+    n, k = qdata.shape
+    block_k = limit_block_k(tile.block_k, group)
+    is_square_block = bool(group) and w_scale.shape[0] != n
+    return {
+        "GROUP": group,
+        "SCALE_ROWS": group if is_square_block else 1,
+        "HAS_BIAS": bias is not None,
+        "BLOCK_R": choose_block_r(rank),
+        "PRECISION": choose_dot_precision(torch.float32 if up is None else up.dtype),
+        "EVEN_N": n % tile.block_n == 0,
+        "EVEN_K": k % block_k == 0,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_K": block_k,
+        "GROUP_M": tile.group_m,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+        "enable_fp_fusion": True,
+    }
 
 
 def _int8_linear_fake(
@@ -194,70 +259,6 @@ def choose_block_r(rank: int) -> int:
     return 16 if rank <= 16 else 32
 
 
-def _check_arguments(
-    q: Tensor,
-    x_scale: Tensor,
-    qdata: Tensor,
-    w_scale: Tensor,
-    group: int,
-    bias: Tensor | None,
-    h: Tensor | None,
-    up: Tensor | None,
-    strengths: Tensor | None,
-    out_dtype: torch.dtype,
-) -> None:
-    if q.dim() != 2 or qdata.dim() != 2 or q.shape[1] != qdata.shape[1] or 0 in (*q.shape, *qdata.shape):
-        raise ValueError(f"q must be [M, K] and qdata [N, K], not {list(q.shape)} and {list(qdata.shape)}")
-    (m, k), n = q.shape, qdata.shape[0]
-    if k > MAX_K:
-        raise ValueError(f"K is {k}; int32 sums hold at most {MAX_K} products")
-    _check_scale_shape(w_scale, n, k, group)
-    rank = _check_branch(h, up, m, n)
-    expected: dict[str, tuple[Tensor | None, tuple[int, ...], tuple[torch.dtype, ...]]] = {
-        "q": (q, (m, k), (torch.int8,)),
-        "x_scale": (x_scale, (m, 1), (torch.float32,)),
-        "qdata": (qdata, (n, k), (torch.int8,)),
-        "w_scale": (w_scale, tuple(w_scale.shape), (torch.float32,)),
-        "bias": (bias, (n,), FLOATS),
-        "h": (h, (m, rank), (torch.float32,)),
-        "up": (up, (n, rank), FLOATS),
-        "strengths": (strengths, (rank,), (torch.float32,)),
-    }
-    for name, (tensor, shape, dtypes) in expected.items():
-        if tensor is None:
-            continue
-        if tuple(tensor.shape) != shape or tensor.dtype not in dtypes or not tensor.is_contiguous():
-            names = " or ".join(str(dtype) for dtype in dtypes)
-            raise ValueError(
-                f"{name} must be contiguous {names} {list(shape)}, not {tensor.dtype} {list(tensor.shape)}"
-            )
-    if out_dtype not in FLOATS:
-        raise ValueError(f"out_dtype must be bfloat16, float16 or float32, not {out_dtype}")
-
-
-def _check_scale_shape(w_scale: Tensor, n: int, k: int, group: int) -> None:
-    if group < 0 or group % 32:
-        raise ValueError(f"group must be 0 or a multiple of 32, not {group}")
-    allowed: list[tuple[int, ...]] = [(n,)]
-    if group:
-        n_groups = triton.cdiv(k, group)
-        allowed = [(n, n_groups), (triton.cdiv(n, group), n_groups)]
-    if tuple(w_scale.shape) not in allowed:
-        shapes = " or ".join(str(list(shape)) for shape in allowed)
-        raise ValueError(f"w_scale must be {shapes} for group {group}, not {list(w_scale.shape)}")
-
-
-def _check_branch(h: Tensor | None, up: Tensor | None, m: int, n: int) -> int:
-    """Check the low-rank branch's shapes. Returns its rank; 0 without one."""
-    if (h is None) != (up is None):
-        raise ValueError("h and up come together")
-    if h is None or up is None:
-        return 0
-    if h.dim() != 2 or h.shape[1] == 0 or h.shape[0] != m or up.shape != (n, h.shape[1]):
-        raise ValueError(f"h must be [{m}, R] and up [{n}, R], not {list(h.shape)} and {list(up.shape)}")
-    return h.shape[1]
-
-
 @triton.jit(do_not_specialize=["M"])
 def _int8_linear_kernel(
     q_ptr,  # int8 [M, K]
@@ -273,10 +274,12 @@ def _int8_linear_kernel(
     N,
     K,
     R,
+    stride_hm,  # numbers from one row of h to the next
     GROUP: tl.constexpr,  # columns that share a weight scale, 0: all
     SCALE_ROWS: tl.constexpr,  # rows of the weight that share one
     HAS_BIAS: tl.constexpr,
     BLOCK_R: tl.constexpr,  # columns of h and up at a time, 0: no branch
+    PRECISION: tl.constexpr,  # of the branch's product
     EVEN_N: tl.constexpr,  # whether BLOCK_N divides N
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -347,14 +350,13 @@ def _int8_linear_kernel(
         for r in tl.range(0, R, BLOCK_R, num_stages=1):
             ranks = r + tl.arange(0, BLOCK_R)
             rank_mask = (ranks < R)[None, :]
-            h_ptrs = h_ptr + safe_rows.to(tl.int64)[:, None] * R + ranks[None, :]
+            h_ptrs = h_ptr + safe_rows.to(tl.int64)[:, None] * stride_hm + ranks[None, :]
             h = tl.load(h_ptrs, mask=rank_mask, other=0.0)  # [BLOCK_M, BLOCK_R]
             if strengths_ptr is not None:
                 h *= tl.load(strengths_ptr + ranks, mask=ranks < R, other=0.0)[None, :]
             up_ptrs = up_ptr + safe_cols[:, None] * R + ranks[None, :]
             up = tl.load(up_ptrs, mask=rank_mask, other=0.0)  # [BLOCK_N, BLOCK_R]
-            # of float32 operands three products in tf32 make up for its 10 bits of mantissa
-            y = tl.dot(h.to(up.dtype), tl.trans(up), y, input_precision="tf32x3")
+            y = tl.dot(h.to(up.dtype), tl.trans(up), y, input_precision=PRECISION)
     y_ptrs = y_ptr + rows.to(tl.int64)[:, None] * N + cols[None, :]
     mask = row_mask if EVEN_N else row_mask & (cols < N)[None, :]
     tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=mask)
@@ -366,5 +368,5 @@ ops.define(
     "triton_int8_linear(Tensor q, Tensor x_scale, Tensor qdata, Tensor w_scale, int group, Tensor? bias, "
     "Tensor? h, Tensor? up, Tensor? strengths, ScalarType out_dtype, int[] tile) -> Tensor"
 )
-ops.impl("triton_int8_linear", _launch_int8_linear, "CompositeExplicitAutograd")
+ops.impl("triton_int8_linear", _run_operator, "CompositeExplicitAutograd")
 torch.library.register_fake("int8run::triton_int8_linear", _int8_linear_fake, lib=ops)

@@ -30,7 +30,7 @@ def assert_equals_reference(x, factor=None, rotation=0, sylvester=False, gelu_fr
     y = transform_by_reference(x, factor, rotation, sylvester, gelu_from)
     expected, expected_scale = reference.quantize_rowwise(y)
     assert q.dtype == torch.int8
-    assert scale.dtype == h.dtype == torch.float32
+    assert scale.dtype == torch.float32
     assert_close("scale", scale, expected_scale, 1e-5)
     difference = (q.int() - expected.int()).abs()
     # ties, and what a last bit of the GELU or of 1 / scale moves across one
@@ -38,8 +38,9 @@ def assert_equals_reference(x, factor=None, rotation=0, sylvester=False, gelu_fr
     assert difference.float().mean() <= 0.005
     assert (q == -128).sum() == 0
     if down is None:
-        assert h.shape == (x.shape[0], 0)
+        assert h is None
     else:
+        assert h.dtype == torch.float32
         # the reference's rounding to x's dtype may fall the other way for single values
         assert_close(
             "h", h, y.to(x.dtype).float() @ down.float().T, {FULL: 1e-5, HALF: 1e-3, BRAIN: 4e-3}[x.dtype]

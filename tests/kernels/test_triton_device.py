@@ -73,7 +73,7 @@ def test_the_product_runs_where_its_tensors_are(monkeypatch, current):
             up=None,
             strengths=None,
             out_dtype=torch.bfloat16,
-            tile=Tile(16, 32, 64, warps=4).as_list(),
+            tile=Tile(16, 32, 64, warps=4),
         )
 
     assert y.device == SECOND_GPU
@@ -82,14 +82,20 @@ def test_the_product_runs_where_its_tensors_are(monkeypatch, current):
 
 
 @pytest.mark.parametrize(
-    ("kernel", "rotation"), [("_quantize_one_row_kernel", 0), ("_quantize_row_block_kernel", 64)]
+    ("kernel", "rotation", "columns"),
+    [
+        ("quantize_row_kernel", 0, 64),
+        ("quantize_row_matrix_kernel", 64, 1024),
+        ("quantize_row_block_kernel", 64, 64),
+    ],
 )
-def test_quantization_runs_where_its_input_is(monkeypatch, current, kernel, rotation):
+def test_quantization_runs_where_its_input_is(monkeypatch, current, kernel, rotation, columns):
     recorder = record_launches(monkeypatch, quantize_rowwise, kernel, current)
     with FakeTensorMode():
-        x = make_empty(5, 64, dtype=torch.bfloat16)
+        x = make_empty(5, columns, dtype=torch.bfloat16)
+        down = make_empty(16, columns, dtype=torch.bfloat16) if "block" in kernel else None
         q, _, _ = quantize_rowwise._launch_quantize_rowwise(
-            x, factor=None, rotation=rotation, sylvester=False, gelu_from=-1, down=None
+            x, factor=None, rotation=rotation, sylvester=False, gelu_from=-1, down=down
         )
 
     assert q.device == SECOND_GPU

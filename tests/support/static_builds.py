@@ -19,6 +19,7 @@ from int8run.kernels.int8_linear.tile import (
     find_architecture,
 )
 from int8run.kernels.quantize_rowwise import kernel as rowwise
+from int8run.kernels.triton_calls import choose_dot_precision
 
 NVIDIA = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120")
 AMD = ("gfx942", "gfx1100", "gfx1201")
@@ -49,6 +50,7 @@ def linear_build(architecture: str, tile: Tile, rank: int = 0, group: int = 0, e
         "SCALE_ROWS": 1,
         "HAS_BIAS": True,
         "BLOCK_R": linear.choose_block_r(rank),
+        "PRECISION": choose_dot_precision(torch.bfloat16, is_amd=architecture in AMD),
         "EVEN_N": even,
         "EVEN_K": even,
         "BLOCK_M": tile.block_m,
@@ -109,7 +111,7 @@ def rowwise_build(
     sylvester: bool = False,
     dtype: torch.dtype = torch.bfloat16,
 ) -> Build:
-    """The walking quantize kernel. `before`: with GELU and factor."""
+    """The quantize kernel for a low-rank branch. `before`: with GELU and factor."""
     block_r = rowwise.choose_block_r(rank)
     constants = {
         "HAS_FACTOR": before,
@@ -117,19 +119,20 @@ def rowwise_build(
         "ROTATION": rotation,
         "SYLVESTER": sylvester,
         "BLOCK_R": block_r,
+        "PRECISION": choose_dot_precision(dtype, is_amd=architecture in AMD),
         "EVEN_K": True,
-        "PARTS": max(rotation // 64, 4),
+        "PARTS": rowwise.choose_block_parts(rotation),
     }
     kind = "sylvester" if sylvester else "rotation"
     name = (
         f"quantize {kind} {rotation} rank "
         f"{rank}{' gelu factor' if before else ''}{' float32' if dtype == torch.float32 else ''}"
     )
-    warps = rowwise.choose_row_block_warps(rotation, block_r)
+    warps = rowwise.choose_row_block_warps(block_r)
     return Build(
         architecture,
         name,
-        rowwise._quantize_row_block_kernel,
+        rowwise.quantize_row_block_kernel,
         constants,
         warps,
         1,
@@ -143,10 +146,49 @@ def resident_build(architecture: str, block_k: int) -> Build:
     return Build(
         architecture,
         f"quantize row of {block_k}",
-        rowwise._quantize_one_row_kernel,
+        rowwise.quantize_row_kernel,
         constants,
-        rowwise.choose_one_row_warps(block_k),
+        rowwise.choose_row_warps(block_k),
         3,
+    )
+
+
+def row_matrix_build(
+    architecture: str,
+    columns: int,
+    rotation: int,
+    before: bool,
+    sylvester: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Build:
+    """The quantize kernel for rows as matrices. `before`: with GELU and factor."""
+    parts = rowwise.choose_row_parts(rotation)
+    block_g = rowwise.choose_block_g(columns, parts)
+    size = 64 * parts * block_g
+    constants = {
+        "HAS_FACTOR": before,
+        "GELU": before,
+        "ROTATION": rotation,
+        "SYLVESTER": sylvester,
+        "PRECISION": choose_dot_precision(dtype, is_amd=architecture in AMD),
+        "EVEN_K": columns % size == 0,
+        "IN_REGISTERS": columns <= size,
+        "PARTS": parts,
+        "BLOCK_G": block_g,
+    }
+    name = f"quantize row of {columns} {'sylvester' if sylvester else 'rotation'} {rotation}"
+    if before:
+        name += " gelu factor"
+    if dtype == torch.float32:
+        name += " float32"
+    return Build(
+        architecture,
+        name,
+        rowwise.quantize_row_matrix_kernel,
+        constants,
+        rowwise.choose_row_warps(size),
+        1,
+        FLOAT32 if dtype == torch.float32 else {},
     )
 
 
@@ -177,10 +219,14 @@ def rowwise_builds(architecture: str) -> Iterator[Build]:
     """
     yield resident_build(architecture, 4096)
     yield resident_build(architecture, 16384)
-    yield rowwise_build(architecture, 256, 0, before=False)
+    yield row_matrix_build(architecture, 3072, 256, before=False)
+    yield row_matrix_build(architecture, 15360, 256, before=True)
+    yield row_matrix_build(architecture, 3072, 128, before=True, sylvester=True)
+    yield row_matrix_build(architecture, 3072, 1024, before=True)
+    yield row_matrix_build(architecture, 20480, 0, before=False)
+    yield row_matrix_build(architecture, 8192, 256, before=True, dtype=torch.float32)
     yield rowwise_build(architecture, 256, 16, before=True)
     yield rowwise_build(architecture, 256, 64, before=False)
-    yield rowwise_build(architecture, 128, 0, before=False, sylvester=True)
     yield rowwise_build(architecture, 128, 16, before=True, sylvester=True)
     yield rowwise_build(architecture, 0, 256, before=True)
     if architecture in ("sm_80", "sm_90", *AMD):
