@@ -153,9 +153,11 @@ def read_metadata_markers(files: TensorFiles) -> dict[str, Marker]:
     """Read what the headers say, by layer name.
 
     Raises:
-        FileError: the entry is not a JSON object of layers, or names a layer that the file does not have.
+        FileError: the entry is not a JSON object of layers, or names a layer that the file does not have, or
+            the headers of two shards contradict each other.
     """
     markers: dict[str, Marker] = {}
+    read: dict[str, Mapping[str, Any]] = {}
     for file, metadata in files.metadata_by_file.items():
         if METADATA_KEY not in metadata:
             continue
@@ -166,6 +168,11 @@ def read_metadata_markers(files: TensorFiles) -> dict[str, Marker]:
         for name, fields in layers.items():
             check_layer_exists(files, location, name)
             layer_location = f"{location}, layer {name},"
+            if read.setdefault(name, fields) != fields:
+                raise FileError(
+                    f"{layer_location} says otherwise than the header of another shard; the files do not "
+                    "belong together: download them again"
+                )
             markers[name] = Marker(layer_location, check_fields(layer_location, fields))
     return markers
 

@@ -659,3 +659,25 @@ def test_fp8_weight_equals_comfy_kitchens(name: str, tmp_path: Path) -> None:
     )
 
     assert_close(name, layer.read_weight(files), theirs, 1e-6)
+
+
+@pytest.mark.parametrize("group", [16, 64])
+def test_headers_of_two_shards_say_the_same_of_a_layer(tmp_path: Path, group: int) -> None:
+    weight = torch.ones(4, 64, dtype=torch.int8)
+    shards = {"a.safetensors": {"a.weight": weight}, "b.safetensors": {"a.weight_scale": torch.ones(4, 1)}}
+    for (name, tensors), said in zip(shards.items(), (16, group), strict=True):
+        fields = {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": said}
+        about = {"_quantization_metadata": json.dumps({"layers": {"a": fields}})}
+        save_file(tensors, tmp_path / name, about)
+    index = tmp_path / "model.safetensors.index.json"
+    weight_map = {key: name for name, tensors in shards.items() for key in tensors}
+    index.write_text(json.dumps({"weight_map": weight_map}))
+
+    with TensorFiles.open(index) as files:
+        if group == 16:
+            assert read_layers(files)["a"].label == "int8_tensorwise, row, convrot 16"
+            return
+        with pytest.raises(
+            FileError, match=r"layer a, says otherwise than the header of another shard; the "
+        ):
+            read_layers(files)

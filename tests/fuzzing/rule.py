@@ -15,6 +15,7 @@ from random import Random
 from fuzzing.checkpoint_inputs import check_denoiser, check_encoder
 from fuzzing.lora_inputs import check_lora
 from fuzzing.prompt_inputs import check_prompts
+from fuzzing.shard_inputs import check_shards
 from fuzzing.yaml_inputs import check_yaml
 
 from int8run.errors import Int8RunError
@@ -38,7 +39,8 @@ class Reader:
 
 
 READERS = {
-    "denoiser": Reader(check_denoiser, 380),
+    "denoiser": Reader(check_denoiser, 330),
+    "shards": Reader(check_shards, 50),
     "lora": Reader(check_lora, 380),
     "text_encoder": Reader(check_encoder, 60),
     "prompts": Reader(check_prompts, 150),

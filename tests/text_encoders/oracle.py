@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from text_encoders.oracle_file import FLOATS, FP8, Tensor, need, numbers, positive, tensors_of
+from text_encoders.oracle_file import FLOATS, FP8, Tensor, need, numbers, positive
 from text_encoders.oracle_markers import FORMATS, get_group_size, read_markers
 from text_encoders.oracle_numbers import (
     FACTORS,
@@ -26,6 +26,7 @@ from text_encoders.oracle_numbers import (
     read_mxfp8,
     read_nvfp4,
 )
+from text_encoders.oracle_shards import read_all_files
 
 SCALES = ("weight_scale", "scale_weight", "weight_scale_inv", "scale", "weight.scale", "weight.weight_scale")
 BESIDE = (
@@ -66,11 +67,14 @@ EMBEDDINGS = ("shared", "embed_tokens", "token_embedding", "word_embeddings", "w
 def read(path: Path, prefix: str = "") -> dict[str, Reading]:
     """Every matrix of a file, and every fp8 weight, by layer; in a larger file those below a prefix.
 
+    Args:
+        path: of the file, or of the index of several.
+        prefix: before the keys that are read.
+
     Raises:
         Unreadable
     """
-    tensors, metadata = tensors_of(path)
-    everything = tensors
+    everything, metadata = read_all_files(path)
     tensors = {key: tensor for key, tensor in everything.items() if key.startswith(prefix)}
     for key, tensor in tensors.items():
         refuse_strays(tensors, key, tensor)
