@@ -17,8 +17,7 @@ from int8run.backends.base import (
     QuantizedInput,
 )
 from int8run.kernels.hadamard.reference import Rotation
-from int8run.kernels.quantize_rowwise.eager import quantize_rowwise
-from int8run.kernels.quantize_rowwise.reference import transform_rows
+from int8run.kernels.quantize_rowwise.eager import quantize_transformed
 from int8run.quant.weight import QuantizedWeight
 
 # signed activations fall to oneDNN's reference path, 800 times slower on AVX512-VNNI; q + 128 with a zero
@@ -88,8 +87,7 @@ class OneDnn:
         down: Tensor | None = None,
     ) -> QuantizedInput:
         """x: [M, K] -> uint8 [M, K] and scales [M, 1]."""
-        transformed = transform_rows(x, factor, rotation, gelu_from)
-        q, scale = quantize_rowwise(transformed, ZERO_POINT)
+        q, scale = quantize_transformed(x, factor, rotation, gelu_from, ZERO_POINT)
         return QuantizedInput(q, scale)
 
     def linear(

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from int8run.backends.base import INT8_CPU_FEATURES, MAX_SIGNED_PRODUCTS, FusedBranch, Limits, QuantizedInput
 from int8run.kernels.hadamard.reference import Rotation
-from int8run.kernels.quantize_rowwise.eager import quantize_rowwise
-from int8run.kernels.quantize_rowwise.reference import transform_rows
+from int8run.kernels.quantize_rowwise.eager import count_chunks, quantize_transformed
 from int8run.quant.weight import QuantizedWeight
 
 # cuBLASLt's int8 product takes more than 16 rows, and K and N in multiples of 8 (pytorch PR 178469). On CPUs
@@ -51,7 +50,7 @@ class TorchIntMM:
         down: Tensor | None = None,
     ) -> QuantizedInput:
         """x: [M, K] -> int8 and scales [M, 1]; padded for `_int_mm`, so M and K may be larger."""
-        q, scale = quantize_rowwise(transform_rows(x, factor, rotation, gelu_from))
+        q, scale = quantize_transformed(x, factor, rotation, gelu_from)
         rows, k = q.shape
         missing_rows = max(0, CUDA_MIN_ROWS - rows) if q.is_cuda else 0
         return QuantizedInput(pad_rows_and_columns(q, missing_rows, -k % MULTIPLE), scale)
@@ -67,12 +66,25 @@ class TorchIntMM:
         branch: FusedBranch | None = None,
         strengths: Tensor | None = None,
     ) -> Tensor:
-        """x: [M, K] -> [M, N]."""
+        """x: [M, K] -> [M, N]. The sums are of a chunk of rows at a time, not of all of them."""
         rows, columns = x.scale.shape[0], w_scale.shape[0]
-        accumulated = torch._int_mm(x.q, packed.T)[:rows, :columns]  # int32 [M, N], without the padding
-        y = accumulated.float().mul_(w_scale)
-        y = y.mul_(x.scale) if bias is None else torch.addcmul(bias, y, x.scale)
-        return y.to(dtype)
+        n_chunks = count_chunks(rows, columns)
+        if n_chunks == 1:
+            return multiply_rows(x.q, x.scale, packed, w_scale, bias).to(dtype)
+        y = x.scale.new_empty((rows, columns), dtype=dtype)
+        # q has no rows of padding here: few rows are one chunk
+        chunks = (tensor.chunk(n_chunks) for tensor in (x.q, x.scale, y))
+        for q, scale, part in zip(*chunks, strict=True):
+            part.copy_(multiply_rows(q, scale, packed, w_scale, bias))
+        return y
+
+
+def multiply_rows(q: Tensor, x_scale: Tensor, packed: Tensor, w_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """The product with scales and bias. q: [M or more, K or more] -> float32 [M, N], without the padding."""
+    rows, columns = x_scale.shape[0], w_scale.shape[0]
+    accumulated = torch._int_mm(q, packed.T)[:rows, :columns]  # int32
+    y = accumulated.float().mul_(w_scale)
+    return y.mul_(x_scale) if bias is None else torch.addcmul(bias, y, x_scale)
 
 
 def pad_rows_and_columns(matrix: Tensor, rows: int, columns: int) -> Tensor:
