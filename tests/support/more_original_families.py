@@ -211,6 +211,57 @@ SANA_VIDEO = Script(
         CROSS + r"kv_linear\.": [f"{BLOCK}attn2.to_{name}." for name in "kv"],
     },
 )
+FLUX_DOUBLE = [
+    (DOUBLE + r"img_mod\.lin\.", BLOCK + "norm1.linear."),
+    (DOUBLE + r"txt_mod\.lin\.", BLOCK + "norm1_context.linear."),
+    (DOUBLE + r"img_attn\.norm\.query_norm\.", BLOCK + "attn.norm_q."),
+    (DOUBLE + r"img_attn\.norm\.key_norm\.", BLOCK + "attn.norm_k."),
+    (DOUBLE + r"txt_attn\.norm\.query_norm\.", BLOCK + "attn.norm_added_q."),
+    (DOUBLE + r"txt_attn\.norm\.key_norm\.", BLOCK + "attn.norm_added_k."),
+    (DOUBLE + r"img_attn\.proj\.", BLOCK + "attn.to_out.0."),
+    (DOUBLE + r"txt_attn\.proj\.", BLOCK + "attn.to_add_out."),
+]
+FLUX_SINGLE = [
+    (SINGLE + r"modulation\.lin\.", SINGLE_BLOCK + "norm.linear."),
+    (SINGLE + r"norm\.query_norm\.", SINGLE_BLOCK + "attn.norm_q."),
+    (SINGLE + r"norm\.key_norm\.", SINGLE_BLOCK + "attn.norm_k."),
+    (SINGLE + r"linear2\.", SINGLE_BLOCK + "proj_out."),
+]
+FLUX_CUTS = {
+    DOUBLE + r"img_attn\.qkv\.": [f"{BLOCK}attn.to_{name}." for name in "qkv"],
+    DOUBLE + r"txt_attn\.qkv\.": [f"{BLOCK}attn.add_{name}_proj." for name in "qkv"],
+}
+LONGCAT_IMAGE = Script(
+    names=[
+        (r"img_in\.", "x_embedder."),
+        (r"txt_in\.", "context_embedder."),
+        (r"time_in\.in_layer\.", "time_embed.timestep_embedder.linear_1."),
+        (r"time_in\.out_layer\.", "time_embed.timestep_embedder.linear_2."),
+        # a weight is called scale there
+        (DOUBLE + r"img_attn\.norm\.query_norm\.scale", BLOCK + "attn.norm_q.weight"),
+        (DOUBLE + r"img_attn\.norm\.key_norm\.scale", BLOCK + "attn.norm_k.weight"),
+        (DOUBLE + r"txt_attn\.norm\.query_norm\.scale", BLOCK + "attn.norm_added_q.weight"),
+        (DOUBLE + r"txt_attn\.norm\.key_norm\.scale", BLOCK + "attn.norm_added_k.weight"),
+        (SINGLE + r"norm\.query_norm\.scale", SINGLE_BLOCK + "attn.norm_q.weight"),
+        (SINGLE + r"norm\.key_norm\.scale", SINGLE_BLOCK + "attn.norm_k.weight"),
+        (DOUBLE + r"img_mlp\.0\.", BLOCK + "ff.net.0.proj."),
+        (DOUBLE + r"img_mlp\.2\.", BLOCK + "ff.net.2."),
+        (DOUBLE + r"txt_mlp\.0\.", BLOCK + "ff_context.net.0.proj."),
+        (DOUBLE + r"txt_mlp\.2\.", BLOCK + "ff_context.net.2."),
+        *FLUX_DOUBLE,
+        *FLUX_SINGLE,
+        *LAST,
+    ],
+    cuts={
+        **FLUX_CUTS,
+        # 3 of 7 equal parts are q, k and v; the rest is the feed-forward's
+        SINGLE + r"linear1\.": [
+            *(f"{SINGLE_BLOCK}attn.to_{name}." for name in "qkv"),
+            *[f"{SINGLE_BLOCK}proj_mlp."] * 4,
+        ],
+    },
+    swapped=["norm_out.linear"],
+)
 OVIS_IMAGE = Script(
     names=[
         (r"img_in\.", "x_embedder."),
@@ -218,25 +269,14 @@ OVIS_IMAGE = Script(
         (r"semantic_txt_in\.", "context_embedder."),
         (r"time_in\.in_layer\.", "timestep_embedder.linear_1."),
         (r"time_in\.out_layer\.", "timestep_embedder.linear_2."),
-        (DOUBLE + r"img_mod\.lin\.", BLOCK + "norm1.linear."),
-        (DOUBLE + r"txt_mod\.lin\.", BLOCK + "norm1_context.linear."),
-        (DOUBLE + r"img_attn\.norm\.query_norm\.", BLOCK + "attn.norm_q."),
-        (DOUBLE + r"img_attn\.norm\.key_norm\.", BLOCK + "attn.norm_k."),
-        (DOUBLE + r"txt_attn\.norm\.query_norm\.", BLOCK + "attn.norm_added_q."),
-        (DOUBLE + r"txt_attn\.norm\.key_norm\.", BLOCK + "attn.norm_added_k."),
-        (DOUBLE + r"img_attn\.proj\.", BLOCK + "attn.to_out.0."),
-        (DOUBLE + r"txt_attn\.proj\.", BLOCK + "attn.to_add_out."),
+        *FLUX_DOUBLE,
         (DOUBLE + r"img_mlp\.down_proj\.", BLOCK + "ff.net.2."),
         (DOUBLE + r"txt_mlp\.down_proj\.", BLOCK + "ff_context.net.2."),
-        (SINGLE + r"modulation\.lin\.", SINGLE_BLOCK + "norm.linear."),
-        (SINGLE + r"norm\.query_norm\.", SINGLE_BLOCK + "attn.norm_q."),
-        (SINGLE + r"norm\.key_norm\.", SINGLE_BLOCK + "attn.norm_k."),
-        (SINGLE + r"linear2\.", SINGLE_BLOCK + "proj_out."),
+        *FLUX_SINGLE,
         *LAST,
     ],
     cuts={
-        DOUBLE + r"img_attn\.qkv\.": [f"{BLOCK}attn.to_{name}." for name in "qkv"],
-        DOUBLE + r"txt_attn\.qkv\.": [f"{BLOCK}attn.add_{name}_proj." for name in "qkv"],
+        **FLUX_CUTS,
         # 3 of 11 equal parts are q, k and v; the rest is the feed-forward's
         SINGLE + r"linear1\.": [
             *(f"{SINGLE_BLOCK}attn.to_{name}." for name in "qkv"),
@@ -256,6 +296,7 @@ SCRIPTS: Mapping[str, tuple[Callable[[], torch.nn.Module], Script]] = {
     "hunyuan_image_distilled": (denoisers.hunyuan_image_distilled, HUNYUAN_IMAGE),
     "ideogram4": (denoisers.ideogram4, IDEOGRAM4),
     "fibo2": (denoisers.fibo2, FIBO2),
+    "longcat_image": (denoisers.longcat_image, LONGCAT_IMAGE),
     "ovis_image": (denoisers.ovis_image, OVIS_IMAGE),
     "cogview4": (denoisers.cogview4, COGVIEW4),
     "joyimage_edit": (denoisers.joyimage_edit, JOYIMAGE),
