@@ -36,7 +36,7 @@ from int8run.pipeline.layer_selection import describe_skip_reasons, select_int8_
 from int8run.pipeline.load import resolve_family
 from int8run.pipeline.loaded_model import make_skip_rule
 from int8run.pipeline.outlier_choice import choose_fixed_method
-from int8run.ptq.quantize import build_int8_layers, check_backend, quantize_layers
+from int8run.ptq.quantize import build_int8_layers, check_backend, keep_faster_layers, quantize_layers
 
 FLOAT_NAMES = ("float32", "bfloat16", "float16")
 FLOAT_DTYPES = {torch.float64, *(getattr(torch, name) for name in FLOAT_NAMES)}
@@ -61,7 +61,8 @@ def quantize_(  # noqa: PLR0913  # the contract of the library: each is an optio
         model: a diffusers denoiser, compiled or not, or its pipeline. It is changed in place, and its float
             weights are dropped.
         outlier: option of `outlier=`; those that need a calibration need the command.
-        backend: option of `backend=`.
+        backend: option of `backend=`; with `auto`, layers that are faster in float stay float, see
+            `int8.only_if_faster`.
         rounding: option of `rounding=`; those that need a calibration need the command.
         model_type: option of `model_type=`.
         rows: tokens that a layer sees in one call, which `backend=auto` measures with.
@@ -112,13 +113,14 @@ def quantize_(  # noqa: PLR0913  # the contract of the library: each is an optio
         on_layer=lambda layer: layer.to(placement.home),
         device=placement.device,
     )
+    layers = keep_faster_layers(chosen, layers)
     int8_parts = split_denoiser(assemble_int8_model(denoiser, layers, family))
     warn_compiled_blocks(denoiser)
     for prefix, part in parts.items():
         for name, child in int8_parts[prefix].named_children():  # into the object that the caller holds
             setattr(part, name, child)
     denoiser.to(placement.home)
-    log.info("%d of %d Linears are INT8", len(chosen), len(plans))
+    log.info("%d of %d Linears are INT8", len(layers), len(plans))
     return plans
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from int8run.backends import auto
 from int8run.backends.vnni import Vnni
 from int8run.kernels.cpu.library import BuildError, load_rows_library, load_vnni_library
 
@@ -70,6 +72,12 @@ def kernel_libraries() -> None:
     """Load the CPU kernels before a test sets another HOME, into whose cache they would be built."""
     for load in find_library_loaders():
         load()
+
+
+@pytest.fixture(autouse=True)
+def int8_always_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `backend=auto` find no float layer faster: what a test computes depends on no machine's speed."""
+    monkeypatch.setattr(auto, "MIN_FLOAT_GAIN", math.inf)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from int8run.backends.autotune_cache import AutotuneCache
 from int8run.backends.base import Backend, LayerTimes, Limits, Shape, run_plain_layer
-from int8run.backends.float import Float
+from int8run.backends.float import Float, TimedFloat
 from int8run.backends.layer_timer import LayerTimer
 from int8run.backends.reference import Reference
 from int8run.backends.run_errors import find_run_failure
@@ -158,9 +158,9 @@ class BackendChooser:
         return self.timer.device
 
     @property
-    def float_layer(self) -> Float:
+    def float_layer(self) -> TimedFloat:
         """The float layer in the model's dtype."""
-        return Float(self.timer.dtype)
+        return TimedFloat(self.timer.dtype)
 
     def choose_backend(self, rows: int, in_features: int, out_features: int) -> Backend:
         """The fastest correct backend for `[rows, in_features] x [out_features, in_features]`.

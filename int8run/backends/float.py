@@ -1,7 +1,7 @@
-"""The layer that INT8 has to beat: the float product, in the place of a backend.
+"""The layer that INT8 has to beat: a float product in the place of a backend.
 
-`backend=auto` and `task=bench` time it beside the INT8 backends, by the same calls. With `backend=float`
-every layer stays as it is. It never runs an `Int8Linear`.
+With `backend=float` every layer stays as it is; `Float` then only holds the integers that `save=` and the
+cache want. `backend=auto` and `task=bench` time a `TimedFloat` beside the INT8 backends, by the same calls.
 """
 
 from dataclasses import dataclass
@@ -22,24 +22,14 @@ FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class Float:
-    """The float layer.
+    """The float layer. As a backend of an `Int8Linear`: integer weights, float inputs."""
 
-    Args:
-        dtype: that it computes in; None: float32 for a weight, which a config asks for and nothing times.
-    """
-
-    dtype: torch.dtype | None = None
     name: ClassVar[str] = "float"
     limits: ClassVar[Limits] = Limits(devices=("cpu", "cuda", "xpu"))
 
-    @property
-    def dtype_name(self) -> str:
-        """`bfloat16`, ..."""
-        return str(self.dtype).removeprefix("torch.")
-
     def pack_weight(self, weight: QuantizedWeight) -> Tensor:
-        """The weight that the integers stand for, [N, K]."""
-        return weight.dequantize(self.dtype or torch.float32)
+        """The integers as they are, [N, K]."""
+        return weight.qdata
 
     def quantize(
         self,
@@ -54,6 +44,41 @@ class Float:
         transformed = transform_rows(x, factor, rotation, gelu_from)
         # nothing reads the scale; the field has to hold a tensor
         return QuantizedInput(transformed, scale=x)
+
+    def linear(
+        self,
+        x: QuantizedInput,
+        packed: Tensor,
+        w_scale: Tensor,
+        *,
+        dtype: torch.dtype,
+        bias: Tensor | None = None,
+        branch: FusedBranch | None = None,
+        strengths: Tensor | None = None,
+    ) -> Tensor:
+        """x: [M, K] -> [M, N]."""
+        y = F.linear(x.q.float(), packed.float()) * w_scale
+        return (y if bias is None else y + bias).to(dtype)
+
+
+@dataclass(frozen=True)
+class TimedFloat(Float):
+    """`F.linear` with the weight that the integers stand for, to be timed.
+
+    Args:
+        dtype: of weight and input.
+    """
+
+    dtype: torch.dtype
+
+    @property
+    def dtype_name(self) -> str:
+        """`bfloat16`, ..."""
+        return str(self.dtype).removeprefix("torch.")
+
+    def pack_weight(self, weight: QuantizedWeight) -> Tensor:
+        """[N, K], in float."""
+        return weight.dequantize(self.dtype)
 
     def linear(
         self,

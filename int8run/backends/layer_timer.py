@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from int8run.backends.base import Backend, LayerTimes, Shape, run_plain_layer
-from int8run.backends.float import Float
+from int8run.backends.float import TimedFloat
 from int8run.backends.run_errors import describe_run_error, find_run_failure, list_run_errors
 from int8run.quant.weight import QuantizedWeight, quantize_weight
 from int8run.utils.timing import is_steady, read_clock, time_in_turns
@@ -118,7 +118,7 @@ class LayerTimer:
     def prepare(self, backend: Backend, layer: RandomLayer) -> Attempt:
         """Pack the weight and call the backend once, which compiles what it needs."""
         dtype = self.dtype
-        if isinstance(backend, Float) and backend.dtype is not None:
+        if isinstance(backend, TimedFloat):
             dtype = backend.dtype
         x, scale = layer.x.to(dtype), layer.weight.scale[:, 0].contiguous()
         attempt = Attempt(run=lambda: None)

@@ -5,7 +5,7 @@ One `LayerPlan` is one row of `layers.csv`. `plan_layers` makes the list, `int8r
 
 Who decides that a layer stays float: the `ignore` rules of its family (`conf/model_type`, by way of
 `ModelFamily.find_skip_reason`), then a quality budget (`int8run.ptq.mixed_precision`), or the file that INT8
-layers are loaded from (`int8run.pipeline.prequantized`).
+layers are loaded from (`int8run.pipeline.prequantized`), last the speed of this machine (`leave_float`).
 """
 
 from collections.abc import Callable, Mapping
@@ -34,6 +34,8 @@ class Int8Settings:
             `max_rows` rows: `only_small_layers` (at most `small_layer_params` weights), `always`, `never`.
         max_rows: None: what `task=bench` measured for the layer, where it has, else DEFAULT_FLOAT_ROWS.
         small_layer_params: the most weights of a small layer.
+        only_if_faster: with `backend=auto`, whether a layer that is faster in the model's dtype stays float;
+            false: it becomes INT8 all the same, for its memory.
         checkpoint: file or folder of INT8 layers, by component where there are two denoisers; the layers are
             used as they are. None: quantize.
     """
@@ -42,11 +44,13 @@ class Int8Settings:
     small_batch_fallback: str = "only_small_layers"
     max_rows: int | None = None
     small_layer_params: int = 1_000_000
+    only_if_faster: bool = True
     checkpoint: str | Mapping[str, str] | None = None
 
     def __post_init__(self) -> None:
         check_choice("int8.small_batch_fallback", self.small_batch_fallback, SMALL_BATCH_FALLBACKS)
         check_bool("int8.enable", self.enable)
+        check_bool("int8.only_if_faster", self.only_if_faster)
         if self.max_rows is not None:
             check_range("int8.max_rows", self.max_rows, 0, 4096, whole=True)
         check_range("int8.small_layer_params", self.small_layer_params, 0, 2**40, whole=True)
@@ -83,6 +87,10 @@ class LayerPlan:
         rounding: the rounding of the weight.
         backend_asked: the backend of the config.
         backend_used: the backend that runs the layer, or FLOAT_FALLBACK.
+        backends_left_out: backends that `auto` could not run here, with the reasons.
+        speedup: time of the float layer over that of the fastest INT8 backend; None: it was not measured.
+        float_reason: why the layer is to compute in float although it can be INT8; empty: it is not.
+        is_float_by_choice: whether it stays float for that reason.
         measured: errors of the layer by name of the metric, such as weight_sqnr_db.
     """
 
@@ -95,6 +103,10 @@ class LayerPlan:
     rounding: str = ""
     backend_asked: str = ""
     backend_used: str = ""
+    backends_left_out: str = ""
+    speedup: float | None = None
+    float_reason: str = ""
+    is_float_by_choice: bool = False
     measured: dict[str, float] = field(default_factory=dict)
 
     def skip(self, reason: str) -> None:
@@ -105,7 +117,13 @@ class LayerPlan:
         self.rounding = ""
         self.backend_asked = ""
         self.backend_used = ""
+        self.float_reason = ""
         self.measured.clear()
+
+    def leave_float(self) -> None:
+        """Keep a layer float for its `float_reason`, after its integers were made."""
+        self.skip(self.float_reason)
+        self.is_float_by_choice = True
 
 
 def plan_layers(model: nn.Module, find_skip_reason: Callable[[str], str | None]) -> list[LayerPlan]:

@@ -328,6 +328,24 @@ class FloatMerge:
         return merged.to(weight.dtype)
 
     @torch.no_grad()
+    def take_read_weights(self) -> None:
+        """Take over deferred weights that have been read into the model since, at the present strengths."""
+        model = self._model()
+        if model is None:
+            return
+        for name, deltas in list(self.deferred.items()):
+            module, attribute = find_target(model, name)
+            weight: Any = getattr(module, attribute)
+            if weight.is_meta:
+                continue
+            del self.deferred[name]
+            self.weights[name] = MergedParameter(module, attribute, deltas)
+            if self.strengths is not None:
+                with name_module(name):
+                    self.weights[name].merge(self.strengths)
+        self.check_tied_weights()
+
+    @torch.no_grad()
     def set_strengths(self, strengths: Sequence[float]) -> None:
         """`W = W0 + sum of strength * delta(W0)`, summed in float32 and rounded once."""
         if list(strengths) == self.strengths:

@@ -107,6 +107,8 @@ def compute_layer_metrics(plans: Sequence[LayerPlan]) -> dict[str, float]:
         "quant/layers_int8": len(int8_plans),
         "quant/layers_float": len(plans) - len(int8_plans),
         "quant/fallback_layers": sum(map(is_fallback, int8_plans)),
+        "quant/layers_float_by_choice": sum(plan.is_float_by_choice for plan in plans),
+        "quant/layers_with_backends_left_out": sum(bool(plan.backends_left_out) for plan in plans),
     }
     for name in ("weight_sqnr_db", "output_sqnr_db"):
         values = [plan.measured[name] for plan in int8_plans if name in plan.measured]

@@ -79,6 +79,8 @@ METRICS: Mapping[str, Metric] = {
     "quality/ssim": Metric(MORE, "structural similarity to the float model's images"),
     "quality/unmasked_psnr_db": Metric(MORE, "PSNR outside the mask of an edit"),
     "quant/fallback_layers": Metric(LESS, "INT8 layers on another backend, or in float for small batches"),
+    "quant/layers_float_by_choice": Metric(NEITHER, "Linears that could be INT8 and are faster in float"),
+    "quant/layers_with_backends_left_out": Metric(LESS, "Linears without a backend that failed here"),
     "quant/layers_float": Metric(LESS, "Linears that stay float"),
     "quant/layers_int8": Metric(MORE, "Linears in INT8"),
     "quant/macs_int8_share": Metric(MORE, "share of the Linears' multiply-adds that are INT8"),

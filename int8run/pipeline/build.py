@@ -40,7 +40,12 @@ from int8run.pipeline.lora_steps import bake_loras, measure_overhead, read_entri
 from int8run.pipeline.offload import set_offload
 from int8run.pipeline.prequantized import PrequantizedLayers, PrequantizedRequest, find_prequantized
 from int8run.pipeline.provenance import build_cache_key, build_provenance, list_baked_loras
-from int8run.pipeline.quantize_denoiser import QuantizedDenoiser, count_layer_rows, quantize_denoiser
+from int8run.pipeline.quantize_denoiser import (
+    QuantizedDenoiser,
+    count_layer_rows,
+    leave_slow_layers_float,
+    quantize_denoiser,
+)
 from int8run.pipeline.step_settings import select_load_settings, select_origin, select_quantization_settings
 from int8run.pipeline.store_layers import cache_layers, save_layers
 from int8run.pipeline.text_encoders import QuantizedEncoders, build_encoders
@@ -302,6 +307,7 @@ def add_int8_denoiser(
         progress=progress,
     )
     store_quantized(spec, loaded, sources, quantized)
+    quantized = leave_slow_layers_float(loaded, sources.plans, quantized, built.loras)
     built.denoisers["int8"] = quantized.denoiser
     built.mixed_precision = quantized.mixed_precision
     if built.loras.entries and not spec.lora.is_baked:

@@ -29,7 +29,13 @@ from int8run.pipeline.quantization_settings import QuantizationSettings
 from int8run.pipeline.read_prequantized import read_prequantized_layers
 from int8run.ptq.calibration import capture_calibration_calls, collect_layer_statistics
 from int8run.ptq.mixed_precision import MixedPrecisionResult, MixedPrecisionSearch
-from int8run.ptq.quantize import build_int8_layers, check_backend, check_outlier_method, quantize_layers
+from int8run.ptq.quantize import (
+    build_int8_layers,
+    check_backend,
+    check_outlier_method,
+    keep_faster_layers,
+    quantize_layers,
+)
 from int8run.report.console import Progress
 
 
@@ -119,6 +125,31 @@ def quantize_denoiser(
         denoiser=assemble_int8_model(loaded.denoiser, int8_layers, loaded.family),
         layers=int8_layers,
         mixed_precision=read_mixed_precision(prequantized),
+    )
+
+
+def leave_slow_layers_float(
+    loaded: LoadedModel, plans: Sequence[LayerPlan], quantized: QuantizedDenoiser, loras: LoraStack
+) -> QuantizedDenoiser:
+    """Put the float layers back where INT8 is not to compute; see `LayerPlan.float_reason`.
+
+    Comes after the INT8 layers are stored, so that files do not depend on the machine that wrote them.
+
+    Args:
+        loaded: the model; float weights that it lacks are read.
+        plans: of every Linear; layers that stay float are noted.
+        quantized: what `quantize_denoiser` made.
+        loras: are added to weights that are read.
+    """
+    layers = keep_faster_layers(plans, quantized.layers)
+    if len(layers) == len(quantized.layers):
+        return quantized
+    loaded.fill_weights(except_for=layers)
+    loras.take_read_weights()
+    return QuantizedDenoiser(
+        denoiser=assemble_int8_model(loaded.denoiser, layers, loaded.family),
+        layers=layers,
+        mixed_precision=quantized.mixed_precision,
     )
 
 

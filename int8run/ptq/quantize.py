@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from int8run.backends.auto import AutoBackend, BackendChooser
+from int8run.backends.auto import AutoBackend, BackendChooser, LayerChoice
 from int8run.backends.base import Backend
+from int8run.backends.float import Float
 from int8run.backends.registry import list_usable_backends
 from int8run.errors import BackendError, ConfigError
 from int8run.kernels.cpu.rows import quantize_weight_rows
@@ -220,27 +221,81 @@ class LayerBackends:
     Args:
         backend: of the config.
         device: where the layers run.
+        only_if_faster: whether `auto` also says where the float layer is faster.
     """
 
-    def __init__(self, backend: Backend, device: torch.device):
+    def __init__(self, backend: Backend, device: torch.device, *, only_if_faster: bool):
         self.backend, self.device = backend, device
+        self.only_if_faster = only_if_faster
         self.choosers: dict[torch.dtype, BackendChooser] = {}  # each reads the file of measured choices
 
     def choose_backend(self, plan: LayerPlan, rows: int, dtype: torch.dtype) -> tuple[Backend, int | None]:
         """The backend of one layer, and up to how many rows float was measured to be faster, where known.
+
+        What was measured, and whether the layer is to stay float, is noted in the plan.
 
         Args:
             plan: of the layer.
             rows: that the layer sees in one call.
             dtype: of the float model.
         """
+        if isinstance(self.backend, Float):
+            plan.float_reason = "backend=float"
         if not isinstance(self.backend, AutoBackend):
             return self.backend, None
         if dtype not in self.choosers:
-            self.choosers[dtype] = self.backend.make_chooser(self.device, dtype)
+            self.choosers[dtype] = self.backend.make_chooser(
+                self.device, dtype, times_float=self.only_if_faster
+            )
         chooser = self.choosers[dtype]
-        chosen = chooser.choose_backend(rows, plan.in_features, plan.out_features)
-        return chosen, chooser.measured_float_rows(plan.in_features, plan.out_features)
+        choice = chooser.choose_layer((rows, plan.in_features, plan.out_features))
+        note_choice(plan, choice, rows=rows, left_out=chooser.left_out, only_if_faster=self.only_if_faster)
+        float_rows = chooser.measured_float_rows(plan.in_features, plan.out_features)
+        if choice.speedup is not None and not choice.is_float_faster:
+            # what was measured for this very number of rows counts more than what holds in general
+            float_rows = rows - 1 if float_rows is None else min(float_rows, rows - 1)
+        return choice.backend, float_rows
+
+
+def note_choice(
+    plan: LayerPlan, choice: LayerChoice, *, rows: int, left_out: Mapping[str, str], only_if_faster: bool
+) -> None:
+    """Write what `backend=auto` found into a layer's plan.
+
+    Args:
+        plan: of the layer.
+        choice: for its shape.
+        rows: that it was measured with.
+        left_out: why backends could not run, by name.
+        only_if_faster: whether the layer stays float where that is faster.
+    """
+    plan.backends_left_out = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
+    plan.speedup = choice.speedup
+    if only_if_faster and choice.speedup is not None and choice.is_float_faster:
+        plan.float_reason = (
+            f"float is {1 / choice.speedup:.2f} times as fast as {choice.backend.name} at {rows} rows here"
+        )
+
+
+def keep_faster_layers(plans: Sequence[LayerPlan], layers: Mapping[str, Int8Linear]) -> dict[str, Int8Linear]:
+    """The layers that compute in INT8; those of which the plans say otherwise are noted as float.
+
+    Args:
+        plans: of all Linears.
+        layers: from `build_int8_layers`, by name.
+    """
+    chosen = [plan for plan in plans if plan.skip_reason is None and plan.float_reason]
+    for plan in chosen:
+        plan.leave_float()
+    if any(plan.speedup is not None for plan in chosen):
+        log.info(
+            "%d of %d layers stay float, which is faster here than INT8; int8.only_if_faster=false makes "
+            "them INT8 for their memory",
+            len(chosen),
+            len(layers),
+        )
+    kept_float = {plan.name for plan in plans if plan.skip_reason is not None}
+    return {name: layer for name, layer in layers.items() if name not in kept_float}
 
 
 def build_int8_layers(
@@ -269,7 +324,7 @@ def build_int8_layers(
     """
     if device is None:
         device = next(p.device for p in model.parameters() if not p.is_meta)
-    backends = LayerBackends(backend, device)
+    backends = LayerBackends(backend, device, only_if_faster=settings.only_if_faster)
     matrices: dict[tuple[int, bool], Tensor | None] = {}
     made = {}
     for plan, layer in layers:

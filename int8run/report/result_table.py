@@ -123,8 +123,9 @@ class ResultRows:
         num_float, num_int8 = self.metrics["quant/layers_float"], self.metrics["quant/layers_int8"]
         self.table.add_section()
         self.add_row("Linear layers, float / INT8", f"{num_float:.0f} / {num_int8:.0f}")
-        if self.metrics["quant/fallback_layers"]:
-            self.add_value("small-batch fallback", "quant/fallback_layers", "{:.0f}".format)
+        self.add_count("float by choice", "quant/layers_float_by_choice")
+        self.add_count("small-batch fallback", "quant/fallback_layers")
+        self.add_count("layers with a backend left out", "quant/layers_with_backends_left_out")
         if "quant/output_sqnr_db_mean" in self.metrics:
             mean, least = self.metrics["quant/output_sqnr_db_mean"], self.metrics["quant/output_sqnr_db_min"]
             self.add_row("layer SQNR, mean / min", f"{mean:.1f} / {least:.1f} dB")
@@ -160,6 +161,11 @@ class ResultRows:
         """A metric that only the candidate has; no row where it is missing."""
         if metric in self.metrics:
             self.add_row(label, form(self.metrics[metric]))
+
+    def add_count(self, label: str, metric: str) -> None:
+        """A number of layers; no row where there are none."""
+        if self.metrics.get(metric):
+            self.add_value(label, metric, "{:.0f}".format)
 
     def add_row(self, label: str, text: str) -> None:
         """A row with a text in the candidate's column."""

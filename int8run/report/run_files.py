@@ -26,6 +26,8 @@ LAYER_COLUMNS = (
     "rounding",
     "backend_asked",
     "backend_used",
+    "backends_left_out",
+    "speedup_vs_float",
     "weight_sqnr_db",
     "output_sqnr_db",
     "saturated_share",
@@ -45,6 +47,7 @@ def build_layer_row(plan: LayerPlan) -> dict[str, object]:
     """The row of a layer in `layers.csv`, by column."""
     is_quantized = plan.skip_reason is None
     measured = {name: f"{value:.6g}" for name, value in plan.measured.items()}
+    speedup = "" if plan.speedup is None else f"{plan.speedup:g}"
     return {
         "name": plan.name,
         "out_features": plan.out_features,
@@ -56,6 +59,8 @@ def build_layer_row(plan: LayerPlan) -> dict[str, object]:
         "rounding": plan.rounding,
         "backend_asked": plan.backend_asked,
         "backend_used": plan.backend_used,
+        "backends_left_out": plan.backends_left_out,
+        "speedup_vs_float": speedup,
         **measured,
     }
 

@@ -12,7 +12,7 @@ import torch
 
 from int8run.backends.auto import AutoBackend, BackendChooser, LayerChoice, compute_speedup
 from int8run.backends.base import Backend, LayerTimes, Shape, Tunable
-from int8run.backends.float import FLOAT_DTYPES, Float
+from int8run.backends.float import FLOAT_DTYPES, Float, TimedFloat
 from int8run.backends.registry import make_backend
 from int8run.config.job import Job
 from int8run.config.run_spec import RunSpec
@@ -155,7 +155,7 @@ def measure_shape(chooser: BackendChooser, shape: Shape) -> LayerTimes:
     for backend in correct:
         if isinstance(backend, Tunable):
             backend.tune(chooser.timer, shape)
-    contestants: dict[str, Backend] = {name: Float(getattr(torch, name)) for name in FLOAT_DTYPES}
+    contestants: dict[str, Backend] = {name: TimedFloat(getattr(torch, name)) for name in FLOAT_DTYPES}
     contestants |= {backend.name: backend for backend in correct}
     times = chooser.timer.measure(contestants, shape)
     chooser.note_failures(times.failures)

@@ -315,12 +315,15 @@ def name_format(plan: LayerPlan) -> str:
 def describe_layers(built: BuiltModel) -> list[tuple[str, object]]:
     """Describe how much of the denoiser is INT8, and by which methods."""
     backends = sorted({plan.backend_used for plan in built.plans if plan.backend_used})
+    by_choice = sum(plan.is_float_by_choice for plan in built.plans)
     if not backends:
-        return [("layers", "all float")]
+        return [("layers", f"all float, {by_choice} by choice" if by_choice else "all float")]
     int8 = [plan for plan in built.plans if plan.skip_reason is None]
     shares = compute_int8_shares(built.plans, built.macs, built.num_params)
     num_int8 = f"{len(int8)} of {len(built.plans)} Linears INT8"
     macs_share = f"{shares['quant/macs_int8_share']:.1%} of the multiply-adds"
+    if by_choice:
+        macs_share += f", {by_choice} float by choice"
     return [
         ("layers", f"{num_int8}, {macs_share}"),
         # the method alone, without its parameters

@@ -38,8 +38,9 @@ from int8run.text_encoders.kernels import Kernels
 from int8run.text_encoders.plan_layers import EMBED_SCALE, find_source_layer
 from int8run.text_encoders.weights import EncoderWeights
 
-# a float copy of the weights, for calls with few rows, would cost the memory that quantization saves
-NO_FALLBACK = Int8Settings(small_batch_fallback="never")
+# encoders are quantized for their memory: a float copy of the weights for calls with few rows, or a layer
+# that stays float because that is faster, would cost what quantization saves
+NO_FALLBACK = Int8Settings(small_batch_fallback="never", only_if_faster=False)
 ROWWISE = "int8_rowwise"
 # a layer's name, and a function that reads its weight -> the weight with LoRAs added; None: it stays as it is
 WeightChange = Callable[[str, Callable[[], Tensor]], Tensor | None]

@@ -144,6 +144,8 @@ EXCEPTIONS = {
     # `backend=auto` is a choice per layer, and this is where layers get theirs; a transform costs what it
     # costs there
     ("ptq", "backends.auto"),
+    # with `backend=float` layers get none, and this is where that is decided
+    ("ptq", "backends.float"),
     # task=bench fills the table that backend=auto reads, and times the float layer beside all backends
     ("tasks", "backends.auto"),
     ("tasks", "backends.float"),

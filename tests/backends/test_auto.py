@@ -13,17 +13,22 @@ from typing import ClassVar
 
 import pytest
 import torch
+import torch.nn.functional as F
 from filelock import FileLock
-from support.helpers import CPU, shipped, usable
+from support.compare import assert_close
+from support.helpers import CPU, randn, shipped, usable
 
-from int8run.backends import autotune_cache, layer_timer
-from int8run.backends.auto import AutoBackend
+from int8run.backends import auto, autotune_cache, layer_timer
+from int8run.backends.auto import AutoBackend, LayerChoice, parse_choice
 from int8run.backends.autotune_cache import AutotuneCache, read_entries
-from int8run.backends.base import Limits
-from int8run.backends.float import Float
+from int8run.backends.base import Limits, run_plain_layer
+from int8run.backends.float import Float, TimedFloat
 from int8run.backends.layer_timer import LayerTimer
 from int8run.backends.reference import Reference
 from int8run.errors import BackendError, ConfigError, FileError
+from int8run.layers.int8_linear import Int8Linear, QuantizedLayer
+from int8run.outlier.base import OutlierTransform
+from int8run.quant.weight import quantize_weight
 from int8run.utils import timing
 
 
@@ -83,10 +88,10 @@ def seconds(monkeypatch):
     return table
 
 
-def chooser(tmp_path, *backends, dtype=torch.float32, rounds=3):
+def chooser(tmp_path, *backends, dtype=torch.float32, rounds=3, **options):
     return AutoBackend(
         {b.name: b for b in backends}, rounds, str(tmp_path / "choices" / "table.json")
-    ).make_chooser(CPU, dtype)
+    ).make_chooser(CPU, dtype, **options)
 
 
 @pytest.mark.parametrize(
@@ -228,7 +233,7 @@ def test_what_failed_is_tried_again_by_the_next_run(tmp_path, seconds):
 
 def test_what_takes_much_too_long_is_called_once(monkeypatch):
     clock = itertools.count()
-    slow, quick = Float(torch.float64), Float(torch.float32)
+    slow, quick = TimedFloat(torch.float64), TimedFloat(torch.float32)
     calls = []
 
     def run(backend, x, packed, scale, bias):
@@ -244,6 +249,91 @@ def test_what_takes_much_too_long_is_called_once(monkeypatch):
     assert times.seconds["slow"] == 100 and times.seconds["quick"] == 2
     # packed and called, called once more; then one round that warms up and five
     assert (calls.count(slow), calls.count(quick)) == (2, 8)
+
+
+# -- the float layer takes part -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("int8_seconds", "speedup", "is_float_faster"),
+    [(0.5, 2.0, False), (1.0, 1.0, False), (1.04, 0.962, False), (1.06, 0.943, True), (4.0, 0.25, True)],
+)
+def test_float_has_to_be_clearly_faster(
+    tmp_path, seconds, monkeypatch, int8_seconds, speedup, is_float_faster
+):
+    """As fast as INT8 it only takes more memory."""
+    monkeypatch.setattr(auto, "MIN_FLOAT_GAIN", 1.05)
+    seconds.update(reference=[9.0], exact=[int8_seconds], float=[1.0])
+    choice = chooser(tmp_path, Reference(), Exact(), times_float=True).choose_layer((4, 16, 8))
+
+    assert (choice.backend.name, choice.speedup, choice.is_float_faster) == (
+        "exact",
+        speedup,
+        is_float_faster,
+    )
+
+
+def test_the_ratio_is_remembered(tmp_path, seconds):
+    seconds.update(reference=[2.0], float=[5.0])
+    chooser(tmp_path, Reference(), times_float=True).choose_layer((4, 16, 8))
+    again = chooser(tmp_path, Reference(), times_float=True)
+
+    assert again.choose_layer((4, 16, 8)) == LayerChoice(Reference(), 2.5)
+    assert again.timer.n_measured == 0 and read_entries(again.cache.path).popitem()[1] == "reference 2.5"
+
+
+def test_a_choice_without_a_ratio_is_measured_again_where_float_takes_part(tmp_path, seconds):
+    seconds.update(reference=[2.0], exact=[3.0], float=[4.0])
+    assert chooser(tmp_path, Reference(), Exact()).choose_layer((4, 16, 8)).speedup is None
+    assert chooser(tmp_path, Reference(), Exact(), times_float=True).choose_layer((4, 16, 8)).speedup == 2
+    # and is there for those who do not ask for it
+    assert chooser(tmp_path, Reference(), Exact()).choose_layer((4, 16, 8)).speedup == 2
+
+
+@pytest.mark.parametrize("ratio", ["nan", "inf", "-1", "0", "much"])
+def test_a_damaged_ratio_counts_as_none(ratio):
+    assert parse_choice(f"reference {ratio}", {"reference": Reference()}) == LayerChoice(Reference())
+    assert parse_choice(f"gone {ratio}", {"reference": Reference()}) is None
+
+
+def test_the_slow_definition_is_compared_with_float_as_well(tmp_path, seconds, monkeypatch):
+    monkeypatch.setattr(auto, "MIN_FLOAT_GAIN", 1.05)
+    seconds.update(reference=[2.0], float=[1.0])
+    backend = AutoBackend({"gpu": GpuOnly()}, 1, str(tmp_path / "table.json"), last_resort=Reference())
+
+    choice = backend.make_chooser(CPU, torch.float32, times_float=True).choose_layer((4, 16, 8))
+
+    assert choice.backend == Reference() and choice.is_float_faster
+    assert backend.make_chooser(CPU, torch.float32).choose_layer((4, 32, 8)) == LayerChoice(Reference())
+
+
+def test_float_that_cannot_run_leaves_int8_alone(tmp_path, seconds, monkeypatch):
+    def fail(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(TimedFloat, "pack_weight", fail)
+    seconds.update(reference=[2.0])
+    choice = chooser(tmp_path, Reference(), times_float=True).choose_layer((4, 16, 8))
+
+    assert choice == LayerChoice(Reference()) and not choice.is_float_faster
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_timed_float_layer_is_a_float_layer(dtype):
+    x, weight, bias = randn(4, 16, dtype=dtype), quantize_weight(randn(8, 16, seed=1)), randn(8, seed=2)
+    layer = TimedFloat(dtype)
+
+    y = run_plain_layer(layer, x, layer.pack_weight(weight), weight.scale[:, 0], bias)
+
+    assert torch.equal(y, F.linear(x, weight.dequantize(dtype), bias.to(dtype)))
+
+
+def test_the_float_backend_keeps_the_integers_for_files():
+    weight = quantize_weight(randn(8, 16, seed=1))
+    layer = Int8Linear(QuantizedLayer(weight, OutlierTransform(), bias=None), Float(), torch.float32)
+
+    assert torch.equal(layer.read_qdata(), weight.qdata)
+    assert_close("float", layer(randn(4, 16)), F.linear(randn(4, 16), weight.dequantize()), 1e-6)
 
 
 def test_no_correct_backend_is_an_error(tmp_path):

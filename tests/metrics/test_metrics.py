@@ -325,13 +325,19 @@ def test_layers_are_counted_and_averaged():
         make_plan("a", weight_sqnr_db=40.0, output_sqnr_db=30.0),
         make_plan("b", weight_sqnr_db=50.0, output_sqnr_db=36.0, used="reference"),
         make_plan("c", keep_float="embedder", asked="", used=""),
+        make_plan("d", weight_sqnr_db=1.0),
     ]
+    plans[1].backends_left_out = "triton: no C compiler"
+    plans[3].float_reason = "slow"
+    plans[3].leave_float()
 
     assert compute_layer_metrics(plans) == pytest.approx(
         {
             "quant/layers_int8": 2,
-            "quant/layers_float": 1,
+            "quant/layers_float": 2,
             "quant/fallback_layers": 1,
+            "quant/layers_float_by_choice": 1,
+            "quant/layers_with_backends_left_out": 1,
             "quant/weight_sqnr_db_mean": 45,
             "quant/weight_sqnr_db_min": 40,
             "quant/output_sqnr_db_mean": 33,
@@ -349,6 +355,8 @@ def test_what_was_not_measured_is_not_reported():
         "quant/layers_int8",
         "quant/layers_float",
         "quant/fallback_layers",
+        "quant/layers_float_by_choice",
+        "quant/layers_with_backends_left_out",
         "quant/weight_sqnr_db_mean",
         "quant/weight_sqnr_db_min",
     }

@@ -9,7 +9,8 @@ from support.compare import assert_close
 from support.helpers import NEVER_FLOAT, TinyModel, randn, to_int8
 from torch import nn
 
-from int8run.backends.auto import AutoBackend
+from int8run.backends import auto
+from int8run.backends.auto import AutoBackend, LayerChoice
 from int8run.backends.onednn import OneDnn
 from int8run.backends.reference import Reference
 from int8run.backends.torch_int_mm import TorchIntMM
@@ -24,7 +25,12 @@ from int8run.outlier.convrot import ConvRot
 from int8run.outlier.hadanorm import HadaNorm
 from int8run.outlier.quarot import QuaRot
 from int8run.outlier.smoothquant import SmoothQuant
-from int8run.ptq.quantize import build_int8_layers, check_outlier_method, quantize_layers
+from int8run.ptq.quantize import (
+    build_int8_layers,
+    check_outlier_method,
+    keep_faster_layers,
+    quantize_layers,
+)
 from int8run.quant.rounding import AbsMax
 from int8run.quant.weight import QuantizedWeight, sqnr_db
 
@@ -331,6 +337,66 @@ def test_auto_measures_with_the_rows_of_the_run(tmp_path):
         p.backend_asked == "auto" and p.backend_used == made[p.name].backend.name != "auto" for p in plans
     )
     assert "5x64x96" in table.read_text()
+
+
+class Chooser:
+    """Stands for a `BackendChooser` that found this ratio in every layer, and up to 6 rows float faster."""
+
+    left_out: ClassVar = {"triton": "RuntimeError: Failed to find C compiler"}
+
+    def __init__(self, speedup: float | None):
+        self.speedup = speedup
+
+    def choose_layer(self, shape):
+        return LayerChoice(Reference(), self.speedup)
+
+    def measured_float_rows(self, in_features, out_features):
+        return 6
+
+
+def build_with_auto(monkeypatch, speedup, **settings):
+    model, backend = TinyModel(), AutoBackend({})
+    monkeypatch.setattr(auto, "MIN_FLOAT_GAIN", 1.05)
+    monkeypatch.setattr(AutoBackend, "make_chooser", lambda *args, times_float: Chooser(speedup))
+    plans = plan_layers(model, lambda name: None)
+    made = build_int8_layers(
+        model,
+        plain_layers(model, plans),
+        backend=backend,
+        settings=Int8Settings(**settings),
+        rows=dict.fromkeys(LINEARS, 5),
+    )
+    return plans, made
+
+
+def test_layers_that_are_faster_in_float_stay_float(monkeypatch):
+    plans, made = build_with_auto(monkeypatch, 0.5)
+    assert list(made) == LINEARS and all(plan.skip_reason is None for plan in plans)
+    plans[0].skip("a quality budget")  # comes first
+
+    assert keep_faster_layers(plans, made) == {}
+    assert [plan.is_float_by_choice for plan in plans] == [False, *[True] * 5]
+    assert plans[1].skip_reason == "float is 2.00 times as fast as reference at 5 rows here"
+    assert (plans[1].speedup, plans[1].backends_left_out) == (
+        0.5,
+        "triton: RuntimeError: Failed to find C compiler",
+    )
+    assert plans[1].backend_used == "" and not plans[1].measured
+
+
+def test_layers_that_are_faster_in_int8_or_wanted_for_their_memory_are_int8(monkeypatch):
+    for speedup, settings in ((1.5, {}), (None, {}), (0.5, {"only_if_faster": False})):
+        plans, made = build_with_auto(monkeypatch, speedup, **settings)
+        assert keep_faster_layers(plans, made) == made
+        assert {plan.speedup for plan in plans} == {speedup}
+
+
+def test_what_was_measured_at_the_rows_of_the_run_decides_about_the_float_fallback(monkeypatch):
+    # float was faster up to 6 rows in some other run
+    assert {p.backend_used for p in build_with_auto(monkeypatch, 1.5)[0]} == {"reference"}
+    assert {p.backend_used for p in build_with_auto(monkeypatch, None)[0]} == {"float_fallback"}
+    asked = build_with_auto(monkeypatch, 1.5, max_rows=8)[0]
+    assert {p.backend_used for p in asked} == {"float_fallback"}
 
 
 def test_layers_in_another_dtype_than_the_first_parameter():

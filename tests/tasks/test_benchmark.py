@@ -12,7 +12,7 @@ from torch import nn
 
 from int8run.backends.auto import AutoBackend, LayerChoice
 from int8run.backends.base import LayerTimes
-from int8run.backends.float import FLOAT_DTYPES, Float
+from int8run.backends.float import FLOAT_DTYPES, Float, TimedFloat
 from int8run.backends.reference import Reference
 from int8run.tasks.benchmark import make_auto_backend, measure_float_rows, measure_shape
 from int8run.tasks.benchmark_table import BenchmarkResult, build_result_table, make_record
@@ -37,7 +37,7 @@ class FakeChooser:
         self.left_out: dict[str, str] = {}
         self.cache = SimpleNamespace(put=self.kept.__setitem__)
         self.timer = self
-        self.float_layer = Float(torch.float32)
+        self.float_layer = TimedFloat(torch.float32)
 
     def supported_backends(self, in_features: int, out_features: int) -> list[Any]:
         return [Reference()]
