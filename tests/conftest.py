@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from int8run.backends import auto
+from int8run.backends import auto, best_float
 from int8run.backends.vnni import Vnni
 from int8run.kernels.cpu.library import BuildError, load_rows_library, load_vnni_library
 
@@ -76,8 +76,12 @@ def kernel_libraries() -> None:
 
 @pytest.fixture(autouse=True)
 def int8_always_pays(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let `backend=auto` find no float layer faster: what a test computes depends on no machine's speed."""
+    """Let `backend=auto` find no float layer faster: what a test computes depends on no machine's speed.
+
+    No other float dtype is timed, either.
+    """
     monkeypatch.setattr(auto, "MIN_FLOAT_GAIN", math.inf)
+    monkeypatch.setattr(best_float, "RIVALS", ())
 
 
 @pytest.fixture

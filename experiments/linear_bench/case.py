@@ -21,6 +21,12 @@ class Case:
     lora_A: Tensor | None = None
     lora_B: Tensor | None = None
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """M, K and N."""
+        n, k = self.weight.shape
+        return len(self.x), k, n
+
     def linear(self) -> nn.Sequential:
         """The float layer as a model of one Linear, named `0`; its weight is a copy."""
         n, k = self.weight.shape

@@ -70,6 +70,7 @@ def parse_arguments() -> argparse.Namespace:
         help="128x256x128/8/3 (block, warps, stages), /hopper for that kernel; default: all",
     )
     parser.add_argument("--no-gate", action="store_true", help="do not run the tests first")
+    parser.add_argument("--table", help="file that keeps the fastest tiles; else that of backend=auto")
     parser.add_argument("--no-tune", action="store_true", help="do not try the tiles of our kernel")
     return parser.parse_args()
 
@@ -206,6 +207,8 @@ def measure_size(
         try:
             tile, report["tiles"] = tune_tiles(clock, case, args.tiles)
             builds[BEST_TILE] = (partial(int8run_triton, tile=tile), case)
+            if tile is not None:
+                ours.keep_tile(case, tile, args.table)
         except (ImportError, NotImplementedError) as error:
             print(f"no tiles to try: {error}", file=sys.stderr)
     for rank in RANKS:

@@ -87,7 +87,9 @@ def triton_backend(device: torch.device, tile: Any = None) -> Backend:
 
 
 def triton_tiles(case: Case, wanted: Sequence[str] | None = None) -> list[Any]:
-    """What a tuner should try for this case, or the tiles that are wanted.
+    """What a tuner should try for this case.
+
+    Where tiles are wanted these, and the one in use, which they have to beat.
 
     Raises:
         NotImplementedError: on a CPU.
@@ -98,8 +100,28 @@ def triton_tiles(case: Case, wanted: Sequence[str] | None = None) -> list[Any]:
     if case.x.device.type == "cpu":
         raise NotImplementedError("a CPU has no tiles")
     if wanted is not None:
-        return [parse_tile(text) for text in wanted]
+        return [find_tile_in_use(case), *map(parse_tile, wanted)]
     return list_candidates(get_gpu_architecture(case.x.device), case.x.shape[0])
+
+
+def find_tile_in_use(case: Case) -> Any:
+    """The tile that the backend takes for this case: a measured one, else a default."""
+    from int8run.kernels.int8_linear.tile import BUCKETS, find_bucket
+
+    rows, in_features, out_features = case.shape
+    tiles = make_backend("triton", "Triton").load_tiles(case.x.device, in_features, out_features)
+    return tiles[BUCKETS.index(find_bucket(rows))]
+
+
+def keep_tile(case: Case, tile: Any, table: str | None = None) -> None:
+    """Keep the fastest tile of a case where `backend=triton` and `backend=auto` look for it.
+
+    Args:
+        case: that it was measured with.
+        tile: the fastest.
+        table: file of measured tiles; None: the user's.
+    """
+    make_backend("triton", "Triton", table=table).keep_tile(case.x.device, case.shape, tile)
 
 
 def parse_tile(text: str) -> Any:

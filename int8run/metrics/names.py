@@ -91,6 +91,7 @@ METRICS: Mapping[str, Metric] = {
     "quant/weight_sqnr_db_min": Metric(MORE, "the same of the worst layer"),
     "speed/frames_per_s": Metric(MORE, "video frames per second"),
     "speed/images_per_s": Metric(MORE, "images or videos per second"),
+    "speed/ratio_vs_best_float": Metric(MORE, "the same for the fastest float dtype of this machine"),
     "speed/ratio_vs_float": Metric(MORE, "the float model's step time over this one"),
     "speed/step_ms_p50": Metric(LESS, "median time of a denoising step"),
     "speed/step_ms_p90": Metric(LESS, "the time that 90 % of the steps do not exceed"),

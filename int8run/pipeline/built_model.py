@@ -13,6 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from int8run.backends.best_float import BestFloat
 from int8run.generate.prompt_cache import PromptCache
 from int8run.layers.plan import LayerPlan
 from int8run.lora.stack import LoraStack
@@ -44,6 +45,7 @@ class BuiltModel:
         num_dequantized_layers: Linears of the float model that are quantized numbers of its own file.
         mixed_precision: what keeping layers float for `quality_db` brought, where that was asked for.
         seconds: that loading and quantizing took.
+        best_float: the fastest float dtype for the denoiser, once it was measured.
         lora_overhead: time of a step with LoRA branches over its time without, once it was measured; it does
             not depend on the strengths.
     """
@@ -67,6 +69,7 @@ class BuiltModel:
     mixed_precision: MixedPrecisionResult | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     lora_overhead: float | None = None
+    best_float: BestFloat | None = None
 
     def set_strengths(self, strengths: Sequence[float], text_strengths: Sequence[float]) -> float:
         """Set the LoRA strengths of all denoisers and text encoders; nothing is rebuilt.

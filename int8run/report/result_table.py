@@ -22,7 +22,12 @@ Ratio = Callable[[float, float], float]
 
 
 def build_result_table(
-    title: str, metrics: Mapping[str, float], candidate: str, *, has_both_models: bool = True
+    title: str,
+    metrics: Mapping[str, float],
+    candidate: str,
+    *,
+    has_both_models: bool = True,
+    best_float: str = "",
 ) -> Table:
     """The float model beside the candidate with their ratio, then quality and layers.
 
@@ -33,6 +38,7 @@ def build_result_table(
         metrics: of the run.
         candidate: head of the candidate's column, such as `INT8`.
         has_both_models: whether both were in memory at once, which the peak memory of each includes.
+        best_float: the fastest float dtype of this machine, where it is known.
     """
     table = Table(title=title, title_justify="left", caption_justify="left")
     table.add_column("", style="bold")
@@ -40,7 +46,7 @@ def build_result_table(
     table.add_column(candidate, justify="right")
     table.add_column("ratio", style="green", justify="right")
 
-    rows = ResultRows(table, metrics, has_both_models)
+    rows = ResultRows(table, metrics, has_both_models, best_float)
     rows.add_speed_and_memory()
     rows.add_embeddings()
     rows.add_quality()
@@ -56,11 +62,13 @@ class ResultRows:
     table: Table
     metrics: Mapping[str, float]
     has_both_models: bool
+    best_float: str
 
     def add_speed_and_memory(self) -> None:
         """Times, rates and sizes, each with the float model's."""
         self.add_comparison("step, median", "speed/step_ms_p50", format_milliseconds, divide_float)
         self.add_comparison("step, 90 %", "speed/step_ms_p90", format_milliseconds, divide_float)
+        self.add_best_float()
         samples = "videos" if "speed/frames_per_s" in self.metrics else "images"
         self.add_comparison(f"{samples} per second", "speed/images_per_s", "{:.2f}".format, divide_by_float)
         self.add_comparison("frames per second", "speed/frames_per_s", "{:.2f}".format, divide_by_float)
@@ -70,6 +78,12 @@ class ResultRows:
             self.add_comparison(
                 "text encoder memory", "memory/text_encoder_bytes", format_megabytes, divide_float
             )
+
+    def add_best_float(self) -> None:
+        """How the candidate compares with the fastest float dtype, which need not be the model's."""
+        ratio = self.metrics.get("speed/ratio_vs_best_float")
+        if ratio is not None and self.best_float:
+            self.table.add_row(f"step, fastest float {self.best_float}", "", "", f"{ratio:.2f}×")
 
     def add_peak_memory(self) -> None:
         """Largest memory while each model generated; a ratio only where each was alone."""

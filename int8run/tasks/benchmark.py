@@ -22,7 +22,7 @@ from int8run.generate.input_files import read_samples
 from int8run.generate.prompts import Sample, split_batches
 from int8run.layers.plan import LayerPlan
 from int8run.pipeline.load import load_model
-from int8run.pipeline.loaded_model import LoadedModel
+from int8run.pipeline.loaded_model import LoadedModel, replace_missing_linears
 from int8run.pipeline.quantize_denoiser import count_layer_rows
 from int8run.pipeline.step_settings import select_load_settings
 from int8run.ptq.quantize import check_backend
@@ -49,24 +49,27 @@ def run_benchmark(spec: RunSpec, job: Job, rounds: int) -> None:
     """
     progress = Progress(enabled=spec.progress)
     samples = read_samples(spec.prompts, spec.seed, job.output_dir, spec.sampling.input_size)
-    loaded = load_model(select_load_settings(spec, needs_float_denoiser=True), progress)
+    # the shapes of the layers are enough: of the denoiser only what never becomes INT8 is read
+    loaded = load_model(select_load_settings(spec, needs_float_denoiser=False), progress)
+    device = loaded.device
     plans = [plan for plan in loaded.plan_layers() if plan.skip_reason is None]
     if not plans:
         raise ConfigError(
             f"{type(loaded.denoiser).__name__}: no Linear would become INT8; choose another model_type="
         )
+    check_backend(spec.backend, device, plans)
     layers = count_layer_shapes(samples, loaded, plans)
-    check_backend(spec.backend, loaded.device, plans)
+    del loaded  # its memory is for the layers that are timed
     auto = make_auto_backend(spec.backend)
-    chooser = auto.make_chooser(loaded.device, getattr(torch, spec.model.dtype), times_float=True)
+    chooser = auto.make_chooser(device, getattr(torch, spec.model.dtype), times_float=True)
     chooser.timer.rounds = rounds
 
     result = measure_layers(chooser, layers, progress)
 
     model = job.choices.get("model", "model")
-    machine = f"{get_device_name(loaded.device)} ({describe_instructions(loaded.device)})"
+    machine = f"{get_device_name(device)} ({describe_instructions(device)})"
     print_lines("", build_result_table(f"{model} on {machine}; the model is {spec.model.dtype}", result))
-    print_unsupported(auto, loaded.device)
+    print_unsupported(auto, device)
     for name, reason in chooser.left_out.items():
         print_lines(f"cannot run: {name}: {reason}")
     if result.num_unsteady:
@@ -109,12 +112,14 @@ def count_layer_shapes(
 
     Args:
         samples: what a run would generate; its first batch decides the number of rows.
-        loaded: the float model.
+        loaded: the model; the weights of these layers may be missing.
         plans: of the layers that become INT8.
     """
+    loaded.fill_weights(except_for=[plan.name for plan in plans])
+    denoiser = replace_missing_linears(loaded.denoiser)
     batch = split_batches(samples, loaded.sampling.batch)[0]
-    calls = capture_step(loaded.pipe, loaded.component, loaded.denoiser, batch, loaded.sampling)
-    rows = count_layer_rows(loaded.denoiser, plans, calls)
+    calls = capture_step(loaded.pipe, loaded.component, denoiser, batch, loaded.sampling)
+    rows = count_layer_rows(denoiser, plans, calls)
     return Counter((rows[plan.name], plan.in_features, plan.out_features) for plan in plans)
 
 

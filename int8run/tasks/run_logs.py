@@ -103,7 +103,13 @@ def print_result(spec: RunSpec, job: Job, built: BuiltModel, metrics: Mapping[st
     """Print the table of results and where the files are."""
     model = job.choices.get("model", "model")
     title = f"{model} on {get_device_name(built.device)}; float is {spec.model.dtype}"
-    table = build_result_table(title, metrics, name_candidate(spec), has_both_models=spec.runs_both_models)
+    table = build_result_table(
+        title,
+        metrics,
+        name_candidate(spec),
+        has_both_models=spec.runs_both_models,
+        best_float="" if built.best_float is None else built.best_float.dtype,
+    )
     print_lines("", table)
     files = {"images": "grid.png", "layers": "layers.csv"}
     if spec.clip.is_quantized:

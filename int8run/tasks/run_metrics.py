@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from int8run.backends.autotune_cache import AutotuneCache
+from int8run.backends.best_float import find_best_float
 from int8run.config.run_spec import RunSpec
 from int8run.generate.generate import Generation, set_text_encoders
 from int8run.generate.prompt_cache import PromptCache
@@ -27,6 +29,7 @@ from int8run.metrics.videos import DRIFT, FLOAT_DRIFT
 from int8run.models.given_model import find_text_encoders
 from int8run.pipeline.built_model import BuiltModel, measure_lora_overhead
 from int8run.report.columns import SAME_FILE_LAYERS
+from int8run.utils.paths import expand_path
 
 log = logging.getLogger(__name__)
 MAX_EMBEDDING_ERROR = 0.4  # twice that of nvfp4, the coarsest format
@@ -74,6 +77,8 @@ def measure_run(
     """
     comparable = comparison.timed_float
     metrics = compute_speed(comparison.candidate, comparable)
+    if comparable is not None:
+        metrics |= compare_with_best_float(spec, built, calls, metrics["speed/ratio_vs_float"])
     metrics["memory/peak_bytes"] = comparison.candidate.peak_bytes
     if comparable is not None and comparable.peak_bytes:  # those that an earlier job generated have none
         metrics["float/peak_bytes"] = comparable.peak_bytes
@@ -95,6 +100,45 @@ def measure_run(
     if spec.lora.adapters:
         metrics |= measure_loras(spec, built, calls)
     return metrics
+
+
+def compare_with_best_float(
+    spec: RunSpec, built: BuiltModel, calls: DenoiserCalls, ratio_vs_float: float
+) -> dict[str, float]:
+    """Compare INT8 with the fastest float dtype of this machine, measured once for each built model.
+
+    Args:
+        spec: the settings.
+        built: the model that ran.
+        calls: of the denoiser in one step.
+        ratio_vs_float: the ratio to the model's own dtype.
+
+    Returns:
+        Nothing where there is no INT8 model, or where a copy of the float one cannot be timed beside it.
+    """
+    has_both = {"float", "int8"} <= built.denoisers.keys()
+    if not has_both or spec.compile != "none" or spec.offload != "none":
+        return {}
+    if built.best_float is None:
+        table = getattr(spec.backend, "table", None)  # the file of backends that keep what they measure
+        dtype = getattr(torch, spec.model.dtype)
+        built.best_float = find_best_float(
+            built.denoisers["float"],
+            calls,
+            dtype=dtype,
+            largest=find_largest_layer(built),
+            cache=AutotuneCache(expand_path(table) if table else None, built.device, dtype),
+        )
+    if built.best_float is None:
+        return {}
+    return {"speed/ratio_vs_best_float": ratio_vs_float * built.best_float.time_share}
+
+
+def find_largest_layer(built: BuiltModel) -> tuple[int, int, int]:
+    """Rows, in_features and out_features of the Linear with the most multiply-adds in one step."""
+    plan = max(built.plans, key=lambda plan: built.macs.get(plan.name, 0))
+    rows = built.macs.get(plan.name, 0) // (plan.in_features * plan.out_features)
+    return max(1, rows), plan.in_features, plan.out_features
 
 
 def measure_float_speed(generation: Generation) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """The machine that a number was measured on: its name for reports and caches, and what its CPU can do."""
 
+import os
 import platform
 from typing import Any
 
@@ -93,3 +94,14 @@ def get_gpu_architecture(device: torch.device) -> str:
         return name.split(":")[0]  # what follows says which options are on
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
+
+
+def count_free_bytes(device: torch.device) -> int:
+    """Memory that is free on a device; 0 where nothing says how much it is."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):  # of other systems
+        return 0

@@ -1,10 +1,14 @@
 """What the GPU benchmarks make of their times: ratios and tables, where no GPU is needed."""
 
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 from support.experiment_script import load_script
+
+from int8run.backends import triton
+from int8run.kernels.int8_linear.tile import BUCKETS, find_bucket
 
 SIZE = (2048, 1024, 512)
 GIGA_OPS = 2 * 2048 * 1024 * 512 / 1e9
@@ -92,6 +96,22 @@ def test_a_step_sums_every_layer_of_more_than_one_row(linear_gpu: ModuleType) ->
     table = linear_gpu.format_steps({"flux": shapes}, {SIZE: {"methods": methods}}, "base")
 
     assert table.splitlines()[2:] == ["| base | 2.0 (1.00x) |", "| own | 0.5 (4.00x) |", "| refused | – |"]
+
+
+def test_the_fastest_tile_is_kept_where_the_backend_looks_for_it(
+    linear_gpu: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton, "get_gpu_architecture", lambda device: "sm_90")
+    table, ours = str(tmp_path / "choices.json"), linear_gpu.ours
+    case, fastest = linear_gpu.make_case(2048, 64, 32), ours.parse_tile("64x64x64/4/4")
+
+    ours.keep_tile(case, fastest, table)
+
+    backend = triton.Triton(table=table)
+    tiles = backend.load_tiles(case.x.device, 64, 32)
+    assert tiles[BUCKETS.index(find_bucket(2048))] == fastest
+    assert fastest not in tiles[:-1]
+    assert fastest not in backend.load_tiles(case.x.device, 64, 64)
 
 
 def test_a_model_is_compared_in_its_own_mode_and_with_eager(model_gpu: ModuleType) -> None:

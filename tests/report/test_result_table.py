@@ -26,9 +26,9 @@ METRICS = {
 }
 
 
-def read_result_rows(metrics):
+def read_result_rows(metrics, **facts):
     """The rows of a result table: first cell -> other cells."""
-    table = build_result_table("tiny", metrics, "INT8")
+    table = build_result_table("tiny", metrics, "INT8", **facts)
     assert [column.header for column in table.columns] == ["", "float", "INT8", "ratio"]
     rows = zip(*(column.cells for column in table.columns), strict=True)
     return {label: cells for label, *cells in rows}
@@ -58,6 +58,23 @@ def test_what_was_not_measured_has_no_row():
 
     assert set(rows) == {"step, median", "denoiser memory"}
     assert rows["step, median"] == ["–", "20.0 ms", ""]
+
+
+def test_int8_is_compared_with_the_fastest_float_of_the_machine():
+    """Nobody is told 2 where bfloat16 alone gives 3."""
+    rows = read_result_rows(METRICS | {"speed/ratio_vs_best_float": 0.8}, best_float="bfloat16")
+
+    assert rows["step, fastest float bfloat16"] == ["", "", "0.80×"]
+    assert "step, fastest float" not in str(read_result_rows(METRICS, best_float="bfloat16"))
+
+
+def test_layers_that_are_float_by_choice_and_backends_that_failed_are_counted():
+    counts = {"quant/layers_float_by_choice": 3, "quant/layers_with_backends_left_out": 2}
+    rows = read_result_rows(METRICS | counts)
+
+    assert rows["float by choice"] == ["", "3", ""]
+    assert rows["layers with a backend left out"] == ["", "2", ""]
+    assert "float by choice" not in read_result_rows(METRICS | dict.fromkeys(counts, 0))
 
 
 def test_a_baseline_of_the_same_file_is_said_beside_the_psnr():

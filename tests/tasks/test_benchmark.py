@@ -14,6 +14,7 @@ from int8run.backends.auto import AutoBackend, LayerChoice
 from int8run.backends.base import LayerTimes
 from int8run.backends.float import FLOAT_DTYPES, Float, TimedFloat
 from int8run.backends.reference import Reference
+from int8run.pipeline.checkpoint_weights import DenoiserWeights
 from int8run.tasks.benchmark import make_auto_backend, measure_float_rows, measure_shape
 from int8run.tasks.benchmark_table import BenchmarkResult, build_result_table, make_record
 from int8run.utils.hardware import describe_instructions
@@ -74,6 +75,26 @@ def test_every_int8_layer_is_timed_on_its_shape(command: Command, model: str) ->
     assert timed_sizes <= sizes
     assert record["float_rows"].keys() == timed_sizes
     assert "choices:  choices.json" in outcome.out
+
+
+def test_no_weight_of_a_layer_that_is_timed_is_read(
+    command: Command, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a large model that saves gigabytes: shapes are enough."""
+    read: list[str] = []
+    fill_parameters = DenoiserWeights.fill_parameters
+
+    def fill(weights: DenoiserWeights, denoiser: nn.Module, names: list[str], device: torch.device) -> None:
+        read.extend(names)
+        fill_parameters(weights, denoiser, names, device)
+
+    monkeypatch.setattr(DenoiserWeights, "fill_parameters", fill)
+    monkeypatch.setattr(DenoiserWeights, "read_tensor", None)
+    outcome = command("task=bench", model, "backend=reference", "model_type=flux", *SMALL)
+
+    assert outcome.code == 0, outcome.err
+    assert "x_embedder.weight" in read
+    assert not [name for name in read if name.endswith(("to_q.weight", "proj_mlp.weight", "net.2.weight"))]
 
 
 def test_a_model_without_layers_to_quantize_is_an_error(command: Command, model: str) -> None:
