@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import nn
 
 from int8run.backends.auto import AutoBackend, BackendChooser, LayerChoice, compute_speedup
 from int8run.backends.base import Backend, LayerTimes, Shape, Tunable
@@ -20,9 +21,12 @@ from int8run.errors import ConfigError
 from int8run.generate.capture import capture_step
 from int8run.generate.input_files import read_samples
 from int8run.generate.prompts import Sample, split_batches
-from int8run.layers.plan import LayerPlan
-from int8run.pipeline.load import load_model
-from int8run.pipeline.loaded_model import LoadedModel, replace_missing_linears
+from int8run.layers.plan import LayerPlan, plan_layers
+from int8run.models.config_source import resolve_configs
+from int8run.models.dual_denoisers import DualDenoiser
+from int8run.models.loader import pick_device
+from int8run.pipeline.load import build_skeletons, load_model, resolve_family
+from int8run.pipeline.loaded_model import LoadedModel, make_skip_rule, replace_missing_linears
 from int8run.pipeline.quantize_denoiser import count_layer_rows
 from int8run.pipeline.step_settings import select_load_settings
 from int8run.ptq.quantize import check_backend
@@ -36,30 +40,25 @@ log = logging.getLogger(__name__)
 SMALL_ROW_COUNTS = (1, 2, 4, 8, 16, 32)
 
 
-def run_benchmark(spec: RunSpec, job: Job, rounds: int) -> None:
+def run_benchmark(spec: RunSpec, job: Job, *, rounds: int, rows: int | None) -> None:
     """Measure, print a table, write `bench.json`, keep the choices for `backend=auto`.
 
     Args:
         spec: the settings.
         job: where they came from, and where to write.
         rounds: timings of each backend, interleaved; the median counts.
+        rows: that every layer sees; None: those of one step of the model.
 
     Raises:
         ConfigError: when the model has no layer to quantize.
     """
     progress = Progress(enabled=spec.progress)
-    samples = read_samples(spec.prompts, spec.seed, job.output_dir, spec.sampling.input_size)
-    # the shapes of the layers are enough: of the denoiser only what never becomes INT8 is read
-    loaded = load_model(select_load_settings(spec, needs_float_denoiser=False), progress)
-    device = loaded.device
-    plans = [plan for plan in loaded.plan_layers() if plan.skip_reason is None]
-    if not plans:
-        raise ConfigError(
-            f"{type(loaded.denoiser).__name__}: no Linear would become INT8; choose another model_type="
-        )
-    check_backend(spec.backend, device, plans)
-    layers = count_layer_shapes(samples, loaded, plans)
-    del loaded  # its memory is for the layers that are timed
+    device = pick_device(spec.device)
+    if rows is None:
+        layers = trace_layer_shapes(spec, job, progress)
+    else:
+        plans = plan_from_configs(spec)
+        layers = Counter((rows, plan.in_features, plan.out_features) for plan in plans)
     auto = make_auto_backend(spec.backend)
     chooser = auto.make_chooser(device, getattr(torch, spec.model.dtype), times_float=True)
     chooser.timer.rounds = rounds
@@ -83,6 +82,51 @@ def run_benchmark(spec: RunSpec, job: Job, rounds: int) -> None:
     file = job.output_dir / "bench.json"
     write_json(make_record(result, chooser.cache.environment, chooser.left_out), file)
     print_lines(f"numbers:  {file}", f"choices:  {chooser.cache.path}")
+
+
+def select_plans(spec: RunSpec, denoiser: nn.Module, plans: Sequence[LayerPlan]) -> list[LayerPlan]:
+    """The layers that become INT8, which the backend must be able to take.
+
+    Args:
+        spec: the settings.
+        denoiser: of the model.
+        plans: of all its Linears.
+
+    Raises:
+        ConfigError: when there are none.
+        BackendError: when the backend cannot run here or cannot take a layer.
+    """
+    chosen = [plan for plan in plans if plan.skip_reason is None]
+    if not chosen:
+        name = type(denoiser).__name__
+        raise ConfigError(f"{name}: no Linear would become INT8; choose another model_type=")
+    check_backend(spec.backend, pick_device(spec.device), chosen)
+    return chosen
+
+
+def plan_from_configs(spec: RunSpec) -> list[LayerPlan]:
+    """The layers that become INT8, by the configs of the model alone."""
+    source = resolve_configs(spec.model)
+    skeletons = build_skeletons(source, getattr(torch, spec.model.dtype))
+    first = next(iter(skeletons.values()))
+    family = resolve_family(spec.model_type, first, source.pipeline_class)
+    denoiser = first if len(skeletons) == 1 else DualDenoiser(skeletons)
+    return select_plans(spec, denoiser, plan_layers(denoiser, make_skip_rule(family, denoiser)))
+
+
+def trace_layer_shapes(spec: RunSpec, job: Job, progress: Progress) -> dict[Shape, int]:
+    """Count the layers of each shape in one step of the model.
+
+    Args:
+        spec: the settings.
+        job: inputs of the samples are found beside it.
+        progress: of the loading.
+    """
+    samples = read_samples(spec.prompts, spec.seed, job.output_dir, spec.sampling.input_size)
+    # the shapes of the layers are enough: of the denoiser only what never becomes INT8 is read
+    loaded = load_model(select_load_settings(spec, needs_float_denoiser=False), progress)
+    plans = select_plans(spec, loaded.denoiser, loaded.plan_layers())
+    return count_layer_shapes(samples, loaded, plans)
 
 
 def make_auto_backend(backend: Backend) -> AutoBackend:

@@ -78,21 +78,25 @@ class Bench:
 
     Args:
         rounds: timings of each backend, interleaved; the median counts.
+        rows: that every layer sees; the model's configs are enough then. None: those of a step of the model.
     """
 
     recorded: ClassVar[bool] = True
     tracked: ClassVar[bool] = False
 
     rounds: int = 21
+    rows: int | None = None
 
     def __post_init__(self) -> None:
         check_range("task.rounds", self.rounds, 1, 1000, whole=True)
+        if self.rows is not None:
+            check_range("task.rows", self.rows, 1, 2**31 - 1, whole=True)
 
     def execute(self, spec: RunSpec, job: Job) -> None:
         """Time the backends, print a table, write `bench.json`."""
         from int8run.tasks.benchmark import run_benchmark
 
-        run_benchmark(spec, job, self.rounds)
+        run_benchmark(spec, job, rounds=self.rounds, rows=self.rows)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """task=bench: which shapes are timed, what is kept for backend=auto, what is printed. No time is asserted."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -82,19 +83,41 @@ def test_no_weight_of_a_layer_that_is_timed_is_read(
 ) -> None:
     """Of a large model that saves gigabytes: shapes are enough."""
     read: list[str] = []
-    fill_parameters = DenoiserWeights.fill_parameters
+    read_tensor = DenoiserWeights.read_tensor
 
-    def fill(weights: DenoiserWeights, denoiser: nn.Module, names: list[str], device: torch.device) -> None:
-        read.extend(names)
-        fill_parameters(weights, denoiser, names, device)
+    def read_noted(weights: DenoiserWeights, name: str) -> torch.Tensor:
+        read.append(name)
+        return read_tensor(weights, name)
 
-    monkeypatch.setattr(DenoiserWeights, "fill_parameters", fill)
-    monkeypatch.setattr(DenoiserWeights, "read_tensor", None)
+    monkeypatch.setattr(DenoiserWeights, "read_tensor", read_noted)
     outcome = command("task=bench", model, "backend=reference", "model_type=flux", *SMALL)
 
     assert outcome.code == 0, outcome.err
     assert "x_embedder.weight" in read
     assert not [name for name in read if name.endswith(("to_q.weight", "proj_mlp.weight", "net.2.weight"))]
+
+
+def test_configs_are_enough_for_a_number_of_rows(
+    command: Command, model_folder: Path, tmp_path: Path
+) -> None:
+    configs = tmp_path / "configs"
+    for file in model_folder.rglob("*.json"):
+        copied = configs / file.relative_to(model_folder)
+        copied.parent.mkdir(parents=True, exist_ok=True)
+        copied.write_bytes(file.read_bytes())
+    outcome = command("task=bench", f"model.location={configs}", "task.rows=24", "backend=reference", *SMALL)
+
+    assert outcome.code == 0, outcome.err
+    (file,) = command.folder.rglob("bench.json")
+    layers = json.loads(file.read_text())["layers"]
+    assert layers and all(shape.startswith("24x") for shape in layers)
+
+
+@pytest.mark.parametrize("rows", ["0", "1.5"])
+def test_a_number_of_rows_that_cannot_be_is_an_error(command: Command, model: str, rows: str) -> None:
+    outcome = command("task=bench", model, f"task.rows={rows}")
+
+    assert outcome.code == 2 and f"task.rows is {rows}; allowed is a whole number from 1" in outcome.message
 
 
 def test_a_model_without_layers_to_quantize_is_an_error(command: Command, model: str) -> None:
