@@ -20,11 +20,12 @@ from families.cases import (
     make_case,
     make_original_state,
     map_original_linears,
+    quantize_alone,
     read_file,
     round_rows,
     write_file,
 )
-from families.instance_sets import ORIGINAL_NAMED_AS
+from families.instance_sets import INSTANCES, ORIGINAL_NAMED_AS
 from support.rotation import GROUP, rotate_groups
 from torch import Tensor
 
@@ -137,3 +138,26 @@ def test_quantizing_the_float_spelling_gives_the_same_keys(case: Case, official:
 def without_prefix(tensors: Tensors) -> set[str]:
     """The keys that stay when what stands before all of them is taken away."""
     return {re.sub(r"^(model\.diffusion_model|net)\.", "", key) for key in tensors}
+
+
+@pytest.mark.slow
+def test_a_model_that_diffusers_has_no_class_for_is_quantized_like_its_family(tmp_path: Path) -> None:
+    # SCAIL-2 is Wan 2.1 from images that reads poses and masks besides, each by an embedder of its own
+    model = INSTANCES["wan_i2v"].denoiser
+    assert model is not None
+    floats = make_original_state(model(), "")
+    for name, channels in (("pose", 20), ("mask", 28)):
+        floats[f"patch_embedding_{name}.weight"] = torch.ones(64, channels, 1, 2, 2)
+        floats[f"patch_embedding_{name}.bias"] = torch.ones(64)
+    source = write_file(floats, tmp_path / "wan2.1_14B_SCAIL_2.safetensors")
+    save = tmp_path / "int8.safetensors"
+
+    about = quantize_alone(source, save, tmp_path)
+
+    made = read_file(save)
+    assert about["family"] == "wan"
+    layers = {key.removesuffix(".weight") for key in made if made[key].dtype == torch.int8}
+    assert len(layers) == 24
+    assert all(name.startswith("blocks.") for name in layers)
+    assert made["patch_embedding_pose.weight"].equal(floats["patch_embedding_pose.weight"])
+    assert {re.sub(rf"\.(weight_scale|{MARKER})$", ".weight", key) for key in made} == set(floats)
