@@ -10,6 +10,7 @@ from families import (
     instances_edit,
     instances_modular,
     instances_more,
+    instances_new,
     instances_rest,
     instances_video,
 )
@@ -26,6 +27,7 @@ LONG_TAIL: Mapping[str, Instance] = {
     **instances_video.INSTANCES,
     **instances_modular.LONG_TAIL,
     **instances_more.INSTANCES,
+    **instances_new.INSTANCES,
     **instances_rest.INSTANCES,
 }
 INSTANCES: Mapping[str, Instance] = {**QUICK, **LONG_TAIL}

@@ -440,7 +440,6 @@ def detect_names(cls):
     "cls",
     [
         "FluxControlNetModel",
-        "BriaFiboTransformer2DModel",
         "HunyuanVideoTransformer3DModel",
         "NucleusMoEImageTransformer2DModel",
         "QwenImageControlNetModel",
