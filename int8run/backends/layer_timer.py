@@ -36,6 +36,13 @@ class RandomLayer:
     weight: QuantizedWeight
     bias: Tensor
     x: Tensor
+    _inputs: dict[torch.dtype, Tensor] = field(default_factory=dict)
+
+    def get_input(self, dtype: torch.dtype) -> Tensor:
+        """x in a dtype, one tensor for all who take it: with many rows each takes gigabytes."""
+        if dtype not in self._inputs:
+            self._inputs[dtype] = self.x.to(dtype)
+        return self._inputs[dtype]
 
 
 def draw_layer(shape: Shape, device: torch.device) -> RandomLayer:
@@ -120,7 +127,7 @@ class LayerTimer:
         dtype = self.dtype
         if isinstance(backend, TimedFloat):
             dtype = backend.dtype
-        x, scale = layer.x.to(dtype), layer.weight.scale[:, 0].contiguous()
+        x, scale = layer.get_input(dtype), layer.weight.scale[:, 0].contiguous()
         attempt = Attempt(run=lambda: None)
 
         def pack_and_run() -> None:

@@ -231,6 +231,16 @@ def test_what_failed_is_tried_again_by_the_next_run(tmp_path, seconds):
     assert mended.choose_backend(16, 16, 8).name == "failing" and not mended.left_out
 
 
+def test_all_candidates_get_one_input_and_one_weight(monkeypatch):
+    seen = []
+    monkeypatch.setattr(layer_timer, "run_plain_layer", lambda backend, *tensors: seen.append(tensors))
+    tiles = {str(index): Reference() for index in range(30)}
+    LayerTimer(CPU, torch.bfloat16, rounds=1).measure(tiles, (4, 16, 8))
+
+    assert len({x.data_ptr() for x, *_ in seen}) == len({packed.data_ptr() for _, packed, *_ in seen}) == 1
+    assert seen[0][0].dtype == torch.bfloat16
+
+
 def test_what_takes_much_too_long_is_called_once(monkeypatch):
     clock = itertools.count()
     slow, quick = TimedFloat(torch.float64), TimedFloat(torch.float32)
