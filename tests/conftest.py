@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from int8run.backends import auto, best_float
-from int8run.backends.vnni import Vnni
-from int8run.kernels.cpu.library import BuildError, load_rows_library, load_vnni_library
+from int8run.backends.cpu import Cpu
+from int8run.kernels.cpu.library import BuildError, load_linear_library, load_rows_library
 
 if TYPE_CHECKING:
     from support.cli_process import Command
@@ -52,9 +52,9 @@ def find_library_loaders() -> list[Callable[[], object]]:
     with suppress(BuildError):
         load_rows_library()
         loaders.append(load_rows_library)
-        if not Vnni.limits.unsupported_reasons(torch.device("cpu")):
-            load_vnni_library()
-            loaders.append(load_vnni_library)
+        if not Cpu.limits.unsupported_reasons(torch.device("cpu")):
+            load_linear_library()
+            loaders.append(load_linear_library)
     return loaders
 
 

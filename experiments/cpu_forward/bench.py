@@ -29,7 +29,7 @@ from int8run.pipeline.built_model import BuiltModel
 from int8run.report.console import Progress
 from int8run.report.run_files import collect_environment
 
-BACKENDS = ("auto", "vnni", "onednn", "torch_int_mm", "reference")
+BACKENDS = ("auto", "cpu", "onednn", "torch_int_mm", "reference")
 OUTLIERS = ("none", "convrot")
 WARMUP = 2  # rounds that are not counted
 HEAD = (

@@ -24,7 +24,7 @@ from int8run.ptq.quantize import build_int8_layers, check_backend, quantize_laye
 from int8run.quant.rounding import AbsMax
 from int8run.quant.weight import quantize_weight
 
-CPU_BACKENDS = {"reference": "Reference", "torch_int_mm": "TorchIntMM", "onednn": "OneDnn", "vnni": "Vnni"}
+CPU_BACKENDS = {"reference": "Reference", "torch_int_mm": "TorchIntMM", "onednn": "OneDnn", "cpu": "Cpu"}
 GROUP_M = 8  # blocks of rows that share a column of the weight
 OUTLIERS = {"none": NoOutlier(), "convrot": ConvRot(256)}
 

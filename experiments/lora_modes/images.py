@@ -22,10 +22,10 @@ STACKS = {
     "ink 0.8, gloss 0.4": ["lora=stack_a", "lora.strength=0.5,1"],
 }
 MODES = {
-    "dynamic, float branch": ["lora.mode=dynamic", "backend=vnni", "backend.int8_branch=false"],
-    "dynamic, int8 branch": ["lora.mode=dynamic", "backend=vnni"],
-    "bake": ["lora.mode=bake", "backend=vnni"],
-    "stochastic": ["lora.mode=stochastic", "backend=vnni"],
+    "dynamic, float branch": ["lora.mode=dynamic", "backend=cpu", "backend.int8_branch=false"],
+    "dynamic, int8 branch": ["lora.mode=dynamic", "backend=cpu"],
+    "bake": ["lora.mode=bake", "backend=cpu"],
+    "stochastic": ["lora.mode=stochastic", "backend=cpu"],
 }
 OUTLIERS = ("none", "convrot")
 METRICS = (

@@ -25,10 +25,10 @@ import torch
 from torch import Tensor, nn
 
 from int8run.backends.base import Backend
+from int8run.backends.cpu import Cpu
 from int8run.backends.onednn import OneDnn
 from int8run.backends.torch_int_mm import TorchIntMM
 from int8run.backends.triton import Triton
-from int8run.backends.vnni import Vnni
 from int8run.layers.int8_linear import Int8Linear, QuantizedLayer
 from int8run.lora.adapters.change import LoraChange
 from int8run.lora.adapters.lora import LoRA
@@ -100,10 +100,10 @@ def put_on(layer: Int8Linear, weight: Tensor, lora: LoRA, mode: str) -> LoraStac
 
 
 MODES: dict[str, tuple[str, Backend]] = {
-    "dynamic, float branch": ("dynamic", Vnni(int8_branch=False)),
-    "dynamic, int8 branch": ("dynamic", Vnni()),
-    "bake": ("bake", Vnni()),
-    "stochastic": ("stochastic", Vnni()),
+    "dynamic, float branch": ("dynamic", Cpu(int8_branch=False)),
+    "dynamic, int8 branch": ("dynamic", Cpu()),
+    "bake": ("bake", Cpu()),
+    "stochastic": ("stochastic", Cpu()),
 }
 
 
@@ -186,8 +186,8 @@ def list_backends(device: torch.device) -> dict[str, Backend]:
     if device.type == "cuda":
         return {"triton": Triton(), "torch_int_mm": TorchIntMM()}
     return {
-        "vnni": Vnni(),
-        "vnni, float branch": Vnni(int8_branch=False),
+        "cpu": Cpu(),
+        "cpu, float branch": Cpu(int8_branch=False),
         "onednn": OneDnn(),
         "torch_int_mm": TorchIntMM(),
     }

@@ -2,7 +2,7 @@
 
     python experiments/model_bench/bench.py                    # the mid size, one thread, CPU time
     python experiments/model_bench/bench.py --size big --threads 2
-    python experiments/model_bench/bench.py --profile --only "int8run vnni"
+    python experiments/model_bench/bench.py --profile --only "int8run cpu"
 
 The tests of kernels and backends run first. A variant whose output is too far from float32 is refused and
 not timed.

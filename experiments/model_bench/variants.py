@@ -20,7 +20,7 @@ from case import Case
 from methods import make_sdnq, make_sdnq_environment
 from toolkit import GROUP, ToolkitLinear
 
-BACKENDS = ("reference", "torch_int_mm", "onednn", "vnni", "auto")
+BACKENDS = ("reference", "torch_int_mm", "onednn", "cpu", "auto")
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,8 @@ def list_int8run_variants() -> dict[str, Variant]:
         builds[backend] = partial(quantize_with_int8run, backend=backend)
         builds[f"{backend}, convrot"] = partial(quantize_with_int8run, backend=backend, outlier="convrot")
     # each input is quantized by every layer that reads it; GELUs are left where they are
-    builds["vnni, no sharing"] = partial(quantize_with_int8run, backend="vnni", without=["same_input"])
-    builds["vnni, no moved GELU"] = partial(quantize_with_int8run, backend="vnni", without=["deferred_gelu"])
+    builds["cpu, no sharing"] = partial(quantize_with_int8run, backend="cpu", without=["same_input"])
+    builds["cpu, no moved GELU"] = partial(quantize_with_int8run, backend="cpu", without=["deferred_gelu"])
 
     variants = {}
     for name, build in builds.items():

@@ -309,7 +309,7 @@ def choice_key(candidates: Iterable[str], shape: Shape) -> str:
 
 
 def format_choice(choice: LayerChoice) -> str:
-    """A choice as the autotune cache has it: `vnni`, or `vnni 1.84` where the float layer was timed."""
+    """A choice as the autotune cache has it: `cpu`, or `cpu 1.84` where the float layer was timed."""
     if choice.speedup is None:
         return choice.backend.name
     return f"{choice.backend.name} {choice.speedup}"

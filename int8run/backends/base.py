@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from int8run.backends.onednn_check import onednn_saturates
+from int8run.kernels.cpu.instructions import list_instruction_sets
 from int8run.kernels.cpu.library import COMPILERS
 from int8run.kernels.hadamard.reference import Rotation
 from int8run.quant.weight import QuantizedWeight
@@ -44,6 +45,7 @@ class Limits:
     Args:
         devices: device types that it runs on.
         cpu_features: instruction sets by torch's names, of which one is enough; empty: any CPU.
+        kernel_instructions: instruction sets of int8run's own CPU kernels, of which one is enough.
         uses_onednn: whether its products on a CPU are oneDNN's, which need not use what the CPU has.
         needs_compiler: whether a C++ compiler must be on the PATH.
         python_packages: packages that must be installed.
@@ -56,6 +58,7 @@ class Limits:
 
     devices: tuple[str, ...] = ("cpu", "cuda")
     cpu_features: tuple[str, ...] = ()
+    kernel_instructions: tuple[str, ...] = ()
     uses_onednn: bool = False
     needs_compiler: bool = False
     python_packages: tuple[str, ...] = ()
@@ -92,6 +95,11 @@ class Limits:
     def _unsupported_cpu_reason(self) -> str | None:
         if self.cpu_features and not has_cpu_feature(self.cpu_features):
             return f"needs a CPU with {' or '.join(self.cpu_features)}: without, int8 products saturate"
+        if self.kernel_instructions:
+            found = list_instruction_sets()
+            if not set(found).intersection(self.kernel_instructions):
+                wanted = " or ".join(self.kernel_instructions)
+                return f"needs a CPU with {wanted}; this one has {', '.join(found) or 'none of them'}"
         if self.uses_onednn and onednn_saturates():
             return (
                 "uses oneDNN, whose int8 products saturate here: something keeps it from this CPU's int8 "

@@ -29,7 +29,7 @@ def make_backend(name: str) -> Backend:
     """A backend with the settings of its YAML file, as `backend=<name>` would make it."""
     settings = dict(read_backend_option(name))
     for entry in settings.pop(DEFAULTS, ()):
-        # `vnni@candidates.vnni`: the option vnni becomes the field candidates["vnni"]
+        # `cpu@candidates.cpu`: the option cpu becomes the field candidates["cpu"]
         option, _, path = entry.partition("@")
         field, _, key = path.partition(".")
         part = make_backend(option)

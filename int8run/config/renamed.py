@@ -54,11 +54,15 @@ RENAMED_KEYS = (
     RenamedKey("model_type.families.*.keep_float", "model_type.families.*.mixed_precision", MIXED_PRECISION),
     RenamedKey("model_type.families.*.float_layers", "model_type.families.*.ignore"),
     RenamedKey("model_type.families.*.ignore.*.why", "model_type.families.*.ignore.*.reason"),
+    RenamedKey("backend.candidates.vnni", "backend.candidates.cpu"),
     RenamedKey("calibration.moments", "calibration.num_timesteps"),
     RenamedKey("calibration.rows", "calibration.max_tokens_per_layer"),
 )
+# options and other values that have a new name where the setting has none
+RENAMED_VALUES = {("backend",): {"vnni": "cpu"}, ("clip", "kernel_backend"): {"vnni": "cpu"}}
 RENAMED_TARGETS = {
     "int8run.backends.triton.tile": "int8run.backends.triton.parse_tile",
+    "int8run.backends.vnni.Vnni": "int8run.backends.cpu.Cpu",
     "int8run.generate.calibration.Calibration": "int8run.generate.calibration_settings.CalibrationSettings",
     "int8run.lora.settings.Adapter": "int8run.lora.config.Adapter",
     "int8run.lora.settings.LoraSettings": "int8run.lora.config.LoraSettings",
@@ -77,7 +81,11 @@ SWEEP_PARAMS = ("hydra", "sweeper", "params")  # a mapping whose keys are overri
 REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 ESCAPED_REFERENCE = re.compile(r"\$\\\{.*?\\\}")
 # an argument without any of these needs no look
-OLD_WORDS = (*{rule.old.rpartition(".")[2] for rule in RENAMED_KEYS}, *RENAMED_TARGETS)
+OLD_WORDS = (
+    *{rule.old.rpartition(".")[2] for rule in RENAMED_KEYS},
+    *{old for names in RENAMED_VALUES.values() for old in names},
+    *RENAMED_TARGETS,
+)
 
 Path = tuple[str, ...]
 # called with the old and the new name of whatever is translated
@@ -128,7 +136,12 @@ def rename_path(path: Path, report: Report) -> Path:
 
 
 def rename_text(text: str, path: Path, report: Report) -> str:
-    """A text in the config that is the name of a class, or refers to other settings."""
+    """A text in the config that has a new name, is the name of a class, or refers to other settings."""
+    renamed = RENAMED_VALUES.get(path, {}).get(text, text)
+    if renamed != text:
+        setting = ".".join(path)
+        report(f"{setting}={text}", f"{setting}={renamed}")
+        return renamed
     if path[-1:] == ("_target_",):
         new = RENAMED_TARGETS.get(text, text)
         if new != text:

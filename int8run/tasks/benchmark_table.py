@@ -90,7 +90,7 @@ def build_result_table(title: str, result: BenchmarkResult) -> Table:
 
 
 def compare_fastest(seconds: Seconds) -> str:
-    """`vnni 1.84× bfloat16`: the fastest backend, and how many times as fast as the fastest float it is."""
+    """`cpu 1.84× bfloat16`: the fastest backend, and how many times as fast as the fastest float it is."""
     int8, best_float = find_fastest_int8(seconds), find_fastest_float(seconds)
     if int8 is None or best_float is None:
         return best_float or int8 or ""

@@ -1,6 +1,6 @@
 """Build the C++ files of this folder into the user's cache on first use, and load them.
 
-`vnni.py` and `rows.py` call the loaded libraries; `backends` asks whether there is a compiler. No torch
+`linear.py` and `rows.py` call the loaded libraries; `backends` asks whether there is a compiler. No torch
 headers are involved, so any g++ or clang++ builds a file in seconds. The libraries use the OpenMP runtime
 that torch has loaded: two of them would be two pools of threads that compete for the same cores.
 """
@@ -10,6 +10,7 @@ import functools
 import hashlib
 import logging
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -17,29 +18,46 @@ import subprocess
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
+from int8run.kernels.cpu.instructions import (
+    AUTO,
+    AVX512_FLAGS,
+    INSTRUCTION_SETS,
+    list_instruction_sets,
+)
+
 log = logging.getLogger(__name__)
-VNNI, ROWS = (Path(__file__).with_name(name) for name in ("vnni.cpp", "rows.cpp"))
+ROWS = Path(__file__).with_name("rows.cpp")
+INCLUDE = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
 UNFINISHED_SUFFIX = ".unfinished"  # of the name of a library that is being written
 ABANDONED_AFTER_SECONDS = 86400
 COMPILERS = ("g++", "clang++", "c++")
-FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-w")
-# instructions are named one by one and not -march=native: a cache may be shared by machines that differ
-AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
-VNNI_FLAGS = (*AVX512, "-mavx512vnni")
-# what rows.cpp promises, equal bits everywhere, holds only where products and sums are not fused
-ROWS_FLAGS = ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
+# equal bits on all CPUs hold only where products and sums are not fused unless the source says so
+FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-w", "-ffp-contract=off")
+ROWS_FLAGS = ("-fno-math-errno", "-fno-trapping-math")
 # the CPU as torch calls it -> how far loops are vectorized; other CPUs get what their compiler takes for
 # granted
-VECTORS = {"AVX512": (*AVX512, "-mprefer-vector-width=512"), "AVX2": ("-mavx2",)}
+VECTORS = {"AVX512": (*AVX512_FLAGS, "-mprefer-vector-width=512"), "AVX2": ("-mavx2",)}
 # types of arguments of the C functions
 POINTER, INT64, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 
 
 class BuildError(RuntimeError):
     """A library could not be built; the message says what was missing."""
+
+
+class CompileError(BuildError):
+    """The compiler refused a source or a flag, as one does that is older than the instruction set."""
+
+
+class LinearLibrary(NamedTuple):
+    """The kernels of a linear layer, loaded."""
+
+    instructions: str  # name of the instruction set
+    functions: ctypes.CDLL
 
 
 def find_compiler() -> str | None:
@@ -56,31 +74,51 @@ def find_openmp_runtime() -> list[str]:
     return sorted(str(path) for path in Path(torch.__file__).parent.rglob("libgomp*.so*"))[:1]
 
 
-@functools.lru_cache(maxsize=1)
-def load_vnni_library(cache: Path | None = None) -> ctypes.CDLL:
-    """Load the VNNI kernels; build them if the cache has none for this source, compiler and runtime.
+@functools.cache
+def load_linear_library(instructions: str = AUTO, cache: Path | None = None) -> LinearLibrary:
+    """Load the kernels of a linear layer; build them if the cache has none for this source and compiler.
 
     Args:
+        instructions: name of an instruction set; `auto`: the best that this CPU has and the compiler knows.
         cache: folder for the built library; None: `~/.cache/int8run`.
 
     Raises:
         BuildError: no compiler, it failed, or what it built cannot be loaded.
     """
-    lib = open_library(build_library(cache or get_default_cache(), VNNI, VNNI_FLAGS))
-    # in the order of the signatures in vnni.cpp
-    lib.int8run_quantize.argtypes = [
+    folder = cache or get_default_cache()
+    names = list_instruction_sets() if instructions == AUTO else [instructions]
+    failure = BuildError("this CPU has none of the instruction sets of the kernels")
+    for i, name in enumerate(names):
+        chosen = INSTRUCTION_SETS[name]
+        try:
+            functions = open_library(build_library(folder, chosen.source, chosen.flags))
+        except CompileError as error:
+            failure = error
+            if i + 1 < len(names):
+                log.warning(
+                    "the kernels for %s cannot be built, %s takes their place: %s", name, names[i + 1], error
+                )
+            continue
+        declare_linear_functions(functions)
+        log.debug("linear layers run with %s", name)
+        return LinearLibrary(name, functions)
+    raise failure
+
+
+def declare_linear_functions(functions: ctypes.CDLL) -> None:
+    """Tell ctypes the signatures of linear.h."""
+    functions.int8run_quantize.argtypes = [
         *(POINTER, INT, INT64, INT64, INT64),  # x, dtype, M, K, stride
         *(POINTER, INT64, INT, INT64),  # factor, rotation, sylvester, gelu_from
         *(POINTER, POINTER, INT),  # q, scale, threads
     ]
-    lib.int8run_linear.argtypes = [
+    functions.int8run_linear.argtypes = [
         *(POINTER, POINTER, INT64, INT64, INT64),  # q, x_scale, M, K, N
         *(POINTER, POINTER, POINTER),  # packed, w_scale, bias
         *(INT64, POINTER, POINTER, POINTER, POINTER),  # rank, down, down_scale, up, up_scale
         *(POINTER, INT, INT),  # y, dtype, threads
     ]
-    lib.int8run_quantize.restype = lib.int8run_linear.restype = None
-    return lib
+    functions.int8run_quantize.restype = functions.int8run_linear.restype = None
 
 
 @functools.lru_cache(maxsize=1)
@@ -88,7 +126,7 @@ def load_rows_library(cache: Path | None = None) -> ctypes.CDLL:
     """Load `rows.cpp`, which any CPU can run; built for the vector instructions of this one.
 
     Args:
-        cache: as for `load_vnni_library`.
+        cache: as for `load_linear_library`.
 
     Raises:
         BuildError: no compiler, it failed, or what it built cannot be loaded.
@@ -128,12 +166,12 @@ def get_default_cache() -> Path:
         raise BuildError("there is no home folder to keep the built library in; set HOME") from error
 
 
-def build_library(cache: Path, source: Path = VNNI, flags: tuple[str, ...] = VNNI_FLAGS) -> Path:
+def build_library(cache: Path, source: Path, flags: tuple[str, ...] = ()) -> Path:
     """Compile a source if its library is not in the cache; the name holds a hash of all that it depends on.
 
     Args:
         cache: folder for the built library.
-        source: C++ file.
+        source: C++ file; the headers beside it count as parts of it.
         flags: of the compiler, besides FLAGS.
 
     Returns:
@@ -147,7 +185,7 @@ def build_library(cache: Path, source: Path = VNNI, flags: tuple[str, ...] = VNN
         raise BuildError(f"no C++ compiler on the PATH ({', '.join(COMPILERS)}); install one")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
     command = [compiler, *FLAGS, *flags, str(source), *find_openmp_runtime(), "-Wl,--as-needed"]
-    digest = hashlib.sha256("\0".join([source.read_text(), version, *command]).encode()).hexdigest()[:16]
+    digest = hashlib.sha256("\0".join([*read_sources(source), version, *command]).encode()).hexdigest()[:16]
     target = cache / f"{source.stem}-{digest}.so"
     if target.exists() and is_as_built(target):
         return target
@@ -171,18 +209,33 @@ def build_library(cache: Path, source: Path = VNNI, flags: tuple[str, ...] = VNN
     return target
 
 
+def read_sources(source: Path) -> list[str]:
+    """The text of a source and of the headers that it includes from its own folder, directly or not."""
+    texts: dict[Path, str] = {}
+    waiting = [source]
+    while waiting:
+        path = waiting.pop()
+        if path in texts:
+            continue
+        texts[path] = path.read_text()
+        included = [path.with_name(name) for name in INCLUDE.findall(texts[path])]
+        waiting += [header for header in included if header.exists()]
+    return list(texts.values())
+
+
 def run_compiler(command: list[str], source: Path) -> None:
     """Compile a source.
 
     Raises:
-        BuildError: the compiler failed, or was killed, as a machine that is out of memory does.
+        CompileError: the compiler failed.
+        BuildError: it was killed, as a machine that is out of memory does.
     """
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode < 0:
         name = signal.Signals(-done.returncode).name
         raise BuildError(f"{command[0]} was killed by {name} while it built {source.name}; start again")
     if done.returncode:
-        raise BuildError(f"{command[0]} could not build {source.name}: {find_reason(done.stderr)}")
+        raise CompileError(f"{command[0]} could not build {source.name}: {find_reason(done.stderr)}")
 
 
 def remove_abandoned_builds(cache: Path) -> None:

@@ -81,9 +81,9 @@ PRINT_REASONS = """
 import torch
 from int8run.backends.onednn import OneDnn
 from int8run.backends.torch_int_mm import TorchIntMM
-from int8run.backends.vnni import Vnni
+from int8run.backends.cpu import Cpu
 
-for backend in (OneDnn, TorchIntMM, Vnni):
+for backend in (OneDnn, TorchIntMM, Cpu):
     print(*backend.limits.unsupported_reasons(torch.device("cpu")), sep=", ")
 """
 
@@ -96,12 +96,12 @@ def test_a_limited_onednn_is_rejected():
 
     output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
 
-    onednn, torch_int_mm, vnni = output.splitlines()
+    onednn, torch_int_mm, cpu = output.splitlines()
     assert onednn == torch_int_mm
     assert (
         onednn.startswith("uses oneDNN, whose int8 products saturate here") and "unset ONEDNN_MAX" in onednn
     )
-    assert "oneDNN" not in vnni  # its kernels are our own
+    assert "oneDNN" not in cpu  # its kernels are our own
 
 
 def test_cpu_features_are_not_asked_of_a_gpu(cpu_without_vnni):

@@ -8,16 +8,16 @@ from int8run.config.compose import compose_jobs, create_run_spec
 from int8run.errors import ConfigError
 
 CONVROT = "int8run.outlier.convrot.ConvRot"
-VNNI = "int8run.backends.vnni.Vnni"
+CPU_BACKEND = "int8run.backends.cpu.Cpu"
 SAMPLING = "int8run.models.sampling.Sampling"
 NONSENSE = {
     "a backend as an outlier method": (
-        f"outlier._target_={VNNI}",
+        f"outlier._target_={CPU_BACKEND}",
         "outlier._target_ is .*allowed here: .*ConvRot",
     ),
     "an outlier method as a backend": (
         f"backend._target_={CONVROT}",
-        "backend._target_ is .*allowed here: .*Vnni",
+        "backend._target_ is .*allowed here: .*Cpu",
     ),
     "a sampler as the cache": (f"cache._target_={SAMPLING}", "cache._target_ is .*DiskCache"),
     "an option as the whole": (f"_target_={CONVROT}", "^_target_ is .*RunSpec"),
@@ -77,7 +77,7 @@ def test_candidates_of_an_automatic_method_may_be_any_method():
     spec = make_spec("outlier=auto", f"outlier.candidates.mine={{_target_: {CONVROT}, group_size: 4}}")
     assert spec.outlier.candidates["mine"].group_size == 4
     with pytest.raises(ConfigError, match=r"outlier\.candidates\.mine\._target_ is "):
-        make_spec("outlier=auto", f"outlier.candidates.mine={{_target_: {VNNI}}}")
+        make_spec("outlier=auto", f"outlier.candidates.mine={{_target_: {CPU_BACKEND}}}")
 
 
 @pytest.mark.parametrize("group", sorted({file.parent.name for file in CONF.glob("*/*.yaml")} - {"hydra"}))

@@ -14,12 +14,14 @@ import pytest
 import torch
 from support.helpers import CPU
 
-from int8run.backends.vnni import Vnni
+from int8run.backends.cpu import Cpu
 from int8run.errors import BackendError
 from int8run.kernels.cpu import library as module
-from int8run.kernels.cpu.library import BuildError, build_library, load_rows_library, load_vnni_library
+from int8run.kernels.cpu.instructions import INSTRUCTION_SETS
+from int8run.kernels.cpu.library import BuildError, build_library, load_linear_library, load_rows_library
 from int8run.quant.weight import quantize_weight
 
+SOURCE = INSTRUCTION_SETS["avx2"].source
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="the fake compilers are shell scripts")
 
 
@@ -30,10 +32,10 @@ def compiler_path(tmp_path, monkeypatch):
     folder.mkdir()
     monkeypatch.setenv("PATH", str(folder))
     monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
-    load_vnni_library.cache_clear()
+    load_linear_library.cache_clear()
     load_rows_library.cache_clear()
     yield folder
-    load_vnni_library.cache_clear()
+    load_linear_library.cache_clear()
     load_rows_library.cache_clear()
 
 
@@ -58,24 +60,22 @@ def test_missing_compiler_raises(compiler_path, tmp_path):
     words = r"^no C\+\+ compiler on the PATH \(g\+\+, clang\+\+, c\+\+\); install one$"
 
     with pytest.raises(BuildError, match=words):
-        build_library(tmp_path / "cache")
+        build_library(tmp_path / "cache", SOURCE)
     with pytest.raises(BuildError, match=words):
-        load_vnni_library()
-    assert (
-        Vnni().limits.unsupported_reasons(CPU)[-1] == "needs a C++ compiler on the PATH (g++, clang++, c++)"
-    )
+        load_linear_library()
+    assert Cpu().limits.unsupported_reasons(CPU)[-1] == "needs a C++ compiler on the PATH (g++, clang++, c++)"
 
 
 @pytest.mark.parametrize("name", module.COMPILERS)
 def test_each_known_compiler_builds_the_library(compiler_path, tmp_path, name):
     calls = write_fake_compiler(compiler_path, name=name)
-    assert build_library(tmp_path / "cache").read_text() == "whole\n"
+    assert build_library(tmp_path / "cache", SOURCE).read_text() == "whole\n"
     assert len(calls()) == 1
 
 
 def test_first_known_compiler_is_used(compiler_path, tmp_path):
     calls = {name: write_fake_compiler(compiler_path, name=name) for name in module.COMPILERS}
-    build_library(tmp_path / "cache")
+    build_library(tmp_path / "cache", SOURCE)
 
     assert {name: len(of()) for name, of in calls.items()} == {"g++": 1, "clang++": 0, "c++": 0}
 
@@ -98,20 +98,20 @@ def test_first_known_compiler_is_used(compiler_path, tmp_path):
 def test_error_quotes_a_compiler_that_fails(compiler_path, tmp_path, stderr, reason):
     write_fake_compiler(compiler_path, f"echo '{stderr}' >&2; exit 1")
     with pytest.raises(
-        BuildError, match=rf"^{re.escape(str(compiler_path))}/g\+\+ could not build vnni.cpp: {reason}"
+        BuildError, match=rf"^{re.escape(str(compiler_path))}/g\+\+ could not build linear_avx2.cpp: {reason}"
     ):
-        build_library(tmp_path / "cache")
+        build_library(tmp_path / "cache", SOURCE)
 
 
 def test_backend_error_says_what_to_do(compiler_path):
-    write_fake_compiler(compiler_path, "echo 'vnni.cpp:1: error: no such flag' >&2; exit 1")
+    write_fake_compiler(compiler_path, "echo 'linear.h:1: error: no such flag' >&2; exit 1")
     weight = quantize_weight(torch.ones(2, 4))
 
     with pytest.raises(
         BackendError,
-        match=r"^backend vnni: .*: vnni\.cpp:1: error: no such flag; backend=auto takes the next best$",
+        match=r"^backend cpu: .*: linear\.h:1: error: no such flag; backend=auto takes the next best$",
     ):
-        Vnni().pack_weight(weight)
+        Cpu().pack_weight(weight)
 
 
 def test_failed_build_is_not_cached(compiler_path, tmp_path):
@@ -119,19 +119,19 @@ def test_failed_build_is_not_cached(compiler_path, tmp_path):
 
     for _ in range(2):
         with pytest.raises(BuildError):
-            load_vnni_library(tmp_path / "cache")
+            load_linear_library("avx2", tmp_path / "cache")
 
     calls = write_fake_compiler(compiler_path)
 
-    assert build_library(tmp_path / "cache").exists()
+    assert build_library(tmp_path / "cache", SOURCE).exists()
     assert len(calls()) == 3
 
 
 def test_built_library_is_reused(compiler_path, tmp_path):
     calls = write_fake_compiler(compiler_path)
-    first = build_library(tmp_path / "cache")
+    first = build_library(tmp_path / "cache", SOURCE)
 
-    assert build_library(tmp_path / "cache") == first
+    assert build_library(tmp_path / "cache", SOURCE) == first
     assert len(calls()) == 1
     hash_path = first.with_suffix(".blake2b")
     assert sorted(f.name for f in (tmp_path / "cache").iterdir()) == [hash_path.name, first.name]
@@ -139,10 +139,10 @@ def test_built_library_is_reused(compiler_path, tmp_path):
 
 def test_library_with_a_flipped_bit_is_built_again(compiler_path, tmp_path, caplog):
     calls = write_fake_compiler(compiler_path)
-    library = build_library(tmp_path / "cache")
+    library = build_library(tmp_path / "cache", SOURCE)
     library.write_text("whale\n")
 
-    assert build_library(tmp_path / "cache") == library
+    assert build_library(tmp_path / "cache", SOURCE) == library
     assert library.read_text() == "whole\n"
     assert len(calls()) == 2
     assert f"{library} is damaged and is built again" in caplog.text
@@ -150,18 +150,18 @@ def test_library_with_a_flipped_bit_is_built_again(compiler_path, tmp_path, capl
 
 def test_library_without_a_hash_is_built_again(compiler_path, tmp_path):
     calls = write_fake_compiler(compiler_path)
-    library = build_library(tmp_path / "cache")
+    library = build_library(tmp_path / "cache", SOURCE)
     library.with_suffix(".blake2b").unlink()
 
-    assert build_library(tmp_path / "cache") == library
+    assert build_library(tmp_path / "cache", SOURCE) == library
     assert len(calls()) == 2
 
 
 def test_library_name_depends_on_compiler_source_and_runtime(compiler_path, tmp_path, monkeypatch):
     calls = write_fake_compiler(compiler_path)
-    names = [build_library(tmp_path / "cache")]
+    names = [build_library(tmp_path / "cache", SOURCE)]
     write_fake_compiler(compiler_path, version="g++ 13")
-    names.append(build_library(tmp_path / "cache"))
+    names.append(build_library(tmp_path / "cache", SOURCE))
     source = tmp_path / "other.cpp"
     for text in ("int a;", "int b;"):
         source.write_text(text)
@@ -171,7 +171,7 @@ def test_library_name_depends_on_compiler_source_and_runtime(compiler_path, tmp_
     names.append(build_library(tmp_path / "cache", source))
 
     assert len(set(names)) == len(calls()) == 6
-    assert [name.name.split("-")[0] for name in names] == ["vnni"] * 2 + ["other"] * 4
+    assert [name.name.split("-")[0] for name in names] == ["linear_avx2"] * 2 + ["other"] * 4
     assert "/elsewhere/libgomp.so.1" in calls()[-1]
     assert str(source) in calls()[-1]
 
@@ -179,9 +179,11 @@ def test_library_name_depends_on_compiler_source_and_runtime(compiler_path, tmp_
 def test_instructions_are_listed_explicitly(compiler_path, tmp_path):
     # a cache may be shared by machines that differ
     calls = write_fake_compiler(compiler_path)
-    build_library(tmp_path / "cache")
+    with pytest.raises(BuildError, match="cannot be loaded"):  # what the fake compiler writes is no library
+        load_linear_library("avx512_vnni", tmp_path / "cache")
 
     assert "-mavx512vnni" in calls()[0]
+    assert "-ffp-contract=off" in calls()[0]
     assert "-march=native" not in calls()[0]
     assert "-ffast-math" not in calls()[0]
 
@@ -218,12 +220,12 @@ def test_unfinished_build_never_has_the_final_name(compiler_path, tmp_path):
     )
 
     with pytest.raises(BuildError, match="disk full"):
-        build_library(tmp_path / "cache")
+        build_library(tmp_path / "cache", SOURCE)
     assert list((tmp_path / "cache").iterdir()) == []
 
     # while it is being written it has another name, and a reader of the cache does not take it
     write_fake_compiler(compiler_path, f'for last; do :; done; echo "$last" > "{tmp_path}/written"; {WRITE}')
-    target = build_library(tmp_path / "cache")
+    target = build_library(tmp_path / "cache", SOURCE)
 
     written = Path((tmp_path / "written").read_text().strip())
     assert (written.parent, written.suffix) == (target.parent, ".unfinished")
@@ -235,9 +237,9 @@ def test_a_killed_compiler_is_named_and_leaves_nothing(compiler_path, tmp_path):
     write_fake_compiler(compiler_path, 'for last; do :; done; echo "half" > "$last"; kill -9 $$')
 
     with pytest.raises(
-        BuildError, match=r"g\+\+ was killed by SIGKILL while it built vnni\.cpp; start again$"
+        BuildError, match=r"g\+\+ was killed by SIGKILL while it built linear_avx2\.cpp; start again$"
     ):
-        build_library(tmp_path / "cache")
+        build_library(tmp_path / "cache", SOURCE)
     assert list((tmp_path / "cache").iterdir()) == []
 
 
@@ -245,13 +247,13 @@ def test_what_a_killed_build_left_is_not_used_and_is_removed_a_day_later(compile
     write_fake_compiler(compiler_path)
     cache = tmp_path / "cache"
     cache.mkdir()
-    old, new = (cache / f"vnni-{name}.1-ab.unfinished" for name in ("old", "new"))
+    old, new = (cache / f"linear_avx2-{name}.1-ab.unfinished" for name in ("old", "new"))
     for path in (old, new):
         path.write_text("half")
     two_days_ago = time.time() - 2 * 86400
     os.utime(old, (two_days_ago, two_days_ago))
 
-    target = build_library(cache)
+    target = build_library(cache, SOURCE)
 
     assert target.read_text() == "whole\n"
     assert (old.exists(), new.exists()) == (False, True)
@@ -263,7 +265,7 @@ def test_first_builds_at_once_do_not_touch_each_other(compiler_path, tmp_path):
     cache = tmp_path / "cache"
 
     with ThreadPoolExecutor(4) as threads:
-        targets = list(threads.map(lambda _: build_library(cache), range(4)))
+        targets = list(threads.map(lambda _: build_library(cache, SOURCE), range(4)))
 
     outputs = {line.split()[-1] for line in calls()}
     assert len(set(targets)) == 1
@@ -277,7 +279,7 @@ def test_without_a_home_the_build_is_refused(compiler_path, monkeypatch):
 
     monkeypatch.setattr(Path, "home", find_no_home)
     with pytest.raises(BuildError, match=r"no home folder to keep the built library in; set HOME$"):
-        load_vnni_library()
+        load_linear_library()
 
 
 def test_cache_that_is_a_file_raises(compiler_path, tmp_path):
@@ -288,7 +290,7 @@ def test_cache_that_is_a_file_raises(compiler_path, tmp_path):
         with pytest.raises(
             BuildError, match=rf"^cannot write the built library to {re.escape(str(cache))}: {why}$"
         ):
-            build_library(cache)
+            build_library(cache, SOURCE)
     assert calls() == []
 
 
@@ -296,14 +298,14 @@ def test_cache_that_is_a_file_raises(compiler_path, tmp_path):
 def test_cache_that_cannot_be_written_to_raises(compiler_path):
     calls = write_fake_compiler(compiler_path)
     with pytest.raises(BuildError, match=r"^cannot write the built library to /proc/self: "):
-        build_library(Path("/proc/self"))
+        build_library(Path("/proc/self"), SOURCE)
     assert calls() == []
 
 
 def test_default_cache_is_in_the_users_home(compiler_path, tmp_path):
     write_fake_compiler(compiler_path)
     # the fake library cannot be loaded
-    with pytest.raises(BuildError, match=r"vnni-\w+\.so cannot be loaded: .*too short$"):
-        load_vnni_library()
+    with pytest.raises(BuildError, match=r"linear_\w+-\w+\.so cannot be loaded: .*too short$"):
+        load_linear_library()
     files = (tmp_path / "home" / ".cache" / "int8run").iterdir()
     assert sorted(file.suffix for file in files) == [".blake2b", ".so"]

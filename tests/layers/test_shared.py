@@ -370,7 +370,7 @@ def counting_roundings():
         targets = [
             getattr(n.target, "__name__", str(n.target)) for n in graph.graph.nodes if n.op.startswith("call")
         ]
-        counts.append(sum(name in ("round", "round_", "vnni_quantize.default") for name in targets))
+        counts.append(sum(name in ("round", "round_", "cpu_quantize.default") for name in targets))
         return aot_eager(graph, inputs)
 
     return compiler, counts

@@ -129,7 +129,7 @@ def test_the_model_computes_what_it_did(flux, backend, outlier):
 
     # a polynomial for the GELU and a rotation in another order move an integer at a tie now and then: 1e-3 of
     # the output
-    assert_close(backend.name, run(after, call), expected, 1e-3 if backend.name == "vnni" else 1e-5)
+    assert_close(backend.name, run(after, call), expected, 1e-3 if backend.name == "cpu" else 1e-5)
     assert_close("float model", expected, run(model, call), 0.05)
 
 
@@ -265,7 +265,7 @@ def test_loras_find_their_layers_under_the_old_names(flux, backend):
         branches.set_strengths([0.0])  # the float model is used again
         assert (results[-1] - plain).norm() > 0.05 * plain.norm()
 
-    assert_close(backend.name, results[1], results[0], 1e-3 if backend.name == "vnni" else 1e-5)
+    assert_close(backend.name, results[1], results[0], 1e-3 if backend.name == "cpu" else 1e-5)
 
 
 @pytest.mark.parametrize("backend", ABLE)

@@ -155,7 +155,7 @@ def make_layer_row(name: str, output: object = None, weight: object = None, why:
         "why_not": why,
         "outlier": "none",
         "rounding": "absmax",
-        "backend_used": "vnni",
+        "backend_used": "cpu",
         "output_sqnr_db": output or "",
         "weight_sqnr_db": weight or "",
     }

@@ -46,7 +46,7 @@ def test_a_cell_describes_its_layer(tmp_path):
     heatmap = build_heatmap(write_layer_runs(tmp_path, layers))
 
     int8_row, float_row = heatmap.rows
-    assert "vnni" in int8_row.cells[0].description and not int8_row.is_float
+    assert "cpu" in int8_row.cells[0].description and not int8_row.is_float
     assert "kept float: norm" in float_row.cells[0].description
     assert float_row.float_reasons == "norm" and float_row.is_float
 

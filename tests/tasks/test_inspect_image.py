@@ -68,7 +68,7 @@ def test_the_command_has_the_methods_with_their_settings(tmp_path: Path) -> None
         "outlier_settings": {"group_size": 64},
         "rounding": "mse",
         "rounding_settings": {"candidates": 8, "smallest": 0.75},
-        "backend": "vnni",
+        "backend": "cpu",
         "backend_settings": {"int8_branch": True},
     }
 
@@ -77,10 +77,10 @@ def test_the_command_has_the_methods_with_their_settings(tmp_path: Path) -> None
     (line,) = description.list_commands()
     assert line.endswith(
         " outlier=convrot outlier.group_size=64 rounding=mse rounding.candidates=8 rounding.smallest=0.75"
-        " backend=vnni backend.int8_branch=True"
+        " backend=cpu backend.int8_branch=True"
     )
     rows = dict(description.rows)
-    assert (rows["outlier.group_size"], rows["rounding"], rows["backend"]) == ("64", "mse", "vnni")
+    assert (rows["outlier.group_size"], rows["rounding"], rows["backend"]) == ("64", "mse", "cpu")
     assert "not said" not in rows
 
 

@@ -386,11 +386,11 @@ KERNELS = {
 
 
 @pytest.mark.parametrize("word", [*KERNELS, "int8_block3d", "float8_e4m3fn", "mxfp8"])
-@pytest.mark.parametrize("backend", ["auto", "reference", "torch_int_mm", "onednn", "vnni"])
+@pytest.mark.parametrize("backend", ["auto", "reference", "torch_int_mm", "onednn", "cpu"])
 def test_int8_layers_run_on_the_backend(
     word: str, backend: str, filled: Callable, floats: dict[str, nn.Module]
 ) -> None:
-    if backend in ("torch_int_mm", "onednn", "vnni") and without_vnni():
+    if backend in ("torch_int_mm", "onednn", "cpu") and without_vnni():
         pytest.skip("needs a CPU with VNNI")
     if not word.startswith("int8") and backend not in ("auto", "reference"):
         with pytest.raises(
@@ -421,7 +421,7 @@ def test_int8_layers_run_on_the_backend(
 
 
 @pytest.mark.skipif(without_vnni(), reason="needs a CPU with VNNI")
-@pytest.mark.parametrize("backend", ["vnni", "onednn", "torch_int_mm"])
+@pytest.mark.parametrize("backend", ["cpu", "onednn", "torch_int_mm"])
 @pytest.mark.parametrize("format_name", ["int8_convrot", "int8_block3d"])
 def test_int8_backends_agree_on_encoders(
     format_name: str, backend: str, filled: Callable[..., QuantizedEncoders]
@@ -434,7 +434,7 @@ def test_int8_backends_agree_on_encoders(
 
 
 @pytest.mark.skipif(without_vnni(), reason="needs a CPU with VNNI")
-@pytest.mark.parametrize("backend", ["reference", "vnni", "onednn", "torch_int_mm"])
+@pytest.mark.parametrize("backend", ["reference", "cpu", "onednn", "torch_int_mm"])
 def test_int8_layers_of_encoders_run_like_the_reference(
     backend: str, filled: Callable[..., QuantizedEncoders]
 ) -> None:

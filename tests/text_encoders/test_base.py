@@ -28,7 +28,7 @@ def test_is_quantized_unless_encoders_stay_as_they_are() -> None:
         ({"format": "int3"}, r"^clip\.format is 'int3'; choose from auto, .*keep.*nvfp4"),
         (
             {"kernel_backend": "cuda"},
-            r"^clip\.kernel_backend is 'cuda'; choose from auto, .*dequantize.*scaled_mm.*vnni",
+            r"^clip\.kernel_backend is 'cuda'; choose from auto, .*dequantize.*scaled_mm.*reference",
         ),
         (
             {"path": "x"},
@@ -66,7 +66,7 @@ def test_error_does_not_suggest_read_only_formats() -> None:
 
 
 def test_kernel_backends_are_the_int8_ones_and_two_more() -> None:
-    assert {"auto", "reference", "triton", "vnni", "dequantize", "scaled_mm"} <= set(list_kernel_backends())
+    assert {"auto", "reference", "triton", "cpu", "dequantize", "scaled_mm"} <= set(list_kernel_backends())
     assert all(
         TextEncoders("nvfp4", kernel_backend=name).kernel_backend == name for name in list_kernel_backends()
     )

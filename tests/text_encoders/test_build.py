@@ -176,7 +176,7 @@ def test_built_model_does_not_need_the_state_dict(mixed_file: Path) -> None:
     assert all(torch.equal(view_bytes(state[k]), view_bytes(copies[k])) for k in state)
 
 
-@pytest.mark.parametrize("name", ["auto", "reference", "torch_int_mm", "onednn", "vnni"])
+@pytest.mark.parametrize("name", ["auto", "reference", "torch_int_mm", "onednn", "cpu"])
 def test_kernels_give_the_same_output(name: str, mixed_file: Path) -> None:
     if name not in ("auto", "reference") and without_vnni():
         pytest.skip("needs a CPU with VNNI")
@@ -216,9 +216,9 @@ def test_kernels_without_a_layer_are_an_error(tmp_path: Path) -> None:
     if not without_vnni():
         with pytest.raises(
             BackendError,
-            match=rf"vnni runs INT8 layers, and {path} gives 7 × nvfp4; choose auto or dequantize",
+            match=rf"cpu runs INT8 layers, and {path} gives 7 × nvfp4; choose auto or dequantize",
         ):
-            build(path, "vnni")
+            build(path, "cpu")
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ def test_kernels_without_a_layer_are_an_error(tmp_path: Path) -> None:
         ("triton", "cuda", "triton"),
         ("reference", "cuda", "reference"),
         ("reference", "cpu", "reference"),
-        ("vnni", "cpu", "eager"),
+        ("cpu", "cpu", "eager"),
         ("scaled_mm", "cuda", "eager"),
     ],
 )

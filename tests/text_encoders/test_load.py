@@ -214,7 +214,7 @@ def test_unknown_setting_is_an_error(tmp_path: Path) -> None:
     path = write_file(make_encoder_file("t5", "nvfp4"), tmp_path)
 
     with pytest.raises(
-        ConfigError, match=r"kernel_backend is 'cuda'; choose from auto, .*dequantize, .*vnni"
+        ConfigError, match=r"kernel_backend is 'cuda'; choose from auto, .*dequantize, .*reference"
     ):
         load_text_encoder(path, kernel_backend="cuda")
     with pytest.raises(ConfigError, match=r"quant_format is 'int4'; choose from auto, .*nvfp4"):

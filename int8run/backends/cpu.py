@@ -1,39 +1,42 @@
 """int8run's own CPU kernels: one pass over the input, one product with everything else in its registers.
 
-The kernels are C++ (`kernels/cpu`), compiled on first use.
+The kernels are C++ (`kernels/cpu`), compiled on first use for the instruction set that runs them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from int8run.backends.base import MAX_SIGNED_PRODUCTS, NO_GELU, FusedBranch, Limits, QuantizedInput
-from int8run.errors import BackendError, check_bool
-from int8run.kernels.cpu import vnni
-from int8run.kernels.cpu.library import BuildError, load_vnni_library
+from int8run.errors import BackendError, check_bool, check_choice
+from int8run.kernels.cpu import linear
+from int8run.kernels.cpu.instructions import AUTO, INSTRUCTION_SETS
+from int8run.kernels.cpu.library import BuildError, load_linear_library
 from int8run.kernels.hadamard.reference import Rotation
 from int8run.quant.weight import QuantizedWeight, quantize_weight
 
 
 @dataclass(frozen=True)
-class Vnni:
-    """AVX512-VNNI kernels.
+class Cpu:
+    """Kernels for the byte products of CPUs.
 
     `quantize` computes GELU, factor and rotation in one pass; `linear` keeps the scales, the bias and an int8
     low-rank branch in registers.
 
     Args:
         int8_branch: compute LoRA branches in int8 inside the product; false: as two float products beside it.
+        instructions: name of an instruction set; `auto`: the best that this CPU has.
     """
 
     int8_branch: bool = True
-    name: ClassVar[str] = "vnni"
+    instructions: str = AUTO
+    name: ClassVar[str] = "cpu"
     # unsigned activations may wrap the sums around; subtracting 128 times the weights' sum wraps them back
     limits: ClassVar[Limits] = Limits(
         devices=("cpu",),
-        cpu_features=("avx512_vnni",),
+        kernel_instructions=tuple(INSTRUCTION_SETS),
         needs_compiler=True,
         fuses_gelu=True,
         max_in_features=MAX_SIGNED_PRODUCTS,
@@ -41,6 +44,23 @@ class Vnni:
 
     def __post_init__(self) -> None:
         check_bool("backend.int8_branch", self.int8_branch)
+        check_choice("backend.instructions", self.instructions, (AUTO, *INSTRUCTION_SETS))
+        if self.instructions != AUTO:
+            # this object's own limits are narrower than those of its class
+            limits = replace(self.limits, kernel_instructions=(self.instructions,))
+            object.__setattr__(self, "limits", limits)
+
+    @property
+    def instruction_set(self) -> str:
+        """Name of the instruction set that the kernels are built for.
+
+        Raises:
+            BackendError: when the kernels cannot be built.
+        """
+        try:
+            return load_linear_library(self.instructions).instructions
+        except BuildError as error:
+            raise BackendError(f"backend cpu: {error}; backend=auto takes the next best") from error
 
     def pack_weight(self, weight: QuantizedWeight) -> Tensor:
         """Panels of 64 output columns, with their compensations; may be saved.
@@ -50,11 +70,8 @@ class Vnni:
         Raises:
             BackendError: when the kernels cannot be built.
         """
-        try:
-            load_vnni_library()
-        except BuildError as error:
-            raise BackendError(f"backend vnni: {error}; backend=auto takes the next best") from error
-        return vnni.pack_weight(weight.qdata)
+        _ = self.instruction_set  # raises now what would stop the first step
+        return linear.pack_weight(weight.qdata)
 
     def quantize(
         self,
@@ -66,12 +83,13 @@ class Vnni:
         down: Tensor | None = None,
     ) -> QuantizedInput:
         """x: [M, K] -> uint8 [M, K] and scales [M]."""
-        q, scale = vnni.quantize_rows(
+        q, scale = linear.quantize_rows(
             x,
             factor=factor,
             rotation=0 if rotation is None else rotation.group,
             sylvester=rotation is not None and rotation.sylvester,
             gelu_from=NO_GELU if gelu_from is None else gelu_from,
+            instructions=self.instructions,
         )
         return QuantizedInput(q, scale)
 
@@ -88,8 +106,10 @@ class Vnni:
     ) -> Tensor:
         """x: [M, K] -> [M, N]."""
         if branch is None or branch.down_scale is None or strengths is None:
-            return vnni.int8_linear(x.q, x.scale, packed, w_scale, bias, dtype)
-        return vnni.int8_linear(
+            return linear.int8_linear(
+                x.q, x.scale, packed, w_scale, bias, dtype, instructions=self.instructions
+            )
+        return linear.int8_linear(
             x.q,
             x.scale,
             packed,
@@ -100,6 +120,7 @@ class Vnni:
             down_scale=branch.down_scale * strengths,  # float32 [r]
             up=branch.up,
             up_scale=branch.up_scale,
+            instructions=self.instructions,
         )
 
     def fuse_branch(self, lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> FusedBranch | None:
@@ -112,8 +133,8 @@ class Vnni:
             return None
         down, up = quantize_weight(lora_A), quantize_weight(lora_B)
         return FusedBranch(
-            down=vnni.pack_weight(down.qdata),
-            up=vnni.pack_weight(up.qdata),
+            down=linear.pack_weight(down.qdata),
+            up=linear.pack_weight(up.qdata),
             down_scale=down.scale[:, 0].contiguous(),
             up_scale=up.scale[:, 0].contiguous(),
         )

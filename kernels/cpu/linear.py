@@ -1,6 +1,6 @@
-"""The AVX512-VNNI kernels as torch operators, `int8run::vnni_quantize` and `int8run::vnni_linear`.
+"""The CPU kernels as torch operators, `int8run::cpu_quantize` and `int8run::cpu_linear`.
 
-`backends/vnni.py` calls them. The operators are registered with `torch.library` by hand: `custom_op` adds 12
+`backends/cpu.py` calls them. The operators are registered with `torch.library` by hand: `custom_op` adds 12
 microseconds to a call, this 3, and a small layer takes 50.
 """
 
@@ -8,26 +8,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from int8run.kernels.cpu.library import load_vnni_library
+from int8run.kernels.cpu.instructions import AUTO
+from int8run.kernels.cpu.library import load_linear_library
 from int8run.kernels.quantize_rowwise.reference import check_factor
 
-PANEL = 64  # output columns of a panel, as in vnni.cpp
+PANEL = 64  # output columns of a panel, as in product.h
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 ops = torch.library.Library("int8run", "FRAGMENT")
 ops.define(
-    "vnni_quantize(Tensor x, Tensor? factor, int rotation, bool sylvester, int gelu_from) -> (Tensor, Tensor)"
+    "cpu_quantize(Tensor x, Tensor? factor, int rotation, bool sylvester, int gelu_from, "
+    "str instructions) -> (Tensor, Tensor)"
 )
 ops.define(
-    "vnni_linear(Tensor q, Tensor x_scale, Tensor packed, Tensor w_scale, Tensor? bias, "
-    "Tensor? down, Tensor? down_scale, Tensor? up, Tensor? up_scale, ScalarType dtype) -> Tensor"
+    "cpu_linear(Tensor q, Tensor x_scale, Tensor packed, Tensor w_scale, Tensor? bias, "
+    "Tensor? down, Tensor? down_scale, Tensor? up, Tensor? up_scale, ScalarType dtype, "
+    "str instructions) -> Tensor"
 )
 
 
 def pack_weight(qdata: Tensor) -> Tensor:
     """Lay a weight out in panels of 64 output columns, four weights of a column side by side.
 
-    vnni.cpp has a picture of the layout, and the reason for the compensation that is the first row of each
+    linear.h has a picture of the layout, and the reason for the compensation that is the first row of each
     panel.
 
     Args:
@@ -60,6 +63,7 @@ def quantize_rows(
     *,
     sylvester: bool = False,
     gelu_from: int = -1,
+    instructions: str = AUTO,
 ) -> tuple[Tensor, Tensor]:
     """Quantize rows to unsigned bytes: `scale = absmax / 127`, `q = round(x / scale) + 128`.
 
@@ -69,6 +73,7 @@ def quantize_rows(
         rotation: columns of a rotated group, a divisor of K; 0: none.
         sylvester: by Sylvester's matrix (a power of 2), else by the regular Hadamard matrix (a power of 4).
         gelu_from: columns from here on go through GELU (tanh) before all else; -1: none.
+        instructions: name of an instruction set, or `auto`.
 
     Returns:
         q: uint8 [M, K rounded up to 4], scale: float32 [M].
@@ -76,8 +81,8 @@ def quantize_rows(
     Raises:
         ValueError: for a rotation or a factor that does not fit.
     """
-    op = torch.ops.int8run.vnni_quantize.default
-    outputs: tuple[Tensor, Tensor] = op(x, factor, rotation, sylvester, gelu_from)
+    op = torch.ops.int8run.cpu_quantize.default
+    outputs: tuple[Tensor, Tensor] = op(x, factor, rotation, sylvester, gelu_from, instructions)
     return outputs
 
 
@@ -92,6 +97,7 @@ def int8_linear(
     down_scale: Tensor | None = None,
     up: Tensor | None = None,
     up_scale: Tensor | None = None,
+    instructions: str = AUTO,
 ) -> Tensor:
     """`y = (q - 128) · w * w_scale * x_scale + bias`, with a low-rank branch on top of it where one is given.
 
@@ -109,12 +115,13 @@ def int8_linear(
         down_scale: float32 [R].
         up: second factor of the branch [N, R], quantized per row and packed.
         up_scale: float32 [N].
+        instructions: name of an instruction set, or `auto`.
 
     Returns:
         [M, N].
     """
-    op = torch.ops.int8run.vnni_linear.default
-    y: Tensor = op(q, x_scale, packed, w_scale, bias, down, down_scale, up, up_scale, dtype)
+    op = torch.ops.int8run.cpu_linear.default
+    y: Tensor = op(q, x_scale, packed, w_scale, bias, down, down_scale, up, up_scale, dtype, instructions)
     return y
 
 
@@ -122,7 +129,7 @@ def int8_linear(
 
 
 def _quantize_rows_impl(
-    x: Tensor, factor: Tensor | None, rotation: int, sylvester: bool, gelu_from: int
+    x: Tensor, factor: Tensor | None, rotation: int, sylvester: bool, gelu_from: int, instructions: str
 ) -> tuple[Tensor, Tensor]:
     if x.dtype not in DTYPES:
         x = x.float()
@@ -133,7 +140,7 @@ def _quantize_rows_impl(
     check_factor(factor, k)
     q = x.new_empty((m, -(-k // 4) * 4), dtype=torch.uint8)
     scale = x.new_empty(m, dtype=torch.float32)
-    load_vnni_library().int8run_quantize(
+    load_linear_library(instructions).functions.int8run_quantize(
         x.data_ptr(),
         DTYPES[x.dtype],
         m,
@@ -179,13 +186,14 @@ def _int8_linear_impl(
     up: Tensor | None,
     up_scale: Tensor | None,
     dtype: torch.dtype,
+    instructions: str,
 ) -> Tensor:
     (m, k), n = q.shape, w_scale.shape[0]
     rank = 0 if down_scale is None else down_scale.shape[0]
     if bias is not None and bias.dtype != torch.float32:
         bias = bias.float()
     y = w_scale.new_empty((m, n), dtype=dtype)
-    load_vnni_library().int8run_linear(
+    load_linear_library(instructions).functions.int8run_linear(
         q.data_ptr(),
         x_scale.data_ptr(),
         m,
@@ -214,7 +222,7 @@ def _pointer_or_null(tensor: Tensor | None) -> int | None:
 
 
 def _quantize_rows_fake(
-    x: Tensor, factor: Tensor | None, rotation: int, sylvester: bool, gelu_from: int
+    x: Tensor, factor: Tensor | None, rotation: int, sylvester: bool, gelu_from: int, instructions: str
 ) -> tuple[Tensor, Tensor]:
     m, k = x.shape
     return x.new_empty((m, (k + 3) // 4 * 4), dtype=torch.uint8), x.new_empty((m,), dtype=torch.float32)
@@ -231,11 +239,12 @@ def _int8_linear_fake(
     up: Tensor | None,
     up_scale: Tensor | None,
     dtype: torch.dtype,
+    instructions: str,
 ) -> Tensor:
     return w_scale.new_empty((q.shape[0], w_scale.shape[0]), dtype=dtype)
 
 
-ops.impl("vnni_quantize", _quantize_rows_impl, "CPU")
-ops.impl("vnni_linear", _int8_linear_impl, "CPU")
-torch.library.register_fake("int8run::vnni_quantize", _quantize_rows_fake, lib=ops)
-torch.library.register_fake("int8run::vnni_linear", _int8_linear_fake, lib=ops)
+ops.impl("cpu_quantize", _quantize_rows_impl, "CPU")
+ops.impl("cpu_linear", _int8_linear_impl, "CPU")
+torch.library.register_fake("int8run::cpu_quantize", _quantize_rows_fake, lib=ops)
+torch.library.register_fake("int8run::cpu_linear", _int8_linear_fake, lib=ops)

@@ -1,4 +1,4 @@
-"""The AVX512-VNNI kernels beside their definitions: rows, the product, the branch, the packed weight."""
+"""The CPU kernels beside their definitions: rows, the product, the branch, the packed weight."""
 
 import pytest
 import torch
@@ -6,19 +6,19 @@ from safetensors.torch import load_file, save_file
 from support.compare import assert_close
 from support.helpers import CPU, full_range, randn
 
-from int8run.backends.vnni import Vnni
-from int8run.kernels.cpu import vnni
+from int8run.backends.cpu import Cpu
+from int8run.kernels.cpu import linear
 from int8run.kernels.hadamard.reference import Rotation, regular_hadamard, sylvester_hadamard
 from int8run.kernels.int8_linear.reference import int8_linear
 from int8run.kernels.quantize_rowwise.reference import TINY, quantize_rowwise, transform_rows
 from int8run.quant.weight import quantize_weight
 
-REFUSED = Vnni().limits.unsupported_reasons(CPU)
+REFUSED = Cpu().limits.unsupported_reasons(CPU)
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
-    pytest.mark.skipif(bool(REFUSED), reason=f"the vnni kernels: {'; '.join(REFUSED)}"),
+    pytest.mark.skipif(bool(REFUSED), reason=f"the CPU kernels: {'; '.join(REFUSED)}"),
 ]
-DTYPES = list(vnni.DTYPES)
+DTYPES = list(linear.DTYPES)
 # float32: the bias is added by a fused multiply-add; half precision: that may move a rounding of the output
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 5e-4, torch.float16: 1e-4}
 
@@ -37,7 +37,7 @@ def as_unsigned(q):
 
 
 def assert_same_bits(x):
-    q, scale = vnni.quantize_rows(x)
+    q, scale = linear.quantize_rows(x)
     expected, expected_scale = quantize_rowwise(x)
     assert q.dtype == torch.uint8
     assert q.shape == (x.shape[0], -(-x.shape[1] // 4) * 4)
@@ -55,7 +55,7 @@ def assert_differs_at_ties_only(x, factor=None, rotation=0, sylvester=False, gel
     )
     exact = transform_rows(x.double(), None if factor is None else factor.double(), by, gelu_from)
     expected, expected_scale = quantize_rowwise(exact)
-    q, scale = vnni.quantize_rows(x, factor, rotation, sylvester=sylvester, gelu_from=gelu_from)
+    q, scale = linear.quantize_rows(x, factor, rotation, sylvester=sylvester, gelu_from=gelu_from)
     torch.testing.assert_close(scale, expected_scale[:, 0], rtol=1e-6, atol=0)
     steps = exact / expected_scale.double()
     differ = as_signed(q, x.shape[1]).short() - expected.short()
@@ -98,10 +98,10 @@ def test_float64_is_read_as_float32():
 def test_ties_are_rounded_to_even_and_minus_128_never_occurs():
     x = torch.tensor([[127.0, 0.5, 1.5, 2.5, 126.5, -0.5, -1.5, -2.5, -126.5]])
 
-    assert as_signed(vnni.quantize_rows(x)[0], 9).tolist() == [[127, 0, 2, 2, 126, 0, -2, -2, -126]]
+    assert as_signed(linear.quantize_rows(x)[0], 9).tolist() == [[127, 0, 2, 2, 126, 0, -2, -2, -126]]
 
     # many rows, because x / scale passes 127 by a rounding in some of them only
-    q, _ = vnni.quantize_rows(-randn(4096, 3).abs())
+    q, _ = linear.quantize_rows(-randn(4096, 3).abs())
 
     assert (as_signed(q, 3).amin(1) == -127).all()
 
@@ -152,7 +152,7 @@ def test_gelu_applies_from_a_column_on(gelu_from, dtype):
 @pytest.mark.parametrize("size", [1e-30, 1e-8, 1e-3, 1.0, 6.0, 12.0, 1e3, 1e15, 1e30, 3e38])
 def test_gelu_of_tiny_and_huge_numbers_equals_the_reference(size, sign):
     x = size * randn(6, 40).abs().clamp(0.1, 1) * torch.tensor(sign).repeat(40 // len(sign))
-    _, scale = vnni.quantize_rows(x, gelu_from=0)
+    _, scale = linear.quantize_rows(x, gelu_from=0)
     _, expected = quantize_rowwise(transform_rows(x.double(), None, None, 0))
 
     # float64's own tanh loses the last digits of what is left at -6; beyond -12 nothing is left
@@ -196,7 +196,7 @@ def test_nan_and_infinity_stay_in_their_row(value, steps, dtype):
     x, weight = randn(5, 80, dtype=dtype), quantize_weight(randn(70, 80, seed=2))
 
     def run(x):
-        return vnni.quantize_rows(x, factor, rotation, sylvester=sylvester, gelu_from=gelu_from)
+        return linear.quantize_rows(x, factor, rotation, sylvester=sylvester, gelu_from=gelu_from)
 
     finite_q, finite_scale = run(x)
 
@@ -207,8 +207,8 @@ def test_nan_and_infinity_stay_in_their_row(value, steps, dtype):
 
         assert not scale[3].isfinite()
 
-        y = vnni.int8_linear(
-            q, scale, vnni.pack_weight(weight.qdata), weight.scale[:, 0].contiguous(), None, dtype
+        y = linear.int8_linear(
+            q, scale, linear.pack_weight(weight.qdata), weight.scale[:, 0].contiguous(), None, dtype
         )
 
         assert not y[3].isfinite().any()
@@ -225,7 +225,7 @@ def test_zero_rows_stay_zero(steps):
     rotation, sylvester, with_factor, gelu_from = STEPS[steps]
     x = randn(4, 48)
     x[[0, 2]] = 0
-    q, scale = vnni.quantize_rows(
+    q, scale = linear.quantize_rows(
         x, randn(48, seed=1) if with_factor else None, rotation, sylvester=sylvester, gelu_from=gelu_from
     )
 
@@ -245,13 +245,13 @@ def test_linear_equals_the_reference_on_awkward_shapes(k, n):
         randn(n, seed=4),
     )
     product = int8_linear(q, x_scale[:, None], qdata, w_scale, None)
-    packed, stored = vnni.pack_weight(qdata), as_unsigned(q)
+    packed, stored = linear.pack_weight(qdata), as_unsigned(q)
 
     for m in rows:
         for dtype in DTYPES:
-            y = vnni.int8_linear(stored[:m], x_scale[:m], packed, w_scale, None, dtype)
+            y = linear.int8_linear(stored[:m], x_scale[:m], packed, w_scale, None, dtype)
             assert y.dtype == dtype and torch.equal(y, product[:m].to(dtype)), f"{m} rows, {dtype}"
-            y = vnni.int8_linear(stored[:m], x_scale[:m], packed, w_scale, bias, dtype)
+            y = linear.int8_linear(stored[:m], x_scale[:m], packed, w_scale, bias, dtype)
             assert_close(f"{m} rows, {dtype}, bias", y, (product[:m] + bias).to(dtype), TOLERANCE[dtype])
 
 
@@ -259,8 +259,8 @@ def test_bias_of_any_float_dtype():
     q, qdata, bias = full_range(3, 20), full_range(9, 20, seed=1), randn(9, seed=2, dtype=torch.bfloat16)
 
     def run(bias):
-        packed = vnni.pack_weight(qdata)
-        return vnni.int8_linear(as_unsigned(q), torch.ones(3), packed, torch.ones(9), bias, torch.float32)
+        packed = linear.pack_weight(qdata)
+        return linear.int8_linear(as_unsigned(q), torch.ones(3), packed, torch.ones(9), bias, torch.float32)
 
     assert torch.equal(run(bias), run(bias.float()))
 
@@ -272,23 +272,23 @@ def test_largest_sums_are_exact(sign):
         torch.full((2, 70001), 127, dtype=torch.int8),
         torch.full((3, 70001), 127 * sign, dtype=torch.int8),
     )
-    y = vnni.int8_linear(
-        as_unsigned(q), torch.ones(2), vnni.pack_weight(qdata), torch.ones(3), None, torch.float32
+    y = linear.int8_linear(
+        as_unsigned(q), torch.ones(2), linear.pack_weight(qdata), torch.ones(3), None, torch.float32
     )
 
     assert torch.equal(y, int8_linear(q, torch.ones(2, 1), qdata, torch.ones(3), None))
 
 
 def make_layer(m, k, n, rank, dtype=torch.float32):
-    """Arguments of `vnni.int8_linear` with a branch, and the branch as it was in float."""
+    """Arguments of `linear.int8_linear` with a branch, and the branch as it was in float."""
     x = randn(m, k, dtype=dtype)
-    q, x_scale = vnni.quantize_rows(x)
+    q, x_scale = linear.quantize_rows(x)
     weight, down, up = quantize_weight(randn(n, k, seed=1)), randn(rank, k, seed=2), randn(n, rank, seed=3)
-    branch = Vnni().fuse_branch(down, up, dtype)
+    branch = Cpu().fuse_branch(down, up, dtype)
     plain = (
         q,
         x_scale,
-        vnni.pack_weight(weight.qdata),
+        linear.pack_weight(weight.qdata),
         weight.scale[:, 0].contiguous(),
         randn(n, seed=4),
         dtype,
@@ -297,7 +297,7 @@ def make_layer(m, k, n, rank, dtype=torch.float32):
 
 
 def compute_with_branch(plain, branch, strengths):
-    return vnni.int8_linear(*plain, branch.down, branch.down_scale * strengths, branch.up, branch.up_scale)
+    return linear.int8_linear(*plain, branch.down, branch.down_scale * strengths, branch.up, branch.up_scale)
 
 
 RANKS = [1, 3, 16, 64, 70]
@@ -315,7 +315,7 @@ def test_branch_equals_two_int8_products(rank, shape, dtype):
     q, x_scale = quantize_rowwise(x)
     down, up = quantize_weight(down), quantize_weight(up)
     t_q, t_scale = quantize_rowwise(int8_linear(q, x_scale, down.qdata, down.scale[:, 0] * strengths, None))
-    base = vnni.int8_linear(*plain[:-1], torch.float32)
+    base = linear.int8_linear(*plain[:-1], torch.float32)
     expected = base + int8_linear(t_q, t_scale, up.qdata, up.scale[:, 0], None)
 
     assert_close(
@@ -328,7 +328,7 @@ def test_branch_equals_two_int8_products(rank, shape, dtype):
 def test_branch_is_close_to_its_float_product(rank, shape):
     plain, branch, x, down, up = make_layer(*shape, rank)
     strengths = randn(rank, seed=5)
-    added = (compute_with_branch(plain, branch, strengths) - vnni.int8_linear(*plain)).double()
+    added = (compute_with_branch(plain, branch, strengths) - linear.int8_linear(*plain)).double()
     expected = (x.double() @ down.double().T * strengths) @ up.double().T
 
     # x, down, t and up are rounded to steps of absmax / 127; a normal row's absmax is up to 4 times its RMS
@@ -340,7 +340,7 @@ def test_branch_is_close_to_its_float_product(rank, shape):
 @pytest.mark.parametrize("rank", RANKS)
 def test_branch_of_strength_0_changes_no_bit(rank, dtype):
     plain, branch, *_ = make_layer(13, 130, 133, rank, dtype)
-    assert torch.equal(compute_with_branch(plain, branch, torch.zeros(rank)), vnni.int8_linear(*plain))
+    assert torch.equal(compute_with_branch(plain, branch, torch.zeros(rank)), linear.int8_linear(*plain))
 
 
 def test_branch_keeps_nan_and_infinity_visible():
@@ -365,11 +365,11 @@ def test_any_number_of_threads_gives_the_same_bits(limit_threads, rank):
     results = []
     for count in (1, 2, 5):
         limit_threads(count)
-        y = compute_with_branch(plain, branch, torch.ones(rank)) if rank else vnni.int8_linear(*plain)
+        y = compute_with_branch(plain, branch, torch.ones(rank)) if rank else linear.int8_linear(*plain)
         rotated = [
             t
             for sylvester in (False, True)
-            for t in vnni.quantize_rows(x, randn(4224, seed=7), 64, sylvester=sylvester, gelu_from=100)
+            for t in linear.quantize_rows(x, randn(4224, seed=7), 64, sylvester=sylvester, gelu_from=100)
         ]
         results.append((y, *rotated))
 
@@ -381,12 +381,12 @@ def test_any_number_of_threads_gives_the_same_bits(limit_threads, rank):
 def test_unpack_inverts_pack_also_after_saving(shape, tmp_path):
     n, k = shape
     qdata = full_range(n, k)
-    packed = vnni.pack_weight(qdata)
+    packed = linear.pack_weight(qdata)
 
     assert packed.dtype == torch.int8
     assert packed.shape == (-(-n // 64), 1 + -(-k // 4), 256)
-    assert torch.equal(vnni.unpack_weight(packed, n, k), qdata)
-    # the compensations, as vnni.cpp describes them
+    assert torch.equal(linear.unpack_weight(packed, n, k), qdata)
+    # the compensations, as linear.h describes them
     assert torch.equal(
         packed[:, 0].contiguous().view(torch.int32).flatten()[:n], 128 * qdata.sum(1, dtype=torch.int32)
     )
@@ -398,26 +398,28 @@ def test_unpack_inverts_pack_also_after_saving(shape, tmp_path):
 
 def test_non_contiguous_weight_packs_to_the_same():
     qdata = full_range(66, 37)
-    assert torch.equal(vnni.pack_weight(qdata.T.contiguous().T), vnni.pack_weight(qdata))
+    assert torch.equal(linear.pack_weight(qdata.T.contiguous().T), linear.pack_weight(qdata))
 
 
 def test_zero_rows_of_input():
-    q, scale = vnni.quantize_rows(torch.zeros(0, 12), torch.ones(12), 4, gelu_from=3)
+    q, scale = linear.quantize_rows(torch.zeros(0, 12), torch.ones(12), 4, gelu_from=3)
 
     assert q.shape == (0, 12)
     assert scale.shape == (0,)
 
     plain, branch, *_ = make_layer(0, 12, 5, 3)
 
-    assert vnni.int8_linear(*plain).shape == compute_with_branch(plain, branch, torch.ones(3)).shape == (0, 5)
+    assert (
+        linear.int8_linear(*plain).shape == compute_with_branch(plain, branch, torch.ones(3)).shape == (0, 5)
+    )
 
 
 def test_arguments_are_not_changed():
     plain, branch, x, *_ = make_layer(7, 64, 66, 3)
     tensors = [x, *(t for t in (*plain, *branch) if isinstance(t, torch.Tensor))]
     before = [t.clone() for t in tensors]
-    vnni.quantize_rows(x, torch.full((64,), 2.0), 16, gelu_from=0)
-    vnni.quantize_rows(x, None, 64, sylvester=True)
+    linear.quantize_rows(x, torch.full((64,), 2.0), 16, gelu_from=0)
+    linear.quantize_rows(x, None, 64, sylvester=True)
     compute_with_branch(plain, branch, torch.ones(3))
 
     assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
@@ -430,8 +432,8 @@ def test_compiles_in_one_graph_for_any_number_of_rows(dtype, sylvester):
     (_, _, packed, w_scale, bias, _), branch, *_ = make_layer(7, 80, 66, 3, dtype)
 
     def run(x):
-        q, scale = vnni.quantize_rows(x, factor, 16, sylvester=sylvester, gelu_from=70)
-        return vnni.int8_linear(
+        q, scale = linear.quantize_rows(x, factor, 16, sylvester=sylvester, gelu_from=70)
+        return linear.int8_linear(
             q, scale, packed, w_scale, bias, dtype, branch.down, branch.down_scale, branch.up, branch.up_scale
         )
 
@@ -445,15 +447,17 @@ def test_compiles_in_one_graph_for_any_number_of_rows(dtype, sylvester):
 
 def test_operators_pass_opcheck():
     plain, branch, x, *_ = make_layer(5, 66, 70, 3)
-    torch.library.opcheck(torch.ops.int8run.vnni_quantize.default, (x, None, 0, False, -1))
+    torch.library.opcheck(torch.ops.int8run.cpu_quantize.default, (x, None, 0, False, -1, "auto"))
     torch.library.opcheck(
-        torch.ops.int8run.vnni_quantize.default, (x[:, :64].bfloat16(), randn(64), 16, False, 3)
+        torch.ops.int8run.cpu_quantize.default, (x[:, :64].bfloat16(), randn(64), 16, False, 3, "auto")
     )
-    torch.library.opcheck(torch.ops.int8run.vnni_quantize.default, (x, None, 2, True, -1))
+    torch.library.opcheck(torch.ops.int8run.cpu_quantize.default, (x, None, 2, True, -1, "auto"))
     *operands, dtype = plain
-    torch.library.opcheck(torch.ops.int8run.vnni_linear.default, (*operands, None, None, None, None, dtype))
+    torch.library.opcheck(
+        torch.ops.int8run.cpu_linear.default, (*operands, None, None, None, None, dtype, "auto")
+    )
     parts = (branch.down, branch.down_scale, branch.up, branch.up_scale)
-    torch.library.opcheck(torch.ops.int8run.vnni_linear.default, (*operands, *parts, torch.bfloat16))
+    torch.library.opcheck(torch.ops.int8run.cpu_linear.default, (*operands, *parts, torch.bfloat16, "auto"))
 
 
 def test_arguments_that_do_not_fit_raise():
@@ -463,13 +467,13 @@ def test_arguments_that_do_not_fit_raise():
         with pytest.raises(
             ValueError, match=f"rotation must be 0 or a power of 4 that divides 48 columns, not {rotation}$"
         ):
-            vnni.quantize_rows(x, rotation=rotation)
+            linear.quantize_rows(x, rotation=rotation)
     for rotation in (-2, 1, 3, 12, 32, 64, 128):
         with pytest.raises(
             ValueError, match=f"rotation must be 0 or a power of 2 that divides 48 columns, not {rotation}$"
         ):
-            vnni.quantize_rows(x, rotation=rotation, sylvester=True)
+            linear.quantize_rows(x, rotation=rotation, sylvester=True)
     with pytest.raises(
         ValueError, match=r"factor must be contiguous float32 \[48\], not torch.float64 \[48\]"
     ):
-        vnni.quantize_rows(x, factor=torch.ones(48, dtype=torch.float64))
+        linear.quantize_rows(x, factor=torch.ones(48, dtype=torch.float64))

@@ -1,0 +1,170 @@
+// The W8A8 linear layer for CPUs: quantize rows, multiply, scale. A plain C interface without torch headers;
+// `linear.py` makes torch operators of it. The definitions are kernels/quantize_rowwise/reference.py and
+// kernels/int8_linear/reference.py.
+//
+// There is one library for each instruction set, from linear_<set>.cpp, which includes all of these. The packed
+// weight, the integers and the scales are the same for all of them, to the bit.
+//
+//     linear_<set>.cpp   how its product adds, and how large its tiles are
+//     vectors_*.h        16 numbers in registers
+//     operands_*.h       rows and weights as the product reads them
+//     product.h          the parts of a product
+//     *_tiles.h          a block of the product
+//     quantize.h         rows to bytes
+//     linear.h           the layout, the loop over blocks, the C interface
+//
+// Shapes: M rows (tokens), K input columns, N output columns.
+//
+//
+// Compensation for unsigned activations
+//
+// The product instruction vpdpbusd adds four products of unsigned by signed bytes to each 32-bit sum:
+//
+//     sum += u0 * s0 + u1 * s1 + u2 * s2 + u3 * s3          u: unsigned, s: signed
+//
+// The x86 sets have no such instruction for signed by signed bytes. Weights are signed, so they are s.
+// Activations q are signed as well (-127..127), so that u = q + 128 (1..255) is stored in their place, and
+// what that adds is taken off again:
+//
+//     sum_k u[k] w[k]  =  sum_k (q[k] + 128) w[k]
+//                      =  sum_k q[k] w[k]  +  128 * sum_k w[k]
+//                                             ----------------
+//                                             compensation of the output column
+//
+//     for K = 2:   q = (-3, 100)   u = (125, 228)   w = (5, -7)
+//                  125 * 5 - 228 * 7 = -971         128 * (5 - 7) = -256         -971 + 256 = -715
+//                                                                                -3 * 5 - 100 * 7 = -715
+//
+// The compensation does not depend on the activations. It is computed once, when the weight is packed, and
+// subtracted once, when a column's sum is complete. vpdpbusd wraps around at 32 bits and does not saturate
+// (its sibling vpdpbusds does). So sums of u w may exceed 32 bits: the subtraction wraps back, as long as the
+// sum of q w fits, and whoever calls this sees to that (at most 132,104 columns: 2^31 / (128 * 127)).
+//
+// Beyond K, packed weights are 0, so that whatever stands in the activations there adds nothing.
+//
+//
+// Packed weight: int8 [ceil(N / 64)][1 + ceil(K / 4)][256 bytes], a panel for each 64 output columns.
+//
+//              column 0        column 1               column 63
+//            +---------------+---------------+-----+---------------+
+//     row 0  |  int32: 128 * sum_k w[k]      | ... |               |   compensations
+//            +---------------+---------------+-----+---------------+
+//     row 1  |  w0 w1 w2 w3  |  w0 w1 w2 w3  | ... |  w0 w1 w2 w3  |   k = 0 .. 3
+//            +---------------+---------------+-----+---------------+
+//     row 2  |  w4 w5 w6 w7  |  w4 w5 w6 w7  | ... |  w4 w5 w6 w7  |   k = 4 .. 7
+//            +---------------+---------------+-----+---------------+
+//       ...    4 bytes         4 bytes               4 bytes           beyond N and K: 0
+//
+// A row of 256 bytes is four registers of 16 columns (eight of 8, sixteen of 4). One step of the product
+// broadcasts four activations u[4k] .. u[4k+3] to all places of a register and multiplies it by each of these: no
+// shuffles, and each panel is read from its beginning to its end. 16 rows of 64 bytes, 256 bytes apart, are also
+// what AMX takes as a tile of weights.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+
+#include "product.h"
+#include "quantize.h"
+
+namespace {
+
+// Rows `row` .. `end` as the product reads them
+Rows prepare_block(const Quantized& x, int64_t row, int64_t end, Buffer& buffer) {
+  return prepare_rows(x.q + row * x.stride, x.stride, end - row, x.stride, buffer);
+}
+
+// The whole product. A task is one block of rows by some neighboring panels; threads take tasks as they come.
+//
+//     for each task (block of rows, panels of a chunk)
+//       for each panel of the chunk                    its weights come from memory once for the block
+//         for each piece of K                          one piece where K <= 2 * K_BLOCK
+//           for each tile of the block                 activations of the block stay in L2
+template <class Y>
+void multiply(const Product& p, int threads) {
+  if (p.M == 0) return;
+  const int64_t panels = ceil_div(p.N, PANEL), blocks = ceil_div(p.M, ROW_BLOCK);
+  const int64_t k_block = p.w.steps > 2 * K_BLOCK / 4 ? K_BLOCK / 4 : p.w.steps;
+  // enough tasks for every thread to end at about the same time, few enough that a row block stays in cache
+  // over many panels
+  const int64_t chunks = std::clamp<int64_t>(ceil_div(8 * threads, blocks), 1, panels);
+  const int64_t width = ceil_div(panels, chunks);  // panels of a chunk
+  const int64_t tasks = blocks * ceil_div(panels, width);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    Workspace space;
+    if (k_block < p.w.steps) space.sums.reset(new int32_t[ROW_BLOCK * PANEL]);
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < tasks; task++) {
+      const int64_t block = task % blocks, chunk = task / blocks;
+      const int64_t row = block * ROW_BLOCK, end = std::min(p.M, row + ROW_BLOCK);
+      const Rows x = prepare_block(p.x, row, end, space.x);
+      const Rows t = p.t.q ? prepare_block(p.t, row, end, space.t) : Rows{};
+      for (int64_t panel = chunk * width; panel < std::min(panels, (chunk + 1) * width); panel++)
+        compute_block<Y>(p, {row, end, panel, x, t, Panel{}}, k_block, space);
+    }
+  }
+}
+
+void multiply(const Product& p, int dtype, int threads) {
+  switch (dtype) {
+    case BF16: return multiply<BFloat16>(p, threads);
+    case F16: return multiply<Float16>(p, threads);
+    default: return multiply<Float32>(p, threads);
+  }
+}
+
+void quantize_rows(const RowsInput& in, int dtype, uint8_t* q, int64_t q_stride, float* scale, int threads) {
+  switch (dtype) {
+    case BF16: return quantize_rows<BFloat16>(in, q, q_stride, scale, threads);
+    case F16: return quantize_rows<Float16>(in, q, q_stride, scale, threads);
+    default: return quantize_rows<Float32>(in, q, q_stride, scale, threads);
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+// x [M, K] with `stride` -> q + 128: uint8 [M, round_up(K, 4)], scale [M]. In this order: GELU on columns >=
+// gelu_from (-1: none), factor [K] (or null), rotation in groups of `rotation` that divide K (0: none), by
+// Sylvester's Hadamard matrix (2, 4, 8, 16, ...) or else by the regular one (4, 16, 64, 256, ...).
+void int8run_quantize(const void* x, int dtype, int64_t M, int64_t K, int64_t stride, const float* factor,
+                      int64_t rotation, int sylvester, int64_t gelu_from, uint8_t* q, float* scale,
+                      int threads) {
+  const RowsInput rows{x, M, K, stride, factor, rotation, sylvester != 0, gelu_from};
+  quantize_rows(rows, dtype, q, round_up(K, 4), scale, threads);
+}
+
+// y [M, N] = q . w * w_scale * x_scale + bias + low-rank branch; q and x_scale as int8run_quantize writes
+// them. Branch (rank 0: none): t = q . down * down_scale * x_scale * strengths, quantized per row, then t .
+// up * up_scale on top.
+void int8run_linear(const uint8_t* q, const float* x_scale, int64_t M, int64_t K, int64_t N,
+                    const int8_t* packed, const float* w_scale, const float* bias, int64_t rank,
+                    const int8_t* down, const float* down_scale, const int8_t* up, const float* up_scale,
+                    void* y, int dtype, int threads) {
+  const Quantized x{q, round_up(K, 4), x_scale};
+  const Weight weight{packed, w_scale, ceil_div(K, 4)};
+  const Quantized no_rows{nullptr, 0, nullptr};
+  const Weight no_weight{nullptr, nullptr, 0};
+  if (!rank) return multiply({x, weight, bias, no_rows, no_weight, y, M, N}, dtype, threads);
+
+  // x . down, float32 [M, rank], as a product of its own
+  std::unique_ptr<float[]> t(new float[M * rank]);
+  const Weight down_weight{down, down_scale, weight.steps};
+  multiply({x, down_weight, nullptr, no_rows, no_weight, t.get(), M, rank}, F32, threads);
+
+  // its rows as bytes, as x itself is
+  const int64_t t_stride = round_up(rank, 4);
+  std::unique_ptr<uint8_t[]> t_q(new uint8_t[M * t_stride]);
+  std::unique_ptr<float[]> t_scale(new float[M]);
+  const RowsInput t_rows{t.get(), M, rank, /* stride */ rank, /* factor */ nullptr,
+                         /* rotation */ 0, /* sylvester */ false, /* gelu_from */ -1};
+  quantize_rows(t_rows, F32, t_q.get(), t_stride, t_scale.get(), threads);
+
+  const Quantized t_quantized{t_q.get(), t_stride, t_scale.get()};
+  const Weight up_weight{up, up_scale, t_stride / 4};
+  multiply({x, weight, bias, t_quantized, up_weight, y, M, N}, dtype, threads);
+}
+}

@@ -1,0 +1,155 @@
+// A block of the product by tiles that stay in vector registers, from their first product to the stored result.
+// The instruction set says how large a tile is and how it adds products.
+#pragma once
+
+#include <algorithm>
+#include <memory>
+
+#include "product.h"
+
+namespace {
+
+constexpr int64_t ROW_BLOCK = 192;  // rows that share a pass over the weights, a multiple of TILE_ROWS
+constexpr int64_t PREFETCH_BYTES = 4 * WEIGHT_STEP;  // four steps ahead in the panel
+
+// What a thread keeps while it works: operands as the product reads them, and sums between pieces of K
+struct Workspace {
+  Buffer x, w, t, up;  // rows, weights, and those of the branch
+  std::unique_ptr<int32_t[]> sums;
+};
+
+// The sums of a tile of MR rows, 16 columns each
+template <int MR>
+using Sums = Ints[MR][TILE_VECTORS];
+
+// MR rows of activations by some columns of a panel, four bytes of each at a step.
+//
+//                          panel: b[0]     b[1]     b[2]     b[3]      16 columns each
+//     row i: a = u0 u1 u2 u3, 16 times
+//                                 c[i][0]  c[i][1]  c[i][2]  c[i][3]   += a . b[j], 16 sums each
+template <int MR>
+INLINE void accumulate(Sums<MR>& c, const uint8_t* q, int64_t q_stride, const int8_t* w, int64_t steps) {
+  for (int64_t k = 0; k < steps; k++, w += WEIGHT_STEP) {
+    Weights b[TILE_VECTORS];
+    unroll<TILE_VECTORS>([&](auto j) INLINED {
+      b[j] = load_weights(w + 64 * j);
+      __builtin_prefetch(w + PREFETCH_BYTES + 64 * j);
+    });
+    unroll<MR>([&](auto i) INLINED {
+      const Four a = broadcast(q + i * q_stride + 4 * k);
+      unroll<TILE_VECTORS>([&](auto j) INLINED { c[i][j] = add_products(c[i][j], a, b[j]); });
+    });
+  }
+  // a new value each, after the loop: what the scaling below cannot keep in a register is then spilled here,
+  // not at every step
+  unroll<MR, TILE_VECTORS>([&](auto i, auto j) INLINED { keep_in_register(c[i][j]); });
+}
+
+// (sum - compensation) * w_scale * x_scale of one tile, added to what `base` gives and handed to `out`
+template <int MR, class Base, class Out>
+INLINE void scale_sums(const Sums<MR>& c, const int8_t* compensation, const float* w_scale,
+                       const float* x_scale, int64_t columns, Base base, Out out) {
+  unroll<TILE_VECTORS>([&](auto j) INLINED {
+    const Mask m = first_lanes(columns - 16 * j);
+    const Floats ws = load(w_scale + 16 * j, m);
+    const Ints correction = load(reinterpret_cast<const int32_t*>(compensation) + 16 * j);
+    unroll<MR>([&](auto i) INLINED {
+      const Floats y = multiply(to_floats(subtract(c[i][j], correction)), ws);
+      out(i, j, m, multiply_add(y, fill(x_scale[i]), base(i, j, m)));
+    });
+  });
+}
+
+// A tile of the block: rows from `row` on by 16 TILE_VECTORS columns of the panel
+struct Tile {
+  int64_t row, part;                                    // `part`: which columns of the panel
+  int64_t get_column() const { return 16 * TILE_VECTORS * part; }  // in the panel
+};
+
+// Add the low-rank branch to one tile and store it. `held`: what the layer itself gave, float32 [MR, 16
+// TILE_VECTORS]. Not inlined: with both products in one function GCC 12 keeps sums in memory.
+template <int MR, class Y>
+__attribute__((noinline)) void add_branch(const Product& p, const Block& block, Tile tile, const float* held) {
+  constexpr int64_t WIDTH = 16 * TILE_VECTORS;
+  Sums<MR> c;
+  unroll<MR, TILE_VECTORS>([&](auto i, auto j) INLINED { c[i][j] = fill_ints(0); });
+  accumulate<MR>(c, block.t.q + (tile.row - block.row) * block.t.stride, block.t.stride,
+                 block.up.w + TILE_VECTORS * tile.part * block.up.part, STEPS_OF_FOUR * p.up.steps);
+  const int64_t column = block.panel * PANEL + tile.get_column();
+  auto* y = static_cast<typename Y::T*>(p.y) + tile.row * p.N + column;
+  scale_sums<MR>(
+      c, p.up.panel(block.panel) + 4 * tile.get_column(), p.up.scale + column, p.t.scale + tile.row, p.N - column,
+      [&](int i, int j, Mask) INLINED { return load(held + i * WIDTH + 16 * j); },
+      [&](int i, int j, Mask m, Floats v) INLINED { Y::store(y + i * p.N + 16 * j, m, v); });
+}
+
+// A tile of MR rows: products from step `from` to step `to`; `sums`, int32 [MR, 64], holds those before.
+// Scaled and stored at the last step.
+template <int MR, class Y>
+INLINE void compute_tile(const Product& p, const Block& block, Tile tile, Panel weights, int64_t from, int64_t to,
+                         int32_t* sums) {
+  Sums<MR> c;
+  unroll<MR, TILE_VECTORS>([&](auto i, auto j) INLINED {
+    c[i][j] = from ? load(sums + i * PANEL + 16 * j) : fill_ints(0);
+  });
+  const uint8_t* q = block.x.q + (tile.row - block.row) * block.x.stride + 4 * STEPS_OF_FOUR * from;
+  accumulate<MR>(c, q, block.x.stride, weights.w + TILE_VECTORS * tile.part * weights.part,
+                 STEPS_OF_FOUR * (to - from));
+  if (to < p.w.steps) {
+    unroll<MR, TILE_VECTORS>([&](auto i, auto j) INLINED { store(sums + i * PANEL + 16 * j, c[i][j]); });
+    return;
+  }
+  const int64_t column = block.panel * PANEL + tile.get_column(), columns = p.N - column;
+  const int8_t* compensation = p.w.panel(block.panel) + 4 * tile.get_column();
+  auto bias = [&](int, int j, Mask m) INLINED {
+    return p.bias ? load(p.bias + column + 16 * j, m) : fill(0.0f);
+  };
+  if (p.t.q) {
+    constexpr int64_t WIDTH = 16 * TILE_VECTORS;
+    float held[MR * WIDTH];  // the layer's own result, in L1 until the branch is added
+    scale_sums<MR>(
+        c, compensation, p.w.scale + column, p.x.scale + tile.row, columns, bias,
+        [&](int i, int j, Mask, Floats v) INLINED { store(held + i * WIDTH + 16 * j, v); });
+    add_branch<MR, Y>(p, block, tile, held);
+  } else {
+    auto* y = static_cast<typename Y::T*>(p.y) + tile.row * p.N + column;
+    scale_sums<MR>(
+        c, compensation, p.w.scale + column, p.x.scale + tile.row, columns, bias,
+        [&](int i, int j, Mask m, Floats v) INLINED { Y::store(y + i * p.N + 16 * j, m, v); });
+  }
+}
+
+// The rows of a block by some columns of its panel, six at a time; the number of rows of a tile must be a
+// constant, so the last tile has its own code
+template <class Y>
+void compute_tiles(const Product& p, const Block& block, int64_t part, Panel weights, int64_t from, int64_t to,
+                   int32_t* sums) {
+  for (int64_t row = block.row; row < block.end; row += TILE_ROWS) {
+    const Tile tile{row, part};
+    int32_t* s = sums + (row - block.row) * PANEL + tile.get_column();
+    switch (std::min<int64_t>(TILE_ROWS, block.end - row)) {
+      case 6: compute_tile<6, Y>(p, block, tile, weights, from, to, s); break;
+      case 5: compute_tile<5, Y>(p, block, tile, weights, from, to, s); break;
+      case 4: compute_tile<4, Y>(p, block, tile, weights, from, to, s); break;
+      case 3: compute_tile<3, Y>(p, block, tile, weights, from, to, s); break;
+      case 2: compute_tile<2, Y>(p, block, tile, weights, from, to, s); break;
+      default: compute_tile<1, Y>(p, block, tile, weights, from, to, s);
+    }
+  }
+}
+
+// A block of rows by one panel
+template <class Y>
+void compute_block(const Product& p, Block block, int64_t k_block, Workspace& space) {
+  if (p.t.q) block.up = prepare_weights(p.up.panel(block.panel) + 4 * PANEL, p.up.steps, space.up);
+  const int64_t columns = std::min(PANEL, p.N - block.panel * PANEL);
+  const int8_t* rows_of_panel = p.w.panel(block.panel) + 4 * PANEL;
+  for (int64_t from = 0; from < p.w.steps; from += k_block) {
+    const int64_t to = std::min(p.w.steps, from + k_block);
+    const Panel weights = prepare_weights(rows_of_panel + 4 * PANEL * from, to - from, space.w);
+    for (int64_t part = 0; 16 * TILE_VECTORS * part < columns; part++)
+      compute_tiles<Y>(p, block, part, weights, from, to, space.sums.get());
+  }
+}
+
+}  // namespace
