@@ -262,6 +262,21 @@ class FusesBranch(Protocol):
         ...
 
 
+@runtime_checkable
+class HasInstructionSet(Protocol):
+    """A backend whose kernels are built for an instruction set."""
+
+    @property
+    def instruction_set(self) -> str:
+        """Its name."""
+        ...
+
+
+def find_instruction_set(backend: Backend) -> str:
+    """What a backend's kernels are built for; empty where it has no kernels of that kind."""
+    return backend.instruction_set if isinstance(backend, HasInstructionSet) else ""
+
+
 @dataclass(frozen=True)
 class LayerTimes:
     """What was measured on one layer shape.

@@ -91,6 +91,7 @@ class LayerPlan:
         speedup: time of the float layer over that of the fastest INT8 backend; None: it was not measured.
         float_reason: why the layer is to compute in float although it can be INT8; empty: it is not.
         is_float_by_choice: whether it stays float for that reason.
+        instructions: instruction set of that backend's kernels, where they are built for one.
         measured: errors of the layer by name of the metric, such as weight_sqnr_db.
     """
 
@@ -107,6 +108,7 @@ class LayerPlan:
     speedup: float | None = None
     float_reason: str = ""
     is_float_by_choice: bool = False
+    instructions: str = ""
     measured: dict[str, float] = field(default_factory=dict)
 
     def skip(self, reason: str) -> None:
@@ -118,6 +120,7 @@ class LayerPlan:
         self.backend_asked = ""
         self.backend_used = ""
         self.float_reason = ""
+        self.instructions = ""
         self.measured.clear()
 
     def leave_float(self) -> None:

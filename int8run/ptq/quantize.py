@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from int8run.backends.auto import AutoBackend, BackendChooser, LayerChoice
-from int8run.backends.base import Backend
+from int8run.backends.base import Backend, find_instruction_set
 from int8run.backends.float import Float
 from int8run.backends.registry import list_usable_backends
 from int8run.errors import BackendError, ConfigError
@@ -335,6 +335,7 @@ def build_int8_layers(
         float_rows = settings.choose_float_rows(params, rows[plan.name], measured)
         plan.backend_asked = backend.name
         plan.backend_used = FLOAT_FALLBACK if float_rows else chosen.name
+        plan.instructions = "" if float_rows else find_instruction_set(chosen)
         made[plan.name] = Int8Linear(layer, chosen, dtype, float_rows)
         if on_layer is not None:
             on_layer(made[plan.name])

@@ -28,6 +28,7 @@ LAYER_COLUMNS = (
     "backend_used",
     "backends_left_out",
     "speedup_vs_float",
+    "instructions",
     "weight_sqnr_db",
     "output_sqnr_db",
     "saturated_share",
@@ -61,6 +62,7 @@ def build_layer_row(plan: LayerPlan) -> dict[str, object]:
         "backend_used": plan.backend_used,
         "backends_left_out": plan.backends_left_out,
         "speedup_vs_float": speedup,
+        "instructions": plan.instructions,
         **measured,
     }
 

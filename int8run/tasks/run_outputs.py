@@ -312,10 +312,15 @@ def name_format(plan: LayerPlan) -> str:
     return "float" if plan.skip_reason is not None else plan.rounding
 
 
+def name_backend(plan: LayerPlan) -> str:
+    """`cpu (avx512_vnni)`: the backend of a layer, with the instruction set of its kernels."""
+    return f"{plan.backend_used} ({plan.instructions})" if plan.instructions else plan.backend_used
+
+
 def describe_layers(built: BuiltModel) -> list[tuple[str, object]]:
     """Describe how much of the denoiser is INT8, and by which methods."""
-    backends = sorted({plan.backend_used for plan in built.plans if plan.backend_used})
     by_choice = sum(plan.is_float_by_choice for plan in built.plans)
+    backends = sorted({name_backend(plan) for plan in built.plans if plan.backend_used})
     if not backends:
         return [("layers", f"all float, {by_choice} by choice" if by_choice else "all float")]
     int8 = [plan for plan in built.plans if plan.skip_reason is None]

@@ -113,6 +113,12 @@ OVERRIDES = {
         "lora.adapters=[{_target_:int8run.lora.config.Adapter,path:'a, b'}]"
     ),
     "cache._target_=int8run.store.Store": "cache._target_=int8run.utils.disk_cache.DiskCache",
+    # options and values
+    "backend=vnni": "backend=cpu",
+    "backend=onednn,vnni": "backend=onednn,cpu",
+    "clip.kernel_backend=vnni": "clip.kernel_backend=cpu",
+    "~backend.candidates.vnni": "~backend.candidates.cpu",
+    "backend.candidates.vnni.int8_branch=false": "backend.candidates.cpu.int8_branch=false",
     # references to other settings
     "sampler.steps=${calibration.moments}": "sampler.steps=${calibration.num_timesteps}",
 }
@@ -132,6 +138,7 @@ UNCHANGED = [
     "lora.adapters.0.name=rows",
     "prompts.path=why rows.txt",
     "other.moments=3",
+    "note=vnni",
     "note=int8run.store.Store",  # a text, not the name of a class to make
     "calibration.moments=[",  # hydra says what is wrong with it
     "--config-dir",

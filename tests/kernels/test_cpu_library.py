@@ -9,15 +9,16 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from support.helpers import CPU
 
 from int8run.backends.cpu import Cpu
-from int8run.errors import BackendError
+from int8run.errors import BackendError, ConfigError
 from int8run.kernels.cpu import library as module
-from int8run.kernels.cpu.instructions import INSTRUCTION_SETS
+from int8run.kernels.cpu.instructions import ALL_SETS, AUTO, INSTRUCTION_SETS, list_instruction_sets
 from int8run.kernels.cpu.library import BuildError, build_library, load_linear_library, load_rows_library
 from int8run.quant.weight import quantize_weight
 
@@ -309,3 +310,105 @@ def test_default_cache_is_in_the_users_home(compiler_path, tmp_path):
         load_linear_library()
     files = (tmp_path / "home" / ".cache" / "int8run").iterdir()
     assert sorted(file.suffix for file in files) == [".blake2b", ".so"]
+
+
+def test_a_compiler_too_old_for_a_set_builds_the_next_best_and_says_so_once(
+    compiler_path, tmp_path, monkeypatch, caplog
+):
+    refuse = "echo \"g++: error: unrecognized option '-mavx512vnni'\" >&2; exit 1"
+    calls = write_fake_compiler(compiler_path, f'case "$*" in *-mavx512vnni*) {refuse};; esac\n{WRITE}')
+    monkeypatch.setattr(module, "list_instruction_sets", lambda: ["avx512_vnni", "avx2"])
+    monkeypatch.setattr(module, "open_library", lambda path: FakeFunctions())
+
+    for _ in range(2):
+        loaded = load_linear_library(AUTO, tmp_path / "cache")
+
+    assert loaded.instructions == "avx2"
+    assert len(calls()) == 2
+    (warning,) = caplog.messages
+    assert warning.startswith("the kernels for avx512_vnni cannot be built, avx2 takes their place: ")
+    assert warning.endswith("error: unrecognized option '-mavx512vnni'")
+
+
+class FakeFunctions:
+    """What ctypes has of the functions of linear.h."""
+
+    def __init__(self):
+        self.int8run_quantize, self.int8run_linear = SimpleNamespace(), SimpleNamespace()
+
+
+def test_an_instruction_set_that_is_asked_for_is_not_replaced(compiler_path, tmp_path):
+    calls = write_fake_compiler(compiler_path, "exit 1")
+
+    with pytest.raises(BuildError, match=r"could not build linear_avx_vnni\.cpp"):
+        load_linear_library("avx_vnni", tmp_path / "cache")
+    assert len(calls()) == 1
+
+
+def test_a_disk_that_is_full_is_no_reason_for_slower_instructions(compiler_path, tmp_path, monkeypatch):
+    calls = write_fake_compiler(compiler_path)
+    monkeypatch.setattr(module, "list_instruction_sets", lambda: ["avx512_vnni", "avx2"])
+    (tmp_path / "file").write_text("")
+
+    with pytest.raises(BuildError, match="cannot write the built library"):
+        load_linear_library(AUTO, tmp_path / "file")
+    assert calls() == []
+
+
+def test_each_instruction_set_has_a_library_of_its_own(compiler_path, tmp_path):
+    write_fake_compiler(compiler_path)
+    built = {build_library(tmp_path / "cache", each.source, each.flags) for each in ALL_SETS}
+
+    assert {path.name.rpartition("-")[0] for path in built} == {f"linear_{each.name}" for each in ALL_SETS}
+
+
+def test_a_header_is_part_of_the_source(compiler_path, tmp_path):
+    write_fake_compiler(compiler_path)
+    (tmp_path / "a.cpp").write_text('#include "b.h"\n')
+    (tmp_path / "b.h").write_text('#include "c.h"\n#include "b.h"\n')
+    built = []
+    for text in ("int a;", "int b;"):
+        (tmp_path / "c.h").write_text(text)
+        built.append(build_library(tmp_path / "cache", tmp_path / "a.cpp"))
+
+    assert built[0] != built[1]
+
+
+# -- which instruction set -------------------------------------------------------------------------
+
+AVX2_ONLY = {"avx2": True, "avx512_vnni": False, "cpu_name": "a CPU"}
+
+
+@pytest.mark.parametrize(
+    ("features", "expected"),
+    [
+        ({}, []),
+        (AVX2_ONLY, ["avx2"]),
+        (AVX2_ONLY | {"avx_vnni": True}, ["avx_vnni", "avx2"]),
+        ({"avx512_vnni": True, "avx512_f": True}, []),  # a machine that hides a part
+    ],
+    ids=["none", "AVX2", "AVX-VNNI", "part of AVX512"],
+)
+def test_the_best_of_what_the_cpu_has_comes_first(monkeypatch, features, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
+
+    assert list_instruction_sets() == expected
+
+
+def test_a_set_that_the_cpu_lacks_is_refused_with_what_there_is(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: AVX2_ONLY)
+
+    assert Cpu(instructions="avx_vnni").limits.unsupported_reasons(CPU)[:1] == [
+        "needs a CPU with avx_vnni; this one has avx2"
+    ]
+    assert not [reason for reason in Cpu().limits.unsupported_reasons(CPU) if "needs a CPU" in reason]
+
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+
+    (reason, *_) = Cpu().limits.unsupported_reasons(CPU)
+    assert reason.startswith("needs a CPU with ") and reason.endswith("; this one has none of them")
+
+
+def test_an_unknown_set_is_refused():
+    with pytest.raises(ConfigError, match=r"backend.instructions is 'avx3'; did you mean 'avx2'\?"):
+        Cpu(instructions="avx3")

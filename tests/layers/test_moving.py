@@ -23,7 +23,7 @@ from int8run.quant.weight import quantize_weight
 
 
 class OnlyCpu(Reference):
-    """A backend with a layout of its own, as vnni has."""
+    """A backend with a layout of its own, as cpu has."""
 
     limits = replace(Reference.limits, devices=("cpu",))
 

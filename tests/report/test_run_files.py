@@ -40,6 +40,7 @@ def test_an_int8_layer_has_a_value_in_every_column(tmp_path):
         backend_used="onednn",
         backends_left_out="triton: RuntimeError: Failed to find C compiler",
         speedup=1.8375,
+        instructions="avx2",
         measured={"weight_sqnr_db": 41.23456789, "output_sqnr_db": math.inf, "saturated_share": 0.015625},
     )
 
@@ -60,6 +61,7 @@ def test_an_int8_layer_has_a_value_in_every_column(tmp_path):
         "backend_used": "onednn",
         "backends_left_out": "triton: RuntimeError: Failed to find C compiler",
         "speedup_vs_float": "1.8375",
+        "instructions": "avx2",
         "weight_sqnr_db": "41.2346",
         "output_sqnr_db": "inf",
         "saturated_share": "0.015625",
