@@ -24,6 +24,8 @@ INLINE void unroll(F f) {
   unroll<N>([&](auto i) INLINED { unroll<M>([&](auto j) INLINED { f(i, j); }); });
 }
 
+constexpr int64_t PANEL = 64;  // output columns of a panel of packed weights
+
 enum Dtype { F32 = 0, BF16 = 1, F16 = 2 };
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

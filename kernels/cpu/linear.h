@@ -103,6 +103,7 @@ void multiply(const Product& p, int threads) {
       const Rows t = p.t.q ? prepare_block(p.t, row, end, space.t) : Rows{};
       for (int64_t panel = chunk * width; panel < std::min(panels, (chunk + 1) * width); panel++)
         compute_block<Y>(p, {row, end, panel, x, t, Panel{}}, k_block, space);
+      finish_blocks<Y>(p, space);
     }
   }
 }

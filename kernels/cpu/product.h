@@ -8,8 +8,6 @@
 
 namespace {
 
-constexpr int64_t PANEL = 64;  // output columns of a panel
-
 struct Weight {
   const int8_t* packed;
   const float* scale;  // [N]

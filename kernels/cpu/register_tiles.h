@@ -152,4 +152,8 @@ void compute_block(const Product& p, Block block, int64_t k_block, Workspace& sp
   }
 }
 
+// Nothing is left over from a block
+template <class Y>
+void finish_blocks(const Product&, Workspace&) {}
+
 }  // namespace

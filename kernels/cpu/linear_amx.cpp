@@ -1,0 +1,8 @@
+// AMX: tdpbusd on tiles of 16 x 16 sums; all else is AVX512.
+
+#include "amx_unit.h"
+#include "operands_amx.h"
+#include "vectors_avx512.h"
+
+#include "amx_tiles.h"
+#include "linear.h"
