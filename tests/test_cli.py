@@ -44,6 +44,14 @@ REFUSED = {
         ["model=tinny"],
         r"no model called 'tinny'; did you mean 'tiny'\? choose from .*flux, .*tiny",
     ),
+    "repository as an option": (
+        ["model=black-forest-labs/FLUX.1-dev"],
+        r"^model=black-forest-labs/FLUX.1-dev is no option; it is the location of model=flux",
+    ),
+    "unknown repository as an option": (
+        ["model=some/repository"],
+        r"^model=some/repository is no option, .* give model.location=some/repository, and the option ",
+    ),
     "option unlike any": (["outlier=zzz"], r"no outlier called 'zzz'; choose from .*convrot, .*none"),
     "misspelt launcher": (
         ["hydra/launcher=basik"],

@@ -32,6 +32,7 @@ ENDLESS_CONFIG = (
 UNKNOWN_EXIT_CODE = 1
 
 # what the command line takes besides the settings of the config
+MODEL_GROUP = "model/"
 COMMAND_LINE_WORDS = ["negative_prompt", "prompt"]
 
 
@@ -127,6 +128,8 @@ def explain_missing_option(file: str, known: Sequence[str]) -> str:
         file: `group/option`, as hydra looked for it.
         known: options of the group; empty where there is no such group.
     """
+    if file.startswith(MODEL_GROUP) and "/" in file.removeprefix(MODEL_GROUP):
+        return explain_location(file.removeprefix(MODEL_GROUP))
     group, _, option = file.rpartition("/")
     if not known:
         return f"there is no group called {group!r}; `int8run --help` lists the groups"
@@ -134,6 +137,20 @@ def explain_missing_option(file: str, known: Sequence[str]) -> str:
     if group == "lora":
         message += f"; one LoRA, by its name or file: lora=file lora.adapters.0.path={option}"
     return message
+
+
+def explain_location(location: str) -> str:
+    """One line for a repository or a path that was given as `model=`."""
+    from int8run.config.help import list_options, read_option
+
+    line = f"\nlocation: {location} "
+    options = [name for name, file in list_options("model").items() if line in read_option(file)]
+    if options:
+        return f"model={location} is no option; it is the location of model={' or model='.join(options)}"
+    return (
+        f"model={location} is no option, which has no slash; give model.location={location}, and the option "
+        "of model= that has the settings for it"
+    )
 
 
 def explain_unknown_setting(key: str, parent: Any) -> str:

@@ -23,15 +23,17 @@ class Resized:
         column: `image` or `video`.
         given: width and height of the file, in pixels.
         generated: those of the result.
+        is_fitted: whether int8run brought the input to another size before the call (`sampler.fit_inputs`).
     """
 
     column: str
     given: tuple[int, int]
     generated: tuple[int, int]
+    is_fitted: bool = False
 
     @property
     def changes_shape(self) -> bool:
-        """Whether width and height change by different factors: the input is stretched or cut."""
+        """Whether width and height change by different factors: the input is stretched, cut or bordered."""
         given_shape = self.given[0] / self.given[1]
         generated_shape = self.generated[0] / self.generated[1]
         return abs(generated_shape / given_shape - 1) > SHAPE_TOLERANCE
@@ -44,10 +46,11 @@ class Resized:
         """
         width, height = self.generated
         article = "an" if self.column == IMAGE else "a"
-        line = (
-            f"{pipeline} makes {width} x {height} pixels of {article} {self.column} of "
-            f"{self.given[0]} x {self.given[1]}"
-        )
+        what = f"{article} {self.column} of {self.given[0]} x {self.given[1]}"
+        if self.is_fitted:
+            line = f"sampler.fit_inputs brings {what} to {width} x {height} pixels"
+            return f"{line}, whole, with borders" if self.changes_shape else line
+        line = f"{pipeline} makes {width} x {height} pixels of {what}"
         if self.changes_shape:
             line += ", which has another shape; sampler.width and sampler.height set the size"
         return line
@@ -69,7 +72,9 @@ def list_resized(samples: Sequence[Sample], frames: Sequence[Sequence[Image]]) -
             files = sample.inputs.files.get(column)
             if files is None:
                 continue
-            change = Resized(column, read_size(column, files[0]), sample_frames[0].size)
+            given = read_size(column, files[0])
+            is_fitted = files[0].size == sample_frames[0].size
+            change = Resized(column, given, sample_frames[0].size, is_fitted)
             if change.given != change.generated:
                 found[change] = None
     return list(found)

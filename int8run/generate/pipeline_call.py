@@ -87,7 +87,7 @@ def call_pipeline(
             torch.manual_seed(random.Random(f"noise between steps {batch[0].seed}").getrandbits(63))
             with observe_steps(pipe, on_step_end) as callback:
                 return pipe(**arguments, **callback, generator=generator)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise_refusal(pipe, sampling, error)
         raise
     except (ImportError, NameError) as error:
@@ -115,7 +115,7 @@ def check_one_per_prompt(sampling: Sampling) -> None:
             )
 
 
-def raise_refusal(pipe: DiffusionPipeline, sampling: Sampling, error: ValueError) -> None:
+def raise_refusal(pipe: DiffusionPipeline, sampling: Sampling, error: ValueError | TypeError) -> None:
     """Raise ConfigError for what a pipeline has against its settings; return for an error of another place.
 
     Most pipelines check their arguments in a method of their own, some where they are used.
@@ -127,10 +127,12 @@ def raise_refusal(pipe: DiffusionPipeline, sampling: Sampling, error: ValueError
     """
     name = type(pipe).__name__
     reason = shorten_error(error)
-    if sampling.scheduler is not None and "scheduler" in str(error):
+    if sampling.scheduler is not None and "scheduler" in str(error).lower():
         raise ConfigError(
             f"sampler.scheduler={sampling.scheduler} cannot be used with {name}: {reason}; choose another one"
         ) from error
+    if isinstance(error, TypeError):
+        return
     frames = traceback.extract_tb(error.__traceback__)
     if not frames or PIPELINES_FOLDER not in Path(frames[-1].filename).parents:
         return

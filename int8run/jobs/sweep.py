@@ -32,7 +32,7 @@ from int8run.jobs.manifest import (
 from int8run.jobs.plan import PlannedJob, find_finished_jobs, get_job_folder, plan_jobs
 from int8run.jobs.scheduler import Scheduler
 from int8run.jobs.worker import ParentProcess, run_jobs
-from int8run.report.ranking import varies_content_only
+from int8run.report.ranking import varies_content
 from int8run.report.sweep_progress import SweepProgress
 from int8run.tracking.run_record import (
     FINISHED,
@@ -135,8 +135,8 @@ class SweepRun:
             self.outcomes[number] = Outcome(number, FINISHED, value=value)
         spec = planned[0].spec
         objective: str | None = spec.metrics.objective
-        if varies_content_only(manifest.varying):
-            objective = None  # jobs with other prompts or seeds are not better or worse
+        if varies_content(manifest.varying):
+            objective = None  # jobs with other prompts, seeds or strengths are not better or worse
         self.progress = SweepProgress(
             total=len(planned),
             finished=list(finished.values()),

@@ -310,9 +310,16 @@ class LoraSettings:
         return len(self.change_points) > 1
 
     def list_unusual_strengths(self) -> list[str]:
-        """One line for each adapter with a strength outside of what LoRAs are made for."""
+        """One line for each adapter with a strength outside of what LoRAs are made for.
+
+        A line for a strength where there is no LoRA, too.
+        """
         low, high = USUAL_STRENGTHS
         lines = []
+        if self.strength != 1 and not self.adapters:
+            lines.append(
+                f"lora.strength={self.strength:g} changes nothing: there is no LoRA; choose one with lora="
+            )
         for adapter in self.adapters:
             strengths = [strength * self.strength for strength in adapter.all_strengths]
             unusual = [strength for strength in strengths if not low <= strength <= high]

@@ -275,8 +275,8 @@ class AutoFamily:
                 return replace(family, mixed_precision=self.mixed_precision)
         log.warning(
             "model_type=auto does not know %s; only Linears inside its repeated blocks become INT8, "
-            "the first and the last block stay float. Name one with model_type= (%s) or write one: "
-            "docs in conf/model_type/",
+            "the first and the last block stay float. Name one with model_type= (%s) or write one, as "
+            "docs/extending.md shows",
             denoiser,
             ", ".join(sorted(families)),
         )

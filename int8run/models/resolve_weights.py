@@ -95,10 +95,25 @@ def is_local(location: str) -> bool:
 
 
 def check_format(location: str) -> None:
-    """Raise ConfigError for a file that is not read, by its suffix; the message says what reads it."""
-    reason = UNSUPPORTED_FORMATS.get(Path(location).suffix.lower())
+    """Raise ConfigError for a file that is not read: by its suffix, of another name by how it begins."""
+    suffix = Path(location).suffix.lower()
+    reason = UNSUPPORTED_FORMATS.get(suffix)
     if reason is not None:
         raise ConfigError(f"model.location={location} is {reason}")
+    path = to_local_path(location)
+    if suffix in (SAFETENSORS, ".json") or not path.is_file():
+        return
+    if not begins_like_safetensors(path):
+        raise ConfigError(
+            f"model.location={location} is not a {SAFETENSORS} file; name one, a diffusers folder, or its id "
+            "on the hub"
+        )
+
+
+def begins_like_safetensors(path: Path) -> bool:
+    """Return whether a file begins with eight bytes of a length, and then JSON."""
+    with path.open("rb") as file:
+        return file.read(9)[8:] == b"{"
 
 
 def list_denoisers(index: Mapping[str, Any], location: str) -> list[str]:

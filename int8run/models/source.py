@@ -178,8 +178,7 @@ def resolve_single_files(source: ModelSource, files: str | Mapping[str, str]) ->
         source: the model.
         files: the file of the only denoiser, or one for each component.
     """
-    for file in [files] if isinstance(files, str) else files.values():
-        check_format(file)
+    check_formats(files)
     if source.base is None:
         raise make_base_error(source)
     folder = resolve_pipeline_folder(source.base, None, without=DENOISER_COMPONENTS, setting="model.base")
@@ -223,6 +222,7 @@ def read_source_index(source: ModelSource) -> Mapping[str, Any]:
     """
     location, setting = str(source.location), "model.location"
     if isinstance(source.location, Mapping) or names_weights(location):
+        check_formats(source.location)
         if source.base is None:
             raise make_base_error(source)
         location, setting = source.base, "model.base"
@@ -300,6 +300,13 @@ def check_components(files: Mapping[str, str], components: list[str], base: str)
             f"{base} has {len(components)} denoisers ({', '.join(components)}); "
             f"set 'model.location={{{pairs}}}'"
         )
+
+
+def check_formats(location: str | Mapping[str, str] | None) -> None:
+    """Raise ConfigError where the file of a denoiser is in a format that is not read."""
+    files = location.values() if isinstance(location, Mapping) else [location]
+    for file in files:
+        check_format(str(file))
 
 
 def names_weights(location: str) -> bool:

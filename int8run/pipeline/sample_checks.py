@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import diffusers
 from diffusers import DiffusionPipeline
 
 from int8run.errors import ConfigError, suggest_similar
@@ -24,6 +25,7 @@ from int8run.models.modular_pipeline import get_call_class
 from int8run.models.pipeline_class import get_pipeline_class, is_modular, list_modes
 from int8run.models.sampling import SCHEDULE_ARGUMENTS, Sampling
 from int8run.models.source import find_pipeline_class, read_source_index
+from int8run.utils.paths import SHIPPED_PREFIX
 
 log = logging.getLogger(__name__)
 MAX_SUGGESTIONS = 6
@@ -66,18 +68,37 @@ def check_samples(model: ModelSource, samples: Sequence[Sample], asked: Sampling
         )
 
 
-def describe_call(model: ModelSource) -> str:
-    """What a model's pipeline takes: `FluxImg2ImgPipeline: image (needed), strength`.
+def find_call(model: ModelSource) -> CallInputs:
+    """What a model's pipeline takes.
 
     Raises:
         ConfigError: when diffusers does not have its pipeline.
         FileError: when the model's repository is not there.
     """
-    cls = get_pipeline_class(find_pipeline_class(model))
+    name = find_pipeline_class(model)
+    cls = get_pipeline_class(name)
     if cls is DiffusionPipeline:
-        return "not known: diffusers does not have its pipeline"
-    call = read_call_inputs(get_call_class(cls, model.workflow))
-    return f"{cls.__name__}: {call.describe()}"
+        raise ConfigError(f"diffusers {diffusers.__version__} does not have {name}")
+    return read_call_inputs(get_call_class(cls, model.workflow))
+
+
+def list_column_problems(call: CallInputs, columns: Collection[str]) -> list[str]:
+    """Which of a row's images and videos a pipeline does not take, and which it needs besides.
+
+    Args:
+        call: what the pipeline takes.
+        columns: of the row.
+    """
+    problems = [f"{call.pipeline} takes no {column}" for column in columns if column not in call.takes]
+    problems += [f"{call.pipeline} needs {column}" for column in find_missing_columns(call, columns)]
+    if call.needs_one and not set(call.needs_one) & set(columns):
+        problems.append(f"{call.pipeline} needs {' or '.join(call.needs_one)}")
+    return problems
+
+
+def find_missing_columns(call: CallInputs, columns: Collection[str]) -> list[str]:
+    """The columns that a call needs and that are not among those that are given."""
+    return [column for column in call.needs if column not in columns and not is_joined(call, column, columns)]
 
 
 def check_columns(call: CallInputs, inputs: SampleInputs, model: ModelSource) -> None:
@@ -92,7 +113,7 @@ def check_columns(call: CallInputs, inputs: SampleInputs, model: ModelSource) ->
     for column, label in given.items():
         if column not in call.takes:
             raise ConfigError(
-                f"{label}: {call.pipeline} takes no {column}; it takes {call.describe()}"
+                f"{label}: {call.pipeline} takes {describe_takes(call, column)}"
                 f"{suggest_pipelines(model, given)}"
             )
         count = len(inputs.files[column])
@@ -101,11 +122,11 @@ def check_columns(call: CallInputs, inputs: SampleInputs, model: ModelSource) ->
                 f"{label}: {call.pipeline} takes one {column}, and there are {count}; give one, or make each "
                 "a row of a table"
             )
-    missing = [column for column in call.needs if column not in given and not is_joined(call, column, given)]
+    missing = find_missing_columns(call, given)
     if missing:
         raise ConfigError(
             f"{call.pipeline} needs {', '.join(missing)}: {describe_settings(missing)}; it takes "
-            f"{call.describe()}{suggest_pipelines(model, given)}"
+            f"{call.describe()}{suggest_modes(model, given)}"
         )
     if call.needs_one and not set(call.needs_one) & set(given):
         raise ConfigError(
@@ -114,9 +135,17 @@ def check_columns(call: CallInputs, inputs: SampleInputs, model: ModelSource) ->
         )
 
 
+def describe_takes(call: CallInputs, column: str) -> str:
+    """`no mask_image; it takes image (needed), strength`; `no image and no video` where it takes neither."""
+    if not call.takes and not call.takes_strength:
+        return call.describe()
+    return f"no {column}; it takes {call.describe()}"
+
+
 def is_joined(call: CallInputs, column: str, given: Collection[str]) -> bool:
     """Whether another column that is given becomes the same argument: references where an image is needed."""
-    return any(call.arguments[other] == call.arguments[column] for other in given)
+    same_argument = [other for other, name in call.arguments.items() if name == call.arguments[column]]
+    return bool(set(same_argument) & set(given))
 
 
 def describe_settings(columns: Iterable[str]) -> str:
@@ -192,6 +221,14 @@ def check_settings(call: CallInputs, asked: Sampling) -> None:
             if setting in ("height", "width") and call.takes:
                 reason = f"its images have the size of their input: leave sampler.{setting} out"
             raise ConfigError(f"{call.pipeline} takes no {argument}; {reason}")
+    if is_modular(call.pipeline):
+        return  # what its blocks take is known once they are loaded
+    for name in asked.extra:
+        if name not in call.parameters:
+            raise ConfigError(
+                f"sampler.extra.{name} is not an argument of {call.pipeline}; "
+                f"{suggest_similar(name, list(call.parameters))}see the pipeline's documentation"
+            )
 
 
 def list_unused_settings(call: CallInputs, sampling: Sampling) -> list[str]:
@@ -223,12 +260,20 @@ def suggest_pipelines(model: ModelSource, columns: Collection[str]) -> str:
         model: the settings of the model.
         columns: that are given.
     """
-    named = ", ".join(columns) or "text alone"
-    choices = [*list_fitting_modes(model, columns), *list_fitting_models(columns)]
+    return format_choices([*list_fitting_modes(model, columns), *list_fitting_models(columns)], columns)
+
+
+def suggest_modes(model: ModelSource, columns: Collection[str]) -> str:
+    """Which modes of the same model take some columns alone; empty where none does."""
+    return format_choices(list_fitting_modes(model, columns), columns)
+
+
+def format_choices(choices: Sequence[str], columns: Collection[str]) -> str:
+    """`; for image: model.mode=img2img or model=tiny_edit`; empty without a choice."""
     if not choices:
         return ""
-    shown = choices[:MAX_SUGGESTIONS]
-    return f"; for {named}: {' or '.join(shown)}"
+    named = ", ".join(columns) or "text alone"
+    return f"; for {named}: {' or '.join(choices[:MAX_SUGGESTIONS])}"
 
 
 def list_fitting_modes(model: ModelSource, columns: Collection[str]) -> list[str]:
@@ -243,12 +288,18 @@ def list_fitting_modes(model: ModelSource, columns: Collection[str]) -> list[str
 
 
 def list_fitting_models(columns: Collection[str]) -> list[str]:
-    """The options of `model=` whose YAML names a pipeline that takes what is given and needs no more."""
-    found = []
+    """The options of `model=` whose YAML names a pipeline that takes what is given and needs no more.
+
+    Those that ship come first: they run at once.
+    """
+    shipped: list[str] = []
+    others: list[str] = []
     for name, option in read_model_options().items():
-        if option.pipeline is not None and fits_columns(option.pipeline, columns):
-            found.append(f"model={name}")
-    return found
+        if option.pipeline is None or not fits_columns(option.pipeline, columns):
+            continue
+        is_shipped = str(option.location).startswith(SHIPPED_PREFIX)
+        (shipped if is_shipped else others).append(f"model={name}")
+    return [*shipped, *others]
 
 
 def fits_columns(class_name: str, columns: Collection[str]) -> bool:

@@ -28,10 +28,13 @@ WEIGHT_SQNR_DB = "quant/weight_sqnr_db_min"
 SettingValues = tuple[str, ...]
 
 
-def varies_content_only(keys: Iterable[str]) -> bool:
-    """Whether jobs that differ in these settings are chosen by their images: no metric makes one the best."""
-    keys = list(keys)
-    return bool(keys) and all(CONTENT_SETTINGS.fullmatch(key) for key in keys)
+def varies_content(keys: Iterable[str]) -> bool:
+    """Whether jobs that differ in these settings differ in what their images show.
+
+    No metric makes one of them the best: of two strengths of a LoRA the weaker one is closer to float, and
+    not better for that.
+    """
+    return any(CONTENT_SETTINGS.fullmatch(key) for key in keys)
 
 
 # -- candidates ----------------------------------------------------------------------------------------------

@@ -4,11 +4,14 @@ Called by `inspect_file`. A table that cannot be read at all is an error, an inp
 its row.
 """
 
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from int8run.errors import ConfigError, FileError
+from int8run.generate.call_inputs import CallInputs
 from int8run.generate.input_files import check_file, check_mask_size
 from int8run.generate.media import MediaFacts
 from int8run.generate.prompt_row import NEGATIVE_PROMPT, PROMPT, SEED, GivenFile, PromptRow
@@ -16,8 +19,9 @@ from int8run.generate.prompt_table import is_table
 from int8run.generate.prompts import PromptSet
 from int8run.generate.sample_inputs import STRENGTH, is_video_column
 from int8run.models.family import ModelSource
-from int8run.pipeline.sample_checks import describe_call
+from int8run.pipeline.sample_checks import find_call, list_column_problems
 from int8run.tasks.file_description import FileDescription, Row, format_setting
+from int8run.tracking.setting_names import split_override
 from int8run.utils.paths import check_readable
 from int8run.utils.plurals import count_noun
 from int8run.utils.text import make_visible, shorten_text
@@ -78,12 +82,36 @@ def inspects_prompts(path: Path) -> bool:
     return is_table(path) or path.suffix.lower() == TEXT
 
 
-def inspect_prompts(path: Path, model: ModelSource | None = None) -> FileDescription:
+@dataclass(frozen=True)
+class NamedModel:
+    """A model that the command line names beside a table.
+
+    Args:
+        source: its settings.
+        words: of the command line that name it, such as `model=sdxl` and `model.mode=inpaint`.
+    """
+
+    source: ModelSource
+    words: tuple[str, ...]
+
+
+def find_named_model(source: ModelSource, overrides: Sequence[str]) -> NamedModel | None:
+    """The model that the command line names; None where it names none.
+
+    Args:
+        source: the settings of the model, named or not.
+        overrides: the words of the command line.
+    """
+    words = [word for word in overrides if split_override(word)[0].partition(".")[0] == "model"]
+    return NamedModel(source, tuple(words)) if words else None
+
+
+def inspect_prompts(path: Path, model: NamedModel | None = None) -> FileDescription:
     """Describe a prompt table, or a list of prompts.
 
     Args:
         path: of the file.
-        model: whose inputs are named beside those of the table; None: nothing is said of any.
+        model: that the table is for; None: nothing is said of any.
 
     Raises:
         FileError: when it cannot be read, or one of its rows cannot be.
@@ -95,28 +123,34 @@ def inspect_prompts(path: Path, model: ModelSource | None = None) -> FileDescrip
         ("size", f"{path.stat().st_size / 1e3:.1f} kB, {count_noun(len(rows), 'row')}"),
         ("columns", count_columns(rows)),
     ]
+    call = None
     if model is not None:
-        described.append(("the model takes", describe_model_inputs(model)))
+        call, takes = read_model_call(model.source)
+        described.append(("the model takes", takes))
     inputs = InputFacts()
     problems = {}
     for number, row in enumerate(rows, start=1):
         found = inputs.find_problems(row)
+        if call is not None:
+            found += list_column_problems(call, list(row.files))
         if found:
             problems[number] = found
     described += describe_rows(rows, inputs)
     described += describe_problems(rows, problems)
     if problems:
         return FileDescription(path.name, described)
-    command = f"int8run prompts=file {format_setting('prompts.path', path)}"
+    words = [] if model is None else [shlex.quote(word) for word in model.words]
+    command = " ".join(["int8run", *words, "prompts=file", format_setting("prompts.path", path)])
     return FileDescription(path.name, described, [("to generate them", command)])
 
 
-def describe_model_inputs(model: ModelSource) -> str:
-    """What a model's pipeline takes, or why that is not known."""
+def read_model_call(model: ModelSource) -> tuple[CallInputs | None, str]:
+    """What a model's pipeline takes, and the same in words; None where it is not known, and the reason."""
     try:
-        return describe_call(model)
+        call = find_call(model)
     except (ConfigError, FileError) as error:
-        return f"not known: {error}"
+        return None, f"not known: {error}"
+    return call, f"{call.pipeline}: {call.describe()}"
 
 
 def count_columns(rows: Sequence[PromptRow]) -> str:

@@ -57,7 +57,7 @@ class Inspect:
         from int8run.report.console import print_lines
         from int8run.tasks.inspect_cache import inspect_cache
         from int8run.tasks.inspect_file import inspect_file
-        from int8run.tasks.inspect_prompts import inspect_prompts, inspects_prompts
+        from int8run.tasks.inspect_prompts import find_named_model, inspect_prompts, inspects_prompts
         from int8run.utils.paths import expand_path
 
         if not self.path:
@@ -66,7 +66,7 @@ class Inspect:
         declared = DeclaredFormat(spec.model.quant_format, spec.model.sdnq)
         path = expand_path(str(self.path))
         if inspects_prompts(path):
-            description = inspect_prompts(path, spec.model)
+            description = inspect_prompts(path, find_named_model(spec.model, job.overrides))
         else:
             description = inspect_file(str(self.path), declared)
         print_lines(description.to_table(), *description.list_commands())

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import EulerDiscreteScheduler
 from PIL import Image
 from support.helpers import CPU
 from torch import nn
@@ -452,6 +453,23 @@ def test_a_scheduler_that_the_pipeline_cannot_use_is_an_error() -> None:
         ValueError, match="does\nnot support"
     ):  # of the model's own scheduler nobody chose anything
         call_pipeline(Fussy(), SAMPLES, Sampling(steps=1), lambda *_: {})
+
+
+def test_a_scheduler_without_an_argument_that_the_pipeline_gives_is_an_error() -> None:
+    class Shifting:
+        device = CPU
+
+        def __call__(self, callback_on_step_end: Any, **_: Any) -> None:
+            EulerDiscreteScheduler().set_timesteps(4, mu=1.0)  # type: ignore[call-arg]
+
+    message = r"^sampler\.scheduler=EulerDiscreteScheduler cannot be used with Shifting: .*'mu'"
+    asked = Sampling(steps=1, scheduler="EulerDiscreteScheduler")
+
+    with pytest.raises(ConfigError, match=message):
+        call_pipeline(Shifting(), SAMPLES, asked, lambda *_: {})
+
+    with pytest.raises(TypeError, match="'mu'"):  # nobody chose it
+        call_pipeline(Shifting(), SAMPLES, Sampling(steps=1), lambda *_: {})
 
 
 def test_arguments_that_a_pipeline_does_not_have_are_found(clock: list[float]) -> None:

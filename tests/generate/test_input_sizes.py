@@ -1,5 +1,6 @@
 """What size a pipeline makes of its inputs is said once for each pair of sizes."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
@@ -37,4 +38,21 @@ def test_each_pair_of_sizes_is_said_once(tmp_path: Path) -> None:
         "sampler.height set the size",
         "MyPipeline makes 64 x 64 pixels of an image of 128 x 128",
         "MyPipeline makes 64 x 64 pixels of a video of 32 x 32",
+    ]
+
+
+def test_what_int8run_fits_is_not_put_down_to_the_pipeline(tmp_path: Path) -> None:
+    samples = [make_sample(tmp_path / "a.png", (100, 80)), make_sample(tmp_path / "b.png", (128, 128))]
+    fitted = []
+    for sample in samples:
+        (file,) = sample.inputs.files["image"]
+        inputs = SampleInputs({"image": (replace(file, size=(64, 64)),)})
+        fitted.append(replace(sample, inputs=inputs))
+    frames = [[Image.new("RGB", (64, 64))]] * len(samples)
+
+    lines = [resized.describe("MyPipeline") for resized in list_resized(fitted, frames)]
+
+    assert lines == [
+        "sampler.fit_inputs brings an image of 100 x 80 to 64 x 64 pixels, whole, with borders",
+        "sampler.fit_inputs brings an image of 128 x 128 to 64 x 64 pixels",
     ]

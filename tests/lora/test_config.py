@@ -319,6 +319,13 @@ def test_largest_strength_of_a_schedule_is_the_one_farthest_from_0():
     assert settings.largest_strengths == [-1.0, 0.2]
 
 
+def test_a_strength_without_a_lora_is_said():
+    assert LoraSettings().list_unusual_strengths() == []
+    assert LoraSettings(strength=0.5).list_unusual_strengths() == [
+        "lora.strength=0.5 changes nothing: there is no LoRA; choose one with lora="
+    ]
+
+
 def test_unusual_strengths_are_listed_once_for_each_lora():
     adapters = [
         Adapter("usual", "a", 2),

@@ -10,7 +10,10 @@ import pytest
 import int8run.models.resolve_weights as resolve_weights_module
 from int8run.errors import ConfigError, FileError
 from int8run.models.denoiser_components import DENOISER_COMPONENTS
+from int8run.models.family import ModelSource
 from int8run.models.resolve_weights import download_side_files, resolve_weights
+from int8run.models.sampling import Sampling
+from int8run.models.source import read_source_index
 from int8run.utils.paths import ASSETS_FOLDER
 
 CONFIG = {"_class_name": "FluxTransformer2DModel", "num_layers": 1}
@@ -124,6 +127,18 @@ def test_unsupported_file_format_is_an_error(name):
     )
     with pytest.raises(ConfigError, match=rf"^model\.location={name} is {words} "):
         resolve_weights(name)
+
+
+def test_a_file_that_is_no_checkpoint_is_an_error_whatever_its_name(tmp_path):
+    image = tmp_path / "cat.png"
+    image.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(20))
+
+    with pytest.raises(
+        ConfigError, match=r"cat\.png is not a \.safetensors file; name one, a diffusers folder"
+    ):
+        resolve_weights(str(image))
+    with pytest.raises(ConfigError, match=r"cat\.png is not a \.safetensors file"):
+        read_source_index(ModelSource(str(image), "tiny", Sampling(), base="org/repository"))
 
 
 @pytest.mark.parametrize(

@@ -52,8 +52,8 @@ def test_what_a_pipeline_takes_passes():
 def test_input_too_much_is_refused_with_what_would_do():
     with pytest.raises(
         ConfigError,
-        match=r"^prompts\.image=x\.png: FluxPipeline takes no image; it takes no image and no video; "
-        r"for image: model\.mode=img2img( or |$)",
+        match=r"^prompts\.image=x\.png: FluxPipeline takes no image and no video; "
+        r"for image: model\.mode=img2img or model=tiny_edit or ",
     ):
         check(make_sample("image"))
     with pytest.raises(
@@ -139,6 +139,16 @@ def test_setting_of_the_user_that_a_pipeline_does_not_take_is_refused():
         check_settings(call, Sampling(height=64))
     with pytest.raises(ConfigError, match=r"takes no guidance_scale; leave sampler\.guidance out$"):
         check_settings(read_call_inputs(diffusers.QwenImage21Pipeline), Sampling(guidance=2.0))
+
+
+def test_argument_of_the_user_that_a_pipeline_does_not_have_is_refused():
+    asked = Sampling(extra={"true_cfg": 4})
+
+    with pytest.raises(
+        ConfigError,
+        match=r"^sampler\.extra\.true_cfg is not an argument of FluxPipeline; did you mean 'true_cfg_",
+    ):
+        check_samples(TINY, [make_sample()], asked, asked)
 
 
 def test_setting_of_the_checkpoint_that_a_pipeline_does_not_take_is_said(caplog):

@@ -10,7 +10,9 @@ from int8run.errors import FileError
 from int8run.models.family import ModelSource
 from int8run.models.sampling import Sampling
 from int8run.tasks.inspect_file import inspect_file
-from int8run.tasks.inspect_prompts import inspect_prompts
+from int8run.tasks.inspect_prompts import NamedModel, find_named_model, inspect_prompts
+
+TINY = ModelSource("shipped:tiny", "tiny", Sampling(), mode="img2img")
 
 
 @pytest.fixture
@@ -88,11 +90,34 @@ def test_a_table_that_cannot_be_read_is_an_error(folder: Path) -> None:
 
 def test_what_the_model_takes_is_said(folder: Path) -> None:
     (folder / "a.csv").write_text("prompt,image\na,cat.png\n")
-    model = ModelSource("shipped:tiny", "tiny", Sampling(), mode="img2img")
+    model = NamedModel(TINY, ("model=tiny", "model.mode=img2img"))
 
-    rows = dict(inspect_prompts(folder / "a.csv", model).rows)
-    absent = replace(model, location=str(folder / "absent"))
+    described = inspect_prompts(folder / "a.csv", model)
+    absent = NamedModel(replace(TINY, location=str(folder / "absent")), ("model=mine",))
     unknown = dict(inspect_prompts(folder / "a.csv", absent).rows)
 
-    assert rows["the model takes"] == "FluxImg2ImgPipeline: image (needed), strength"
+    assert dict(described.rows)["the model takes"] == "FluxImg2ImgPipeline: image (needed), strength"
+    assert described.list_commands() == [
+        f"to generate them:  int8run model=tiny model.mode=img2img prompts=file prompts.path={folder}/a.csv"
+    ]
     assert unknown["the model takes"].startswith("not known: ")
+
+
+def test_rows_that_the_model_does_not_take_are_problems(folder: Path) -> None:
+    path = folder / "a.csv"
+    path.write_text("prompt,image,mask_image\na,cat.png,\nb,,\nc,cat.png,cat.png\n")
+
+    described = inspect_prompts(path, NamedModel(TINY, ("model=tiny", "model.mode=img2img")))
+
+    rows = dict(described.rows)
+    assert "problem in row 1" not in rows
+    assert rows["problem in row 2"] == "FluxImg2ImgPipeline needs image"
+    assert rows["problem in row 3"] == "FluxImg2ImgPipeline takes no mask_image"
+    assert not described.commands
+
+
+def test_only_a_model_that_the_command_names_is_asked(folder: Path) -> None:
+    words = ["task=inspect", "model=tiny", "+model.mode=img2img", "model_type=flux", "prompts.path=a.csv"]
+
+    assert find_named_model(TINY, words) == NamedModel(TINY, ("model=tiny", "+model.mode=img2img"))
+    assert find_named_model(TINY, ["task=inspect"]) is None
