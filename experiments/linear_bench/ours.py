@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from int8run.backends.base import Backend
 from int8run.errors import BackendError
 from int8run.kernels.quantize_rowwise.reference import quantize_rowwise
-from int8run.layers.int8_linear import LowRankBranch
+from int8run.layers.low_rank_branch import LowRankBranch
 from int8run.layers.plan import Int8Settings, plan_layers
 from int8run.outlier.convrot import ConvRot
 from int8run.outlier.none import NoOutlier

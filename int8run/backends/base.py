@@ -174,6 +174,7 @@ class FusedBranch(NamedTuple):
         up_scale: scales of `up`, where it is quantized.
         needs_input: whether `quantize` takes `down` and multiplies it with the transformed input; otherwise
             `linear` does.
+        max_rank: how many ranks `quantize` can multiply at once; None: any number.
     """
 
     down: Tensor
@@ -181,6 +182,7 @@ class FusedBranch(NamedTuple):
     down_scale: Tensor | None = None
     up_scale: Tensor | None = None
     needs_input: bool = False
+    max_rank: int | None = None
 
     @property
     def down_with_input(self) -> Tensor | None:

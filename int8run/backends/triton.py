@@ -156,7 +156,12 @@ class Triton:
         missing = -lora_A.shape[0] % RANK_MULTIPLE
         down = F.pad(lora_A, (0, 0, 0, missing))  # [r, K] -> [r padded, K]
         up = F.pad(lora_B, (0, missing))  # [N, r] -> [N, r padded]
-        return FusedBranch(down=down.to(dtype).contiguous(), up=up.to(dtype).contiguous(), needs_input=True)
+        return FusedBranch(
+            down=down.to(dtype).contiguous(),
+            up=up.to(dtype).contiguous(),
+            needs_input=True,
+            max_rank=MAX_RANK,
+        )
 
     @cached_property
     def tiles(self) -> dict[tuple[int, int], tuple[Tile, ...]]:

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from torch import nn
 
-from int8run.layers.int8_linear import Int8Linear, SharedInput
+from int8run.layers.int8_linear import Int8Linear
+from int8run.layers.shared_input import SharedInput
 from int8run.models.family import DeferredGelu
 
 
@@ -73,8 +74,9 @@ def share_inputs(model: nn.Module, groups: Iterable[Sequence[str]]) -> int:
             if len(alike) == 1:
                 continue
             shared = SharedInput(len(alike))
-            for layer in alike:
-                layer.shared = shared
+            for place, layer in enumerate(alike):
+                layer.shared, layer.shared_place = shared, place
+                shared.set_branch(place, layer.adapter)
             n_saved += len(alike) - 1
     return n_saved
 

@@ -1,11 +1,11 @@
-"""The INT8 layer that takes the place of an `nn.Linear`, and the low-rank branch of LoRAs beside it.
+"""The INT8 layer that takes the place of an `nn.Linear`.
 
 `Int8Linear.forward` is the hot path of every INT8 model. It has to stay visible to
 `torch.compile(fullgraph=True)`: no look-ups by name, no branches on values of tensors. The layer knows its
 backend and its outlier transform; it knows no model and no config.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
 
@@ -13,20 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from int8run.backends.base import Backend, FusedBranch, FusesBranch, QuantizedInput
+from int8run.backends.base import Backend, FusedBranch, QuantizedInput
 from int8run.errors import BackendError
 from int8run.kernels.quantize_rowwise.reference import apply_gelu_to_columns
+from int8run.layers.low_rank_branch import LowRankBranch
+from int8run.layers.shared_input import SharedInput
 from int8run.outlier.base import OutlierTransform
 from int8run.quant.weight import QuantizedWeight
 
 # how many unit vectors are multiplied at a time to read a packed weight back
 UNIT_VECTORS_AT_ONCE = 1024
-
-# the tensors of a fused branch
-FUSED_OPERANDS = ("down", "up", "down_scale", "up_scale")
-
-# the version of a tensor that has none, because it was made in inference mode
-NO_VERSION = -1
 
 
 def get_linear(model: nn.Module, name: str) -> nn.Linear:
@@ -54,128 +50,6 @@ class QuantizedLayer:
     weight: QuantizedWeight
     transform: OutlierTransform
     bias: Tensor | None
-
-
-class LowRankBranch(nn.Module):
-    """The low-rank changes of one layer at run time: `y += ((x Aᵀ) * strengths) Bᵀ`.
-
-    The ranks of all LoRAs are concatenated. The strengths are one vector on the device with an entry per
-    rank. A change of strength writes that vector and nothing else, so that a compiled model stays compiled.
-    With all strengths at 0 the branch is skipped, except in compiled code.
-
-    Args:
-        parts: (lora_A [r, K], lora_B [N, r]) of each LoRA, its alpha / r multiplied in.
-        dtype: dtype of the float model.
-        device: where the layer runs.
-    """
-
-    lora_A: Tensor
-    lora_B: Tensor
-    strengths: Tensor
-
-    def __init__(self, parts: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype, device: torch.device):
-        super().__init__()
-        self.ranks = tuple(lora_A.shape[0] for lora_A, _ in parts)
-        self.is_idle = True
-        lora_A = torch.cat([lora_A.float() for lora_A, _ in parts])  # [R, K], R the sum of all ranks
-        lora_B = torch.cat([lora_B.float() for _, lora_B in parts], dim=1)  # [N, R]
-        self.register_buffer("lora_A", lora_A.to(device, dtype), persistent=False)
-        self.register_buffer("lora_B", lora_B.to(device, dtype), persistent=False)
-        self.register_buffer("strengths", torch.zeros(sum(self.ranks), device=device), persistent=False)
-        self.fused: FusedBranch | None = None
-
-    def set_strengths(self, strengths: Sequence[float]) -> None:
-        """Set the strength of each part, in their order."""
-        per_rank: list[float] = []
-        for strength, rank in zip(strengths, self.ranks, strict=True):
-            per_rank += [strength] * rank
-        self.strengths.copy_(torch.tensor(per_rank))
-        self.is_idle = not any(strengths)
-
-    def fuse_into_backend(self, backend: Backend, transform: OutlierTransform) -> None:
-        """Let the backend compute the branch inside its product, if it can.
-
-        A fused branch reads the transformed input.
-        """
-        if not isinstance(backend, FusesBranch):
-            return
-        lora_A = transform.transform_weight(self.lora_A.float())
-        self.fused = backend.fuse_branch(lora_A, self.lora_B.float(), self.lora_A.dtype)
-        if self.fused is None:
-            return
-        # as buffers, the factors and scales count as the model's memory
-        for name in FUSED_OPERANDS:
-            operand = getattr(self.fused, name)
-            if operand is not None:
-                self.register_buffer(f"fused_{name}", operand, persistent=False)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:  # noqa: FBT001, FBT002
-        """Move the branch, and let the backend's operands be the tensors that were moved."""
-        branch: Self = super()._apply(fn, recurse)
-        if self.fused is not None:
-            operands = {name: getattr(self, f"fused_{name}", None) for name in FUSED_OPERANDS}
-            self.fused = FusedBranch(**operands, needs_input=self.fused.needs_input)  # type: ignore[arg-type]
-        return branch
-
-    def drop_float_factors(self) -> None:
-        """Free the float factors of a fused branch.
-
-        Only a layer's float fallback needs them beside the fused ones.
-        """
-        assert self.fused is not None
-        self.lora_A = self.lora_A[:0].clone()
-        self.lora_B = self.lora_B[:, :0].clone()
-
-    def add_product(self, y: Tensor, x: Tensor) -> Tensor:
-        """y plus the low-rank product of x. x: [M, K], y: [M, N]; y may be overwritten."""
-        assert self.lora_A.shape[0] == sum(self.ranks), "the float factors were dropped"
-        hidden = F.linear(x.to(self.lora_A.dtype), self.lora_A)  # [M, R]
-        hidden = hidden * self.strengths.to(self.lora_A.dtype)
-        return y.addmm_(hidden.to(y.dtype), self.lora_B.T.to(y.dtype))
-
-
-class SharedInput:
-    """One quantization for layers that read the same tensor, such as q, k and v of an attention.
-
-    Holds the last input and its quantization until every layer of the group has taken it. An input that
-    changed in between, or is another tensor, is quantized anew: sharing never depends on the order in which a
-    model calls its layers. Compiled code sees only which tensor it is, not whether it changed: a model that
-    changes a tensor in place between two layers that read it must not share it. None of the families in
-    `conf/model_type/` does that.
-
-    Args:
-        num_layers: how many layers read the tensor.
-    """
-
-    def __init__(self, num_layers: int):
-        self.num_layers = num_layers
-        self.num_waiting = 0  # layers that have not taken the current quantization
-        self.x: Tensor | None = None
-        self.version = 0
-        self.quantized: QuantizedInput | None = None
-
-    def get(self, x: Tensor, quantize: Callable[[], QuantizedInput]) -> QuantizedInput:
-        """What `quantize()` returns for x, computed by the first layer that asks."""
-        version = get_tensor_version(x)
-        quantized = self.quantized
-        if quantized is not None and self.x is x and self.version == version:
-            self.num_waiting -= 1
-        else:
-            quantized = quantize()
-            if version == NO_VERSION:
-                return quantized  # a change of it would go unseen, so it is not shared
-            self.x, self.version, self.quantized = x, version, quantized
-            self.num_waiting = self.num_layers - 1
-        if self.num_waiting == 0:
-            self.x = self.quantized = None
-        return quantized
-
-
-def get_tensor_version(x: Tensor) -> int:
-    """How often x was changed in place; 0 in compiled code, NO_VERSION for a tensor of inference mode."""
-    if torch.compiler.is_compiling():
-        return 0
-    return NO_VERSION if x.is_inference() else x._version
 
 
 def overwrite(old: Tensor, new: Tensor) -> Tensor:
@@ -253,7 +127,7 @@ class KeepsDtypes(nn.Module):
 class Int8Linear(KeepsDtypes):
     """`nn.Linear` in W8A8 on one backend, chosen when the layer is built and held by it.
 
-    `adapter`, `shared` and `gelu_from` are set from outside: by LoRAs, and by `int8run.layers.fusion`.
+    The adapter, `shared` and `gelu_from` are set from outside: by LoRAs, and by `int8run.layers.fusion`.
 
     Args:
         layer: quantized weight, outlier transform and bias.
@@ -276,6 +150,7 @@ class Int8Linear(KeepsDtypes):
         self.float_rows = float_rows
         self.adapter: LowRankBranch | None = None
         self.shared: SharedInput | None = None
+        self.shared_place = 0  # which of the layers with that input it is
         # input columns from this index on still need their GELU; the quantization applies it
         self.gelu_from: int | None = None
         # in this backend's own layout, which would mean nothing to another that loads the state dict
@@ -296,6 +171,12 @@ class Int8Linear(KeepsDtypes):
         self.scale = overwrite(self.scale, weight.scale[:, 0])
         if self.float_weight is not None:
             self.float_weight = overwrite(self.float_weight, weight.dequantize(self.dtype))
+
+    def set_adapter(self, adapter: LowRankBranch | None) -> None:
+        """Put a low-rank branch beside the layer in place of the one that is there; None: take it off."""
+        self.adapter = adapter
+        if self.shared is not None:
+            self.shared.set_branch(self.shared_place, adapter)
 
     @torch.no_grad()
     def read_qdata(self) -> Tensor:
@@ -369,13 +250,12 @@ class Int8Linear(KeepsDtypes):
         # without a token axis there is nothing to center: a mean over the batch would mix images
         is_centered = self.transform.centered and x.dim() > 2
         fused: FusedBranch | None = None
-        down = strengths = None
+        strengths = None
         if branch is not None and branch.fused is not None:
             fused = branch.fused
-            down = fused.down_with_input
             strengths = branch.strengths
 
-        def quantize() -> QuantizedInput:
+        def quantize(down: Tensor | None) -> QuantizedInput:
             # centered rows never wait for their GELU: fusion defers none to a centered transform
             tokens = center_rows(x) if is_centered else rows
             return self.backend.quantize(
@@ -386,8 +266,10 @@ class Int8Linear(KeepsDtypes):
                 down=down,
             )
 
-        # `down` is of this layer alone, so a quantization with it cannot be shared
-        quantized = quantize() if shared is None or down is not None else shared.get(x, quantize)
+        if shared is None:
+            quantized = quantize(None if fused is None else fused.down_with_input)
+        else:
+            quantized = shared.get(x, quantize, branch)
         # of a centered input, the bias comes with the product of the means
         bias = None if is_centered else self.bias
         y = self.backend.linear(

@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from int8run.layers.int8_linear import Int8Linear, LowRankBranch
+from int8run.layers.int8_linear import Int8Linear
+from int8run.layers.low_rank_branch import LowRankBranch
 from int8run.lora.adapters.base import LoraDelta, RuntimeBranch
 from int8run.lora.adapters.change import LoraChange
 from int8run.lora.size_limits import check_fits
@@ -185,7 +186,7 @@ class DynamicLayer(Int8LoraLayer):
         """Put the branch beside the layer."""
         layer = self.layer
         self.bias.attach(layer)
-        layer.adapter = self.branch
+        layer.set_adapter(self.branch)
         if self.row_factors:
             # a float copy of the weight would have to follow every strength of an adapter that scales rows
             layer.float_weight = None
@@ -193,7 +194,7 @@ class DynamicLayer(Int8LoraLayer):
     def switch_branch(self, *, on: bool) -> None:
         """Put the branch beside its layer, or take it off for as long as the layer's own time is measured."""
         layer = self.layer
-        layer.adapter = self.branch if on else None
+        layer.set_adapter(self.branch if on else None)
         if self.row_factors and self.float_weight is not None:
             layer.float_weight = None if on else self.float_weight.to(layer.scale.device)
 
@@ -203,7 +204,7 @@ class DynamicLayer(Int8LoraLayer):
         layer = self.layer
         if self.branch is not None:
             self.branch.set_strengths([0.0] * len(self.indices))
-        layer.adapter = None
+        layer.set_adapter(None)
         if self.row_factors:
             layer.scale.copy_(self.scale)
             if self.float_weight is not None:

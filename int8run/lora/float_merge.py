@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from int8run.errors import LoraError
-from int8run.layers.int8_linear import NO_VERSION, Int8Linear, get_tensor_version
+from int8run.layers.int8_linear import Int8Linear
+from int8run.layers.shared_input import NO_VERSION, get_tensor_version
 from int8run.lora.adapters.diff import Diff
 from int8run.lora.apply import (
     IndexedChanges,

@@ -14,7 +14,8 @@ from torch import Tensor
 from int8run.backends.auto import AutoBackend, BackendChooser
 from int8run.backends.autotune_cache import AutotuneCache
 from int8run.backends.base import Backend
-from int8run.layers.int8_linear import Int8Linear, LowRankBranch, QuantizedLayer
+from int8run.layers.int8_linear import Int8Linear, QuantizedLayer
+from int8run.layers.low_rank_branch import LowRankBranch
 from int8run.outlier.base import OutlierTransform
 from int8run.quant.weight import quantize_weight
 from int8run.utils.paths import expand_path

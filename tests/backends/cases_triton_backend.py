@@ -11,7 +11,8 @@ from int8run.backends.reference import Reference
 from int8run.backends.triton import Triton
 from int8run.kernels.hadamard.reference import Rotation, sylvester_hadamard
 from int8run.kernels.int8_linear.tile import Tile
-from int8run.layers.int8_linear import Int8Linear, LowRankBranch, QuantizedLayer
+from int8run.layers.int8_linear import Int8Linear, QuantizedLayer
+from int8run.layers.low_rank_branch import LowRankBranch
 from int8run.outlier.convrot import ConvRot
 from int8run.outlier.none import NoOutlier
 from int8run.outlier.quarot import QuaRot

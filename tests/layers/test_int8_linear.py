@@ -10,7 +10,8 @@ from torch._dynamo.testing import CompileCounter
 
 from int8run.backends.base import run_plain_layer
 from int8run.backends.reference import Reference
-from int8run.layers.int8_linear import Int8Linear, LowRankBranch, QuantizedLayer
+from int8run.layers.int8_linear import Int8Linear, QuantizedLayer
+from int8run.layers.low_rank_branch import LowRankBranch
 from int8run.outlier.convrot import ConvRot
 from int8run.outlier.hadanorm import HadaNorm
 from int8run.outlier.none import NoOutlier

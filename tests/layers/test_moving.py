@@ -15,7 +15,8 @@ from int8run.backends.torch_int_mm import TorchIntMM
 from int8run.backends.triton import Triton
 from int8run.errors import BackendError
 from int8run.layers.block_int8_linear import BlockInt8Linear
-from int8run.layers.int8_linear import Int8Linear, LowRankBranch, QuantizedLayer, check_move
+from int8run.layers.int8_linear import Int8Linear, QuantizedLayer, check_move
+from int8run.layers.low_rank_branch import LowRankBranch
 from int8run.layers.weight_only import PackedLayer
 from int8run.outlier.base import OutlierTransform
 from int8run.quant.packed_weight import PackedWeight

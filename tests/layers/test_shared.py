@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from support.compare import assert_close
 from support.helpers import CPU, NEVER_FLOAT, randn, shipped, to_int8, usable
 from support.tiers import slow_except
 from torch import nn
@@ -15,7 +16,8 @@ from torch._dynamo.backends.debugging import aot_eager
 from int8run.backends.base import FusedBranch
 from int8run.backends.reference import Reference
 from int8run.layers.fusion import share_inputs
-from int8run.layers.int8_linear import Int8Linear, LowRankBranch
+from int8run.layers.int8_linear import Int8Linear
+from int8run.layers.low_rank_branch import LowRankBranch
 from int8run.layers.plan import Int8Settings
 from int8run.outlier.base import OutlierTransform
 from int8run.outlier.convrot import ConvRot
@@ -45,12 +47,19 @@ class Counting(Reference):
 
 
 class WithInput(Counting):
-    """Fuses a branch whose down-projection wants the input at quantization."""
+    """Fuses a branch whose down-projection wants the input at quantization; notes their ranks."""
+
+    def __init__(self, max_rank=None):
+        super().__init__()
+        self.max_rank = max_rank
+        self.ranks = []
 
     def fuse_branch(self, lora_A, lora_B, dtype):
-        return FusedBranch(lora_A, lora_B, needs_input=True)
+        return FusedBranch(lora_A, lora_B, needs_input=True, max_rank=self.max_rank)
 
     def quantize(self, x, *, down=None, **steps):
+        if down is not None:
+            self.ranks.append(down.shape[0])
         found = super().quantize(x, **steps)
         return found if down is None else found._replace(down_product=x @ down.T)
 
@@ -202,14 +211,14 @@ def test_memory_is_let_go_after_the_last_layer():
     x = randn(5, 64)
     seen = weakref.ref(x)
     attn.to_q(x), attn.to_k(x)
-    quantized = weakref.ref(attn.to_q.shared.quantized.q)
+    quantized = weakref.ref(attn.to_q.shared.quantized[0].q)
 
     assert quantized() is not None
 
     attn.to_v(x)
     del x
 
-    assert seen() is None and quantized() is None and attn.to_q.shared.quantized is None
+    assert seen() is None and quantized() is None and not attn.to_q.shared.quantized
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -251,23 +260,138 @@ def test_a_layer_that_computes_in_float_does_not_come_for_the_quantized():
         expect_equal(attn(randn(rows, 64)), plain(randn(rows, 64)))
 
 
-def test_a_branch_that_wants_the_input_is_not_shared():
+def expect_close(actual, expected):
+    for a, b in zip(actual, expected, strict=True):
+        assert_close("layer", a, b, 1e-6)
+
+
+def test_branches_that_want_the_input_share_its_quantization():
     backend = WithInput()
     shared, plain = both(backend, branch="fused branch")
     x = randn(5, 64)
     expected = plain(x)
     backend.calls = 0
-    expect_equal(shared(x), expected)
+    backend.ranks.clear()
+    expect_close(shared(x), expected)
 
-    assert backend.calls == 3
+    assert backend.calls == 1
+    assert backend.ranks == [9]  # three of each layer, in one product
 
     for layer in (shared.to_q, plain.to_q):
         layer.adapter.set_strengths([0.0])
     expected = plain(x)
     backend.calls = 0
+    expect_close(shared(x), expected)
+
+    assert backend.calls == 1  # the idle one takes the integers of the others
+
+
+def test_idle_branches_are_not_multiplied():
+    backend = WithInput()
+    shared, plain = both(backend, branch="fused branch")
+    for attn in (shared, plain):
+        for name in NAMES:
+            getattr(attn, name).adapter.set_strengths([0.0])
+    x = randn(5, 64)
+    expected = plain(x)
+    backend.ranks.clear()
     expect_equal(shared(x), expected)
 
-    assert backend.calls == 3  # the idle one is by itself, the other two still bring their branches
+    assert backend.ranks == []
+
+
+def test_ranks_beyond_what_a_product_takes_are_split():
+    backend = WithInput(max_rank=7)
+    shared, plain = both(backend, branch="fused branch")
+    x = randn(5, 64)
+    expected = plain(x)
+    backend.calls = 0
+    backend.ranks.clear()
+    for _ in range(2):
+        expect_close(shared(x), expected)
+
+    assert backend.ranks == [6, 3] * 2
+    assert backend.calls == 4 and shared.to_q.shared.x is None
+
+
+def test_a_strength_that_moves_between_two_layers_counts_for_the_second():
+    backend = WithInput()
+    shared, plain = both(backend, branch="fused branch")
+    x = randn(5, 64)
+    for attn in (shared, plain):
+        for name in NAMES:
+            getattr(attn, name).adapter.set_strengths([0.0])
+    expect_equal([shared.to_q(x)], [plain.to_q(x)])
+    for attn in (shared, plain):
+        attn.to_k.adapter.set_strengths([2.0])
+
+    expect_close([shared.to_k(x), shared.to_v(x)], [plain.to_k(x), plain.to_v(x)])
+
+
+def test_branches_that_come_and_go_are_joined_anew():
+    backend = WithInput()
+    shared, plain = both(backend, branch="fused branch")
+    x = randn(5, 64)
+    branch = shared.to_k.adapter
+    shared.to_k.set_adapter(None)
+    plain.to_k.adapter, other = None, plain.to_k.adapter
+    backend.ranks.clear()
+    expect_close(shared(x), plain(x))
+
+    assert backend.ranks[0] == 6
+
+    shared.to_k.set_adapter(branch)
+    plain.to_k.adapter = other
+    backend.ranks.clear()
+    expect_close(shared(x), plain(x))
+
+    assert backend.ranks[0] == 9
+
+
+def test_a_branch_that_nobody_noted_brings_its_own_product():
+    backend = WithInput()
+    shared, plain = both(backend, branch="fused branch")
+    x = randn(5, 64)
+    shared.to_k.adapter = copy.deepcopy(shared.to_k.adapter)
+
+    expect_close(shared(x), plain(x))
+
+
+def test_branches_that_moved_are_read_where_they_are():
+    shared, plain = both(WithInput(), branch="fused branch")
+    x = randn(5, 64)
+    shared(x)
+    for attn in (shared, plain):
+        moved = attn.to_k.adapter.fused.down * 2  # what `to` makes is another tensor too
+        attn.to_k.adapter.fused = attn.to_k.adapter.fused._replace(down=moved)
+
+    expect_close(shared(x), plain(x))
+
+
+def test_a_layer_whose_neighbors_are_elsewhere_multiplies_its_own_branch():
+    # offloading may bring one layer at a time to the device
+    backend = WithInput()
+    shared, plain = both(backend, branch="fused branch")
+    x = randn(5, 64)
+    expected = plain.to_q(x)
+    fused = shared.to_k.adapter.fused
+    shared.to_k.adapter.fused = fused._replace(down=fused.down.to("meta"))
+    backend.ranks.clear()
+    expect_close([shared.to_q(x)], [expected])
+
+    assert backend.ranks == [3]
+
+
+def test_compiled_code_multiplies_branches_together():
+    torch._dynamo.reset()
+    shared, plain = both(WithInput(), branch="fused branch")
+    compiler, counts = counting_roundings()
+    compiled = torch.compile(shared, fullgraph=True, backend=compiler)
+    for seed in range(2):
+        x = randn(5, 64, seed=seed)
+        expect_close(compiled(x), plain(x))
+
+    assert set(counts) == {1}  # compiled twice, because this backend counts
 
 
 def test_a_copy_shares_with_itself():

@@ -18,7 +18,8 @@ from support.helpers import TinyModel, randn, to_int8
 from torch import Tensor, nn
 
 from int8run.errors import ConfigError, LoraError
-from int8run.layers.int8_linear import Int8Linear, LowRankBranch
+from int8run.layers.int8_linear import Int8Linear
+from int8run.layers.low_rank_branch import LowRankBranch
 from int8run.lora.float_merge import FloatMerge
 from int8run.lora.installed import MARK
 from int8run.lora.stack import LoraStack

@@ -30,7 +30,8 @@ from int8run.generate.calibration_settings import CalibrationSettings
 from int8run.generate.generate import Generation, generate
 from int8run.kernels.hadamard.reference import Rotation, regular_hadamard, sylvester_hadamard
 from int8run.layers.assemble import assemble_int8_model
-from int8run.layers.int8_linear import Int8Linear, LowRankBranch
+from int8run.layers.int8_linear import Int8Linear
+from int8run.layers.low_rank_branch import LowRankBranch
 from int8run.layers.plan import LayerPlan, plan_layers
 from int8run.lora.config import Adapter, LoraSettings
 from int8run.models.family import DeferredGelu, ModelFamily
