@@ -55,6 +55,8 @@ class Target:
         plan: of a weight with two dimensions.
         copied: its integers are taken as they are.
         transform: of an INT8 weight; one that is fitted to the weight itself is replaced when that was read.
+        fitted_parts: rows of the source that it is fitted to, where other targets are of the same layer of
+            the model, which has one transform; empty: `parts`.
     """
 
     key: str
@@ -64,6 +66,7 @@ class Target:
     plan: LayerPlan | None = None
     copied: bool = False
     transform: OutlierTransform = field(default_factory=OutlierTransform)
+    fitted_parts: tuple[TensorPart, ...] = ()
 
     @property
     def int8(self) -> bool:

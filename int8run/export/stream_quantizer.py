@@ -8,7 +8,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -314,7 +314,8 @@ class Streamer:
             return
         largest = torch.zeros(target.shape[1])
         buffer = torch.empty(BLOCK_BYTES, dtype=torch.uint8)
-        for block in iterate_blocks(target, self.files, self.stored):
+        source = replace(target, parts=target.fitted_parts or target.parts)
+        for block in iterate_blocks(source, self.files, self.stored):
             largest = torch.maximum(largest, self.read(block, buffer).float().abs().amax(0))
         target.transform = self.recipe.outlier.fit(largest[None], None)
 

@@ -97,9 +97,31 @@ def plan_file(
     kept_dtype = choose_kept_dtype(files, layers, prefix, spec.model.dtype, job.overrides)
     recipe = QuantizationRecipe(outlier, spec.rounding, TORCH_DTYPES[kept_dtype.name])
     targets = plan_targets(files, layers, names, checkpoint.find_skip_reason, recipe)
+    join_fits(targets, checkpoint)
     check_targets(targets, outlier)
     log_kept_dtype(count_kept_weights(targets, layers), kept_dtype)
     return FilePlan(files, layers, checkpoint, path, targets, recipe)
+
+
+def join_fits(targets: Sequence[Target], checkpoint: DenoiserCheckpoint) -> None:
+    """Let targets that are one layer of the model be fitted together: it has one transform for all its rows.
+
+    Args:
+        targets: tensors of the new file; are changed.
+        checkpoint: says which layer each is of.
+    """
+    by_layer: dict[str, list[Target]] = {}
+    for target in targets:
+        keys = [part.key.removeprefix(checkpoint.prefix) for part in target.parts]
+        names = {name for key in keys for name in checkpoint.parameters.get(key, ())}
+        if target.int8 and len(names) == 1:
+            by_layer.setdefault(names.pop(), []).append(target)
+    for same_layer in by_layer.values():
+        if len(same_layer) == 1:
+            continue
+        parts = tuple(part for target in same_layer for part in target.parts)
+        for target in same_layer:
+            target.fitted_parts = parts
 
 
 def is_folder(spec: RunSpec) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from families.denoisers import ovis_image
 from hydra import compose, initialize_config_module
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -27,6 +28,7 @@ from int8run.models.family import load_families
 from int8run.models.resolve_weights import ResolvedWeights
 from int8run.models.state_dict_adapter import find_prefix, join_shapes, to_original
 from int8run.outlier.none import NoOutlier
+from int8run.pipeline.checkpoint_weights import FileWeights
 from int8run.quant.rounding import AbsMax
 from int8run.quant.weight import quantize_weight
 from int8run.tasks.denoiser_checkpoint import find_repeated_blocks, has_original_names, recognize_checkpoint
@@ -37,6 +39,7 @@ from int8run.utils.paths import ASSETS_FOLDER
 
 TINY = ASSETS_FOLDER / "tiny" / "transformer"
 NO_TRACKER = "tracker=none"
+OVIS_IMAGE = "OvisImageTransformer2DModel"
 
 
 def run(folder, *overrides, component=None):
@@ -654,3 +657,28 @@ def test_a_denoiser_is_quantized_without_what_text_encoders_need(command, monkey
 
     assert outcome.code == 0, outcome.err
     assert (command.folder / "m.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_tensors_that_are_one_layer_of_the_model_have_one_transform(tmp_path):
+    torch.manual_seed(3)
+    model = ovis_image()
+    state = {name: value.detach() for name, value in model.state_dict().items()}
+    parts_by_key = to_original({name: tuple(value.shape) for name, value in state.items()}, OVIS_IMAGE)
+    tensors = {
+        key: torch.cat([part.extract(state[part.key]) for part in parts]).contiguous()
+        for key, parts in parts_by_key.items()
+    }
+    tensors["double_blocks.0.img_mlp.up_proj.weight"][:, 0] = 9.0
+    save_file(tensors, tmp_path / "x.safetensors")
+
+    where = [f"model.location={tmp_path / 'x.safetensors'}", f"save={tmp_path / 'y.safetensors'}"]
+    run(tmp_path, *where, "model.family=null", "outlier=hadanorm", "outlier.group_size=16")
+
+    saved = load_file(tmp_path / "y.safetensors")
+    up, gate = (saved[f"double_blocks.0.img_mlp.{name}_proj.pre_quant_scale"] for name in ("up", "gate"))
+    assert torch.equal(up, gate)
+    assert up[0] != up[1]
+    read = FileWeights(tmp_path / "y.safetensors", model)
+    layer = read.read_int8_layer("transformer_blocks.0.ff.net.0.proj")
+    assert layer.weight.qdata.shape == (512, 64)
