@@ -58,7 +58,7 @@ def test_rows_fall_into_buckets(rows, name):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_candidates_fit_the_gpu_and_begin_with_the_default(architecture, grouped):
     gpu = ARCHITECTURES[architecture]
-    most_sums = gpu.most_sums // 2 if grouped else gpu.most_sums
+    most_sums = gpu.most_grouped_sums if grouped else gpu.most_sums
     for rows in BUCKETS:
         tiles = list_candidates(architecture, rows, grouped=grouped)
 
@@ -110,7 +110,7 @@ def test_two_programs_of_the_small_hopper_tile_share_a_multiprocessor():
 
 def test_each_default_serves_its_bucket():
     assert all(len(gpu.defaults) == len(BUCKETS) for gpu in ARCHITECTURES.values())
-    assert choose_tile("sm_89", 4096) == ARCHITECTURES["sm_80"].defaults[-1]
+    assert choose_tile("sm_89", 4096) == ARCHITECTURES["sm_86"].defaults[-1]
     assert choose_tile("sm_90", 1) == ARCHITECTURES["sm_90"].defaults[0]
 
 

@@ -246,13 +246,13 @@ def unsupported(architecture: str) -> str | None:
     """Why the installed Triton cannot compile for an architecture; None when it can."""
     try:
         count(resident_build(architecture, 32))
-    except (RuntimeError, triton.runtime.errors.TritonError) as error:
+    except (RuntimeError, triton.runtime.errors.TritonError, subprocess.CalledProcessError) as error:
         return f"Triton {triton.__version__} does not compile for {architecture}: {error}"
     return None
 
 
 def _tool(name: str, *arguments: str) -> str:
-    """The output of one of the CUDA programs that come with Triton."""
-    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-    done = subprocess.run([str(program), *arguments], capture_output=True, text=True, check=True)
+    """The output of one of the CUDA programs that come with Triton, or that TRITON_NVDISASM_PATH names."""
+    program = getattr(triton.knobs.nvidia, name).path
+    done = subprocess.run([program, *arguments], capture_output=True, text=True, check=True)
     return done.stdout + done.stderr
