@@ -71,7 +71,7 @@ def launch_hopper(
 ) -> None:
     """Compute `kernel.int8_linear` into y. The arguments are checked, and `find_unsupported` is None."""
     (m, k), n = q.shape, qdata.shape[0]
-    rank = 0 if h is None else h.shape[1]
+    rank, stride_hm = (0, 0) if h is None else (h.shape[1], h.stride(0))
     programs = count_programs(q.device, m, n, y.element_size(), tile)
     _hopper_kernel[(programs,)](
         describe_operand(q, tile.block_m, tile.block_k),
@@ -87,6 +87,7 @@ def launch_hopper(
         n,
         k,
         rank,
+        stride_hm,
         BLOCK_R=choose_block_r(rank),
         GROUP_M=tile.group_m,
         STAGES=tile.stages,
@@ -142,6 +143,7 @@ def _hopper_kernel(
     N,
     K,
     R,
+    stride_hm,  # numbers from one row of h to the next
     BLOCK_R: gl.constexpr,  # columns of h and up at a time, 0: no branch
     GROUP_M: gl.constexpr,
     STAGES: gl.constexpr,
@@ -230,6 +232,7 @@ def _hopper_kernel(
                 M,
                 N,
                 R,
+                stride_hm,
                 BLOCK_R,
             )
 
@@ -304,6 +307,7 @@ def _store_piece(
     M,
     N,
     R,
+    stride_hm,
     BLOCK_R: gl.constexpr,
 ):
     """Scale sums, add the bias and the low-rank branch in float32, and store them."""
@@ -324,7 +328,19 @@ def _store_piece(
     if BLOCK_R:
         for r in range(0, R, BLOCK_R):
             y = _add_branch(
-                y, r, first_row, first_column, h_ptr, up_ptr, strengths_ptr, M, N, R, BLOCK_R, layout
+                y,
+                r,
+                first_row,
+                first_column,
+                h_ptr,
+                up_ptr,
+                strengths_ptr,
+                M,
+                N,
+                R,
+                stride_hm,
+                BLOCK_R,
+                layout,
             )
 
     # stored so that each thread writes 16 bytes and neighbouring threads write neighbouring columns
@@ -354,6 +370,7 @@ def _add_branch(
     M,
     N,
     R,
+    stride_hm,
     BLOCK_R: gl.constexpr,
     layout: gl.constexpr,
 ):
@@ -363,7 +380,7 @@ def _add_branch(
     h_layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=layout, k_width=2)
     rows = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, h_layout))
     ranks = r + gl.arange(0, BLOCK_R, layout=gl.SliceLayout(0, h_layout))
-    h_ptrs = h_ptr + rows.to(gl.int64)[:, None] * R + ranks[None, :]
+    h_ptrs = h_ptr + rows.to(gl.int64)[:, None] * stride_hm + ranks[None, :]
     h = gl.load(h_ptrs, mask=(rows < M)[:, None] & (ranks < R)[None, :], other=0.0)
     if strengths_ptr is not None:
         h *= gl.load(strengths_ptr + ranks, mask=ranks < R, other=0.0)[None, :]

@@ -141,7 +141,6 @@ def _launch_int8_linear(
     if tile.kernel != PORTABLE:
         from int8run.kernels.int8_linear.hopper import launch_hopper
 
-        h = None if h is None else h.contiguous()
         with torch.accelerator.device_index(device.index):
             launch_hopper(q, x_scale, qdata, w_scale, bias, h, up, strengths, y, tile)
         return y

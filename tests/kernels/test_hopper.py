@@ -149,7 +149,7 @@ def test_launch_describes_the_operands_and_fills_the_gpu(launched, tile, rows, p
     assert q_desc.block_shape == [tile.block_m, tile.block_k]
     assert qdata_desc.block_shape == [tile.block_n, tile.block_k]
     assert q_desc.layout.swizzle_byte_width == 128
-    assert rest[-4:] == [rows, n, 272, 0]
+    assert rest[-5:] == [rows, n, 272, 0, 0]
     assert launched.options["num_warps"] == tile.warps and launched.options["STAGES"] == tile.stages
 
 

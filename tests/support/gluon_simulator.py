@@ -280,7 +280,7 @@ def simulate(
     """
     (m, k), n = q.shape, qdata.shape[0]
     h, up, strengths = branch or (None, None, None)
-    rank = 0 if h is None else h.shape[1]
+    rank, stride_hm = (0, 0) if h is None else (h.shape[1], h.stride(0))
     y = torch.full((m, n), float("nan"), dtype=dtype)
     times_written = torch.zeros(m, n, dtype=torch.int64)
     for program in range(programs):
@@ -295,6 +295,7 @@ def simulate(
                 n,
                 k,
                 rank,
+                stride_hm,
                 BLOCK_R=hopper.choose_block_r(rank),
                 GROUP_M=tile.group_m,
                 STAGES=tile.stages,
