@@ -74,14 +74,16 @@ def kernel_libraries() -> None:
         load()
 
 
-@pytest.fixture(autouse=True)
-def int8_always_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="session", autouse=True)
+def int8_always_pays() -> Iterator[None]:
     """Let `backend=auto` find no float layer faster: what a test computes depends on no machine's speed.
 
-    No other float dtype is timed, either.
+    No other float dtype is timed, either. Of the whole session, because fixtures of modules run models, too.
     """
-    monkeypatch.setattr(auto, "MIN_FLOAT_GAIN", math.inf)
-    monkeypatch.setattr(best_float, "RIVALS", ())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(auto, "MIN_FLOAT_GAIN", math.inf)
+        patch.setattr(best_float, "RIVALS", ())
+        yield
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,9 @@ from torch import Tensor, nn
 
 import int8run
 from int8run import LoraStack, api, quantize_
+from int8run.backends import auto
+from int8run.backends.base import LayerTimes
+from int8run.backends.layer_timer import LayerTimer
 from int8run.errors import BackendError, ConfigError
 from int8run.generate.capture import capture_step
 from int8run.generate.prompts import build_samples
@@ -93,6 +97,34 @@ def test_the_callers_object_is_changed_and_gives_its_float_weights_up() -> None:
     )
     linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
     assert len(linears) == 14 and not any(m.weight.dtype == torch.int8 for m in linears)
+
+
+def test_layers_that_are_faster_in_float_stay_float(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def measure(timer: LayerTimer, backends: dict[str, Any], shape: tuple[int, int, int]) -> LayerTimes:
+        float_seconds = 0.5 if shape[1] == shape[2] else 4.0
+        seconds = {name: float_seconds if name == "float" else 1.0 for name in backends}
+        return LayerTimes(seconds, {}, is_steady=True)
+
+    caplog.set_level("INFO")
+    monkeypatch.setattr(auto, "MIN_FLOAT_GAIN", 1.05)
+    monkeypatch.setattr(LayerTimer, "measure", measure)
+    pipe = random_pipeline()
+    weight = pipe.transformer.transformer_blocks[0].attn.to_q.weight
+    table = f"backend.table={tmp_path / 'choices.json'}"
+    plans = quantize_(pipe.transformer, overrides=[table])
+
+    by_choice = [plan for plan in plans if plan.is_float_by_choice]
+    assert by_choice and all(plan.in_features == plan.out_features for plan in by_choice)
+    assert pipe.transformer.transformer_blocks[0].attn.to_q.weight is weight
+    int8 = list_int8_layers(pipe.transformer)
+    assert len(int8) == sum(plan.skip_reason is None for plan in plans) > 0
+    assert f"{len(int8)} of {len(plans)} Linears are INT8" in caplog.messages
+    assert f"{len(by_choice)} of {len(by_choice) + len(int8)} layers stay float" in caplog.text
+
+    kept = quantize_(random_pipeline().transformer, backend="float")
+    assert all(plan.skip_reason for plan in kept) and "backend=float" in {plan.skip_reason for plan in kept}
 
 
 def test_a_lora_goes_onto_a_quantized_model_and_off_again(tmp_path: Path) -> None:
