@@ -1,0 +1,163 @@
+"""The one command for a machine with a GPU: deadlines, what stops it, what it makes of the reports; and all
+of it dry on a CPU.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from support.experiment_script import EXPERIMENTS, load_script, own_imports, run_script
+
+
+@pytest.fixture(scope="module")
+def gpu_run() -> Iterator[ModuleType]:
+    with own_imports(EXPERIMENTS / "gpu"):
+        yield load_script("gpu/run.py")
+
+
+@pytest.fixture(scope="module")
+def summary() -> Iterator[ModuleType]:
+    with own_imports(EXPERIMENTS / "gpu"):
+        yield load_script("gpu/summary.py")
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-c", code]
+
+
+# -- steps ---------------------------------------------------------------------------------------------------
+
+
+def test_a_step_past_its_deadline_leaves_what_it_had_written(gpu_run: ModuleType, tmp_path: Path) -> None:
+    report = tmp_path / "rows.json"
+    code = f"open({str(report)!r}, 'w').write('{{\"rows\": [1]}}'); import time; time.sleep(60)"
+    started = time.perf_counter()
+
+    result = gpu_run.run_step(gpu_run.Step("slow", python(code), 1.0, report), {}, tmp_path, 100.0)
+
+    assert time.perf_counter() - started < 30
+    assert (result.status, result.reason) == ("cut off", "after 1 s")
+    assert result.found == {"rows": [1]}
+
+
+def test_all_results_are_written_as_they_come_and_a_needed_step_stops_the_rest(
+    gpu_run: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps = [
+        gpu_run.Step("absent", ["no such program"], 9.0, missing="it is not installed"),
+        gpu_run.Step("broken", python("print('out of luck'); raise SystemExit(3)"), 9.0),
+        gpu_run.Step("needed", python("raise SystemExit('no torch')"), 9.0, is_needed=True),
+        gpu_run.Step("never", python("pass"), 9.0),
+    ]
+
+    gpu_run.run_all(steps, {}, tmp_path, time.perf_counter() + 100)
+
+    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [(line["name"], line["status"], line["reason"]) for line in lines] == [
+        ("absent", "skipped", "it is not installed"),
+        ("broken", "failed", "out of luck"),
+        ("needed", "failed", "no torch"),
+    ]
+    assert "nothing else can be measured without it" in capsys.readouterr().err
+
+
+def test_without_time_left_a_step_is_not_started(gpu_run: ModuleType, tmp_path: Path) -> None:
+    result = gpu_run.run_step(gpu_run.Step("late", ["no such program"], 9.0), {}, tmp_path, -1.0)
+    assert (result.status, result.reason) == ("skipped", "no time was left")
+
+
+def test_the_steps_of_a_gpu_are_in_order_and_fit_into_their_time(gpu_run: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "hydra_core.whl").touch()
+    steps = gpu_run.list_steps(tmp_path, "cuda", tmp_path, tmp_path / "packages")
+
+    names = "install import compile exact_tests int_mm linears bandwidth steps offload ncu"
+    assert [step.name.replace(" ", "_") for step in steps] == names.split()
+    by_name = {step.name: step for step in steps}
+    assert str(tmp_path / "hydra_core.whl") in by_name["install"].command
+    assert {"-m", "gpu"} <= set(by_name["exact tests"].command)
+    for name in ("compile", "linears"):
+        assert set(gpu_run.TILES) <= set(by_name[name].command)
+    assert [step.name for step in steps if step.is_needed] == ["install", "import"]
+    assert all(step.seconds <= 60 * gpu_run.MINUTES / 3 for step in steps)
+    assert len(gpu_run.TILES) <= 12
+
+
+# -- targets -------------------------------------------------------------------------------------------------
+
+
+def make_size(m: int, calls: int, base: float, ours: float, lora: float) -> dict[str, Any]:
+    record = {"limit_share": 0.5, "limited_by": "operations"}
+    return {
+        "layers": [{"name": f"layer of {m}", "m": m, "calls": calls}],
+        "methods": {
+            "bf16 cuBLAS": {"us": base, **record},
+            "int8run triton": {"us": ours, **record},
+            "int8run triton, best tile": {"us": ours / 2, **record},
+            "int8run triton, LoRA r64": {"us": lora, **record},
+        },
+    }
+
+
+def test_targets_are_judged_by_the_reports(summary: ModuleType) -> None:
+    linears = {"sizes": [make_size(64, 2, 300.0, 200.0, 220.0), make_size(1, 99, 1.0, 900.0, 900.0)]}
+    steps = {"timed": {"int8run triton compile=blocks": {"same_mode": {"median": 1.2}}}}
+
+    exact, ratio, step, lora = summary.judge_targets(
+        {"linears": linears, "steps": steps}, {"exact tests": "done"}
+    )
+
+    assert exact.is_met is True
+    assert (ratio.found, ratio.is_met) == ("3.00x", True), "one row is no part of it, the best tile counts"
+    assert ratio.limit == "layer of 64 reaches 50 % of the limit by operations"
+    assert (step.found, step.is_met) == ("1.20x", False)
+    assert (lora.found, lora.is_met) == ("+10.0 %", False)
+
+
+def test_what_was_not_measured_is_no_target_met(summary: ModuleType) -> None:
+    targets = summary.judge_targets({}, {"exact tests": "cut off"})
+
+    assert [target.is_met for target in targets] == [None] * 4
+    table = summary.format_summary([("import", "done", 1.0, "")], targets, {}, is_dry=False)
+    assert table.count("| not measured |") == 4 and "Dry run" not in table
+
+
+# -- dry -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow  # ten processes, each of which imports torch
+def test_every_step_runs_dry_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("triton")
+    run_script("gpu/run.py", "--dry-run", "--out", tmp_path)
+
+    results = {}
+    for line in (tmp_path / "results.jsonl").read_text().splitlines():
+        result = json.loads(line)
+        results[result["name"]] = result
+    assert {name for name, result in results.items() if result["status"] != "done"} == {"install"}
+    for part in ("compile", "int_mm", "bandwidth", "offload"):
+        assert results[part]["found"]["rows"]
+    assert results["linears"]["found"]["sizes"] and results["steps"]["found"]["timed"]
+    assert "# Dry run on a CPU" in capsys.readouterr().out
+    assert "| a dry run |" in (tmp_path / "table.md").read_text()
+
+
+@pytest.mark.parametrize("part", ["bandwidth", "product"])
+def test_a_part_runs_alone(part: str, tmp_path: Path) -> None:
+    run_script("gpu/parts.py", part, "--device", "cpu", "--json", tmp_path / "rows.json")
+    assert json.loads((tmp_path / "rows.json").read_text())["rows"]
+
+
+@pytest.mark.slow
+def test_one_build_is_compiled_into_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    triton = pytest.importorskip("triton")
+    run_script("gpu/compile_table.py", "--only", "sm_90 linear 16x64x256", "--folder", tmp_path)
+    rows = (tmp_path / f"compiled_triton_{triton.__version__}.csv").read_text().splitlines()
+    assert len(rows) > 1 and all(row.startswith("sm_90,linear 16x64x256") for row in rows[1:])
+
+    run_script("gpu/compile_table.py", "--markdown", "--folder", tmp_path)
+    assert "| architecture | Triton | build |" in capsys.readouterr().out
