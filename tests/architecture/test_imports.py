@@ -186,6 +186,8 @@ def test_the_walk_sees_what_there_is():
         "backends.base",
         "errors",
         "kernels.quantize_rowwise.reference",
+        "layers.low_rank_branch",
+        "layers.shared_input",
         "outlier.base",
         "quant.weight",
     }

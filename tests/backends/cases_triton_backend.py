@@ -5,12 +5,14 @@ import torch
 from support.compare import assert_close
 from support.helpers import randn
 from support.triton_process import case_device
+from torch import nn
 
 from int8run.backends.base import run_plain_layer
 from int8run.backends.reference import Reference
 from int8run.backends.triton import Triton
 from int8run.kernels.hadamard.reference import Rotation, sylvester_hadamard
 from int8run.kernels.int8_linear.tile import Tile
+from int8run.layers.fusion import share_inputs
 from int8run.layers.int8_linear import Int8Linear, QuantizedLayer
 from int8run.layers.low_rank_branch import LowRankBranch
 from int8run.outlier.convrot import ConvRot
@@ -89,6 +91,21 @@ def test_a_rank_beyond_the_registers_is_left_beside_the_product():
     x, adapted = randn(4, K).to(DEVICE), branch_on(layer(BACKEND, NoOutlier()), 257, [1.0])
     assert adapted.adapter.fused is None
     assert_close("layer", adapted(x), branch_on(layer(Reference(), NoOutlier()), 257, [1.0])(x), 2e-3)
+
+
+@pytest.mark.parametrize("outlier", [NoOutlier(), ConvRot()], ids=lambda m: m.name)
+def test_layers_that_share_an_input_multiply_their_branches_together(outlier):
+    # h of each layer is then some columns of a wider matrix
+    x, alone, together = randn(9, K).to(DEVICE), [], nn.ModuleDict()
+    for i, rank in enumerate((5, 20, 16)):
+        alone.append(branch_on(layer(BACKEND, outlier), rank, [0.8 - i]))
+        together[f"l{i}"] = branch_on(layer(BACKEND, outlier), rank, [0.8 - i])
+    model = nn.ModuleDict({"block": together})
+
+    assert share_inputs(model, [["l0", "l1", "l2"]]) == 2
+    assert [joint.get_down().shape[0] for joint in together["l0"].shared.joints] == [16 + 32 + 16]
+    for i, plain in enumerate(alone):
+        assert_close("layer", together[f"l{i}"](x), plain(x), 1e-5)
 
 
 def test_no_rows():
