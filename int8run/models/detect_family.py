@@ -3,11 +3,18 @@
 Called for single files, whose names are all that tells what they are. No weight is read.
 """
 
-from collections.abc import Iterable, Mapping
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import yaml
 
 from int8run.errors import ConfigError
 from int8run.models.family import ModelFamily
+from int8run.models.fingerprint import has_names
 from int8run.models.state_dict_adapter import Shape, find_targets
+
+NAMED_FILE = Path(__file__).with_name("models_without_class.yaml")
 
 
 def detect_denoiser(
@@ -40,6 +47,28 @@ def detect_denoiser(
     for (_, class_name), family in found.items():
         return family, class_name
     return None
+
+
+def find_model_without_class(keys: Iterable[str]) -> str | None:
+    """The name of the model whose denoiser a file holds and that diffusers has no class for; None: not known.
+
+    Args:
+        keys: of the file, without prefix.
+    """
+    keys = set(keys)
+    for name, entry in read_models_without_class().items():
+        if has_names(keys, required=entry["all"], forbidden=entry.get("none", ())):
+            return name
+    return None
+
+
+@functools.cache
+def read_models_without_class() -> Mapping[str, Mapping[str, Sequence[str]]]:
+    """What `models_without_class.yaml` says, by the name of the model."""
+    entries: Mapping[str, Mapping[str, Sequence[str]]] = yaml.safe_load(
+        NAMED_FILE.read_text(encoding="utf-8")
+    )
+    return entries
 
 
 def has_family_widths(family: ModelFamily, class_name: str, shapes: Mapping[str, Shape] | None) -> bool:

@@ -17,7 +17,7 @@ from int8run.checkpoints.reader import TensorFiles
 from int8run.errors import ConfigError, FileError
 from int8run.lora.key_parsing import parse_key
 from int8run.lora.unread_types import describe_unread_types, list_unread_types
-from int8run.models.detect_family import detect_denoiser
+from int8run.models.detect_family import detect_denoiser, find_model_without_class
 from int8run.models.family import load_families
 from int8run.models.state_dict_adapter import find_denoiser_keys, find_prefix
 from int8run.tasks.file_description import Row, format_setting
@@ -85,6 +85,12 @@ def describe_family(files: TensorFiles, prefix: str, layers: Mapping[str, Checkp
         detected = detect_denoiser(shapes, load_families().values(), shapes)
     except ConfigError as error:
         return str(error)
+    named = find_model_without_class(shapes)
+    if detected is None and named is not None:
+        return (
+            f"none: this is {named}, which diffusers has no class for, so it cannot be run; task=quantize "
+            "makes its middle blocks INT8, or what a model_type of your own says"
+        )
     if detected is None:
         return "unknown: no fingerprint in conf/model_type matches"
     family, class_name = detected
