@@ -12,6 +12,7 @@ from pathlib import Path
 
 import int8run
 from int8run.config.help import (
+    PROMPT_SETTINGS,
     Group,
     Setting,
     list_options,
@@ -52,7 +53,7 @@ def render_settings() -> str:
         GENERATED.format(source="comments in conf/"),
         SETTINGS_INTRO,
         "## Keys without a group",
-        render_key_table(read_own_settings()),
+        render_key_table([*PROMPT_SETTINGS, *read_own_settings()]),
     ]
     for group in read_groups():
         blocks += render_group(group)

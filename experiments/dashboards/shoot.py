@@ -187,7 +187,7 @@ def look_at_images(page: Page, n_runs: int, n_images: int) -> bytes:
 
 
 def list_report_shots(report: Path) -> list[Shot]:
-    """The report: light, dark, and on a phone."""
+    """The report: light, its first screen, dark, and on a phone."""
     link = report.absolute().as_uri()
     screen = {**make_viewport(1280, 900), "offline": True}
     phone = {
@@ -199,6 +199,7 @@ def list_report_shots(report: Path) -> list[Shot]:
     }
     return [
         Shot(link, look_at_whole_page, "report_light.png", {**screen, "color_scheme": "light"}),
+        Shot(link, look_at_first_screen, "report_top.png", {**screen, "color_scheme": "light"}),
         Shot(link, look_at_whole_page, "report_dark.png", {**screen, "color_scheme": "dark"}),
         Shot(link, look_at_phone_screens, "report_phone.png", phone),
     ]
@@ -207,6 +208,14 @@ def list_report_shots(report: Path) -> list[Shot]:
 def look_at_whole_page(page: Page) -> bytes:
     """The page from top to bottom."""
     return page.screenshot(full_page=True)
+
+
+def look_at_first_screen(page: Page) -> bytes:
+    """The page from its top to the end of the table of runs."""
+    runs = page.locator("#runs").bounding_box()
+    assert runs is not None, "the report has no table of runs"
+    bottom = runs["y"] + runs["height"] + GAP_PX
+    return page.screenshot(full_page=True, clip={"x": 0, "y": 0, "width": 1280, "height": bottom})
 
 
 def look_at_phone_screens(page: Page) -> bytes:

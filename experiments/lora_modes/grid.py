@@ -1,7 +1,8 @@
 """Put the images of one sweep over two strengths side by side.
 
-    int8run -m lora=stack_a lora.adapters.0.strength=-1,0,0.5,1,1.5,2 lora.adapters.1.strength=0,0.5,1 \
-        'prompts.prompts=[fox]' metrics.baseline=none tracker=none hydra.sweep.dir=work/grid
+    int8run -m lora=stack_a lora.adapters.0.strength=-0.5,0,0.25,0.5,0.75,1 \
+        lora.adapters.1.strength=0,0.25,0.5 'prompts.prompts=[fox]' metrics.baseline=none tracker=none \
+        hydra.sweep.dir=work/grid
     python experiments/lora_modes/grid.py work/grid --out experiments/lora_modes/grid.png
 """
 

@@ -59,7 +59,9 @@ def build_marker(
     return marker
 
 
-def encode_marker(weight_format: WeightFormat, shape: tuple[int, int], transform: OutlierTransform) -> bytes:
+def encode_format_marker(
+    weight_format: WeightFormat, shape: tuple[int, int], transform: OutlierTransform
+) -> bytes:
     """The marker as the file holds it: JSON, as a row of bytes; empty where there is none."""
     marker = build_marker(weight_format, shape, transform)
     return json.dumps(marker).encode() if marker else b""
@@ -82,7 +84,7 @@ def plan_packed_entries(
     rows, columns = shape
     qdata_shape = weight_format.get_qdata_shape(rows, columns)
     scale_shape = weight_format.get_scale_shape(rows, columns)
-    marker = encode_marker(weight_format, shape, transform)
+    marker = encode_format_marker(weight_format, shape, transform)
     entries = [TensorEntry(key, SAFETENSORS_DTYPES[weight_format.qdata_dtype], qdata_shape)]
     if scale_shape is not None:
         entries.append(TensorEntry(sibling_key(key, SCALE), get_scale_dtype(weight_format), scale_shape))
@@ -141,7 +143,7 @@ def collect_tensors(
     for entry in plan_packed_entries(key, weight_format, weight.shape, transform):
         tensor = numbers.get(entry.key)
         if tensor is None:
-            tensors[entry.key] = encode_marker(weight_format, weight.shape, transform)
+            tensors[entry.key] = encode_format_marker(weight_format, weight.shape, transform)
         elif entry.dtype == "F32":
             tensors[entry.key] = tensor.float().reshape(entry.shape)
         else:

@@ -43,7 +43,7 @@ def build_marker(transform: OutlierTransform) -> dict[str, object]:
     return marker
 
 
-def encode_marker(transform: OutlierTransform) -> bytes:
+def encode_int8_marker(transform: OutlierTransform) -> bytes:
     """The marker as the file holds it: JSON, as a row of bytes."""
     return json.dumps(build_marker(transform)).encode()
 
@@ -69,7 +69,7 @@ def plan_int8_entries(key: str, shape: tuple[int, ...], transform: OutlierTransf
     entries = [
         TensorEntry(key, "I8", shape),
         TensorEntry(sibling_key(key, SCALE), "F32", (rows, 1)),
-        TensorEntry(sibling_key(key, MARKER), "U8", (len(encode_marker(transform)),)),
+        TensorEntry(sibling_key(key, MARKER), "U8", (len(encode_int8_marker(transform)),)),
     ]
     if transform.factor is not None:
         entries.append(TensorEntry(sibling_key(key, FACTOR), "F32", (columns,)))

@@ -4,7 +4,7 @@
 them, other programs wrote variants: without a format, with fields nested in `params`, with doubled braces,
 padded with NUL bytes. Where both are there ComfyUI takes the header's object. `detect.py` calls
 `read_markers`; whether a marker agrees with the tensors is checked there, not here. Markers are written by
-`comfy_int8.encode_marker` and `comfy_formats.encode_marker`.
+`comfy_int8.encode_int8_marker` and `comfy_formats.encode_format_marker`.
 """
 
 import json

@@ -59,12 +59,20 @@ class Group:
 
 # hydra's own group, with our options
 LAUNCHER = Group("hydra/launcher", default="basic", description="where the jobs of a sweep run")
+# words of the command line that no file of conf/ has; `prompt_argument` turns them into settings of `prompts`
+PROMPT_SETTINGS = (
+    Setting("prompt", "'TEXT'", "what to generate, any text as it is; may be given several times"),
+    Setting(
+        "negative_prompt", "'TEXT'", "what images shall not show, any text, where the pipeline takes one"
+    ),
+)
 USAGE = """\
 int8run: build a diffusion model in INT8 (W8A8), generate, and measure it against the float model.
 
   int8run                                             the tiny model in this package, offline
   int8run prompt='red apple'                          a prompt of yours: any text
-  int8run model=flux lora=stack_a                     options of groups
+  int8run model=z_image_turbo prompt='red apple'      another model, from the hub
+  int8run outlier=convrot backend=onednn              options of groups
   int8run lora=stack_a lora.adapters.0.strength=0.5   any setting of any option
   int8run -m lora=stack_a lora.strength=0,0.5,1       a sweep: one job per value, one page that compares them
   int8run task=inspect task.path=FILE.safetensors     what a file is
@@ -128,7 +136,7 @@ def render_overview(config_dir: str | None = None) -> str:
     sections = list_sections()
     section_lines: list[str] = []
     setting_lines: list[str] = []
-    for setting in read_own_settings():
+    for setting in [*PROMPT_SETTINGS, *read_own_settings()]:
         if setting.key in sections:
             section_lines += format_row(setting.key, setting.comment, OVERVIEW_WIDTH)
         elif "." not in setting.key:

@@ -5,7 +5,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from int8run.checkpoints.comfy_int8 import FACTOR, WEIGHT, encode_marker, sibling_key
+from int8run.checkpoints.comfy_int8 import FACTOR, WEIGHT, encode_int8_marker, sibling_key
 from int8run.checkpoints.quant_metadata import MARKER
 from int8run.outlier.base import OutlierTransform
 
@@ -31,6 +31,6 @@ def iterate_transform_tensors(key: str, transform: OutlierTransform) -> Iterator
         key: of the weight.
         transform: that it was quantized under.
     """
-    yield sibling_key(key, MARKER), encode_marker(transform)
+    yield sibling_key(key, MARKER), encode_int8_marker(transform)
     if transform.factor is not None:
         yield sibling_key(key, FACTOR), transform.factor.float().cpu().contiguous()
