@@ -1,9 +1,12 @@
 """Names of families whose authors' files only diffusers' scripts read: both ways, against those scripts."""
 
+import re
 from math import prod
 
 import pytest
 import torch
+from diffusers.loaders.single_file_utils import convert_wan_animate_2_transformer_to_diffusers
+from families.instances_modular import wan_animate_2_transformer
 from support.more_original_families import SCRIPTS
 from torch import Tensor
 
@@ -77,6 +80,7 @@ def test_joined_query_key_value_of_hunyuan_is_read(name: str) -> None:
 
 
 UP, GATE = (f"double_blocks.0.img_mlp.{name}_proj.weight" for name in ("up", "gate"))
+WAN_ANIMATE_2 = "WanAnimate2Transformer3DModel"
 JOINED = "transformer_blocks.0.ff.net.0.proj"
 
 
@@ -130,6 +134,22 @@ def test_change_of_half_a_module_is_placed_in_its_rows() -> None:
         (ModuleTarget(JOINED, start=0, total=512),),
         (ModuleTarget(JOINED, start=256, total=512),),
     ]
+
+
+@pytest.mark.parametrize("level", ["", "block."], ids=["ComfyUI", "Alibaba"])
+def test_wan_animate_2_is_read_as_diffusers_reads_it(level: str) -> None:
+    with torch.device("meta"):
+        shapes = get_shapes(wan_animate_2_transformer().state_dict())
+    # each key, and the parameter that it is
+    file = {}
+    for key, (part,) in to_original(shapes, WAN_ANIMATE_2).items():
+        file[re.sub(r"^(blocks\.\d+\.)", rf"\1{level}", key)] = part.key
+
+    found = to_model({key: shapes[name] for key, name in file.items()}, shapes, WAN_ANIMATE_2)
+    ours = {name: file[part.key] for name, (part,) in found.parts.items()}
+
+    assert (found.unused, found.missing) == ((), ())
+    assert ours == convert_wan_animate_2_transformer_to_diffusers(dict(file)) == {n: n for n in shapes}
 
 
 FAMILY = {"hunyuan_image_distilled": "hunyuan_image", "joyimage_edit": "joyimage"}
