@@ -14,6 +14,7 @@ from torch import Tensor
 from int8run.backends.auto import AutoBackend, BackendChooser
 from int8run.backends.autotune_cache import AutotuneCache
 from int8run.backends.base import Backend
+from int8run.backends.run_errors import find_run_failure
 from int8run.layers.int8_linear import Int8Linear, QuantizedLayer
 from int8run.layers.low_rank_branch import LowRankBranch
 from int8run.outlier.base import OutlierTransform
@@ -47,15 +48,17 @@ class LayerCosts:
         return self.measured.get(key) or parse_ratio(self.cache.get(key))
 
     def random_tensor(self, *shape: int) -> Tensor:
-        """Normal numbers, the same ones at each call."""
-        return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.device)
+        """Normal numbers, drawn on the device, the same ones at each call."""
+        generator = torch.Generator(self.device).manual_seed(0)
+        return torch.randn(shape, generator=generator, device=self.device)
 
     @torch.no_grad()
     def measure_ratio(self, key: str, plain: Int8Linear, changed: Int8Linear, rows: int) -> float:
         """The ratio of the shortest times, of calls that take turns.
 
         Not the ratio of medians: other work on the machine adds to the medians and would double the ratio.
-        A measurement that scatters is used in this process and not kept for later runs.
+        A measurement that scatters is used in this process and not kept for later runs. A change that
+        cannot run here costs infinitely much, so that nothing chooses it.
 
         Args:
             key: of the ratio in the cache.
@@ -64,6 +67,11 @@ class LayerCosts:
             rows: of the input.
         """
         x = self.random_tensor(1, rows, plain.in_features).to(self.dtype)
+        failure = find_run_failure(partial(changed, x), self.device)
+        if failure is not None:
+            log.warning("%s: left out, because it cannot run here: %s", key, failure)
+            self.measured[key] = math.inf
+            return math.inf
         seconds = time_in_turns([partial(plain, x), partial(changed, x)], self.device, ROUNDS)
         plain_seconds, changed_seconds = map(min, seconds)
         ratio = round(changed_seconds / plain_seconds, 3)

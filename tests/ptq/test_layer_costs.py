@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +15,7 @@ from support.helpers import CPU, randn
 from int8run.backends.auto import AutoBackend
 from int8run.backends.autotune_cache import read_entries
 from int8run.backends.reference import Reference
-from int8run.layers.int8_linear import Int8Linear, QuantizedLayer
+from int8run.layers.int8_linear import Int8Linear, LowRankBranch, QuantizedLayer
 from int8run.outlier.base import OutlierTransform
 from int8run.ptq import layer_costs as costs_module
 from int8run.ptq.layer_costs import BranchCosts
@@ -137,6 +138,20 @@ def test_a_busy_machine_is_asked_again_by_the_next_run(
         "other work runs here; measured anew next time"
     ]
     assert not (tmp_path / "table.json").exists()
+
+
+def test_a_branch_that_cannot_run_here_costs_too_much_for_anybody(
+    backend: AutoBackend, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*args: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(LowRankBranch, "add_product", fail)
+    costs = BranchCosts(backend, CPU, torch.float32)
+
+    assert [costs.get_ratio(layer(), 4, 5), costs.get_ratio(layer(), 4, 5)] == [math.inf, math.inf]
+    assert caplog.text.count("cannot run here: OutOfMemoryError: CUDA out of memory") == 1
+    assert not (tmp_path / "table.json").exists(), "the next run tries it again"
 
 
 def test_a_single_backend_keeps_its_costs_in_the_users_table(
