@@ -92,6 +92,20 @@ def select_sampling(spec: "RunSpec") -> object:
     return spec.sampling
 
 
+def adapt_schedule(sampling: Sampling, steps: int | None) -> Sampling:
+    """A sampling without what holds for its own number of steps alone, where another number is asked for.
+
+    Args:
+        sampling: of a checkpoint or a few-step LoRA.
+        steps: that are asked for; None: its own.
+    """
+    if steps in (None, sampling.steps):
+        return sampling
+    # a list of noise levels has one entry per step
+    extra = {name: value for name, value in sampling.extra.items() if name not in SCHEDULE_ARGUMENTS}
+    return replace(sampling, extra=extra)
+
+
 # -- all settings ----------------------------------------------------------------------------------
 REDUCE_OVERHEAD = "reduce-overhead"  # torch.compile's own name for CUDA graphs
 
@@ -225,19 +239,13 @@ class RunSpec:
     @property
     def sampling(self) -> Sampling:
         """The sampler's settings, else those a few-step LoRA was made for, else the checkpoint's own."""
-        default = self.model.sampling
         preset = self.lora.find_preset(self.model.lora_base, self.sampler.steps)
-        if preset is not None:
-            default = self.adapt_preset(preset.sampling).with_defaults(default)
+        if preset is None:
+            return self.sampler.with_defaults(adapt_schedule(self.model.sampling, self.sampler.steps))
+        few_steps = adapt_schedule(preset.sampling, self.sampler.steps)
+        steps = self.sampler.steps or few_steps.steps
+        default = few_steps.with_defaults(adapt_schedule(self.model.sampling, steps))
         return self.sampler.with_defaults(default)
-
-    def adapt_preset(self, preset: Sampling) -> Sampling:
-        """The sampling of a few-step preset, without what holds for its own number of steps alone."""
-        if self.sampler.steps in (None, preset.steps):
-            return preset
-        # a list of noise levels has one entry per step
-        extra = {name: value for name, value in preset.extra.items() if name not in SCHEDULE_ARGUMENTS}
-        return replace(preset, extra=extra)
 
     @property
     def candidate(self) -> str:

@@ -368,3 +368,13 @@ def test_float_text_encoders_are_held_where_somebody_reads_with_them(overrides, 
 def test_what_is_compared_with_the_float_model(overrides, candidate):
     spec = make_spec(overrides)
     assert spec.candidate == candidate and spec.has_comparison == (candidate != "float")
+
+
+@pytest.mark.parametrize(("words", "steps", "is_kept"), [([], 8, True), (["sampler.steps=20"], 20, False)])
+def test_noise_levels_of_a_model_hold_for_its_own_number_of_steps(
+    words: list[str], steps: int, is_kept: bool
+) -> None:
+    sampling = make_spec(["model=ltx25", *words]).sampling
+
+    assert (sampling.steps, "sigmas" in sampling.extra) == (steps, is_kept)
+    assert sampling.extra["stg_scale"] == 0.0
