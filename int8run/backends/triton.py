@@ -23,6 +23,7 @@ from int8run.backends.base import (
     Shape,
     Timer,
 )
+from int8run.backends.run_errors import find_run_failure
 from int8run.errors import BackendError, ConfigError
 from int8run.kernels.hadamard.reference import Rotation
 from int8run.kernels.int8_linear.tile import (
@@ -198,9 +199,12 @@ class Triton:
         times = timer.measure({name: replace(self, tile=tile) for name, tile in tiles.items()}, shape)
         for name, reason in times.failures.items():
             log.debug("%s is left out: %s", name, reason)
-        if times.seconds:
-            fastest = min(times.seconds, key=times.seconds.__getitem__)
-            self.keep_tile(timer.device, shape, tiles[fastest])
+        for name in sorted(times.seconds, key=times.seconds.__getitem__):
+            mistake = find_wrong_tile(tiles[name], shape, timer.device)
+            if mistake is None:
+                self.keep_tile(timer.device, shape, tiles[name])
+                return
+            log.warning("%s is left out: %s", name, mistake)
 
     def keep_tile(self, device: torch.device, shape: Shape, tile: Tile) -> None:
         """Remember the fastest tile for a shape on this GPU; layers that are packed from now on use it."""
@@ -208,6 +212,47 @@ class Triton:
         fields = ",".join(map(str, tile.as_list()))
         self.open_autotune_cache(device).put(tile_key(rows, in_features, out_features), fields)
         self.tiles.pop((in_features, out_features), None)
+
+
+def find_wrong_tile(tile: Tile, shape: Shape, device: torch.device) -> str | None:
+    """Why a fast tile must not be kept; None where it computes what the portable kernel's default does.
+
+    Only tiles of another kernel are run: those of the portable one differ in order of exact sums alone.
+    """
+    if tile.kernel == PORTABLE:
+        return None
+    results: list[bool] = []
+    failure = find_run_failure(lambda: results.append(equals_portable(tile, shape, device)), device)
+    if failure is not None:
+        return failure
+    return None if results == [True] else "its sums differ from the portable kernel's"
+
+
+def equals_portable(tile: Tile, shape: Shape, device: torch.device) -> bool:
+    """Whether a tile multiplies random integers of a shape to the bits of the default tile."""
+    from int8run.kernels.int8_linear.kernel import int8_linear
+
+    rows, in_features, out_features = shape
+    q = torch.randint(-127, 128, (rows, in_features), dtype=torch.int8, device=device)
+    qdata = torch.randint(-127, 128, (out_features, in_features), dtype=torch.int8, device=device)
+    x_scale, w_scale = torch.ones(rows, 1, device=device), torch.ones(out_features, device=device)
+
+    def multiply(with_tile: Tile) -> Tensor:
+        return int8_linear(
+            q,
+            x_scale,
+            qdata,
+            w_scale,
+            group=0,
+            bias=None,
+            h=None,
+            up=None,
+            out_dtype=torch.float32,
+            tile=with_tile,
+        )
+
+    default = choose_tile(get_gpu_architecture(device), rows)
+    return torch.equal(multiply(tile), multiply(default))
 
 
 def check_tile(tile: Tile, device: torch.device) -> None:

@@ -1,6 +1,7 @@
 """`backend=triton`: layers interpreted on the CPU and compiled on a GPU, its tiles, and their config."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from support.triton_process import needs_gpu, needs_interpreter, run_cases
 
 from int8run.backends.autotune_cache import AutotuneCache
 from int8run.backends.base import LayerTimes
-from int8run.backends.triton import Triton, check_tile, parse_tile, tile_key
+from int8run.backends.triton import Triton, check_tile, find_wrong_tile, parse_tile, tile_key
 from int8run.errors import BackendError, ConfigError
 from int8run.kernels.int8_linear.tile import ARCHITECTURES, BUCKETS, Tile, choose_tile, list_candidates
 from int8run.quant.weight import quantize_weight
@@ -85,6 +86,36 @@ def test_tiles_that_cannot_run_are_passed_over(tmp_path, hopper):
     nothing_runs = Triton(table=str(tmp_path / "other" / "choices.json"))
     nothing_runs.tune(FakeTimer(None, broken=candidates), (4096, 48, 24))
     assert list((tmp_path / "other").iterdir()) == []
+
+
+def replace_product(monkeypatch, product):
+    kernel = pytest.importorskip("int8run.kernels.int8_linear.kernel", reason="Triton is not installed")
+    monkeypatch.setattr(kernel, "int8_linear", product)
+
+
+def test_a_fast_tile_whose_sums_are_wrong_is_not_kept(tmp_path, hopper, monkeypatch, caplog):
+    def multiply(q, x_scale, qdata, w_scale, *, tile, **_):
+        return q.float() @ qdata.float().T + (tile == wrong)
+
+    replace_product(monkeypatch, multiply)
+    wrong = next(tile for tile in list_candidates("sm_90", 4096) if tile.kernel == "hopper")
+    backend = Triton(table=str(tmp_path / "choices.json"))
+    backend.tune(FakeTimer(wrong), (4096, 48, 24))
+    backend.pack_weight(quantize_weight(torch.ones(24, 48)))
+
+    assert backend.tiles[48, 24][-1] == list_candidates("sm_90", 4096)[0]
+    assert "is left out: its sums differ from the portable kernel's" in caplog.text
+    # a right one is kept
+    assert find_wrong_tile(replace(wrong, group_m=1), (4, 48, 24), CPU) is None
+
+
+def test_a_fast_tile_that_cannot_run_is_not_kept(hopper, monkeypatch):
+    def multiply(*_, tile, **__):
+        raise torch.OutOfMemoryError("no room")
+
+    replace_product(monkeypatch, multiply)
+    reason = find_wrong_tile(Tile(128, 128, 128, 8, 4, 3, "hopper"), (4, 48, 24), CPU)
+    assert "no room" in reason
 
 
 def test_a_tile_that_was_asked_for_is_not_tuned(tmp_path, hopper):
