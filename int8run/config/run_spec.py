@@ -18,7 +18,7 @@ from int8run.layers.plan import Int8Settings
 from int8run.lora.config import LoraSettings
 from int8run.metrics.settings import MetricsSettings
 from int8run.models.family import AutoFamily, ModelFamily, ModelSource, list_family_names
-from int8run.models.sampling import SCHEDULE_ARGUMENTS, Sampling
+from int8run.models.sampling import Sampling, drop_schedule
 from int8run.outlier.auto import AutoOutlier
 from int8run.outlier.base import OutlierMethod
 from int8run.quant.formats import FORMATS
@@ -99,11 +99,7 @@ def adapt_schedule(sampling: Sampling, steps: int | None) -> Sampling:
         sampling: of a checkpoint or a few-step LoRA.
         steps: that are asked for; None: its own.
     """
-    if steps in (None, sampling.steps):
-        return sampling
-    # a list of noise levels has one entry per step
-    extra = {name: value for name, value in sampling.extra.items() if name not in SCHEDULE_ARGUMENTS}
-    return replace(sampling, extra=extra)
+    return sampling if steps in (None, sampling.steps) else drop_schedule(sampling)
 
 
 # -- all settings ----------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from int8run.generate.pipeline_call import call_pipeline
 from int8run.generate.prompts import Sample
 from int8run.generate.step_count import count_asked_steps
 from int8run.models.dual_denoisers import set_denoiser, split_denoiser
-from int8run.models.sampling import Sampling
+from int8run.models.sampling import Sampling, drop_schedule
 
 CAPTURED_STEPS = 2
 Call = Mapping[str, Any]  # the arguments of one call of a denoiser, by name
@@ -38,7 +38,7 @@ def capture_step(
         sampling: how, apart from the number of steps.
     """
     steps = count_asked_steps(pipe, batch, sampling, CAPTURED_STEPS)
-    calls = capture_calls(pipe, component, denoiser, batch, replace(sampling, steps=steps))
+    calls = capture_calls(pipe, component, denoiser, batch, replace(drop_schedule(sampling), steps=steps))
     last_calls = {call.get("expert"): call for call in calls}
     return list(last_calls.values())
 

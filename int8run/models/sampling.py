@@ -93,3 +93,9 @@ def check_mapping(name: str, value: object, example: str) -> None:
     """Raise ConfigError unless a setting is a mapping of names to values."""
     if not isinstance(value, Mapping):
         raise ConfigError(f"{name} is {value!r}; it takes names and values, such as {example}")
+
+
+def drop_schedule(sampling: Sampling) -> Sampling:
+    """A sampling without the lists that fix the number of its steps: they have an entry for each."""
+    extra = {name: value for name, value in sampling.extra.items() if name not in SCHEDULE_ARGUMENTS}
+    return replace(sampling, extra=extra)

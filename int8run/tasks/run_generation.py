@@ -16,7 +16,7 @@ from int8run.generate.prompt_cache import PromptCache
 from int8run.generate.prompts import Sample
 from int8run.generate.step_count import count_asked_steps
 from int8run.metrics.memory import read_peak_bytes, reset_peak_memory
-from int8run.models.sampling import SCHEDULE_ARGUMENTS, Sampling
+from int8run.models.sampling import Sampling, drop_schedule
 from int8run.pipeline import process_cache
 from int8run.pipeline.built_model import BuiltModel
 from int8run.tasks.run_inputs import RunInputs
@@ -148,8 +148,7 @@ def shorten_sampling(pipe: Any, batch: Sequence[Sample], sampling: Sampling, ste
         sampling: how.
         steps: that a call takes, whatever the strength.
     """
-    extra = {name: value for name, value in sampling.extra.items() if name not in SCHEDULE_ARGUMENTS}
-    return replace(sampling, steps=count_asked_steps(pipe, batch, sampling, steps), extra=extra)
+    return replace(drop_schedule(sampling), steps=count_asked_steps(pipe, batch, sampling, steps))
 
 
 def shorten_for_timing(pipe: Any, samples: Sequence[Sample], sampling: Sampling) -> Sampling:

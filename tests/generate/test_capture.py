@@ -64,6 +64,26 @@ def test_the_captured_step_is_the_second_of_two_and_the_hook_is_removed() -> Non
     assert not denoiser._forward_pre_hooks
 
 
+def test_noise_levels_do_not_lengthen_the_captured_step() -> None:
+    heard = []
+
+    class Listening(Pipe):
+        def __call__(
+            self,
+            num_inference_steps: int,
+            callback_on_step_end: Callable,
+            sigmas: list[float] | None = None,
+            **_: Any,
+        ) -> Any:
+            heard.append(sigmas)
+            return super().__call__(num_inference_steps, callback_on_step_end)
+
+    sampling = Sampling(steps=3, extra={"sigmas": [1.0, 0.5, 0.2]})
+    capture_step(Listening(), "denoiser", Denoiser(), BATCH, sampling)
+
+    assert heard == [None]
+
+
 def test_latents_that_the_pipeline_changes_in_place_are_copied() -> None:
     clock, pipe = StepClock(CPU), Pipe()
     pipe.register_modules(Denoiser())
