@@ -4,7 +4,7 @@ Arguments are checked once for each layout of them: a layer has the same at ever
 would take longer than the launch.
 """
 
-from typing import NamedTuple, overload
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,18 +34,8 @@ class Layout(NamedTuple):
         return len(self.shape) < 2 or self.shape[0] == 1 or self.stride[0] == self.shape[1]
 
 
-@overload
-def describe_layout(tensor: Tensor) -> Layout: ...
-
-
-@overload
-def describe_layout(tensor: None) -> None: ...
-
-
-def describe_layout(tensor: Tensor | None) -> Layout | None:
-    """How a tensor lies in memory; None of None."""
-    if tensor is None:
-        return None
+def describe_layout(tensor: Tensor) -> Layout:
+    """How a tensor lies in memory."""
     return Layout(tensor.shape, tensor.dtype, tensor.stride())
 
 

@@ -5,9 +5,11 @@ second is the product, with scales, bias and the second half of the branch.
 """
 
 import logging
+from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +46,13 @@ from int8run.utils.paths import expand_path
 log = logging.getLogger(__name__)
 # the tensor cores take ranks in multiples of 16, so ranks are padded with zeros; the registers hold up to 256
 RANK_MULTIPLE, MAX_RANK = 16, 256
+
+
+class Kernels(NamedTuple):
+    """The functions that launch the Triton kernels."""
+
+    quantize_rowwise: Callable[..., tuple[Tensor, Tensor, Tensor | None]]
+    int8_linear: Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -88,9 +97,6 @@ class Triton:
         down: Tensor | None = None,
     ) -> QuantizedInput:
         """x: [M, K] -> int8 [M, K], scales [M, 1] and, with `down`, its product with the transformed x."""
-        # imported here, because machines without a GPU need not have Triton
-        from int8run.kernels.quantize_rowwise.kernel import quantize_rowwise
-
         if x.shape[0] == 0:  # an empty grid cannot be launched
             no_rows = x.new_empty(x.shape, dtype=torch.int8)
             return QuantizedInput(no_rows, scale=x.new_empty((0, 1), dtype=torch.float32))
@@ -98,7 +104,7 @@ class Triton:
             x = x.contiguous()
         if down is not None and down.dtype != x.dtype:  # an input that is not in the model's dtype
             down = down.to(x.dtype)
-        q, scale, h = quantize_rowwise(
+        q, scale, h = self.kernels.quantize_rowwise(
             x,
             factor=factor,
             rotation=0 if rotation is None else rotation.group,
@@ -120,12 +126,10 @@ class Triton:
         strengths: Tensor | None = None,
     ) -> Tensor:
         """x: [M, K] -> [M, N]."""
-        from int8run.kernels.int8_linear.kernel import int8_linear
-
         if x.q.shape[0] == 0:
             return x.q.new_empty((0, packed.shape[0]), dtype=dtype)
         rows, (n, k) = x.q.shape[0], packed.shape
-        tile = self.tile or self.tiles[k, n][BUCKETS.index(find_bucket(rows))]
+        tile = self.tile or self.tiles[k, n][bisect_left(BUCKETS, rows)]
         if branch is None or x.down_product is None:
             h = up = strengths = None
         else:
@@ -133,7 +137,7 @@ class Triton:
             padding = 0 if strengths is None else up.shape[1] - strengths.shape[0]
             if strengths is not None and padding:
                 strengths = F.pad(strengths, (0, padding))
-        return int8_linear(
+        return self.kernels.int8_linear(
             x.q,
             x.scale,
             packed,
@@ -163,6 +167,14 @@ class Triton:
             needs_input=True,
             max_rank=MAX_RANK,
         )
+
+    @cached_property
+    def kernels(self) -> "Kernels":
+        """Both kernels, imported at the first call: machines without a GPU need not have Triton."""
+        from int8run.kernels.int8_linear.kernel import int8_linear
+        from int8run.kernels.quantize_rowwise.kernel import quantize_rowwise
+
+        return Kernels(quantize_rowwise, int8_linear)
 
     @cached_property
     def tiles(self) -> dict[tuple[int, int], tuple[Tile, ...]]:

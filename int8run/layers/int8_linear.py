@@ -7,7 +7,7 @@ backend and its outlier transform; it knows no model and no config.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -214,17 +214,21 @@ class Int8Linear(KeepsDtypes):
 
         Shapes as in `forward`.
         """
-        rows = x.reshape(-1, self.in_features)  # [..., K] -> [M, K]
+        is_matrix = x.dim() == 2
+        rows = x if is_matrix else x.reshape(-1, self.in_features)  # [..., K] -> [M, K]
         branch = self._active_branch()
-        if self.float_weight is not None and rows.shape[0] <= self.float_rows:
-            y = self._float_forward(rows, self.float_weight, gelu_from)
+        float_weight = self.float_weight if self.float_rows else None
+        if float_weight is not None and rows.shape[0] <= self.float_rows:
+            y = self._float_forward(rows, float_weight, gelu_from)
         else:
             y = self._int8_forward(x, rows, gelu_from, shared, branch)
             if branch is not None and branch.fused is not None:
                 branch = None  # it is in the product already
         if branch is not None:
             y = self._add_branch(y, rows, gelu_from, branch)
-        return y.unflatten(0, x.shape[:-1]) if x.dim() > 1 else y.squeeze(0)
+        if is_matrix:
+            return y
+        return y.view(*x.shape[:-1], self.out_features)
 
     def _active_branch(self) -> LowRankBranch | None:
         # not read in compiled code: torch.compile would recompile whenever it changes
@@ -247,8 +251,11 @@ class Int8Linear(KeepsDtypes):
         branch: LowRankBranch | None,
     ) -> Tensor:
         """On the backend, a fused branch included. x: [..., K], rows: x as [M, K] -> [M, N], in x's dtype."""
+        # attributes that are tensors are looked for in three dictionaries; this is one
+        buffers: dict[str, Any] = self._buffers
+        transform = self.transform
         # without a token axis there is nothing to center: a mean over the batch would mix images
-        is_centered = self.transform.centered and x.dim() > 2
+        is_centered = transform.centered and x.dim() > 2
         fused: FusedBranch | None = None
         strengths = None
         if branch is not None and branch.fused is not None:
@@ -258,10 +265,11 @@ class Int8Linear(KeepsDtypes):
         def quantize(down: Tensor | None) -> QuantizedInput:
             # centered rows never wait for their GELU: fusion defers none to a centered transform
             tokens = center_rows(x) if is_centered else rows
+            factor, rotation = transform.get_input_steps()
             return self.backend.quantize(
                 tokens,
-                factor=self.transform.factor,
-                rotation=self.transform.rotation,
+                factor=factor,
+                rotation=rotation,
                 gelu_from=gelu_from,
                 down=down,
             )
@@ -271,11 +279,11 @@ class Int8Linear(KeepsDtypes):
         else:
             quantized = shared.get(x, quantize, branch)
         # of a centered input, the bias comes with the product of the means
-        bias = None if is_centered else self.bias
+        bias = None if is_centered else buffers["bias"]
         y = self.backend.linear(
             quantized,
-            self.packed,
-            self.scale,
+            buffers["packed"],
+            buffers["scale"],
             dtype=x.dtype,
             bias=bias,
             branch=fused,

@@ -76,6 +76,13 @@ class OutlierTransform(nn.Module):
         """The rotation, on the device where the layer is."""
         return None if self.matrix is None else Rotation(self.matrix, self.sylvester)
 
+    def get_input_steps(self) -> tuple[Tensor | None, Rotation | None]:
+        """Factor and rotation in one call, for the hot path of a layer."""
+        buffers = self._buffers
+        matrix = buffers["matrix"]
+        rotation = None if matrix is None else Rotation(matrix, self.sylvester)
+        return buffers["factor"], rotation
+
     def transform_weight(self, weight: Tensor) -> Tensor:
         """Offline, once, in float32. weight: [N, K] -> [N, K]."""
         if self.factor is not None:

@@ -83,8 +83,8 @@ def _launch_quantize_rowwise(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     plan = _plan_launch(
         describe_layout(x),
-        describe_layout(factor),
-        describe_layout(down),
+        None if factor is None else describe_layout(factor),
+        None if down is None else describe_layout(down),
         rotation,
         sylvester,
         gelu_from >= 0,

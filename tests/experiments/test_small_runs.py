@@ -62,6 +62,16 @@ def test_cpu_forward_prints_a_row_for_each_variant(capsys: Capture) -> None:
     assert [row.split(" | ")[1:3] for row in rows] == [["reference", "none"], ["reference", "convrot"]]
 
 
+def test_call_overhead_prints_a_row_for_each_layer(capsys: Capture) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    run_script("gpu/call_overhead.py", "--rounds", "2")
+
+    rows = capsys.readouterr().out.splitlines()[1:]
+    names = [row[:19].strip() for row in rows]
+    assert names == ["F.linear", "nn.Linear", "Int8Linear", "Int8Linear, rotated"]
+    assert all(float(row.split()[-2]) > 0 for row in rows)
+
+
 def test_families_prints_the_models_that_are_asked_for(capsys: Capture) -> None:
     run_script("families/table.py", "SD1.5")
 
