@@ -119,7 +119,8 @@ class LayerChoice:
 
     Args:
         backend: the fastest INT8 backend.
-        speedup: time of the float layer over that of the backend; None: it was not measured.
+        speedup: time of the float layer over that of the backend; None: it was not measured, or the times
+            scattered.
     """
 
     backend: Backend
@@ -209,9 +210,11 @@ class BackendChooser:
         if not int8_seconds:
             return LayerChoice(next(iter(self._take_last_resort(shape).values())))
         fastest = min(int8_seconds, key=int8_seconds.__getitem__)
+        if not times.is_steady:
+            # times of a busy machine may pick a backend, but take no layer out of INT8
+            return LayerChoice(backends[fastest])
         choice = LayerChoice(backends[fastest], compute_speedup(times, fastest))
-        if times.is_steady:
-            self.save_choice(int8_seconds, shape, choice)
+        self.save_choice(int8_seconds, shape, choice)
         return choice
 
     def _take_last_resort(self, shape: Shape) -> dict[str, Backend]:

@@ -283,6 +283,13 @@ def test_float_has_to_be_clearly_faster(
     )
 
 
+def test_times_that_scatter_take_no_layer_out_of_int8(tmp_path, seconds):
+    seconds.update(reference=[4.0], float=[1.0, 1.0, 3.0, 3.0])
+    choice = chooser(tmp_path, Reference(), times_float=True).choose_layer((4, 16, 8))
+
+    assert choice == LayerChoice(Reference()) and not choice.is_float_faster
+
+
 def test_the_ratio_is_remembered(tmp_path, seconds):
     seconds.update(reference=[2.0], float=[5.0])
     chooser(tmp_path, Reference(), times_float=True).choose_layer((4, 16, 8))
