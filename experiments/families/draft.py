@@ -25,6 +25,7 @@ from torch import nn
 from int8run.checkpoints.declared_format import DeclaredFormat
 from int8run.checkpoints.detect import get_logical_shapes, read_layers
 from int8run.checkpoints.reader import TensorFiles
+from int8run.models.denoiser_classes import get_denoiser_class
 from int8run.models.family import DeferredGelu, IgnoreRule
 from int8run.models.loader import list_block_prefixes
 from int8run.models.state_dict_adapter import Shape, find_prefix, to_model
@@ -78,7 +79,7 @@ class FamilyDraft:
 def build_on_meta(class_name: str, config: Mapping[str, object]) -> nn.Module:
     """Build a class of diffusers without weights."""
     with torch.device("meta"):
-        model: nn.Module = getattr(diffusers, class_name)(**config)
+        model: nn.Module = get_denoiser_class(class_name)(**config)
     return model
 
 

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 import yaml
 from meta_forward import run_on_meta
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from int8run.models.denoiser_classes import get_denoiser_class
 from int8run.models.family import load_families
 
 HERE = Path(__file__).parent
@@ -64,7 +64,7 @@ def macs_of(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> in
 def count_shares(entry: Mapping[str, Any]) -> Shares:
     """Build one model on the meta device, call it once, and count."""
     with torch.device("meta"):
-        model = getattr(diffusers, entry["class"])(**entry["config"]).eval()
+        model = get_denoiser_class(entry["class"])(**entry["config"]).eval()
     # torch follows gradients into modules as it counts, with no_grad as well
     model.requires_grad_(False)
     linears = {name: m.in_features for name, m in model.named_modules() if isinstance(m, nn.Linear)}

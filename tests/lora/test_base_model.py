@@ -136,6 +136,8 @@ LONG_TAIL = {
     "kandinsky5_lite": ("Kandinsky5Transformer3DModel", dict(model_dim=1792, ff_dim=7168)),
     "kandinsky5_image": ("Kandinsky5Transformer3DModel", KANDINSKY5_IMAGE),
     "kandinsky5_pro": ("Kandinsky5Transformer3DModel", KANDINSKY5_PRO),
+    "kandinsky6": ("Kandinsky6Transformer3DModel", {}),
+    "fibo": ("BriaFiboTransformer2DModel", dict(num_layers=8)),
     "sana_video": ("SanaVideoTransformer3DModel", {}),
     "minimax_h3": ("MiniMaxH3Transformer3DModel", {}),
     "ltx25": ("LTX2VideoTransformer3DModel", LTX25),
