@@ -34,6 +34,7 @@ from int8run.utils.paths import check_replaceable
 from int8run.utils.text import make_lines_visible
 
 TEMPLATE_FOLDER = Path(__file__).parent
+MAX_LEADING_SETTINGS = 4  # before the numbers in the table of runs; more stand behind them
 
 
 def write_report(records: Sequence[Record], path: Path, title: str) -> None:
@@ -85,6 +86,7 @@ def render_page(records: Sequence[Record], page_folder: Path, title: str) -> str
         has_incomparable_speeds=bool(explain_incomparable_speeds(runs)),
         table=build_runs_table(runs),
         varied_keys=list(runs[0].varied_settings),
+        max_leading_settings=MAX_LEADING_SETTINGS,
         speed_quality_plot=build_speed_quality_plot(runs),
         curves=[build_curve_plots(curve, number) for number, curve in enumerate(curves)],
         gallery=gallery,

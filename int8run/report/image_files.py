@@ -22,6 +22,7 @@ CAPTION_COLOR = "#555"
 STRIP_COLUMNS = 3  # images of one strip that stand side by side at full size
 STRIP_GAP = 4  # px between them
 STRIP_COLOR = "#d8d8d8"  # around an image of another shape; a mask is black and white
+STRIP_GAP_COLOR = "white"
 CAPTION_END = 10  # characters at the end of a caption that are never cut: ` · seed 12`
 
 # Of WebP. Lossless, a noisy video takes seven times the bytes, and the PNGs beside it are exact.
@@ -31,6 +32,9 @@ ANIMATION_EFFORT = 2  # half the time of WebP's usual 4 for as many bytes
 # a caption and an image for each column; None leaves a column empty
 GridRow = tuple[str, Sequence[Image.Image | None]]
 
+# what stands above a column; several labels where its images are strips of so many
+GridHeading = str | Sequence[str]
+
 
 def make_difference_image(a: Image.Image, b: Image.Image) -> Image.Image:
     """|a - b| times DIFFERENCE_GAIN, clipped: black where equal."""
@@ -38,7 +42,7 @@ def make_difference_image(a: Image.Image, b: Image.Image) -> Image.Image:
     return difference.point(lambda value: min(255, value * DIFFERENCE_GAIN))
 
 
-def make_image_grid(rows: Sequence[GridRow], columns: Sequence[str]) -> Image.Image:
+def make_image_grid(rows: Sequence[GridRow], columns: Sequence[GridHeading]) -> Image.Image:
     """Images in rows with a caption above each row and a heading above each column.
 
     A column is as wide as its widest image, a row as high as its highest. All are enlarged by one whole
@@ -49,15 +53,17 @@ def make_image_grid(rows: Sequence[GridRow], columns: Sequence[str]) -> Image.Im
             of one video.
         columns: the headings.
     """
+    headings = [(column,) if isinstance(column, str) else column for column in columns]
     factor = choose_enlargement(rows)
     # Text grows with the images: a large grid is looked at from further away.
     font_size = max(MIN_FONT_SIZE, factor * find_widest(rows, column=-1) // 24)
     font = ImageFont.load_default(size=font_size)
     line_height = font_size + 8
     widths = []
-    for column, heading in enumerate(columns):
+    for column, labels in enumerate(headings):
         widest = factor * find_widest(rows, column)
-        widths.append(max(widest, math.ceil(font.getlength(heading))))
+        longest = max(font.getlength(label) for label in labels)
+        widths.append(max(widest, math.ceil(longest) * len(labels)))
     lefts = list(accumulate((width + GRID_GAP for width in widths), initial=GRID_GAP))
     grid_width = lefts.pop()
     row_heights = measure_row_heights(rows, line_height, factor)
@@ -67,8 +73,10 @@ def make_image_grid(rows: Sequence[GridRow], columns: Sequence[str]) -> Image.Im
     grid_size = grid_width, line_height + sum(row_heights) + GRID_GAP
     grid = Image.new("RGB", grid_size, "white")
     draw = ImageDraw.Draw(grid)
-    for left, heading in zip(lefts, columns, strict=True):
-        draw.text((left, GRID_GAP // 2), heading, fill="black", font=font)
+    for left, width, labels in zip(lefts, widths, headings, strict=True):
+        for number, label in enumerate(labels):
+            label_left = left + number * (width + factor * STRIP_GAP) // len(labels)
+            draw.text((label_left, GRID_GAP // 2), label, fill="black", font=font)
 
     tops = accumulate(row_heights, initial=line_height + GRID_GAP)
     for top, (caption, images) in zip(tops, rows, strict=False):
@@ -130,7 +138,7 @@ def make_image_strip(images: Sequence[Image.Image], size: tuple[int, int]) -> Im
     num_columns = math.ceil(len(images) / num_lines)
     width, height = (max(1, (side - STRIP_GAP * (num_lines - 1)) // num_lines) for side in size)
     strip_size = num_columns * (width + STRIP_GAP) - STRIP_GAP, num_lines * (height + STRIP_GAP) - STRIP_GAP
-    strip = Image.new("RGB", strip_size, STRIP_COLOR)
+    strip = Image.new("RGB", strip_size, STRIP_GAP_COLOR)
     for number, image in enumerate(images):
         line, column = divmod(number, num_columns)
         fitting = ImageOps.pad(image.convert("RGB"), (width, height), color=STRIP_COLOR)

@@ -15,6 +15,11 @@ from int8run.utils.plurals import count_noun
 
 MAX_BYTES = 30_000_000  # of images on one page, as base64
 MAX_CELLS = 2000  # more make a browser slow
+# px of the page: its width, what a column takes beside its image, and the sizes that images may begin with
+PAGE_WIDTH = 1196
+COLUMN_MARGIN = 13
+MIN_IMAGE_SIZE, MAX_IMAGE_SIZE = 160, 320
+SIZE_STEP = 8  # of the slider for the size
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,15 @@ class Gallery:
     rows: list[GalleryRow]
     uris: dict[str, str]
     notes: list[str]
+
+    @property
+    def image_size(self) -> int:
+        """The width that images begin with, in pixels: few columns fill the page, many are scrolled."""
+        if len(self.runs) == 1:
+            return MIN_IMAGE_SIZE  # its samples stand side by side
+        num_columns = len(self.runs) + self.has_inputs
+        width = PAGE_WIDTH // num_columns - COLUMN_MARGIN
+        return max(MIN_IMAGE_SIZE, min(MAX_IMAGE_SIZE, width - width % SIZE_STEP))
 
     @property
     def has_float_images(self) -> bool:

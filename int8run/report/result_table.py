@@ -28,6 +28,7 @@ def build_result_table(
     *,
     has_both_models: bool = True,
     best_float: str = "",
+    num_steps: int = 0,
 ) -> Table:
     """The float model beside the candidate with their ratio, then quality and layers.
 
@@ -39,6 +40,7 @@ def build_result_table(
         candidate: head of the candidate's column, such as `INT8`.
         has_both_models: whether both were in memory at once, which the peak memory of each includes.
         best_float: the fastest float dtype of this machine, where it is known.
+        num_steps: whose latents were compared.
     """
     table = Table(title=title, title_justify="left", caption_justify="left")
     table.add_column("", style="bold")
@@ -46,7 +48,7 @@ def build_result_table(
     table.add_column(candidate, justify="right")
     table.add_column("ratio", style="green", justify="right")
 
-    rows = ResultRows(table, metrics, has_both_models, best_float)
+    rows = ResultRows(table, metrics, has_both_models, best_float, num_steps)
     rows.add_speed_and_memory()
     rows.add_embeddings()
     rows.add_quality()
@@ -63,6 +65,7 @@ class ResultRows:
     metrics: Mapping[str, float]
     has_both_models: bool
     best_float: str
+    num_steps: int
 
     def add_speed_and_memory(self) -> None:
         """Times, rates and sizes, each with the float model's."""
@@ -118,14 +121,15 @@ class ResultRows:
         self.add_comparison("CLIP score", "quality/clip_score", "{:.2f}".format, ratio=None)
         self.add_value("latent error", "quality/latent_rel_err", format_percent)
         if self.metrics.get("quality/half_error_step"):
-            self.add_value("half of the error by step", "quality/half_error_step", "{:.0f}".format)
+            form = f"{{:.0f}} of {self.num_steps}".format
+            self.add_value("half of the error by step", "quality/half_error_step", form)
         self.add_edits()
 
     def add_edits(self) -> None:
         """What edits keep inside and outside a mask, and videos from frame to frame."""
         self.add_value("PSNR inside the mask", "quality/masked_psnr_db", format_decibels)
         self.add_value("PSNR outside the mask", "quality/unmasked_psnr_db", format_decibels)
-        self.add_value("mask, of the image", "quality/masked_share", format_percent)
+        self.add_value("share inside the mask", "quality/masked_share", format_percent)
         self.add_value("error of frames", "quality/frame_err", format_percent)
         self.add_value("error of flicker", "quality/flicker_err", format_percent)
         self.add_comparison("drift from the first frame", "quality/drift", format_percent, ratio=None)

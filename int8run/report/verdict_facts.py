@@ -130,7 +130,7 @@ def list_fronts_by_images(runs: Sequence[Run]) -> list[tuple[str, str]]:
         return []
     tags = format_tags([runs[index].tag for index in front])
     text = f"{tags}: no run with the same float images is faster without being further from float"
-    return [("Pareto front", text)]
+    return [("Among equal images", text)]
 
 
 def describe_best(best: Sequence[Candidate], comparison: SweepComparison, metrics: Sequence[str]) -> str:

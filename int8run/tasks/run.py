@@ -138,7 +138,7 @@ def generate_and_measure(spec: RunSpec, job: Job, inputs: RunInputs) -> RunResul
     write_outputs(spec, built, comparison, metrics, inputs.writer)
     warn_scattered_times(metrics)
     if is_alone:
-        print_result(spec, job, built, metrics)
+        print_result(spec, job, built, metrics, num_steps=len(comparison.latent_errors))
     return RunResult(metrics, comparison.candidate, baseline, job.output_dir)
 
 

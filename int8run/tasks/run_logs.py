@@ -99,8 +99,18 @@ def print_build(spec: RunSpec, built: BuiltModel, *, is_reused: bool) -> None:
         print_lines(str(built.mixed_precision))
 
 
-def print_result(spec: RunSpec, job: Job, built: BuiltModel, metrics: Mapping[str, float]) -> None:
-    """Print the table of results and where the files are."""
+def print_result(
+    spec: RunSpec, job: Job, built: BuiltModel, metrics: Mapping[str, float], *, num_steps: int
+) -> None:
+    """Print the table of results and where the files are.
+
+    Args:
+        spec: the settings.
+        job: where they came from, and where the files are.
+        built: the model.
+        metrics: by their public names.
+        num_steps: whose latents were compared.
+    """
     model = job.choices.get("model", "model")
     title = f"{model} on {get_device_name(built.device)}; float is {spec.model.dtype}"
     table = build_result_table(
@@ -109,6 +119,7 @@ def print_result(spec: RunSpec, job: Job, built: BuiltModel, metrics: Mapping[st
         name_candidate(spec),
         has_both_models=spec.runs_both_models,
         best_float="" if built.best_float is None else built.best_float.dtype,
+        num_steps=num_steps,
     )
     print_lines("", table)
     files = {"images": "grid.png", "layers": "layers.csv"}

@@ -13,8 +13,11 @@ from pathlib import Path
 from PIL.Image import Image
 
 from int8run.config.run_spec import RunSpec
-from int8run.generate.generated_sampling import list_rounded, read_generated_sampling
+from int8run.generate.call_inputs import read_call_inputs
+from int8run.generate.generated_sampling import is_skipped, list_rounded, read_generated_sampling
 from int8run.generate.prompts import Sample
+from int8run.generate.sample_inputs import MASK_IMAGE
+from int8run.generate.step_count import get_strength
 from int8run.layers.plan import LayerPlan
 from int8run.lora.stack import LoraStack
 from int8run.metrics.layers import compute_int8_shares
@@ -24,6 +27,8 @@ from int8run.models.sampling import Sampling
 from int8run.pipeline.built_model import BuiltModel
 from int8run.report.image_files import (
     DIFFERENCE_GAIN,
+    STRIP_COLUMNS,
+    GridHeading,
     GridRow,
     make_difference_image,
     make_image_grid,
@@ -121,9 +126,7 @@ def write_outputs(
         entry = make_record(spec, comparison, index, writer, inputs).to_json()
         entries.append(entry)
         rows += make_grid_rows(comparison, index, entry, inputs if has_inputs else None)
-    make_image_grid(rows, name_grid_columns(spec, comparison, has_inputs=has_inputs)).save(
-        output_dir / "grid.png"
-    )
+    make_image_grid(rows, name_grid_columns(spec, comparison)).save(output_dir / "grid.png")
     if comparison.candidate.has_sound:
         pipeline = type(built.pipe).__name__
         log.info("%s makes sound with its videos; it is neither compared nor kept", pipeline)
@@ -141,19 +144,32 @@ def write_outputs(
             "series": collect_series(comparison),
             # as it was generated, which may not be what was asked
             "sampling": asdict(generated),
-            "rounded": collect_rounded(spec.sampling, generated),
+            "rounded": collect_rounded(spec, built, comparison, generated),
             "images": entries,
         },
         output_dir / "metrics.json",
     )
 
 
-def collect_rounded(asked: Sampling, generated: Sampling) -> dict[str, dict[str, int]]:
-    """What a pipeline did not take as it was asked, by setting; empty where it took all."""
-    return {
-        change.name: {"asked": change.asked, "generated": change.generated}
-        for change in list_rounded(asked, generated)
-    }
+def collect_rounded(
+    spec: RunSpec, built: BuiltModel, comparison: RunComparison, generated: Sampling
+) -> dict[str, dict[str, int]]:
+    """What a pipeline did not take as it was asked, by setting; empty where it took all.
+
+    Steps that a strength leaves out are what was asked for.
+
+    Args:
+        spec: the settings.
+        built: the model.
+        comparison: of all samples.
+        generated: as it came out.
+    """
+    strength = get_strength(read_call_inputs(type(built.pipe)), comparison.samples, spec.sampling)
+    rounded = {}
+    for change in list_rounded(spec.sampling, generated):
+        if not is_skipped(change, strength):
+            rounded[change.name] = {"asked": change.asked, "generated": change.generated}
+    return rounded
 
 
 def make_record(
@@ -206,18 +222,37 @@ def save_input(input_images: InputImages, output_dir: Path) -> InputEntry:
     )
 
 
-def name_grid_columns(spec: RunSpec, comparison: RunComparison, *, has_inputs: bool) -> list[str]:
+def name_grid_columns(spec: RunSpec, comparison: RunComparison) -> list[GridHeading]:
     """The headings of the grid.
 
     Args:
         spec: the settings.
         comparison: of all samples.
-        has_inputs: whether any sample has one.
     """
-    columns = ["input"] if has_inputs else []
+    columns: list[GridHeading] = []
+    if any(sample.inputs.files for sample in comparison.samples):
+        columns.append(name_inputs(comparison.samples))
     if comparison.baseline is None:
         return [*columns, name_candidate(spec)]
     return [*columns, "float", name_candidate(spec), f"difference x {DIFFERENCE_GAIN}"]
+
+
+def name_inputs(samples: Sequence[Sample]) -> GridHeading:
+    """What stands above the inputs: `image` and `mask`; `input` where samples have different ones."""
+    labels_of_samples = {label_inputs(sample) for sample in samples if sample.inputs.files}
+    if len(labels_of_samples) > 1:
+        return "input"
+    (labels,) = labels_of_samples
+    return labels if len(labels) <= STRIP_COLUMNS else "input"
+
+
+def label_inputs(sample: Sample) -> tuple[str, ...]:
+    """A label for each input of a sample: its column, once where a column has several files."""
+    labels: list[str] = []
+    for column, files in sample.inputs.files.items():
+        label = "mask" if column == MASK_IMAGE else column.replace("_", " ")
+        labels += [label, *[""] * (len(files) - 1)]
+    return tuple(labels)
 
 
 def make_grid_rows(

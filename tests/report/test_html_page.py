@@ -385,3 +385,17 @@ def test_an_empty_cell_of_the_page_shows_its_reason(tmp_path):
     reasons = [cell["title"] for cell in page.find_all("td", class_="num") if "title" in cell]
     assert reasons == ["metrics.baseline=none: the float model did not run"] * 2
     assert "The pointer on a – shows why there is no value." in html
+
+
+def test_many_settings_stand_behind_the_numbers_of_the_runs(tmp_path):
+    keys = ["a", "b", "c", "d", "e"]
+    for number in (0, 1):
+        overrides = [f"{key}={number}" for key in keys]
+        write_run(tmp_path, number, overrides, metrics=make_metrics(10, 2, 40))
+
+    page, _ = render_report(find_records(tmp_path), tmp_path)
+
+    headings = [heading["text"].strip() for heading in page.find_all("th") if "aria-sort" in heading]
+    assert headings[:3] == ["run", "state", "step\nms"]
+    assert headings[-5:] == keys
+    assert [cell["text"] for cell in page.find_all("td", class_="setting")] == ["0"] * 5 + ["1"] * 5

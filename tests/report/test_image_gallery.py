@@ -284,3 +284,13 @@ def test_the_page_has_the_inputs_first(tmp_path):
     assert "data-fixed" in tiles[0] and tiles[1]["data-input"] == tiles[0]["data-fixed"]
     assert "<cat>" not in html
     assert page.unbalanced == []
+
+
+def test_few_columns_begin_with_images_that_fill_the_page(tmp_path):
+    sizes = []
+    for number in range(9):
+        images = [{"prompt": "fox", "seed": 0, "file": "images/fox.png"}]
+        write_run(tmp_path, number, [f"outlier={number}"], metrics={}, images=images)
+        sizes.append(build_gallery(name_runs(find_records(tmp_path))).image_size)
+
+    assert sizes == [160, 320, 320, 280, 224, 184, 160, 160, 160]

@@ -111,8 +111,14 @@ def test_edits_and_videos_have_rows_of_their_own():
     assert list(rows.items())[7:13] == [
         ("PSNR inside the mask", ["", "28.0 dB", ""]),
         ("PSNR outside the mask", ["", "equal", ""]),
-        ("mask, of the image", ["", "12.50 %", ""]),
+        ("share inside the mask", ["", "12.50 %", ""]),
         ("error of frames", ["", "1.01 %", ""]),
         ("error of flicker", ["", "0.44 %", ""]),
         ("drift from the first frame", ["20.00 %", "21.00 %", ""]),
     ]
+
+
+def test_where_the_error_arises_is_said_with_the_number_of_steps():
+    metrics = {"quality/psnr_db": 40.0, "quality/half_error_step": 9.0}
+
+    assert read_result_rows(metrics, num_steps=16)["half of the error by step"] == ["", "9 of 16", ""]

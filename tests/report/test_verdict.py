@@ -305,7 +305,9 @@ def test_the_front_of_a_mixed_folder_is_that_of_runs_with_the_same_images(tmp_pa
     found = recommend(name_runs(find_records(tmp_path)))
 
     assert dict(found.facts) == {
-        "Pareto front": "#1: no run with the same float images is faster without being further from float"
+        "Among equal images": (
+            "#1: no run with the same float images is faster without being further from float"
+        )
     }
 
 

@@ -46,7 +46,7 @@ def edit(tmp_path_factory: pytest.TempPathFactory, cat: Image.Image, mask: Image
         "prompts.prompts=[a,b]",
         f"prompts.image={folder / 'cat.png'}",
         f"prompts.mask_image={folder / 'mask.png'}",
-        "prompts.strength=0.9",
+        "prompts.strength=0.6",
         "tracker=none",
         "backend=reference",
     ]
@@ -65,7 +65,7 @@ def test_metrics_json_names_the_inputs(edit: RunResult) -> None:
             ("image", "cat.png"),
             ("mask_image", "mask.png"),
         ]
-        assert entry["strength"] == 0.9
+        assert entry["strength"] == 0.6
 
 
 def test_each_input_is_shown_once_for_all_samples(edit: RunResult, cat: Image.Image) -> None:
@@ -96,3 +96,22 @@ def test_inputs_are_the_first_column_of_the_grid(edit: RunResult, cat: Image.Ima
     # image and mask side by side, then float, INT8 and difference
     gap = 4 * SHOWN_SIDE // SIDE
     assert sheet.width == 12 + (2 * SHOWN_SIDE + gap + 12) + 3 * (SHOWN_SIDE + 12)
+
+
+def test_image_and_mask_are_parted_by_white_and_have_a_heading_each(edit: RunResult) -> None:
+    sheet = Image.open(edit.output_dir / "grid.png").convert("RGB")
+
+    top = 36 + 2 * 24 - 4
+    gap = 4 * SHOWN_SIDE // SIDE
+    left_of_mask = 12 + SHOWN_SIDE + gap
+    between = sheet.crop((12 + SHOWN_SIDE, top, left_of_mask, top + SHOWN_SIDE))
+    heading = sheet.crop((left_of_mask, 0, left_of_mask + SHOWN_SIDE, 30)).convert("L")
+    assert between.getcolors() == [(gap * SHOWN_SIDE, (255, 255, 255))]
+    assert heading.getextrema()[0] < 128, "there is text above the mask"
+
+
+def test_steps_that_a_strength_leaves_out_are_not_called_rounded(edit: RunResult) -> None:
+    saved = json.loads((Path(edit.output_dir) / "metrics.json").read_text())
+
+    assert saved["sampling"]["steps"] == 2
+    assert saved["rounded"] == {}
