@@ -17,6 +17,8 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from support import gluon_simulator
 from support.gluon_simulator import OverwrittenBufferError, UnfilledBufferError, simulate
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
 
 from int8run.kernels.int8_linear import hopper
 from int8run.kernels.int8_linear import kernel as portable
@@ -151,6 +153,52 @@ def test_launch_describes_the_operands_and_fills_the_gpu(launched, tile, rows, p
     assert q_desc.layout.swizzle_byte_width == 128
     assert rest[-5:] == [rows, n, 272, 0, 0]
     assert launched.options["num_warps"] == tile.warps and launched.options["STAGES"] == tile.stages
+
+
+class HopperDriver:
+    """Takes the place of CUDA's driver as far as Triton asks it before a launch."""
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=None):
+        return 0
+
+
+class Compiler:
+    """Takes the place of the kernel: does all that a launch does but the launch."""
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        return partial(self.compile, grid)
+
+    def compile(self, grid, *arguments, **options):
+        self.compiled = self.kernel.warmup(*arguments, grid=grid, **options)
+
+
+@pytest.mark.slow  # a compiler
+@pytest.mark.parametrize("dtype", [BRAIN, HALF, FULL], ids=str)
+@pytest.mark.parametrize("rows", [1, 300])
+def test_triton_compiles_what_the_launch_gives_it(rows, dtype, monkeypatch):
+    monkeypatch.setattr(driver, "_active", HopperDriver())
+    compiler = Compiler(hopper._hopper_kernel)
+    monkeypatch.setattr(hopper, "_hopper_kernel", compiler)
+    monkeypatch.setattr(hopper, "count_multiprocessors", lambda device: 132)
+    tile = Tile(64, 128, 128, 8, 4, 4, HOPPER)
+    arguments, n = make_inputs(rows, 520, 272), 520
+    y = torch.empty(rows, n, dtype=dtype)
+    h, up, bias = torch.ones(rows, 20), torch.ones(n, 20, dtype=BRAIN), torch.ones(n, dtype=dtype)
+    hopper.launch_hopper(*arguments, None, None, None, None, y, tile)
+    plain = compiler.compiled
+    hopper.launch_hopper(*arguments, bias, h, up, torch.ones(20), y, tile)
+
+    assert "wgmma.mma_async.sync.aligned.m64n128k32.s32.s8.s8" in plain.asm["ptx"]
+    assert "bf16.bf16" in compiler.compiled.asm["ptx"]
 
 
 @pytest.mark.parametrize(
