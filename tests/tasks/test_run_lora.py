@@ -31,7 +31,7 @@ from int8run.outlier.convrot import ConvRot
 from int8run.pipeline import process_cache
 from int8run.pipeline.built_model import BuiltModel
 from int8run.ptq import layer_costs as costs
-from int8run.tasks import run as run_module
+from int8run.tasks import run_generation
 from int8run.tasks.run import RunResult, run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -367,13 +367,13 @@ WARM_UP_AND_IMAGES = [["float", "int8"]] * 2  # models that generate, call by ca
 def generated(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """The names of the models that generate images, call by call."""
     calls: list[list[str]] = []
-    generate = run_module.generate
+    generate = run_generation.generate
 
     def counted(pipe: Any, component: str, denoisers: dict[str, Any], *args: Any, **options: Any) -> Any:
         calls.append(sorted(denoisers))
         return generate(pipe, component, denoisers, *args, **options)
 
-    monkeypatch.setattr(run_module, "generate", counted)
+    monkeypatch.setattr(run_generation, "generate", counted)
     return calls
 
 
