@@ -51,33 +51,32 @@ struct Workspace {
   TileUnit unit;
 };
 
-// (sum - compensation) * w_scale for 16 columns
-INLINE Floats scale_by_weight(const int32_t* sums, const int8_t* compensation, Floats w_scale) {
-  return multiply(to_floats(subtract(load(sums), load(reinterpret_cast<const int32_t*>(compensation)))), w_scale);
-}
-
-// Scale and store some rows of finished sums. The order of operations is that of register_tiles.h.
+// Scale and store the next rows of finished sums: (sum - compensation) * w_scale * x_scale + bias, and the branch on
+// top. The order of operations is that of register_tiles.h.
 template <class Y>
 INLINE void scale_rows(const Product& p, Finished& f, int64_t count) {
-  const int64_t end = std::min(f.rows, f.next + count);
-  const int64_t in_panel = f.column_in_panel();
-  for (; f.next < end; f.next++)
-    for (int64_t j = 0; j < PAIR; j += 16) {
-      const int64_t column = f.column + j, row = f.row + f.next;
-      const Mask m = first_lanes(p.N - column);
-      const int32_t* sums = f.sums + f.next * PAIR + j;
-      const Floats base = p.bias ? load(p.bias + column, m) : fill(0.0f);
-      const int8_t* compensation = p.w.panel(f.panel) + 4 * (in_panel + j);
-      Floats y = scale_by_weight(sums, compensation, load(p.w.scale + column, m));
-      y = multiply_add(y, fill(p.x.scale[row]), base);
+  const int64_t first = f.next, end = std::min(f.rows, first + count);
+  if (first >= end) return;
+  f.next = end;
+  for (int64_t j = 0; j < PAIR; j += 16) {
+    const int64_t column = f.column + j, in_panel = f.column_in_panel() + j;
+    const Mask m = first_lanes(p.N - column);
+    const Floats w_scale = load(p.w.scale + column, m), bias = p.bias ? load(p.bias + column, m) : fill(0.0f);
+    const Ints compensation = load(reinterpret_cast<const int32_t*>(p.w.panel(f.panel)) + in_panel);
+    const Floats up_scale = p.t.q ? load(p.up.scale + column, m) : fill(0.0f);
+    const Ints up_compensation =
+        p.t.q ? load(reinterpret_cast<const int32_t*>(p.up.panel(f.panel)) + in_panel) : fill_ints(0);
+    auto* y = static_cast<typename Y::T*>(p.y) + f.row * p.N + column;
+    for (int64_t i = first; i < end; i++) {
+      const Floats sum = to_floats(subtract(load(f.sums + i * PAIR + j), compensation));
+      Floats result = multiply_add(multiply(sum, w_scale), fill(p.x.scale[f.row + i]), bias);
       if (p.t.q) {
-        const int32_t* branch_sums = f.branch_sums + f.next * PAIR + j;
-        const int8_t* correction = p.up.panel(f.panel) + 4 * (in_panel + j);
-        const Floats t = scale_by_weight(branch_sums, correction, load(p.up.scale + column, m));
-        y = multiply_add(t, fill(p.t.scale[row]), y);
+        const Floats t = to_floats(subtract(load(f.branch_sums + i * PAIR + j), up_compensation));
+        result = multiply_add(multiply(t, up_scale), fill(p.t.scale[f.row + i]), result);
       }
-      Y::store(static_cast<typename Y::T*>(p.y) + row * p.N + column, m, y);
+      Y::store(y + i * p.N, m, result);
     }
+  }
 }
 
 // --- products

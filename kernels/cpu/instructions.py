@@ -4,14 +4,24 @@
 loaded, so that one cache serves machines that differ.
 """
 
+import ctypes
+import functools
+import logging
+import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+log = logging.getLogger(__name__)
+
 AUTO = "auto"  # the best that this CPU has
 AVX512_FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
 AVX2_FLAGS = ("-mavx2", "-mfma", "-mf16c")
+AVX512_FEATURES = ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq")
+# of Linux on x86-64: arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
+ARCH_PRCTL, REQUEST_PERMISSION, TILE_DATA = 158, 0x1023, 18
 
 
 @dataclass(frozen=True)
@@ -23,11 +33,13 @@ class InstructionSet:
         features: what the CPU must have, by torch's names.
         flags: of the compiler. Instructions are named one by one and not -march=native: a cache may be shared
             by machines that differ.
+        has_tiles: whether it has AMX's tiles, which a process must ask the kernel for.
     """
 
     name: str
     features: tuple[str, ...]
     flags: tuple[str, ...]
+    has_tiles: bool = False
 
     @property
     def source(self) -> Path:
@@ -38,8 +50,14 @@ class InstructionSet:
 # the best first
 ALL_SETS = (
     InstructionSet(
+        name="amx",
+        features=("amx_tile", "amx_int8", *AVX512_FEATURES),
+        flags=(*AVX512_FLAGS, "-mamx-tile", "-mamx-int8"),
+        has_tiles=True,
+    ),
+    InstructionSet(
         name="avx512_vnni",
-        features=("avx512_vnni", "avx512_f", "avx512_bw", "avx512_vl", "avx512_dq"),
+        features=("avx512_vnni", *AVX512_FEATURES),
         flags=(*AVX512_FLAGS, "-mavx512vnni"),
     ),
     InstructionSet(name="avx_vnni", features=("avx_vnni", "avx2"), flags=(*AVX2_FLAGS, "-mavxvnni")),
@@ -52,11 +70,31 @@ INSTRUCTION_SETS = {each.name: each for each in ALL_SETS}
 def list_instruction_sets() -> list[str]:
     """The names of those that this machine can run, the best first."""
     features = read_cpu_features()
-    return [each.name for each in ALL_SETS if features.issuperset(each.features)]
+    found = []
+    for each in ALL_SETS:
+        is_there = features.issuperset(each.features)
+        if is_there and (not each.has_tiles or may_use_tiles()):
+            found.append(each.name)
+    return found
+
+
+@functools.cache
+def may_use_tiles() -> bool:
+    """Ask the kernel for AMX's tiles, for all threads of this process; a refusal is logged once."""
+    if sys.platform != "linux":
+        return False
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.syscall(ARCH_PRCTL, REQUEST_PERMISSION, TILE_DATA) == 0:
+        return True
+    reason = os.strerror(ctypes.get_errno())
+    log.warning(
+        "this CPU has AMX, but the system does not allow it (arch_prctl: %s); next best is used", reason
+    )
+    return False
 
 
 def read_cpu_features() -> frozenset[str]:
-    """What this CPU has, by torch's names; before torch 2.13 AVX512-VNNI and AVX2 alone."""
+    """What this CPU has, by torch's names; before torch 2.13 what its capability implies."""
     if hasattr(torch.cpu, "get_capabilities"):
         return frozenset(name for name, value in torch.cpu.get_capabilities().items() if value is True)
     vectors = torch.backends.cpu.get_cpu_capability()
@@ -64,5 +102,7 @@ def read_cpu_features() -> frozenset[str]:
     if vectors in ("AVX2", "AVX512"):
         found |= {"avx2"}
     if vectors == "AVX512" and torch.cpu._is_vnni_supported():
-        found |= {"avx512_vnni", "avx512_f", "avx512_bw", "avx512_vl", "avx512_dq"}
+        found |= {"avx512_vnni", *AVX512_FEATURES}
+    if torch.cpu._is_amx_tile_supported():
+        found |= {"amx_tile", "amx_int8"}
     return frozenset(found)

@@ -1,0 +1,132 @@
+"""The loops over AMX's tiles, with tiles that are emulated: the same bits as those of the other sets."""
+
+import ctypes
+import errno
+import itertools
+
+import pytest
+import torch
+from support.helpers import CPU, full_range, randn
+
+from int8run.backends.cpu import Cpu
+from int8run.kernels.cpu import instructions as module
+from int8run.kernels.cpu import linear
+from int8run.kernels.cpu.instructions import (
+    AVX2_FLAGS,
+    INSTRUCTION_SETS,
+    InstructionSet,
+    list_instruction_sets,
+    may_use_tiles,
+)
+from int8run.kernels.cpu.library import load_linear_library
+
+EMULATED = InstructionSet("amx_emulated", features=("avx2",), flags=AVX2_FLAGS)
+REFUSED = Cpu(instructions="avx2").limits.unsupported_reasons(CPU)
+needs_avx2 = pytest.mark.skipif(bool(REFUSED), reason=f"the emulation: {'; '.join(REFUSED)}")
+
+
+@pytest.fixture
+def emulated(monkeypatch):
+    monkeypatch.setitem(INSTRUCTION_SETS, EMULATED.name, EMULATED)
+    load_linear_library(EMULATED.name)
+    return EMULATED.name
+
+
+@needs_avx2
+@pytest.mark.slow
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("rank", [0, 3, 70])
+@pytest.mark.parametrize("dtype", linear.DTYPES, ids=str)
+def test_tiles_give_the_same_bits(emulated, dtype, rank):
+    # rows: one tile, two, tails of them, more than a block; inputs: tails of 4 and 64, more than a piece
+    rows, widths, columns = (1, 16, 17, 33, 290), (1, 7, 64, 65, 300), (1, 17, 33, 64, 130)
+    shapes = [*itertools.product(rows, widths, columns), (33, 4170, 65)]
+    for m, k, n in shapes:
+        q, x_scale = linear.quantize_rows(randn(m, k, dtype=dtype))
+        qdata, bias = full_range(n, k, seed=1), randn(n, seed=2) if n % 2 else None
+        qdata[0, 0] = -128
+        branch = ()
+        if rank:
+            down = linear.pack_weight(full_range(rank, k, seed=3)), randn(rank, seed=4)
+            up = linear.pack_weight(full_range(n, rank, seed=5)), randn(n, seed=6)
+            branch = (*down, *up)
+        arguments = (q, x_scale, linear.pack_weight(qdata), randn(n, seed=7), bias, dtype, *branch)
+
+        expected = linear.int8_linear(*arguments)
+        assert torch.equal(linear.int8_linear(*arguments, instructions=emulated), expected), (m, k, n)
+
+
+@needs_avx2
+@pytest.mark.slow
+def test_tiles_give_the_same_bits_on_any_number_of_threads(emulated):
+    before = torch.get_num_threads()
+    q, x_scale = linear.quantize_rows(randn(290, 130))
+    arguments = (q, x_scale, linear.pack_weight(full_range(330, 130)), randn(330), None, torch.float32)
+    expected = linear.int8_linear(*arguments)
+    for count in (1, 3):
+        torch.set_num_threads(count)
+        assert torch.equal(linear.int8_linear(*arguments, instructions=emulated), expected), count
+    torch.set_num_threads(before)
+
+
+# -- permission ------------------------------------------------------------------------------------
+
+AMX_CPU = dict.fromkeys((*INSTRUCTION_SETS["amx"].features, "avx2", "avx_vnni", "avx512_vnni"), True)
+
+
+class FakeLibc:
+    """The C library, whose kernel answers one call."""
+
+    def __init__(self, answer: int):
+        self.answer = answer
+        self.calls: list[tuple[int, ...]] = []
+
+    def syscall(self, *arguments: int) -> int:
+        self.calls.append(arguments)
+        ctypes.set_errno(errno.EPERM)
+        return self.answer
+
+
+@pytest.fixture
+def amx_cpu(monkeypatch):
+    """A CPU with AMX on Linux; returns what sets the kernel's answer."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: AMX_CPU)
+    monkeypatch.setattr(module.sys, "platform", "linux")
+    may_use_tiles.cache_clear()
+
+    def set_answer(answer: int) -> FakeLibc:
+        libc = FakeLibc(answer)
+        monkeypatch.setattr(module.ctypes, "CDLL", lambda *_, **__: libc)
+        return libc
+
+    yield set_answer
+    may_use_tiles.cache_clear()
+
+
+def test_the_kernel_is_asked_for_tiles_once(amx_cpu):
+    libc = amx_cpu(0)
+
+    assert [list_instruction_sets()[0] for _ in range(2)] == ["amx", "amx"]
+    # the numbers of arch_prctl, of its request for permission, and of the tiles' data
+    assert libc.calls == [(158, 0x1023, 18)]
+
+
+def test_a_kernel_that_refuses_tiles_leaves_the_next_best_and_is_named_once(amx_cpu, caplog):
+    amx_cpu(-1)
+
+    assert [list_instruction_sets()[0] for _ in range(2)] == ["avx512_vnni", "avx512_vnni"]
+    (warning,) = caplog.messages
+    assert "the system does not allow it (arch_prctl: Operation not permitted)" in warning
+    assert (
+        Cpu(instructions="amx")
+        .limits.unsupported_reasons(CPU)[0]
+        .startswith("needs a CPU with amx; this one")
+    )
+
+
+def test_a_cpu_that_hides_its_tiles_is_not_asked(amx_cpu, monkeypatch):
+    libc = amx_cpu(0)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: AMX_CPU | {"amx_tile": False})
+
+    assert list_instruction_sets()[0] == "avx512_vnni"
+    assert libc.calls == []

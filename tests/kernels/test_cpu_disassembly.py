@@ -1,0 +1,61 @@
+"""What the compiler made of the inner loops: products of registers, and no sums that pass through memory."""
+
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from int8run.kernels.cpu.instructions import ALL_SETS, InstructionSet
+from int8run.kernels.cpu.library import FLAGS
+
+COMPILER, DISASSEMBLER = shutil.which("g++"), shutil.which("objdump")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(None in (COMPILER, DISASSEMBLER), reason="needs g++ and objdump"),
+]
+# the instruction that adds products, and how many of them a full tile takes at a step
+PRODUCTS = {
+    "amx": ("tdpbusd", 4),
+    "avx512_vnni": ("vpdpbusd", 24),
+    "avx_vnni": ("vpdpbusd", 12),
+    "avx2": ("vpmaddwd", 12),
+}
+X86_SETS = [each for each in ALL_SETS if each.name in PRODUCTS]
+ENDS_BLOCK = re.compile(r"^(j|ret|call)")
+TO_STACK = re.compile(r"^vmov\w+ +%[xyz]mm\d+,.*\(%r[sb]p")
+
+
+def list_blocks(instruction_set: InstructionSet, folder) -> list[list[str]]:
+    """The instructions between jumps."""
+    library = folder / "linear.so"
+    command = [COMPILER, *FLAGS, *instruction_set.flags, str(instruction_set.source), "-o", str(library)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if "unrecognized" in done.stderr:
+        pytest.skip(f"this g++ is too old for {instruction_set.name}")
+    assert done.returncode == 0, done.stderr
+    output = subprocess.run(
+        [DISASSEMBLER, "-d", "--no-show-raw-insn", str(library)], capture_output=True, text=True, check=True
+    ).stdout
+    blocks: list[list[str]] = [[]]
+    for line in output.splitlines():
+        _, _, instruction = line.partition(":\t")
+        instruction = instruction.removeprefix("{vex} ")  # of a VNNI that is not AVX512's
+        blocks[-1].append(instruction)
+        if ENDS_BLOCK.match(instruction):
+            blocks.append([])
+    return blocks
+
+
+@pytest.mark.parametrize("instruction_set", X86_SETS, ids=lambda each: each.name)
+def test_the_inner_loop_keeps_its_sums_in_registers(instruction_set, tmp_path):
+    name, count = PRODUCTS[instruction_set.name]
+    loops = []
+    for block in list_blocks(instruction_set, tmp_path):
+        products = [i for i, line in enumerate(block) if line.startswith(f"{name} ")]
+        if len(products) == count:
+            loops.append(block[products[0] : products[-1] + 1])
+
+    assert loops
+    for loop in loops:
+        assert not [line for line in loop if TO_STACK.match(line)]
