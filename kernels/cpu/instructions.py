@@ -63,6 +63,9 @@ ALL_SETS = (
     InstructionSet(name="avx_vnni", features=("avx_vnni", "avx2"), flags=(*AVX2_FLAGS, "-mavxvnni")),
     # every CPU with AVX2 that was built for more than a trial has FMA and F16C
     InstructionSet(name="avx2", features=("avx2",), flags=AVX2_FLAGS),
+    # 64-bit Arm: Graviton from 3 on and Apple's from M2 on have i8mm, those before dotprod
+    InstructionSet(name="i8mm", features=("i8mm",), flags=("-march=armv8.2-a+dotprod+i8mm",)),
+    InstructionSet(name="dotprod", features=("dotprod",), flags=("-march=armv8.2-a+dotprod",)),
 )
 INSTRUCTION_SETS = {each.name: each for each in ALL_SETS}
 
@@ -87,9 +90,7 @@ def may_use_tiles() -> bool:
     if libc.syscall(ARCH_PRCTL, REQUEST_PERMISSION, TILE_DATA) == 0:
         return True
     reason = os.strerror(ctypes.get_errno())
-    log.warning(
-        "this CPU has AMX, but the system does not allow it (arch_prctl: %s); next best is used", reason
-    )
+    log.warning("the system does not allow AMX (arch_prctl: %s); the next best is used", reason)
     return False
 
 

@@ -15,6 +15,7 @@ import secrets
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -36,7 +37,11 @@ UNFINISHED_SUFFIX = ".unfinished"  # of the name of a library that is being writ
 ABANDONED_AFTER_SECONDS = 86400
 COMPILERS = ("g++", "clang++", "c++")
 # equal bits on all CPUs hold only where products and sums are not fused unless the source says so
-FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-w", "-ffp-contract=off")
+FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-w", "-ffp-contract=off")
+# Apple's clang has OpenMP, and its driver says that it has not
+OPENMP_FLAGS = ("-Xclang", "-fopenmp") if sys.platform == "darwin" else ("-fopenmp",)
+# a library that no function is taken from is not loaded; Apple's linker does not know this
+LINKER_FLAGS = () if sys.platform == "darwin" else ("-Wl,--as-needed",)
 ROWS_FLAGS = ("-fno-math-errno", "-fno-trapping-math")
 # the CPU as torch calls it -> how far loops are vectorized; other CPUs get what their compiler takes for
 # granted
@@ -66,12 +71,13 @@ def find_compiler() -> str | None:
 
 
 def find_openmp_runtime() -> list[str]:
-    """The GNU OpenMP library that torch ships, if it does.
+    """The OpenMP library that torch ships, if it does: GNU's, on a Mac LLVM's.
 
     Linked by its file name, the library and torch share one pool of threads. Other packages ship copies as
     well, so a library that is merely loaded may be the wrong one.
     """
-    return sorted(str(path) for path in Path(torch.__file__).parent.rglob("libgomp*.so*"))[:1]
+    pattern = "libomp*.dylib" if sys.platform == "darwin" else "libgomp*.so*"
+    return sorted(str(path) for path in Path(torch.__file__).parent.rglob(pattern))[:1]
 
 
 @functools.cache
@@ -184,7 +190,7 @@ def build_library(cache: Path, source: Path, flags: tuple[str, ...] = ()) -> Pat
     if compiler is None:
         raise BuildError(f"no C++ compiler on the PATH ({', '.join(COMPILERS)}); install one")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    command = [compiler, *FLAGS, *flags, str(source), *find_openmp_runtime(), "-Wl,--as-needed"]
+    command = [compiler, *FLAGS, *OPENMP_FLAGS, *flags, str(source), *find_openmp_runtime(), *LINKER_FLAGS]
     digest = hashlib.sha256("\0".join([*read_sources(source), version, *command]).encode()).hexdigest()[:16]
     target = cache / f"{source.stem}-{digest}.so"
     if target.exists() and is_as_built(target):

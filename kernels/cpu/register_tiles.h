@@ -22,6 +22,13 @@ struct Workspace {
 template <int MR>
 using Sums = Ints[MR][TILE_VECTORS];
 
+// What the sums of 16 columns begin at: signed products need no compensation, and get it so that the scaling may take
+// it off in every case
+INLINE Ints begin_sums(const int8_t* compensation) {
+  if constexpr (SIGNED_PRODUCTS) return load(reinterpret_cast<const int32_t*>(compensation));
+  return fill_ints(0);
+}
+
 // MR rows of activations by some columns of a panel, four bytes of each at a step.
 //
 //                          panel: b[0]     b[1]     b[2]     b[3]      16 columns each
@@ -71,14 +78,15 @@ struct Tile {
 template <int MR, class Y>
 __attribute__((noinline)) void add_branch(const Product& p, const Block& block, Tile tile, const float* held) {
   constexpr int64_t WIDTH = 16 * TILE_VECTORS;
+  const int8_t* compensation = p.up.panel(block.panel) + 4 * tile.get_column();
   Sums<MR> c;
-  unroll<MR, TILE_VECTORS>([&](auto i, auto j) INLINED { c[i][j] = fill_ints(0); });
+  unroll<MR, TILE_VECTORS>([&](auto i, auto j) INLINED { c[i][j] = begin_sums(compensation + 64 * j); });
   accumulate<MR>(c, block.t.q + (tile.row - block.row) * block.t.stride, block.t.stride,
                  block.up.w + TILE_VECTORS * tile.part * block.up.part, STEPS_OF_FOUR * p.up.steps);
   const int64_t column = block.panel * PANEL + tile.get_column();
   auto* y = static_cast<typename Y::T*>(p.y) + tile.row * p.N + column;
   scale_sums<MR>(
-      c, p.up.panel(block.panel) + 4 * tile.get_column(), p.up.scale + column, p.t.scale + tile.row, p.N - column,
+      c, compensation, p.up.scale + column, p.t.scale + tile.row, p.N - column,
       [&](int i, int j, Mask) INLINED { return load(held + i * WIDTH + 16 * j); },
       [&](int i, int j, Mask m, Floats v) INLINED { Y::store(y + i * p.N + 16 * j, m, v); });
 }
@@ -88,9 +96,10 @@ __attribute__((noinline)) void add_branch(const Product& p, const Block& block, 
 template <int MR, class Y>
 INLINE void compute_tile(const Product& p, const Block& block, Tile tile, Panel weights, int64_t from, int64_t to,
                          int32_t* sums) {
+  const int8_t* compensation = p.w.panel(block.panel) + 4 * tile.get_column();
   Sums<MR> c;
   unroll<MR, TILE_VECTORS>([&](auto i, auto j) INLINED {
-    c[i][j] = from ? load(sums + i * PANEL + 16 * j) : fill_ints(0);
+    c[i][j] = from ? load(sums + i * PANEL + 16 * j) : begin_sums(compensation + 64 * j);
   });
   const uint8_t* q = block.x.q + (tile.row - block.row) * block.x.stride + 4 * STEPS_OF_FOUR * from;
   accumulate<MR>(c, q, block.x.stride, weights.w + TILE_VECTORS * tile.part * weights.part,
@@ -100,7 +109,6 @@ INLINE void compute_tile(const Product& p, const Block& block, Tile tile, Panel 
     return;
   }
   const int64_t column = block.panel * PANEL + tile.get_column(), columns = p.N - column;
-  const int8_t* compensation = p.w.panel(block.panel) + 4 * tile.get_column();
   auto bias = [&](int, int j, Mask m) INLINED {
     return p.bias ? load(p.bias + column + 16 * j, m) : fill(0.0f);
   };

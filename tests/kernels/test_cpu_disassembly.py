@@ -7,7 +7,7 @@ import subprocess
 import pytest
 
 from int8run.kernels.cpu.instructions import ALL_SETS, InstructionSet
-from int8run.kernels.cpu.library import FLAGS
+from int8run.kernels.cpu.library import FLAGS, OPENMP_FLAGS
 
 COMPILER, DISASSEMBLER = shutil.which("g++"), shutil.which("objdump")
 pytestmark = [
@@ -29,7 +29,15 @@ TO_STACK = re.compile(r"^vmov\w+ +%[xyz]mm\d+,.*\(%r[sb]p")
 def list_blocks(instruction_set: InstructionSet, folder) -> list[list[str]]:
     """The instructions between jumps."""
     library = folder / "linear.so"
-    command = [COMPILER, *FLAGS, *instruction_set.flags, str(instruction_set.source), "-o", str(library)]
+    command = [
+        COMPILER,
+        *FLAGS,
+        *OPENMP_FLAGS,
+        *instruction_set.flags,
+        str(instruction_set.source),
+        "-o",
+        str(library),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if "unrecognized" in done.stderr:
         pytest.skip(f"this g++ is too old for {instruction_set.name}")
