@@ -164,10 +164,16 @@ _CDNA = (
     Tile(block_m=64, block_n=128, block_k=64, group_m=8, warps=4, stages=2),
     Tile(block_m=128, block_n=128, block_k=128, group_m=8, warps=8, stages=2),
 )
-_RDNA = (
+_RDNA4 = (
     Tile(block_m=16, block_n=64, block_k=128, group_m=1, warps=4, stages=2),
     *_CDNA[1:3],
     Tile(block_m=128, block_n=128, block_k=64, group_m=8, warps=8, stages=2),
+)
+# operands take twice the registers of RDNA 4: beside a branch of rank 64, 64 sums per thread spill
+_RDNA3 = (
+    *_RDNA4[:2],
+    Tile(block_m=64, block_n=128, block_k=64, group_m=8, warps=8, stages=2),
+    Tile(block_m=128, block_n=64, block_k=64, group_m=8, warps=8, stages=2),
 )
 
 _SM_80 = Architecture(166912, _A100)
@@ -178,7 +184,8 @@ _SM_103 = Architecture(232448, (Tile(16, 128, 128, group_m=1, warps=4, stages=4)
 # the sums lie in a memory of their own and pass through registers once, at the end
 _SM_100 = Architecture(232448, _BLACKWELL, stages_in_registers=0, most_sums=64, most_grouped_sums=32)
 _GFX9 = Architecture(65536, _CDNA, stages=(2, 3))
-_GFX11 = Architecture(65536, _RDNA, most_grouped_sums=32, stages=(2, 3))
+_GFX11 = Architecture(65536, _RDNA3, most_grouped_sums=32, stages=(2, 3))
+_GFX12 = Architecture(65536, _RDNA4, most_grouped_sums=32, stages=(2, 3))
 ARCHITECTURES = {
     "sm_80": _SM_80,
     "sm_86": _SM_86,
@@ -194,8 +201,8 @@ ARCHITECTURES = {
     "gfx1100": _GFX11,
     "gfx1101": _GFX11,
     "gfx1102": _GFX11,
-    "gfx1200": _GFX11,
-    "gfx1201": _GFX11,
+    "gfx1200": _GFX12,
+    "gfx1201": _GFX12,
 }
 AMD_ARCHITECTURES = tuple(name for name in ARCHITECTURES if name.startswith("gfx"))
 
