@@ -13,6 +13,8 @@ from case import Case
 from toolkit import GROUP, ToolkitLinear
 from torch import Tensor, nn
 
+from int8run.kernels.cpu.instructions import INSTRUCTION_SETS
+
 Forward = Callable[[Tensor], Tensor]
 # Gaussian data: 0.0107-0.0125 with a scale per token, double that with one scale for all of x
 PER_TOKEN, PER_TENSOR = 0.02, 0.04
@@ -40,6 +42,12 @@ class Method:
 def make_fp32(case: Case) -> Forward:
     """The base of all ratios."""
     return lambda x: F.linear(x, case.weight, case.bias)
+
+
+def make_half_precision(case: Case, dtype: torch.dtype) -> Forward:
+    """The float layer of a model in half precision: its input has that dtype already."""
+    x, weight, bias = case.x.to(dtype), case.weight.to(dtype), case.bias.to(dtype)
+    return lambda _: F.linear(x, weight, bias)
 
 
 def torchao_eager(case: Case) -> nn.Module:
@@ -173,9 +181,11 @@ def make_int8run(
     backend: str,
     outlier: str = "none",
     branch: Callable[[Case, nn.Module], Forward] | None = None,
+    **settings: str,
 ) -> Forward:
     """Ours, as the runner builds it; `branch` puts the case's LoRA beside it."""
-    layer = ours.int8_layer(case, ours.make_backend(backend, ours.CPU_BACKENDS[backend]), outlier)
+    made = ours.make_backend(backend, ours.CPU_BACKENDS[backend], **settings)
+    layer = ours.int8_layer(case, made, outlier)
     return layer if branch is None else branch(case, layer)
 
 
@@ -192,6 +202,8 @@ def make_sdnq_environment(switch: str, openvino: str = "0") -> dict[str, str]:
 
 METHODS = {
     "fp32": Method(make_fp32),
+    "bf16": Method(partial(make_half_precision, dtype=torch.bfloat16)),
+    "fp16": Method(partial(make_half_precision, dtype=torch.float16)),
     "torchao eager": Method(torchao_eager),
     "torchao compile": Method(torchao_compile),
     "torchao compile + freezing": Method(torchao_freezing),
@@ -215,6 +227,8 @@ for name in ours.CPU_BACKENDS:
     METHODS[f"int8run {name}, convrot"] = Method(
         partial(make_int8run, backend=name, outlier="convrot"), against=f"int8run {name}"
     )
+for name in INSTRUCTION_SETS:  # those that this CPU has not are listed with the reason
+    METHODS[f"int8run cpu, {name}"] = Method(partial(make_int8run, backend="cpu", instructions=name))
 for rank in (16, 64):
     for kind, branch in {"LoRA": ours.with_branch, "naive LoRA": make_naive_lora}.items():
         METHODS[f"int8run cpu, {kind} r{rank}"] = Method(
