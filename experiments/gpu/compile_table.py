@@ -31,8 +31,9 @@ COLUMNS = (
     "asynchronous",
     "wrong",
 )
-# what README shows of each architecture: the largest tile alone
-SHOWN = ("linear 128x", "hopper 128x256", "hopper 128x128x128 w4")
+# what README shows of each architecture: the largest tiles, plain and with a branch
+SHOWN = ("linear 128x", "hopper 128x256x128 w8 s4", "hopper 128x128x128 w4")
+NOT_SHOWN = ("group", "tails", "rank 16", "fp16")
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,11 @@ def is_wanted(name: str, words: Sequence[str]) -> bool:
     return not words or any(word in name for word in words)
 
 
+def is_shown(build: str) -> bool:
+    """Whether the table has a row for a build."""
+    return is_wanted(build, SHOWN) and not is_wanted(build, NOT_SHOWN)
+
+
 def describe_waits(instruction: str, *, is_asynchronous: bool) -> str:
     """Whether products overlap: a question for the instructions that run beside the warps."""
     if instruction.startswith("tcgen05"):
@@ -118,7 +124,7 @@ def format_table(files: Sequence[Path]) -> str:
     shown: list[tuple[Row, str]] = []
     for file in files:
         version = file.stem.removeprefix("compiled_triton_")
-        shown += [(row, version) for row in read_rows(file) if is_wanted(row.build, SHOWN)]
+        shown += [(row, version) for row in read_rows(file) if is_shown(row.build)]
     order = list(dict.fromkeys(row.architecture for row, _ in shown))
     for row, version in sorted(shown, key=lambda entry: order.index(entry[0].architecture)):
         cells = (
