@@ -218,7 +218,10 @@ def rename_to_original(modules, base):
         for key, parts in to_original(shapes, kind).items()
     }
     return {
-        key.removesuffix(".weight"): (sum(shapes[p.key][0] for p in parts), shapes[parts[0].key][1])
+        key.removesuffix(".weight"): (
+            sum(p.count_rows(shapes[p.key][0]) for p in parts),
+            shapes[parts[0].key][1],
+        )
         for key, parts in keys.items()
     }
 
