@@ -167,5 +167,23 @@ def check_choice(name: str, value: object, allowed: Collection[str]) -> None:
 
 def suggest_similar(name: str, known: Iterable[str]) -> str:
     """Return `did you mean 'x'? ` for a near miss, else an empty string."""
+    near = find_similar(name, known)
+    return f"did you mean {near!r}? " if near else ""
+
+
+def suggest_setting(key: str, known: Iterable[str]) -> str:
+    """Return `did you mean 'sampler.steps'? ` for a near miss among the settings beside it, else nothing.
+
+    Args:
+        key: dotted path that is not there.
+        known: last words of the settings that are.
+    """
+    parent, dot, word = key.rpartition(".")
+    near = find_similar(word, known)
+    return f"did you mean '{parent}{dot}{near}'? " if near else ""
+
+
+def find_similar(name: str, known: Iterable[str]) -> str | None:
+    """Return the known name that `name` may be a misspelling of; None where none is near."""
     matches = difflib.get_close_matches(name, list(known), n=1)
-    return f"did you mean {matches[0]!r}? " if matches else ""
+    return matches[0] if matches else None

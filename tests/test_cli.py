@@ -64,11 +64,11 @@ REFUSED = {
     "misspelt group with plus": (["+bakend=auto"], r"no setting called 'bakend'; did you mean 'backend'\?"),
     "misspelt key": (
         ["lora.strenght=1"],
-        r"no setting called 'lora.strenght'; did you mean 'strength'\? choose from .*mode, strength",
+        r"no setting called 'lora.strenght'; did you mean 'lora.strength'\? choose from .*mode, strength",
     ),
     "misspelt key with plus": (
         ["+lora.strenght=1"],
-        r"no setting called 'lora.strenght'; did you mean 'strength'\?",
+        r"no setting called 'lora.strenght'; did you mean 'lora.strength'\?",
     ),
     "key of another option": (
         ["backend.tile.block_m=64"],
@@ -79,6 +79,7 @@ REFUSED = {
         r"no setting called 'task.rounds' in this config; task=bench has it",
     ),
     "misspelt top-level key": (["sed=1"], r"no setting called 'sed'; did you mean 'seed'\?"),
+    "key of a group without it": (["steps=8"], r"no setting called 'steps'; did you mean 'sampler.steps'\?"),
     "group left out": (["~model"], r"\bmodel\b.*(missing|needs|required|choose from)"),
     # values
     "word": (

@@ -38,7 +38,7 @@ from int8run.errors import (
     Int8RunError,
     SweepError,
     find_int8run_error,
-    suggest_similar,
+    suggest_setting,
 )
 from int8run.utils.paths import expand_path
 
@@ -419,7 +419,7 @@ def describe_call_error(error: InstantiationException, config: DictConfig) -> st
     owner = get_class(OmegaConf.select(config, place)._target_)
     known = sorted(field.name for field in fields(owner))
     name = f"{place}.{unknown[1]}".lstrip(".")
-    near = suggest_similar(unknown[1], known)
+    near = suggest_setting(name, known)
     return f"no setting called {name!r}; {near}choose from {', '.join(known)}"
 
 

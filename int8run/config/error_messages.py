@@ -13,6 +13,7 @@ from int8run.errors import (
     as_disk_full_error,
     as_not_writable_error,
     find_int8run_error,
+    suggest_setting,
     suggest_similar,
 )
 from int8run.tracking.secrets import mask_secrets
@@ -174,8 +175,15 @@ def explain_unknown_setting(key: str, parent: Any) -> str:
     is_at_the_top = "." not in key
     if is_at_the_top:
         known += COMMAND_LINE_WORDS
-    near = suggest_similar(key.rpartition(".")[2], known)
+    near = suggest_setting(key, known) or suggest_deeper_setting(key, parent)
     return f"no setting called {key!r}; {near}choose from {', '.join(sorted(known))}"
+
+
+def suggest_deeper_setting(key: str, config: Any) -> str:
+    """`did you mean 'sampler.steps'? ` where groups have a setting of that name, else an empty string."""
+    groups = list_public_names(config)
+    found = [f"{group}.{key}" for group in groups if key in list_public_names(config[group])]
+    return f"did you mean {' or '.join(map(repr, found))}? " if found else ""
 
 
 def list_public_names(config: Any) -> list[str]:

@@ -90,12 +90,12 @@ def check_location(key: str, location: object) -> None:
     if not is_missing(path):
         check_readable(key, path)
         return
+    named = f"{key}={location}"
+    if str(path.absolute()) != location:
+        named += f": {path.absolute()}"
     if is_file:
-        raise FileError(
-            f"{key}={location}: {path.absolute()}: no such file; on the hub a file is "
-            f"org/repository/name{SAFETENSORS}"
-        )
-    raise FileError(f"{key}={location}: {path.absolute()}: no such folder; on the hub a model is org/name")
+        raise FileError(f"{named}: no such file; on the hub a file is org/repository/name{SAFETENSORS}")
+    raise FileError(f"{named}: no such folder; on the hub a model is org/name")
 
 
 def is_missing(path: Path) -> bool:

@@ -226,8 +226,8 @@ class RunSpec:
             )
         if self.offload != "none" and self.runs_both_models:
             raise ConfigError(
-                f"offload={self.offload} moves one model, and metrics.baseline=run holds two; set "
-                "metrics.baseline=cached (float first, then INT8) or none"
+                f"offload={self.offload} moves one model to a GPU and back, metrics.baseline=run holds two; "
+                "set metrics.baseline=cached (float first, then INT8) or none"
             )
 
     # -- what follows from the settings ------------------------------------------------------------

@@ -17,6 +17,7 @@ SHIPPED_LORAS = Path(__file__).parents[1] / "assets" / "lora"
 SUFFIX = ".safetensors"
 PICKLE_SUFFIXES = (".pt", ".bin", ".ckpt", ".pth")
 MAX_SOURCE_CHARS = 100
+MAX_SHOWN_FILES = 3  # of a folder in which a name was not found
 # what PEFT and diffusers call the one file of a folder
 FOLDER_FILES = (PEFT_FILE, "pytorch_lora_weights.safetensors")
 
@@ -227,7 +228,12 @@ def describe_failed_search(path: Path, searched_homes: Sequence[Path]) -> str:
         if place.is_dir():
             present += place.glob(f"*{SUFFIX}")
     names = {file.name if has_suffix(path) else file.stem for file in present}
-    nearest = difflib.get_close_matches(path.name, sorted(names), n=3, cutoff=0.0)
-    if not nearest:
+    if not names:
         return f"{message}; no .safetensors file there"
-    return f"{message}; nearest there: {', '.join(nearest)}"
+    nearest = difflib.get_close_matches(path.name, sorted(names), n=MAX_SHOWN_FILES)
+    if nearest:
+        return f"{message}; nearest there: {', '.join(nearest)}"
+    shown = sorted(names)[:MAX_SHOWN_FILES]
+    if len(shown) < len(names):
+        shown.append("…")
+    return f"{message}; there are {', '.join(shown)}"

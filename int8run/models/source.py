@@ -228,7 +228,7 @@ def read_source_index(source: ModelSource) -> Mapping[str, Any]:
         location, setting = source.base, "model.base"
     path = to_local_path(location)
     if is_local(location) or path.is_dir():
-        check_pipeline_folder(path)
+        check_pipeline_folder(path, setting)
         return read_model_index(path, location)
     revision = source.revision if setting == "model.location" else None
     check_repository(location, setting, revision)
@@ -239,10 +239,18 @@ def read_source_index(source: ModelSource) -> Mapping[str, Any]:
     return read_model_index(folder, location)
 
 
-def check_pipeline_folder(path: Path) -> None:
-    """Raise FileError for a path that is no folder of a pipeline."""
+def check_pipeline_folder(path: Path, setting: str) -> None:
+    """Raise FileError for a path that is no folder of a pipeline.
+
+    Args:
+        path: of the folder.
+        setting: that names it.
+    """
     if not has_pipeline_index(path):
-        raise FileError(f"{path.absolute()} is not a diffusers folder: it has no {MODEL_INDEX_NAME}")
+        raise FileError(
+            f"{path.absolute()} is not a diffusers folder: it has no {MODEL_INDEX_NAME}; set {setting} to a "
+            f"folder that has one, to an id on the hub, or model.location to a {SAFETENSORS} file"
+        )
 
 
 def choose_source_pipeline(source: ModelSource, index: Mapping[str, Any]) -> str:
@@ -340,7 +348,7 @@ def resolve_pipeline_folder(
     """
     path = to_local_path(location)
     if is_local(location) or path.is_dir():
-        check_pipeline_folder(path)
+        check_pipeline_folder(path, setting)
         return path
     check_repository(location, setting, revision)
     left_out = dict.fromkeys(without)

@@ -217,9 +217,12 @@ def test_an_option_is_not_overwritten_by_a_value_of_the_same_name():
 REFUSED = {
     "two models to move": (
         ["offload=model"],
-        r"^offload=model moves one model, and metrics\.baseline=run holds two; set ",
+        r"^offload=model moves one model to a GPU and back, metrics\.baseline=run holds two; set ",
     ),
-    "two models to move by blocks": (["offload=group"], r"^offload=group moves one model, .* or none$"),
+    "two models to move by blocks": (
+        ["offload=group"],
+        r"^offload=group moves one model to a .* or none$",
+    ),
     "graphs of what is moved": (
         ["compile=reduce-overhead", "offload=model", "metrics.baseline=none"],
         r"^compile=reduce-overhead records where each tensor lies, and offload=model moves them; choose ",

@@ -895,6 +895,14 @@ def test_not_found_names_the_path_the_folder_and_the_nearest(write, tmp_path):
     assert sorted(nearest.split(", ")) == [f"ink_v{i}.safetensors" for i in (1, 2, 3)]
 
 
+def test_not_found_names_files_that_are_not_near_as_what_they_are(write, tmp_path):
+    for name in ("edit", "gloss", "pastel", "sketch"):
+        write(PEFT, name=f"{name}.safetensors")
+
+    with pytest.raises(LoraError, match=r"; there are edit, gloss, pastel, …$"):
+        find_lora(str(tmp_path / "inkk"), None)
+
+
 @pytest.mark.parametrize("folder", ["", "nowhere"], ids=["empty folder", "no such folder"])
 def test_not_found_where_nothing_is(tmp_path, folder):
     with pytest.raises(LoraError, match=rf"searched {tmp_path / folder}; no \.safetensors file there$"):

@@ -342,7 +342,8 @@ def test_missing_file_is_an_error(
 def test_missing_folder_is_an_error(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(
-        FileError, match=r"^/.*absent is not a diffusers folder: it has no model_index\.json$"
+        FileError,
+        match=r"^/.*absent is not a diffusers folder: it has no model_index\.json; set model.location to ",
     ):
         resolve_model(make_source(place))
 
