@@ -25,7 +25,7 @@ from int8run.kernels.quantize_rowwise.row_programs import (
 from int8run.kernels.triton_calls import Layout, choose_dot_precision, describe_layout, needs_operator
 
 MAX_K_IN_REGISTERS = 16384  # the longest row that stays in registers
-MAX_MATRIX = 8192  # numbers in the matrix as which a row is seen; more spill
+MAX_MATRIX = 8192  # the longest row that is one matrix; more spill
 MAX_RANK = 256
 ROTATIONS = (0, 4, 16, 64, 256, 1024)
 SYLVESTER_ROTATIONS = (0, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -213,11 +213,13 @@ def choose_row_parts(rotation: int) -> int:
 
 
 def choose_block_g(columns: int, parts: int) -> int:
-    """Rows of that matrix: the whole row of x where it is not too long, at least a tensor-core product's."""
+    """Rows of that matrix: the whole row of x; of a long one as few as a tensor-core product takes."""
     width = parts * PART.value
-    block_g: int = min(triton.next_power_of_2(triton.cdiv(columns, width)), MAX_MATRIX // width)
     smallest: int = BLOCK_M.value
-    return max(block_g, smallest)
+    if columns > MAX_MATRIX:
+        return smallest
+    whole: int = triton.next_power_of_2(triton.cdiv(columns, width))
+    return max(whole, smallest)
 
 
 def choose_block_parts(rotation: int) -> int:
