@@ -25,7 +25,7 @@ from mlflow import MlflowClient
 from PIL import Image
 from playwright.sync_api import Browser, Page
 
-from int8run.tracking.mlflow_view import build_view_link
+from int8run.tracking.mlflow_view_tag import build_view_link
 from int8run.tracking.run_record import Record, find_records
 
 sys.path.append(str(Path(__file__).parents[2] / "tests"))

@@ -83,8 +83,8 @@ class CheckpointLayer:
         return tuple(self.part_keys.values())
 
     @property
-    def is_exact(self) -> bool:
-        """Whether `read_int8_layer` can take the integers as they are, so that nothing is rounded again."""
+    def is_usable_as_is(self) -> bool:
+        """Whether it is INT8 with scales of rows that the kernels take, so that nothing is rounded again."""
         has_row_scales = self.storage_dtype == INT8 and self.granularity in ("tensor", "row")
         return has_row_scales and not self._is_beyond_kernels
 
@@ -234,7 +234,7 @@ class CheckpointLayer:
         Raises:
             ValueError: for another layer.
         """
-        if not self.is_exact:
+        if not self.is_usable_as_is:
             raise ValueError(
                 f"{files.path}: the numbers of {self.name} ({self.label}) cannot be used as they are; use "
                 "`read_weight`"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from int8run.checkpoints.layer import INT8, CheckpointLayer, get_hadamard
+from int8run.checkpoints.layer import CheckpointLayer, get_hadamard
 from int8run.checkpoints.powers import is_power_of_4
 from int8run.checkpoints.reader import TensorFiles
 from int8run.utils.plurals import count_noun
@@ -96,7 +96,7 @@ def warn_rotations(files: TensorFiles, layers: Mapping[str, CheckpointLayer]) ->
 
 def is_comparable(layer: CheckpointLayer) -> bool:
     """Whether rows of a layer's stored numbers are those of a weight, rotated or not."""
-    return layer.storage_dtype == INT8 and layer.granularity in ("tensor", "row") and layer.is_exact
+    return layer.is_usable_as_is
 
 
 def find_rotation(files: TensorFiles, layers: Sequence[CheckpointLayer]) -> TailChange | None:

@@ -226,7 +226,7 @@ class LayerPlanner:
 
     def find_copied_transform(self, layers: Sequence[CheckpointLayer]) -> OutlierTransform | None:
         """The transform of layers whose integers can be one weight as they are; None: they cannot."""
-        if not all(layer.is_exact for layer in layers):
+        if not all(layer.is_usable_as_is for layer in layers):
             return None
         first, *others = [layer.read_transform(self.files) for layer in layers]
         if not all(transform.has_same_input_transform(first) for transform in others):

@@ -86,8 +86,8 @@ def describe_inputs(inputs: SampleInputs) -> dict[str, object]:
     return facts
 
 
-def list_input_facts(inputs: SampleInputs) -> dict[str, Any]:
-    """The same for the text chunk `int8run`; empty of a prompt alone."""
+def collect_input_facts(inputs: SampleInputs) -> dict[str, Any]:
+    """What a sample began with, for the text chunk `int8run`; empty of a prompt alone."""
     facts: dict[str, Any] = {}
     if inputs.files:
         facts["inputs"] = {column: [file.name for file in files] for column, files in inputs.files.items()}

@@ -25,7 +25,7 @@ from int8run.tracking.run_record import (
     start_record,
     update_record,
 )
-from int8run.tracking.secrets import mask_secrets, mask_settings
+from int8run.tracking.secrets import mask_secret_settings, mask_secrets
 from int8run.tracking.setting_names import hash_text
 
 log = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ def execute_job(spec: RunSpec, job: Job) -> float | None:
             collect_warnings(warnings),
             SystemSampler(job.output_dir / "system.csv", spec.metrics.system_s),
         ):
-            write_yaml(mask_settings(job.settings), job.output_dir / "config.yaml")
+            write_yaml(mask_secret_settings(job.settings), job.output_dir / "config.yaml")
             if task.tracked:
                 if job.sweep is None:  # else the parent of the sweep has done it
                     prepare_tracker(spec.tracker)
@@ -108,9 +108,9 @@ def build_status(spec: RunSpec, job: Job) -> dict[str, object]:
     return {
         "task": type(spec.task).__name__.lower(),
         "name": job.name,
-        "overrides": mask_settings(list(job.overrides)),
+        "overrides": mask_secret_settings(list(job.overrides)),
         "choices": dict(job.choices),
-        "params": mask_settings(job.get_params()),
+        "params": mask_secret_settings(job.get_params()),
         "sweep": job.sweep,
         "number": job.number,
         "config_hash": hash_config(job.settings),

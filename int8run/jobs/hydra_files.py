@@ -12,12 +12,14 @@ from typing import Any
 from hydra.core import utils as hydra_utils
 from omegaconf import OmegaConf
 
-from int8run.tracking.secrets import mask_settings
+from int8run.tracking.secrets import mask_secret_settings
 
 
 def mask_config(config: Any) -> Any:
     """A config of omegaconf as it may be kept: references stay references, passwords are masked."""
-    return OmegaConf.create(mask_settings(OmegaConf.to_container(config, resolve=False, enum_to_str=True)))
+    return OmegaConf.create(
+        mask_secret_settings(OmegaConf.to_container(config, resolve=False, enum_to_str=True))
+    )
 
 
 @contextmanager

@@ -4,8 +4,9 @@ One `LayerPlan` is one row of `layers.csv`. `plan_layers` makes the list, `int8r
 `int8run.pipeline` fill it in, metrics and reports read it. `Int8Settings` is the config group `int8`.
 
 Who decides that a layer stays float: the `ignore` rules of its family (`conf/model_type`, by way of
-`ModelFamily.find_skip_reason`), then a quality budget (`int8run.ptq.mixed_precision`), or the file that INT8
-layers are loaded from (`int8run.pipeline.prequantized`), last the speed of this machine (`leave_float`).
+`ModelFamily.find_skip_reason`; from file to file `int8run.tasks.denoiser_checkpoint` asks them), then a
+quality budget (`int8run.ptq.mixed_precision`), or the file that INT8 layers are loaded from
+(`int8run.pipeline.prequantized`), last the speed of this machine (`leave_float`).
 """
 
 from collections.abc import Callable, Mapping

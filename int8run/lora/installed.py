@@ -41,7 +41,7 @@ class InstalledLoras:
 
     @property
     def owner(self) -> object | None:
-        """The stack; None where it is gone."""
+        """The stack; None where it is gone, and where nobody has to know of it."""
         return None if self._owner is None else self._owner()
 
     def __reduce__(self) -> tuple[type, tuple[tuple[str, ...]]]:

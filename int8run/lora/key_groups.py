@@ -99,7 +99,7 @@ def group_keys(path: Path, keys: Iterable[str]) -> KeyGroups:
             module.by_part = {"weight": module.keys}
     incomplete = find_incomplete_modules(modules, skipped)
     for module_name, module in modules.items():
-        skip_reason = incomplete.get(module_name) or find_skip_reason(module)
+        skip_reason = incomplete.get(module_name) or find_idle_reason(module)
         if skip_reason is not None:
             skipped |= dict.fromkeys(module.keys, skip_reason)
     applied = [module for module in modules.values() if not any(key in skipped for key in module.keys)]
@@ -187,7 +187,7 @@ def describe_unknown_part(part: str) -> str:
     return f"modules with a part that is not known ({sanitize_text(part, MAX_PART_CHARS)})"
 
 
-def find_skip_reason(module: ModuleKeys) -> str | None:
+def find_idle_reason(module: ModuleKeys) -> str | None:
     """Why the parts of a module do nothing; None: they do something."""
     if module.by_part.keys() == {"alpha"}:
         return LONE_ALPHA

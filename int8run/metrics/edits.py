@@ -1,6 +1,6 @@
 """INT8's error where an edit may change its image and where it must not, inside and outside a mask.
 
-Called by `tasks.run_edits`, which opens the inputs. Knows images, not pipelines or files.
+Called by `tasks.input_metrics`, which opens the inputs. Knows images, not pipelines or files.
 """
 
 import math

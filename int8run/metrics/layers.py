@@ -51,10 +51,12 @@ def measure_layer_outputs(
 
 
 def count_macs(denoiser: nn.Module, calls: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    """Multiply-adds of every Linear and convolution, by name. Attention's own products are not counted.
+    """Run the denoiser, and count the multiply-adds of every Linear and convolution in it, by name.
+
+    Attention's own products are not counted.
 
     Args:
-        denoiser: to call.
+        denoiser: runs once for each call.
         calls: its arguments, by name; the results are sums over these calls.
     """
     macs: Counter[str] = Counter()

@@ -1,6 +1,6 @@
 """Errors of a video that its single frames do not show: flicker, and drift from the image it begins with.
 
-Called by `tasks.run_edits`. Knows frames, not pipelines or files.
+Called by `tasks.input_metrics`. Knows frames, not pipelines or files.
 """
 
 from collections.abc import Sequence

@@ -170,7 +170,7 @@ class FileWeights:
         inexact = Counter(
             layer.label
             for layer in self.layers.values()
-            if layer.storage_dtype != FLOAT and not layer.is_exact
+            if layer.storage_dtype != FLOAT and not layer.is_usable_as_is
         )
         if inexact:
             counts = ", ".join(f"{count} × {label}" for label, count in inexact.most_common())
@@ -237,7 +237,7 @@ class FileWeights:
         """Linears whose integers can be used as they are, by module name, with (the first part of) each."""
         found = {}
         for name, layers in self.list_weights().items():
-            exact = [layer for layer in layers if layer is not None and layer.is_exact]
+            exact = [layer for layer in layers if layer is not None and layer.is_usable_as_is]
             if exact and len(exact) == len(layers):
                 found[name] = exact[0]
         return found

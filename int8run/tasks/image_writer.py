@@ -18,14 +18,14 @@ from int8run.config.run_spec import RunSpec
 from int8run.generate.call_parameters import get_call_default
 from int8run.generate.generate import Generation
 from int8run.generate.generated_sampling import read_generated_sampling
-from int8run.generate.image_parameters import describe_sampling, format_parameters, list_input_facts
+from int8run.generate.image_parameters import collect_input_facts, describe_sampling, format_parameters
 from int8run.generate.negative_prompts import read_guidance
 from int8run.generate.pipeline_call import get_frame_rate
 from int8run.generate.prompts import Sample
 from int8run.metrics.quality import select_key_frames
 from int8run.models.sampling import Sampling
 from int8run.report.image_files import save_sample
-from int8run.tracking.secrets import mask_settings
+from int8run.tracking.secrets import mask_secret_settings
 
 log = logging.getLogger(__name__)
 IMAGES = "images"
@@ -125,8 +125,8 @@ class ImageWriter:
             "model": name,
             "pipeline": self.spec.model.pipeline,
             "mode": self.spec.model.mode,
-            **mask_settings(list_input_facts(sample.inputs)),
-            "sampling": mask_settings(describe_sampling(sampling, scheduler)),
+            **mask_secret_settings(collect_input_facts(sample.inputs)),
+            "sampling": mask_secret_settings(describe_sampling(sampling, scheduler)),
         }
         for label, value in details.items():
             facts[label.lower().replace(" ", "_")] = value

@@ -30,7 +30,7 @@ from int8run.pipeline.float_baseline import BaselineOrigin, get_float_baseline
 from int8run.pipeline.sample_checks import check_samples
 from int8run.report.console import Progress
 from int8run.tasks.image_writer import ImageWriter
-from int8run.tasks.run_edits import measure_edits
+from int8run.tasks.input_metrics import measure_edits_and_videos
 from int8run.tasks.run_generation import FLOAT_TIMING, generate_all
 from int8run.tasks.run_inputs import RunInputs, read_headers
 from int8run.tasks.run_logs import (
@@ -206,7 +206,7 @@ def measure_quality(spec: RunSpec, comparison: RunComparison, baseline: Generati
     """The comparison, completed with each sample's quality against the float model's image."""
     prompts = [sample.prompt for sample in comparison.samples]
     quality = compare_generations(comparison.candidate, baseline, prompts, spec.metrics.perceptual)
-    quality = measure_edits(comparison.samples, comparison.candidate, baseline, quality)
+    quality = measure_edits_and_videos(comparison.samples, comparison.candidate, baseline, quality)
     return replace(comparison, quality=quality)
 
 

@@ -39,7 +39,7 @@ from int8run.report.sample_entry import InputEntry, describe_inputs
 from int8run.tasks.image_writer import IMAGES, ImageWriter
 from int8run.tasks.input_images import InputImages, open_input_images
 from int8run.tasks.run_metrics import RunComparison, collect_series
-from int8run.tracking.secrets import mask_settings
+from int8run.tracking.secrets import mask_secret_settings
 from int8run.utils.plurals import count_noun
 
 log = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ class ImageRecord:
         if self.sample.inputs.arguments:
             # a table in YAML may have dates, which JSON does not know
             arguments = json.dumps(dict(self.sample.inputs.arguments), default=str)
-            entry["arguments"] = mask_settings(json.loads(arguments))
+            entry["arguments"] = mask_secret_settings(json.loads(arguments))
         if self.quality is not None:
             entry |= self.quality.values
         if self.float_file is not None:

@@ -1,8 +1,8 @@
 """The dashboard of a sweep in MLflow's page: which runs, columns and charts its link opens with.
 
 MLflow's page is blank until somebody builds charts by hand. What was built can be shared under a name, which
-is kept in a tag of the experiment (`mlflow_view.py`). Named views exist since MLflow 3.15. Their content is
-not a documented contract, so it is written here only, and tests/browser opens it. A page that does not
+is kept in a tag of the experiment (`mlflow_view_tag.py`). Named views exist since MLflow 3.15. Their content
+is not a documented contract, so it is written here only, and tests/browser opens it. A page that does not
 understand it says so, and `build_experiment_link` works anyway. Called by `MlflowTracker.share_sweep`.
 """
 

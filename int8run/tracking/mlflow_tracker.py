@@ -26,7 +26,7 @@ from int8run.tracking.mlflow_payload import (
     to_milliseconds,
     truncate,
 )
-from int8run.tracking.mlflow_view import build_view_link, make_view_key, write_view
+from int8run.tracking.mlflow_view_tag import build_view_link, make_view_key, write_view
 from int8run.tracking.process_identity import describe_process, is_process_gone
 from int8run.tracking.retry import ping, translate_errors, with_retries
 from int8run.tracking.run_record import KILLED, KILLED_MESSAGE, RUNNING, Record, read_record, update_record

@@ -43,7 +43,7 @@ def mask_secrets(text: str) -> str:
     return KNOWN_TOKEN.sub(MASK, text)
 
 
-def mask_settings(value: Any, key: str = "") -> Any:
+def mask_secret_settings(value: Any, key: str = "") -> Any:
     """Settings as they may be shown, kept and sent.
 
     Args:
@@ -51,9 +51,9 @@ def mask_settings(value: Any, key: str = "") -> Any:
         key: its name: the whole text under a name such as `HF_TOKEN` is masked.
     """
     if isinstance(value, Mapping):
-        return {name: mask_settings(inner, str(name)) for name, inner in value.items()}
+        return {name: mask_secret_settings(inner, str(name)) for name, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [mask_settings(inner, key) for inner in value]
+        return [mask_secret_settings(inner, key) for inner in value]
     if not isinstance(value, str):
         return value
     is_variable = value.startswith("${")  # a name where a secret stands, and not the secret

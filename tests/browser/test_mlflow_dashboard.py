@@ -9,7 +9,7 @@ from mlflow.entities import Metric, Param
 from PIL import Image
 
 from int8run.tracking.mlflow_dashboard import build_view_state, find_varying_params
-from int8run.tracking.mlflow_view import build_experiment_link, build_view_link, write_view
+from int8run.tracking.mlflow_view_tag import build_experiment_link, build_view_link, write_view
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 

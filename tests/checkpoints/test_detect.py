@@ -97,7 +97,7 @@ def test_int8_layers_are_read_exactly_or_refused(make: Any, tmp_path: Path) -> N
     files, layers = read_draft(draft, tmp_path)
     layer = layers[LAYER]
 
-    if not layer.is_exact:
+    if not layer.is_usable_as_is:
         with pytest.raises(
             ValueError, match=rf"the numbers of {LAYER} .* cannot be used as they are; use `read_weight`"
         ):
@@ -126,7 +126,9 @@ def test_int8_layers_are_read_exactly_or_refused(make: Any, tmp_path: Path) -> N
         )
 
 
-@pytest.mark.parametrize("name", [name for name, make in DRAFTS.items() if make().expected["is_exact"]])
+@pytest.mark.parametrize(
+    "name", [name for name, make in DRAFTS.items() if make().expected["is_usable_as_is"]]
+)
 def test_exact_layer_computes_the_real_product(name: str, tmp_path: Path) -> None:
     # the transform's other side, on the input, must be the one that the file's maker means
     draft = DRAFTS[name]()
@@ -151,7 +153,7 @@ def test_drafts_cover_every_storage_dtype_and_granularity() -> None:
         ("nvfp4", "block"),
         ("mxfp8", "block"),
     }
-    assert {e["outlier_method"] for e in expected if e["is_exact"]} == {
+    assert {e["outlier_method"] for e in expected if e["is_usable_as_is"]} == {
         "none",
         "convrot",
         "quarot",
@@ -227,7 +229,7 @@ def test_published_header_is_read(tmp_path: Path) -> None:
     _, layers = read_draft(draft, tmp_path)
 
     assert layers["blocks.0.ffn.0"].label == "int8_tensorwise, row, convrot 256"
-    assert layers["blocks.0.ffn.0"].is_exact
+    assert layers["blocks.0.ffn.0"].is_usable_as_is
 
 
 # -- whole files -----------------------------------------------------------------------------------
@@ -365,7 +367,7 @@ def test_layers_that_int8run_writes_are_read_back(method: OutlierMethod, width: 
     files = TensorFiles.open(tmp_path / "m.safetensors")
     stored = read_layers(files)["q"]
 
-    assert stored.is_exact
+    assert stored.is_usable_as_is
     assert (stored.outlier_method, stored.outlier_settings) == (
         method.name,
         method.get_settings(width),
@@ -451,7 +453,7 @@ def test_large_rotation_groups_are_read_as_floats(tmp_path: Path) -> None:
     rotated = {**TENSOR, "convrot": True, "convrot_groupsize": 4096}
     files, layers = read_draft(draft_int8((1, 1), "tensor", rotated, weight=(1, 4096)), tmp_path)
 
-    assert not layers[LAYER].is_exact
+    assert not layers[LAYER].is_usable_as_is
     assert layers[LAYER].read_weight(files).shape == (1, 4096)
 
 
@@ -598,7 +600,7 @@ def read_all(draft: CheckpointDraft, folder: Path) -> None:
 
         assert found.shape[0] in (layer.rows, real.shape[0])
 
-        if layer.is_exact:
+        if layer.is_usable_as_is:
             layer.read_int8_layer(files)
 
 

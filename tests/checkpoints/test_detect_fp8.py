@@ -256,7 +256,7 @@ def test_marker_decides_the_granularity_of_one_int8_scale(
     files, layers = read_draft(draft, tmp_path)
 
     assert layers[LAYER].format_name == (word or "int8_tensorwise")
-    assert layers[LAYER].is_exact
+    assert layers[LAYER].is_usable_as_is
     assert len(caplog.records) == (word is None)
     assert_close("weight", layers[LAYER].read_weight(files), get_real_weight(draft), 1e-6)
 

@@ -8,9 +8,9 @@ import string
 import pytest
 from mlflow import MlflowClient
 
-from int8run.tracking import mlflow_view
+from int8run.tracking import mlflow_view_tag
 from int8run.tracking.mlflow_dashboard import build_view_state, find_varying_params, is_plottable
-from int8run.tracking.mlflow_view import (
+from int8run.tracking.mlflow_view_tag import (
     MAX_TAG_LENGTH,
     VIEW_TAG_PREFIX,
     build_experiment_link,
@@ -166,7 +166,7 @@ def test_the_images_that_fit_are_found_in_a_few_tries(monkeypatch, num_images):
         tries.append(arguments)
         return pack_view(*arguments)
 
-    monkeypatch.setattr(mlflow_view, "pack_view", pack)
+    monkeypatch.setattr(mlflow_view_tag, "pack_view", pack)
     keys = [hashlib.sha256(str(n).encode()).hexdigest() for n in range(num_images)]
 
     value, left_out = encode_view(build_view_state(PARAMS, METRICS, keys), "v")

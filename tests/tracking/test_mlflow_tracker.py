@@ -25,7 +25,7 @@ from int8run.errors import ConfigError, TrackingError
 from int8run.tracking import mlflow_tracker, retry
 from int8run.tracking.base import NoTracker
 from int8run.tracking.mlflow_tracker import MlflowTracker
-from int8run.tracking.mlflow_view import decode_view
+from int8run.tracking.mlflow_view_tag import decode_view
 from int8run.tracking.process_identity import describe_process
 from int8run.tracking.run_record import FAILED, FINISHED, KILLED, KILLED_MESSAGE, RUNNING, read_record
 

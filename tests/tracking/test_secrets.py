@@ -2,7 +2,7 @@
 
 import pytest
 
-from int8run.tracking.secrets import mask_secrets, mask_settings, remove_login
+from int8run.tracking.secrets import mask_secret_settings, mask_secrets, remove_login
 
 HF = "hf_" + "Ab1" * 10
 TEXTS = {
@@ -63,7 +63,7 @@ def test_settings_are_masked_by_name_and_by_value():
         "reference": {"token": "${oc.env:HF_TOKEN}"},
         "empty": {"password": ""},
     }
-    assert mask_settings(settings) == {
+    assert mask_secret_settings(settings) == {
         "tracker": {"uri": "http://h", "folder": "."},
         "launcher": {"env_vars": {"HF_TOKEN": "***", "API_KEY": "***", "HOME": "/home/me"}},
         "tokens": "kept",

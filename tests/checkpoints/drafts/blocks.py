@@ -86,7 +86,7 @@ def draft_blocks(
 
     name = word or kind
     tells_rows, tells_columns = told or (bias, False)
-    set_expected(draft, padded[:n, :k], kind, "block", name, is_exact=False, outlier_method="none")
+    set_expected(draft, padded[:n, :k], kind, "block", name, is_usable_as_is=False, outlier_method="none")
     draft.expected |= {
         "format_name": name,
         "is_packable": True,

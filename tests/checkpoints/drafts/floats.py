@@ -6,7 +6,7 @@ from checkpoints.drafts.draft import LAYER, CheckpointDraft, Draft, K, N, set_ex
 def draft_float(dtype: str, word: str) -> CheckpointDraft:
     draft = CheckpointDraft()
     real = draft.put(f"{LAYER}.weight", dtype, draft.generator.normal(size=(N, K)))
-    return set_expected(draft, real, "float", "", word, is_exact=False, outlier_method="none")
+    return set_expected(draft, real, "float", "", word, is_usable_as_is=False, outlier_method="none")
 
 
 def draft_plain_float(dtype: str = "F32") -> CheckpointDraft:

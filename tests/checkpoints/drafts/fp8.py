@@ -41,7 +41,7 @@ def draft_fp8(
         draft.tensors["scaled_fp8"] = dtype, (legacy,), bytes(legacy)
         if shape is not None:
             draft.put(f"{LAYER}.scale_input", "F32", 1.0)
-    return set_expected(draft, real, "fp8", granularity, label, is_exact=False, outlier_method="none")
+    return set_expected(draft, real, "fp8", granularity, label, is_usable_as_is=False, outlier_method="none")
 
 
 def draft_smoothed_fp8() -> CheckpointDraft:

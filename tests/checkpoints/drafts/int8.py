@@ -41,7 +41,9 @@ def draft_int8(
     full = spread_scales(s, granularity, block)
     full = full[: weight[0], : weight[1]]  # the last blocks may be cut off
     words = f"{label}, {describe_granularity(granularity, block)}"
-    return set_expected(draft, q * full, "int8", granularity, words, is_exact=exact, outlier_method="none")
+    return set_expected(
+        draft, q * full, "int8", granularity, words, is_usable_as_is=exact, outlier_method="none"
+    )
 
 
 def draft_rowwise() -> CheckpointDraft:
@@ -59,7 +61,7 @@ def draft_transposed() -> CheckpointDraft:
         kind="int8",
         granularity="transposed",
         label="int8, transposed",
-        is_exact=False,
+        is_usable_as_is=False,
         outlier_method="none",
     )
 

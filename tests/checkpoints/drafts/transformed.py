@@ -86,7 +86,7 @@ def draft_toolkit(
         kind="int8",
         granularity=granularity,
         label=label,
-        is_exact=True,
+        is_usable_as_is=True,
         outlier_method=method,
         is_centered=sigma,
     )
@@ -119,7 +119,7 @@ def draft_quip(n: int, k: int, smooth: bool = False) -> CheckpointDraft:
         kind="int8",
         granularity="row",
         label="int8_tensorwise, row, quip",
-        is_exact=False,
+        is_usable_as_is=False,
         outlier_method="quip",
         is_padded=True,
     )
@@ -144,7 +144,7 @@ def draft_older_quip(dense: bool) -> CheckpointDraft:
         kind="int8",
         granularity="row",
         label="int8, row, quip",
-        is_exact=False,
+        is_usable_as_is=False,
         outlier_method="quip",
         is_padded=False,
     )

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 MAX_SHOWN = 3  # samples that a line of the log names
 
 
-def measure_edits(
+def measure_edits_and_videos(
     samples: Sequence[Sample],
     candidate: Generation,
     baseline: Generation,

@@ -12,7 +12,7 @@ from int8run.generate.generate import Generation
 from int8run.generate.prompts import Sample
 from int8run.generate.sample_inputs import SampleInputs, read_input_file
 from int8run.metrics.quality import SampleQuality, average_frames, average_quality
-from int8run.tasks.run_edits import measure_edits
+from int8run.tasks.input_metrics import measure_edits_and_videos
 
 SIZE = (16, 16)
 
@@ -51,7 +51,7 @@ def measure(samples, frames, float_frames):
         known.append(SampleQuality({"psnr_db": 30.0}, rows))
     latents = [torch.ones(1, 4)] * len(frames)
     candidate, baseline = (Generation(frames=f, trajectories=latents) for f in (frames, float_frames))
-    return measure_edits(samples, candidate, baseline, known)
+    return measure_edits_and_videos(samples, candidate, baseline, known)
 
 
 def test_an_edit_with_a_mask_has_an_error_on_both_sides(make_sample):
