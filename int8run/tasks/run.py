@@ -74,9 +74,10 @@ def run(spec: RunSpec, job: Job) -> RunResult:
         spec: the settings.
         job: where they came from, and where to write.
     """
-    headers = read_headers(spec)
     samples = read_samples(spec.prompts, spec.seed, job.output_dir, spec.sampling.input_size)
+    # before its LoRAs are downloaded: a model that is not there is the larger obstacle
     check_samples(spec.model, samples, spec.sampler, spec.sampling)
+    headers = read_headers(spec)
     # a pipeline that needs an image needs one for the calibration, too
     spec = replace(spec, calibration=spec.calibration.with_inputs(samples))
     samples = add_trigger_words(samples, headers, spec.lora)

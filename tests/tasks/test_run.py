@@ -815,3 +815,13 @@ def test_images_that_are_no_numbers_are_refused() -> None:
         r"are NaN or infinite; its weights are damaged",
     ):
         check_latents(Generation(trajectories=[good, bad]), "INT8")
+
+
+def test_the_model_is_looked_for_before_its_loras(tmp_path, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise FileError("the model is gated")
+
+    monkeypatch.setattr("int8run.models.source.check_repository", refuse)
+
+    with pytest.raises(FileError, match=r"^the model is gated$"):
+        run_job(["model=flux", "lora=stack_a", "tracker=none"], tmp_path / "out")
