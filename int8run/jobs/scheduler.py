@@ -8,6 +8,7 @@ Called by `jobs.sweep`. It must not know what a worker is, a process here or a j
 has the protocols.
 """
 
+import itertools
 import logging
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -20,6 +21,12 @@ from int8run.tracking.run_record import FINISHED, KILLED, Record, end_record, tr
 log = logging.getLogger(__name__)
 # what a worker runs: some jobs, one after the other; returns how they ended
 Call = Callable[[], Sequence[Outcome]]
+
+
+def is_interleaved(jobs: Sequence[SweepJob]) -> bool:
+    """Whether jobs of one model stand between those of another, so that they do not run by their numbers."""
+    num_stretches = sum(1 for _ in itertools.groupby(job.build_key for job in jobs))
+    return num_stretches > len({job.build_key for job in jobs})
 
 
 @dataclass(eq=False)

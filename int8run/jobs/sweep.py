@@ -30,7 +30,7 @@ from int8run.jobs.manifest import (
     write_manifest,
 )
 from int8run.jobs.plan import PlannedJob, find_finished_jobs, get_job_folder, plan_jobs
-from int8run.jobs.scheduler import Scheduler
+from int8run.jobs.scheduler import Scheduler, is_interleaved
 from int8run.jobs.worker import ParentProcess, run_jobs
 from int8run.report.ranking import varies_content
 from int8run.report.sweep_progress import SweepProgress
@@ -157,6 +157,8 @@ class SweepRun:
             self.manifest = replace(self.manifest, jobs_at_once=min(pool.jobs_at_once, len(jobs)))
             write_manifest(self.folder, self.manifest)
             parent = describe_parent(self.manifest, hydra_context, task_function)
+            if is_interleaved(jobs):
+                log.info("jobs that use the same model run one after the other, not by their numbers")
             scheduler = Scheduler(
                 jobs,
                 pool,

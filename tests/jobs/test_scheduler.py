@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from int8run.jobs.base import Outcome, SweepJob, WorkerDied
-from int8run.jobs.scheduler import JobQueue, Scheduler, conclude_jobs
+from int8run.jobs.scheduler import JobQueue, Scheduler, conclude_jobs, is_interleaved
 from int8run.jobs.worker import zip_folder
 from int8run.tracking.run_record import FINISHED, KILLED, end_record, read_record, start_record
 
@@ -324,3 +324,8 @@ def test_ctrl_c_ends_the_records_of_the_jobs_that_ran(tmp_path: Path) -> None:
     record = read_record(tmp_path / "0")
     assert (record.state, record.error) == (KILLED, "the sweep was interrupted")
     assert not (tmp_path / "1").exists()
+
+
+@pytest.mark.parametrize(("keys", "expected"), [("aabb", False), ("abab", True), ("aba", True), ("a", False)])
+def test_jobs_of_one_model_between_those_of_another_are_interleaved(keys, expected):
+    assert is_interleaved([make_job(number, key) for number, key in enumerate(keys)]) is expected
