@@ -27,6 +27,7 @@ from int8run.tasks.image_writer import (
 from int8run.utils.text import shorten_error
 from int8run.utils.untrusted_json import parse_untrusted_json
 
+LORA_OVERRIDE = "override /lora@_global_.lora"  # of an option of model= that brings LoRAs
 PNG = ".png"
 INT8 = "INT8"
 SAMPLER_SETTINGS = ("steps", "guidance", "height", "width", "scheduler")
@@ -137,9 +138,10 @@ def format_command(facts: Mapping[str, Any]) -> str:
     Raises:
         NotRepeatableError: when they do not name all that is needed.
     """
-    if "loras" in facts:
-        raise NotRepeatableError(f"needs its LoRAs ({facts['loras']}), whose files the image does not name")
-    option = find_model_option(str(facts.get("model")))
+    loras = str(facts.get("loras", ""))
+    option = find_model_option(str(facts.get("model")), loras)
+    if option is None and loras:
+        raise NotRepeatableError(f"needs its LoRAs ({loras}), whose files the image does not name")
     if option is None:
         raise NotRepeatableError(f"needs the checkpoint {facts.get('model')}, which is no option of model=")
     words = ["int8run", format_setting("model", option), shlex.quote(f"prompt={facts.get('prompt', '')}")]
@@ -218,13 +220,34 @@ def iterate_settings(group: str, settings: object) -> Iterator[tuple[str, Any]]:
         yield name, value
 
 
-def find_model_option(name: str) -> str | None:
-    """Find the option of `model=` whose checkpoint bears a name; None where there is no such."""
+def find_model_option(name: str, loras: str) -> str | None:
+    """Find the option of `model=` whose checkpoint bears a name, and which brings these LoRAs alone.
+
+    Args:
+        name: of the checkpoint.
+        loras: names and strengths, such as `edit: 1`; empty for none.
+
+    Returns:
+        None where there is no such option.
+    """
     for file in sorted(MODEL_FOLDER.glob("*.yaml")):
-        location = yaml.safe_load(file.read_text(encoding="utf-8")).get("location")
-        if isinstance(location, str) and name_model(location) == name:
+        option = yaml.safe_load(file.read_text(encoding="utf-8"))
+        location = option.get("location")
+        is_named = isinstance(location, str) and name_model(location) == name
+        if is_named and read_own_loras(option) == loras:
             return file.stem
     return None
+
+
+def read_own_loras(option: Mapping[str, Any]) -> str:
+    """The LoRAs that an option of `model=` chooses, by names and strengths; empty for none."""
+    for default in option.get("defaults", []):
+        stack_name = default.get(LORA_OVERRIDE) if isinstance(default, Mapping) else None
+        if stack_name is not None:
+            file = MODEL_FOLDER.parent / "lora" / f"{stack_name}.yaml"
+            adapters = yaml.safe_load(file.read_text(encoding="utf-8"))["adapters"]
+            return ", ".join(f"{adapter['name']}: {adapter['strength']:g}" for adapter in adapters)
+    return ""
 
 
 def list_sampler_words(sampling: Mapping[str, Any]) -> list[str]:

@@ -96,6 +96,12 @@ def test_an_automatic_choice_names_no_candidates(tmp_path: Path) -> None:
     )
 
 
+def test_loras_that_a_model_brings_are_repeated_with_it(tmp_path: Path) -> None:
+    (line,) = describe(tmp_path, model="tiny", loras="edit: 1").list_commands()
+
+    assert " int8run model=tiny_edit 'prompt=" in line
+
+
 def test_a_float_image_is_repeated_in_its_dtype(tmp_path: Path) -> None:
     (line,) = describe(tmp_path, precision="bfloat16", outlier=None, text_encoders="nvfp4").list_commands()
 
