@@ -10,8 +10,8 @@ for a backend per layer, and `task=bench` measures with the same code.
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, TypeGuard
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 MAX_REL_ERR = 1e-3
 # how many times as fast as INT8 the float layer must be to stay: as fast as INT8, it only takes more memory
 MIN_FLOAT_GAIN = 1.05
+SCATTERS = "scatters"  # what the autotune cache says of a ratio that is within the scatter of its times
 
 
 @dataclass(frozen=True)
@@ -121,20 +122,27 @@ class LayerChoice:
         backend: the fastest INT8 backend.
         speedup: time of the float layer over that of the backend; None: it was not measured, or the times
             scattered.
+        is_clear: whether the two differ by more than their times scatter.
+        failures: why other backends take no part at this shape, by name.
     """
 
     backend: Backend
     speedup: float | None = None
+    is_clear: bool = True
+    failures: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def is_float_faster(self) -> bool:
         """Whether INT8 does not pay at this shape."""
-        return self.speedup is not None and self.speedup * MIN_FLOAT_GAIN <= 1
+        return self.speedup is not None and self.is_clear and self.speedup * MIN_FLOAT_GAIN <= 1
 
 
 @dataclass
 class BackendChooser:
-    """Measures each new layer shape once and remembers the choice, in memory and in the autotune cache.
+    """Measures each new layer shape once and remembers the choice.
+
+    In memory whatever it is, so that all layers of a shape get one backend; in the autotune cache where the
+    times can be trusted.
 
     Args:
         candidates: backends that can run on the device.
@@ -151,7 +159,9 @@ class BackendChooser:
     last_resort: Backend | None = None
     times_float: bool = False
     left_out: dict[str, str] = field(default_factory=dict, init=False)
-    _checked: dict[tuple[str, int], bool] = field(default_factory=dict, init=False)
+    _choices: dict[Shape, LayerChoice] = field(default_factory=dict, init=False)
+    # by name of a backend and in_features: why it computes nothing useful; None: it does
+    _faults: dict[tuple[str, int], str | None] = field(default_factory=dict, init=False)
 
     @property
     def device(self) -> torch.device:
@@ -177,17 +187,30 @@ class BackendChooser:
         Raises:
             BackendError: when no candidate computes the right numbers and there is no last resort.
         """
+        if shape not in self._choices:
+            self._choices[shape] = self._find_choice(shape)
+        return self._choices[shape]
+
+    def _find_choice(self, shape: Shape) -> LayerChoice:
+        """Read a choice that was measured before, or measure it."""
         _, in_features, out_features = shape
         supported = self.supported_backends(in_features, out_features)
         correct = {backend.name: backend for backend in self.select_correct(supported, in_features)}
+        faults = self.list_faults(supported, in_features)
         if not correct:
             correct = self._take_last_resort(shape)
             if not self.times_float:
-                return LayerChoice(next(iter(correct.values())))
-        known = parse_choice(self.cache.get(choice_key(correct, shape)), correct)
-        if known is not None and (known.speedup is not None or not self.times_float):
-            return known
-        return self.measure_choice(correct, shape)
+                return LayerChoice(next(iter(correct.values())), failures=faults)
+        found = parse_choice(self.cache.get(choice_key(correct, shape)), correct)
+        if not self.is_complete(found):
+            found = self.measure_choice(correct, shape)
+        return replace(found, failures={**faults, **found.failures})
+
+    def is_complete(self, choice: LayerChoice | None) -> TypeGuard[LayerChoice]:
+        """Whether a choice of the autotune cache says all that is asked of this chooser."""
+        if choice is None:
+            return False
+        return choice.speedup is not None or not self.times_float
 
     def measure_choice(self, backends: Mapping[str, Backend], shape: Shape) -> LayerChoice:
         """Time backends on a shape, and remember the fastest where the times can be trusted.
@@ -208,14 +231,15 @@ class BackendChooser:
         self.note_failures(times.failures)
         int8_seconds = {name: times.seconds[name] for name in backends if name in times.seconds}
         if not int8_seconds:
-            return LayerChoice(next(iter(self._take_last_resort(shape).values())))
+            last_resort = next(iter(self._take_last_resort(shape).values()))
+            return LayerChoice(last_resort, failures=times.failures)
         fastest = min(int8_seconds, key=int8_seconds.__getitem__)
         if not times.is_steady:
             # times of a busy machine may pick a backend, but take no layer out of INT8
-            return LayerChoice(backends[fastest])
-        choice = LayerChoice(backends[fastest], compute_speedup(times, fastest))
+            return LayerChoice(backends[fastest], failures=times.failures)
+        choice = compare_with_float(times, backends[fastest], Float.name)
         self.save_choice(int8_seconds, shape, choice)
-        return choice
+        return replace(choice, failures=times.failures)
 
     def _take_last_resort(self, shape: Shape) -> dict[str, Backend]:
         if self.last_resort is None:
@@ -246,17 +270,19 @@ class BackendChooser:
         return [b for b in backends if self.is_correct(b, in_features)]
 
     def is_correct(self, backend: Backend, in_features: int) -> bool:
-        """Whether full-range integers come out right: +127 everywhere makes the largest sums there are.
-
-        A backend that cannot run does not take part either. Each is checked once for each width.
-        """
+        """Whether full-range integers come out right. Each backend is checked once for each width."""
         key = (backend.name, in_features)
-        if key not in self._checked:
-            reason = find_wrong_result(backend, in_features, self.device)
-            self._checked[key] = reason is None
-            if reason is not None:
-                self.note_failures({backend.name: reason})
-        return self._checked[key]
+        if key not in self._faults:
+            fault = find_wrong_result(backend, in_features, self.device)
+            self._faults[key] = fault
+            if fault is not None:
+                self.note_failures({backend.name: fault})
+        return self._faults[key] is None
+
+    def list_faults(self, backends: Iterable[Backend], in_features: int) -> dict[str, str]:
+        """Why some of these backends were found to be of no use at this width, by name."""
+        faults = {backend.name: self._faults.get((backend.name, in_features)) for backend in backends}
+        return {name: fault for name, fault in faults.items() if fault is not None}
 
     def note_failures(self, failures: Mapping[str, str]) -> None:
         """Remember and log why candidates take no part, each reason once."""
@@ -290,20 +316,25 @@ def run_full_range(backend: Backend, in_features: int, device: torch.device) -> 
     return run_plain_layer(backend, x, packed, scale, bias=None).float()
 
 
-def compute_speedup(times: LayerTimes, backend: str, float_name: str = Float.name) -> float | None:
-    """Time of the float layer over that of a backend, rounded as it is kept.
+def compare_with_float(times: LayerTimes, backend: Backend, float_name: str) -> LayerChoice:
+    """The choice of a backend, with its ratio to the float layer, rounded as it is kept.
 
     Args:
-        times: of one shape.
-        backend: name of the backend.
+        times: of one shape, steady ones.
+        backend: the fastest of them.
         float_name: that the float layer has in the times.
 
     Returns:
-        None where the float layer has no time.
+        No ratio where the float layer has no time.
     """
     if float_name not in times.seconds:
-        return None
-    return round(times.seconds[float_name] / times.seconds[backend], 3)
+        return LayerChoice(backend)
+    float_seconds = times.seconds[float_name]
+    # medians of calls that scatter differ by a few percent without a reason: even the quickest INT8 call has
+    # to be slower than float before a layer leaves INT8
+    is_clear = times.find_shortest(backend.name) >= MIN_FLOAT_GAIN * float_seconds
+    speedup = round(float_seconds / times.seconds[backend.name], 3)
+    return LayerChoice(backend, speedup, is_clear=is_clear or speedup * MIN_FLOAT_GAIN > 1)
 
 
 def choice_key(candidates: Iterable[str], shape: Shape) -> str:
@@ -312,20 +343,28 @@ def choice_key(candidates: Iterable[str], shape: Shape) -> str:
 
 
 def format_choice(choice: LayerChoice) -> str:
-    """A choice as the autotune cache has it: `cpu`, or `cpu 1.84` where the float layer was timed."""
+    """A choice as the autotune cache has it: `cpu`, `cpu 1.84` where the float layer was timed.
+
+    `cpu 0.93 scatters` where float may only seem to be faster.
+    """
     if choice.speedup is None:
         return choice.backend.name
-    return f"{choice.backend.name} {choice.speedup}"
+    text = f"{choice.backend.name} {choice.speedup}"
+    if not choice.is_clear:
+        text += f" {SCATTERS}"
+    return text
 
 
 def parse_choice(text: str | None, backends: Mapping[str, Backend]) -> LayerChoice | None:
     """A choice out of the autotune cache; None for one of other backends, and for what somebody edited."""
-    name, _, ratio = (text or "").partition(" ")
+    name, _, rest = (text or "").partition(" ")
+    ratio, _, note = rest.partition(" ")
     if name not in backends:
         return None
     try:
         speedup = float(ratio)
     except ValueError:
         return LayerChoice(backends[name])
-    is_ratio = 0 < speedup < math.inf
-    return LayerChoice(backends[name], speedup if is_ratio else None)
+    if not 0 < speedup < math.inf:
+        return LayerChoice(backends[name])
+    return LayerChoice(backends[name], speedup, is_clear=note != SCATTERS)

@@ -8,7 +8,7 @@ LoRAs or configs.
 import importlib.util
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -287,11 +287,17 @@ class LayerTimes:
         seconds: of one call, by name: the median of its rounds.
         failures: why others could not run, by name.
         is_steady: whether the times of the fastest did not scatter.
+        shortest: of its rounds, by name; nothing for what was called once.
     """
 
     seconds: Mapping[str, float]
     failures: Mapping[str, str]
     is_steady: bool
+    shortest: Mapping[str, float] = field(default_factory=dict)
+
+    def find_shortest(self, name: str) -> float:
+        """The seconds of the quickest call."""
+        return self.shortest.get(name, self.seconds[name])
 
 
 class Timer(Protocol):

@@ -120,7 +120,12 @@ class LayerTimer:
                 rounds.pop(name, None)
         seconds |= {name: statistics.median(values) for name, values in rounds.items()}
         failures = {name: attempt.failure for name, attempt in attempts.items() if attempt.failure}
-        return LayerTimes(seconds, failures, is_steady=are_fastest_steady(rounds))
+        return LayerTimes(
+            seconds,
+            failures,
+            is_steady=are_fastest_steady(rounds),
+            shortest={name: min(values) for name, values in rounds.items()},
+        )
 
     def prepare(self, backend: Backend, layer: RandomLayer) -> Attempt:
         """Pack the weight and call the backend once, which compiles what it needs."""

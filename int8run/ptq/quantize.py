@@ -230,7 +230,7 @@ class LayerBackends:
         self.choosers: dict[torch.dtype, BackendChooser] = {}  # each reads the file of measured choices
 
     def choose_backend(self, plan: LayerPlan, rows: int, dtype: torch.dtype) -> tuple[Backend, int | None]:
-        """The backend of one layer, and up to how many rows float was measured to be faster, where known.
+        """The backend of one layer, and up to how many rows float is faster, where that was measured.
 
         What was measured, and whether the layer is to stay float, is noted in the plan.
 
@@ -249,27 +249,25 @@ class LayerBackends:
             )
         chooser = self.choosers[dtype]
         choice = chooser.choose_layer((rows, plan.in_features, plan.out_features))
-        note_choice(plan, choice, rows=rows, left_out=chooser.left_out, only_if_faster=self.only_if_faster)
-        float_rows = chooser.measured_float_rows(plan.in_features, plan.out_features)
-        if choice.speedup is not None and not choice.is_float_faster:
+        note_choice(plan, choice, rows=rows, only_if_faster=self.only_if_faster)
+        # without only_if_faster nothing asks for the ratio, and one that the cache has from an earlier run
+        # must not change what the same config makes of a layer
+        if self.only_if_faster and choice.speedup is not None and not choice.is_float_faster:
             # what was measured for this very number of rows counts more than what holds in general
-            float_rows = rows - 1 if float_rows is None else min(float_rows, rows - 1)
-        return choice.backend, float_rows
+            return choice.backend, 0
+        return choice.backend, chooser.measured_float_rows(plan.in_features, plan.out_features)
 
 
-def note_choice(
-    plan: LayerPlan, choice: LayerChoice, *, rows: int, left_out: Mapping[str, str], only_if_faster: bool
-) -> None:
+def note_choice(plan: LayerPlan, choice: LayerChoice, *, rows: int, only_if_faster: bool) -> None:
     """Write what `backend=auto` found into a layer's plan.
 
     Args:
         plan: of the layer.
         choice: for its shape.
         rows: that it was measured with.
-        left_out: why backends could not run, by name.
         only_if_faster: whether the layer stays float where that is faster.
     """
-    plan.backends_left_out = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
+    plan.backends_left_out = "; ".join(f"{name}: {reason}" for name, reason in choice.failures.items())
     plan.speedup = choice.speedup
     if only_if_faster and choice.speedup is not None and choice.is_float_faster:
         plan.float_reason = (

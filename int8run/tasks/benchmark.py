@@ -7,17 +7,18 @@ finds the number of rows up to which float layers are faster, for `int8.small_ba
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
 
-from int8run.backends.auto import AutoBackend, BackendChooser, LayerChoice, compute_speedup
+from int8run.backends.auto import AutoBackend, BackendChooser, compare_with_float
 from int8run.backends.base import Backend, LayerTimes, Shape, Tunable
 from int8run.backends.float import FLOAT_DTYPES, Float, TimedFloat
 from int8run.backends.registry import make_backend
 from int8run.config.job import Job
 from int8run.config.run_spec import RunSpec
-from int8run.errors import ConfigError
+from int8run.errors import ConfigError, check_range
 from int8run.generate.capture import capture_step
 from int8run.generate.input_files import read_samples
 from int8run.generate.prompts import Sample, split_batches
@@ -50,8 +51,9 @@ def run_benchmark(spec: RunSpec, job: Job, *, rounds: int, rows: int | None) -> 
         rows: that every layer sees; None: those of one step of the model.
 
     Raises:
-        ConfigError: when the model has no layer to quantize.
+        ConfigError: when the model has no layer to quantize, or for a number of rounds out of range.
     """
+    check_range("task.rounds", rounds, 1, 1000, whole=True)
     progress = Progress(enabled=spec.progress)
     device = pick_device(spec.device)
     if rows is None:
@@ -59,9 +61,8 @@ def run_benchmark(spec: RunSpec, job: Job, *, rounds: int, rows: int | None) -> 
     else:
         plans = plan_from_configs(spec)
         layers = Counter((rows, plan.in_features, plan.out_features) for plan in plans)
-    auto = make_auto_backend(spec.backend)
+    auto = replace(make_auto_backend(spec.backend), rounds=rounds)
     chooser = auto.make_chooser(device, getattr(torch, spec.model.dtype), times_float=True)
-    chooser.timer.rounds = rounds
 
     result = measure_layers(chooser, layers, progress)
 
@@ -211,8 +212,8 @@ def measure_shape(chooser: BackendChooser, shape: Shape) -> LayerTimes:
     able = {backend.name: backend for backend in correct if backend.name in times.seconds}
     if able and times.is_steady:
         fastest = min(able, key=times.seconds.__getitem__)
-        speedup = compute_speedup(times, fastest, chooser.float_layer.dtype_name)
-        chooser.save_choice(able, shape, LayerChoice(able[fastest], speedup))
+        choice = compare_with_float(times, able[fastest], chooser.float_layer.dtype_name)
+        chooser.save_choice(able, shape, choice)
     return times
 
 

@@ -342,13 +342,13 @@ def test_auto_measures_with_the_rows_of_the_run(tmp_path):
 class Chooser:
     """Stands for a `BackendChooser` that found this ratio in every layer, and up to 6 rows float faster."""
 
-    left_out: ClassVar = {"triton": "RuntimeError: Failed to find C compiler"}
-
     def __init__(self, speedup: float | None):
         self.speedup = speedup
 
     def choose_layer(self, shape):
-        return LayerChoice(Reference(), self.speedup)
+        return LayerChoice(
+            Reference(), self.speedup, failures={"triton": "RuntimeError: Failed to find C compiler"}
+        )
 
     def measured_float_rows(self, in_features, out_features):
         return 6
@@ -397,6 +397,10 @@ def test_what_was_measured_at_the_rows_of_the_run_decides_about_the_float_fallba
     assert {p.backend_used for p in build_with_auto(monkeypatch, None)[0]} == {"float_fallback"}
     asked = build_with_auto(monkeypatch, 1.5, max_rows=8)[0]
     assert {p.backend_used for p in asked} == {"float_fallback"}
+    # a ratio that an earlier run measured changes nothing where this one does not ask for it
+    for speedup in (1.5, None):
+        unasked = build_with_auto(monkeypatch, speedup, only_if_faster=False)[0]
+        assert {p.backend_used for p in unasked} == {"float_fallback"}
 
 
 def test_layers_in_another_dtype_than_the_first_parameter():

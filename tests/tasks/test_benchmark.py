@@ -61,6 +61,12 @@ class FakeChooser:
         self.kept[str(shape)] = (choice.backend.name, choice.speedup)
 
 
+def test_rounds_out_of_range_are_refused_at_once(command: Command, model: str) -> None:
+    outcome = command("task=bench", model, "task.rounds=0")
+
+    assert outcome.code == 2 and "task.rounds" in outcome.err
+
+
 def test_every_int8_layer_is_timed_on_its_shape(command: Command, model: str) -> None:
     outcome = command("task=bench", model, "backend=auto", "backend.table=choices.json", *SMALL)
 

@@ -1,8 +1,11 @@
 """Times of calls that take turns."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
+import torch
 from support.helpers import CPU
 
 from int8run.utils import timing
@@ -46,3 +49,50 @@ def test_the_median_counts(taking: Callable) -> None:
 )
 def test_a_median_far_above_the_shortest_time_is_a_busy_machine(times: list[float], quiet: bool) -> None:
     assert is_steady(times) is quiet
+
+
+class FakeGpu:
+    """A GPU whose work starts when it was launched and what was launched before is done."""
+
+    def __init__(self) -> None:
+        self.cpu_ms = self.gpu_ms = 0.0
+
+    def launch(self, launch_ms: float, work_ms: float) -> None:
+        self.cpu_ms += launch_ms
+        self.gpu_ms = max(self.gpu_ms, self.cpu_ms) + work_ms
+
+    def synchronize(self, device: object) -> None:
+        self.cpu_ms = max(self.gpu_ms, self.cpu_ms)
+
+    def make_event(self, *, enable_timing: bool) -> SimpleNamespace:
+        event = SimpleNamespace(at=0.0)
+        event.record = lambda: setattr(event, "at", max(self.gpu_ms, self.cpu_ms))
+        event.elapsed_time = lambda end: end.at - event.at
+        return event
+
+
+@pytest.fixture(params=["cuda", "xpu"])
+def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[torch.device, FakeGpu]:
+    """A device, and the GPU that stands for it; work ahead takes a millisecond there."""
+    fake = FakeGpu()
+    module = getattr(torch, request.param)
+    monkeypatch.setattr(module, "device", lambda device: nullcontext())
+    monkeypatch.setattr(module, "Event", fake.make_event)
+    monkeypatch.setattr(module, "synchronize", fake.synchronize)
+    buffer = SimpleNamespace(zero_=lambda: fake.launch(0.0, 1 / timing.AHEAD_FILLS))
+    monkeypatch.setattr(timing.torch, "empty", lambda *size, **options: buffer)
+    monkeypatch.setattr(
+        torch.cuda, "_sleep", lambda cycles: fake.launch(0.0, cycles / timing.AHEAD_CYCLES), raising=False
+    )
+    return torch.device(request.param), fake
+
+
+def test_the_time_on_a_gpu_is_without_the_launch(gpu: tuple[torch.device, FakeGpu]) -> None:
+    device, fake = gpu
+    calls = [lambda: fake.launch(0.5, 0.02), lambda: fake.launch(0.01, 0.1), lambda: fake.launch(3.0, 1.0)]
+
+    slow_launch, slow_work, both = time_medians(calls, device, 3)
+
+    assert slow_launch == pytest.approx(0.02e-3) and slow_work == pytest.approx(0.1e-3)
+    # launched when the work ahead had long been done
+    assert both == pytest.approx(3e-3)
