@@ -22,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 from summary import format_summary, judge_targets
 
@@ -58,6 +59,7 @@ class Step:
         report: the JSON file that it writes; None: its output is all.
         is_needed: whether nothing else makes sense where it fails.
         missing: why it cannot be run here; empty: it can.
+        package: that it is skipped without; looked for when it is to start, after the others were installed.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Step:
     report: Path | None = None
     is_needed: bool = False
     missing: str = ""
+    package: str = ""
 
 
 @dataclass
@@ -93,7 +96,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="on a CPU, on tiny sizes")
     parser.add_argument("--wheels", type=Path, help="folder of wheels to install first, beside what is there")
     parser.add_argument("--minutes", type=float, default=MINUTES)
-    parser.add_argument("--only", nargs="+", metavar="WORD", default=[], help="steps with one of these words")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        metavar="WORD",
+        default=[],
+        help="steps with one of these words, after the needed ones",
+    )
     parser.add_argument("--out", type=Path, default=Path("outputs/gpu"))
     return parser.parse_args()
 
@@ -125,7 +134,7 @@ def list_steps(out: Path, device: str, wheels: Path | None, packages: Path) -> l
         Step("install", install, 60, is_needed=True, missing="" if wheels else "no --wheels"),
         make_part_step("import", device, out, 45, is_needed=True),
         make_part_step("compile", device, out, 60, *tiles),
-        Step("exact tests", list_tests(is_dry=is_dry), 100, missing=find_missing_package("pytest")),
+        make_test_step(out, is_dry=is_dry),
         make_part_step("int_mm", device, out, 25),
         Step("linears", [*linear, "--json", str(out / "linears.json")], 140, out / "linears.json"),
         make_part_step("bandwidth", device, out, 30),
@@ -133,6 +142,13 @@ def list_steps(out: Path, device: str, wheels: Path | None, packages: Path) -> l
         make_part_step("offload", device, out, 70),
         choose_profiler(profiled, product, is_dry=is_dry),
     ]
+
+
+def select_steps(steps: Sequence[Step], words: Sequence[str]) -> list[Step]:
+    """The steps with one of some words in their names, and what is needed for all; without words all."""
+    if not words:
+        return list(steps)
+    return [step for step in steps if step.is_needed or any(word in step.name for word in words)]
 
 
 def run_part(part: str, device: str, out: Path, *words: str) -> list[str]:
@@ -154,12 +170,16 @@ def run_experiment(script: str, device: str) -> list[str]:
     return [sys.executable, str(FOLDER.parent / script), "--device", device]
 
 
-def list_tests(*, is_dry: bool) -> list[str]:
+def make_test_step(out: Path, *, is_dry: bool) -> Step:
     """The exact tests of the kernels on a GPU; in a dry run a file that needs none."""
-    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore"]
+    report = out / "exact_tests.xml"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore"]
+    command += [f"--junitxml={report}"]
     if is_dry:
-        return [*pytest, "tests/kernels/test_triton_tile.py"]
-    return [*pytest, "-m", "gpu", "tests/kernels", "tests/backends"]
+        command += ["tests/kernels/test_triton_tile.py"]
+    else:
+        command += ["-m", "gpu", "tests/kernels", "tests/backends"]
+    return Step("exact tests", command, 100, report, package="pytest")
 
 
 def choose_profiler(profiled: list[str], product: list[str], *, is_dry: bool) -> Step:
@@ -170,11 +190,18 @@ def choose_profiler(profiled: list[str], product: list[str], *, is_dry: bool) ->
     return Step("ncu", profiled, 45, missing=missing)
 
 
-def find_missing_package(name: str) -> str:
-    """Why a package cannot be used; empty: it can."""
-    from importlib.util import find_spec
+def find_missing_package(name: str, environment: Mapping[str, str]) -> str:
+    """Why a package cannot be used; empty: it can.
 
-    return "" if find_spec(name) else f"{name} is not installed"
+    Args:
+        name: of the package, or empty.
+        environment: of the process that needs it: its path is not this one's.
+    """
+    if not name:
+        return ""
+    search = f"import sys; from importlib.util import find_spec; sys.exit(find_spec({name!r}) is None)"
+    found = subprocess.run([sys.executable, "-c", search], env=dict(environment), check=False)
+    return "" if found.returncode == 0 else f"{name} is not installed"
 
 
 def make_environment(out: Path, packages: Path, scratch: Path) -> dict[str, str]:
@@ -206,8 +233,9 @@ def run_step(step: Step, environment: Mapping[str, str], out: Path, seconds_left
         out: has a log for each step.
         seconds_left: of the whole run.
     """
-    if step.missing:
-        return Result(step.name, "skipped", reason=step.missing)
+    missing = step.missing or find_missing_package(step.package, environment)
+    if missing:
+        return Result(step.name, "skipped", reason=missing)
     limit = min(step.seconds, seconds_left)
     if limit <= 0:
         return Result(step.name, "skipped", reason="no time was left")
@@ -246,11 +274,25 @@ def read_report(path: Path | None) -> Mapping[str, Any]:
     """What a step has written so far; empty where that is nothing."""
     if path is None or not path.is_file():
         return {}
+    if path.suffix == ".xml":
+        return read_test_counts(path)
     try:
         report: Mapping[str, Any] = json.loads(path.read_text())
     except json.JSONDecodeError:  # it was cut off while it wrote
         return {}
     return report
+
+
+def read_test_counts(path: Path) -> Mapping[str, int]:
+    """How many tests ran, failed and were skipped, from pytest's report; empty where it was cut off."""
+    try:
+        suites = list(ElementTree.parse(path).getroot().iter("testsuite"))
+    except ElementTree.ParseError:
+        return {}
+    counts = {}
+    for name in ("tests", "failures", "errors", "skipped"):
+        counts[name] = sum(int(suite.get(name, 0)) for suite in suites)
+    return counts
 
 
 def read_last_line(log: Path) -> str:
@@ -296,8 +338,7 @@ def main() -> None:
         steps = list_steps(out, device, args.wheels, packages)
         if args.dry_run:
             steps = [replace(step, seconds=step.seconds * DRY_PATIENCE) for step in steps]
-        if args.only:
-            steps = [step for step in steps if any(word in step.name for word in args.only)]
+        steps = select_steps(steps, args.only)
         environment = make_environment(out, packages, Path(scratch))
         results = run_all(steps, environment, out, deadline)
 

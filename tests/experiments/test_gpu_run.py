@@ -71,6 +71,41 @@ def test_without_time_left_a_step_is_not_started(gpu_run: ModuleType, tmp_path: 
     assert (result.status, result.reason) == ("skipped", "no time was left")
 
 
+def test_a_package_is_looked_for_where_the_step_runs(gpu_run: ModuleType, tmp_path: Path) -> None:
+    packages = tmp_path / "packages"
+    step = gpu_run.Step("exact tests", python("import installed_late"), 60.0, package="installed_late")
+    environment = {"PYTHONPATH": str(packages)}
+    before = gpu_run.run_step(step, environment, tmp_path, 100.0)
+
+    packages.mkdir()
+    (packages / "installed_late.py").touch()
+    after = gpu_run.run_step(step, environment, tmp_path, 100.0)
+
+    assert (before.status, before.reason) == ("skipped", "installed_late is not installed")
+    assert after.status == "done"
+
+
+def test_chosen_steps_keep_what_they_need(gpu_run: ModuleType, tmp_path: Path) -> None:
+    steps = gpu_run.list_steps(tmp_path, "cuda", tmp_path, tmp_path / "packages")
+
+    chosen = gpu_run.select_steps(steps, ["linears", "int_mm"])
+
+    assert [step.name for step in chosen] == ["install", "import", "int_mm", "linears"]
+    assert gpu_run.select_steps(steps, []) == steps
+
+
+def test_pytests_report_is_read_as_counts(gpu_run: ModuleType, tmp_path: Path) -> None:
+    report = tmp_path / "report.xml"
+    report.write_text(
+        '<testsuites><testsuite tests="3" failures="1" errors="0" skipped="1"/>'
+        '<testsuite tests="2" failures="0" errors="0" skipped="1"/></testsuites>'
+    )
+    assert gpu_run.read_report(report) == {"tests": 5, "failures": 1, "errors": 0, "skipped": 2}
+
+    report.write_text("<testsuites><testsuite tests=")
+    assert gpu_run.read_report(report) == {}
+
+
 def test_the_steps_of_a_gpu_are_in_order_and_fit_into_their_time(gpu_run: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "hydra_core.whl").touch()
     steps = gpu_run.list_steps(tmp_path, "cuda", tmp_path, tmp_path / "packages")
@@ -107,8 +142,9 @@ def test_targets_are_judged_by_the_reports(summary: ModuleType) -> None:
     linears = {"sizes": [make_size(64, 2, 300.0, 200.0, 220.0), make_size(1, 99, 1.0, 900.0, 900.0)]}
     steps = {"timed": {"int8run triton compile=blocks": {"same_mode": {"median": 1.2}}}}
 
+    tests = {"tests": 5, "failures": 0, "errors": 0, "skipped": 0}
     exact, ratio, step, lora = summary.judge_targets(
-        {"linears": linears, "steps": steps}, {"exact tests": "done"}
+        {"linears": linears, "steps": steps, "exact tests": tests}, {"exact tests": "done"}
     )
 
     assert exact.is_met is True
@@ -116,6 +152,18 @@ def test_targets_are_judged_by_the_reports(summary: ModuleType) -> None:
     assert ratio.limit == "layer of 64 reaches 50 % of the limit by operations"
     assert (step.found, step.is_met) == ("1.20x", False)
     assert (lora.found, lora.is_met) == ("+10.0 %", False)
+
+
+@pytest.mark.parametrize(
+    ("status", "skipped", "is_met"),
+    [("done", 0, True), ("done", 1, None), ("done", 4, None), ("failed", 0, False)],
+)
+def test_a_skipped_test_leaves_exactness_open(
+    summary: ModuleType, status: str, skipped: int, is_met: bool | None
+) -> None:
+    counts = {"tests": 4, "failures": 0, "errors": 0, "skipped": skipped}
+    assert summary.judge_exactness(status, counts).is_met is is_met
+    assert summary.judge_exactness("done", {}).is_met is None, "pytest's report is missing"
 
 
 def test_what_was_not_measured_is_no_target_met(summary: ModuleType) -> None:

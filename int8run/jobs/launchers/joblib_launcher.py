@@ -25,6 +25,9 @@ from int8run.jobs.futures import OutcomesFuture, describe_exit_code, translate_e
 
 DEFAULT_JOBS = 2
 ALL_GPUS = "all"
+# which GPUs a process sees: of CUDA and ROCm, of ROCm alone, of Intel's driver; ROCm's own name is read first
+HIP_VARIABLE, CUDA_VARIABLE, XPU_VARIABLE = "HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES", "ZE_AFFINITY_MASK"
+DEVICE_VARIABLES = (HIP_VARIABLE, CUDA_VARIABLE, XPU_VARIABLE)
 PARENT_POLL_S = 1.0  # how often a worker looks whether its parent is alive
 EXIT_TIMEOUT_S = 10.0  # for a process that ends by itself
 # loky names the exit code only in a text: "{SIGKILL(-9)}"
@@ -115,11 +118,12 @@ class Processes:
             "MKL_DYNAMIC": "FALSE",
         }
         if self.gpu_list is not None:
-            # without this order, CUDA's number 0 is the fastest device
-            environment["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
-            # ROCm reads it, too; Intel's driver has a name of its own
-            environment["CUDA_VISIBLE_DEVICES"] = str(self.gpu_list[slot])
-            environment["ZE_AFFINITY_MASK"] = str(self.gpu_list[slot])
+            if self.gpus != ALL_GPUS:
+                # numbers are nvidia-smi's; CUDA's own 0 is the fastest device, and so is 0 of a variable that
+                # this process was given, whose order the workers are given, too
+                environment["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
+            for name in DEVICE_VARIABLES:
+                environment[name] = str(self.gpu_list[slot])
         return environment
 
     def close(self) -> None:
@@ -145,7 +149,7 @@ def check_shared_memory() -> None:
 
 
 def list_all_gpus(n_jobs: int | None) -> list[int | str]:
-    """Number every GPU that torch sees, in turn where there are more jobs at once.
+    """Name every GPU that torch sees, in turn where there are more jobs at once.
 
     Args:
         n_jobs: jobs at once; None: one per GPU.
@@ -155,12 +159,30 @@ def list_all_gpus(n_jobs: int | None) -> list[int | str]:
     """
     from int8run.utils.hardware import count_devices, has_device
 
-    count = max((count_devices(kind) for kind in ("cuda", "xpu") if has_device(kind)), default=0)
-    if not count:
+    counts = {kind: count_devices(kind) for kind in ("cuda", "xpu") if has_device(kind)}
+    kind = max(counts, key=counts.__getitem__, default="")
+    if not counts.get(kind):
         raise BackendError(
             f"hydra.launcher.gpus={ALL_GPUS} finds no GPU here; leave it out to run the jobs on the CPU"
         )
-    return [number % count for number in range(n_jobs or count)]
+    gpus = list_visible_gpus(kind, counts[kind])
+    return [gpus[number % len(gpus)] for number in range(n_jobs or len(gpus))]
+
+
+def list_visible_gpus(kind: str, count: int) -> list[int | str]:
+    """How the driver names the GPUs that this process may use; torch numbers them from 0, whichever they are.
+
+    Args:
+        kind: `cuda` (ROCm, too) or `xpu`.
+        count: how many torch sees.
+    """
+    variables = (XPU_VARIABLE,) if kind == "xpu" else (HIP_VARIABLE, CUDA_VARIABLE)
+    for variable in variables:
+        value = os.environ.get(variable, "")
+        if value:
+            names = [name.strip() for name in value.split(",")]
+            return list(names[:count])
+    return list(range(count))
 
 
 def check_gpus(gpus: Sequence[int | str], n_jobs: int | None) -> None:

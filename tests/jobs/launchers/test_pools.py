@@ -290,6 +290,8 @@ def test_a_worker_gets_its_threads_and_its_gpu_before_torch_is_imported():
 def test_jobs_are_spread_over_all_gpus_of_a_machine(n_jobs, gpus, monkeypatch):
     monkeypatch.setattr(hardware, "has_device", lambda kind: kind == "cuda")
     monkeypatch.setattr(hardware, "count_devices", lambda kind: 3)
+    for name in joblib_launcher.DEVICE_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
 
     pool = Processes(n_jobs=n_jobs, gpus="all")
 
@@ -297,6 +299,30 @@ def test_jobs_are_spread_over_all_gpus_of_a_machine(n_jobs, gpus, monkeypatch):
     environments = [pool.make_environment(slot) for slot in range(len(gpus))]
     for name in ("CUDA_VISIBLE_DEVICES", "ZE_AFFINITY_MASK"):
         assert [environment[name] for environment in environments] == gpus
+
+
+@pytest.mark.parametrize(
+    ("kind", "variables", "gpus"),
+    [
+        ("cuda", {"CUDA_VISIBLE_DEVICES": "2, GPU-8f2a,5"}, ["2", "GPU-8f2a"]),  # torch sees no third
+        ("cuda", {"HIP_VISIBLE_DEVICES": "4,6", "CUDA_VISIBLE_DEVICES": "0,1"}, ["4", "6"]),
+        ("xpu", {"ZE_AFFINITY_MASK": "1,3", "CUDA_VISIBLE_DEVICES": "7,8"}, ["1", "3"]),
+    ],
+)
+def test_all_gpus_are_those_that_this_process_may_use(kind, variables, gpus, monkeypatch):
+    monkeypatch.setattr(hardware, "has_device", lambda asked: asked == kind)
+    monkeypatch.setattr(hardware, "count_devices", lambda kind: 2)
+    for name in joblib_launcher.DEVICE_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+    pool = Processes(gpus="all")
+
+    for slot, gpu in enumerate(gpus):
+        environment = pool.make_environment(slot)
+        assert {environment[name] for name in variables} == {gpu}
+    assert pool.jobs_at_once == 2
 
 
 def test_all_gpus_of_a_machine_without_one_is_an_error(monkeypatch):
