@@ -4,6 +4,8 @@ load.py asks whether a device can have it, build.py and the mixed precision sear
 pipeline has at that moment. Nothing here knows layers or LoRAs, only their buffers: INT8 weights are buffers.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -116,6 +118,8 @@ class ReleaseBuffers(ModelHook):
 
     def initialize_hook(self, module: nn.Module) -> nn.Module:
         """The group waits in memory from the start, so that what is written to its buffers is not lost."""
+        # the group before it may start the transfer, so a hook of this one would be too late
+        self.group.onload_ = torch.compiler.disable(partial(onload_all, self.group, self.group.onload_))
         self.release()
         return module
 
@@ -127,9 +131,32 @@ class ReleaseBuffers(ModelHook):
     @torch.compiler.disable()
     def release(self) -> None:
         """Point every buffer to its copy in pinned memory."""
+        pin_new_tensors(self.group)
         for module in self.group.modules:
             for buffer in module.buffers():
                 buffer.data = self.group.cpu_param_dict[buffer]
+
+
+def onload_all(group: Any, onload: Callable[[], None]) -> None:
+    """Bring a group to the GPU, with what its layers were given since offloading was turned on.
+
+    Args:
+        group: of diffusers.
+        onload: its own method.
+    """
+    pin_new_tensors(group)
+    onload()
+
+
+def pin_new_tensors(group: Any) -> None:
+    """Copy to pinned memory what diffusers has no copy of: it makes them once.
+
+    A LoRA's branch, a bias or a float copy of a weight may come to a layer later.
+    """
+    for module in group.modules:
+        for tensor in (*module.parameters(), *module.buffers()):
+            if tensor not in group.cpu_param_dict:
+                group.cpu_param_dict[tensor] = tensor.data.cpu().pin_memory()
 
 
 def release_buffers_too(model: nn.Module) -> None:

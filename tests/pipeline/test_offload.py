@@ -203,6 +203,24 @@ def test_only_what_waits_in_memory_is_there_before_the_first_step(
     assert set(seen) == {CPU}
 
 
+@pytest.mark.usefixtures("cpu_as_gpu")
+def test_with_streams_a_layer_may_be_given_tensors_later() -> None:
+    model: Any = nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])})
+    module.offload_blocks(model, GROUP_STREAM, CPU)
+    block = model.blocks[1]
+    group = module.find_group_hook(block).group
+    block.register_buffer("late", torch.ones(4))
+    block.bias = nn.Parameter(torch.full((4,), 3.0))
+    x = randn(2, 4)
+
+    y = block(x)
+
+    assert torch.equal(y, nn.functional.linear(x, block.weight, torch.full((4,), 3.0)))
+    assert block.late.data_ptr() == group.cpu_param_dict[block.late].data_ptr()
+    group.onload_()  # as the group before it does
+    assert block.late.data_ptr() != group.cpu_param_dict[block.late].data_ptr()
+
+
 # -- hooks ---------------------------------------------------------------------------------------------------
 
 
