@@ -17,7 +17,6 @@ from torch import Tensor
 
 from int8run.backends.autotune_cache import AutotuneCache
 from int8run.backends.base import (
-    MAX_SIGNED_PRODUCTS,
     NO_GELU,
     FusedBranch,
     Limits,
@@ -25,9 +24,10 @@ from int8run.backends.base import (
     Shape,
     Timer,
 )
-from int8run.backends.run_errors import find_run_failure
+from int8run.backends.tile_check import find_wrong_tile
 from int8run.errors import BackendError, ConfigError
 from int8run.kernels.hadamard.reference import Rotation
+from int8run.kernels.int8_linear.layouts import MAX_K
 from int8run.kernels.int8_linear.tile import (
     AMD_ARCHITECTURES,
     BUCKETS,
@@ -74,7 +74,7 @@ class Triton:
         amd_architectures=AMD_ARCHITECTURES,
         python_packages=("triton",),
         fuses_gelu=True,
-        max_in_features=MAX_SIGNED_PRODUCTS,
+        max_in_features=MAX_K,
     )
 
     def pack_weight(self, weight: QuantizedWeight) -> Tensor:
@@ -125,13 +125,19 @@ class Triton:
         branch: FusedBranch | None = None,
         strengths: Tensor | None = None,
     ) -> Tensor:
-        """x: [M, K] -> [M, N]."""
+        """x: [M, K] -> [M, N].
+
+        Raises:
+            ValueError: for a branch whose product with x is missing: `quantize` computes it.
+        """
         if x.q.shape[0] == 0:
             return x.q.new_empty((0, packed.shape[0]), dtype=dtype)
         rows, (n, k) = x.q.shape[0], packed.shape
         tile = self.tile or self.tiles[k, n][bisect_left(BUCKETS, rows)]
-        if branch is None or x.down_product is None:
+        if branch is None:
             h = up = strengths = None
+        elif x.down_product is None:
+            raise ValueError("a branch needs down_product, which quantize(down=branch.down) computes")
         else:
             h, up = x.down_product, branch.up  # float32 [M, r], [N, r]
             padding = 0 if strengths is None else up.shape[1] - strengths.shape[0]
@@ -224,47 +230,6 @@ class Triton:
         fields = ",".join(map(str, tile.as_list()))
         self.open_autotune_cache(device).put(tile_key(rows, in_features, out_features), fields)
         self.tiles.pop((in_features, out_features), None)
-
-
-def find_wrong_tile(tile: Tile, shape: Shape, device: torch.device) -> str | None:
-    """Why a fast tile must not be kept; None where it computes what the portable kernel's default does.
-
-    Only tiles of another kernel are run: those of the portable one differ in order of exact sums alone.
-    """
-    if tile.kernel == PORTABLE:
-        return None
-    results: list[bool] = []
-    failure = find_run_failure(lambda: results.append(equals_portable(tile, shape, device)), device)
-    if failure is not None:
-        return failure
-    return None if results == [True] else "its sums differ from the portable kernel's"
-
-
-def equals_portable(tile: Tile, shape: Shape, device: torch.device) -> bool:
-    """Whether a tile multiplies random integers of a shape to the bits of the default tile."""
-    from int8run.kernels.int8_linear.kernel import int8_linear
-
-    rows, in_features, out_features = shape
-    q = torch.randint(-127, 128, (rows, in_features), dtype=torch.int8, device=device)
-    qdata = torch.randint(-127, 128, (out_features, in_features), dtype=torch.int8, device=device)
-    x_scale, w_scale = torch.ones(rows, 1, device=device), torch.ones(out_features, device=device)
-
-    def multiply(with_tile: Tile) -> Tensor:
-        return int8_linear(
-            q,
-            x_scale,
-            qdata,
-            w_scale,
-            group=0,
-            bias=None,
-            h=None,
-            up=None,
-            out_dtype=torch.float32,
-            tile=with_tile,
-        )
-
-    default = choose_tile(get_gpu_architecture(device), rows)
-    return torch.equal(multiply(tile), multiply(default))
 
 
 def check_tile(tile: Tile, device: torch.device) -> None:

@@ -10,10 +10,14 @@ from support.helpers import CPU
 from support.triton_process import needs_gpu, needs_interpreter, run_cases
 
 from int8run.backends.autotune_cache import AutotuneCache
-from int8run.backends.base import LayerTimes
-from int8run.backends.triton import Triton, check_tile, find_wrong_tile, parse_tile, tile_key
+from int8run.backends.base import FusedBranch, LayerTimes, QuantizedInput
+from int8run.backends.tile_check import find_wrong_tile
+from int8run.backends.triton import Triton, check_tile, parse_tile, tile_key
 from int8run.errors import BackendError, ConfigError
+from int8run.kernels.int8_linear import reference
+from int8run.kernels.int8_linear.layouts import MAX_K, check_product
 from int8run.kernels.int8_linear.tile import ARCHITECTURES, BUCKETS, Tile, choose_tile, list_candidates
+from int8run.kernels.triton_calls import describe_layout
 from int8run.quant.weight import quantize_weight
 
 CASES = Path(__file__).with_name("cases_triton_backend.py")
@@ -93,9 +97,14 @@ def replace_product(monkeypatch, product):
     monkeypatch.setattr(kernel, "int8_linear", product)
 
 
+def multiply_by_definition(q, x_scale, qdata, w_scale, *, bias, h, up, strengths, **_):
+    y = reference.int8_linear(q, x_scale, qdata, w_scale, bias)
+    return y if h is None else y + (h * strengths) @ up.float().T
+
+
 def test_a_fast_tile_whose_sums_are_wrong_is_not_kept(tmp_path, hopper, monkeypatch, caplog):
-    def multiply(q, x_scale, qdata, w_scale, *, tile, **_):
-        return q.float() @ qdata.float().T + (tile == wrong)
+    def multiply(*args, tile, **others):
+        return multiply_by_definition(*args, **others) + (tile == wrong)
 
     replace_product(monkeypatch, multiply)
     wrong = next(tile for tile in list_candidates("sm_90", 4096) if tile.kernel == "hopper")
@@ -104,9 +113,51 @@ def test_a_fast_tile_whose_sums_are_wrong_is_not_kept(tmp_path, hopper, monkeypa
     backend.pack_weight(quantize_weight(torch.ones(24, 48)))
 
     assert backend.tiles[48, 24][-1] == list_candidates("sm_90", 4096)[0]
-    assert "is left out: its sums differ from the portable kernel's" in caplog.text
+    assert "is left out: its sums differ from the definition's" in caplog.text
     # a right one is kept
     assert find_wrong_tile(replace(wrong, group_m=1), (4, 48, 24), CPU) is None
+
+
+HOPPER_TILE = Tile(128, 128, 128, 8, 4, 3, "hopper")
+
+
+@pytest.mark.parametrize("left_out", ["bias", "h", "strengths", "x_scale"])
+def test_a_tile_that_leaves_out_a_part_is_wrong(left_out, hopper, monkeypatch):
+    def multiply(q, x_scale, qdata, w_scale, *, tile, **others):
+        parts = {**others, "x_scale": x_scale}
+        if tile == HOPPER_TILE:
+            parts[left_out] = None if left_out == "h" else torch.zeros_like(parts[left_out])
+        return multiply_by_definition(q, parts.pop("x_scale"), qdata, w_scale, **parts)
+
+    replace_product(monkeypatch, multiply)
+    assert find_wrong_tile(HOPPER_TILE, (4, 48, 24), CPU) == "its sums differ from the definition's"
+
+
+def test_a_portable_kernel_that_is_wrong_itself_is_no_yardstick(hopper, monkeypatch):
+    def multiply(*args, tile, **others):
+        return multiply_by_definition(*args, **others) + (tile.kernel == "portable")
+
+    replace_product(monkeypatch, multiply)
+    reason = find_wrong_tile(HOPPER_TILE, (4, 48, 24), CPU)
+    assert reason == "the portable kernel's sums differ from the definition's"
+
+
+def test_elements_that_the_cpu_does_not_compute_are_compared_with_the_portable_kernels(hopper, monkeypatch):
+    def multiply(*args, tile, **others):
+        y = multiply_by_definition(*args, **others)
+        y[70] += tile == HOPPER_TILE  # 200 rows, every third is sampled
+        return y
+
+    replace_product(monkeypatch, multiply)
+    reason = find_wrong_tile(HOPPER_TILE, (200, 48, 24), CPU)
+    assert reason == "its sums differ from the portable kernel's"
+
+
+def test_checking_a_tile_draws_nothing_from_the_programs_own_random_numbers(hopper, monkeypatch):
+    replace_product(monkeypatch, lambda *args, tile, **others: multiply_by_definition(*args, **others))
+    before = torch.get_rng_state()
+    find_wrong_tile(HOPPER_TILE, (4, 48, 24), CPU)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_fast_tile_that_cannot_run_is_not_kept(hopper, monkeypatch):
@@ -114,7 +165,7 @@ def test_a_fast_tile_that_cannot_run_is_not_kept(hopper, monkeypatch):
         raise torch.OutOfMemoryError("no room")
 
     replace_product(monkeypatch, multiply)
-    reason = find_wrong_tile(Tile(128, 128, 128, 8, 4, 3, "hopper"), (4, 48, 24), CPU)
+    reason = find_wrong_tile(HOPPER_TILE, (4, 48, 24), CPU)
     assert "no room" in reason
 
 
@@ -158,6 +209,27 @@ def test_an_amd_gpu_of_the_table_gets_its_tiles(monkeypatch, tmp_path):
 
     assert not [reason for reason in reasons if "AMD" in reason]
     assert tiles == ARCHITECTURES["gfx942"].defaults
+
+
+def test_a_branch_without_its_first_product_is_not_dropped():
+    x = QuantizedInput(torch.zeros(2, 32, dtype=torch.int8), torch.ones(2, 1))
+    branch = FusedBranch(down=torch.ones(16, 32), up=torch.ones(8, 16), needs_input=True, max_rank=256)
+    packed = torch.zeros(8, 32, dtype=torch.int8)
+    with pytest.raises(ValueError, match=r"^a branch needs down_product, which quantize\(down=branch.down\)"):
+        Triton(tile=Tile(64, 64, 64)).linear(x, packed, torch.ones(8), dtype=torch.float32, branch=branch)
+
+
+def test_a_layer_wider_than_the_kernel_takes_is_refused_by_the_backend():
+    assert Triton.limits.max_in_features == MAX_K
+    with pytest.raises(ValueError, match=f"int32 sums hold at most {MAX_K}"):
+        check_wide_product(MAX_K + 32)
+    check_wide_product(MAX_K)
+
+
+def check_wide_product(k):
+    q, x_scale, w_scale = torch.empty(1, k, dtype=torch.int8), torch.ones(1, 1), torch.ones(1)
+    layouts = [describe_layout(tensor) for tensor in (q, x_scale, q, w_scale)]
+    check_product(*layouts, None, group=0, out_dtype=torch.float32)
 
 
 def test_a_config_names_all_fields_of_a_tile_or_none():

@@ -22,12 +22,10 @@ import psutil
 from int8run.errors import BackendError, ConfigError, check_range
 from int8run.jobs.base import Outcome, Worker, WorkerDied
 from int8run.jobs.futures import OutcomesFuture, describe_exit_code, translate_errors
+from int8run.jobs.launchers.visible_gpus import DEVICE_VARIABLES, list_visible_gpus
 
 DEFAULT_JOBS = 2
 ALL_GPUS = "all"
-# which GPUs a process sees: of CUDA and ROCm, of ROCm alone, of Intel's driver; ROCm's own name is read first
-HIP_VARIABLE, CUDA_VARIABLE, XPU_VARIABLE = "HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES", "ZE_AFFINITY_MASK"
-DEVICE_VARIABLES = (HIP_VARIABLE, CUDA_VARIABLE, XPU_VARIABLE)
 PARENT_POLL_S = 1.0  # how often a worker looks whether its parent is alive
 EXIT_TIMEOUT_S = 10.0  # for a process that ends by itself
 # loky names the exit code only in a text: "{SIGKILL(-9)}"
@@ -167,22 +165,6 @@ def list_all_gpus(n_jobs: int | None) -> list[int | str]:
         )
     gpus = list_visible_gpus(kind, counts[kind])
     return [gpus[number % len(gpus)] for number in range(n_jobs or len(gpus))]
-
-
-def list_visible_gpus(kind: str, count: int) -> list[int | str]:
-    """How the driver names the GPUs that this process may use; torch numbers them from 0, whichever they are.
-
-    Args:
-        kind: `cuda` (ROCm, too) or `xpu`.
-        count: how many torch sees.
-    """
-    variables = (XPU_VARIABLE,) if kind == "xpu" else (HIP_VARIABLE, CUDA_VARIABLE)
-    for variable in variables:
-        value = os.environ.get(variable, "")
-        if value:
-            names = [name.strip() for name in value.split(",")]
-            return list(names[:count])
-    return list(range(count))
 
 
 def check_gpus(gpus: Sequence[int | str], n_jobs: int | None) -> None:

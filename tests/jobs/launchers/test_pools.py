@@ -25,6 +25,7 @@ from int8run.jobs.launchers import joblib_launcher
 from int8run.jobs.launchers.joblib_launcher import Processes, ProcessWorker
 from int8run.jobs.launchers.ray_launcher import RayCluster
 from int8run.jobs.launchers.slurm_launcher import Slurm
+from int8run.jobs.launchers.visible_gpus import DEVICE_VARIABLES
 from int8run.utils import hardware
 
 # for what happens in a second on a quiet machine; a job of LONG_S is one that does not end by itself
@@ -290,7 +291,7 @@ def test_a_worker_gets_its_threads_and_its_gpu_before_torch_is_imported():
 def test_jobs_are_spread_over_all_gpus_of_a_machine(n_jobs, gpus, monkeypatch):
     monkeypatch.setattr(hardware, "has_device", lambda kind: kind == "cuda")
     monkeypatch.setattr(hardware, "count_devices", lambda kind: 3)
-    for name in joblib_launcher.DEVICE_VARIABLES:
+    for name in DEVICE_VARIABLES:
         monkeypatch.delenv(name, raising=False)
 
     pool = Processes(n_jobs=n_jobs, gpus="all")
@@ -312,7 +313,7 @@ def test_jobs_are_spread_over_all_gpus_of_a_machine(n_jobs, gpus, monkeypatch):
 def test_all_gpus_are_those_that_this_process_may_use(kind, variables, gpus, monkeypatch):
     monkeypatch.setattr(hardware, "has_device", lambda asked: asked == kind)
     monkeypatch.setattr(hardware, "count_devices", lambda kind: 2)
-    for name in joblib_launcher.DEVICE_VARIABLES:
+    for name in DEVICE_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
