@@ -44,6 +44,7 @@ SETTING_ARGUMENTS = {
 # Arguments that would make several images of one prompt.
 SEVERAL_PER_PROMPT = re.compile(r"num_\w+_per_prompt")
 PIPELINES_FOLDER = Path(diffusers.__file__).parent / "pipelines"
+SCHEDULERS_FOLDER = Path(diffusers.__file__).parent / "schedulers"
 # Frames per second of a video whose pipeline has no such argument: that of Wan.
 DEFAULT_FRAME_RATE = 16.0
 
@@ -127,19 +128,37 @@ def raise_refusal(pipe: DiffusionPipeline, sampling: Sampling, error: ValueError
     """
     name = type(pipe).__name__
     reason = shorten_error(error)
-    if sampling.scheduler is not None and "scheduler" in str(error).lower():
+    if sampling.scheduler is not None and is_about_scheduler(error):
         raise ConfigError(
             f"sampler.scheduler={sampling.scheduler} cannot be used with {name}: {reason}; choose another one"
         ) from error
     if isinstance(error, TypeError):
         return
-    frames = traceback.extract_tb(error.__traceback__)
-    if not frames or PIPELINES_FOLDER not in Path(frames[-1].filename).parents:
+    if not is_raised_in(error, PIPELINES_FOLDER):
         return
     raise ConfigError(
         f"{name} cannot generate this: {reason.rstrip('.')}; change sampler.height, sampler.width or "
         "sampler.extra"
     ) from error
+
+
+def is_about_scheduler(error: ValueError | TypeError) -> bool:
+    """Whether an error of a call says that its scheduler does not suit the pipeline.
+
+    A TypeError that only names a scheduler is a mistake somewhere else, unless diffusers raised it.
+    """
+    text = str(error)
+    if "scheduler" not in text.lower():
+        return False
+    if not isinstance(error, TypeError) or "set_timesteps" in text:
+        return True
+    return is_raised_in(error, PIPELINES_FOLDER) or is_raised_in(error, SCHEDULERS_FOLDER)
+
+
+def is_raised_in(error: Exception, folder: Path) -> bool:
+    """Whether the source file that raised an error is in a folder."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and folder in Path(frames[-1].filename).parents
 
 
 def build_arguments(pipe: DiffusionPipeline, batch: Sequence[Sample], sampling: Sampling) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from diffusers.modular_pipelines import ModularPipelineBlocks
 from torch import nn
 
 from int8run.errors import ConfigError, FileError
-from int8run.models.missing_library import raise_if_library_is_missing
+from int8run.models.missing_library import raise_if_library_is_missing, read_late_attribute
 from int8run.models.modular_pipeline import ModularFace, build_blocks, make_pipeline
 from int8run.models.source import ResolvedModel, make_load_error, read_model_index
 
@@ -97,10 +97,12 @@ def load_component(folder: Path, entry: list[str], dtype: torch.dtype) -> Any:
         dtype: of a component that is a module.
 
     Raises:
+        ConfigError: when a library that it needs is not installed.
         FileError: when it cannot be read, or is of a class that is not here.
     """
     library, class_name = entry
-    cls: Any = getattr(find_library(library), class_name, None)
+    what = f"the {folder.name} of {folder.parent}"
+    cls: Any = read_late_attribute(find_library(library), class_name, what)
     if not isinstance(cls, type) or not hasattr(cls, "from_pretrained"):
         reason = (
             f"the {folder.name} is a {library}.{class_name}, which neither diffusers nor transformers has"
@@ -110,7 +112,7 @@ def load_component(folder: Path, entry: list[str], dtype: torch.dtype) -> Any:
     try:
         return cls.from_pretrained(str(folder), **options)
     except ImportError as error:
-        raise_if_library_is_missing(f"the {folder.name} of {folder.parent}", error)
+        raise_if_library_is_missing(what, error)
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise make_load_error(str(folder.parent), error) from error
@@ -120,9 +122,12 @@ def find_library(name: str) -> Any:
     """Return what an index calls a library: one of LIBRARIES, or a folder of diffusers' pipelines, as `ltx2`.
 
     None for every other; nothing else is imported.
+
+    Raises:
+        ConfigError: when a library that the folder needs is not installed.
     """
     if name in LIBRARIES:
         return LIBRARIES[name]
-    folder = getattr(diffusers.pipelines, name, None)
+    folder = read_late_attribute(diffusers.pipelines, name, f"diffusers.pipelines.{name}")
     is_folder = isinstance(folder, ModuleType) and hasattr(folder, "__path__")
     return folder if is_folder else None

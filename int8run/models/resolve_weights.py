@@ -111,9 +111,18 @@ def check_format(location: str) -> None:
 
 
 def begins_like_safetensors(path: Path) -> bool:
-    """Return whether a file begins with eight bytes of a length, and then JSON."""
-    with path.open("rb") as file:
-        return file.read(9)[8:] == b"{"
+    """Return whether a file begins with eight bytes of a length, and then JSON.
+
+    Raises:
+        FileError: when it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return file.read(9)[8:] == b"{"
+    except OSError as error:
+        raise FileError(
+            f"{path} cannot be read: {error.strerror}; set model.location to a file that can be"
+        ) from error
 
 
 def list_denoisers(index: Mapping[str, Any], location: str) -> list[str]:

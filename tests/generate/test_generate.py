@@ -1,6 +1,7 @@
 """Generation with a pipeline made here: whose time counts, and which prompts are encoded."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,11 +17,14 @@ from int8run.generate import generate as generate_module
 from int8run.generate import prompt_cache
 from int8run.generate.generate import GenerationHooks, StepClock, generate, split_trajectories
 from int8run.generate.pipeline_call import (
+    PIPELINES_FOLDER,
+    SCHEDULERS_FOLDER,
     call_pipeline,
     extract_frames,
     find_unknown_arguments,
     get_execution_device,
     get_frame_rate,
+    is_about_scheduler,
 )
 from int8run.generate.prompt_cache import PromptCache
 from int8run.generate.prompts import Sample
@@ -470,6 +474,29 @@ def test_a_scheduler_without_an_argument_that_the_pipeline_gives_is_an_error() -
 
     with pytest.raises(TypeError, match="'mu'"):  # nobody chose it
         call_pipeline(Shifting(), SAMPLES, Sampling(steps=1), lambda *_: {})
+
+
+def test_a_type_error_that_only_names_a_scheduler_stays_what_it_is() -> None:
+    class Mistaken:
+        device = CPU
+
+        def __call__(self, callback_on_step_end: Any, **_: Any) -> None:
+            raise TypeError("'SchedulerState' object is not iterable")
+
+    asked = Sampling(steps=1, scheduler="EulerDiscreteScheduler")
+
+    with pytest.raises(TypeError, match="SchedulerState"):
+        call_pipeline(Mistaken(), SAMPLES, asked, lambda *_: {})
+
+
+@pytest.mark.parametrize("folder", [PIPELINES_FOLDER, SCHEDULERS_FOLDER])
+def test_a_type_error_of_diffusers_that_names_a_scheduler_is_about_it(folder: Path) -> None:
+    source = compile("raise TypeError('the scheduler takes no such thing')", str(folder / "a.py"), "exec")
+
+    with pytest.raises(TypeError) as raised:
+        exec(source)
+
+    assert is_about_scheduler(raised.value)
 
 
 def test_arguments_that_a_pipeline_does_not_have_are_found(clock: list[float]) -> None:

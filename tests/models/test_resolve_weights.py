@@ -129,6 +129,19 @@ def test_unsupported_file_format_is_an_error(name):
         resolve_weights(name)
 
 
+def test_a_file_that_may_not_be_read_is_an_error(tmp_path, monkeypatch):
+    file = tmp_path / "weights"
+    file.write_bytes(bytes(20))
+
+    def refuse(self, *_, **__):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "open", refuse)
+
+    with pytest.raises(FileError, match=r"weights cannot be read: Permission denied; set model\.location"):
+        resolve_weights(str(file))
+
+
 def test_a_file_that_is_no_checkpoint_is_an_error_whatever_its_name(tmp_path):
     image = tmp_path / "cat.png"
     image.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(20))
