@@ -154,7 +154,7 @@ _HOPPER = (
     Tile(block_m=16, block_n=64, block_k=256, group_m=1, warps=4, stages=5),
     Tile(block_m=64, block_n=64, block_k=128, group_m=8, warps=4, stages=4),
     Tile(block_m=64, block_n=128, block_k=128, group_m=8, warps=4, stages=4),
-    # Triton waits for each product; two programs on one multiprocessor fill each other's waits
+    # Triton waits for each product; two programs on one multiprocessor are meant to fill each other's waits
     Tile(block_m=128, block_n=128, block_k=128, group_m=8, warps=4, stages=3),
 )
 _BLACKWELL = (*_HOPPER[:3], Tile(block_m=128, block_n=128, block_k=128, group_m=8, warps=8, stages=4))
