@@ -100,6 +100,8 @@ def clone_tensors(value: Any) -> Any:
     """
     if isinstance(value, list):
         return [clone_tensors(item) for item in value]
+    if type(value) is tuple:
+        return tuple(clone_tensors(item) for item in value)
     if isinstance(value, dict):
         return {key: clone_tensors(item) for key, item in value.items()}
     if isinstance(value, Tensor):
@@ -110,10 +112,17 @@ def clone_tensors(value: Any) -> Any:
 def copy_cache(value: Any) -> Any:
     """A copy of an object of diffusers, and of all such objects in it; everything else as it is.
 
-    Its tensors are the same ones: they are large, and a cache takes others in instead of changing them.
+    Its tensors are the same ones: they are large, and a cache takes others in instead of changing them. So
+    are dictionaries of a class of their own, such as a frozen config.
     """
     if isinstance(value, list):
         return [copy_cache(item) for item in value]
+    if type(value) is tuple:
+        return tuple(copy_cache(item) for item in value)
+    if type(value) is dict:
+        return {key: copy_cache(item) for key, item in value.items()}
+    if isinstance(value, dict):
+        return value
     is_cache = type(value).__module__.startswith("diffusers.") and hasattr(value, "__dict__")
     if not is_cache or isinstance(value, nn.Module):
         return value

@@ -6,8 +6,8 @@ What differs between pipelines is here, so that `generate` and `capture` need no
 import random
 import re
 import traceback
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -191,11 +191,17 @@ def build_arguments(pipe: DiffusionPipeline, batch: Sequence[Sample], sampling: 
     return arguments
 
 
-def kept_random_state(device: torch.device) -> AbstractContextManager[None]:
-    """Leave torch's random state as it was, on the CPU and on a GPU."""
-    if device.type in ("cuda", "xpu"):
-        return torch.random.fork_rng([device], device_type=device.type)
-    return torch.random.fork_rng([])
+@contextmanager
+def kept_random_state(device: torch.device) -> Iterator[None]:
+    """Leave torch's random state as it was, on the CPU and on the GPU that computes."""
+    with ExitStack() as stack:
+        if device.type in ("cuda", "xpu"):
+            stack.enter_context(torch.random.fork_rng([device], device_type=device.type))
+        else:
+            stack.enter_context(torch.random.fork_rng([]))
+        if device.type == "mps":  # fork_rng passes a device, which torch's functions for Apple do not take
+            stack.callback(torch.mps.set_rng_state, torch.mps.get_rng_state())
+        yield
 
 
 def get_execution_device(pipe: DiffusionPipeline) -> torch.device:

@@ -106,10 +106,14 @@ def test_names_and_memory_are_those_of_the_device(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("device", ["cpu", "mps"])
-def test_the_random_state_is_left_as_it_was(device: str) -> None:
+def test_the_random_state_is_left_as_it_was(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    of_mps = ["before"]
+    monkeypatch.setattr(torch.mps, "get_rng_state", lambda: of_mps[0])
+    monkeypatch.setattr(torch.mps, "set_rng_state", of_mps.append)
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)
     with kept_random_state(torch.device(device)):
         torch.manual_seed(5)
     assert torch.equal(torch.rand(2), expected)
+    assert of_mps == {"cpu": ["before"], "mps": ["before", "before"]}[device]

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from diffusers.configuration_utils import FrozenDict
 from diffusers.models.transformers.transformer_wan_animate_2 import WanAnimate2KVCache
 from support.helpers import CPU
 from torch import Tensor, nn
@@ -101,3 +102,23 @@ def test_a_cache_that_is_emptied_later_is_captured_with_what_it_held() -> None:
     cache.clear()
 
     assert [[x.tolist() for x in layer.get()] for layer in copied.layer_caches] == [[[1, 1], [0, 0]]] * 2
+
+
+def test_what_a_cache_holds_in_tuples_and_dicts_is_copied_and_a_frozen_config_is_shared() -> None:
+    cache: Any = WanAnimate2KVCache(2)
+    cache.config = FrozenDict({"layers": 2})
+    cache.by_name = {"first": (cache.layer_caches[0],)}
+    cache.layer_caches[0].store(torch.ones(2), torch.zeros(2))
+
+    copied = clone_tensors({"kv_cache": cache})["kv_cache"]
+    cache.clear()
+
+    assert copied.config is cache.config
+    assert copied.by_name["first"][0].get()[0].tolist() == [1, 1]
+
+
+def test_tensors_in_a_tuple_are_copied() -> None:
+    rotary = (torch.ones(2), torch.zeros(2))
+    copied = clone_tensors(rotary)
+    rotary[0].zero_()
+    assert [x.tolist() for x in copied] == [[1, 1], [0, 0]]
