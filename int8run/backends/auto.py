@@ -1,7 +1,7 @@
 """`backend=auto`: the fastest backend for each layer shape, measured on this machine, never guessed.
 
-A candidate takes part only if its result agrees with the reference on full-range integers, where a CPU
-without the right instructions saturates. One that cannot run is left out with its reason. The float layer
+A candidate takes part only if its results are right (`result_check`). One that cannot run is left out with
+its reason. The float layer
 takes part where INT8 has to pay (`int8.only_if_faster`). The choices are kept in a small file
 (`autotune_cache`), so that the same config gives the same result the next time. `int8run.ptq.quantize` asks
 for a backend per layer, and `task=bench` measures with the same code.
@@ -14,22 +14,17 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar, TypeGuard
 
 import torch
-from torch import Tensor
 
 from int8run.backends.autotune_cache import AutotuneCache
-from int8run.backends.base import Backend, LayerTimes, Limits, Shape, run_plain_layer
+from int8run.backends.base import Backend, LayerTimes, Limits, Shape, describe_settings
 from int8run.backends.float import Float, TimedFloat
 from int8run.backends.layer_timer import LayerTimer
-from int8run.backends.reference import Reference
-from int8run.backends.run_errors import find_run_failure
+from int8run.backends.result_check import find_wrong_result
 from int8run.errors import BackendError, ConfigError, check_range
-from int8run.quant.weight import QuantizedWeight
 from int8run.utils.paths import expand_path
 
 log = logging.getLogger(__name__)
 
-# how far the results of the correctness check may be from the reference: float16 rounds the scaled sums
-MAX_REL_ERR = 1e-3
 # how many times as fast as INT8 the float layer must be to stay: as fast as INT8, it only takes more memory
 MIN_FLOAT_GAIN = 1.05
 SCATTERS = "scatters"  # what the autotune cache says of a ratio that is within the scatter of its times
@@ -238,8 +233,8 @@ class BackendChooser:
             # times of a busy machine may pick a backend, but take no layer out of INT8
             return LayerChoice(backends[fastest], failures=times.failures)
         choice = compare_with_float(times, backends[fastest], Float.name)
-        self.save_choice(int8_seconds, shape, choice)
-        return replace(choice, failures=times.failures)
+        kept = self.save_choice([backends[name] for name in int8_seconds], shape, choice)
+        return replace(kept, failures=times.failures)
 
     def _take_last_resort(self, shape: Shape) -> dict[str, Backend]:
         if self.last_resort is None:
@@ -254,9 +249,15 @@ class BackendChooser:
             b for b in self.candidates if not b.limits.unsupported_layer_reasons(in_features, out_features)
         ]
 
-    def save_choice(self, candidates: Iterable[str], shape: Shape, choice: LayerChoice) -> None:
-        """Remember the best of these candidates for a shape (rows, in_features, out_features)."""
-        self.cache.put(choice_key(candidates, shape), format_choice(choice))
+    def save_choice(self, candidates: Sequence[Backend], shape: Shape, choice: LayerChoice) -> LayerChoice:
+        """Keep the best of some candidates for a shape.
+
+        Returns:
+            What counts: another process may have measured the shape meanwhile, and both are to run alike.
+        """
+        by_name = {backend.name: backend for backend in candidates}
+        kept = parse_choice(self.cache.put(choice_key(by_name, shape), format_choice(choice)), by_name)
+        return kept if self.is_complete(kept) else choice
 
     def measured_float_rows(self, in_features: int, out_features: int) -> int | None:
         """Up to how many rows `task=bench` found float to be faster; None where it was not measured."""
@@ -270,10 +271,10 @@ class BackendChooser:
         return [b for b in backends if self.is_correct(b, in_features)]
 
     def is_correct(self, backend: Backend, in_features: int) -> bool:
-        """Whether full-range integers come out right. Each backend is checked once for each width."""
+        """Whether products come out right. Each backend is checked once for each width."""
         key = (backend.name, in_features)
         if key not in self._faults:
-            fault = find_wrong_result(backend, in_features, self.device)
+            fault = find_wrong_result(backend, in_features, self.device, self.timer.dtype)
             self._faults[key] = fault
             if fault is not None:
                 self.note_failures({backend.name: fault})
@@ -290,30 +291,6 @@ class BackendChooser:
             if self.left_out.get(name) != reason:
                 log.warning("backend=auto leaves out %s: %s", name, reason)
             self.left_out[name] = reason
-
-
-def find_wrong_result(backend: Backend, in_features: int, device: torch.device) -> str | None:
-    """Why a backend cannot be used for layers of this width on this machine; None: it can."""
-    results: list[Tensor] = []
-    failure = find_run_failure(lambda: results.append(run_full_range(backend, in_features, device)), device)
-    if failure is not None:
-        return failure
-    (found,) = results
-    # on the CPU: the definition computes in float64, which some GPUs do not have
-    expected = run_full_range(Reference(), in_features, torch.device("cpu")).to(device)
-    is_close = bool(((found - expected).abs() <= MAX_REL_ERR * expected.abs()).all())
-    return None if is_close else "its sums saturate on this machine"
-
-
-def run_full_range(backend: Backend, in_features: int, device: torch.device) -> Tensor:
-    """The product of ones with integers that are all +127. Returns float32 [8, 8]."""
-    weight = QuantizedWeight(
-        qdata=torch.full((8, in_features), 127, dtype=torch.int8, device=device),
-        scale=torch.ones(8, 1, device=device),
-    )
-    x = torch.ones(8, in_features, device=device)
-    packed, scale = backend.pack_weight(weight), weight.scale[:, 0].contiguous()
-    return run_plain_layer(backend, x, packed, scale, bias=None).float()
 
 
 def compare_with_float(times: LayerTimes, backend: Backend, float_name: str) -> LayerChoice:
@@ -337,9 +314,10 @@ def compare_with_float(times: LayerTimes, backend: Backend, float_name: str) -> 
     return LayerChoice(backend, speedup, is_clear=is_clear or speedup * MIN_FLOAT_GAIN > 1)
 
 
-def choice_key(candidates: Iterable[str], shape: Shape) -> str:
-    """The key of a choice in the autotune cache: the candidates by name, and the shape of the layer."""
-    return f"{','.join(sorted(candidates))} | {'x'.join(map(str, shape))}"
+def choice_key(candidates: Mapping[str, Backend], shape: Shape) -> str:
+    """The key of a choice in the autotune cache: the candidates with their settings, and the shape."""
+    described = [describe_settings(candidates[name]) for name in sorted(candidates)]
+    return f"{','.join(described)} | {'x'.join(map(str, shape))}"
 
 
 def format_choice(choice: LayerChoice) -> str:

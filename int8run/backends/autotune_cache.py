@@ -47,14 +47,19 @@ class AutotuneCache:
         """The value found before, or None."""
         return self.entries.get(f"{self.environment} | {key}")
 
-    def put(self, key: str, value: str) -> None:
-        """Keep a value, here and in the file; a file that cannot be written is reported once."""
-        entry = {f"{self.environment} | {key}": value}
-        self.entries |= entry
+    def put(self, key: str, value: str) -> str:
+        """Keep a value, here and in the file; a file that cannot be written is reported once.
+
+        Returns:
+            The value that counts: that of another process which measured the same since the file was read.
+        """
+        full_key = f"{self.environment} | {key}"
+        is_known = full_key in self.entries
+        self.entries[full_key] = value
         if not self.is_writable:
-            return  # each further attempt could wait for the lock again
+            return value  # each further attempt could wait for the lock again
         try:
-            self._write_entry(entry)
+            self.entries[full_key] = self._write_entry(full_key, value, replaces=is_known)
         except OSError as error:
             self.is_writable = False
             log.warning(
@@ -62,18 +67,32 @@ class AutotuneCache:
                 self.path,
                 error.strerror or error,
             )
+        return self.entries[full_key]
 
-    def _write_entry(self, entry: dict[str, str]) -> None:
-        """Add an entry to the file, which may have got others since it was read."""
+    def _write_entry(self, full_key: str, value: str, *, replaces: bool) -> str:
+        """Add an entry to the file, which may have got others since it was read.
+
+        Args:
+            full_key: of the entry.
+            value: of the entry.
+            replaces: whether it takes the place of an entry that is there.
+
+        Returns:
+            The value that the file has.
+        """
         check_replaceable(self.path)
         # written whole under another name and moved, so that a reader never sees half a file
         unfinished = self.path.with_suffix(f".{time.time_ns()}")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # several jobs of a sweep may write at once: each keeps the entries of the others
         with FileLock(f"{self.path}.lock", timeout=LOCK_TIMEOUT_S):
-            entries = read_entries(self.path) | entry
+            entries = read_entries(self.path)
+            if full_key in entries and not replaces:
+                return entries[full_key]
+            entries[full_key] = value
             unfinished.write_text(format_checked_json(entries))
             unfinished.replace(self.path)
+        return value
 
 
 def describe_environment(device: torch.device, dtype: torch.dtype | None) -> str:

@@ -5,6 +5,7 @@ this module implement the `Backend` protocol and state their `Limits` as data; n
 LoRAs or configs.
 """
 
+import dataclasses
 import importlib.util
 import shutil
 from collections.abc import Mapping, Sequence
@@ -277,6 +278,22 @@ class HasInstructionSet(Protocol):
 def find_instruction_set(backend: Backend) -> str:
     """What a backend's kernels are built for; empty where it has no kernels of that kind."""
     return backend.instruction_set if isinstance(backend, HasInstructionSet) else ""
+
+
+def describe_settings(backend: Backend) -> str:
+    """A backend's name, with the settings that differ from its own defaults: `cpu(instructions=avx2)`.
+
+    Not the file in which it keeps what it measured: that changes no result and no time.
+    """
+    settings: list[str] = []
+    if dataclasses.is_dataclass(backend):
+        for option in dataclasses.fields(backend):
+            value = getattr(backend, option.name)
+            if option.name != "table" and option.compare and value != option.default:
+                settings.append(f"{option.name}={value}")
+    if not settings:
+        return backend.name
+    return f"{backend.name}({', '.join(settings)})"
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from int8run.backends.base import Backend, LayerTimes, Shape, run_plain_layer
 from int8run.backends.float import TimedFloat
-from int8run.backends.run_errors import describe_run_error, find_run_failure, list_run_errors
+from int8run.backends.run_errors import describe_run_error, find_run_failure, has_lost_device, list_run_errors
 from int8run.quant.weight import QuantizedWeight, quantize_weight
 from int8run.utils.timing import is_steady, read_clock, time_in_turns
 
@@ -79,6 +79,8 @@ class Attempt:
         try:
             self.run()
         except list_run_errors() as error:
+            if has_lost_device(error):
+                raise
             self.failure = describe_run_error(error)
 
 

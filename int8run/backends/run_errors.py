@@ -16,6 +16,15 @@ from int8run.utils.timing import read_clock
 MAX_REASON_LENGTH = 160
 # Triton asserts that it has found the driver's library, which torch may have found in another way
 NO_DRIVER_LIBRARY = "libcuda.so"
+# after these a GPU refuses whatever runs next; torch and Triton word them alike, with CUDA and HIP
+LOST_DEVICE = (
+    "illegal memory access",
+    "illegal instruction",
+    "device-side assert",
+    "misaligned address",
+    "unspecified launch failure",
+    "launch timed out",
+)
 RUN_ERRORS: tuple[type[Exception], ...] = (
     BackendError,  # ours: kernels that cannot be built
     # torch: out of memory, no kernel for the device, a shape that `_int_mm` refuses, cuBLAS's NOT_SUPPORTED;
@@ -41,6 +50,9 @@ def find_run_failure(call: Callable[[], object], device: torch.device) -> str | 
 
     Returns:
         Why it cannot run here, in one line; None: it ran.
+
+    Raises:
+        RuntimeError: for a fault after which the GPU takes no more work.
     """
     try:
         call()
@@ -50,8 +62,15 @@ def find_run_failure(call: Callable[[], object], device: torch.device) -> str | 
             raise
         return describe_run_error(error)
     except list_run_errors() as error:
+        if has_lost_device(error):
+            raise
         return describe_run_error(error)
     return None
+
+
+def has_lost_device(error: Exception) -> bool:
+    """Whether a GPU takes no more work after an error: no other candidate can run then either."""
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in LOST_DEVICE)
 
 
 def describe_run_error(error: Exception) -> str:

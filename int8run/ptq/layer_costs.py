@@ -13,7 +13,7 @@ from torch import Tensor
 
 from int8run.backends.auto import AutoBackend, BackendChooser
 from int8run.backends.autotune_cache import AutotuneCache
-from int8run.backends.base import Backend
+from int8run.backends.base import Backend, describe_settings
 from int8run.backends.run_errors import find_run_failure
 from int8run.layers.int8_linear import Int8Linear, QuantizedLayer
 from int8run.layers.low_rank_branch import LowRankBranch
@@ -118,7 +118,7 @@ class TransformCosts(LayerCosts):
         backend = self.backend
         if self.chooser is not None:
             backend = self.chooser.choose_backend(rows, in_features, out_features)
-        key = f"cost of {steps} | {backend.name} | {rows}x{in_features}x{out_features}"
+        key = f"cost of {steps} | {describe_settings(backend)} | {rows}x{in_features}x{out_features}"
         known = self.look_up(key)
         if known is not None:
             return known

@@ -213,7 +213,7 @@ def measure_shape(chooser: BackendChooser, shape: Shape) -> LayerTimes:
     if able and times.is_steady:
         fastest = min(able, key=times.seconds.__getitem__)
         choice = compare_with_float(times, able[fastest], chooser.float_layer.dtype_name)
-        chooser.save_choice(able, shape, choice)
+        chooser.save_choice(list(able.values()), shape, choice)
     return times
 
 

@@ -6,6 +6,7 @@ Times are faked, so nothing depends on the machine.
 import itertools
 import json
 import os
+import re
 import subprocess
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -31,6 +32,8 @@ from int8run.outlier.base import OutlierTransform
 from int8run.quant.weight import quantize_weight
 from int8run.utils import timing
 
+LATE = 12  # rows: the check of the numbers has 8, the layer 16
+
 
 @dataclass(frozen=True)
 class Exact(Reference):
@@ -48,6 +51,37 @@ class Saturating(Reference):
     def linear(self, x, packed, w_scale, *, dtype, bias=None, branch=None, strengths=None):
         y = (x.q.double() @ packed.double().T).clamp(-(2**15), 2**15 - 1).float() * w_scale * x.scale
         return (y if bias is None else y + bias).to(dtype)
+
+
+@dataclass(frozen=True)
+class Transposed(Reference):
+    """Reads a weight of [N, K] as one of [K, N]; right where all numbers are alike."""
+
+    name: ClassVar[str] = "transposed"
+
+    def linear(self, x, packed, w_scale, *, dtype, bias=None, branch=None, strengths=None):
+        packed = packed.flatten().reshape(packed.shape[::-1]).T
+        return super().linear(x, packed, w_scale, dtype=dtype, bias=bias)
+
+
+@dataclass(frozen=True)
+class WrongInHalf(Reference):
+    """A backend whose code for the model's dtype has a fault."""
+
+    name: ClassVar[str] = "wrong_in_half"
+
+    def linear(self, x, packed, w_scale, *, dtype, bias=None, branch=None, strengths=None):
+        y = super().linear(x, packed, w_scale, dtype=dtype, bias=bias)
+        return y if dtype == torch.float32 else 2 * y
+
+
+@dataclass(frozen=True)
+class WithSettings(Reference):
+    """A backend with a setting, and a file of what it measured."""
+
+    steps: int = 3
+    table: str | None = None
+    name: ClassVar[str] = "with_settings"
 
 
 @dataclass(frozen=True)
@@ -120,10 +154,63 @@ def test_a_saturating_backend_is_left_out_even_if_faster(tmp_path, seconds, capl
     assert "backend=auto leaves out saturating: its sums saturate on this machine" in caplog.text
 
 
+@pytest.mark.parametrize("wrong", [Transposed(), WrongInHalf()], ids=lambda backend: backend.name)
+def test_a_backend_that_is_wrong_for_random_numbers_is_left_out(tmp_path, seconds, wrong):
+    seconds.update({wrong.name: [0.1]}, reference=[2.0], exact=[1.0])
+    ours = chooser(tmp_path, wrong, Reference(), Exact(), dtype=torch.bfloat16)
+
+    assert ours.choose_backend(4, 64, 8).name == "exact"
+    assert ours.left_out == {wrong.name: "its products of random numbers are wrong on this machine"}
+
+
+@pytest.mark.parametrize("from_rows", [0, LATE], ids=["at once", "in the measured layer"])
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA error: an illegal memory access was encountered",
+        "Triton Error [CUDA]: an illegal memory access was encountered",
+        "HIP error: unspecified launch failure",
+        "CUDA error: device-side assert triggered",
+    ],
+)
+def test_a_fault_after_which_the_gpu_is_lost_ends_the_run(tmp_path, message, from_rows):
+    """What comes next would fail with it and be called the reason."""
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        chooser(tmp_path, Failing(RuntimeError(message), from_rows), Reference()).choose_backend(16, 16, 8)
+
+
 @pytest.mark.parametrize("table", ["a\0b", "a\ud800b", "~nobody_of_this_name/table.json"])
 def test_a_table_that_can_be_no_path_is_an_error_before_anything_is_measured(table):
     with pytest.raises(FileError):
         AutoBackend({}, table=table)
+
+
+def test_of_two_processes_that_measure_at_once_the_first_counts(tmp_path, seconds):
+    """Jobs that run side by side give the same config the same layers."""
+    first, second = (chooser(tmp_path, Reference(), Exact(), times_float=True) for _ in range(2))
+    seconds.update(reference=[2.0], exact=[1.0], float=[3.0])
+    assert first.choose_layer((4, 16, 8)) == LayerChoice(Exact(), 3.0)
+
+    seconds.update(reference=[1.0], exact=[2.0])
+    assert second.choose_layer((4, 16, 8)) == LayerChoice(Exact(), 3.0) and second.timer.n_measured == 1
+    assert list(read_entries(first.cache.path).values()) == ["exact 3.0"]
+    # what was there when the file was read is measured on purpose, as by task=bench
+    again = AutotuneCache(first.cache.path, CPU, torch.float32)
+    (key,) = (key.removeprefix(f"{again.environment} | ") for key in again.entries)
+    assert again.put(key, "reference 2.0") == "reference 2.0"
+    assert list(read_entries(first.cache.path).values()) == ["reference 2.0"]
+
+
+def test_a_candidate_with_other_settings_is_measured_on_its_own(tmp_path, seconds):
+    seconds.update(reference=[2.0], with_settings=[1.0])
+    backends = [WithSettings(), WithSettings(steps=4), WithSettings(table="elsewhere"), WithSettings(steps=4)]
+    measured = []
+    for backend in backends:
+        ours = chooser(tmp_path, Reference(), backend)
+        assert ours.choose_backend(4, 16, 8) == backend
+        measured.append(ours.timer.n_measured)
+
+    assert measured == [1, 1, 0, 0]
 
 
 def test_float_is_no_candidate():
@@ -172,7 +259,6 @@ FAILURES = {
     "kernels": BackendError("backend failing: no kernels"),
     "import": ImportError("undefined symbol: _ZN3c10"),
 }
-LATE = 12  # rows: the check of the numbers has 8, the layer 16
 
 
 @pytest.mark.parametrize("from_rows", [0, LATE], ids=["at once", "in the measured layer"])
