@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from int8run.backends.onednn_check import onednn_saturates
-from int8run.kernels.cpu.instructions import list_instruction_sets
+from int8run.kernels.cpu.features import read_cpu_capabilities
+from int8run.kernels.cpu.instructions import find_unusable_reason
 from int8run.kernels.cpu.library import COMPILERS
 from int8run.kernels.hadamard.reference import Rotation
 from int8run.quant.weight import QuantizedWeight
-from int8run.utils.hardware import get_cpu_capabilities, get_gpu_architecture
+from int8run.utils.hardware import get_gpu_architecture
 
 # a 32-bit sum holds this many products of the largest integers: signed inputs, or unsigned ones, by signed
 # weights
@@ -97,10 +98,9 @@ class Limits:
         if self.cpu_features and not has_cpu_feature(self.cpu_features):
             return f"needs a CPU with {' or '.join(self.cpu_features)}: without, int8 products saturate"
         if self.kernel_instructions:
-            found = list_instruction_sets()
-            if not set(found).intersection(self.kernel_instructions):
-                wanted = " or ".join(self.kernel_instructions)
-                return f"needs a CPU with {wanted}; this one has {', '.join(found) or 'none of them'}"
+            reason = find_unusable_reason(self.kernel_instructions)
+            if reason is not None:
+                return reason
         if self.uses_onednn and onednn_saturates():
             return (
                 "uses oneDNN, whose int8 products saturate here: something keeps it from this CPU's int8 "
@@ -143,7 +143,7 @@ def format_version(numbers: tuple[int, int]) -> str:
 
 def has_cpu_feature(features: Sequence[str]) -> bool:
     """Whether this CPU has one of these instruction sets, named as torch does (`avx512_vnni`, ...)."""
-    capabilities = get_cpu_capabilities()
+    capabilities = read_cpu_capabilities()
     return any(capabilities.get(feature, False) for feature in features)
 
 

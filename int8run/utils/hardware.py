@@ -2,10 +2,10 @@
 
 import os
 import platform
-from typing import Any
 
 import torch
 
+from int8run.kernels.cpu.features import read_cpu_capabilities
 from int8run.utils.plurals import count_noun
 
 # instruction sets by torch's names that decide how fast matrix products are
@@ -28,16 +28,9 @@ MATRIX_INSTRUCTIONS = (
 )
 
 
-def get_cpu_capabilities() -> dict[str, Any]:
-    """Instruction sets by torch's names, and `cpu_name`; before torch 2.13 only what int8 products need."""
-    if hasattr(torch.cpu, "get_capabilities"):
-        return dict(torch.cpu.get_capabilities())
-    return {"avx512_vnni": torch.cpu._is_vnni_supported(), "amx_int8": torch.cpu._is_amx_tile_supported()}
-
-
 def get_cpu_name() -> str:
     """The CPU's name, or its architecture where nothing says the name."""
-    return get_cpu_capabilities().get("cpu_name") or platform.processor() or platform.machine()
+    return read_cpu_capabilities().get("cpu_name") or platform.processor() or platform.machine()
 
 
 def has_device(kind: str) -> bool:
@@ -82,7 +75,7 @@ def describe_instructions(device: torch.device) -> str:
         return f"compute capability {major}.{minor}"
     if device.type != "cpu":
         return device.type
-    capabilities = get_cpu_capabilities()
+    capabilities = read_cpu_capabilities()
     found = [name for name in MATRIX_INSTRUCTIONS if capabilities.get(name, False)]
     return ", ".join(found) or "no instructions for matrices"
 

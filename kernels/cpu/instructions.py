@@ -6,19 +6,18 @@ loaded, so that one cache serves machines that differ.
 
 import ctypes
 import functools
-import logging
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-log = logging.getLogger(__name__)
+from int8run.kernels.cpu.features import read_cpu_features
 
 AUTO = "auto"  # the best that this CPU has
 AVX512_FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
 AVX2_FLAGS = ("-mavx2", "-mfma", "-mf16c")
+AVX2_FEATURES = ("avx2", "fma3", "f16c")
 AVX512_FEATURES = ("avx512_f", "avx512_bw", "avx512_vl", "avx512_dq")
 # of Linux on x86-64: arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
 ARCH_PRCTL, REQUEST_PERMISSION, TILE_DATA = 158, 0x1023, 18
@@ -60,9 +59,12 @@ ALL_SETS = (
         features=("avx512_vnni", *AVX512_FEATURES),
         flags=(*AVX512_FLAGS, "-mavx512vnni"),
     ),
-    InstructionSet(name="avx_vnni", features=("avx_vnni", "avx2"), flags=(*AVX2_FLAGS, "-mavxvnni")),
-    # every CPU with AVX2 that was built for more than a trial has FMA and F16C
-    InstructionSet(name="avx2", features=("avx2",), flags=AVX2_FLAGS),
+    InstructionSet(
+        name="avx_vnni",
+        features=("avx_vnni", *AVX2_FEATURES),
+        flags=(*AVX2_FLAGS, "-mavxvnni"),
+    ),
+    InstructionSet(name="avx2", features=AVX2_FEATURES, flags=AVX2_FLAGS),
     # 64-bit Arm: Graviton from 3 on and Apple's from M2 on have i8mm, those before dotprod
     InstructionSet(name="i8mm", features=("i8mm",), flags=("-march=armv8.2-a+dotprod+i8mm",)),
     InstructionSet(name="dotprod", features=("dotprod",), flags=("-march=armv8.2-a+dotprod",)),
@@ -71,39 +73,33 @@ INSTRUCTION_SETS = {each.name: each for each in ALL_SETS}
 
 
 def list_instruction_sets() -> list[str]:
-    """The names of those that this machine can run, the best first."""
+    """The names of those that this CPU has, the best first; whether the system allows them is not asked."""
     features = read_cpu_features()
-    found = []
-    for each in ALL_SETS:
-        is_there = features.issuperset(each.features)
-        if is_there and (not each.has_tiles or may_use_tiles()):
-            found.append(each.name)
-    return found
+    return [each.name for each in ALL_SETS if features.issuperset(each.features)]
+
+
+def find_unusable_reason(names: Sequence[str]) -> str | None:
+    """Why this machine can run none of some instruction sets; None where it can run one.
+
+    The system is asked for AMX's tiles only where no other of these sets would do.
+    """
+    features = read_cpu_features()
+    there = [each for each in map(INSTRUCTION_SETS.__getitem__, names) if features.issuperset(each.features)]
+    if not there:
+        found = ", ".join(list_instruction_sets()) or "none of them"
+        return f"needs a CPU with {' or '.join(names)}; this one has {found}"
+    if not all(each.has_tiles for each in there):
+        return None
+    refusal = request_tiles()
+    return f"needs AMX, which the system does not allow ({refusal})" if refusal else None
 
 
 @functools.cache
-def may_use_tiles() -> bool:
-    """Ask the kernel for AMX's tiles, for all threads of this process; a refusal is logged once."""
+def request_tiles() -> str | None:
+    """Ask the system for AMX's tiles, for all threads of this process; returns the reason of a refusal."""
     if sys.platform != "linux":
-        return False
+        return "only Linux is asked for it"
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.syscall(ARCH_PRCTL, REQUEST_PERMISSION, TILE_DATA) == 0:
-        return True
-    reason = os.strerror(ctypes.get_errno())
-    log.warning("the system does not allow AMX (arch_prctl: %s); the next best is used", reason)
-    return False
-
-
-def read_cpu_features() -> frozenset[str]:
-    """What this CPU has, by torch's names; before torch 2.13 what its capability implies."""
-    if hasattr(torch.cpu, "get_capabilities"):
-        return frozenset(name for name, value in torch.cpu.get_capabilities().items() if value is True)
-    vectors = torch.backends.cpu.get_cpu_capability()
-    found = set()
-    if vectors in ("AVX2", "AVX512"):
-        found |= {"avx2"}
-    if vectors == "AVX512" and torch.cpu._is_vnni_supported():
-        found |= {"avx512_vnni", *AVX512_FEATURES}
-    if torch.cpu._is_amx_tile_supported():
-        found |= {"amx_tile", "amx_int8"}
-    return frozenset(found)
+        return None
+    return f"arch_prctl: {os.strerror(ctypes.get_errno())}"

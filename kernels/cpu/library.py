@@ -23,10 +23,13 @@ from typing import NamedTuple
 
 import torch
 
+from int8run.kernels.cpu.features import read_cpu_features
 from int8run.kernels.cpu.instructions import (
     AUTO,
+    AVX512_FEATURES,
     AVX512_FLAGS,
     INSTRUCTION_SETS,
+    find_unusable_reason,
     list_instruction_sets,
 )
 
@@ -43,18 +46,34 @@ OPENMP_FLAGS = ("-Xclang", "-fopenmp") if sys.platform == "darwin" else ("-fopen
 # a library that no function is taken from is not loaded; Apple's linker does not know this
 LINKER_FLAGS = () if sys.platform == "darwin" else ("-Wl,--as-needed",)
 ROWS_FLAGS = ("-fno-math-errno", "-fno-trapping-math")
-# the CPU as torch calls it -> how far loops are vectorized; other CPUs get what their compiler takes for
-# granted
-VECTORS = {"AVX512": (*AVX512_FLAGS, "-mprefer-vector-width=512"), "AVX2": ("-mavx2",)}
 # types of arguments of the C functions
 POINTER, INT64, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+
+
+class Vectors(NamedTuple):
+    """Vector instructions of a kind of CPUs."""
+
+    features: tuple[str, ...]  # what the CPU must have
+    flags: tuple[str, ...]  # of the compiler
+
+
+# how far the loops of rows.cpp are vectorized, the best first; other CPUs get what their compiler takes for
+# granted
+VECTORS = {
+    "AVX512": Vectors(AVX512_FEATURES, (*AVX512_FLAGS, "-mprefer-vector-width=512")),
+    "AVX2": Vectors(("avx2",), ("-mavx2",)),
+}
 
 
 class BuildError(RuntimeError):
     """A library could not be built; the message says what was missing."""
 
 
-class CompileError(BuildError):
+class InstructionSetError(BuildError):
+    """An instruction set cannot be had: the CPU lacks it, or the system or the compiler refuses it."""
+
+
+class CompileError(InstructionSetError):
     """The compiler refused a source or a flag, as one does that is older than the instruction set."""
 
 
@@ -89,26 +108,60 @@ def load_linear_library(instructions: str = AUTO, cache: Path | None = None) -> 
         cache: folder for the built library; None: `~/.cache/int8run`.
 
     Raises:
-        BuildError: no compiler, it failed, or what it built cannot be loaded.
+        InstructionSetError: this machine cannot run the set, or the compiler does not know it.
+        BuildError: no compiler, or what it built cannot be written or loaded.
+    """
+    outcome = try_to_load(instructions, cache)
+    if isinstance(outcome, InstructionSetError):
+        raise type(outcome)(str(outcome))
+    return outcome
+
+
+@functools.cache
+def try_to_load(instructions: str, cache: Path | None) -> LinearLibrary | InstructionSetError:
+    """As `load_linear_library`, and a refusal is remembered as well: it will be the same at every try.
+
+    Raises:
+        BuildError: for what may pass, such as a disk that is full.
     """
     folder = cache or get_default_cache()
     names = list_instruction_sets() if instructions == AUTO else [instructions]
-    failure = BuildError("this CPU has none of the instruction sets of the kernels")
+    failure = InstructionSetError("this CPU has none of the instruction sets of the kernels")
     for i, name in enumerate(names):
-        chosen = INSTRUCTION_SETS[name]
         try:
-            functions = open_library(build_library(folder, chosen.source, chosen.flags))
-        except CompileError as error:
+            functions = load_instruction_set(name, folder)
+        except InstructionSetError as error:
             failure = error
             if i + 1 < len(names):
+                next_best = names[i + 1]
                 log.warning(
-                    "the kernels for %s cannot be built, %s takes their place: %s", name, names[i + 1], error
+                    "kernels with %s cannot be used, %s takes their place: %s", name, next_best, error
                 )
             continue
-        declare_linear_functions(functions)
         log.debug("linear layers run with %s", name)
         return LinearLibrary(name, functions)
-    raise failure
+    return failure
+
+
+def load_instruction_set(name: str, folder: Path) -> ctypes.CDLL:
+    """Build and load the kernels for one instruction set, after asking the system for what it needs.
+
+    Raises:
+        InstructionSetError: there is no such set, this machine cannot run it, or the compiler refuses it.
+        BuildError: as for `build_library` and `open_library`.
+    """
+    if name not in INSTRUCTION_SETS:
+        raise InstructionSetError(
+            f"no instruction set is called {name}; there are {', '.join(INSTRUCTION_SETS)}"
+        )
+    # a library with instructions that the CPU lacks can be loaded, and ends the process at its first call
+    reason = find_unusable_reason((name,))
+    if reason is not None:
+        raise InstructionSetError(reason)
+    chosen = INSTRUCTION_SETS[name]
+    functions = open_library(build_library(folder, chosen.source, chosen.flags))
+    declare_linear_functions(functions)
+    return functions
 
 
 def declare_linear_functions(functions: ctypes.CDLL) -> None:
@@ -137,8 +190,8 @@ def load_rows_library(cache: Path | None = None) -> ctypes.CDLL:
     Raises:
         BuildError: no compiler, it failed, or what it built cannot be loaded.
     """
-    vector_flags = VECTORS.get(torch.backends.cpu.get_cpu_capability(), ())
-    lib = open_library(build_library(cache or get_default_cache(), ROWS, (*ROWS_FLAGS, *vector_flags)))
+    flags = (*ROWS_FLAGS, *choose_vector_flags())
+    lib = open_library(build_library(cache or get_default_cache(), ROWS, flags))
     lib.int8run_quantize_weight_rows.argtypes = [
         *(POINTER, INT, INT64, INT64),  # x, dtype, M, K
         *(POINTER, INT64, POINTER, INT64, FLOAT),  # factor, group, signs, radix, norm
@@ -146,6 +199,15 @@ def load_rows_library(cache: Path | None = None) -> ctypes.CDLL:
     ]
     lib.int8run_quantize_weight_rows.restype = INT64
     return lib
+
+
+def choose_vector_flags() -> tuple[str, ...]:
+    """The compiler's flags for the best vector instructions that this CPU has."""
+    features = read_cpu_features()
+    for vectors in VECTORS.values():
+        if features.issuperset(vectors.features):
+            return vectors.flags
+    return ()
 
 
 def open_library(path: Path) -> ctypes.CDLL:

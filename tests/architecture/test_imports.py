@@ -26,7 +26,7 @@ RULES = {
     "conf": set(),
     "kernels": set(),
     # bottom: arithmetic on weights and layers
-    "utils": set(),
+    "utils": {"kernels"},  # what the CPU can do
     "models": {"utils"},
     "tracking": {"utils"},
     "quant": {"kernels"},

@@ -3,6 +3,7 @@
 import ctypes
 import errno
 import itertools
+import re
 
 import pytest
 import torch
@@ -10,17 +11,20 @@ from support.helpers import CPU, full_range, randn
 
 from int8run.backends.cpu import Cpu
 from int8run.kernels.cpu import instructions as module
-from int8run.kernels.cpu import linear
+from int8run.kernels.cpu import library, linear
 from int8run.kernels.cpu.instructions import (
+    AUTO,
+    AVX2_FEATURES,
     AVX2_FLAGS,
     INSTRUCTION_SETS,
     InstructionSet,
+    find_unusable_reason,
     list_instruction_sets,
-    may_use_tiles,
+    request_tiles,
 )
-from int8run.kernels.cpu.library import load_linear_library
+from int8run.kernels.cpu.library import InstructionSetError, load_linear_library
 
-EMULATED = InstructionSet("amx_emulated", features=("avx2",), flags=AVX2_FLAGS)
+EMULATED = InstructionSet("amx_emulated", features=AVX2_FEATURES, flags=AVX2_FLAGS)
 REFUSED = Cpu(instructions="avx2").limits.unsupported_reasons(CPU)
 needs_avx2 = pytest.mark.skipif(bool(REFUSED), reason=f"the emulation: {'; '.join(REFUSED)}")
 
@@ -71,7 +75,7 @@ def test_tiles_give_the_same_bits_on_any_number_of_threads(emulated):
 
 # -- permission ------------------------------------------------------------------------------------
 
-AMX_CPU = dict.fromkeys((*INSTRUCTION_SETS["amx"].features, "avx2", "avx_vnni", "avx512_vnni"), True)
+AMX_CPU = dict.fromkeys((*INSTRUCTION_SETS["amx"].features, *AVX2_FEATURES, "avx_vnni", "avx512_vnni"), True)
 
 
 class FakeLibc:
@@ -89,10 +93,13 @@ class FakeLibc:
 
 @pytest.fixture
 def amx_cpu(monkeypatch):
-    """A CPU with AMX on Linux; returns what sets the kernel's answer."""
+    """A CPU with AMX on Linux, where every library can be built; returns what sets the kernel's answer."""
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: AMX_CPU)
     monkeypatch.setattr(module.sys, "platform", "linux")
-    may_use_tiles.cache_clear()
+    monkeypatch.setattr(library, "build_library", lambda folder, source, flags: source)
+    monkeypatch.setattr(library, "open_library", lambda path: path)
+    monkeypatch.setattr(library, "declare_linear_functions", lambda functions: None)
+    forget_answers()
 
     def set_answer(answer: int) -> FakeLibc:
         libc = FakeLibc(answer)
@@ -100,13 +107,21 @@ def amx_cpu(monkeypatch):
         return libc
 
     yield set_answer
-    may_use_tiles.cache_clear()
+    forget_answers()
 
 
-def test_the_kernel_is_asked_for_tiles_once(amx_cpu):
+def forget_answers():
+    for remembered in (request_tiles, library.try_to_load, load_linear_library):
+        remembered.cache_clear()
+
+
+def test_the_kernel_is_asked_for_tiles_once_and_only_when_they_are_to_be_used(amx_cpu):
     libc = amx_cpu(0)
 
-    assert [list_instruction_sets()[0] for _ in range(2)] == ["amx", "amx"]
+    assert list_instruction_sets()[0] == "amx"
+    assert Cpu().limits.unsupported_reasons(CPU)[:1] in ([], ["needs a C++ compiler on the PATH"])
+    assert libc.calls == []
+    assert [load_linear_library(name).instructions for name in (AUTO, "amx")] == ["amx", "amx"]
     # the numbers of arch_prctl, of its request for permission, and of the tiles' data
     assert libc.calls == [(158, 0x1023, 18)]
 
@@ -114,16 +129,19 @@ def test_the_kernel_is_asked_for_tiles_once(amx_cpu):
 def test_a_kernel_that_refuses_tiles_leaves_the_next_best_and_is_named_once(amx_cpu, caplog):
     amx_cpu(-1)
 
-    assert [list_instruction_sets()[0] for _ in range(2)] == ["avx512_vnni", "avx512_vnni"]
+    assert [load_linear_library(*args).instructions for args in ((), (AUTO,))] == ["avx512_vnni"] * 2
     (warning,) = caplog.messages
-    assert "the system does not allow AMX (arch_prctl: Operation not permitted)" in warning
-    reason = Cpu(instructions="amx").limits.unsupported_reasons(CPU)[0]
-    assert reason == "needs a CPU with amx; this one has avx512_vnni, avx_vnni, avx2"
+    refusal = "needs AMX, which the system does not allow (arch_prctl: Operation not permitted)"
+    assert warning == f"kernels with amx cannot be used, avx512_vnni takes their place: {refusal}"
+    assert Cpu(instructions="amx").limits.unsupported_reasons(CPU)[0] == refusal
+    with pytest.raises(InstructionSetError, match=re.escape(refusal)):
+        load_linear_library("amx")
 
 
 def test_a_cpu_that_hides_its_tiles_is_not_asked(amx_cpu, monkeypatch):
     libc = amx_cpu(0)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: AMX_CPU | {"amx_tile": False})
 
-    assert list_instruction_sets()[0] == "avx512_vnni"
+    assert load_linear_library().instructions == "avx512_vnni"
+    assert find_unusable_reason(("amx",)).startswith("needs a CPU with amx; this one has avx512_vnni")
     assert libc.calls == []

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from int8run.backends.cpu import Cpu
 from int8run.kernels.cpu import linear
-from int8run.kernels.cpu.instructions import list_instruction_sets
+from int8run.kernels.cpu.instructions import find_unusable_reason, list_instruction_sets
 from int8run.kernels.int8_linear.reference import int8_linear
 from int8run.kernels.quantize_rowwise.reference import quantize_rowwise
 
@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
     pytest.mark.skipif(bool(REFUSED), reason=f"the CPU kernels: {'; '.join(REFUSED)}"),
 ]
-FOUND = list_instruction_sets()
+FOUND = [name for name in list_instruction_sets() if find_unusable_reason((name,)) is None]
 DTYPES = list(linear.DTYPES)
 # rows: less than a tile, tiles and what is left of one, more than a block
 ROWS = (1, 2, 5, 6, 7, 33, 400)

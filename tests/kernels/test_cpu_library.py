@@ -15,14 +15,30 @@ import pytest
 import torch
 from support.helpers import CPU
 
+from int8run.backends.base import has_cpu_feature
 from int8run.backends.cpu import Cpu
 from int8run.errors import BackendError, ConfigError
+from int8run.kernels.cpu import features as features_module
 from int8run.kernels.cpu import library as module
-from int8run.kernels.cpu.instructions import ALL_SETS, AUTO, INSTRUCTION_SETS, list_instruction_sets
-from int8run.kernels.cpu.library import BuildError, build_library, load_linear_library, load_rows_library
+from int8run.kernels.cpu.instructions import (
+    ALL_SETS,
+    AUTO,
+    AVX512_FEATURES,
+    INSTRUCTION_SETS,
+    list_instruction_sets,
+)
+from int8run.kernels.cpu.library import (
+    BuildError,
+    CompileError,
+    InstructionSetError,
+    build_library,
+    load_linear_library,
+    load_rows_library,
+)
 from int8run.quant.weight import quantize_weight
 
 SOURCE = INSTRUCTION_SETS["avx2"].source
+ANY_X86 = dict.fromkeys((name for each in ALL_SETS for name in each.features), True)
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="the fake compilers are shell scripts")
 
 
@@ -33,11 +49,12 @@ def compiler_path(tmp_path, monkeypatch):
     folder.mkdir()
     monkeypatch.setenv("PATH", str(folder))
     monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
-    load_linear_library.cache_clear()
-    load_rows_library.cache_clear()
+    remembered = (load_linear_library, module.try_to_load, load_rows_library)
+    for function in remembered:
+        function.cache_clear()
     yield folder
-    load_linear_library.cache_clear()
-    load_rows_library.cache_clear()
+    for function in remembered:
+        function.cache_clear()
 
 
 WRITE = 'for last; do :; done; echo "whole" > "$last"'
@@ -115,17 +132,40 @@ def test_backend_error_says_what_to_do(compiler_path):
         Cpu().pack_weight(weight)
 
 
-def test_failed_build_is_not_cached(compiler_path, tmp_path):
+def test_failed_build_leaves_nothing_in_the_cache(compiler_path, tmp_path):
     write_fake_compiler(compiler_path, "exit 1")
-
-    for _ in range(2):
-        with pytest.raises(BuildError):
-            load_linear_library("avx2", tmp_path / "cache")
+    with pytest.raises(CompileError):
+        build_library(tmp_path / "cache", SOURCE)
 
     calls = write_fake_compiler(compiler_path)
 
     assert build_library(tmp_path / "cache", SOURCE).exists()
-    assert len(calls()) == 3
+    assert len(calls()) == 2
+
+
+def test_a_compiler_that_knows_no_set_is_asked_once_for_each(compiler_path, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: ANY_X86)
+    calls = write_fake_compiler(compiler_path, "echo 'error: unrecognized option' >&2; exit 1")
+    names = ["avx512_vnni", "avx2"]
+    monkeypatch.setattr(module, "list_instruction_sets", lambda: names)
+
+    for arguments in ((AUTO, tmp_path), (AUTO, tmp_path), (AUTO,), ()):
+        with pytest.raises(CompileError, match=r"could not build linear_avx2\.cpp: error: unrecognized"):
+            load_linear_library(*arguments)
+
+    assert len(calls()) == 2 * len(names)  # in each of two folders
+    assert len(caplog.messages) == 2
+    assert all(message.startswith("kernels with avx512_vnni cannot") for message in caplog.messages)
+
+
+def test_a_compiler_that_is_installed_meanwhile_is_found(compiler_path, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "open_library", lambda path: FakeFunctions())
+    with pytest.raises(BuildError, match="no C"):
+        load_linear_library(AUTO, tmp_path)
+
+    write_fake_compiler(compiler_path)
+
+    assert load_linear_library(AUTO, tmp_path).instructions in INSTRUCTION_SETS
 
 
 def test_built_library_is_reused(compiler_path, tmp_path):
@@ -177,8 +217,9 @@ def test_library_name_depends_on_compiler_source_and_runtime(compiler_path, tmp_
     assert str(source) in calls()[-1]
 
 
-def test_instructions_are_listed_explicitly(compiler_path, tmp_path):
+def test_instructions_are_listed_explicitly(compiler_path, tmp_path, monkeypatch):
     # a cache may be shared by machines that differ
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: ANY_X86)
     calls = write_fake_compiler(compiler_path)
     with pytest.raises(BuildError, match="cannot be loaded"):  # what the fake compiler writes is no library
         load_linear_library("avx512_vnni", tmp_path / "cache")
@@ -190,18 +231,21 @@ def test_instructions_are_listed_explicitly(compiler_path, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("capability", "there", "not_there"),
+    ("features", "there", "not_there"),
     [
-        ("AVX512", "-mavx512f", "-mavx512vnni"),
-        ("AVX2", "-mavx2", "-mavx512f"),
-        ("DEFAULT", "-O3", "-mavx"),
+        (AVX512_FEATURES, "-mavx512f", "-mavx512vnni"),
+        (("avx2", "avx512_f"), "-mavx2", "-mavx512f"),
+        ((), "-O3", "-mavx"),
     ],
+    ids=["AVX512", "AVX2", "neither"],
 )
 def test_rows_library_uses_the_instructions_of_the_cpu(
-    compiler_path, tmp_path, monkeypatch, capability, there, not_there
+    compiler_path, tmp_path, monkeypatch, features, there, not_there
 ):
     calls = write_fake_compiler(compiler_path)
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(features, True))
+    # what an environment variable says is not what the CPU has
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
 
     with pytest.raises(
         BuildError, match=r"rows-\w+\.so cannot be loaded: "
@@ -315,6 +359,7 @@ def test_default_cache_is_in_the_users_home(compiler_path, tmp_path):
 def test_a_compiler_too_old_for_a_set_builds_the_next_best_and_says_so_once(
     compiler_path, tmp_path, monkeypatch, caplog
 ):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: ANY_X86)
     refuse = "echo \"g++: error: unrecognized option '-mavx512vnni'\" >&2; exit 1"
     calls = write_fake_compiler(compiler_path, f'case "$*" in *-mavx512vnni*) {refuse};; esac\n{WRITE}')
     monkeypatch.setattr(module, "list_instruction_sets", lambda: ["avx512_vnni", "avx2"])
@@ -326,7 +371,7 @@ def test_a_compiler_too_old_for_a_set_builds_the_next_best_and_says_so_once(
     assert loaded.instructions == "avx2"
     assert len(calls()) == 2
     (warning,) = caplog.messages
-    assert warning.startswith("the kernels for avx512_vnni cannot be built, avx2 takes their place: ")
+    assert warning.startswith("kernels with avx512_vnni cannot be used, avx2 takes their place: ")
     assert warning.endswith("error: unrecognized option '-mavx512vnni'")
 
 
@@ -337,7 +382,8 @@ class FakeFunctions:
         self.int8run_quantize, self.int8run_linear = SimpleNamespace(), SimpleNamespace()
 
 
-def test_an_instruction_set_that_is_asked_for_is_not_replaced(compiler_path, tmp_path):
+def test_an_instruction_set_that_is_asked_for_is_not_replaced(compiler_path, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: ANY_X86)
     calls = write_fake_compiler(compiler_path, "exit 1")
 
     with pytest.raises(BuildError, match=r"could not build linear_avx_vnni\.cpp"):
@@ -347,6 +393,7 @@ def test_an_instruction_set_that_is_asked_for_is_not_replaced(compiler_path, tmp
 
 def test_a_disk_that_is_full_is_no_reason_for_slower_instructions(compiler_path, tmp_path, monkeypatch):
     calls = write_fake_compiler(compiler_path)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: ANY_X86)
     monkeypatch.setattr(module, "list_instruction_sets", lambda: ["avx512_vnni", "avx2"])
     (tmp_path / "file").write_text("")
 
@@ -376,7 +423,7 @@ def test_a_header_is_part_of_the_source(compiler_path, tmp_path):
 
 # -- which instruction set -------------------------------------------------------------------------
 
-AVX2_ONLY = {"avx2": True, "avx512_vnni": False, "cpu_name": "a CPU"}
+AVX2_ONLY = {"avx2": True, "fma3": True, "f16c": True, "avx512_vnni": False, "cpu_name": "a CPU"}
 
 
 @pytest.mark.parametrize(
@@ -386,8 +433,10 @@ AVX2_ONLY = {"avx2": True, "avx512_vnni": False, "cpu_name": "a CPU"}
         (AVX2_ONLY, ["avx2"]),
         (AVX2_ONLY | {"avx_vnni": True}, ["avx_vnni", "avx2"]),
         ({"avx512_vnni": True, "avx512_f": True}, []),  # a machine that hides a part
+        (AVX2_ONLY | {"avx_vnni": True, "fma3": False}, []),  # the kernels are compiled with FMA and F16C
+        (AVX2_ONLY | {"avx_vnni": True, "f16c": False}, []),
     ],
-    ids=["none", "AVX2", "AVX-VNNI", "part of AVX512"],
+    ids=["none", "AVX2", "AVX-VNNI", "part of AVX512", "no FMA", "no F16C"],
 )
 def test_the_best_of_what_the_cpu_has_comes_first(monkeypatch, features, expected):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
@@ -412,3 +461,55 @@ def test_a_set_that_the_cpu_lacks_is_refused_with_what_there_is(monkeypatch):
 def test_an_unknown_set_is_refused():
     with pytest.raises(ConfigError, match=r"backend.instructions is 'avx3'; did you mean 'avx2'\?"):
         Cpu(instructions="avx3")
+
+
+def test_a_set_that_would_end_the_process_is_not_loaded(monkeypatch):
+    """A library with instructions that the CPU lacks can be loaded; its first call ends the process."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: AVX2_ONLY)
+    module.try_to_load.cache_clear()
+    for name in ("amx", "avx512_vnni", "i8mm"):
+        with pytest.raises(InstructionSetError, match=f"^needs a CPU with {name}; this one has avx2$"):
+            load_linear_library.__wrapped__(name)
+    with pytest.raises(
+        BackendError, match=r"^backend cpu: needs a CPU with i8mm; this one has avx2; backend=auto"
+    ):
+        Cpu(instructions="i8mm").pack_weight(quantize_weight(torch.ones(2, 4)))
+    with pytest.raises(InstructionSetError, match=r"^no instruction set is called avx3; there are amx, "):
+        load_linear_library("avx3")
+    module.try_to_load.cache_clear()
+
+
+# -- before torch 2.13 -----------------------------------------------------------------------------
+
+X86_TEXT = (
+    "processor\t: 0\nflags\t\t: fpu avx2 fma f16c avx_vnni avx512f amx_tile\n\nprocessor\t: 1\nflags\t\t:\n"
+)
+ARM_TEXT = "processor\t: 0\nFeatures\t: fp asimd asimddp i8mm bf16\n"
+
+
+@pytest.fixture
+def older_torch(monkeypatch, tmp_path):
+    """A torch that does not list the CPU's features, on Linux; returns where the system lists them."""
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    monkeypatch.setattr(features_module, "CPUINFO", tmp_path / "cpuinfo")
+    return tmp_path / "cpuinfo"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [(X86_TEXT, ["avx_vnni", "avx2"]), (ARM_TEXT, ["i8mm", "dotprod"]), ("model name : a CPU\n", [])],
+    ids=["x86", "Arm", "no features"],
+)
+def test_an_older_torch_leaves_the_question_to_linux(older_torch, text, expected):
+    older_torch.write_text(text)
+
+    assert list_instruction_sets() == expected
+    assert has_cpu_feature(["avx_vnni", "i8mm"]) == bool(expected)  # what other backends ask
+
+
+@pytest.mark.parametrize(("level", "expected"), [("AVX512", ["avx2"]), ("AVX2", ["avx2"]), ("DEFAULT", [])])
+def test_an_older_torch_elsewhere_tells_its_level_of_vectors(older_torch, monkeypatch, level, expected):
+    assert not older_torch.exists()
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: level)
+
+    assert list_instruction_sets() == expected

@@ -9,6 +9,7 @@ import torch
 from support.helpers import randn
 
 from int8run.kernels.cpu import rows as module
+from int8run.kernels.cpu.features import read_cpu_features
 from int8run.kernels.cpu.library import FLAGS, ROWS, ROWS_FLAGS, VECTORS, BuildError, load_rows_library
 from int8run.kernels.cpu.rows import (
     RowSums,
@@ -251,9 +252,8 @@ def test_any_number_of_threads_gives_the_same_bits_and_sums(threads):
 @pytest.mark.skipif(not COMPILED, reason="no C++ compiler here")
 @pytest.mark.parametrize("vectors", ["plain", "AVX2", "AVX512"])
 def test_every_instruction_set_gives_the_same_bits(vectors, tmp_path, monkeypatch):
-    if vectors not in ("plain", torch.backends.cpu.get_cpu_capability()) and (
-        vectors == "AVX512" or torch.backends.cpu.get_cpu_capability() != "AVX512"
-    ):
+    wanted = VECTORS[vectors].features if vectors in VECTORS else ()
+    if not read_cpu_features().issuperset(wanted):
         pytest.skip("this CPU does not have these instructions")
 
     assert FLAGS
@@ -267,9 +267,7 @@ def test_every_instruction_set_gives_the_same_bits(vectors, tmp_path, monkeypatc
         {"rotation": make_rotation(True, 8), "factor": randn(1040).abs() + 1},
     ]
     expected = [quantize_with(quantize_weight_rows, w, **o) for w in weights for o in options]
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: vectors)
-
-    assert vectors == "plain" or vectors in VECTORS
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(wanted, True))
 
     other = load_rows_library.__wrapped__(tmp_path)
     monkeypatch.setattr(module, "load_rows_library", lambda: other)
