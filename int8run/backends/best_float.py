@@ -24,7 +24,8 @@ from int8run.utils.hardware import count_free_bytes
 from int8run.utils.timing import is_steady, time_in_turns
 
 log = logging.getLogger(__name__)
-RIVALS = FLOAT_DTYPES
+RIVALS = FLOAT_DTYPES  # the dtypes that are tried
+SCATTERED = "float dtypes are not compared: times scatter by more than twice, other work runs here"
 ROUNDS = 5
 # a dtype whose largest product is not this many times as fast is not worth a copy of the model
 MIN_GAIN = 1.05
@@ -58,7 +59,8 @@ def find_best_float(
         cache: of the device and the model's dtype.
 
     Returns:
-        None where a copy of the model in that dtype does not fit into the memory, or fails.
+        None where a copy of the model in that dtype does not fit into the memory or fails, or where times
+        scatter.
     """
     num_params = sum(parameter.numel() for parameter in denoiser.parameters())
     key = f"best float | {type(denoiser).__name__} of {num_params} | {'x'.join(map(str, largest))}"
@@ -67,8 +69,11 @@ def find_best_float(
         return known
     device = next(denoiser.parameters()).device
     rival = find_fastest_product(dtype, device, largest)
+    if rival is None:
+        log.info(SCATTERED)
+        return None
     if rival == dtype:
-        best: BestFloat | None = BestFloat(name_dtype(dtype))
+        best: BestFloat | None = BestFloat(TimedFloat(dtype).dtype_name)
     else:
         best = measure_steps(denoiser, calls, dtype, rival)
     if best is not None:
@@ -88,13 +93,20 @@ def parse_best_float(text: str | None) -> BestFloat | None:
     return BestFloat(dtype, time_share)
 
 
-def find_fastest_product(own: torch.dtype, device: torch.device, largest: Shape) -> torch.dtype:
-    """The dtype in which the largest layer is clearly faster than in the model's own, else that."""
+def find_fastest_product(own: torch.dtype, device: torch.device, largest: Shape) -> torch.dtype | None:
+    """The dtype in which the largest layer is clearly faster than in the model's own, else that.
+
+    Returns:
+        None where the times scatter.
+    """
     rivals = {name: TimedFloat(getattr(torch, name)) for name in RIVALS}
-    own_name = name_dtype(own)
+    own_name = TimedFloat(own).dtype_name
     if own_name not in rivals:
         return own
-    seconds = LayerTimer(device, own, ROUNDS).measure(rivals, largest).seconds
+    times = LayerTimer(device, own, ROUNDS).measure(rivals, largest)
+    if not times.is_steady:
+        return None
+    seconds = times.seconds
     fastest = min(seconds, key=seconds.__getitem__, default=own_name)
     if seconds.get(own_name, math.inf) < MIN_GAIN * seconds.get(fastest, 0.0):
         return own
@@ -116,8 +128,8 @@ def measure_steps(
         The faster of the two; None where the copy cannot be had, or the times scatter.
     """
     device = next(denoiser.parameters()).device
-    own_name, name = name_dtype(dtype), name_dtype(rival_dtype)
-    needed = sum(p.numel() for p in denoiser.parameters()) * rival_dtype.itemsize
+    own_name, name = TimedFloat(dtype).dtype_name, TimedFloat(rival_dtype).dtype_name
+    needed = count_copy_bytes(denoiser, rival_dtype)
     if needed > MAX_MEMORY_SHARE * count_free_bytes(device):
         log.info("%s may be faster than %s here; a copy of the model does not fit", name, own_name)
         return None
@@ -139,13 +151,15 @@ def measure_steps(
     own_times, rival_times = time_in_turns(steps, device, ROUNDS)
     share = round(min(rival_times) / min(own_times), 3)
     if not (is_steady(own_times) and is_steady(rival_times)):
+        log.info(SCATTERED)
         return None
     return BestFloat(name, share) if 0 < share < 1 else BestFloat(own_name)
 
 
-def name_dtype(dtype: torch.dtype) -> str:
-    """`bfloat16`, ..."""
-    return str(dtype).removeprefix("torch.")
+def count_copy_bytes(denoiser: nn.Module, dtype: torch.dtype) -> int:
+    """The most memory that a copy of a model takes while it is made: it is copied first, and cast then."""
+    tensors = [*denoiser.parameters(), *denoiser.buffers()]
+    return sum(tensor.numel() * max(tensor.itemsize, dtype.itemsize) for tensor in tensors)
 
 
 @torch.no_grad()
@@ -175,6 +189,9 @@ def cast_floats(value: Any, source: torch.dtype, target: torch.dtype) -> Any:
         return value.to(target) if value.dtype == source else value
     if isinstance(value, Mapping):
         return {name: cast_floats(item, source, target) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(cast_floats(item, source, target) for item in value)
-    return value
+    if not isinstance(value, list | tuple):
+        return value
+    items = [cast_floats(item, source, target) for item in value]
+    if hasattr(value, "_make"):  # a named tuple takes its fields one by one
+        return value._make(items)
+    return type(value)(items)

@@ -90,7 +90,7 @@ class LayerPlan:
         backend_used: the backend that runs the layer, or FLOAT_FALLBACK.
         backends_left_out: backends that `auto` could not run here, with the reasons.
         speedup: time of the float layer over that of the fastest INT8 backend; None: it was not measured.
-        float_reason: why the layer is to compute in float although it can be INT8; empty: it is not.
+        float_reason: why the layer is to compute in float although it can be INT8; empty where it is not to.
         is_float_by_choice: whether it stays float for that reason.
         instructions: instruction set of that backend's kernels, where they are built for one.
         measured: errors of the layer by name of the metric, such as weight_sqnr_db.

@@ -46,6 +46,7 @@ class BuiltModel:
         mixed_precision: what keeping layers float for `quality_db` brought, where that was asked for.
         seconds: that loading and quantizing took.
         best_float: the fastest float dtype for the denoiser, once it was measured.
+        is_best_float_tried: whether that was tried; where no answer came, the next run would get none either.
         lora_overhead: time of a step with LoRA branches over its time without, once it was measured; it does
             not depend on the strengths.
     """
@@ -70,6 +71,7 @@ class BuiltModel:
     seconds: dict[str, float] = field(default_factory=dict)
     lora_overhead: float | None = None
     best_float: BestFloat | None = None
+    is_best_float_tried: bool = False
 
     def set_strengths(self, strengths: Sequence[float], text_strengths: Sequence[float]) -> float:
         """Set the LoRA strengths of all denoisers and text encoders; nothing is rebuilt.

@@ -119,7 +119,8 @@ def compare_with_best_float(
     has_both = {"float", "int8"} <= built.denoisers.keys()
     if not has_both or spec.compile != "none" or spec.offload != "none":
         return {}
-    if built.best_float is None:
+    if not built.is_best_float_tried:
+        built.is_best_float_tried = True
         table = getattr(spec.backend, "table", None)  # the file of backends that keep what they measure
         dtype = getattr(torch, spec.model.dtype)
         built.best_float = find_best_float(

@@ -1,11 +1,12 @@
 """The machine that a number was measured on: its name for reports and caches, and what its CPU can do."""
 
-import os
 import platform
+from typing import Any
 
 import torch
 
 from int8run.kernels.cpu.features import read_cpu_capabilities
+from int8run.utils.host_memory import count_host_bytes
 from int8run.utils.plurals import count_noun
 
 # instruction sets by torch's names that decide how fast matrix products are
@@ -90,11 +91,12 @@ def get_gpu_architecture(device: torch.device) -> str:
 
 
 def count_free_bytes(device: torch.device) -> int:
-    """Memory that is free on a device; 0 where nothing says how much it is."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):  # of other systems
-        return 0
+    """Memory that a program can still get on a device; 0 where nothing says how much it is."""
+    if device.type in ("cuda", "xpu"):
+        module: Any = getattr(torch, device.type)
+        try:
+            free, _ = module.mem_get_info(device)
+        except RuntimeError:  # some Intel GPUs do not say it
+            return 0
+        return int(free)
+    return count_host_bytes()

@@ -161,7 +161,7 @@ LIBRARIES = {
     "joblib": {"jobs"},
     "jinja2": {"report"},
     "matplotlib": {"report"},
-    "psutil": {"jobs", "metrics", "tracking"},
+    "psutil": {"jobs", "metrics", "tracking", "utils"},
     "mlflow": {"tracking"},
     "diffusers": {"generate", "models", "pipeline", "ptq"},
     "transformers": {"metrics", "models", "text_encoders"},

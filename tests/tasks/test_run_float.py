@@ -6,6 +6,8 @@ Times are faked, so nothing depends on the machine.
 import csv
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from int8run.backends.base import Backend, LayerTimes, Shape
 from int8run.backends.float import Float
 from int8run.backends.layer_timer import LayerTimer
 from int8run.pipeline import process_cache
+from int8run.tasks import run_metrics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -139,3 +142,28 @@ def test_a_quantized_file_gives_float_layers_of_its_own_numbers(
 
     assert metrics["quant/layers_float_by_choice"] > 0
     assert read_image(tmp_path / "late") == read_image(tmp_path / "float")
+
+
+def test_a_fastest_float_dtype_that_was_not_found_is_not_looked_for_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Each job of a sweep would copy the model anew."""
+    tried = []
+    monkeypatch.setattr(run_metrics, "find_best_float", lambda *args, **options: tried.append(args))
+    monkeypatch.setattr(run_metrics, "find_largest_layer", lambda built: (1, 2, 3))
+    spec: Any = SimpleNamespace(
+        compile="none",
+        offload="none",
+        backend=SimpleNamespace(table=str(tmp_path / "table.json")),
+        model=SimpleNamespace(dtype="float32"),
+    )
+    built: Any = SimpleNamespace(
+        denoisers={"float": None, "int8": None},
+        device=torch.device("cpu"),
+        best_float=None,
+        is_best_float_tried=False,
+    )
+
+    for _ in range(2):
+        assert run_metrics.compare_with_best_float(spec, built, [], 2.0) == {}
+    assert len(tried) == 1
