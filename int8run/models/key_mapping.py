@@ -285,7 +285,26 @@ def parse_section(file: str, section: str, content: Any) -> tuple[KeyMapping, ..
         raise ConfigError(
             f"{file}: {section} is {content!r}; it takes a mapping of a name elsewhere to a name in the model"
         )
-    return tuple(parse_mapping(file, section, original, value) for original, value in content.items())
+    mappings = tuple(parse_mapping(file, section, original, value) for original, value in content.items())
+    check_all_parts(file, mappings)
+    return mappings
+
+
+def check_all_parts(file: str, mappings: Sequence[KeyMapping]) -> None:
+    """Raise ConfigError where only some parts of a module have rules: the rest of its rows would be lost."""
+    parts: dict[tuple[str, ...], set[tuple[int, int]]] = {}
+    for mapping in mappings:
+        if mapping.part is not None:
+            parts.setdefault(mapping.targets, set()).add(mapping.part)
+    for targets, found in parts.items():
+        counts = {count for _, count in found}
+        count = max(counts)
+        if len(counts) > 1 or len(found) < count:
+            there = ", ".join(f"{index + 1}/{count}" for index, count in sorted(found))
+            raise ConfigError(
+                f"{file}: {targets[0]} has rules for its parts {there}; all parts from 1/{count} to "
+                f"{count}/{count} need one"
+            )
 
 
 def parse_mapping(file: str, section: str, original: Any, value: Any) -> KeyMapping:

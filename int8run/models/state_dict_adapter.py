@@ -397,20 +397,38 @@ def rename_parameters(
             # each of the authors' tensors is a name of its own
             (part,) = pending.pop(key)
             for original, mapping in list_portions(key, step.mapping, unused):
+                check_name_is_free(original, part, pending, finished, class_name=class_name)
                 pending[original] = (apply_mapping(part, mapping, swap=False),)
                 used[original] = used[key] | {mapping}
             continue
         parts = tuple(part for joined in step.keys for part in pending.pop(joined))
-        taken = pending.get(step.original) or finished.get(step.original)
-        if taken:
-            raise ConfigError(
-                f"{parts[0].key} and {taken[0].key} of this {class_name} would both be called "
-                f"{step.original}{NO_ORIGINAL_NAMES}"
-            )
+        check_name_is_free(step.original, parts[0], pending, finished, class_name=class_name)
         swap = has_swapped_halves(step.mapping, step.number, last_blocks)
         pending[step.original] = tuple(apply_mapping(part, step.mapping, swap=swap) for part in parts)
         used[step.original] = used[key] | {step.mapping}
     return finished
+
+
+def check_name_is_free(
+    original: str,
+    part: TensorPart,
+    *others: Mapping[str, tuple[TensorPart, ...]],
+    class_name: str,
+) -> None:
+    """Raise ConfigError when a name is that of other parameters already.
+
+    Args:
+        original: the name.
+        part: what it would be the name of.
+        others: the names so far, with what they are the names of.
+        class_name: the model's class, for messages.
+    """
+    for names in others:
+        if original in names:
+            raise ConfigError(
+                f"{part.key} and {names[original][0].key} of this {class_name} would both be called "
+                f"{original}{NO_ORIGINAL_NAMES}"
+            )
 
 
 def list_portions(

@@ -26,6 +26,7 @@ from int8run.layers.plan import LayerPlan, plan_layers
 from int8run.models.config_source import resolve_configs
 from int8run.models.dual_denoisers import DualDenoiser
 from int8run.models.loader import pick_device
+from int8run.pipeline.denoiser_variants import choose_classes_of_configs
 from int8run.pipeline.load import build_skeletons, load_model, resolve_family
 from int8run.pipeline.loaded_model import LoadedModel, make_skip_rule, replace_missing_linears
 from int8run.pipeline.quantize_denoiser import count_layer_rows
@@ -107,7 +108,7 @@ def select_plans(spec: RunSpec, denoiser: nn.Module, plans: Sequence[LayerPlan])
 
 def plan_from_configs(spec: RunSpec) -> list[LayerPlan]:
     """The layers that become INT8, by the configs of the model alone."""
-    source = resolve_configs(spec.model)
+    source = choose_classes_of_configs(resolve_configs(spec.model))
     skeletons = build_skeletons(source, getattr(torch, spec.model.dtype))
     first = next(iter(skeletons.values()))
     family = resolve_family(spec.model_type, first, source.pipeline_class)

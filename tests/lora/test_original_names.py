@@ -513,6 +513,14 @@ GOOD = "classes: [Model]\nnames: {a.*: b.*}\n"
             "classes: [Model]\nnames: {a: {to: b, swap_halves: first}}",
             "swap_halves 'first'; choose true, false or last",
         ),
+        (
+            "classes: [Model]\nnames: {a: {to: b, part: 1/3}, c: {to: b, part: 3/3}}",
+            "b has rules for its parts 1/3, 3/3; all parts from 1/3 to 3/3 need one",
+        ),
+        (
+            "classes: [Model]\nnames: {a: {to: b, part: 1/2}, c: {to: b, part: 2/3}}",
+            "b has rules for its parts 1/2, 2/3; all parts from 1/3 to 3/3 need one",
+        ),
         *[
             (
                 f"classes: [Model]\nnames: {{a: {{to: b, part: {part}}}}}",

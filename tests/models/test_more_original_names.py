@@ -124,6 +124,15 @@ def test_module_that_has_no_halves_is_not_written_as_two() -> None:
         to_original(shapes, class_name)
 
 
+def test_half_of_a_module_that_would_be_called_like_another_is_refused() -> None:
+    class_name, tensors = number_tensors("ovis_image")
+    shapes = get_shapes(tensors) | {GATE: (256, 64)}
+
+    for order in (shapes, dict(reversed(shapes.items()))):
+        with pytest.raises(ConfigError, match=rf"this {class_name} would both be called {GATE}: "):
+            to_original(order, class_name)
+
+
 def test_change_of_half_a_module_is_placed_in_its_rows() -> None:
     with torch.device("meta"):
         table = NameTable.from_model(SCRIPTS["ovis_image"][0]())
