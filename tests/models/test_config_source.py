@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from int8run.models import config_source
 from int8run.models.config_source import resolve_configs
 from int8run.models.family import ModelSource
+from int8run.models.pipeline_index import read_pipeline_index
 from int8run.models.sampling import Sampling
 from int8run.pipeline.denoiser_variants import choose_classes_of_configs
 
@@ -69,10 +70,9 @@ def test_a_denoiser_in_another_repository_is_asked_for_there(
             raise EntryNotFoundError("not there")
         return str(tmp_path / "config.json")
 
-    index = json.loads((folder / "modular_model_index.json").read_text())
     monkeypatch.setattr(config_source, "hf_hub_download", download)
     monkeypatch.setattr(config_source, "download_index", lambda *_: folder)
-    monkeypatch.setattr(config_source, "read_source_index", lambda _: index)
+    monkeypatch.setattr(config_source, "read_source_index", lambda _: read_pipeline_index(folder))
 
     (denoiser,) = resolve_configs(make_source("org/model", revision="v1")).denoisers
 
