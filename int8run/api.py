@@ -30,16 +30,17 @@ from int8run.layers.plan import LayerPlan, plan_layers
 from int8run.lora.installed import find_marks, format_names
 from int8run.lora.stack import LoraStack
 from int8run.models.dual_denoisers import split_denoiser
+from int8run.models.family import DTYPES
 from int8run.models.given_model import GivenModel, take_denoiser
 from int8run.models.loader import pick_device
 from int8run.pipeline.layer_selection import describe_skip_reasons, select_int8_plans
 from int8run.pipeline.load import resolve_family
 from int8run.pipeline.loaded_model import make_skip_rule
+from int8run.pipeline.offload import has_group_offloading
 from int8run.pipeline.outlier_choice import choose_fixed_method
 from int8run.ptq.quantize import build_int8_layers, check_backend, keep_faster_layers, quantize_layers
 
-FLOAT_NAMES = ("float32", "bfloat16", "float16")
-FLOAT_DTYPES = {torch.float64, *(getattr(torch, name) for name in FLOAT_NAMES)}
+WEIGHT_DTYPES = {torch.float64, *(getattr(torch, name) for name in DTYPES)}
 log = logging.getLogger(__name__)
 __all__ = ["LoraStack", "quantize_"]
 
@@ -110,7 +111,7 @@ def quantize_(  # noqa: PLR0913  # the contract of the library: each is an optio
         backend=spec.backend,
         settings=spec.int8,
         rows=dict.fromkeys((plan.name for plan in chosen), rows),
-        on_layer=lambda layer: layer.to(placement.home),
+        on_layer=lambda layer: layer.to(placement.offload_device),
         device=placement.device,
     )
     layers = keep_faster_layers(chosen, layers)
@@ -119,7 +120,7 @@ def quantize_(  # noqa: PLR0913  # the contract of the library: each is an optio
     for prefix, part in parts.items():
         for name, child in int8_parts[prefix].named_children():  # into the object that the caller holds
             setattr(part, name, child)
-    denoiser.to(placement.home)
+    denoiser.to(placement.offload_device)
     log.info("%d of %d Linears are INT8", len(layers), len(plans))
     return plans
 
@@ -129,7 +130,7 @@ class Placement:
     """Where an INT8 model runs, and where it waits until then."""
 
     device: torch.device
-    home: torch.device
+    offload_device: torch.device
 
 
 def find_placement(model: nn.Module, device: str | None) -> Placement:
@@ -147,9 +148,9 @@ def find_placement(model: nn.Module, device: str | None) -> Placement:
     hook = getattr(model, "_hf_hook", None)
     offloaded_to = getattr(hook, "execution_device", None)
     if device is None:
-        return Placement(now if offloaded_to is None else torch.device(offloaded_to), home=now)
+        return Placement(now if offloaded_to is None else torch.device(offloaded_to), offload_device=now)
     target = pick_device(device)
-    return Placement(target, home=target if offloaded_to is None else now)
+    return Placement(target, offload_device=target if offloaded_to is None else now)
 
 
 def check_settings(spec: RunSpec, options: Mapping[str, str]) -> None:
@@ -253,15 +254,14 @@ def check_weights(model: nn.Module) -> None:
             f"{name} has weights that are not in memory, but on the meta device; call quantize_ before "
             "enable_sequential_cpu_offload, or use another offloading"
         )
-    hooks = [getattr(module, "_diffusers_hook", None) for module in model.modules()]
-    if any(hook is not None and hook.get_hook("group_offloading") is not None for hook in hooks):
+    if has_group_offloading(model):
         raise ConfigError(f"{name} has group offloading on; call quantize_ before enable_group_offload")
     for module in model.modules():
-        if isinstance(module, nn.Linear) and module.weight.dtype not in FLOAT_DTYPES:
+        if isinstance(module, nn.Linear) and module.weight.dtype not in WEIGHT_DTYPES:
             dtype = str(module.weight.dtype).removeprefix("torch.")
             raise ConfigError(
                 f"{name} has weights of {dtype}, so another program has quantized it, or its layerwise "
-                f"casting is on; quantize_ takes a model of {', '.join(FLOAT_NAMES)}"
+                f"casting is on; quantize_ takes a model of {', '.join(DTYPES)}"
             )
 
 

@@ -104,11 +104,16 @@ def describe_environment(device: torch.device, dtype: torch.dtype | None) -> str
 
 
 def library_versions(device: torch.device) -> list[str]:
-    """The versions of int8run, torch and, on a GPU, CUDA and its driver."""
+    """The versions of int8run, torch and, on a GPU, its runtime and its driver."""
     versions = [f"int8run {__version__}", f"torch {torch.__version__}"]
     if device.type == "cuda":
         runtime: Any = torch._C  # typed by builds with CUDA only
-        versions.append(f"CUDA {torch.version.cuda}, driver {runtime._cuda_getDriverVersion()}")
+        name = "CUDA" if torch.version.hip is None else "HIP"
+        version = torch.version.cuda if torch.version.hip is None else torch.version.hip
+        versions.append(f"{name} {version}, driver {runtime._cuda_getDriverVersion()}")
+    if device.type == "xpu":
+        driver = torch.xpu.get_device_properties(device).driver_version
+        versions.append(f"SYCL {torch.version.xpu}, driver {driver}")
     return versions
 
 

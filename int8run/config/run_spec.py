@@ -104,6 +104,8 @@ def adapt_schedule(sampling: Sampling, steps: int | None) -> Sampling:
 
 # -- all settings ----------------------------------------------------------------------------------
 REDUCE_OVERHEAD = "reduce-overhead"  # torch.compile's own name for CUDA graphs
+GROUP_STREAM = "group_stream"  # diffusers' group offloading with streams
+OFFLOAD_MODES = ("none", "model", "group", GROUP_STREAM)
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,7 @@ class RunSpec:
 
     def __post_init__(self) -> None:
         check_choice("compile", self.compile, ("none", "blocks", "full", REDUCE_OVERHEAD))
-        check_choice("offload", self.offload, ("none", "model", "group", "group_stream"))
+        check_choice("offload", self.offload, OFFLOAD_MODES)
         check_choice("model.quant_format", self.model.quant_format, ("auto", *FORMATS))
         self.check_family()
         check_range("seed", self.seed, 0, 2**63 - 1, whole=True)
@@ -156,7 +158,7 @@ class RunSpec:
         self.check_int8_is_enabled()
         self.check_save()
         self.check_negative_prompt()
-        self.check_offload()
+        self.check_offload_combinations()
         resolved = self.lora.resolve_for_base(self.model.lora_base, self.sampler.steps)
         object.__setattr__(self, "lora", resolved)  # the class is frozen
         self.lora.find_preset(self.model.lora_base)  # raises where two LoRAs bring one
@@ -217,7 +219,7 @@ class RunSpec:
                 "nothing else can be written"
             )
 
-    def check_offload(self) -> None:
+    def check_offload_combinations(self) -> None:
         """Raise ConfigError where offloading would have two models to move, or to move what may not move."""
         if self.offload != "none" and self.compile == REDUCE_OVERHEAD:
             raise ConfigError(

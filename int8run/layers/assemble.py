@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from int8run.layers.fusion import defer_gelu, share_inputs
-from int8run.layers.int8_linear import Int8Linear, KeepsDtypes
+from int8run.layers.int8_linear import BackendLayer, Int8Linear
 from int8run.models.family import ModelFamily
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ def copy_sharing_tensors(model: nn.Module) -> nn.Module:
 
     Hooks that offload the model are not copied: they would move the modules of the original.
     """
-    backends = [m.backend for m in model.modules() if isinstance(m, KeepsDtypes) and hasattr(m, "backend")]
+    backends = [m.backend for m in model.modules() if isinstance(m, BackendLayer)]
     shared = [*model.parameters(), *model.buffers(), *backends]
     with hidden_hooks(model):
         # deepcopy takes what its memo holds as copied already

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from int8run.backends.base import Backend
 from int8run.kernels.dequantize.reference import infer_block_shape
-from int8run.layers.int8_linear import KeepsDtypes
+from int8run.layers.int8_linear import BackendLayer
 from int8run.layers.weight_only import PackedLayer
 from int8run.quant.weight import QuantizedWeight
 
 
-class BlockInt8Linear(KeepsDtypes):
+class BlockInt8Linear(BackendLayer):
     """`nn.Linear` in W8A8 with a scale per block of input features.
 
     Each block is a product of its own on one backend; they are summed in float32. The input is quantized per

@@ -116,15 +116,22 @@ class KeepsDtypes(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        backend: Backend | None = getattr(self, "backend", None)
-        if backend is not None:
-            probe = next(self.buffers())[:0]
-            check_move(backend, fn(probe).device)
         layer: Self = super()._apply(move, recurse)
         return layer
 
 
-class Int8Linear(KeepsDtypes):
+class BackendLayer(KeepsDtypes):
+    """A layer whose weight one backend has packed: it is moved to no device on which that could only fail."""
+
+    backend: Backend
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:  # noqa: FBT001, FBT002
+        probe = next(self.buffers())[:0]
+        check_move(self.backend, fn(probe).device)
+        return super()._apply(fn, recurse)
+
+
+class Int8Linear(BackendLayer):
     """`nn.Linear` in W8A8 on one backend, chosen when the layer is built and held by it.
 
     The adapter, `shared` and `gelu_from` are set from outside: by LoRAs, and by `int8run.layers.fusion`.

@@ -329,7 +329,7 @@ class FloatMerge:
         return merged.to(weight.dtype)
 
     @torch.no_grad()
-    def take_read_weights(self) -> None:
+    def merge_late_weights(self) -> None:
         """Take over deferred weights that have been read into the model since, at the present strengths."""
         model = self._model()
         if model is None:

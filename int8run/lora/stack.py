@@ -389,10 +389,10 @@ class LoraStack:
             return weight
         return self.merges[DENOISER].merge_weight(name, weight)
 
-    def take_read_weights(self) -> None:
+    def merge_late_weights(self) -> None:
         """Add the LoRAs to weights of the denoiser that were read into it after `install`."""
         if DENOISER in self.merges:
-            self.merges[DENOISER].take_read_weights()
+            self.merges[DENOISER].merge_late_weights()
 
     def apply(self) -> None:
         """Bring the model to the strengths of the entries."""

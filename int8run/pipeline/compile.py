@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from int8run.config.run_spec import REDUCE_OVERHEAD
 from int8run.models.dual_denoisers import split_denoiser
-
-REDUCE_OVERHEAD = "reduce-overhead"
 
 
 def compile_denoisers(denoisers: Mapping[str, nn.Module], mode: str, *, has_hooks: bool) -> None:

@@ -49,7 +49,7 @@ from int8run.pipeline.checkpoint_weights import DenoiserWeights, FileWeights
 from int8run.pipeline.denoiser_variants import choose_denoiser_classes
 from int8run.pipeline.loaded_model import LoadedModel
 from int8run.pipeline.model_files import check_float_components, has_quantized_weights
-from int8run.pipeline.offload import check_offload, find_home
+from int8run.pipeline.offload import check_offload, find_offload_device
 from int8run.pipeline.text_encoders import OpenedEncoder, open_encoders
 from int8run.ptq.quantize import check_backend
 from int8run.report.console import Progress
@@ -247,7 +247,7 @@ def load_float_parts(
             parts.pop(name, None)
     check_float_components(source.folder, without=empty_modules)
     loaded_parts = load_parts(source.folder, parts, settings.dtype)
-    place = find_home(settings.offload, device)
+    place = find_offload_device(settings.offload, device)
     if is_modular(source.pipeline_class):
         given = {**loaded_parts, **empty_modules}
         pipe = load_modular_pipeline(source, given, settings.dtype)

@@ -20,7 +20,7 @@ from int8run.models.family import ModelFamily
 from int8run.models.sampling import Sampling
 from int8run.models.source import ResolvedModel
 from int8run.pipeline.checkpoint_weights import DenoiserWeights
-from int8run.pipeline.offload import find_home
+from int8run.pipeline.offload import find_offload_device
 from int8run.pipeline.text_encoders import OpenedEncoder
 
 
@@ -52,9 +52,9 @@ class LoadedModel:
     seconds: float = 0.0
 
     @property
-    def home(self) -> torch.device:
+    def offload_device(self) -> torch.device:
         """Where its weights wait: on the device, or with offloading in memory."""
-        return find_home(self.offload, self.device)
+        return find_offload_device(self.offload, self.device)
 
     @property
     def skeleton_encoders(self) -> tuple[str, ...]:
@@ -107,9 +107,9 @@ class LoadedModel:
             if tensor.is_meta and name not in left_out:
                 missing.append(name)
         if self.checkpoint is not None:
-            self.checkpoint.fill_parameters(self.denoiser, missing, self.home)
+            self.checkpoint.fill_parameters(self.denoiser, missing, self.offload_device)
         # buffers that no checkpoint holds have their numbers already
-        move_buffers(self.denoiser, self.home)
+        move_buffers(self.denoiser, self.offload_device)
 
 
 def move_buffers(module: nn.Module, device: torch.device) -> None:

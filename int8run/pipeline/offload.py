@@ -13,14 +13,13 @@ from diffusers import DiffusionPipeline
 from diffusers.hooks import HookRegistry, ModelHook, apply_group_offloading
 from torch import nn
 
+from int8run.config.run_spec import GROUP_STREAM
 from int8run.errors import BackendError, ConfigError
 
 CPU = torch.device("cpu")
 # devices with memory of their own, and with streams that copy to it beside the computation
 DEVICES = ("cuda", "xpu")
-GROUP_STREAM = "group_stream"
 GROUP_MODES = ("group", GROUP_STREAM)
-MODES = ("none", "model", *GROUP_MODES)
 # names of hooks: diffusers' own, and the one that is added here
 GROUP_OFFLOADING, RELEASE_BUFFERS = "group_offloading", "int8run_release_buffers"
 
@@ -38,7 +37,7 @@ def check_offload(mode: str, device: torch.device) -> None:
         )
 
 
-def find_home(mode: str, device: torch.device) -> torch.device:
+def find_offload_device(mode: str, device: torch.device) -> torch.device:
     """Where weights wait: on the device, or with offloading in memory."""
     return device if mode == "none" else CPU
 

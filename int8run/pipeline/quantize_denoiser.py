@@ -145,7 +145,7 @@ def leave_slow_layers_float(
     if len(layers) == len(quantized.layers):
         return quantized
     loaded.fill_weights(except_for=layers)
-    loras.take_read_weights()
+    loras.merge_late_weights()
     return QuantizedDenoiser(
         denoiser=assemble_int8_model(loaded.denoiser, layers, loaded.family),
         layers=layers,
@@ -249,7 +249,7 @@ def bind_layers(
     with progress.track_loop(label, len(layers.plans)) as advance:
 
         def finish_layer(layer: Int8Linear) -> None:
-            layer.to(loaded.home)  # so that with offload= the GPU never holds them all
+            layer.to(loaded.offload_device)  # so that with offload= the GPU never holds them all
             advance(1)
 
         return build_int8_layers(

@@ -46,11 +46,11 @@ def check_samples(model: ModelSource, samples: Sequence[Sample], asked: Sampling
         ConfigError: for the first sample or setting that does not fit.
         FileError: when the model's repository is not there.
     """
-    cls = get_pipeline_class(find_pipeline_class(model))
-    if cls is DiffusionPipeline:
-        return  # a class that diffusers does not have, which loading refuses
-    call = read_call_inputs(get_call_class(cls, model.workflow))
-    if is_modular(cls.__name__):
+    name = find_pipeline_class(model)
+    call = read_known_call(name, model)
+    if call is None:
+        return  # loading refuses it
+    if is_modular(name):
         # what its blocks hand to each other has no default either
         call = replace(call, needed_arguments=())
     for sample in samples:
@@ -76,9 +76,22 @@ def find_call(model: ModelSource) -> CallInputs:
         FileError: when the model's repository is not there.
     """
     name = find_pipeline_class(model)
+    call = read_known_call(name, model)
+    if call is None:
+        raise ConfigError(f"diffusers {diffusers.__version__} does not have {name}")
+    return call
+
+
+def read_known_call(name: str, model: ModelSource) -> CallInputs | None:
+    """What a pipeline takes; None for one that diffusers does not have.
+
+    Args:
+        name: class of the pipeline.
+        model: whose pipeline it is.
+    """
     cls = get_pipeline_class(name)
     if cls is DiffusionPipeline:
-        raise ConfigError(f"diffusers {diffusers.__version__} does not have {name}")
+        return None
     return read_call_inputs(get_call_class(cls, model.workflow))
 
 

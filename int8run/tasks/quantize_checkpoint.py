@@ -28,7 +28,7 @@ from int8run.outlier.base import OutlierMethod
 from int8run.report.console import Progress
 from int8run.report.formatting import format_megabytes
 from int8run.tasks.denoiser_checkpoint import DenoiserCheckpoint
-from int8run.tasks.quantize_checkpoint_plan import FilePlan, is_folder, plan_file
+from int8run.tasks.quantize_checkpoint_plan import FilePlan, plan_file
 from int8run.tasks.quantize_common import (
     HASHED_BYTES,
     MegabyteProgress,
@@ -36,6 +36,7 @@ from int8run.tasks.quantize_common import (
     count_bytes,
     count_megabytes,
     hash_checkpoint,
+    is_folder,
     merge_metadata,
     print_read_and_written,
     report_result,
@@ -100,7 +101,7 @@ def write_file(spec: RunSpec, source: ResolvedWeights, plan: FilePlan) -> int:
         bytes_written = write_targets(
             plan.files, plan.layers, plan.targets, plan.path, metadata, plan.recipe, MegabyteProgress(advance)
         )
-    if is_folder(spec):
+    if is_folder(spec.save):
         write_config(source.config, plan.path.with_name(CONFIG_NAME))
     return bytes_written
 

@@ -35,9 +35,9 @@ from int8run.models.state_dict_adapter import Shape, TensorPart, find_prefix, to
 from int8run.outlier.base import OutlierMethod
 from int8run.ptq.quantize import check_outlier_method
 from int8run.tasks.denoiser_checkpoint import DenoiserCheckpoint, recognize_checkpoint
-from int8run.tasks.quantize_common import count_skip_reasons, log_kept_dtype, resolve_new_file
+from int8run.tasks.quantize_common import count_skip_reasons, is_folder, log_kept_dtype, resolve_new_file
 from int8run.tracking.setting_names import split_override
-from int8run.utils.paths import SAFETENSORS, expand_path
+from int8run.utils.paths import expand_path
 from int8run.utils.plurals import count_noun
 
 log = logging.getLogger(__name__)
@@ -89,11 +89,11 @@ def plan_file(
     declared = DeclaredFormat(spec.model.quant_format, spec.model.sdnq)
     layers = read_denoiser_layers(files, prefix, declared)
     checkpoint = recognize_checkpoint(files, layers, prefix=prefix, source=source, model_type=spec.model_type)
-    if is_folder(spec):
+    if is_folder(spec.save):
         path = resolve_file_in_folder(str(spec.save), source, checkpoint, files)
     else:
         path = resolve_new_file(str(spec.save), files)
-    names = plan_names(files, layers, checkpoint, to_folder=is_folder(spec))
+    names = plan_names(files, layers, checkpoint, to_folder=is_folder(spec.save))
     kept_dtype = choose_kept_dtype(files, layers, prefix, spec.model.dtype, job.overrides)
     recipe = QuantizationRecipe(outlier, spec.rounding, TORCH_DTYPES[kept_dtype.name])
     targets = plan_targets(files, layers, names, checkpoint.find_skip_reason, recipe)
@@ -122,11 +122,6 @@ def join_fits(targets: Sequence[Target], checkpoint: DenoiserCheckpoint) -> None
         parts = tuple(part for target in same_layer for part in target.parts)
         for target in same_layer:
             target.fitted_parts = parts
-
-
-def is_folder(spec: RunSpec) -> bool:
-    """Whether the new file is in a folder as diffusers has it."""
-    return Path(str(spec.save)).suffix != SAFETENSORS
 
 
 def resolve_file_in_folder(

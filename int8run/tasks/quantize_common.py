@@ -25,7 +25,7 @@ from int8run.metrics.memory import read_peak_bytes
 from int8run.report.console import print_lines
 from int8run.report.formatting import format_megabytes, format_pairs
 from int8run.report.run_files import write_json, write_layers_csv
-from int8run.utils.paths import expand_path
+from int8run.utils.paths import SAFETENSORS, expand_path
 from int8run.utils.plurals import count_noun
 
 log = logging.getLogger(__name__)
@@ -50,6 +50,11 @@ def resolve_new_file(save: str, files: TensorFiles) -> Path:
         if is_source:
             raise ConfigError(f"save={save} is the source itself; choose another name")
     return path
+
+
+def is_folder(save: str | None) -> bool:
+    """Whether the new file is in a folder as diffusers and transformers have it."""
+    return Path(str(save)).suffix != SAFETENSORS
 
 
 class MegabyteProgress:

@@ -35,6 +35,7 @@ from int8run.tasks.quantize_common import (
     count_bytes,
     count_megabytes,
     hash_checkpoint,
+    is_folder,
     merge_metadata,
     print_read_and_written,
     report_result,
@@ -44,7 +45,6 @@ from int8run.tasks.quantize_text_encoder_plan import (
     BYTES,
     EncoderFilePlan,
     EncoderTarget,
-    is_folder,
     plan_file,
 )
 from int8run.text_encoders.quantized_layers import quantize_weight
@@ -215,7 +215,7 @@ def write_file(spec: RunSpec, weights: EncoderFile, plan: EncoderFilePlan) -> in
             on_bytes(count_source_bytes(weights, target))
         writer.finish()
         bytes_written = writer.nbytes
-    if is_folder(spec):
+    if is_folder(spec.save):
         config_text = json.dumps(plan.config, indent=2, default=str) + "\n"
         plan.path.with_name(CONFIG_NAME).write_text(config_text)
     return bytes_written

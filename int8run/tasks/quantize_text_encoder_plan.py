@@ -26,7 +26,7 @@ from int8run.outlier.base import OutlierTransform
 from int8run.outlier.convrot import ConvRot
 from int8run.pipeline.text_encoders import EncoderSlot
 from int8run.quant.formats import FORMATS, WeightFormat
-from int8run.tasks.quantize_common import count_skip_reasons, log_kept_dtype, resolve_new_file
+from int8run.tasks.quantize_common import count_skip_reasons, is_folder, log_kept_dtype, resolve_new_file
 from int8run.text_encoders.build import fit_weights
 from int8run.text_encoders.model_config import build_config
 from int8run.text_encoders.plan_layers import find_source_layer, format_counts, plan_quantization
@@ -112,7 +112,7 @@ def plan_file(
         FileError: when a size cannot be read from the source.
     """
     save = str(spec.save)
-    if is_folder(spec):
+    if is_folder(spec.save):
         save = str(Path(save) / FILE_IN_FOLDER)
     path = resolve_new_file(save, weights.files)
     if slot.class_name:
@@ -120,14 +120,9 @@ def plan_file(
     else:
         config = build_config(weights.encoder, weights.shapes)
     class_name = slot.class_name or weights.encoder.classes[0]
-    targets = plan_targets(weights, class_name, config, weight_format, to_folder=is_folder(spec))
+    targets = plan_targets(weights, class_name, config, weight_format, to_folder=is_folder(spec.save))
     check_targets(weights, targets, weight_format)
     return EncoderFilePlan(path, config, weight_format, targets)
-
-
-def is_folder(spec: RunSpec) -> bool:
-    """Whether the new file is in a folder as transformers has it."""
-    return Path(str(spec.save)).suffix != SAFETENSORS
 
 
 def plan_targets(

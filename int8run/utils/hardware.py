@@ -70,7 +70,9 @@ def get_device_name(device: torch.device) -> str:
 
 
 def describe_instructions(device: torch.device) -> str:
-    """What a processor has for matrix products: `avx2, avx512_vnni`, `compute capability 9.0`."""
+    """What a processor has for matrix products: `avx2, avx512_vnni`, `compute capability 9.0`, `gfx942`."""
+    if device.type == "cuda" and torch.version.hip:
+        return get_gpu_architecture(device)
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         return f"compute capability {major}.{minor}"

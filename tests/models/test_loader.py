@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -241,3 +242,24 @@ def test_part_that_cannot_be_loaded_is_an_error_with_the_setting(tmp_path):
         match=r"model\.parts\.a is 'x'; it takes \[class of transformers or diffusers, hub id or folder\]",
     ):
         ModelSource("x", "x", Sampling(), parts={"a": "x"})
+
+
+@pytest.mark.parametrize("kind", ["cuda", "hip", "xpu"])
+def test_what_was_measured_with_another_driver_is_not_read(kind, monkeypatch):
+    driver = ["1.0"]
+    monkeypatch.setattr(torch.version, "hip", "7.0" if kind == "hip" else None)
+    monkeypatch.setattr(torch.version, "xpu", "20250301", raising=False)
+    for module in (torch.cuda, torch.xpu):
+        monkeypatch.setattr(module, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver[0], raising=False)
+    monkeypatch.setattr(
+        torch.xpu, "get_device_properties", lambda device: SimpleNamespace(driver_version=driver[0])
+    )
+    device = torch.device("xpu" if kind == "xpu" else "cuda")
+
+    before = describe_environment(device, None)
+    driver[0] = "2.0"
+
+    runtime = {"cuda": f"CUDA {torch.version.cuda}", "hip": "HIP 7.0", "xpu": "SYCL 20250301"}[kind]
+    assert before.endswith(f"{runtime}, driver 1.0")
+    assert describe_environment(device, None) != before

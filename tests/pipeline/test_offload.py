@@ -17,6 +17,7 @@ from support.run_job import make_spec
 from support.tiny_pipeline import save_random_pipeline
 from torch import Tensor, nn
 
+from int8run.config.run_spec import GROUP_STREAM, OFFLOAD_MODES
 from int8run.errors import BackendError, ConfigError
 from int8run.generate.generate import generate
 from int8run.generate.prompts import build_samples
@@ -26,7 +27,7 @@ from int8run.pipeline import load as load_module
 from int8run.pipeline import offload as module
 from int8run.pipeline.build import build_model
 from int8run.pipeline.built_model import BuiltModel
-from int8run.pipeline.offload import GROUP_STREAM, MODES, check_offload, set_offload
+from int8run.pipeline.offload import check_offload, set_offload
 from int8run.report.console import Progress
 from int8run.tasks.run import read_headers
 
@@ -50,7 +51,7 @@ METHODS = {
     "mixed precision": ["model_type.mixed_precision=auto", "quality_db=45"],
     "quantized encoders": ["clip=int8_rowwise"],
 }
-OFFLOADED = [mode for mode in MODES if mode != "none"]
+OFFLOADED = [mode for mode in OFFLOAD_MODES if mode != "none"]
 TARGET = "transformer_blocks.0.attn.to_q"
 
 
@@ -261,7 +262,7 @@ def test_offloading_is_diffusers_own(monkeypatch: pytest.MonkeyPatch) -> None:
         calls.append((given, *places, settings["num_blocks_per_group"], settings["use_stream"]))
 
     monkeypatch.setattr(module, "apply_group_offloading", note)
-    for mode in MODES:
+    for mode in OFFLOAD_MODES:
         set_offload(pipe, mode, cuda)
     group = (model, cuda, CPU, 1)
     assert calls == [("model", cuda), (*group, False), (*group, True)]

@@ -202,6 +202,11 @@ def test_the_instruction_sets_are_named(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert describe_instructions(torch.device("cuda")) == "compute capability 9.0"
 
+    properties = SimpleNamespace(gcnArchName="gfx942:sramecc+:xnack-")
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert describe_instructions(torch.device("cuda")) == "gfx942"
+
 
 def test_one_backend_is_timed_alone_and_float_beside_all_of_them() -> None:
     assert list(make_auto_backend(Reference()).candidates) == ["reference"]
