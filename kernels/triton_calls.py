@@ -9,6 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+MAX_RANK = 256  # of a low-rank branch whose first half a quantization keeps in registers
+
 
 class Layout(NamedTuple):
     """Everything about a tensor that a kernel's checks ask for; equal for equal calls."""

@@ -39,13 +39,13 @@ from int8run.kernels.int8_linear.tile import (
     find_bucket,
     list_candidates,
 )
+from int8run.kernels.triton_calls import MAX_RANK
 from int8run.quant.weight import QuantizedWeight
 from int8run.utils.hardware import get_gpu_architecture
 from int8run.utils.paths import expand_path
 
 log = logging.getLogger(__name__)
-# the tensor cores take ranks in multiples of 16, so ranks are padded with zeros; the registers hold up to 256
-RANK_MULTIPLE, MAX_RANK = 16, 256
+RANK_MULTIPLE = 16  # of what tensor cores take: ranks are padded with zeros
 
 
 class Kernels(NamedTuple):

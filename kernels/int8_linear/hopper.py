@@ -36,7 +36,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from int8run.kernels.int8_linear.tile import HOPPER_PIECE, Tile, count_hopper_programs
+from int8run.kernels.int8_linear.tile import HOPPER_PIECE, Tile, choose_block_r, count_hopper_programs
 
 TMA_ALIGNMENT = 16  # bytes, of an operand's first element and of each of its rows
 WIDEST_PRODUCT = 128  # columns of one int8 instruction: more is refused by Triton 3.6 and 3.9
@@ -119,13 +119,6 @@ def describe_operand(operand: Tensor, rows: int, columns: int) -> TensorDescript
 def choose_operand_layout(rows: int, columns: int) -> gl.NVMMASharedLayout:
     """How a block lies in shared memory: rows mixed so that reading it meets no bank twice."""
     return gl.NVMMASharedLayout.get_default_for([rows, columns], gl.int8)
-
-
-def choose_block_r(rank: int) -> int:
-    """How many columns of h and up are multiplied at a time; 0 without any. 16 is one instruction's depth."""
-    if rank == 0:
-        return 0
-    return 16 if rank <= 16 else 32
 
 
 @gluon.jit(do_not_specialize=["M"])

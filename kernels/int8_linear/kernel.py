@@ -33,7 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from int8run.kernels.int8_linear.layouts import check_branch, check_product
-from int8run.kernels.int8_linear.tile import PORTABLE, Tile
+from int8run.kernels.int8_linear.tile import PORTABLE, Tile, choose_block_r
 from int8run.kernels.triton_calls import Layout, choose_dot_precision, describe_layout, needs_operator
 
 log = logging.getLogger(__name__)
@@ -246,16 +246,6 @@ def _int8_linear_fake(
 def limit_block_k(block_k: int, group: int) -> int:
     """Limit block_k to the largest power of two in a group: no step may reach into the next group."""
     return min(block_k, group & -group) if group else block_k
-
-
-def choose_block_r(rank: int) -> int:
-    """How many columns of h and up the kernel multiplies at a time; 0 without any.
-
-    16 is the least that tensor cores take; more than 32 spill beside a full tile.
-    """
-    if rank == 0:
-        return 0
-    return 16 if rank <= 16 else 32
 
 
 @triton.jit(do_not_specialize=["M"])

@@ -4,10 +4,9 @@ from math import ceil
 
 import torch
 
-from int8run.kernels.triton_calls import Layout
+from int8run.kernels.triton_calls import FLOATS, Layout
 
 MAX_K = 131072  # int32 holds that many products of -128 * 127
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def check_product(

@@ -307,6 +307,16 @@ def list_candidates(architecture: str, rows: int, *, grouped: bool = False) -> l
     return candidates
 
 
+def choose_block_r(rank: int) -> int:
+    """How many columns of h and up a kernel multiplies at a time; 0 without any.
+
+    16 is the least that tensor cores take; more than 32 spill beside a full tile.
+    """
+    if rank == 0:
+        return 0
+    return 16 if rank <= 16 else 32
+
+
 def count_shared_bytes(tile: Tile, gpu: Architecture) -> int:
     """Shared memory of one program, at most: the operands in flight, then the tile on its way out.
 

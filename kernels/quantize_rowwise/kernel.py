@@ -22,14 +22,19 @@ from int8run.kernels.quantize_rowwise.row_programs import (
     quantize_row_kernel,
     quantize_row_matrix_kernel,
 )
-from int8run.kernels.triton_calls import Layout, choose_dot_precision, describe_layout, needs_operator
+from int8run.kernels.triton_calls import (
+    FLOATS,
+    MAX_RANK,
+    Layout,
+    choose_dot_precision,
+    describe_layout,
+    needs_operator,
+)
 
 MAX_K_IN_REGISTERS = 16384  # the longest row that stays in registers
 MAX_MATRIX = 8192  # the longest row that is one matrix; more spill
-MAX_RANK = 256
 ROTATIONS = (0, 4, 16, 64, 256, 1024)
 SYLVESTER_ROTATIONS = (0, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def quantize_rowwise(

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from int8run.kernels.int8_linear import hopper
+from int8run.kernels.int8_linear.tile import choose_block_r
 
 GLUON_FUNCTIONS = (
     "_hopper_kernel",
@@ -296,7 +297,7 @@ def simulate(
                 k,
                 rank,
                 stride_hm,
-                BLOCK_R=hopper.choose_block_r(rank),
+                BLOCK_R=choose_block_r(rank),
                 GROUP_M=tile.group_m,
                 STAGES=tile.stages,
                 PIECE=hopper.HOPPER_PIECE,

@@ -15,6 +15,7 @@ from int8run.kernels.int8_linear.tile import (
     HOPPER_PIECE,
     MANY_ROWS,
     Tile,
+    choose_block_r,
     choose_tile,
     find_architecture,
 )
@@ -49,7 +50,7 @@ def linear_build(architecture: str, tile: Tile, rank: int = 0, group: int = 0, e
         "GROUP": group,
         "SCALE_ROWS": 1,
         "HAS_BIAS": True,
-        "BLOCK_R": linear.choose_block_r(rank),
+        "BLOCK_R": choose_block_r(rank),
         "PRECISION": choose_dot_precision(torch.bfloat16, is_amd=architecture in AMD),
         "EVEN_N": even,
         "EVEN_K": even,
@@ -78,7 +79,7 @@ def linear_build(architecture: str, tile: Tile, rank: int = 0, group: int = 0, e
 def hopper_build(tile: Tile, rank: int = 0, out: str = "bf16") -> Build:
     """The Hopper kernel with a bias."""
     constants = {
-        "BLOCK_R": hopper.choose_block_r(rank),
+        "BLOCK_R": choose_block_r(rank),
         "GROUP_M": tile.group_m,
         "STAGES": tile.stages,
         "PIECE": HOPPER_PIECE,
