@@ -27,16 +27,24 @@ def hash_model_files(source: ResolvedModel, cache: DiskCache) -> list[tuple[str,
         source: where the model is.
         cache: remembers hashes of files that did not change.
     """
-    files = {
-        path.relative_to(source.folder).as_posix(): path
-        for path in source.folder.rglob("*")
-        if path.suffix in HASHED_SUFFIXES
-    }
+    files = find_hashed_files(source.folder)
+    for component, folder in source.elsewhere.items():
+        for name, path in find_hashed_files(folder).items():
+            files[f"{component}: {name}"] = path
     if source.has_single_files:
         for denoiser in source.denoisers:
             for path in list_safetensors(denoiser.weights):
                 files[f"{denoiser.component}: {path.name}"] = path
     return [(name, cache.hash_file(path)) for name, path in sorted(files.items())]
+
+
+def find_hashed_files(folder: Path) -> dict[str, Path]:
+    """The files in a folder that decide what a model computes, by their paths in it."""
+    files = {}
+    for path in folder.rglob("*"):
+        if path.suffix in HASHED_SUFFIXES:
+            files[path.relative_to(folder).as_posix()] = path
+    return files
 
 
 def list_safetensors(path: Path) -> list[Path]:

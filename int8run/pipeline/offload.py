@@ -43,7 +43,9 @@ def find_offload_device(mode: str, device: torch.device) -> torch.device:
 
 
 def set_offload(pipe: DiffusionPipeline, mode: str, device: torch.device) -> None:
-    """Turn on offloading for everything that the pipeline has now; what has it already keeps it.
+    """Turn on offloading for everything that the pipeline has now.
+
+    With groups, what has it already keeps it; diffusers sets `model` up anew at every call.
 
     Args:
         pipe: is changed.

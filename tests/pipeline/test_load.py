@@ -3,6 +3,7 @@ weights are never there.
 """
 
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -334,6 +335,19 @@ def test_a_single_files_hash_counts(folder: Path, tmp_path: Path) -> None:
         source = resolve_model(make_spec(words(file, f"++model.base={folder}")).model)
         hashes.append(hash_model_files(source, store))
     assert "transformer: m.safetensors" in dict(hashes[0]) and hashes[0] != hashes[1]
+
+
+def test_files_of_a_component_in_another_folder_count(folder: Path, tmp_path: Path) -> None:
+    config = tmp_path / "b/config.json"
+    config.parent.mkdir()
+    source = replace(resolve_model(make_spec(words(folder)).model), elsewhere={"vae": config.parent})
+    store, hashes = DiskCache(str(tmp_path / "cache")), []
+
+    for text in ("{}", "{} "):
+        config.write_text(text)
+        hashes.append(dict(hash_model_files(source, store)))
+
+    assert {name for name in hashes[0] if hashes[0][name] != hashes[1][name]} == {"vae: config.json"}
 
 
 # -- offloading ----------------------------------------------------------------------------------------------

@@ -158,6 +158,19 @@ def test_a_strength_that_changes_under_offloading_is_used(folder: Path, lora: Pa
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("cpu_as_gpu")
+def test_a_lora_comes_to_a_model_that_the_search_for_float_layers_has_offloaded(
+    folder: Path, lora: Path
+) -> None:
+    words = [f"lora.adapters=[{{path: '{lora}', strength: 0.5}}]", "lora.mode=dynamic"]
+    words += METHODS["mixed precision"]
+    expected = generate_latents(build(folder, *words))
+
+    for mode in OFFLOADED:
+        assert torch.equal(generate_latents(build(folder, *words, f"offload={mode}")), expected), mode
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", ["blocks", "full"])
 @pytest.mark.usefixtures("cpu_as_gpu")
 def test_an_offloaded_model_compiles_although_hooks_part_its_graph(
