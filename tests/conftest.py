@@ -52,7 +52,7 @@ def find_library_loaders() -> list[Callable[[], object]]:
     with suppress(BuildError):
         load_rows_library()
         loaders.append(load_rows_library)
-        if not Cpu.limits.unsupported_reasons(torch.device("cpu")):
+        if not Cpu().limits.unsupported_reasons(torch.device("cpu")):
             load_linear_library()
             loaders.append(load_linear_library)
     return loaders

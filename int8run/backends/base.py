@@ -195,7 +195,11 @@ class Backend(Protocol):
     """A frozen dataclass with the backend's settings. An `Int8Linear` holds the one that runs it."""
 
     name: ClassVar[str]
-    limits: ClassVar[Limits]
+
+    @property
+    def limits(self) -> Limits:
+        """What it needs, with its settings; most backends have the same for all, as a class variable."""
+        ...
 
     def pack_weight(self, weight: QuantizedWeight) -> Tensor:
         """The integers of a weight in the layout that `linear` takes; computed once per layer."""

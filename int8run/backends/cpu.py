@@ -17,6 +17,20 @@ from int8run.kernels.cpu.library import BuildError, load_linear_library
 from int8run.kernels.hadamard.reference import Rotation
 from int8run.quant.weight import QuantizedWeight, quantize_weight
 
+# unsigned activations may wrap the sums around; subtracting 128 times the weights' sum wraps them back
+LIMITS = Limits(
+    devices=("cpu",),
+    kernel_instructions=tuple(INSTRUCTION_SETS),
+    needs_compiler=True,
+    fuses_gelu=True,
+    max_in_features=MAX_SIGNED_PRODUCTS,
+)
+# by what `instructions` may be
+LIMITS_BY_INSTRUCTIONS = {
+    AUTO: LIMITS,
+    **{name: replace(LIMITS, kernel_instructions=(name,)) for name in INSTRUCTION_SETS},
+}
+
 
 @dataclass(frozen=True)
 class Cpu:
@@ -33,22 +47,15 @@ class Cpu:
     int8_branch: bool = True
     instructions: str = AUTO
     name: ClassVar[str] = "cpu"
-    # unsigned activations may wrap the sums around; subtracting 128 times the weights' sum wraps them back
-    limits: ClassVar[Limits] = Limits(
-        devices=("cpu",),
-        kernel_instructions=tuple(INSTRUCTION_SETS),
-        needs_compiler=True,
-        fuses_gelu=True,
-        max_in_features=MAX_SIGNED_PRODUCTS,
-    )
 
     def __post_init__(self) -> None:
         check_bool("backend.int8_branch", self.int8_branch)
         check_choice("backend.instructions", self.instructions, (AUTO, *INSTRUCTION_SETS))
-        if self.instructions != AUTO:
-            # this object's own limits are narrower than those of its class
-            limits = replace(self.limits, kernel_instructions=(self.instructions,))
-            object.__setattr__(self, "limits", limits)
+
+    @property
+    def limits(self) -> Limits:
+        """What it needs: one of all instruction sets, or the one that was asked for."""
+        return LIMITS_BY_INSTRUCTIONS[self.instructions]
 
     @property
     def instruction_set(self) -> str:
@@ -82,7 +89,7 @@ class Cpu:
         gelu_from: int | None = None,
         down: Tensor | None = None,
     ) -> QuantizedInput:
-        """x: [M, K] -> uint8 [M, K] and scales [M]."""
+        """x: [M, K] -> uint8 [M, K rounded up to 4] and scales [M]."""
         q, scale = linear.quantize_rows(
             x,
             factor=factor,
@@ -104,10 +111,18 @@ class Cpu:
         branch: FusedBranch | None = None,
         strengths: Tensor | None = None,
     ) -> Tensor:
-        """x: [M, K] -> [M, N]."""
-        if branch is None or branch.down_scale is None or strengths is None:
+        """x: [M, K] -> [M, N].
+
+        Raises:
+            ValueError: for a branch without strengths, or one that is not from `fuse_branch`.
+        """
+        if branch is None:
             return linear.int8_linear(
                 x.q, x.scale, packed, w_scale, bias, dtype, instructions=self.instructions
+            )
+        if strengths is None or branch.down_scale is None or branch.up_scale is None:
+            raise ValueError(
+                "a branch of backend cpu needs its scales, which fuse_branch gives, and strengths"
             )
         return linear.int8_linear(
             x.q,

@@ -56,8 +56,7 @@ def list_usable_backends(device: torch.device) -> list[str]:
     """Names of the backends that can run on this device, as the command line knows them."""
     usable = []
     for name in sorted(list_backend_names()):
-        backend_class = import_object(read_backend_option(name)[TARGET])
-        if not backend_class.limits.unsupported_reasons(device):
+        if not make_backend(name).limits.unsupported_reasons(device):
             usable.append(name)
     return usable
 

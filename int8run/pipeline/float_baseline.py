@@ -37,7 +37,7 @@ class BaselineOrigin:
         headers: of the LoRA files.
         samples: to generate.
         settings_key: the other settings, as text.
-        device: `auto`, `cpu`, `cuda`, `cuda:N`.
+        device: `auto`, `cpu`, `cuda`, `cuda:N`, `xpu`, `xpu:N`, `mps`.
     """
 
     model: ModelSource

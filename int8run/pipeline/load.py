@@ -71,7 +71,7 @@ class LoadSettings:
         model_type: its family, or `auto`.
         sampling: with all defaults filled in.
         clip: which text encoders are to be quantized.
-        device: `auto`, `cpu`, `cuda`, `cuda:N`.
+        device: `auto`, `cpu`, `cuda`, `cuda:N`, `xpu`, `xpu:N`, `mps`.
         attention: diffusers' attention backend.
         offload: diffusers' offloading, see `set_offload`.
         backend: of the INT8 layers; None where there will be none.

@@ -22,9 +22,12 @@
 
 namespace {
 
-constexpr int64_t ROW_BLOCK = 256;  // rows that share a pass over the weights, a multiple of 32
+constexpr int64_t ROW_BLOCK = 256;  // rows that share a pass over the weights
 // Inputs of a piece: above twice this, sums are kept between pieces
 constexpr int64_t K_BLOCK = 2048;
+static_assert(ROW_BLOCK % PAIR == 0);
+static_assert(PANEL % PAIR == 0);
+static_assert(K_BLOCK % (4 * TILE_STEPS) == 0);
 
 // --- scaling
 

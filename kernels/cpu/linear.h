@@ -22,7 +22,8 @@
 //
 //     sum += u0 * s0 + u1 * s1 + u2 * s2 + u3 * s3          u: unsigned, s: signed
 //
-// The x86 sets have no such instruction for signed by signed bytes. Weights are signed, so they are s.
+// AVX512-VNNI and AVX-VNNI have no such instruction for signed by signed bytes; AMX has one (tdpbssd), and takes
+// the same layout as they do, for the same bits. Weights are signed, so they are s.
 // Activations q are signed as well (-127..127), so that u = q + 128 (1..255) is stored in their place, and
 // what that adds is taken off again:
 //

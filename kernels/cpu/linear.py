@@ -12,7 +12,8 @@ from int8run.kernels.cpu.instructions import AUTO
 from int8run.kernels.cpu.library import load_linear_library
 from int8run.kernels.quantize_rowwise.reference import check_factor
 
-PANEL = 64  # output columns of a panel, as in product.h
+PANEL = 64  # output columns of a panel, as in common.h
+FLOAT32, INT8, UINT8 = torch.float32, torch.int8, torch.uint8  # looked up at every call
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 ops = torch.library.Library("int8run", "FRAGMENT")
@@ -189,9 +190,18 @@ def _int8_linear_impl(
     instructions: str,
 ) -> Tensor:
     (m, k), n = q.shape, w_scale.shape[0]
-    rank = 0 if down_scale is None else down_scale.shape[0]
-    if bias is not None and bias.dtype != torch.float32:
-        bias = bias.float()
+    # what does not fit would be read past its end
+    if q.dtype is not UINT8 or k % 4 or not q.is_contiguous() or not _is_vector(x_scale, m):
+        raise ValueError(
+            "q must be contiguous uint8 [M, K rounded up to 4] with contiguous float32 scales [M], "
+            f"not {q.dtype} {list(q.shape)} with {x_scale.dtype} {list(x_scale.shape)}"
+        )
+    _check_weight(packed, w_scale, n, k)
+    rank = _check_branch(down, down_scale, up, up_scale, n, k)
+    if bias is not None and not _is_vector(bias, n):
+        bias = _as_vector(bias, n)
+    if n == 0 or k == 0:
+        return _compute_empty_product(m, n, bias, dtype)
     y = w_scale.new_empty((m, n), dtype=dtype)
     load_linear_library(instructions).functions.int8run_linear(
         q.data_ptr(),
@@ -212,6 +222,51 @@ def _int8_linear_impl(
         torch.get_num_threads(),
     )
     return y
+
+
+def _check_weight(packed: Tensor, scale: Tensor, n: int, k: int) -> None:
+    if (
+        packed.shape != ((n + 63) // PANEL, 1 + k // 4, 4 * PANEL)
+        or packed.dtype is not INT8
+        or not packed.is_contiguous()
+        or not _is_vector(scale, n)
+    ):
+        raise ValueError(
+            f"a weight of {n} outputs and {k} inputs must be as from pack_weight, contiguous int8 "
+            f"[{-(-n // PANEL)}, {1 + k // 4}, {4 * PANEL}] with contiguous float32 scales [{n}], "
+            f"not {packed.dtype} {list(packed.shape)} with {scale.dtype} {list(scale.shape)}"
+        )
+
+
+def _check_branch(
+    down: Tensor | None, down_scale: Tensor | None, up: Tensor | None, up_scale: Tensor | None, n: int, k: int
+) -> int:
+    # returns the rank, 0 without a branch
+    if down is None and down_scale is None and up is None and up_scale is None:
+        return 0
+    if down is None or down_scale is None or up is None or up_scale is None:
+        raise ValueError("a branch has all of down, down_scale, up and up_scale, or none")
+    rank = down_scale.shape[0]
+    _check_weight(down, down_scale, rank, k)
+    _check_weight(up, up_scale, n, (rank + 3) // 4 * 4)
+    return rank
+
+
+def _is_vector(tensor: Tensor, n: int) -> bool:
+    # of any number of dimensions: asking for the shape takes longer
+    return tensor.dtype is FLOAT32 and tensor.numel() == n and tensor.is_contiguous()
+
+
+def _as_vector(bias: Tensor, n: int) -> Tensor:
+    if bias.shape != (n,):
+        raise ValueError(f"bias must have {n} numbers, not {list(bias.shape)}")
+    return bias.to(torch.float32).contiguous()
+
+
+def _compute_empty_product(m: int, n: int, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    # without outputs or inputs, which the kernels do not take: nothing but the bias
+    y = torch.zeros((m, n), dtype=dtype)
+    return y if bias is None else y + bias.to(dtype)
 
 
 def _pointer_or_null(tensor: Tensor | None) -> int | None:

@@ -10,7 +10,7 @@ namespace {
 // is loaded serves 6 products, each broadcast of activations 4; 24 independent sums hide the latency of the
 // product instruction.
 constexpr int TILE_ROWS = 6, TILE_VECTORS = 4;
-// Inputs of a piece, see product.h. 192 rows of 2048 activations (384 KB) and as many rows of a panel (128 KB) fit
+// Inputs of a piece, see linear.h. 192 rows of 2048 activations (384 KB) and as many rows of a panel (128 KB) fit
 // an L2 cache of 1 MB together.
 constexpr int64_t K_BLOCK = 2048;
 constexpr bool SIGNED_PRODUCTS = false;

@@ -9,7 +9,11 @@
 
 namespace {
 
-constexpr int64_t ROW_BLOCK = 192;  // rows that share a pass over the weights, a multiple of TILE_ROWS
+constexpr int64_t ROW_BLOCK = 192;  // rows that share a pass over the weights
+static_assert(ROW_BLOCK % TILE_ROWS == 0);
+static_assert(TILE_ROWS <= 6, "compute_tiles has no code for larger tiles");
+static_assert(PANEL % (16 * TILE_VECTORS) == 0);
+static_assert(K_BLOCK % 64 == 0);
 constexpr int64_t PREFETCH_BYTES = 4 * WEIGHT_STEP;  // four steps ahead in the panel
 
 // What a thread keeps while it works: operands as the product reads them, and sums between pieces of K

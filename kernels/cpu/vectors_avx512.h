@@ -1,4 +1,4 @@
-// 16 numbers in one register of AVX512, and what linear.cpp does with them. The other vectors_*.h have the same
+// 16 numbers in one register of AVX512, and what the kernels do with them. The other vectors_*.h have the same
 // names; what each must give is said here.
 #pragma once
 

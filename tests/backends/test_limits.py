@@ -83,7 +83,7 @@ from int8run.backends.onednn import OneDnn
 from int8run.backends.torch_int_mm import TorchIntMM
 from int8run.backends.cpu import Cpu
 
-for backend in (OneDnn, TorchIntMM, Cpu):
+for backend in (OneDnn(), TorchIntMM(), Cpu()):
     print(*backend.limits.unsupported_reasons(torch.device("cpu")), sep=", ")
 """
 

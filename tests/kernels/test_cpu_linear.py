@@ -477,3 +477,80 @@ def test_arguments_that_do_not_fit_raise():
         ValueError, match=r"factor must be contiguous float32 \[48\], not torch.float64 \[48\]"
     ):
         linear.quantize_rows(x, factor=torch.ones(48, dtype=torch.float64))
+
+
+def make_product_arguments(m=3, k=10, n=70, rank=5):
+    """What `linear.int8_linear` takes by position."""
+    q, x_scale = linear.quantize_rows(randn(m, k))
+    down, up = full_range(rank, k, seed=1), full_range(n, rank, seed=2)
+    weight, bias = linear.pack_weight(full_range(n, k, seed=3)), randn(n, seed=4)
+    branch = (linear.pack_weight(down), randn(rank, seed=5), linear.pack_weight(up), randn(n, seed=6))
+    return [q, x_scale, weight, randn(n, seed=7), bias, torch.float32, *branch]
+
+
+@pytest.mark.parametrize(
+    ("place", "change", "words"),
+    [
+        (0, lambda q: q[:, :8], "q must be contiguous uint8"),
+        (0, lambda q: q.view(torch.int8), "q must be contiguous uint8"),
+        (1, lambda x_scale: x_scale[:-1], "q must be contiguous uint8"),
+        (1, lambda x_scale: x_scale.double(), "q must be contiguous uint8"),
+        (2, lambda packed: packed[:1], "a weight of 70 outputs and 12 inputs must be"),
+        (2, lambda packed: packed[:, :-1].contiguous(), "a weight of 70 outputs and 12 inputs must be"),
+        (2, lambda packed: packed.mT.contiguous().mT, "a weight of 70 outputs and 12 inputs must be"),
+        (3, lambda w_scale: w_scale.repeat_interleave(2)[::2], "with contiguous float32 scales"),
+        (4, lambda bias: bias[:-1], "bias must have 70 numbers"),
+        (6, lambda down: down[:, :-1].contiguous(), "a weight of 5 outputs and 12 inputs must be"),
+        (7, lambda down_scale: down_scale.repeat(13), "a weight of 65 outputs and 12 inputs must be"),
+        (8, lambda up: up[:1], "a weight of 70 outputs and 8 inputs must be"),
+        (9, lambda up_scale: up_scale.half(), "a weight of 70 outputs and 8 inputs must be"),
+        (9, lambda up_scale: None, "a branch has all of down, down_scale, up and up_scale, or none"),
+    ],
+)
+def test_operands_that_would_be_read_past_their_end_are_refused(place, change, words):
+    arguments = make_product_arguments()
+    arguments[place] = change(arguments[place])
+
+    with pytest.raises(ValueError, match=words):
+        linear.int8_linear(*arguments)
+
+
+def test_a_bias_of_any_stride_and_dtype_is_taken():
+    arguments = make_product_arguments()
+    bias = arguments[4].bfloat16()
+    arguments[4] = bias.float()
+    expected = linear.int8_linear(*arguments)
+
+    for other in (bias, bias.double(), bias.float().repeat_interleave(2)[::2]):
+        arguments[4] = other
+        assert torch.equal(linear.int8_linear(*arguments), expected)
+
+
+def test_a_layer_without_inputs_is_its_bias_and_one_without_outputs_is_empty():
+    no_inputs = make_product_arguments(k=0)
+    bias = no_inputs[4]
+
+    assert torch.equal(linear.int8_linear(*no_inputs), bias.expand(3, 70))
+    no_inputs[4] = None
+    assert torch.equal(linear.int8_linear(*no_inputs), torch.zeros(3, 70))
+    assert linear.int8_linear(*make_product_arguments(n=0)).shape == (3, 0)
+    assert linear.int8_linear(*make_product_arguments(m=0)).shape == (0, 70)
+    without_ranks, plain = make_product_arguments(rank=0), make_product_arguments()[:6]
+    assert torch.equal(linear.int8_linear(*without_ranks), linear.int8_linear(*plain))
+
+
+def test_a_branch_that_could_only_be_left_out_is_refused():
+    backend, weight = Cpu(), quantize_weight(randn(8, 16))
+    x, packed, scale = backend.quantize(randn(3, 16)), backend.pack_weight(weight), weight.scale[:, 0]
+    branch = backend.fuse_branch(randn(2, 16), randn(8, 2), torch.float32)
+    without_scale = branch._replace(down_scale=None)
+
+    for given, strengths in ((branch, None), (without_scale, torch.ones(2))):
+        with pytest.raises(ValueError, match=r"a branch of backend cpu needs its scales, .* and strengths"):
+            backend.linear(x, packed, scale, dtype=torch.float32, branch=given, strengths=strengths)
+
+
+def test_settings_narrow_the_limits_of_one_object_only():
+    assert Cpu(instructions="avx2").limits.kernel_instructions == ("avx2",)
+    assert "amx" in Cpu().limits.kernel_instructions
+    assert "limits" not in vars(Cpu(instructions="avx2"))
