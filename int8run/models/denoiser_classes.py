@@ -14,6 +14,7 @@ import diffusers
 import yaml
 
 from int8run.models.minimax_h3_pruned import MiniMaxH3PrunedTransformer3DModel
+from int8run.models.missing_library import read_late_attribute
 from int8run.models.state_dict_adapter import Shape
 
 # the libraries that a denoiser may come from; an index has ours with the module that the class is in
@@ -72,7 +73,7 @@ def find_denoiser_class(library: str | None, name: str) -> Any:
         return OWN_DENOISERS.get(name)
     if library != DIFFUSERS:
         return None
-    found = getattr(diffusers, name, None)
+    found = read_late_attribute(diffusers, name, f"the denoiser {name}")
     return found if isinstance(found, type) else None
 
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from int8run import __version__
 from int8run.errors import BackendError, ConfigError, FileError, suggest_similar
-from int8run.models.missing_library import raise_if_library_is_missing
+from int8run.models.missing_library import raise_if_library_is_missing, read_late_attribute
 from int8run.models.pipeline_class import get_pipeline_class
 from int8run.models.source import find_components, make_load_error, read_model_index
 from int8run.utils.hardware import count_devices, has_device
@@ -252,7 +252,10 @@ def check_component_libraries(folder: Path) -> None:
 
 def is_component_library(library: str) -> bool:
     """Whether components may be of this library, or of this module of diffusers' pipelines."""
-    return library in COMPONENT_LIBRARIES or hasattr(diffusers.pipelines, library)
+    if library in COMPONENT_LIBRARIES:
+        return True
+    module = read_late_attribute(diffusers.pipelines, library, f"diffusers.pipelines.{library}")
+    return module is not None
 
 
 def list_block_prefixes(denoiser: nn.Module) -> list[str]:

@@ -12,6 +12,7 @@ import diffusers
 from diffusers import DiffusionPipeline, ModularPipeline
 
 from int8run.errors import ConfigError, suggest_similar
+from int8run.models.missing_library import read_late_attribute
 from int8run.models.pipeline_modes import load_modes
 
 CONTROLNET = "controlnet"  # the component, and the end of the keys in diffusers' tables
@@ -61,13 +62,13 @@ def check_pipeline_name(name: str) -> None:
 def is_pipeline(name: str) -> bool:
     """Whether diffusers has a pipeline of this name that can be used here."""
     # diffusers puts a placeholder, which is no pipeline, where a library is missing
-    cls = getattr(diffusers, name, None)
+    cls = read_late_attribute(diffusers, name, f"the pipeline {name}")
     return isinstance(cls, type) and issubclass(cls, (DiffusionPipeline, ModularPipeline))
 
 
 def is_modular(name: str) -> bool:
     """Whether diffusers has a modular pipeline of this name."""
-    cls = getattr(diffusers, name, None)
+    cls = read_late_attribute(diffusers, name, f"the pipeline {name}")
     return isinstance(cls, type) and issubclass(cls, ModularPipeline)
 
 

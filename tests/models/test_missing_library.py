@@ -1,6 +1,9 @@
 """The library that a pipeline needs and that is not installed is named, with what installs it."""
 
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import diffusers
 import pytest
@@ -8,6 +11,7 @@ from diffusers.models.transformers import transformer_cosmos
 from diffusers.utils import is_torchvision_available
 
 from int8run.errors import ConfigError
+from int8run.models import denoiser_classes, loader, modular_loader, pipeline_class
 from int8run.models.missing_library import (
     check_needed_library,
     find_imported_library,
@@ -15,7 +19,6 @@ from int8run.models.missing_library import (
     is_installed,
     raise_if_library_is_missing,
     raise_missing,
-    read_late_attribute,
 )
 
 COSMOS = Path(str(transformer_cosmos.__file__))
@@ -81,17 +84,39 @@ def test_a_library_that_the_error_does_not_name_gets_no_command() -> None:
         raise_if_library_is_missing("the pipeline", error)
 
 
-def test_the_library_of_a_module_that_is_imported_late_is_named() -> None:
-    class Late:
-        def __getattr__(self, name: str) -> object:
-            try:
-                exec(compile("import a_library_that_nobody_has", str(COSMOS), "exec"))
-            except ImportError as error:
-                raise RuntimeError(f"failed to import {name}") from error
-            return None
+class Late:
+    """A module like diffusers, which imports its parts when they are asked for."""
 
-    with pytest.raises(ConfigError, match=r"^the decoder needs the library a_library_that_nobody_has, "):
-        read_late_attribute(Late(), "Decoder", "the decoder")
+    def __getattr__(self, name: str) -> object:
+        try:
+            exec(compile("import a_library_that_nobody_has", str(COSMOS), "exec"))
+        except ImportError as error:
+            raise RuntimeError(f"failed to import {name}") from error
+        return None
+
+
+@pytest.mark.parametrize(
+    ("module", "ask"),
+    [
+        (pipeline_class, lambda: pipeline_class.is_pipeline("FluxPipeline")),
+        (pipeline_class, lambda: pipeline_class.is_modular("FluxPipeline")),
+        (
+            denoiser_classes,
+            lambda: denoiser_classes.find_denoiser_class("diffusers", "Flux"),
+        ),
+        (loader, lambda: loader.is_component_library("flux")),
+        (modular_loader, lambda: modular_loader.find_library("flux")),
+    ],
+)
+def test_the_library_of_a_module_that_is_imported_late_is_named(
+    module: ModuleType, ask: Callable[[], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late: Any = Late()
+    monkeypatch.setattr(module, "diffusers", late)
+    monkeypatch.setattr(Late, "pipelines", late, raising=False)
+
+    with pytest.raises(ConfigError, match=r"needs the library a_library_that_nobody_has, "):
+        ask()
 
 
 def test_libraries_that_are_installed_are_found() -> None:
