@@ -28,7 +28,8 @@ from int8run.checkpoints.reader import TensorFiles
 from int8run.models.denoiser_classes import get_denoiser_class
 from int8run.models.family import DeferredGelu, IgnoreRule
 from int8run.models.loader import list_block_prefixes
-from int8run.models.state_dict_adapter import Shape, find_prefix, to_model
+from int8run.models.state_dict_adapter import find_prefix, to_model
+from int8run.models.tensor_part import Shape
 
 HERE = Path(__file__).parent
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")

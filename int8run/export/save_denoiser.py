@@ -20,8 +20,9 @@ from int8run.checkpoints.writer import StreamWriter, TensorEntry
 from int8run.errors import ConfigError
 from int8run.export.weight_layers import find_weight_layer, iterate_transform_tensors
 from int8run.layers.int8_linear import Int8Linear
+from int8run.models.original_names import to_original
 from int8run.models.resolve_weights import CONFIG_NAME, WEIGHTS_NAME
-from int8run.models.state_dict_adapter import TensorPart, join_shapes, to_original
+from int8run.models.tensor_part import TensorPart, join_shapes
 from int8run.utils.paths import expand_path
 
 DTYPE_NAMES = {

@@ -19,7 +19,7 @@ from int8run.checkpoints.writer import TensorEntry
 from int8run.errors import FileError
 from int8run.export.weight_layers import find_weight_layer
 from int8run.layers.plan import LayerPlan
-from int8run.models.state_dict_adapter import TensorPart, join_shapes
+from int8run.models.tensor_part import TensorPart, join_shapes
 from int8run.outlier.base import OutlierMethod, OutlierTransform
 from int8run.quant.rounding import Rounding
 

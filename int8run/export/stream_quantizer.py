@@ -25,7 +25,7 @@ from int8run.export.weight_layers import find_weight_layer, iterate_transform_te
 from int8run.kernels.cpu import rows as kernel
 from int8run.kernels.cpu.rows import RowSums, quantize_weight_rows
 from int8run.kernels.quantize_rowwise.reference import INT8_MAX
-from int8run.models.state_dict_adapter import TensorPart
+from int8run.models.tensor_part import TensorPart
 from int8run.outlier.base import OutlierTransform
 from int8run.ptq.quantize import check_weight
 from int8run.quant.rounding import AbsMax

@@ -15,7 +15,7 @@ import yaml
 
 from int8run.models.minimax_h3_pruned import MiniMaxH3PrunedTransformer3DModel
 from int8run.models.missing_library import read_late_attribute
-from int8run.models.state_dict_adapter import Shape
+from int8run.models.tensor_part import Shape
 
 # the libraries that a denoiser may come from; an index has ours with the module that the class is in
 DIFFUSERS, INT8RUN = "diffusers", "int8run"

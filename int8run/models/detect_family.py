@@ -12,7 +12,8 @@ import yaml
 from int8run.errors import ConfigError
 from int8run.models.family import ModelFamily
 from int8run.models.fingerprint import has_names
-from int8run.models.state_dict_adapter import Shape, find_targets
+from int8run.models.state_dict_adapter import find_targets
+from int8run.models.tensor_part import Shape
 
 NAMED_FILE = Path(__file__).with_name("models_without_class.yaml")
 

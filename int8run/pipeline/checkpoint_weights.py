@@ -26,7 +26,8 @@ from int8run.layers.int8_linear import QuantizedLayer
 from int8run.lora.key_groups import group_keys
 from int8run.models.detect_family import detect_denoiser
 from int8run.models.family import load_families
-from int8run.models.state_dict_adapter import Shape, TensorPart, find_prefix, find_targets, to_model
+from int8run.models.state_dict_adapter import find_prefix, find_targets, to_model
+from int8run.models.tensor_part import Shape, TensorPart
 from int8run.quant.weight import QuantizedWeight
 from int8run.text_encoders.detect import find_encoders
 from int8run.utils.plurals import count_noun

@@ -10,7 +10,8 @@ from pathlib import Path
 from int8run.checkpoints.reader import TensorFiles
 from int8run.models.denoiser_classes import choose_variant, has_variants
 from int8run.models.source import ResolvedDenoiser, ResolvedModel
-from int8run.models.state_dict_adapter import Shape, find_denoiser_keys
+from int8run.models.state_dict_adapter import find_denoiser_keys
+from int8run.models.tensor_part import Shape
 from int8run.utils.paths import SAFETENSORS
 
 log = logging.getLogger(__name__)

@@ -19,7 +19,8 @@ from int8run.models.family import AutoFamily, ModelFamily, load_families
 from int8run.models.key_mapping import KeyMapping, load_mappings
 from int8run.models.name_pattern import match_pattern
 from int8run.models.resolve_weights import ResolvedWeights
-from int8run.models.state_dict_adapter import Shape, TensorPart, find_drop_reason, find_targets
+from int8run.models.state_dict_adapter import find_drop_reason, find_targets
+from int8run.models.tensor_part import Shape, TensorPart
 
 # a list of blocks, and a block of it: `transformer_blocks.0.`
 BLOCK = re.compile(r"(?P<list>\w+\.)\d+\.")

@@ -24,7 +24,7 @@ from int8run.models.hub import check_repository, make_download_error
 from int8run.models.pipeline_index import MODEL_INDEX_NAME, MODULAR_INDEX_NAME, has_pipeline_index
 from int8run.models.resolve_weights import CONFIG_NAME
 from int8run.models.source import read_config
-from int8run.models.state_dict_adapter import TensorPart
+from int8run.models.tensor_part import TensorPart
 from int8run.pipeline.text_encoders import EncoderSlot, find_encoder_slots
 from int8run.quant.formats import FORMATS, WeightFormat
 from int8run.report.console import Progress

@@ -21,7 +21,7 @@ from int8run.config.run_spec import RunSpec
 from int8run.errors import ConfigError
 from int8run.layers.plan import LayerPlan
 from int8run.models.source import read_config
-from int8run.models.state_dict_adapter import TensorPart, join_shapes
+from int8run.models.tensor_part import TensorPart, join_shapes
 from int8run.outlier.base import OutlierTransform
 from int8run.outlier.convrot import ConvRot
 from int8run.pipeline.text_encoders import EncoderSlot

@@ -17,7 +17,8 @@ from int8run.errors import BackendError, FileError
 from int8run.layers.assemble import copy_sharing_tensors
 from int8run.layers.plan import LayerPlan
 from int8run.layers.weight_only import WeightOnlyLinear, scaled_mm_unsupported_reason
-from int8run.models.state_dict_adapter import StateDictLayout, TensorPart
+from int8run.models.state_dict_adapter import StateDictLayout
+from int8run.models.tensor_part import TensorPart
 from int8run.quant.formats import WeightFormat
 from int8run.text_encoders.base import SCALED_MM
 from int8run.text_encoders.kernels import Kernels, check_kernels

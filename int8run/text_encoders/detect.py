@@ -13,7 +13,8 @@ from int8run.models.detect_family import detect_denoiser
 from int8run.models.family import load_families
 from int8run.models.fingerprint import has_match
 from int8run.models.key_mapping import KeyMappingSet
-from int8run.models.state_dict_adapter import Shape, find_denoiser_keys, resolve_key
+from int8run.models.state_dict_adapter import find_denoiser_keys, resolve_key
+from int8run.models.tensor_part import Shape
 from int8run.text_encoders.registry import EncoderFamily, list_supported_encoders, load_encoders
 
 # what full checkpoints and save nodes put before an encoder's names

@@ -20,7 +20,7 @@ from int8run.checkpoints.comfy_int8 import WEIGHT
 from int8run.errors import check_choice
 from int8run.models.pipeline_index import read_json
 from int8run.models.resolve_weights import CONFIG_NAME
-from int8run.models.state_dict_adapter import TensorPart
+from int8run.models.tensor_part import TensorPart
 from int8run.text_encoders.base import list_kernel_backends
 from int8run.text_encoders.build import build_encoder, check_missing, check_unused, fit_weights
 from int8run.text_encoders.kernels import Kernels

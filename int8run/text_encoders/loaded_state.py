@@ -15,7 +15,7 @@ from int8run.checkpoints.layer import get_hadamard
 from int8run.errors import ConfigError
 from int8run.kernels.hadamard.reference import Rotation
 from int8run.layers.weight_only import PackedLayer
-from int8run.models.state_dict_adapter import Shape
+from int8run.models.tensor_part import Shape
 from int8run.outlier.base import OutlierTransform
 from int8run.quant.packed_weight import PackedWeight
 from int8run.text_encoders.registry import EncoderFamily

@@ -12,7 +12,8 @@ from torch import nn
 
 from int8run.checkpoints.comfy_int8 import WEIGHT
 from int8run.layers.plan import LayerPlan
-from int8run.models.state_dict_adapter import StateDictLayout, TensorPart
+from int8run.models.state_dict_adapter import StateDictLayout
+from int8run.models.tensor_part import TensorPart
 from int8run.quant.formats import WeightFormat, choose_format
 from int8run.text_encoders.registry import EncoderFamily
 from int8run.text_encoders.weights import EncoderWeights

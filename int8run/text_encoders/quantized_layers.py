@@ -26,7 +26,8 @@ from int8run.layers.weight_only import (
     scaled_mm_unsupported_reason,
     to_quantized_weight,
 )
-from int8run.models.state_dict_adapter import StateDictLayout, TensorPart
+from int8run.models.state_dict_adapter import StateDictLayout
+from int8run.models.tensor_part import TensorPart
 from int8run.outlier.base import OutlierTransform
 from int8run.outlier.convrot import ConvRot
 from int8run.ptq.quantize import build_int8_layers, check_weight, round_weight_rows

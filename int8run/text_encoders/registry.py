@@ -32,7 +32,8 @@ from int8run.errors import ConfigError, suggest_similar
 from int8run.models.family import parse_items
 from int8run.models.fingerprint import has_names
 from int8run.models.key_mapping import KeyMappingSet, load_mappings
-from int8run.models.state_dict_adapter import Shape, TensorPart, resolve_key
+from int8run.models.state_dict_adapter import resolve_key
+from int8run.models.tensor_part import Shape, TensorPart
 
 ENCODER_FOLDER = Path(__file__).parent / "encoders"
 # a field of `config` with one of these is read from a file

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from int8run.errors import ConfigError, FileError
-from int8run.models.state_dict_adapter import Shape
+from int8run.models.tensor_part import Shape
 from int8run.text_encoders.registry import EncoderFamily, OptionalModules
 from int8run.text_encoders.state_dict_adapter import split_dropped
 from int8run.utils.text import shorten_error

@@ -10,13 +10,8 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from int8run.errors import FileError
-from int8run.models.state_dict_adapter import (
-    Shape,
-    StateDictLayout,
-    TensorPart,
-    find_drop_reason,
-    to_model,
-)
+from int8run.models.state_dict_adapter import StateDictLayout, find_drop_reason, to_model
+from int8run.models.tensor_part import Shape, TensorPart
 from int8run.text_encoders.registry import EncoderFamily, count_rows
 
 

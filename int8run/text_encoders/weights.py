@@ -22,7 +22,7 @@ from int8run.checkpoints.quant_metadata import METADATA_KEY
 from int8run.checkpoints.reader import TensorFiles
 from int8run.errors import ConfigError, FileError, check_choice
 from int8run.layers.weight_only import PackedLayer
-from int8run.models.state_dict_adapter import Shape, TensorPart
+from int8run.models.tensor_part import Shape, TensorPart
 from int8run.quant.formats import FORMATS
 from int8run.quant.packed_weight import is_fp8
 from int8run.text_encoders.detect import detect_encoder, find_encoder_of_class

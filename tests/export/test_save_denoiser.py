@@ -20,7 +20,7 @@ from int8run.checkpoints.reader import TensorFiles
 from int8run.errors import ConfigError, FileError
 from int8run.export.save_denoiser import keep_own_names, save_denoiser, write_tensors
 from int8run.layers.int8_linear import Int8Linear
-from int8run.models.state_dict_adapter import TensorPart
+from int8run.models.tensor_part import TensorPart
 from int8run.outlier.base import LayerStatistics, OutlierMethod
 from int8run.outlier.convrot import ConvRot
 from int8run.outlier.none import NoOutlier

@@ -25,7 +25,7 @@ from int8run.errors import ConfigError, FileError
 from int8run.export import stream_quantizer as module
 from int8run.export.stream_plan import QuantizationRecipe, keep_own_names, plan_targets
 from int8run.export.stream_quantizer import write_targets
-from int8run.models.state_dict_adapter import TensorPart
+from int8run.models.tensor_part import TensorPart
 from int8run.outlier.convrot import ConvRot
 from int8run.outlier.hadanorm import HadaNorm
 from int8run.outlier.none import NoOutlier

@@ -26,7 +26,8 @@ from int8run.lora.config import Adapter, LoraSettings
 from int8run.lora.header_info import read_lora_headers
 from int8run.models.denoiser_components import DENOISER_COMPONENTS
 from int8run.models.family import ModelSource, load_families
-from int8run.models.state_dict_adapter import TensorPart, to_original
+from int8run.models.original_names import to_original
+from int8run.models.tensor_part import TensorPart
 from int8run.outlier.convrot import ConvRot
 from int8run.outlier.none import NoOutlier
 from int8run.pipeline import load

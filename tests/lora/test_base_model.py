@@ -22,7 +22,7 @@ from int8run.lora.base_model import (
 )
 from int8run.lora.find import SHIPPED_LORAS
 from int8run.models.key_mapping import load_mappings
-from int8run.models.state_dict_adapter import to_original
+from int8run.models.original_names import to_original
 
 RANK = 4
 STYLE = Path("loras/style.safetensors")

@@ -27,7 +27,7 @@ from int8run.models.key_mapping import (
     read_mapping_folder,
 )
 from int8run.models.name_pattern import fill_pattern, match_pattern
-from int8run.models.state_dict_adapter import to_original
+from int8run.models.original_names import to_original
 from int8run.text_encoders.registry import list_supported_encoders, load_encoders
 
 NEEDS_ALL = {"krea2", "pixart", "sana", "sana_sprint", "wan_first_last"}

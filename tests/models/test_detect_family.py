@@ -8,7 +8,8 @@ from int8run.errors import ConfigError
 from int8run.models.detect_family import detect_denoiser
 from int8run.models.family import ModelFamily, load_families
 from int8run.models.fingerprint import Fingerprint
-from int8run.models.state_dict_adapter import find_denoiser_keys, to_original
+from int8run.models.original_names import to_original
+from int8run.models.state_dict_adapter import find_denoiser_keys
 
 # families by the keys of FAMILIES where the words differ; None: no family, so a file must be unknown
 FAMILY = {

@@ -14,7 +14,8 @@ from int8run.errors import ConfigError, FileError
 from int8run.lora.module_names import ModuleTarget, NameTable
 from int8run.models.detect_family import detect_denoiser
 from int8run.models.family import load_families
-from int8run.models.state_dict_adapter import to_model, to_original
+from int8run.models.original_names import to_original
+from int8run.models.state_dict_adapter import to_model
 
 
 def number_tensors(name: str) -> tuple[str, dict[str, Tensor]]:

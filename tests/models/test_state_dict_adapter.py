@@ -12,17 +12,11 @@ from support.parameter_ids import name_parameter
 from torch import Tensor
 
 from int8run.errors import ConfigError, FileError
-from int8run.models import state_dict_adapter
+from int8run.models import original_names, state_dict_adapter
 from int8run.models.key_mapping import KeyMapping, KeyMappingSet
-from int8run.models.state_dict_adapter import (
-    TensorPart,
-    find_denoiser_keys,
-    find_prefix,
-    find_targets,
-    join_shapes,
-    to_model,
-    to_original,
-)
+from int8run.models.original_names import to_original
+from int8run.models.state_dict_adapter import find_denoiser_keys, find_prefix, find_targets, to_model
+from int8run.models.tensor_part import TensorPart, join_shapes
 
 FLUX = "FluxTransformer2DModel"
 QKV = [f"transformer_blocks.0.attn.to_{x}.weight" for x in "qkv"]
@@ -352,12 +346,17 @@ def test_shape_that_no_number_completes_is_none():
     assert join_shapes(parts, {"a": (7,)}) is None
 
 
+def use_mappings(monkeypatch, mappings):
+    """Give every class these key mappings, in both directions."""
+    for module in (state_dict_adapter, original_names):
+        monkeypatch.setattr(module, "load_mappings", lambda name: mappings)
+
+
 def test_later_mappings_keep_a_change_of_shape(monkeypatch):
     flat = KeyMapping("inner.x.flat", ("inner.x.table",), shape=(-1,), whole_key=True)
-    monkeypatch.setattr(
-        state_dict_adapter,
-        "load_mappings",
-        lambda name: KeyMappingSet((KeyMapping("outer.**", ("inner.**",)),), parameters=(flat,)),
+    use_mappings(
+        monkeypatch,
+        KeyMappingSet((KeyMapping("outer.**", ("inner.**",)),), parameters=(flat,)),
     )
     shapes = {"inner.x.table": (2, 3)}
 
@@ -370,9 +369,7 @@ def test_later_mappings_keep_a_change_of_shape(monkeypatch):
 def test_transposed_and_joined_parameters_round_trip(monkeypatch):
     turned = KeyMapping("projection", ("projection.weight",), whole_key=True, transposed=True)
     rows = KeyMapping("*.in_proj_weight", ("*.q.weight", "*.k.weight"), whole_key=True)
-    monkeypatch.setattr(
-        state_dict_adapter, "load_mappings", lambda name: KeyMappingSet(parameters=(turned, rows))
-    )
+    use_mappings(monkeypatch, KeyMappingSet(parameters=(turned, rows)))
     shapes = {"projection.weight": (2, 3), "0.q.weight": (4, 5), "0.k.weight": (2, 5)}
     file = {
         "projection": (TensorPart("projection.weight", transposed=True),),
@@ -411,7 +408,7 @@ def test_transposed_and_joined_parameters_round_trip(monkeypatch):
 
 def test_transposing_twice_changes_nothing(monkeypatch):
     rules = tuple(KeyMapping(a, (b,), whole_key=True, transposed=True) for a, b in (("a", "b"), ("b", "c")))
-    monkeypatch.setattr(state_dict_adapter, "load_mappings", lambda name: KeyMappingSet(parameters=rules))
+    use_mappings(monkeypatch, KeyMappingSet(parameters=rules))
 
     assert to_original({"c": (2, 3)}, "Any") == {"a": (TensorPart("c"),)}
     assert to_model({"a": (2, 3)}, {"c": (2, 3)}, "Any").parts == {"c": (TensorPart("a"),)}

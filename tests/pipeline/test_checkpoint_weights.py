@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from int8run.errors import FileError
 from int8run.models.dual_denoisers import DualDenoiser
-from int8run.models.state_dict_adapter import to_original
+from int8run.models.original_names import to_original
 from int8run.pipeline.checkpoint_weights import DenoiserWeights, FileWeights
 from int8run.utils.paths import ASSETS_FOLDER
 
@@ -129,7 +129,7 @@ def test_parts_that_were_treated_differently_are_no_layer(tmp_path: Path) -> Non
     file = opened(tensors, tmp_path / "m.safetensors", Two(), is_partial=True)
     from dataclasses import replace
 
-    from int8run.models.state_dict_adapter import TensorPart
+    from int8run.models.tensor_part import TensorPart
 
     file.layout = replace(
         file.layout, parts={"both.weight": (TensorPart("a.weight"), TensorPart("b.weight"))}

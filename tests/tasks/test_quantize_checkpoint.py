@@ -25,8 +25,10 @@ from int8run.config.job import Job
 from int8run.errors import ConfigError, FileError
 from int8run.export.stream_plan import QuantizationRecipe, plan_targets
 from int8run.models.family import load_families
+from int8run.models.original_names import to_original
 from int8run.models.resolve_weights import ResolvedWeights
-from int8run.models.state_dict_adapter import find_prefix, join_shapes, to_original
+from int8run.models.state_dict_adapter import find_prefix
+from int8run.models.tensor_part import join_shapes
 from int8run.outlier.none import NoOutlier
 from int8run.pipeline.checkpoint_weights import FileWeights
 from int8run.quant.rounding import AbsMax

@@ -26,7 +26,7 @@ from torch import nn
 
 from int8run.errors import FileError
 from int8run.models.name_pattern import match_pattern
-from int8run.models.state_dict_adapter import TensorPart
+from int8run.models.tensor_part import TensorPart
 from int8run.text_encoders.detect import detect_encoder, find_encoder_of_class
 from int8run.text_encoders.model_config import build_config
 from int8run.text_encoders.registry import (
