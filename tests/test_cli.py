@@ -536,7 +536,7 @@ BROKEN = {
     ),
     "unknown field": (
         "_target_: int8run.outlier.convrot.ConvRot\ngroupsize: 4\n",
-        r"groupsize.*did you mean 'group_size'\?",
+        r"groupsize.*did you mean 'outlier.group_size'\?",
     ),
     "unknown class": ("_target_: int8run.outlier.convrot.ConvRott\n", r"int8run.outlier.convrot.ConvRott"),
     "no class": ("group_size: 4\n", r"outlier.*_target_"),

@@ -11,6 +11,7 @@ from typing import ClassVar, Protocol
 from int8run.backends.base import Backend
 from int8run.config.effects import BUILD, BUILD_AND_FLOAT, NOTHING, affects, make_settings_key
 from int8run.config.job import Job
+from int8run.config.run_modes import OFFLOAD_MODES, REDUCE_OVERHEAD
 from int8run.errors import ConfigError, check_bool, check_choice, check_range
 from int8run.generate.calibration_settings import CalibrationSettings
 from int8run.generate.prompts import PromptSet
@@ -103,9 +104,6 @@ def adapt_schedule(sampling: Sampling, steps: int | None) -> Sampling:
 
 
 # -- all settings ----------------------------------------------------------------------------------
-REDUCE_OVERHEAD = "reduce-overhead"  # torch.compile's own name for CUDA graphs
-GROUP_STREAM = "group_stream"  # diffusers' group offloading with streams
-OFFLOAD_MODES = ("none", "model", "group", GROUP_STREAM)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from int8run.config.run_spec import REDUCE_OVERHEAD
+from int8run.config.run_modes import REDUCE_OVERHEAD
 from int8run.models.dual_denoisers import split_denoiser
 
 

@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline
 from diffusers.hooks import HookRegistry, ModelHook, apply_group_offloading
 from torch import nn
 
-from int8run.config.run_spec import GROUP_STREAM
+from int8run.config.run_modes import GROUP_STREAM
 from int8run.errors import BackendError, ConfigError
 
 CPU = torch.device("cpu")

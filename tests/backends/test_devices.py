@@ -3,6 +3,7 @@ and what torch would say of them is given.
 """
 
 import logging
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -53,6 +54,8 @@ def test_turing_runs_by_torchs_own_product_and_says_why(
 
 def test_xpu_runs_by_torchs_own_product(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.xpu, "get_device_name", lambda device: "Intel Arc")
+    properties = SimpleNamespace(driver_version="1.6")
+    monkeypatch.setattr(torch.xpu, "get_device_properties", lambda device: properties)
     candidates = list_candidates(torch.device("xpu"))
     assert [name for name in candidates if name != "float"] == ["torch_int_mm"]
     check_backend(make_backend("auto"), torch.device("xpu:1"), ())

@@ -1089,7 +1089,7 @@ def test_the_denoisers_file_has_no_text_encoder(model: Path, tmp_path: Path) -> 
 
 def test_offloading_moves_one_set_of_encoders() -> None:
     with pytest.raises(
-        ConfigError, match=r"offload=model moves one model, and metrics.baseline=run holds two"
+        ConfigError, match=r"offload=model moves one model to a GPU and back, metrics.baseline=run holds two"
     ):
         make_spec([FLOAT, "clip=nvfp4", "offload=model"])
     assert make_spec([FLOAT, "clip=auto", "offload=model"]).candidate == "float"
