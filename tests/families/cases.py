@@ -245,11 +245,10 @@ def run_quantize_task(spec: RunSpec, component: str | None, out: Path) -> dict[s
     return json.loads((out / "metrics.json").read_text())
 
 
-def quantize_alone(location: Path, save: Path, out: Path) -> dict[str, Any]:
-    """`task=quantize` of weights without a pipeline."""
-    return run_quantize_task(
-        make_spec([*SETTINGS, f"model.location={location}", "model.dtype=float32", f"save={save}"]), None, out
-    )
+def quantize_alone(location: Path, save: Path, out: Path, *words: str) -> dict[str, Any]:
+    """`task=quantize` of weights without a pipeline; with further words of a command line."""
+    settings = [f"model.location={location}", "model.dtype=float32", f"save={save}", *words]
+    return run_quantize_task(make_spec([*SETTINGS, *settings]), None, out)
 
 
 def find_int8_layers(built: BuiltModel) -> dict[str, Int8Linear]:

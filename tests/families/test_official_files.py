@@ -141,7 +141,9 @@ def without_prefix(tensors: Tensors) -> set[str]:
 
 
 @pytest.mark.slow
-def test_a_model_that_diffusers_has_no_class_for_is_quantized_like_its_family(tmp_path: Path) -> None:
+def test_a_model_that_diffusers_has_no_class_for_is_quantized_by_the_family_that_is_named(
+    tmp_path: Path,
+) -> None:
     # SCAIL-2 is Wan 2.1 from images that reads poses and masks besides, each by an embedder of its own
     model = INSTANCES["wan_i2v"].denoiser
     assert model is not None
@@ -152,7 +154,7 @@ def test_a_model_that_diffusers_has_no_class_for_is_quantized_like_its_family(tm
     source = write_file(floats, tmp_path / "wan2.1_14B_SCAIL_2.safetensors")
     save = tmp_path / "int8.safetensors"
 
-    about = quantize_alone(source, save, tmp_path)
+    about = quantize_alone(source, save, tmp_path, "model_type=wan")
 
     made = read_file(save)
     assert about["family"] == "wan"
