@@ -5,5 +5,5 @@ here=$(cd "$(dirname "$0")" && pwd)
 work=$(mktemp -d)
 cd "$work"
 int8run -m lora=stack_a lora.strength=0.5 lora.mode=dynamic,bake,stochastic outlier=none,convrot,quarot,hadanorm \
-    backend=vnni,onednn,torch_int_mm 'prompts.prompts=[fox,sunflower,hamburger,octopus]' tracker=none hydra.sweep.dir="$work/study"
+    backend=cpu,onednn,torch_int_mm 'prompts.prompts=[fox,sunflower,hamburger,octopus]' tracker=none hydra.sweep.dir="$work/study"
 cp "$work/study/report.html" "$here/study.html"

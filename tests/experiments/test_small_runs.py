@@ -356,7 +356,7 @@ def test_dashboards_are_photographed(tmp_path: Path) -> None:
 
     run_script("dashboards/shoot.py", "--sweep", tmp_path / "work" / "sweep", "--out", tmp_path)
 
-    assert len(list(tmp_path.glob("*.png"))) == 6
+    assert len(list(tmp_path.glob("*.png"))) == 7
 
 
 def write_recorder(folder: Path) -> Path:
