@@ -104,9 +104,14 @@ def list_column_problems(call: CallInputs, columns: Collection[str]) -> list[str
     """
     problems = [f"{call.pipeline} takes no {column}" for column in columns if column not in call.takes]
     problems += [f"{call.pipeline} needs {column}" for column in find_missing_columns(call, columns)]
-    if call.needs_one and not set(call.needs_one) & set(columns):
+    if lacks_one_of(call, columns):
         problems.append(f"{call.pipeline} needs {' or '.join(call.needs_one)}")
     return problems
+
+
+def lacks_one_of(call: CallInputs, columns: Collection[str]) -> bool:
+    """Whether a call needs one of several columns, and none of them is given."""
+    return bool(call.needs_one) and not set(call.needs_one) & set(columns)
 
 
 def find_missing_columns(call: CallInputs, columns: Collection[str]) -> list[str]:
@@ -141,7 +146,7 @@ def check_columns(call: CallInputs, inputs: SampleInputs, model: ModelSource) ->
             f"{call.pipeline} needs {', '.join(missing)}: {describe_settings(missing)}; it takes "
             f"{call.describe()}{suggest_modes(model, given)}"
         )
-    if call.needs_one and not set(call.needs_one) & set(given):
+    if lacks_one_of(call, given):
         raise ConfigError(
             f"{call.pipeline} needs {' or '.join(call.needs_one)}: {describe_settings(call.needs_one[:1])}; "
             f"it takes {call.describe()}"
@@ -318,5 +323,5 @@ def list_fitting_models(columns: Collection[str]) -> list[str]:
 def fits_columns(class_name: str, columns: Collection[str]) -> bool:
     """Whether a pipeline takes all of some columns and needs no others."""
     call = read_call_inputs(get_call_class(get_pipeline_class(class_name)))
-    has_one = not call.needs_one or bool(set(call.needs_one) & set(columns))
-    return set(columns) <= set(call.takes) and set(call.needs) <= set(columns) and has_one
+    is_complete = set(call.needs) <= set(columns) and not lacks_one_of(call, columns)
+    return set(columns) <= set(call.takes) and is_complete
