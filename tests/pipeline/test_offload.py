@@ -17,7 +17,7 @@ from support.run_job import make_spec
 from support.tiny_pipeline import save_random_pipeline
 from torch import Tensor, nn
 
-from int8run.config.run_spec import GROUP_STREAM, OFFLOAD_MODES
+from int8run.config.run_modes import GROUP_STREAM, OFFLOAD_MODES
 from int8run.errors import BackendError, ConfigError
 from int8run.generate.generate import generate
 from int8run.generate.prompts import build_samples
