@@ -1,4 +1,4 @@
-"""What is decided for each Linear before and while it becomes INT8.
+"""What is decided for each Linear, convolution and attention before and while it becomes INT8.
 
 One `LayerPlan` is one row of `layers.csv`. `plan_layers` makes the list, `int8run.ptq.quantize` and
 `int8run.pipeline` fill it in, metrics and reports read it. `Int8Settings` is the config group `int8`.
@@ -74,14 +74,19 @@ class Int8Settings:
         return limit if rows <= limit else 0
 
 
+# what a plan can be of
+LINEAR, CONV, ATTENTION = "linear", "conv", "attention"
+
+
 @dataclass
 class LayerPlan:
-    """What happens to one Linear; a row of `layers.csv`.
+    """What happens to one Linear, convolution or attention; a row of `layers.csv`.
 
     Args:
-        name: of the Linear in the model.
-        in_features: K.
-        out_features: N.
+        name: of the module in the model.
+        in_features: K, numbers that one number of the output is summed from; of a convolution its input
+            channels (of one group) times the size of its kernel, of an attention the width of a head.
+        out_features: N, of a convolution its output channels, of an attention the width of a head's values.
         skip_reason: why the layer stays float; None when it is quantized.
         outlier: outlier method and settings.
         outlier_skip_reason: why the layer has not the method that was asked for; empty when it has.
@@ -94,6 +99,9 @@ class LayerPlan:
         is_float_by_choice: whether it stays float for that reason.
         instructions: instruction set of that backend's kernels, where they are built for one.
         measured: errors of the layer by name of the metric, such as weight_sqnr_db.
+        kind: LINEAR, CONV or ATTENTION.
+        shape: what the two numbers do not say, for people: kernel and stride, or number of heads.
+        macs_share: share of all multiply-adds of the denoiser in one step; None: they were not counted.
     """
 
     name: str
@@ -111,6 +119,16 @@ class LayerPlan:
     is_float_by_choice: bool = False
     instructions: str = ""
     measured: dict[str, float] = field(default_factory=dict)
+    kind: str = LINEAR
+    shape: str = ""
+    macs_share: float | None = None
+
+    @property
+    def num_weights(self) -> int:
+        """Numbers of its weight; 0 for an attention, which has none."""
+        if self.kind == ATTENTION:
+            return 0
+        return self.in_features * self.out_features
 
     def skip(self, reason: str) -> None:
         """Keep the layer float after all, and forget what was decided and measured for INT8."""

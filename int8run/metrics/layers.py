@@ -83,21 +83,31 @@ def count_macs_per_output(layer: Any) -> int:
     return weight[0].numel()
 
 
-def compute_int8_shares(
-    plans: Sequence[LayerPlan], macs: Mapping[str, int], num_params: int
-) -> dict[str, float]:
+def note_macs_shares(plans: Sequence[LayerPlan], macs: Mapping[str, int]) -> None:
+    """Note in each plan its share of all multiply-adds.
+
+    Args:
+        plans: are changed.
+        macs: multiply-adds in one step by name, of everything that was counted.
+    """
+    total = sum(macs.values())
+    if not total:
+        return
+    for plan in plans:
+        plan.macs_share = macs.get(plan.name, 0) / total
+
+
+def compute_int8_shares(plans: Sequence[LayerPlan], num_params: int) -> dict[str, float]:
     """How much of the denoiser is INT8.
 
     Args:
-        plans: of all Linears.
-        macs: multiply-adds by layer.
+        plans: of all layers, with their `macs_share`.
         num_params: of the denoiser.
     """
     int8_plans = [plan for plan in plans if plan.skip_reason is None]
-    int8_macs = sum(macs.get(plan.name, 0) for plan in int8_plans)
-    int8_params = sum(plan.in_features * plan.out_features for plan in int8_plans)
+    int8_params = sum(plan.num_weights for plan in int8_plans)
     return {
-        "quant/macs_int8_share": int8_macs / max(1, sum(macs.values())),
+        "quant/macs_int8_share": sum(plan.macs_share or 0.0 for plan in int8_plans),
         "quant/params_int8_share": int8_params / max(1, num_params),
     }
 

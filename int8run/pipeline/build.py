@@ -27,7 +27,7 @@ from int8run.lora.header_info import LoraHeader
 from int8run.lora.match import Matches
 from int8run.lora.modes import Overhead
 from int8run.lora.stack import LoraStack
-from int8run.metrics.layers import count_macs, count_module_bytes
+from int8run.metrics.layers import count_macs, count_module_bytes, note_macs_shares
 from int8run.models.dual_denoisers import set_denoiser
 from int8run.models.given_model import find_text_encoders
 from int8run.pipeline.built_model import BuiltModel
@@ -138,6 +138,7 @@ def build_model(
         text_strengths=[0.0] * len(entries),  # `set_strengths` sets them
         num_dequantized_layers=loaded.num_dequantized_layers,
     )
+    note_macs_shares(built.plans, built.macs)
 
     started = time.perf_counter()
     if spec.int8.enable:

@@ -17,8 +17,11 @@ from int8run.utils.hardware import get_cpu_name, get_device_name
 GIT_TIMEOUT_S = 10
 LAYER_COLUMNS = (
     "name",
+    "kind",
     "out_features",
     "in_features",
+    "shape",
+    "macs_share",
     "quantized",
     "why_not",
     "outlier",
@@ -36,7 +39,7 @@ LAYER_COLUMNS = (
 
 
 def write_layers_csv(plans: Sequence[LayerPlan], path: Path) -> None:
-    """`layers.csv`: every Linear of the denoiser, once."""
+    """`layers.csv`: every layer of the denoiser that was planned, once."""
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, LAYER_COLUMNS)
         writer.writeheader()
@@ -49,10 +52,14 @@ def build_layer_row(plan: LayerPlan) -> dict[str, object]:
     is_quantized = plan.skip_reason is None
     measured = {name: f"{value:.6g}" for name, value in plan.measured.items()}
     speedup = "" if plan.speedup is None else f"{plan.speedup:g}"
+    macs_share = "" if plan.macs_share is None else f"{plan.macs_share:.6g}"
     return {
         "name": plan.name,
+        "kind": plan.kind,
         "out_features": plan.out_features,
         "in_features": plan.in_features,
+        "shape": plan.shape,
+        "macs_share": macs_share,
         "quantized": "true" if is_quantized else "false",
         "why_not": plan.skip_reason or "",
         "outlier": plan.outlier,

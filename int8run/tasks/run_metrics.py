@@ -214,7 +214,7 @@ def measure_layers(spec: RunSpec, built: BuiltModel, calls: DenoiserCalls) -> di
         return {}
     if spec.metrics.layers and "float" in built.denoisers:
         measure_layer_outputs(built.denoisers["float"], int8, calls, built.plans)
-    shares = compute_int8_shares(built.plans, built.macs, built.num_params)
+    shares = compute_int8_shares(built.plans, built.num_params)
     return compute_layer_metrics(built.plans) | shares
 
 

@@ -359,7 +359,7 @@ def describe_layers(built: BuiltModel) -> list[tuple[str, object]]:
     if not backends:
         return [("layers", f"all float, {by_choice} by choice" if by_choice else "all float")]
     int8 = [plan for plan in built.plans if plan.skip_reason is None]
-    shares = compute_int8_shares(built.plans, built.macs, built.num_params)
+    shares = compute_int8_shares(built.plans, built.num_params)
     num_int8 = f"{len(int8)} of {len(built.plans)} Linears INT8"
     macs_share = f"{shares['quant/macs_int8_share']:.1%} of the multiply-adds"
     if by_choice:

@@ -12,8 +12,14 @@ from torch import nn
 
 from int8run.errors import ConfigError
 from int8run.generate.generate import Generation
-from int8run.layers.plan import LayerPlan
-from int8run.metrics.layers import compute_layer_metrics, count_module_bytes, measure_layer_outputs
+from int8run.layers.plan import ATTENTION, LayerPlan
+from int8run.metrics.layers import (
+    compute_int8_shares,
+    compute_layer_metrics,
+    count_module_bytes,
+    measure_layer_outputs,
+    note_macs_shares,
+)
 from int8run.metrics.memory import read_peak_bytes, reset_peak_memory
 from int8run.metrics.quality import (
     SampleQuality,
@@ -386,6 +392,17 @@ def test_outputs_are_compared_on_the_same_input():
     # 1 % error is 40 dB
     assert plans[0].measured["output_sqnr_db"] == pytest.approx(40, abs=0.01)
     assert plans[1].measured == {} == plans[2].measured, "a layer that does not run is not measured"
+
+
+def test_the_int8_share_is_that_of_everything_that_was_counted():
+    plans = [make_plan("a"), make_plan("b", keep_float="embedder"), make_plan("attention")]
+    plans[2].kind = ATTENTION
+    note_macs_shares(plans, {"a": 30, "b": 10, "attention": 40, "a convolution without a plan": 20})
+
+    shares = compute_int8_shares(plans, num_params=64)
+
+    assert shares["quant/macs_int8_share"] == pytest.approx(0.7)
+    assert shares["quant/params_int8_share"] == 16 / 64, "an attention has no weights"
 
 
 def test_bytes_count_each_tensor_once():

@@ -42,6 +42,8 @@ def test_an_int8_layer_has_a_value_in_every_column(tmp_path):
         speedup=1.8375,
         instructions="avx2",
         measured={"weight_sqnr_db": 41.23456789, "output_sqnr_db": math.inf, "saturated_share": 0.015625},
+        shape="3x3 stride 2",
+        macs_share=0.25,
     )
 
     write_layers_csv([plan], tmp_path / "layers.csv")
@@ -50,8 +52,11 @@ def test_an_int8_layer_has_a_value_in_every_column(tmp_path):
     assert tuple(row) == LAYER_COLUMNS
     assert row == {
         "name": "blocks.0.q",
+        "kind": "linear",
         "out_features": "64",
         "in_features": "96",
+        "shape": "3x3 stride 2",
+        "macs_share": "0.25",
         "quantized": "true",
         "why_not": "",
         "outlier": "convrot group_size=64",
@@ -74,7 +79,7 @@ def test_a_float_layer_has_its_reason_and_nothing_else(tmp_path):
     (row,) = read_layers(tmp_path / "layers.csv")
     assert tuple(row) == LAYER_COLUMNS
     assert (row["quantized"], row["why_not"], row["in_features"]) == ("false", "input embedder, tiny", "7")
-    assert {row[column] for column in LAYER_COLUMNS[5:]} == {""}
+    assert {row[column] for column in LAYER_COLUMNS[8:]} == {""}
 
 
 def test_a_layer_without_its_outlier_method_has_the_reason(tmp_path):
