@@ -2,16 +2,17 @@
 // `linear.py` makes torch operators of it. The definitions are kernels/quantize_rowwise/reference.py and
 // kernels/int8_linear/reference.py.
 //
-// There is one library for each instruction set, from linear_<set>.cpp, which includes all of these. The packed
+// There is one library for each instruction set, from linear_<name>.cpp, which includes all of these. The packed
 // weight, the integers and the scales are the same for all of them, to the bit.
 //
-//     linear_<set>.cpp   how its product adds, and how large its tiles are
-//     vectors_*.h        16 numbers in registers
-//     operands_*.h       rows and weights as the product reads them
-//     product.h          the parts of a product
-//     *_tiles.h          a block of the product
-//     quantize.h         rows to bytes
-//     linear.h           the layout, the loop over blocks, the C interface
+//     set_<name>.h         how a product of the set adds, and how large its tiles are
+//     vectors_*.h          16 numbers in registers
+//     operands_*.h         rows and weights as the product reads them
+//     register_products.h  the sums of a tile in registers
+//     product.h            the parts of a product
+//     *_tiles.h            a block of the product
+//     quantize.h           rows to bytes
+//     linear.h             the layout, the loop over blocks, the C interface
 //
 // Shapes: M rows (tokens), K input columns, N output columns.
 //

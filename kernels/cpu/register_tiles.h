@@ -6,55 +6,20 @@
 #include <memory>
 
 #include "product.h"
+#include "register_products.h"
 
 namespace {
 
 constexpr int64_t ROW_BLOCK = 192;  // rows that share a pass over the weights
 static_assert(ROW_BLOCK % TILE_ROWS == 0);
 static_assert(TILE_ROWS <= 6, "compute_tiles has no code for larger tiles");
-static_assert(PANEL % (16 * TILE_VECTORS) == 0);
 static_assert(K_BLOCK % 64 == 0);
-constexpr int64_t PREFETCH_BYTES = 4 * WEIGHT_STEP;  // four steps ahead in the panel
 
 // What a thread keeps while it works: operands as the product reads them, and sums between pieces of K
 struct Workspace {
   Buffer x, w, t, up;  // rows, weights, and those of the branch
   std::unique_ptr<int32_t[]> sums;
 };
-
-// The sums of a tile of MR rows, 16 columns each
-template <int MR>
-using Sums = Ints[MR][TILE_VECTORS];
-
-// What the sums of 16 columns begin at: signed products need no compensation, and get it so that the scaling may take
-// it off in every case
-INLINE Ints begin_sums(const int8_t* compensation) {
-  if constexpr (SIGNED_PRODUCTS) return load(reinterpret_cast<const int32_t*>(compensation));
-  return fill_ints(0);
-}
-
-// MR rows of activations by some columns of a panel, four bytes of each at a step.
-//
-//                          panel: b[0]     b[1]     b[2]     b[3]      16 columns each
-//     row i: a = u0 u1 u2 u3, 16 times
-//                                 c[i][0]  c[i][1]  c[i][2]  c[i][3]   += a . b[j], 16 sums each
-template <int MR>
-INLINE void accumulate(Sums<MR>& c, const uint8_t* q, int64_t q_stride, const int8_t* w, int64_t steps) {
-  for (int64_t k = 0; k < steps; k++, w += WEIGHT_STEP) {
-    Weights b[TILE_VECTORS];
-    unroll<TILE_VECTORS>([&](auto j) INLINED {
-      b[j] = load_weights(w + 64 * j);
-      __builtin_prefetch(w + PREFETCH_BYTES + 64 * j);
-    });
-    unroll<MR>([&](auto i) INLINED {
-      const Four a = broadcast(q + i * q_stride + 4 * k);
-      unroll<TILE_VECTORS>([&](auto j) INLINED { c[i][j] = add_products(c[i][j], a, b[j]); });
-    });
-  }
-  // a new value each, after the loop: what the scaling below cannot keep in a register is then spilled here,
-  // not at every step
-  unroll<MR, TILE_VECTORS>([&](auto i, auto j) INLINED { keep_in_register(c[i][j]); });
-}
 
 // (sum - compensation) * w_scale * x_scale of one tile, added to what `base` gives and handed to `out`
 template <int MR, class Base, class Out>
