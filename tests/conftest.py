@@ -15,6 +15,7 @@ from torch import nn
 
 from int8run.backends import auto, best_float
 from int8run.backends.cpu import Cpu
+from int8run.kernels.cpu.attention import load_attention_library
 from int8run.kernels.cpu.library import BuildError, load_linear_library, load_rows_library
 
 if TYPE_CHECKING:
@@ -54,7 +55,8 @@ def find_library_loaders() -> list[Callable[[], object]]:
         loaders.append(load_rows_library)
         if not Cpu().limits.unsupported_reasons(torch.device("cpu")):
             load_linear_library()
-            loaders.append(load_linear_library)
+            load_attention_library()
+            loaders += [load_linear_library, load_attention_library]
     return loaders
 
 

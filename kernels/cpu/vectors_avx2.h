@@ -143,6 +143,23 @@ INLINE __m256 scale_by_power_of_2(__m256 v, __m256 n) {
 INLINE Floats scale_by_power_of_2(Floats v, Floats n) {
   return {scale_by_power_of_2(v.low, n.low), scale_by_power_of_2(v.high, n.high)};
 }
+// bits of whole n, moved to where the exponent is, are added to it
+INLINE __m256 add_to_exponent(__m256 v, __m256 n) {
+  const __m256i exponents = _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23);
+  return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(v), exponents));
+}
+INLINE Floats scale_normal_by_power_of_2(Floats v, Floats n) {
+  return {add_to_exponent(v.low, n.low), add_to_exponent(v.high, n.high)};
+}
+INLINE Floats maximum(Floats a, Floats b) {
+  return {_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high)};
+}
+INLINE float reduce_maximum(Floats v) {
+  const __m256 eight = _mm256_max_ps(v.low, v.high);
+  const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_shuffle_ps(two, two, 1)));
+}
 INLINE Floats select(Mask m, Floats a, Floats b) {
   return {_mm256_blendv_ps(b.low, a.low, _mm256_castsi256_ps(lane_bits(m.n))),
           _mm256_blendv_ps(b.high, a.high, _mm256_castsi256_ps(lane_bits(m.n - 8)))};
@@ -163,6 +180,7 @@ INLINE Ints maximum(Ints a, Ints b) {
 INLINE Ints bits_and(Ints a, Ints b) {
   return {_mm256_and_si256(a.low, b.low), _mm256_and_si256(a.high, b.high)};
 }
+INLINE Ints shift_left_8(Ints v) { return {_mm256_slli_epi32(v.low, 8), _mm256_slli_epi32(v.high, 8)}; }
 INLINE Ints shift_left_16(Ints v) { return {_mm256_slli_epi32(v.low, 16), _mm256_slli_epi32(v.high, 16)}; }
 INLINE Ints shift_right_16(Ints v) { return {_mm256_srli_epi32(v.low, 16), _mm256_srli_epi32(v.high, 16)}; }
 INLINE int32_t reduce_maximum(Ints v) {
@@ -170,6 +188,12 @@ INLINE int32_t reduce_maximum(Ints v) {
   const __m128i four = _mm_max_epi32(low_half(eight), high_half(eight));
   const __m128i two = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4E));
   return _mm_cvtsi128_si32(_mm_max_epi32(two, _mm_shuffle_epi32(two, 0xB1)));
+}
+INLINE int32_t reduce_sum(Ints v) {
+  const __m256i eight = _mm256_add_epi32(v.low, v.high);
+  const __m128i four = _mm_add_epi32(low_half(eight), high_half(eight));
+  const __m128i two = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4E));
+  return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 0xB1)));
 }
 
 // --- between the two

@@ -69,6 +69,10 @@ INLINE Floats round(Floats v) {
 }
 // v 2^n, for whole n
 INLINE Floats scale_by_power_of_2(Floats v, Floats n) { return _mm512_scalef_ps(v, n); }
+// The same where v and v 2^n are neither 0 nor denormal nor infinite: no more than an addition to the exponent
+INLINE Floats scale_normal_by_power_of_2(Floats v, Floats n) { return _mm512_scalef_ps(v, n); }
+INLINE Floats maximum(Floats a, Floats b) { return _mm512_max_ps(a, b); }  // of numbers, not NaN
+INLINE float reduce_maximum(Floats v) { return _mm512_reduce_max_ps(v); }
 // Lanes of the mask from a, the others from b
 INLINE Floats select(Mask m, Floats a, Floats b) { return _mm512_mask_mov_ps(b, m, a); }
 
@@ -79,9 +83,11 @@ INLINE Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
 INLINE Ints subtract(Ints a, Ints b) { return _mm512_sub_epi32(a, b); }
 INLINE Ints maximum(Ints a, Ints b) { return _mm512_max_epi32(a, b); }
 INLINE Ints bits_and(Ints a, Ints b) { return _mm512_and_si512(a, b); }
+INLINE Ints shift_left_8(Ints v) { return _mm512_slli_epi32(v, 8); }
 INLINE Ints shift_left_16(Ints v) { return _mm512_slli_epi32(v, 16); }
 INLINE Ints shift_right_16(Ints v) { return _mm512_srli_epi32(v, 16); }
 INLINE int32_t reduce_maximum(Ints v) { return _mm512_reduce_max_epi32(v); }
+INLINE int32_t reduce_sum(Ints v) { return _mm512_reduce_add_epi32(v); }
 
 // --- between the two
 

@@ -146,6 +146,18 @@ INLINE Floats scale_by_power_of_2(Floats v, Floats n) {
     return vmulq_f32(vmulq_f32(v.q[i], power_of_2(half)), power_of_2(vsubq_s32(whole, half)));
   });
 }
+INLINE Floats scale_normal_by_power_of_2(Floats v, Floats n) {
+  return map_floats([&](int i) INLINED {
+    const int32x4_t exponents = vshlq_n_s32(vcvtnq_s32_f32(n.q[i]), 23);
+    return vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(v.q[i]), exponents));
+  });
+}
+INLINE Floats maximum(Floats a, Floats b) {
+  return map_floats([&](int i) INLINED { return vmaxq_f32(a.q[i], b.q[i]); });
+}
+INLINE float reduce_maximum(Floats v) {
+  return vmaxvq_f32(vmaxq_f32(vmaxq_f32(v.q[0], v.q[1]), vmaxq_f32(v.q[2], v.q[3])));
+}
 INLINE Floats select(Mask m, Floats a, Floats b) {
   const int32_t lanes[4] = {0, 1, 2, 3};
   return map_floats([&](int i) INLINED {
@@ -171,6 +183,9 @@ INLINE Ints maximum(Ints a, Ints b) {
 INLINE Ints bits_and(Ints a, Ints b) {
   return map_ints([&](int i) INLINED { return vandq_s32(a.q[i], b.q[i]); });
 }
+INLINE Ints shift_left_8(Ints v) {
+  return map_ints([&](int i) INLINED { return vshlq_n_s32(v.q[i], 8); });
+}
 INLINE Ints shift_left_16(Ints v) {
   return map_ints([&](int i) INLINED { return vshlq_n_s32(v.q[i], 16); });
 }
@@ -181,6 +196,9 @@ INLINE Ints shift_right_16(Ints v) {
 }
 INLINE int32_t reduce_maximum(Ints v) {
   return vmaxvq_s32(vmaxq_s32(vmaxq_s32(v.q[0], v.q[1]), vmaxq_s32(v.q[2], v.q[3])));
+}
+INLINE int32_t reduce_sum(Ints v) {
+  return vaddvq_s32(vaddq_s32(vaddq_s32(v.q[0], v.q[1]), vaddq_s32(v.q[2], v.q[3])));
 }
 
 // --- between the two

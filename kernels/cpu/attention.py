@@ -1,0 +1,209 @@
+"""INT8 attention on CPUs as a torch operator, `int8run::cpu_attention`; see attention.h.
+
+The definition is `int8run.kernels.int8_attention.reference`. The operator is registered by hand, as those of
+`linear.py` are.
+"""
+
+import ctypes
+import functools
+
+import torch
+from torch import Tensor
+
+from int8run.kernels.cpu.instructions import AUTO, INSTRUCTION_SETS
+from int8run.kernels.cpu.library import build_library, get_default_cache, load_linear_library, open_library
+from int8run.kernels.int8_attention.reference import check_attention_shapes
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+MASK_DTYPES = DTYPES | {torch.bool: 3}
+
+ops = torch.library.Library("int8run", "FRAGMENT")
+ops.define(
+    "cpu_attention(Tensor q, Tensor k, Tensor v, Tensor? mask, bool is_causal, float? scale, int rotation, "
+    "bool center_keys, str instructions) -> Tensor"
+)
+
+
+class Operand(ctypes.Structure):
+    """A tensor [batch, heads, tokens, channels], channels side by side; as in attention_operands.h."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("dtype", ctypes.c_int64),
+        ("strides", ctypes.c_int64 * 3),
+    )
+
+
+class Mask(ctypes.Structure):
+    """What is added to scores [batch, heads, queries, keys]; as in attention_mask.h."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("dtype", ctypes.c_int64),
+        ("strides", ctypes.c_int64 * 4),
+    )
+
+
+class Attention(ctypes.Structure):
+    """A call; as in attention.h."""
+
+    _fields_ = (
+        ("q", Operand),
+        ("k", Operand),
+        ("v", Operand),
+        ("output", Operand),
+        ("mask", Mask),
+        ("batch", ctypes.c_int64),
+        ("heads", ctypes.c_int64),
+        ("key_heads", ctypes.c_int64),
+        ("queries", ctypes.c_int64),
+        ("keys", ctypes.c_int64),
+        ("width", ctypes.c_int64),
+        ("value_width", ctypes.c_int64),
+        ("rotation", ctypes.c_int64),
+        ("is_causal", ctypes.c_int64),
+        ("center_keys", ctypes.c_int64),
+        ("threads", ctypes.c_int64),
+        ("scale", ctypes.c_double),
+    )
+
+
+def int8_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    rotation: int = 0,
+    center_keys: bool = False,
+    instructions: str = AUTO,
+) -> Tensor:
+    """Attention of int8 queries, keys and values, as the reference defines it.
+
+    Args:
+        q: [B, Hq, Lq, D], float of any dtype and of any strides.
+        k: [B, Hkv, Lk, D], where Hkv divides Hq.
+        v: [B, Hkv, Lk, Dv].
+        mask: bool (True: attend) or float, which is added; broadcastable to [B, Hq, Lq, Lk].
+        is_causal: row i attends to keys 0 .. i only.
+        scale: of the scores; None: 1 / sqrt(D).
+        rotation: channels of a group of q and k that is rotated before rounding; a divisor of D. 0: none.
+        center_keys: subtract the mean of all keys before rounding.
+        instructions: name of an instruction set, or `auto`.
+
+    Returns:
+        [B, Hq, Lq, Dv] in q's dtype, laid out as [B, Lq, Hq, Dv].
+
+    Raises:
+        ValueError: for shapes, a mask or a rotation that do not fit.
+    """
+    op = torch.ops.int8run.cpu_attention.default
+    output: Tensor = op(q, k, v, mask, is_causal, scale, rotation, center_keys, instructions)
+    return output
+
+
+@functools.cache
+def load_attention_library(instructions: str = AUTO) -> ctypes.CDLL:
+    """Load the kernel for the instruction set that the linear layers have; build it if the cache has none.
+
+    Raises:
+        BuildError: as `load_linear_library`.
+    """
+    chosen = INSTRUCTION_SETS[load_linear_library(instructions).instructions]
+    source = chosen.source.with_name(f"attention_{chosen.name}.cpp")
+    functions = open_library(build_library(get_default_cache(), source, chosen.flags))
+    functions.int8run_attention.argtypes = [ctypes.POINTER(Attention)]
+    functions.int8run_attention.restype = None
+    return functions
+
+
+def _attention_impl(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    rotation: int,
+    center_keys: bool,
+    instructions: str,
+) -> Tensor:
+    check_attention_shapes(q, k, v, rotation)
+    output = _make_output(q, v)
+    # each is kept until the call is over: it may be a copy
+    q, k, v = (_as_operand(each) for each in (q, k, v))
+    batch, heads, queries, width = q.shape
+    key_heads, keys, value_width = v.shape[1:]
+    if mask is not None:
+        mask = _as_mask(mask, (batch, heads, queries, keys))
+    call = Attention(
+        q=_describe(q),
+        k=_describe(k),
+        v=_describe(v),
+        output=_describe(output),
+        mask=Mask() if mask is None else _describe_mask(mask),
+        batch=batch,
+        heads=heads,
+        key_heads=key_heads,
+        queries=queries,
+        keys=keys,
+        width=width,
+        value_width=value_width,
+        rotation=rotation,
+        is_causal=is_causal,
+        center_keys=center_keys,
+        threads=torch.get_num_threads(),
+        scale=width**-0.5 if scale is None else scale,
+    )
+    load_attention_library(instructions).int8run_attention(call)
+    return output
+
+
+def _make_output(q: Tensor, v: Tensor) -> Tensor:
+    # heads of a token lie side by side, as the layer after the attention reads them
+    batch, heads, queries, _ = q.shape
+    return q.new_empty((batch, queries, heads, v.shape[3])).transpose(1, 2)
+
+
+def _as_operand(tensor: Tensor) -> Tensor:
+    if tensor.dtype not in DTYPES:
+        tensor = tensor.float()
+    return tensor if tensor.stride(3) == 1 else tensor.contiguous()
+
+
+def _as_mask(mask: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
+    # a view with a stride of 0 along what the mask does not have
+    if mask.dtype not in MASK_DTYPES:
+        mask = mask.float()
+    try:
+        return mask.expand(shape)
+    except RuntimeError as error:
+        raise ValueError(f"a mask {list(mask.shape)} cannot be broadcast to {list(shape)}") from error
+
+
+def _describe(tensor: Tensor) -> Operand:
+    return Operand(tensor.data_ptr(), DTYPES[tensor.dtype], tensor.stride()[:3])
+
+
+def _describe_mask(mask: Tensor) -> Mask:
+    return Mask(mask.data_ptr(), MASK_DTYPES[mask.dtype], mask.stride())
+
+
+def _attention_fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    rotation: int,
+    center_keys: bool,
+    instructions: str,
+) -> Tensor:
+    return _make_output(q, v)
+
+
+ops.impl("cpu_attention", _attention_impl, "CPU")
+torch.library.register_fake("int8run::cpu_attention", _attention_fake, lib=ops)
