@@ -200,11 +200,23 @@ def test_every_part_has_a_rule_and_every_rule_a_part():
     assert {get_part(f) for f in FILES} == set(RULES)
 
 
-@pytest.mark.parametrize("file", FILES, ids=get_name)
-def test_imports_point_down(file):
+def list_forbidden_imports(file):
+    """Parts of int8run that a file imports and may not."""
     part = get_part(file)
-    allowed = RULES[part] | {part} | (set() if part == "kernels" else {"errors"})
-    assert {name.split(".")[0] for name in find_own_imports(file)} <= allowed
+    allowed = RULES[part] | {part}
+    if part != "kernels":
+        allowed = allowed | {"errors"}
+    return sorted({name.split(".")[0] for name in find_own_imports(file)} - allowed)
+
+
+def find_offenders(list_faults):
+    """Faults of all files that have any, by name of the file."""
+    faults = {get_name(file): list_faults(file) for file in FILES}
+    return {name: listed for name, listed in faults.items() if listed}
+
+
+def test_imports_point_down():
+    assert find_offenders(list_forbidden_imports) == {}
 
 
 def test_no_two_parts_import_each_other():
@@ -253,34 +265,42 @@ def environment_reads(tree):
             yield node.lineno
 
 
-@pytest.mark.parametrize("file", FILES, ids=get_name)
-def test_settings_come_from_the_config_and_text_goes_to_the_log(file):
-    tree = parse_file(file)
+def list_environment_reads(file):
+    """Lines of a file that read the environment and may not."""
     # visible_gpus.py: the drivers' variables are all there is that says which GPUs a job may use
-    if get_part(file) != "cli" and file.name != "visible_gpus.py":
-        assert list(environment_reads(tree)) == [], (
-            "an environment variable that changes a run stands in no record of it"
-        )
-    prints = [
-        n.lineno
-        for n in ast.walk(tree)
-        if isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id == "print"
-    ]
-    assert prints == []
+    if get_part(file) == "cli" or file.name == "visible_gpus.py":
+        return []
+    return list(environment_reads(parse_file(file)))
 
 
-@pytest.mark.parametrize("file", FILES, ids=get_name)
-def test_no_string_is_read_as_markup(file):
-    """A prompt, a path or a setting in square brackets would vanish from what is printed."""
+def test_an_environment_variable_that_changes_a_run_would_stand_in_no_record_of_it():
+    assert find_offenders(list_environment_reads) == {}
+
+
+def list_prints(file):
+    """Lines of a file that call `print`."""
+    calls = [node for node in ast.walk(parse_file(file)) if isinstance(node, ast.Call)]
+    return [call.lineno for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
+
+
+def test_text_goes_to_the_log():
+    assert find_offenders(list_prints) == {}
+
+
+def list_markup_readers(file):
+    """What a file uses of rich that reads a string as markup."""
     names = {node.attr for node in ast.walk(parse_file(file)) if isinstance(node, ast.Attribute)}
+    names |= {"rich.markup"} & set(find_imports(file))
+    return sorted(names & {"rich.markup", "from_markup", "from_ansi", "render_str"})
 
-    assert "rich.markup" not in find_imports(file)
-    assert not names & {"from_markup", "from_ansi", "render_str"}
+
+def test_no_string_is_read_as_markup():
+    """A prompt, a path or a setting in square brackets would vanish from what is printed."""
+    assert find_offenders(list_markup_readers) == {}
 
 
-@pytest.mark.parametrize("file", FILES, ids=get_name)
-def test_nothing_asks_the_installation_for_our_own_version(file):
-    """A working tree that was never installed has no metadata; `int8run.__version__` is always there."""
+def list_version_questions(file):
+    """Lines of a file that ask the installed metadata for int8run's version."""
     asked = []
     for call in ast.walk(parse_file(file)):
         if not isinstance(call, ast.Call):
@@ -289,8 +309,12 @@ def test_nothing_asks_the_installation_for_our_own_version(file):
         arguments = [getattr(argument, "value", None) for argument in call.args]
         if name in ("version", "metadata", "distribution") and "int8run" in arguments:
             asked.append(call.lineno)
+    return asked
 
-    assert asked == []
+
+def test_nothing_asks_the_installation_for_our_own_version():
+    """A working tree that was never installed has no metadata; `int8run.__version__` is always there."""
+    assert find_offenders(list_version_questions) == {}
 
 
 def test_environment_reads_are_found():
