@@ -3,15 +3,17 @@
 `benchmark.py` measures. Nothing here knows a backend but by its name.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from rich import box
 from rich.table import Table
 
 from int8run.backends.base import Shape
 from int8run.backends.float import FLOAT_DTYPES
 
 MILLISECONDS = 1000
+SHORT_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 LayerSize = tuple[int, int]  # in_features, out_features
 Seconds = Mapping[str, float]  # by dtype or backend
 
@@ -63,7 +65,7 @@ def find_fastest_int8(seconds: Seconds) -> str | None:
 
 
 def build_result_table(title: str, result: BenchmarkResult) -> Table:
-    """A table with a row for each shape and one for all layers of a step.
+    """A table of milliseconds, with a row for each shape and one for all layers of a step.
 
     The columns are sorted by the time of all layers. The last one compares the fastest backend of each shape
     with the fastest float dtype.
@@ -73,43 +75,72 @@ def build_result_table(title: str, result: BenchmarkResult) -> Table:
         result: what was measured.
     """
     names = result.names
-    table = Table(title=title, title_justify="left")
-    table.add_column("rows × in → out")
-    for column in ("layers", *(f"{name}, ms" for name in names), "best INT8 against best float"):
-        table.add_column(column, justify="right")
+    caption = "ms of a call; ratio: time of the fastest float dtype over that of the fastest INT8 backend"
+    table = Table(
+        title=title,
+        title_justify="left",
+        caption=caption,
+        caption_justify="left",
+        box=box.SIMPLE,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("rows×in→out", no_wrap=True)
+    for heading in ("layers", *map(shorten_name, names), "ratio"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for shape, seconds in result.seconds.items():
         rows, in_features, out_features = shape
-        times = [f"{MILLISECONDS * seconds[name]:.3f}" if name in seconds else "–" for name in names]
-        label, count = f"{rows} × {in_features} → {out_features}", str(result.layers[shape])
+        times = format_times(seconds, names)
+        label, count = f"{rows}×{in_features}→{out_features}", str(result.layers[shape])
         table.add_row(label, count, *times, compare_fastest(seconds))
-    totals = result.sum_seconds()
-    times = [f"{MILLISECONDS * totals[name]:.2f}" if name in totals else "–" for name in names]
+    times = format_times(result.sum_seconds(), names)
     table.add_section()
     table.add_row("all layers", str(sum(result.layers.values())), *times, compare_all(result))
     return table
 
 
+def shorten_name(name: str) -> str:
+    """The heading of a dtype or backend: `bf16`; long names on several lines."""
+    return SHORT_DTYPES.get(name, name.replace("_", "_\n"))
+
+
+def format_times(seconds: Seconds, names: Sequence[str]) -> list[str]:
+    """Milliseconds by name, in this order; what was not measured is a dash."""
+    return [format_milliseconds(seconds[name]) if name in seconds else "–" for name in names]
+
+
+def format_milliseconds(seconds: float) -> str:
+    """Three digits, such as `0.055`, `1.55` or `1234`, so that a table of them is narrow."""
+    milliseconds = MILLISECONDS * seconds
+    if milliseconds < 1:
+        return f"{milliseconds:.3f}"
+    if milliseconds < 10:
+        return f"{milliseconds:.2f}"
+    if milliseconds < 100:
+        return f"{milliseconds:.1f}"
+    return f"{milliseconds:.0f}"
+
+
 def compare_fastest(seconds: Seconds) -> str:
-    """`cpu 1.84× bfloat16`: the fastest backend, and how many times as fast as the fastest float it is."""
+    """`1.84×`: how many times as fast as the fastest float dtype the fastest backend is."""
     int8, best_float = find_fastest_int8(seconds), find_fastest_float(seconds)
     if int8 is None or best_float is None:
-        return best_float or int8 or ""
-    return f"{int8} {seconds[best_float] / seconds[int8]:.2f}× {best_float}"
+        return "–"
+    return f"{seconds[best_float] / seconds[int8]:.2f}×"
 
 
 def compare_all(result: BenchmarkResult) -> str:
-    """`1.84× bfloat16`: all layers, each on its fastest backend, against the one fastest float dtype."""
+    """`1.84×`: all layers, each on its fastest backend, against the one fastest float dtype."""
     totals = result.sum_seconds()
     best_float = find_fastest_float(totals)
+    if best_float is None:
+        return "–"
     int8_total = 0.0
     for shape, count in result.layers.items():
         int8 = find_fastest_int8(result.seconds[shape])
         if int8 is None:
-            return ""
+            return "–"
         int8_total += count * result.seconds[shape][int8]
-    if best_float is None:
-        return ""
-    return f"{totals[best_float] / int8_total:.2f}× {best_float}"
+    return f"{totals[best_float] / int8_total:.2f}×"
 
 
 def make_record(
