@@ -25,7 +25,8 @@ from transformers import (
     T5EncoderModel,
 )
 
-from int8run.text_encoders.registry import EncoderFamily, EncoderFingerprint, EncoderIgnoreRule
+from int8run.models.fingerprint import SizedFingerprint
+from int8run.text_encoders.registry import EncoderFamily, EncoderIgnoreRule
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "int8run" / "assets" / "tiny"
@@ -39,7 +40,7 @@ MINILM = EncoderFamily(
     name="minilm",
     classes=["BertModel"],
     fingerprints=[
-        EncoderFingerprint(
+        SizedFingerprint(
             all=["encoder.layer.0.attention.self.query.weight", "embeddings.word_embeddings.weight"]
         )
     ],

@@ -4,14 +4,14 @@ Called for single files, whose names are all that tells what they are. No weight
 """
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import yaml
 
 from int8run.errors import ConfigError
 from int8run.models.family import ModelFamily
-from int8run.models.fingerprint import has_names
+from int8run.models.fingerprint import SizedFingerprint
 from int8run.models.state_dict_adapter import find_targets
 from int8run.models.tensor_part import Shape
 
@@ -21,7 +21,10 @@ NAMED_FILE = Path(__file__).with_name("models_without_class.yaml")
 def detect_denoiser(
     keys: Iterable[str], families: Iterable[ModelFamily], shapes: Mapping[str, Shape] | None = None
 ) -> tuple[ModelFamily, str] | None:
-    """Return the family of a file's denoiser and its class in diffusers; None where no fingerprint matches.
+    """Return the family of a file's denoiser and its class in diffusers.
+
+    None where no fingerprint matches, and for a model that diffusers has no class for: some of these have all
+    names of another.
 
     Args:
         keys: of the file, without prefix (`find_denoiser_keys`), named as in diffusers or by the model's
@@ -34,6 +37,8 @@ def detect_denoiser(
         ConfigError: when more than one denoiser matches.
     """
     keys = set(keys)
+    if find_model_without_class(keys, shapes) is not None:
+        return None
     found: dict[tuple[str, str], ModelFamily] = {}
     for family in families:
         for fingerprint in family.fingerprints:
@@ -50,26 +55,25 @@ def detect_denoiser(
     return None
 
 
-def find_model_without_class(keys: Iterable[str]) -> str | None:
+def find_model_without_class(keys: Iterable[str], shapes: Mapping[str, Shape] | None = None) -> str | None:
     """The name of the model whose denoiser a file holds and that diffusers has no class for; None: not known.
 
     Args:
         keys: of the file, without prefix.
+        shapes: of its tensors; without them a model that only its sizes tell is not found.
     """
-    keys = set(keys)
-    for name, entry in read_models_without_class().items():
-        if has_names(keys, required=entry["all"], forbidden=entry.get("none", ())):
+    known_shapes: Mapping[str, Shape] = dict.fromkeys(keys, ()) if shapes is None else shapes
+    for name, fingerprint in read_models_without_class().items():
+        if fingerprint.matches(known_shapes):
             return name
     return None
 
 
 @functools.cache
-def read_models_without_class() -> Mapping[str, Mapping[str, Sequence[str]]]:
+def read_models_without_class() -> Mapping[str, SizedFingerprint]:
     """What `models_without_class.yaml` says, by the name of the model."""
-    entries: Mapping[str, Mapping[str, Sequence[str]]] = yaml.safe_load(
-        NAMED_FILE.read_text(encoding="utf-8")
-    )
-    return entries
+    rows = yaml.safe_load(NAMED_FILE.read_text(encoding="utf-8"))
+    return {name: SizedFingerprint(**row) for name, row in rows.items()}
 
 
 def has_family_widths(family: ModelFamily, class_name: str, shapes: Mapping[str, Shape] | None) -> bool:

@@ -85,7 +85,7 @@ def describe_family(files: TensorFiles, prefix: str, layers: Mapping[str, Checkp
         detected = detect_denoiser(shapes, load_families().values(), shapes)
     except ConfigError as error:
         return str(error)
-    named = find_model_without_class(shapes)
+    named = find_model_without_class(shapes, shapes)
     if detected is None and named is not None:
         return (
             f"none: this is {named}, which diffusers has no class for, so it cannot be run; task=quantize "

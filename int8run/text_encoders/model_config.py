@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from int8run.errors import FileError
+from int8run.models.fingerprint import has_rows
 from int8run.models.tensor_part import Shape, TensorPart
-from int8run.text_encoders.registry import SIZE_KEYS, EncoderFamily, has_rows
+from int8run.text_encoders.registry import SIZE_KEYS, EncoderFamily
 from int8run.text_encoders.state_dict_adapter import map_canonical_names
 from int8run.utils.text import shorten_error
 

@@ -30,40 +30,14 @@ import yaml
 
 from int8run.errors import ConfigError, suggest_similar
 from int8run.models.family import parse_items
-from int8run.models.fingerprint import has_names
+from int8run.models.fingerprint import SizedFingerprint
 from int8run.models.key_mapping import KeyMappingSet, load_mappings
 from int8run.models.state_dict_adapter import resolve_key
-from int8run.models.tensor_part import Shape, TensorPart
+from int8run.models.tensor_part import TensorPart
 
 ENCODER_FOLDER = Path(__file__).parent / "encoders"
 # a field of `config` with one of these is read from a file
 SIZE_KEYS = {"rows", "columns", "count", "absent"}
-RowCounts = Mapping[str, int | Sequence[int]]
-
-
-@dataclass(frozen=True)
-class EncoderFingerprint:
-    """How an encoder is recognized by the canonical names and the shapes in a file.
-
-    Args:
-        all: fnmatch patterns; each matches some key.
-        none: fnmatch patterns; none matches any key.
-        rows: tensors and how many rows they have; a list: one of these.
-        not_rows: tensors and how many rows they do not have; one that the file lacks does not count.
-    """
-
-    all: Sequence[str]
-    none: Sequence[str] = ()
-    rows: RowCounts = field(default_factory=dict)
-    not_rows: RowCounts = field(default_factory=dict)
-
-    def matches(self, shapes: Mapping[str, Shape]) -> bool:
-        """Return whether these are the tensors of such an encoder."""
-        if not has_names(shapes, required=self.all, forbidden=self.none):
-            return False
-        if not all(has_rows(shapes, key, counts) for key, counts in self.rows.items()):
-            return False
-        return not any(has_rows(shapes, key, counts) for key, counts in self.not_rows.items())
 
 
 @dataclass(frozen=True)
@@ -123,7 +97,7 @@ class ConfigVariant:
 
 # fields of an encoder that are lists of these; YAML has their items as mappings
 ITEM_TYPES: Mapping[str, type] = {
-    "fingerprints": EncoderFingerprint,
+    "fingerprints": SizedFingerprint,
     "ignore": EncoderIgnoreRule,
     "optional_modules": OptionalModules,
     "variants": ConfigVariant,
@@ -155,7 +129,7 @@ class EncoderFamily:
 
     name: str
     classes: Sequence[str] = ()
-    fingerprints: Sequence[EncoderFingerprint] = ()
+    fingerprints: Sequence[SizedFingerprint] = ()
     ignore: Sequence[EncoderIgnoreRule] = ()
     float_embeddings: Sequence[str] = ()
     optional_modules: Sequence[OptionalModules] = ()
@@ -208,17 +182,6 @@ class EncoderFamily:
             if rule.applies_to(format_name) and rule.matches_any(names):
                 return rule.reason
         return None
-
-
-def has_rows(shapes: Mapping[str, Shape], key: str, counts: int | Sequence[int]) -> bool:
-    """Return whether a tensor is there and has this number of rows, or one of these numbers."""
-    allowed = [counts] if isinstance(counts, int) else counts
-    return key in shapes and count_rows(shapes[key]) in allowed
-
-
-def count_rows(shape: Shape) -> int:
-    """Return how many rows a tensor has; a single number has none."""
-    return shape[0] if len(shape) else 0
 
 
 @cache

@@ -394,7 +394,6 @@ AUTHORS = {
     ],
 }
 FOREIGN = {
-    "radiance": [KEY_NORM, "distilled_guidance_layer.in_proj.weight", "nerf_blocks.0.param_generator.weight"],
     "cosmos": ["blocks.0.mlp.layer1.weight", "blocks.0.self_attn.q_proj.weight", "x_embedder.proj.1.weight"],
     "hunyuan_video": [
         "txt_in.individual_token_refiner.blocks.0.norm1.weight",

@@ -186,6 +186,7 @@ def test_key_is_parsed_into_component_name_and_part(key, component, name, part):
             "unsupported adapter type: int8 or fp8 LoRA with weight_scale",
         ),
         ("x.lora_down", "x", "unsupported adapter type: LoRA in nunchaku's own layout"),
+        ("x.attn.to_q.lora_down", "x", "unsupported adapter type: PDD of MiniMax-H3"),
         ("image_proj.norm.weight", "image_proj.norm.weight", "IP-Adapter, not a LoRA"),
         (
             "controlnet_blocks.0.weight",
