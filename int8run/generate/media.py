@@ -4,7 +4,6 @@
 `open_mask` and `open_video`. Pillow reads images and animations, PyAV (the extra `video`) everything else.
 """
 
-import importlib.util
 import struct
 import warnings
 import zlib
@@ -12,13 +11,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-from PIL import ExifTags, Image, ImageOps, ImageSequence, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageSequence, UnidentifiedImageError
 
 from int8run.errors import FileError
+from int8run.generate.colors import find_color_change
+from int8run.generate.pixels import convert_depth, convert_to_rgb, fit_image, is_deep, is_transparent
 from int8run.generate.sample_inputs import InputFile, is_video_column
+from int8run.generate.video_files import iter_video_frames, read_video_header
 from int8run.utils.text import shorten_error
 
 PNG, TIFF = "PNG", "TIFF"
@@ -31,8 +31,6 @@ VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v", ".mpg", ".mpe
 MIN_SIDE_PX = 8  # an autoencoder makes one latent of so many
 # of all frames of a video: what is in memory at once is three times as many bytes
 MAX_VIDEO_PIXELS = 2_000_000_000
-WHITE = (255, 255, 255, 255)
-INSTALL_PYAV = "pip install 'int8run[video]'"
 # what Pillow's readers raise for files that are no images, or damaged ones
 IMAGE_ERRORS = (
     OSError,
@@ -74,7 +72,6 @@ class MediaFacts:
 
 
 ALPHA = "transparent parts are laid over white"
-CMYK = "CMYK becomes RGB without a color profile"
 DEEP = "16 bits become 8"
 
 
@@ -101,7 +98,7 @@ def check_image(path: Path, label: str, *, decodes: bool) -> MediaFacts:
             )
         check_size(image.width, image.height, label)
         has_alpha = image.has_transparency_data
-        conversions = [text for text, applies in list_conversions(image) if applies]
+        conversions = list_conversions(image)
         if decodes or image.format == TIFF:
             image.load()
             has_alpha = is_transparent(convert_depth(image))
@@ -149,9 +146,13 @@ def check_size(width: int, height: int, label: str) -> None:
         raise FileError(f"{label} has {width} x {height} pixels; each side has at least {MIN_SIDE_PX}")
 
 
-def list_conversions(image: Image.Image) -> list[tuple[str, bool]]:
-    """What changes when an image becomes RGB with 8 bits, and whether it does."""
-    return [(CMYK, image.mode == "CMYK"), (DEEP, is_deep(image))]
+def list_conversions(image: Image.Image) -> list[str]:
+    """What changes when an image becomes RGB with 8 bits, as its header says."""
+    change = find_color_change(image)
+    conversions = [] if change is None else [change.text]
+    if is_deep(image):
+        conversions.append(DEEP)
+    return conversions
 
 
 def get_shown_size(image: Image.Image, *, reads_all: bool) -> tuple[int, int]:
@@ -171,7 +172,7 @@ def get_shown_size(image: Image.Image, *, reads_all: bool) -> tuple[int, int]:
 
 
 def open_image(file: InputFile) -> Image.Image:
-    """An image as RGB with 8 bits, upright, transparent parts over white.
+    """An image as RGB with 8 bits in sRGB, upright, transparent parts over white.
 
     Raises:
         FileError: when it cannot be read.
@@ -218,61 +219,6 @@ def read_size(column: str, file: InputFile) -> tuple[int, int]:
         return next(iter_video_frames(file.path, file.label)).size
     with opened_image(file.path, file.label) as image:
         return get_shown_size(image, reads_all=False)
-
-
-def convert_to_rgb(image: Image.Image) -> Image.Image:
-    """A copy as RGB with 8 bits, upright, transparent parts over white."""
-    upright = convert_depth(ImageOps.exif_transpose(image))
-    if not upright.has_transparency_data:
-        return upright.convert("RGB")
-    rgba = upright.convert("RGBA")
-    background = Image.new("RGBA", rgba.size, WHITE)
-    return Image.alpha_composite(background, rgba).convert("RGB")
-
-
-def fit_image(image: Image.Image, size: tuple[int, int] | None, border: str) -> Image.Image:
-    """An image at another size, whole: where its shape differs, borders are added.
-
-    Args:
-        image: RGB, or L for a mask.
-        size: width and height of the result in pixels; None: those of the image.
-        border: color of the borders; those of a mask are black, so that they stay.
-    """
-    if size is None or image.size == size:
-        return image
-    return ImageOps.pad(image, size, Image.Resampling.LANCZOS, color=border)
-
-
-def is_deep(image: Image.Image) -> bool:
-    """Whether an image has more than 8 bits for each shade of grey.
-
-    Pillow itself takes the upper 8 bits of colors with 16.
-    """
-    return image.mode.startswith("I") or image.mode == "F"
-
-
-def convert_depth(image: Image.Image) -> Image.Image:
-    """An image with 8 bits for each shade of grey; Pillow's own conversion would cut off what is above 255.
-
-    Raises:
-        ValueError: for numbers that are neither 8 nor 16 bits: what is white in them is not known.
-    """
-    if not is_deep(image):
-        return image
-    values = np.asarray(image)
-    if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-        raise ValueError("its pixels are neither numbers of 8 bits nor of 16; save it as PNG")
-    shades = Image.fromarray((values.astype(np.uint32) // 257).astype(np.uint8))
-    shades.info = image.info
-    return shades
-
-
-def is_transparent(image: Image.Image) -> bool:
-    """Whether any pixel lets something through."""
-    if not image.has_transparency_data:
-        return False
-    alpha = image.convert("RGBA").getchannel("A")
-    return alpha.getextrema()[0] != 255
 
 
 # -- Pillow ------------------------------------------------------------------------------------------
@@ -343,64 +289,3 @@ def count_frames(image: Image.Image) -> int:
 
 
 # -- PyAV --------------------------------------------------------------------------------------------
-
-
-def read_video_header(path: Path, label: str) -> tuple[int, int, int]:
-    """Width, height and number of frames of a video; the first frame is decoded.
-
-    Args:
-        path: of the file.
-        label: of the file, for messages.
-
-    Raises:
-        FileError: when PyAV is missing or cannot read it, and for a video without frames.
-    """
-    first = next(iter_video_frames(path, label), None)
-    if first is None:
-        raise FileError(f"{label} has no frames; a video has several")
-    with opened_video(path, label) as (container, stream):
-        # packets are counted without being decoded; many files do not say how many there are
-        frames = sum(1 for packet in container.demux(stream) if packet.size)
-    return first.width, first.height, frames
-
-
-def iter_video_frames(path: Path, label: str) -> Iterator[Image.Image]:
-    """The frames of a video, one after the other, upright.
-
-    Args:
-        path: of the file.
-        label: of the file, for messages.
-    """
-    with opened_video(path, label) as (container, stream):
-        for frame in container.decode(stream):
-            image: Image.Image = frame.to_image()
-            # telephones write how they were held beside the frames
-            rotation = getattr(frame, "rotation", 0)
-            yield image.rotate(rotation, expand=True) if rotation else image
-
-
-@contextmanager
-def opened_video(path: Path, label: str) -> Iterator[tuple[Any, Any]]:
-    """Open a video: its container and its first stream of frames.
-
-    Args:
-        path: of the file.
-        label: of the file, for messages.
-
-    Raises:
-        FileError: when PyAV is missing, or cannot read it.
-    """
-    if importlib.util.find_spec("av") is None:
-        raise FileError(
-            f"{label} needs PyAV to be read: {INSTALL_PYAV}; animated GIF, WebP and PNG need nothing"
-        )
-    import av
-
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise FileError(f"{label} has no frames; a video has several")
-            yield container, container.streams.video[0]
-    except (av.FFmpegError, OSError, ValueError) as error:
-        reason = shorten_error(getattr(error, "strerror", None) or error)
-        raise FileError(f"{label} cannot be read as a video: {reason}") from error

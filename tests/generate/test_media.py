@@ -11,7 +11,8 @@ from PIL import Image
 
 from int8run.errors import FileError
 from int8run.generate import media
-from int8run.generate.media import check_image, check_video, fit_image, open_image, open_mask, open_video
+from int8run.generate.media import check_image, check_video, open_image, open_mask, open_video
+from int8run.generate.pixels import fit_image
 from int8run.generate.sample_inputs import InputFile
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
@@ -88,12 +89,78 @@ def test_sixteen_bits_become_eight_and_are_not_cut_off(tmp_path: Path) -> None:
     assert [opened.getpixel((x, 0)) for x in range(4)] == [(0,) * 3, (1,) * 3, (128,) * 3, (255,) * 3]
 
 
+def make_srgb_profile() -> bytes:
+    return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
+def make_swapped_profile() -> bytes:
+    """sRGB whose red is blue and whose blue is red: the first names of a tag are in the table of tags."""
+    profile = make_srgb_profile()
+    table, rest = profile[:400], profile[400:]
+    return table.replace(b"rXYZ", b"----").replace(b"bXYZ", b"rXYZ").replace(b"----", b"bXYZ") + rest
+
+
+def make_linear_grey_profile() -> bytes:
+    """Shades of grey without a gamma, as the ICC's specification lays it out."""
+    white = b"XYZ " + bytes(4) + struct.pack(">3i", 63190, 65536, 54061)  # D50 in units of 1/65536
+    linear = b"curv" + bytes(4) + struct.pack(">I", 0)
+    tags = struct.pack(">I4s2I4s2I", 2, b"wtpt", 156, len(white), b"kTRC", 156 + len(white), len(linear))
+    body = tags + white + linear
+    header = struct.pack(">I4sI4s4s4s", 128 + len(body), b"lcms", 0x02100000, b"mntr", b"GRAY", b"XYZ ")
+    header += bytes(12) + b"acsp" + bytes(28) + white[8:] + bytes(48)
+    return header + body
+
+
+def test_colors_of_a_profile_become_srgb_and_it_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    make_halves().save(path, icc_profile=make_swapped_profile())
+
+    assert check_image(path, "image", decodes=False).conversions == (colors.WITH_PROFILE,)
+    red_in_its_profile = open_image(as_input(path)).getpixel((0, 0))
+    assert np.abs(np.array(red_in_its_profile) - RED[::-1]).max() <= 1
+
+
+def test_transparent_parts_stay_so_with_a_profile(tmp_path: Path) -> None:
+    image = make_halves().convert("RGBA")
+    image.paste((0, 0, 0, 0), (4, 0, 8, 8))
+    image.save(tmp_path / "a.png", icc_profile=make_swapped_profile())
+
+    opened = open_image(as_input(tmp_path / "a.png"))
+
+    assert opened.getpixel((7, 7)) == (255, 255, 255)
+    assert np.abs(np.array(opened.getpixel((0, 0))) - RED[::-1]).max() <= 1
+
+
+def test_shades_of_grey_have_profiles_too(tmp_path: Path) -> None:
+    Image.new("L", (8, 8), 128).save(tmp_path / "a.png", icc_profile=make_linear_grey_profile())
+
+    opened = open_image(as_input(tmp_path / "a.png"))
+
+    # half of the light is shade 188 in sRGB: 1.055 * 0.502 ** (1 / 2.4) - 0.055
+    assert np.abs(np.array(opened.getpixel((0, 0))) - 188).max() <= 1
+
+
+def test_a_profile_of_srgb_changes_nothing(tmp_path: Path) -> None:
+    make_halves().save(tmp_path / "a.png", icc_profile=make_srgb_profile())
+
+    assert check_image(tmp_path / "a.png", "image", decodes=False).conversions == ()
+    assert open_image(as_input(tmp_path / "a.png")).getpixel((0, 0)) == RED
+
+
+@pytest.mark.parametrize("profile", [b"no profile", make_linear_grey_profile()], ids=["damaged", "of_grey"])
+def test_a_profile_that_cannot_be_used_is_ignored_and_it_is_said(tmp_path: Path, profile: bytes) -> None:
+    make_halves().save(tmp_path / "a.png", icc_profile=profile)
+
+    assert check_image(tmp_path / "a.png", "image", decodes=False).conversions == (colors.UNUSABLE_PROFILE,)
+    assert open_image(as_input(tmp_path / "a.png")).getpixel((0, 0)) == RED
+
+
 def test_palette_and_cmyk_become_rgb(tmp_path: Path) -> None:
     make_halves().quantize(2).save(tmp_path / "a.gif")
     Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "b.jpg", quality=100)
 
     assert open_image(as_input(tmp_path / "a.gif")).getpixel((0, 0)) == RED
-    assert check_image(tmp_path / "b.jpg", "image", decodes=False).conversions == (media.CMYK,)
+    assert check_image(tmp_path / "b.jpg", "image", decodes=False).conversions == (colors.NO_PROFILE,)
     found = open_image(as_input(tmp_path / "b.jpg"))
     assert found.mode == "RGB"
     assert np.abs(np.asarray(found).astype(int) - RED).max() < 4
