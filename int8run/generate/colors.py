@@ -1,5 +1,6 @@
-"""Colors of images that have a profile (ICC): phones write Display P3, scanners and print their own; models know sRGB.
+"""Colors of images that have a profile (ICC).
 
+Phones write Display P3, scanners and printers their own; models know sRGB.
 Called by `pixels` for each image that is opened, and by `media` for what it says of one beforehand. Pillow's
 LittleCMS does the work.
 """
@@ -83,7 +84,7 @@ def get_color_mode(image: Image.Image) -> str:
 
 
 def keeps_colors(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
-    """Return whether a transform changes no color that can be seen: the profile is one of many spellings of sRGB.
+    """Return whether a transform changes no color that can be seen: sRGB is written in many ways.
 
     Args:
         transform: to sRGB.

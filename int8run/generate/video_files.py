@@ -1,4 +1,4 @@
-"""Read videos with PyAV (the extra `video`): their size, their number of frames, and the frames one after the other.
+"""Read videos with PyAV (the extra `video`): their size, their number of frames, and the frames.
 
 Called by `media`, which reads animated images itself. Pillow's formats are not known here.
 """

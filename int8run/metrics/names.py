@@ -62,6 +62,7 @@ METRICS: Mapping[str, Metric] = {
     "lora/modules_matched": Metric(MORE, "modules of the LoRA files that a layer has"),
     "lora/modules_unmatched": Metric(LESS, "modules of the LoRA files that no layer has"),
     "lora/overhead_ratio": Metric(LESS, "time of a step with the LoRAs' branches, over that without them"),
+    "memory/controlnet_bytes": Metric(LESS, "memory of a ControlNet's weights, which stay float"),
     "memory/denoiser_bytes": Metric(LESS, "memory of the denoiser's weights"),
     "memory/denoiser_ratio": Metric(MORE, "the float denoiser's memory over it"),
     "memory/peak_bytes": Metric(LESS, "largest memory while the model generated"),

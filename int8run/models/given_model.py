@@ -8,6 +8,7 @@ from torch import nn
 from int8run.errors import ConfigError
 from int8run.models.denoiser_components import DENOISER_COMPONENTS
 from int8run.models.dual_denoisers import DualDenoiser
+from int8run.models.pipeline_class import CONTROLNET
 
 GivenModel = nn.Module | DiffusionPipeline
 
@@ -79,6 +80,15 @@ def find_text_encoders(components: Mapping[str, object]) -> dict[str, nn.Module]
         name: component
         for name, component in components.items()
         if name.startswith("text_encoder") and isinstance(component, nn.Module)
+    }
+
+
+def find_controlnets(components: Mapping[str, object]) -> dict[str, nn.Module]:
+    """Return a pipeline's ControlNets by component name; several of them are one component."""
+    return {
+        name: component
+        for name, component in components.items()
+        if name.startswith(CONTROLNET) and isinstance(component, nn.Module)
     }
 
 

@@ -29,6 +29,7 @@ from int8run.pipeline.built_model import BuiltModel
 from int8run.pipeline.float_baseline import BaselineOrigin, get_float_baseline
 from int8run.pipeline.sample_checks import check_samples
 from int8run.report.console import Progress
+from int8run.tasks.build_description import name_candidate
 from int8run.tasks.image_writer import ImageWriter
 from int8run.tasks.input_metrics import measure_edits_and_videos
 from int8run.tasks.run_generation import FLOAT_TIMING, generate_all
@@ -42,7 +43,7 @@ from int8run.tasks.run_logs import (
     warn_scattered_times,
 )
 from int8run.tasks.run_metrics import DenoiserCalls, RunComparison, measure_run
-from int8run.tasks.run_outputs import name_candidate, write_outputs
+from int8run.tasks.run_outputs import write_outputs
 from int8run.utils.plurals import count_noun
 
 log = logging.getLogger(__name__)

@@ -27,7 +27,7 @@ from int8run.report.console import print_lines
 from int8run.report.formatting import format_pairs
 from int8run.report.result_table import build_result_table
 from int8run.report.step_times import has_scattered_times
-from int8run.tasks.run_outputs import describe_build, name_candidate
+from int8run.tasks.build_description import describe_build, name_candidate
 from int8run.utils.hardware import get_device_name
 
 log = logging.getLogger(__name__)

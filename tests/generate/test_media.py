@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from int8run.errors import FileError
-from int8run.generate import media
+from int8run.generate import colors, media
 from int8run.generate.media import check_image, check_video, open_image, open_mask, open_video
 from int8run.generate.pixels import fit_image
 from int8run.generate.sample_inputs import InputFile

@@ -1,0 +1,112 @@
+"""How a run calls the model that it built: its layers, methods, LoRAs and parts that stay float.
+
+Called by `tasks.run_logs` before anything is generated. Nothing is measured here.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+
+from int8run.config.run_spec import RunSpec
+from int8run.layers.plan import LayerPlan
+from int8run.lora.stack import LoraStack
+from int8run.metrics.layers import compute_int8_shares, count_module_bytes
+from int8run.models.given_model import find_controlnets
+from int8run.pipeline.built_model import BuiltModel
+from int8run.report.formatting import format_megabytes
+from int8run.utils.plurals import count_noun
+
+
+def describe_build(spec: RunSpec, built: BuiltModel, *, is_reused: bool) -> list[tuple[str, object]]:
+    """Describe what was built, as names and values for the line before the bars.
+
+    Args:
+        spec: the settings.
+        built: the model.
+        is_reused: whether an earlier job built it.
+    """
+    facts: list[tuple[str, object]] = [("family", built.family.name), ("device", built.device)]
+    facts += describe_layers(built)
+    if spec.lora.adapters:
+        facts.append(("lora", describe_loras(spec, built.loras)))
+    for component, encoder in built.encoders.built.items():
+        facts.append((component, list_counts(map(name_format, encoder.plans))))
+    for component, controlnet in find_controlnets(built.pipe.components).items():
+        facts.append((component, f"float, {format_megabytes(count_module_bytes(controlnet))}"))
+    preset = spec.lora.find_preset(spec.model.lora_base, spec.sampler.steps)
+    if preset is not None:
+        scheduler = type(built.pipe.scheduler).__name__
+        steps = count_noun(spec.sampling.steps or 0, "step")
+        facts.append(("few steps", f"{preset.name}: {steps}, {scheduler}"))
+    if spec.compile != "none":
+        facts.append(("compile", spec.compile))
+    if is_reused:
+        facts.append(("model", "reused"))
+    return facts
+
+
+def name_format(plan: LayerPlan) -> str:
+    """The format of a text encoder's layer."""
+    return "float" if plan.skip_reason is not None else plan.rounding
+
+
+def name_backend(plan: LayerPlan) -> str:
+    """`cpu (avx512_vnni)`: the backend of a layer, with the instruction set of its kernels."""
+    return f"{plan.backend_used} ({plan.instructions})" if plan.instructions else plan.backend_used
+
+
+def describe_layers(built: BuiltModel) -> list[tuple[str, object]]:
+    """Describe how much of the denoiser is INT8, and by which methods."""
+    by_choice = sum(plan.is_float_by_choice for plan in built.plans)
+    backends = sorted({name_backend(plan) for plan in built.plans if plan.backend_used})
+    if not backends:
+        return [("layers", f"all float, {by_choice} by choice" if by_choice else "all float")]
+    int8 = [plan for plan in built.plans if plan.skip_reason is None]
+    shares = compute_int8_shares(built.plans, built.num_params)
+    num_int8 = f"{len(int8)} of {len(built.plans)} Linears INT8"
+    macs_share = f"{shares['quant/macs_int8_share']:.1%} of the multiply-adds"
+    if by_choice:
+        macs_share += f", {by_choice} float by choice"
+    return [
+        ("layers", f"{num_int8}, {macs_share}"),
+        # the method alone, without its parameters
+        ("outlier", format_counts(plan.outlier.partition(" ")[0] for plan in int8)),
+        ("rounding", format_counts(plan.rounding for plan in int8)),
+        ("backend", "+".join(backends)),
+    ]
+
+
+def describe_loras(spec: RunSpec, loras: LoraStack) -> str:
+    """Describe the LoRAs by their strengths, in order where one changes, and how they are applied."""
+    strengths = []
+    for adapter in spec.lora.adapters:
+        scheduled = [f"{strength * spec.lora.strength:g}" for _, strength in adapter.schedule]
+        strengths.append(f"{adapter.name} {'→'.join(scheduled)}")
+    if spec.lora.is_baked:
+        how = "baked"
+    elif loras.layers_by_mode:
+        how = format_counts(Counter(loras.layers_by_mode).elements())
+    else:
+        how = "merged"
+    return f"{', '.join(strengths)} ({how})"
+
+
+def format_counts(names: Iterable[str]) -> str:
+    """Return the one name, or each name with its count: `convrot 20, none 12`."""
+    counts = Counter(names)
+    if len(counts) == 1:
+        return next(iter(counts))
+    return list_counts(counts.elements())
+
+
+def list_counts(names: Iterable[str]) -> str:
+    """Return each name with its count, the most frequent first: `nvfp4 96, float 3`."""
+    return ", ".join(f"{name} {count}" for name, count in Counter(names).most_common())
+
+
+def name_candidate(spec: RunSpec) -> str:
+    """Return what the candidate is called beside the float model.
+
+    With INT8 disabled and nothing else changed it is the float model itself.
+    """
+    names = {"int8": "INT8", "clip": f"clip={spec.clip.format}", "float": "float (int8.enable=false)"}
+    return names[spec.candidate]
