@@ -4,6 +4,7 @@ Of diffusers' real classes, without a download, built as `instances_more.py` bui
 """
 
 from diffusers import (
+    BriaFiboEditPipeline,
     BriaFiboPipeline,
     BriaFiboTransformer2DModel,
     DiffusionPipeline,
@@ -15,7 +16,7 @@ from diffusers import (
 )
 from families.instances import LENGTH, SIZES, TEXT, Instance, qwen_tokenizer
 from families.instances_b import wan
-from families.instances_edit import make_image, make_instance
+from families.instances_edit import make_image, make_instance, reuse
 from families.instances_more import kandinsky5_parts, qwen_processor, video_vae
 from transformers import SmolLM3Config, SmolLM3ForCausalLM
 
@@ -101,6 +102,11 @@ def fibo() -> DiffusionPipeline:
     )
 
 
+def fibo_edit() -> DiffusionPipeline:
+    """The same parts."""
+    return reuse(fibo(), BriaFiboEditPipeline)
+
+
 VIDEO = {"num_frames": 5, **LENGTH}
 INSTANCES: dict[str, Instance] = {
     "kandinsky6": make_instance(
@@ -125,5 +131,16 @@ INSTANCES: dict[str, Instance] = {
     # without a negative prompt it reads a token of its own vocabulary
     "fibo": make_instance(
         "fibo", BriaFiboPipeline, fibo, fibo_transformer, size=64, guidance=5.0, negative_prompt="b"
+    ),
+    "fibo_edit": make_instance(
+        "fibo",
+        BriaFiboEditPipeline,
+        fibo_edit,
+        fibo_transformer,
+        size=64,
+        guidance=5.0,
+        prompt='{"edit_instruction": "a red apple"}',
+        negative_prompt="b",
+        image=make_image(64),
     ),
 }

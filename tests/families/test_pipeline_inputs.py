@@ -122,6 +122,8 @@ CASES = {
     "flux_fill": InputCase("flux_fill", INPAINT),
     "flux_control": InputCase("flux_control", CONTROL),
     "flux2_klein": InputCase("flux2_klein_edit", {"image": 1, "reference_images": 1}),
+    "fibo_edit": InputCase("fibo_edit", {"image": 1, "reference_images": 1}),
+    "fibo_edit_mask": InputCase("fibo_edit", INPAINT),
     "qwen_image_edit_plus": InputCase("qwen_image_edit_plus", {"image": 2}),
     "wan_i2v": InputCase("wan_i2v", ONE),
     "wan_flf2v": InputCase("wan_flf2v", {"image": 1, "last_image": 1}),
