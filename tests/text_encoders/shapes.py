@@ -220,6 +220,28 @@ def make_gemma4_e_shapes(
     return found
 
 
+def make_gemma4_moe_shapes(
+    words: int, wide: int, feed: int, layers: int, heads: int, groups: int, experts: int
+) -> dict[str, tuple[int, ...]]:
+    """Gemma 4 26B-A4B: each layer has experts besides, three of which are as wide as its MLP."""
+    found = make_gemma4_shapes(words, wide, feed, layers, heads, groups, max(1, groups // 4))
+    inner = feed // 3
+    for i in range(layers):
+        layer = f"model.layers.{i}"
+        found[f"{layer}.router.proj.weight"] = (experts, wide)
+        found[f"{layer}.router.scale"] = (wide,)
+        found[f"{layer}.router.per_expert_scale"] = (experts,)
+        found[f"{layer}.experts.gate_up_proj"] = (experts, 2 * inner, wide)
+        found[f"{layer}.experts.down_proj"] = (experts, wide, inner)
+        for norm in (
+            "post_feedforward_layernorm_1",
+            "post_feedforward_layernorm_2",
+            "pre_feedforward_layernorm_2",
+        ):
+            found[f"{layer}.{norm}.weight"] = (wide,)
+    return found
+
+
 SMALL = {
     "clip_l": make_clip_shapes(768, 1, words=40),
     "clip_g": make_clip_shapes(1280, 1, projection=1280, words=40),
@@ -238,7 +260,8 @@ SMALL = {
     "qwen3_vl": make_llm_shapes(40, 64, 32, 2, 2, 1, 128, QWEN3_VL, True),
     "qwen3_5": make_qwen3_5_shapes(40, 64, 32, 4, 2, 1, 16),
     "gemma4": make_gemma4_e_shapes(40, 64, 32, 24, 2, 1),
-    "gemma4_12b": make_gemma4_shapes(40, 64, 32, 6, 2, 1, 1),
+    "gemma4_unified": make_gemma4_shapes(40, 64, 32, 6, 2, 1, 1),
+    "gemma4_moe": make_gemma4_moe_shapes(40, 64, 48, 6, 2, 1, experts=16),
     "gemma2": make_llm_shapes(40, 64, 32, 2, 2, 1, 256, gemma=True),
     "gemma3": make_llm_shapes(40, 64, 32, 2, 2, 1, 256, norms=True, gemma=True),
     "mistral3": make_llm_shapes(40, 64, 32, 2, 2, 1),

@@ -170,14 +170,6 @@ LAYER = "model.layers.0"
         ("jina_clip", {"model.encoder.layers.0.mixer.Wqkv.weight": (8, 8)}),
         ("t5_gemma", {"model.encoder.layers.0.pre_self_attn_layernorm.weight": (8,)}),
         ("gpt_oss", {f"{LAYER}.self_attn.sinks": (8,), f"{LAYER}.post_attention_layernorm.weight": (8,)}),
-        (
-            "gemma4_large",
-            {
-                f"{LAYER}.{n}": (8,)
-                for n in ("layer_scalar", "post_feedforward_layernorm.weight", "self_attn.q_norm.weight")
-            }
-            | {"model.layers.5.self_attn.v_proj.weight": (8, 8)},
-        ),
     ],
     ids=name_parameter,
 )

@@ -9,6 +9,7 @@ from text_encoders.shapes import (
     SMALL,
     make_clip_shapes,
     make_gemma4_e_shapes,
+    make_gemma4_moe_shapes,
     make_gemma4_shapes,
     make_llm_shapes,
     make_openclip_file,
@@ -190,7 +191,7 @@ FULL: dict[str, tuple[str, dict[str, tuple[int, ...]], dict]] = {
         ),
     ),
     "Gemma 4 12B": (
-        "gemma4_12b",
+        "gemma4_unified",
         make_gemma4_shapes(262144, 3840, 15360, 48, 16, 8, 1),
         dict(
             hidden_size=3840,
@@ -203,6 +204,35 @@ FULL: dict[str, tuple[str, dict[str, tuple[int, ...]], dict]] = {
             num_global_key_value_heads=1,
             attention_k_eq_v=True,
             sliding_window=1024,
+        ),
+    ),
+    "Gemma 4 31B": (
+        "gemma4_unified",
+        make_gemma4_shapes(262144, 5376, 21504, 60, 32, 16, 4),
+        dict(
+            hidden_size=5376,
+            intermediate_size=21504,
+            num_hidden_layers=60,
+            num_attention_heads=32,
+            num_key_value_heads=16,
+            num_global_key_value_heads=4,
+            attention_k_eq_v=True,
+        ),
+    ),
+    "Gemma 4 26B": (
+        "gemma4_moe",
+        make_gemma4_moe_shapes(262144, 2816, 2112, 30, 16, 8, experts=128),
+        dict(
+            hidden_size=2816,
+            intermediate_size=2112,
+            num_hidden_layers=30,
+            num_attention_heads=16,
+            num_key_value_heads=8,
+            num_global_key_value_heads=2,
+            attention_k_eq_v=True,
+            num_experts=128,
+            top_k_experts=8,
+            moe_intermediate_size=704,
         ),
     ),
     "Gemma2-2B": (

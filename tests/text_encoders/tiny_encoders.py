@@ -74,6 +74,13 @@ GEMMA4_E = GEMMA4 | {
     "hidden_size_per_layer_input": 4,
 }
 GEMMA4_12B = GEMMA4 | {"attention_k_eq_v": True, "num_global_key_value_heads": 1}
+GEMMA4_MOE = GEMMA4_12B | {
+    "hidden_size_per_layer_input": 0,
+    "enable_moe_block": True,
+    "num_experts": 16,
+    "top_k_experts": 8,
+    "moe_intermediate_size": 8,
+}
 EYES = {
     "depth": 1,
     "hidden_size": 16,
@@ -210,8 +217,10 @@ TINY: dict[str, Tiny] = {
         Tiny("qwen3_5", "Qwen3_5TextModel", QWEN35, ((r"^", "model.language_model."),)),
         Tiny("gemma4", "Gemma4TextModel", GEMMA4_E, ALONE),
         Tiny("gemma4", "Gemma4ForCausalLM", GEMMA4_E, lacks=r"^lm_head"),
-        Tiny("gemma4_12b", "Gemma4UnifiedTextModel", GEMMA4_12B, ALONE),
-        Tiny("gemma4_12b", "Gemma4UnifiedForCausalLM", GEMMA4_12B, lacks=r"^lm_head"),
+        Tiny("gemma4_unified", "Gemma4UnifiedTextModel", GEMMA4_12B, ALONE),
+        Tiny("gemma4_unified", "Gemma4UnifiedForCausalLM", GEMMA4_12B, lacks=r"^lm_head"),
+        Tiny("gemma4_moe", "Gemma4TextModel", GEMMA4_MOE, ALONE),
+        Tiny("gemma4_moe", "Gemma4ForCausalLM", GEMMA4_MOE, lacks=r"^lm_head"),
         Tiny("gemma2", "Gemma2Model", LLM, ALONE),
         Tiny("gemma2", "Gemma2ForCausalLM", LLM | {"tie_word_embeddings": True}, lacks=r"^lm_head"),
         Tiny(
