@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from int8run.errors import FileError
+from int8run.models.fingerprint import count_rows
 from int8run.models.state_dict_adapter import StateDictLayout, find_drop_reason, to_model
 from int8run.models.tensor_part import Shape, TensorPart
-from int8run.text_encoders.registry import EncoderFamily, count_rows
+from int8run.text_encoders.registry import EncoderFamily
 
 
 def map_canonical_names(

@@ -12,6 +12,7 @@ from diffusers import (
     JoyImageEditPlusTransformer3DModel,
     JoyImageEditTransformer3DModel,
     Kandinsky5Transformer3DModel,
+    Kandinsky6SRTransformer3DModel,
     LongCatImageTransformer2DModel,
     OvisImageTransformer2DModel,
     PRXTransformer2DModel,
@@ -45,6 +46,19 @@ def hunyuan_video15(task: str = "t2v", **more: Any) -> HunyuanVideo15Transformer
         target_size=32,
         task_type=task,
         **more,
+    )
+
+
+def kandinsky6_sr() -> Kandinsky6SRTransformer3DModel:
+    """Kandinsky 6 without text and sound: it makes videos larger."""
+    return Kandinsky6SRTransformer3DModel(
+        in_visual_dim=4,
+        out_visual_dim=4,
+        time_dim=32,
+        model_dim=64,
+        ff_dim=96,
+        num_visual_blocks=2,
+        axes_dims=(4, 6, 6),
     )
 
 

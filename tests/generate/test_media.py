@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from int8run.errors import FileError
-from int8run.generate import colors, media
+from int8run.generate import colors, media, video_files
 from int8run.generate.media import check_image, check_video, open_image, open_mask, open_video
 from int8run.generate.pixels import fit_image
 from int8run.generate.sample_inputs import InputFile
@@ -282,7 +282,7 @@ def test_an_image_that_is_damaged_when_its_turn_comes_is_named_with_its_row(tmp_
 
 def test_a_video_without_pyav_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.mp4").write_bytes(b"\0" * 100)
-    monkeypatch.setattr(media.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(video_files.importlib.util, "find_spec", lambda name: None)
 
     with pytest.raises(
         FileError,

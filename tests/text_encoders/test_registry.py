@@ -4,10 +4,10 @@ import pytest
 import transformers
 
 from int8run.errors import ConfigError
+from int8run.models.fingerprint import SizedFingerprint
 from int8run.quant.formats import FORMATS
 from int8run.text_encoders.registry import (
     EncoderFamily,
-    EncoderFingerprint,
     get_encoder,
     list_supported_encoders,
     load_encoders,
@@ -89,11 +89,11 @@ def test_malformed_item_is_an_error():
 def test_fingerprint_matches_names_and_rows():
     shapes = {"a.0": (4, 2), "b": ()}
 
-    assert EncoderFingerprint(["a.*"]).matches(shapes)
-    assert not EncoderFingerprint(["c"]).matches(shapes)
-    assert not EncoderFingerprint(["b"], ["a.?"]).matches(shapes)
-    assert EncoderFingerprint(["b"], rows={"a.0": [3, 4]}).matches(shapes)
-    assert not EncoderFingerprint(["b"], rows={"a.0": 3}).matches(shapes)
-    assert not EncoderFingerprint(["b"], rows={"c": 4}).matches(shapes)
-    assert not EncoderFingerprint(["b"], not_rows={"a.0": 4}).matches(shapes)
-    assert EncoderFingerprint(["b"], not_rows={"a.0": 3, "c": 4}).matches(shapes)
+    assert SizedFingerprint(["a.*"]).matches(shapes)
+    assert not SizedFingerprint(["c"]).matches(shapes)
+    assert not SizedFingerprint(["b"], ["a.?"]).matches(shapes)
+    assert SizedFingerprint(["b"], rows={"a.0": [3, 4]}).matches(shapes)
+    assert not SizedFingerprint(["b"], rows={"a.0": 3}).matches(shapes)
+    assert not SizedFingerprint(["b"], rows={"c": 4}).matches(shapes)
+    assert not SizedFingerprint(["b"], not_rows={"a.0": 4}).matches(shapes)
+    assert SizedFingerprint(["b"], not_rows={"a.0": 3, "c": 4}).matches(shapes)
