@@ -25,10 +25,10 @@ ARCH_PRCTL, REQUEST_PERMISSION, TILE_DATA = 158, 0x1023, 18
 
 @dataclass(frozen=True)
 class InstructionSet:
-    """What the kernels of a linear layer can be compiled for.
+    """What the kernels can be compiled for.
 
     Args:
-        name: as users know it; its source is `linear_<name>.cpp`.
+        name: as users know it; its sources are `linear_<name>.cpp`, `conv_<name>.cpp`.
         features: what the CPU must have, by torch's names.
         flags: of the compiler. Instructions are named one by one and not -march=native: a cache may be shared
             by machines that differ.
@@ -42,16 +42,21 @@ class InstructionSet:
 
     @property
     def source(self) -> Path:
-        """The C++ file that is compiled."""
-        return Path(__file__).with_name(f"linear_{self.name}.cpp")
+        """The C++ file of linear layers."""
+        return self.get_source("linear")
+
+    def get_source(self, layer: str) -> Path:
+        """The C++ file of a kind of layers: `linear` or `conv`."""
+        return Path(__file__).with_name(f"{layer}_{self.name}.cpp")
 
 
 # the best first
 ALL_SETS = (
     InstructionSet(
         name="amx",
-        features=("amx_tile", "amx_int8", *AVX512_FEATURES),
-        flags=(*AVX512_FLAGS, "-mamx-tile", "-mamx-int8"),
+        # every CPU with AMX has AVX512-VNNI, too: convolutions use it
+        features=("amx_tile", "amx_int8", "avx512_vnni", *AVX512_FEATURES),
+        flags=(*AVX512_FLAGS, "-mavx512vnni", "-mamx-tile", "-mamx-int8"),
         has_tiles=True,
     ),
     InstructionSet(

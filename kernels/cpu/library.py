@@ -32,6 +32,7 @@ from int8run.kernels.cpu.instructions import (
     find_unusable_reason,
     list_instruction_sets,
 )
+from int8run.kernels.cpu.signatures import FLOAT, INT, INT64, POINTER, declare_functions
 
 log = logging.getLogger(__name__)
 ROWS = Path(__file__).with_name("rows.cpp")
@@ -46,8 +47,6 @@ OPENMP_FLAGS = ("-Xclang", "-fopenmp") if sys.platform == "darwin" else ("-fopen
 # a library that no function is taken from is not loaded; Apple's linker does not know this
 LINKER_FLAGS = () if sys.platform == "darwin" else ("-Wl,--as-needed",)
 ROWS_FLAGS = ("-fno-math-errno", "-fno-trapping-math")
-# types of arguments of the C functions
-POINTER, INT64, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 
 
 class Vectors(NamedTuple):
@@ -77,8 +76,8 @@ class CompileError(InstructionSetError):
     """The compiler refused a source or a flag, as one does that is older than the instruction set."""
 
 
-class LinearLibrary(NamedTuple):
-    """The kernels of a linear layer, loaded."""
+class Library(NamedTuple):
+    """The kernels of a kind of layers, loaded."""
 
     instructions: str  # name of the instruction set
     functions: ctypes.CDLL
@@ -100,7 +99,7 @@ def find_openmp_runtime() -> list[str]:
 
 
 @functools.cache
-def load_linear_library(instructions: str = AUTO, cache: Path | None = None) -> LinearLibrary:
+def load_linear_library(instructions: str = AUTO, cache: Path | None = None) -> Library:
     """Load the kernels of a linear layer; build them if the cache has none for this source and compiler.
 
     Args:
@@ -111,15 +110,32 @@ def load_linear_library(instructions: str = AUTO, cache: Path | None = None) -> 
         InstructionSetError: this machine cannot run the set, or the compiler does not know it.
         BuildError: no compiler, or what it built cannot be written or loaded.
     """
-    outcome = try_to_load(instructions, cache)
+    return raise_or_return(try_to_load(instructions, cache))
+
+
+@functools.cache
+def load_conv_library(instructions: str = AUTO, cache: Path | None = None) -> Library:
+    """Load the kernels of a convolution; all else is as for `load_linear_library`."""
+    return raise_or_return(try_to_load(instructions, cache, "conv"))
+
+
+def raise_or_return(outcome: Library | InstructionSetError) -> Library:
+    """Raise a remembered refusal, as a new exception each time."""
     if isinstance(outcome, InstructionSetError):
         raise type(outcome)(str(outcome))
     return outcome
 
 
 @functools.cache
-def try_to_load(instructions: str, cache: Path | None) -> LinearLibrary | InstructionSetError:
+def try_to_load(
+    instructions: str, cache: Path | None, layer: str = "linear"
+) -> Library | InstructionSetError:
     """As `load_linear_library`, and a refusal is remembered as well: it will be the same at every try.
+
+    Args:
+        instructions: name of an instruction set, or `auto`.
+        cache: folder for the built library, or None.
+        layer: `linear` or `conv`.
 
     Raises:
         BuildError: for what may pass, such as a disk that is full.
@@ -129,7 +145,7 @@ def try_to_load(instructions: str, cache: Path | None) -> LinearLibrary | Instru
     failure = InstructionSetError("this CPU has none of the instruction sets of the kernels")
     for i, name in enumerate(names):
         try:
-            functions = load_instruction_set(name, folder)
+            functions = load_instruction_set(name, folder, layer)
         except InstructionSetError as error:
             failure = error
             if i + 1 < len(names):
@@ -138,13 +154,18 @@ def try_to_load(instructions: str, cache: Path | None) -> LinearLibrary | Instru
                     "kernels with %s cannot be used, %s takes their place: %s", name, next_best, error
                 )
             continue
-        log.debug("linear layers run with %s", name)
-        return LinearLibrary(name, functions)
+        log.debug("%s layers run with %s", layer, name)
+        return Library(name, functions)
     return failure
 
 
-def load_instruction_set(name: str, folder: Path) -> ctypes.CDLL:
+def load_instruction_set(name: str, folder: Path, layer: str = "linear") -> ctypes.CDLL:
     """Build and load the kernels for one instruction set, after asking the system for what it needs.
+
+    Args:
+        name: of the instruction set.
+        folder: for the built library.
+        layer: `linear` or `conv`.
 
     Raises:
         InstructionSetError: there is no such set, this machine cannot run it, or the compiler refuses it.
@@ -159,25 +180,9 @@ def load_instruction_set(name: str, folder: Path) -> ctypes.CDLL:
     if reason is not None:
         raise InstructionSetError(reason)
     chosen = INSTRUCTION_SETS[name]
-    functions = open_library(build_library(folder, chosen.source, chosen.flags))
-    declare_linear_functions(functions)
+    functions = open_library(build_library(folder, chosen.get_source(layer), chosen.flags))
+    declare_functions(layer, functions)
     return functions
-
-
-def declare_linear_functions(functions: ctypes.CDLL) -> None:
-    """Tell ctypes the signatures of linear.h."""
-    functions.int8run_quantize.argtypes = [
-        *(POINTER, INT, INT64, INT64, INT64),  # x, dtype, M, K, stride
-        *(POINTER, INT64, INT, INT64),  # factor, rotation, sylvester, gelu_from
-        *(POINTER, POINTER, INT),  # q, scale, threads
-    ]
-    functions.int8run_linear.argtypes = [
-        *(POINTER, POINTER, INT64, INT64, INT64),  # q, x_scale, M, K, N
-        *(POINTER, POINTER, POINTER),  # packed, w_scale, bias
-        *(INT64, POINTER, POINTER, POINTER, POINTER),  # rank, down, down_scale, up, up_scale
-        *(POINTER, INT, INT),  # y, dtype, threads
-    ]
-    functions.int8run_quantize.restype = functions.int8run_linear.restype = None
 
 
 @functools.lru_cache(maxsize=1)

@@ -137,7 +137,7 @@ def _quantize_rows_impl(
     if x.stride(1) != 1:
         x = x.contiguous()
     m, k = x.shape
-    _check_rotation(rotation, k, sylvester=sylvester)
+    check_rotation(rotation, k, sylvester=sylvester)
     check_factor(factor, k)
     q = x.new_empty((m, -(-k // 4) * 4), dtype=torch.uint8)
     scale = x.new_empty(m, dtype=torch.float32)
@@ -158,7 +158,8 @@ def _quantize_rows_impl(
     return q, scale
 
 
-def _check_rotation(rotation: int, columns: int, *, sylvester: bool) -> None:
+def check_rotation(rotation: int, columns: int, *, sylvester: bool) -> None:
+    """Raise ValueError unless a kernel can rotate groups of so many columns; 0: none."""
     if rotation == 0:
         return
     base = 2 if sylvester else 4

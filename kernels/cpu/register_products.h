@@ -27,8 +27,10 @@ INLINE Ints begin_sums(const int8_t* compensation) {
 //                          panel: b[0]     b[1]     b[2]     b[3]      16 columns each
 //     row i: a = u0 u1 u2 u3, 16 times
 //                                 c[i][0]  c[i][1]  c[i][2]  c[i][3]   += a . b[j], 16 sums each
-template <int MR>
-INLINE void accumulate(Sums<MR>& c, const uint8_t* q, int64_t q_stride, const int8_t* w, int64_t steps) {
+//
+// get_row(i): where row i begins
+template <int MR, class GetRow>
+INLINE void accumulate_rows(Sums<MR>& c, GetRow get_row, const int8_t* w, int64_t steps) {
   for (int64_t k = 0; k < steps; k++, w += WEIGHT_STEP) {
     Weights b[TILE_VECTORS];
     unroll<TILE_VECTORS>([&](auto j) INLINED {
@@ -36,13 +38,20 @@ INLINE void accumulate(Sums<MR>& c, const uint8_t* q, int64_t q_stride, const in
       __builtin_prefetch(w + PREFETCH_BYTES + 64 * j);
     });
     unroll<MR>([&](auto i) INLINED {
-      const Four a = broadcast(q + i * q_stride + 4 * k);
+      const Four a = broadcast(get_row(i) + 4 * k);
       unroll<TILE_VECTORS>([&](auto j) INLINED { c[i][j] = add_products(c[i][j], a, b[j]); });
     });
   }
   // a new value each, after the loop: what the scaling below cannot keep in a register is then spilled here,
   // not at every step
   unroll<MR, TILE_VECTORS>([&](auto i, auto j) INLINED { keep_in_register(c[i][j]); });
+}
+
+// The same for rows that lie `q_stride` bytes apart
+template <int MR>
+INLINE void accumulate(Sums<MR>& c, const uint8_t* q, int64_t q_stride, const int8_t* w, int64_t steps) {
+  accumulate_rows<MR>(
+      c, [&](int i) INLINED { return q + i * q_stride; }, w, steps);
 }
 
 }  // namespace

@@ -98,7 +98,7 @@ def amx_cpu(monkeypatch):
     monkeypatch.setattr(module.sys, "platform", "linux")
     monkeypatch.setattr(library, "build_library", lambda folder, source, flags: source)
     monkeypatch.setattr(library, "open_library", lambda path: path)
-    monkeypatch.setattr(library, "declare_linear_functions", lambda functions: None)
+    monkeypatch.setattr(library, "declare_functions", lambda layer, functions: None)
     forget_answers()
 
     def set_answer(answer: int) -> FakeLibc:

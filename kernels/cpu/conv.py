@@ -1,0 +1,286 @@
+"""The CPU convolution as a torch operator, `int8run::cpu_conv`: quantize the pixels, convolve, scale.
+
+Layers of convolutions call it. The picture may lie as it likes; the result is channels-last, as the kernels
+are.
+"""
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from int8run.kernels.cpu.instructions import AUTO
+from int8run.kernels.cpu.library import load_conv_library
+from int8run.kernels.cpu.linear import (
+    DTYPES,
+    FLOAT32,
+    INT8,
+    PANEL,
+    check_rotation,
+    pack_weight,
+    unpack_weight,
+)
+from int8run.kernels.int8_conv.reference import Sizes, as_sizes, measure_output
+
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by the number of dimensions
+LARGEST_PICTURE = 3  # dimensions, time among them
+MOST_CHANNELS = 132_104  # of a group: 32-bit sums of 128 * 127, see linear.h
+
+ops = torch.library.Library("int8run", "FRAGMENT")
+ops.define(
+    "cpu_conv(Tensor x, Tensor packed, Tensor w_scale, Tensor? bias, int[] kernel, int[] stride, "
+    "int[] padding, int rotation, bool sylvester, bool silu, str instructions) -> Tensor"
+)
+
+
+def pack_conv_weight(qdata: Tensor, groups: int = 1) -> Tensor:
+    """Lay the weight of a convolution out as conv.h draws it: for each panel of 64 outputs, tap after tap.
+
+    Args:
+        qdata: int8 [O, C / groups, (kT,) kH, kW].
+        groups: a divisor of O.
+
+    Returns:
+        int8 [groups, ceil(O / groups / 64), taps, 1 + ceil(C / groups / 4), 256], one tensor, fit to be
+        saved.
+    """
+    packed = []
+    for weight in qdata.flatten(2).chunk(groups):  # [O / groups, C / groups, taps]
+        taps = [pack_weight(tap) for tap in weight.unbind(2)]
+        packed.append(torch.stack(taps, dim=1))
+    return torch.stack(packed)
+
+
+def unpack_conv_weight(packed: Tensor, outputs: int, channels: int, kernel: Sequence[int]) -> Tensor:
+    """The inverse of `pack_conv_weight`: int8 [O, C / groups, (kT,) kH, kW].
+
+    Args:
+        packed: from `pack_conv_weight`.
+        outputs: O.
+        channels: C / groups.
+        kernel: (kT,) kH, kW.
+    """
+    each = outputs // packed.shape[0]
+    groups = []
+    for group in packed:
+        taps = [unpack_weight(tap.contiguous(), each, channels) for tap in group.unbind(1)]
+        groups.append(torch.stack(taps, dim=-1))
+    return torch.cat(groups).view(outputs, channels, *kernel)
+
+
+def int8_conv(
+    x: Tensor,
+    packed: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    *,
+    kernel: Sequence[int],
+    stride: Sizes = 1,
+    padding: Sizes = 0,
+    rotation: int = 0,
+    sylvester: bool = False,
+    silu: bool = False,
+    instructions: str = AUTO,
+) -> Tensor:
+    """`kernels.int8_conv.reference.int8_conv` with a packed weight.
+
+    A picture that is not channels-last is copied into that layout first.
+
+    Args:
+        x: float [B, C, (T,) H, W].
+        packed: from `pack_conv_weight`, whose groups these are.
+        w_scale: float32 [O].
+        bias: [O] or None.
+        kernel: taps in each dimension, (kT,) kH, kW.
+        stride: at least 1.
+        padding: zeros on both sides, at least 0.
+        rotation: channels that are rotated together, a divisor of the channels of a group; 0: none.
+        sylvester: by Sylvester's matrix (a power of 2), else by the regular Hadamard matrix (a power of 4).
+        silu: whether SiLU comes first.
+        instructions: name of an instruction set, or `auto`.
+
+    Returns:
+        [B, O, (oT,) oH, oW] in x's dtype, channels-last.
+
+    Raises:
+        ValueError: for operands that do not fit each other.
+    """
+    steps, zeros = as_sizes(stride, x), as_sizes(padding, x)
+    op = torch.ops.int8run.cpu_conv.default
+    y: Tensor = op(x, packed, w_scale, bias, kernel, steps, zeros, rotation, sylvester, silu, instructions)
+    return y
+
+
+def quantize_pixels(
+    x: Tensor,
+    rotation: int = 0,
+    *,
+    sylvester: bool = False,
+    silu: bool = False,
+    instructions: str = AUTO,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantize rows, each the channels of a pixel, to unsigned bytes: `x ~ (q - 128) * scale + center`.
+
+    Args:
+        x: float [pixels, C]; neighboring channels lie side by side.
+        rotation: as for `int8_conv`, like the others.
+        sylvester: by Sylvester's matrix.
+        silu: whether SiLU comes first.
+        instructions: name of an instruction set, or `auto`.
+
+    Returns:
+        q: uint8 [pixels, C rounded up to 4], scale and center: float32 [pixels].
+    """
+    pixels, channels = x.shape
+    q = x.new_empty((pixels, -(-channels // 4) * 4), dtype=torch.uint8)
+    scale, center = x.new_empty((2, pixels), dtype=FLOAT32).unbind()
+    load_conv_library(instructions).functions.int8run_quantize_pixels(
+        x.data_ptr(),
+        DTYPES[x.dtype],
+        pixels,
+        channels,
+        x.stride(0),
+        rotation,
+        sylvester,
+        silu,
+        q.data_ptr(),
+        scale.data_ptr(),
+        center.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return q, scale, center
+
+
+# -- what the operator does ------------------------------------------------------------------------
+
+
+def _int8_conv_impl(
+    x: Tensor,
+    packed: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    rotation: int,
+    sylvester: bool,
+    silu: bool,
+    instructions: str,
+) -> Tensor:
+    if x.dtype not in DTYPES:
+        return _int8_conv_impl(
+            x.float(), packed, w_scale, bias, kernel, stride, padding, rotation, sylvester, silu, instructions
+        ).to(x.dtype)
+    y = _make_output(x, packed, w_scale, kernel, stride, padding)
+    channels = x.shape[1] // packed.shape[0]
+    check_rotation(rotation, channels, sylvester=sylvester)
+    if bias is not None:
+        bias = bias.to(FLOAT32).contiguous()
+        if bias.shape != w_scale.shape:
+            raise ValueError(f"bias must have {w_scale.shape[0]} numbers, not {list(bias.shape)}")
+    if x.numel() == 0:
+        return y.copy_(_fill_with_bias(y, bias))
+    x = x.contiguous(memory_format=CHANNELS_LAST[x.dim()])
+    geometry = _describe_geometry(x, y, kernel, stride, padding)
+    rows = x.movedim(1, -1).flatten(0, -2)  # [pixels, C]
+    outputs = y.shape[1] // packed.shape[0]
+    for group, weight in enumerate(packed):
+        inputs = rows[:, group * channels : (group + 1) * channels]
+        q, scale, center = quantize_pixels(
+            inputs, rotation, sylvester=sylvester, silu=silu, instructions=instructions
+        )
+        first = group * outputs
+        load_conv_library(instructions).functions.int8run_conv(
+            geometry,
+            q.data_ptr(),
+            scale.data_ptr(),
+            center.data_ptr(),
+            channels,
+            outputs,
+            weight.data_ptr(),
+            w_scale[first:].data_ptr(),
+            None if bias is None else bias[first:].data_ptr(),
+            y[:, first:].data_ptr(),
+            y.shape[1],
+            DTYPES[y.dtype],
+            torch.get_num_threads(),
+        )
+    return y
+
+
+def _make_output(
+    x: Tensor,
+    packed: Tensor,
+    w_scale: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+) -> Tensor:
+    # checks what would be read past its end; without sizes of its own, so that torch.compile may trace it
+    if x.dim() not in CHANNELS_LAST:
+        raise ValueError(f"a convolution takes [B, C, H, W] or [B, C, T, H, W], not {list(x.shape)}")
+    picture = measure_output(x.shape[2:], kernel, stride, padding)
+    taps = 1
+    for size in kernel:
+        taps *= size
+    groups, outputs = packed.shape[0], w_scale.shape[0]
+    channels = x.shape[1] // groups
+    expected = (groups, -(-outputs // groups // PANEL), taps, 1 + -(-channels // 4), 4 * PANEL)
+    fits = outputs % groups == 0 and x.shape[1] % groups == 0 and packed.shape == expected
+    if not fits or packed.dtype is not INT8 or not packed.is_contiguous():
+        raise ValueError(
+            f"a weight of {outputs} outputs, {x.shape[1]} channels and taps {list(kernel)} must be as from "
+            f"pack_conv_weight, not {packed.dtype} {list(packed.shape)}"
+        )
+    if w_scale.dtype is not FLOAT32 or not w_scale.is_contiguous():
+        raise ValueError(f"w_scale must be contiguous float32 [{outputs}], not {w_scale.dtype}")
+    if channels > MOST_CHANNELS:
+        raise ValueError(f"at most {MOST_CHANNELS} channels of a group fit 32-bit sums, not {channels}")
+    shape = (x.shape[0], outputs, *picture)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=CHANNELS_LAST[x.dim()])
+
+
+def _fill_with_bias(y: Tensor, bias: Tensor | None) -> Tensor:
+    # an empty batch, or a picture that is nothing but padding
+    if bias is None:
+        return torch.zeros_like(y)
+    return bias.to(y.dtype).view(-1, *[1] * (y.dim() - 2)).expand_as(y)
+
+
+def _describe_geometry(
+    x: Tensor, y: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]
+) -> ctypes.Array[ctypes.c_int64]:
+    # a `Geometry` of conv.h; images are videos of one frame
+    def extend(sizes: Sequence[int], missing: int) -> list[int]:
+        return [missing] * (LARGEST_PICTURE - len(sizes)) + list(sizes)
+
+    numbers = [
+        x.shape[0],
+        *extend(x.shape[2:], 1),
+        *extend(kernel, 1),
+        *extend(stride, 1),
+        *extend(padding, 0),
+        *extend(y.shape[2:], 1),
+    ]
+    return (ctypes.c_int64 * len(numbers))(*numbers)
+
+
+def _int8_conv_fake(
+    x: Tensor,
+    packed: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    rotation: int,
+    sylvester: bool,
+    silu: bool,
+    instructions: str,
+) -> Tensor:
+    return _make_output(x, packed, w_scale, kernel, stride, padding)
+
+
+ops.impl("cpu_conv", _int8_conv_impl, "CPU")
+torch.library.register_fake("int8run::cpu_conv", _int8_conv_fake, lib=ops)

@@ -1,0 +1,5 @@
+// The convolution for AVX2 without any VNNI.
+
+#include "set_avx2.h"
+
+#include "conv.h"

@@ -1,0 +1,5 @@
+// The convolution for AVX512-VNNI.
+
+#include "set_avx512_vnni.h"
+
+#include "conv.h"

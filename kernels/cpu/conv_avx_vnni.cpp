@@ -1,0 +1,5 @@
+// The convolution for AVX-VNNI.
+
+#include "set_avx_vnni.h"
+
+#include "conv.h"

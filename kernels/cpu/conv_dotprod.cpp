@@ -1,0 +1,5 @@
+// The convolution for Arm with dotprod.
+
+#include "set_dotprod.h"
+
+#include "conv.h"

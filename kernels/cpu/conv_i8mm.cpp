@@ -1,0 +1,5 @@
+// The convolution for Arm with i8mm.
+
+#include "set_i8mm.h"
+
+#include "conv.h"

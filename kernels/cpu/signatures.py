@@ -1,0 +1,48 @@
+"""The C functions of the libraries of `library.py`: what ctypes must know of their arguments."""
+
+import ctypes
+
+# types of arguments
+POINTER, INT64, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+
+
+def declare_functions(layer: str, functions: ctypes.CDLL) -> None:
+    """Tell ctypes the signatures of a library.
+
+    Args:
+        layer: `linear` or `conv`.
+        functions: the loaded library.
+    """
+    declare = {"linear": declare_linear_functions, "conv": declare_conv_functions}[layer]
+    declare(functions)
+
+
+def declare_linear_functions(functions: ctypes.CDLL) -> None:
+    """Tell ctypes the signatures of linear.h."""
+    functions.int8run_quantize.argtypes = [
+        *(POINTER, INT, INT64, INT64, INT64),  # x, dtype, M, K, stride
+        *(POINTER, INT64, INT, INT64),  # factor, rotation, sylvester, gelu_from
+        *(POINTER, POINTER, INT),  # q, scale, threads
+    ]
+    functions.int8run_linear.argtypes = [
+        *(POINTER, POINTER, INT64, INT64, INT64),  # q, x_scale, M, K, N
+        *(POINTER, POINTER, POINTER),  # packed, w_scale, bias
+        *(INT64, POINTER, POINTER, POINTER, POINTER),  # rank, down, down_scale, up, up_scale
+        *(POINTER, INT, INT),  # y, dtype, threads
+    ]
+    functions.int8run_quantize.restype = functions.int8run_linear.restype = None
+
+
+def declare_conv_functions(functions: ctypes.CDLL) -> None:
+    """Tell ctypes the signatures of conv.h."""
+    functions.int8run_quantize_pixels.argtypes = [
+        *(POINTER, INT, INT64, INT64, INT64),  # x, dtype, pixels, C, stride
+        *(INT64, INT, INT),  # rotation, sylvester, silu
+        *(POINTER, POINTER, POINTER, INT),  # q, scale, center, threads
+    ]
+    functions.int8run_conv.argtypes = [
+        *(POINTER, POINTER, POINTER, POINTER, INT64, INT64),  # geometry, q, scale, center, C, N
+        *(POINTER, POINTER, POINTER),  # packed, w_scale, bias
+        *(POINTER, INT64, INT, INT),  # y, y_stride, dtype, threads
+    ]
+    functions.int8run_quantize_pixels.restype = functions.int8run_conv.restype = None

@@ -1,0 +1,267 @@
+"""The CPU convolution beside its definition: pixels, sums, layouts, and the same bits on every set."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.helpers import CPU, full_range, randn
+
+from int8run.backends.cpu import Cpu
+from int8run.kernels.cpu import conv
+from int8run.kernels.cpu.instructions import find_unusable_reason, list_instruction_sets
+from int8run.kernels.hadamard.reference import Rotation, regular_hadamard, sylvester_hadamard
+from int8run.kernels.int8_conv.reference import int8_conv, quantize_pixels
+
+REFUSED = Cpu().limits.unsupported_reasons(CPU)
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_memory"),
+    pytest.mark.skipif(bool(REFUSED), reason=f"the CPU kernels: {'; '.join(REFUSED)}"),
+]
+FOUND = [name for name in list_instruction_sets() if find_unusable_reason((name,)) is None]
+DTYPES = list(conv.DTYPES)
+# float32 sums of taps; half precision: that may move a rounding of the output
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+# shape, outputs, kernel, stride, padding, groups: tails of 4, 16 and 64, of a tile and of a block of pixels
+CASES = [
+    ((1, 1, 1, 1), 1, (1, 1), 1, 0, 1),
+    ((3, 5, 1, 1), 7, (3, 3), 1, 1, 1),
+    ((2, 13, 9, 7), 70, (3, 3), 1, 1, 1),
+    ((1, 40, 20, 20), 130, (3, 3), 2, 1, 1),
+    ((1, 64, 15, 15), 64, (1, 1), 1, 0, 1),
+    ((1, 8, 6, 5), 9, (3, 1), (1, 2), (1, 0), 1),
+    ((1, 7, 4, 4), 3, (2, 2), 2, 0, 1),
+    ((1, 4, 5, 5), 6, (7, 7), 1, 6, 1),
+    ((2, 16, 3, 5, 6), 10, (3, 3, 3), (1, 2, 1), 1, 2),
+    ((1, 6, 4, 3, 3), 5, (3, 1, 1), 1, (1, 0, 0), 1),
+    ((1, 12, 6, 6), 8, (3, 3), 1, 1, 4),
+]
+
+
+def make_case(case, dtype=torch.float32):
+    """x, the weight's integers, scales and bias, and the options of the definition."""
+    shape, outputs, kernel, stride, padding, groups = case
+    x = F.silu(2 * randn(*shape, dtype=dtype))
+    qdata = full_range(outputs, shape[1] // groups, *kernel, seed=1)
+    qdata.view(-1)[0] = -128
+    w_scale, bias = 0.01 * randn(outputs, seed=2).abs(), randn(outputs, seed=3)
+    return x, qdata, w_scale, bias, {"stride": stride, "padding": padding, "groups": groups}
+
+
+def run(x, qdata, w_scale, bias, options, **more):
+    """The kernel, as the definition is called."""
+    packed = conv.pack_conv_weight(qdata, options["groups"])
+    given = {"stride": options["stride"], "padding": options["padding"], **more}
+    return conv.int8_conv(x, packed, w_scale, bias, kernel=qdata.shape[2:], **given)
+
+
+def measure_difference(y, expected):
+    """The largest, as a share of the largest result."""
+    return (y.double() - expected.double()).abs().max() / expected.double().abs().max()
+
+
+@pytest.mark.parametrize("instructions", FOUND)
+def test_it_equals_the_definition(instructions):
+    for case, dtype in itertools.product(CASES, DTYPES):
+        x, qdata, w_scale, bias, options = make_case(case, dtype)
+        for given in (bias, None):
+            y = run(x, qdata, w_scale, given, options, instructions=instructions)
+            expected = int8_conv(x, qdata, w_scale, given, **options)
+            assert y.dtype == dtype
+            assert y.shape == expected.shape
+            assert y.is_contiguous(memory_format=conv.CHANNELS_LAST[x.dim()])
+            assert measure_difference(y, expected) < TOLERANCE[dtype], (case, dtype)
+
+
+@pytest.mark.parametrize("instructions", FOUND[1:])
+def test_results_have_the_same_bits_on_every_set(instructions):
+    for case, dtype in itertools.product(CASES, DTYPES):
+        arguments = make_case(case, dtype)
+        best = run(*arguments, instructions=FOUND[0], silu=True)
+        assert torch.equal(run(*arguments, instructions=instructions, silu=True), best), (case, dtype)
+
+
+def test_whole_numbers_are_exact():
+    # from -127 to 127 in each pixel: scale 1, center 0
+    x = full_range(1, 300, 4, 4).float()
+    x[:, 0], x[:, 1] = 127, -127
+    qdata = full_range(70, 300, 3, 3, seed=1)
+    y = run(x, qdata, torch.ones(70), None, {"stride": 1, "padding": 1, "groups": 1})
+
+    assert torch.equal(y, F.conv2d(x.double(), qdata.double(), padding=1).float())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("instructions", FOUND)
+def test_pixels_have_the_bits_of_the_definition(instructions, dtype):
+    for channels in (1, 2, 5, 15, 16, 17, 63, 64, 320):
+        x = 3 * randn(9, channels, dtype=dtype) + 1
+        x[0] *= 1e-38 if dtype != torch.float16 else 1e-7  # denormal numbers
+        x[1] = 0
+        x[2] = x[2, 0]
+        x[3, 0] = torch.finfo(dtype).max
+        x[3, -1] = -torch.finfo(dtype).max
+        expected = quantize_pixels(x[..., None, None])
+        q, scale, center = conv.quantize_pixels(x, instructions=instructions)
+
+        assert torch.equal(scale, expected.scale.flatten()), channels
+        assert torch.equal(center, expected.center.flatten()), channels
+        assert torch.equal(q[:, :channels].short() - 128, expected.q[..., 0, 0].short()), channels
+
+
+@pytest.mark.parametrize(
+    ("rotation", "sylvester", "silu"),
+    [(0, False, True), (16, False, False), (16, False, True), (8, True, False), (32, True, True)],
+)
+def test_silu_and_rotation_come_first(rotation, sylvester, silu):
+    x = 3 * randn(20, 96)
+    by = None
+    if rotation:
+        by = Rotation((sylvester_hadamard if sylvester else regular_hadamard)(rotation), sylvester)
+    expected = quantize_pixels(x[..., None, None].double(), by, silu=silu)
+    results = [
+        conv.quantize_pixels(x, rotation, sylvester=sylvester, silu=silu, instructions=name) for name in FOUND
+    ]
+    q, scale, center = results[0]
+
+    assert all(all(map(torch.equal, result, results[0])) for result in results)
+    torch.testing.assert_close(scale, expected.scale.flatten(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(center, expected.center.flatten(), rtol=1e-5, atol=1e-6)
+    # a rounding of the range or of a number near a tie
+    assert ((q.short() - 128 - expected.q[..., 0, 0].short()).abs() <= 1).all()
+    assert (q.short() - 128 != expected.q[..., 0, 0].short()).float().mean() < 0.01
+
+
+def test_any_layout_of_the_picture_gives_the_same_bits():
+    x, qdata, w_scale, bias, options = make_case(CASES[2])
+    expected = run(x, qdata, w_scale, bias, options)
+    wide = torch.zeros(2, 20, 11, 9)
+    wide[:, 3:16, 1:10, 1:8] = x
+
+    for laid_out in (
+        x.contiguous(memory_format=torch.channels_last),
+        wide[:, 3:16, 1:10, 1:8],
+        wide.contiguous(memory_format=torch.channels_last)[:, 3:16, 1:10, 1:8],
+        x.transpose(2, 3).contiguous().transpose(2, 3),
+    ):
+        assert torch.equal(run(laid_out, qdata, w_scale, bias, options), expected)
+
+
+def test_padding_of_one_side_is_padded_before():
+    x, qdata, w_scale, bias, _ = make_case(CASES[2])
+    options = {"stride": 2, "padding": 0, "groups": 1}
+    padded = F.pad(x, (0, 1, 0, 1))
+    expected = int8_conv(padded, qdata, w_scale, bias, **options)
+
+    assert measure_difference(run(padded, qdata, w_scale, bias, options), expected) < 1e-6
+
+
+@pytest.mark.parametrize("instructions", FOUND)
+def test_any_number_of_threads_gives_the_same_bits(instructions):
+    before = torch.get_num_threads()
+    arguments = make_case(CASES[3])
+    results = []
+    for count in (1, 3):
+        torch.set_num_threads(count)
+        results.append(run(*arguments, instructions=instructions))
+    torch.set_num_threads(before)
+
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
+def test_what_is_no_number_stays_with_the_pixels_that_meet_it(value, silu):
+    x, qdata, w_scale, bias, options = make_case(((1, 21, 5, 5), 8, (3, 3), 1, 1, 1))
+    finite = run(x, qdata, w_scale, bias, options, silu=silu)
+    x[0, 17, 1, 1] = value
+    y = run(x, qdata, w_scale, bias, options, silu=silu)
+
+    meets = torch.zeros(5, 5, dtype=torch.bool)
+    meets[:3, :3] = True
+    assert (y.isfinite() == ~meets).all()
+    assert torch.equal(y[..., ~meets], finite[..., ~meets])
+
+
+@pytest.mark.parametrize("batch", [0, 1])
+def test_an_empty_batch_and_an_empty_picture_give_what_padding_gives(batch):
+    x = randn(batch, 4, 3, 0)
+    y = run(x, full_range(5, 4, 1, 1), torch.ones(5), randn(5), {"stride": 1, "padding": 1, "groups": 1})
+
+    assert torch.equal(y, randn(5).view(1, 5, 1, 1).expand(batch, 5, 5, 2))
+
+
+def test_packed_weights_come_back():
+    for shape, outputs, kernel, *_, groups in CASES:
+        qdata = full_range(outputs, shape[1] // groups, *kernel)
+        packed = conv.pack_conv_weight(qdata, groups)
+
+        assert torch.equal(conv.unpack_conv_weight(packed, outputs, shape[1] // groups, kernel), qdata)
+
+
+def test_float64_is_computed_as_float32():
+    x, qdata, w_scale, bias, options = make_case(CASES[2])
+    y = run(x.double(), qdata, w_scale, bias, options)
+
+    assert y.dtype == torch.float64
+    assert torch.equal(y, run(x, qdata, w_scale, bias, options).double())
+
+
+def test_the_operator_keeps_its_promises_to_torch_compile():
+    x, qdata, w_scale, bias, _ = make_case(CASES[3])
+    arguments = (
+        x,
+        conv.pack_conv_weight(qdata),
+        w_scale,
+        bias,
+        [3, 3],
+        [2, 2],
+        [1, 1],
+        0,
+        False,
+        True,
+        "auto",
+    )
+
+    torch.library.opcheck(
+        torch.ops.int8run.cpu_conv.default, arguments, test_utils=("test_schema", "test_faketensor")
+    )
+
+
+@pytest.mark.slow
+def test_it_compiles_as_a_whole():
+    x, qdata, w_scale, bias, _ = make_case(CASES[2])
+    packed = conv.pack_conv_weight(qdata)
+
+    def compute(x):
+        y = conv.int8_conv(2 * x, packed, w_scale, bias, kernel=(3, 3), padding=1)
+        return y + 1
+
+    compiled = torch.compile(compute, fullgraph=True)
+    assert torch.equal(compiled(x), compute(x))
+    # another size of the picture
+    assert torch.equal(compiled(x[..., :5]), compute(x[..., :5]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kernel": (1, 1)}, "as from pack_conv_weight"),
+        ({"kernel": (3, 3, 3)}, "one number or 2"),
+        ({"padding": -1}, "padding 0 or more"),
+        ({"stride": 20, "padding": 0, "x": (1, 13, 2, 9)}, "smaller than the kernel"),
+        ({"x": (1, 17, 9, 7)}, "as from pack_conv_weight"),
+        ({"x": (13, 9, 7)}, r"not \[13, 9, 7\]"),
+        ({"rotation": 4}, "rotation must be 0 or a power of 4 that divides 13"),
+        ({"bias": randn(3)}, "bias must have 70 numbers"),
+        ({"w_scale": torch.ones(70).double()}, "w_scale must be contiguous float32"),
+    ],
+    ids=str,
+)
+def test_operands_that_do_not_fit_are_refused(changes, message):
+    _, qdata, w_scale, bias, _ = make_case(CASES[2])
+    given = {"w_scale": w_scale, "bias": bias, "kernel": (3, 3), "padding": 1, **changes}
+    x = randn(*given.pop("x", (2, 13, 9, 7)))
+
+    with pytest.raises(ValueError, match=message):
+        conv.int8_conv(x, conv.pack_conv_weight(qdata), given.pop("w_scale"), given.pop("bias"), **given)
