@@ -288,11 +288,12 @@ void attend(const Attention& a, const QueryBlock& queries, int64_t row, Attentio
   for (int64_t i = 0; i < ATTENTION_ROWS; i++) {
     const float* scores = space.scores + i * KEY_BLOCK;
     const float factor = is_masked ? 1.0f : space.q_scale[row + i];
-    const float largest = std::max(find_maximum(scores, block.padded), LOWEST);
+    const float found = find_maximum(scores, block.padded), largest = std::max(found, LOWEST);
     states.maximum[i] = largest * factor;
     if (states.maximum[i] == std::numeric_limits<float>::infinity()) space.row_is_broken[row + i] = true;
-    states.sum[i] = static_cast<float>(
-        round_probabilities(scores, block.padded, largest, factor, space.codes + i * KEY_BLOCK));
+    const float sum = round_probabilities(scores, block.padded, largest, factor, space.codes + i * KEY_BLOCK);
+    const bool attends_to_nothing = found < LOWEST;  // -infinity; all codes are 0
+    states.sum[i] = attends_to_nothing ? 0.0f : sum;
   }
   for (int64_t i = ATTENTION_ROWS; i < STATE_ROWS; i++) states.maximum[i] = states.sum[i] = 0.0f;
   update_states(space.states[row / ATTENTION_ROWS], states);

@@ -12,8 +12,8 @@ namespace {
 constexpr int64_t KEY_BLOCK = 256;  // keys whose probabilities share a scale, as in int8_attention/reference.py
 constexpr float LOG2_E = 1.44269504f;
 constexpr float LOG2_CODE_MAX = 7.99435344f;  // log2(255): the largest probability of a row and block is 255
-// Below this an exponent of 2 gives 0 when it is rounded; above -126 its power is a normal number
-constexpr float SMALLEST_EXPONENT = -20.0f;
+// Smaller exponents of 2 are taken for this one: its power is a normal number still, and nothing beside 255
+constexpr float SMALLEST_EXPONENT = -100.0f;
 // The maximum of a row that attends to nothing yet. Not -infinity, so that differences of two of them are 0.
 constexpr float LOWEST = -FLT_MAX;
 
@@ -35,15 +35,16 @@ INLINE float find_maximum(const float* scores, int64_t n) {
   return reduce_maximum(m);
 }
 
-// 255 exp((score - maximum) * factor) of n scores to bytes; returns the sum of the bytes. n is a multiple of 16.
-INLINE int32_t round_probabilities(const float* scores, int64_t n, float maximum_score, float factor, uint8_t* codes) {
+// 255 exp((score - maximum) * factor) of n scores, rounded to bytes; returns their sum before the rounding. n is a
+// multiple of 16.
+INLINE float round_probabilities(const float* scores, int64_t n, float maximum_score, float factor, uint8_t* codes) {
   const Floats shift = fill(maximum_score), scale = fill(factor * LOG2_E);
-  Ints sum = fill_ints(0);
+  Floats sum = fill(0.0f);
   for (int64_t k = 0; k < n; k += 16) {
     const Floats exponent = multiply_add(subtract(load(scores + k), shift), scale, fill(LOG2_CODE_MAX));
-    const Ints code = round_to_ints(power_of_2(maximum(exponent, fill(SMALLEST_EXPONENT))));
-    sum = add(sum, code);
-    store_bytes(codes + k, code);
+    const Floats probability = power_of_2(maximum(exponent, fill(SMALLEST_EXPONENT)));
+    sum = add(sum, probability);
+    store_bytes(codes + k, round_to_ints(probability));
   }
   return reduce_sum(sum);
 }
@@ -52,7 +53,7 @@ INLINE int32_t round_probabilities(const float* scores, int64_t n, float maximum
 constexpr int64_t STATE_ROWS = (ATTENTION_ROWS + 15) / 16 * 16;
 struct RowStates {
   float maximum[STATE_ROWS];  // of the scores
-  float sum[STATE_ROWS];      // of the codes, times exp(maximum of their block - maximum)
+  float sum[STATE_ROWS];      // of 255 exp(score - maximum)
 };
 // The same of one block, and what it makes of the sums
 struct BlockStates {

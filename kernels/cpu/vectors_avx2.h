@@ -160,6 +160,12 @@ INLINE float reduce_maximum(Floats v) {
   const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_max_ss(two, _mm_shuffle_ps(two, two, 1)));
 }
+INLINE float reduce_sum(Floats v) {
+  const __m256 eight = _mm256_add_ps(v.low, v.high);
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+}
 INLINE Floats select(Mask m, Floats a, Floats b) {
   return {_mm256_blendv_ps(b.low, a.low, _mm256_castsi256_ps(lane_bits(m.n))),
           _mm256_blendv_ps(b.high, a.high, _mm256_castsi256_ps(lane_bits(m.n - 8)))};
@@ -188,12 +194,6 @@ INLINE int32_t reduce_maximum(Ints v) {
   const __m128i four = _mm_max_epi32(low_half(eight), high_half(eight));
   const __m128i two = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4E));
   return _mm_cvtsi128_si32(_mm_max_epi32(two, _mm_shuffle_epi32(two, 0xB1)));
-}
-INLINE int32_t reduce_sum(Ints v) {
-  const __m256i eight = _mm256_add_epi32(v.low, v.high);
-  const __m128i four = _mm_add_epi32(low_half(eight), high_half(eight));
-  const __m128i two = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4E));
-  return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 0xB1)));
 }
 
 // --- between the two

@@ -73,6 +73,8 @@ INLINE Floats scale_by_power_of_2(Floats v, Floats n) { return _mm512_scalef_ps(
 INLINE Floats scale_normal_by_power_of_2(Floats v, Floats n) { return _mm512_scalef_ps(v, n); }
 INLINE Floats maximum(Floats a, Floats b) { return _mm512_max_ps(a, b); }  // of numbers, not NaN
 INLINE float reduce_maximum(Floats v) { return _mm512_reduce_max_ps(v); }
+// Halves are added to each other until one number is left
+INLINE float reduce_sum(Floats v) { return _mm512_reduce_add_ps(v); }
 // Lanes of the mask from a, the others from b
 INLINE Floats select(Mask m, Floats a, Floats b) { return _mm512_mask_mov_ps(b, m, a); }
 
@@ -87,7 +89,6 @@ INLINE Ints shift_left_8(Ints v) { return _mm512_slli_epi32(v, 8); }
 INLINE Ints shift_left_16(Ints v) { return _mm512_slli_epi32(v, 16); }
 INLINE Ints shift_right_16(Ints v) { return _mm512_srli_epi32(v, 16); }
 INLINE int32_t reduce_maximum(Ints v) { return _mm512_reduce_max_epi32(v); }
-INLINE int32_t reduce_sum(Ints v) { return _mm512_reduce_add_epi32(v); }
 
 // --- between the two
 

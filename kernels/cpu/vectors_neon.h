@@ -158,6 +158,11 @@ INLINE Floats maximum(Floats a, Floats b) {
 INLINE float reduce_maximum(Floats v) {
   return vmaxvq_f32(vmaxq_f32(vmaxq_f32(v.q[0], v.q[1]), vmaxq_f32(v.q[2], v.q[3])));
 }
+INLINE float reduce_sum(Floats v) {
+  const float32x4_t four = vaddq_f32(vaddq_f32(v.q[0], v.q[2]), vaddq_f32(v.q[1], v.q[3]));
+  const float32x2_t two = vadd_f32(vget_low_f32(four), vget_high_f32(four));
+  return vget_lane_f32(two, 0) + vget_lane_f32(two, 1);
+}
 INLINE Floats select(Mask m, Floats a, Floats b) {
   const int32_t lanes[4] = {0, 1, 2, 3};
   return map_floats([&](int i) INLINED {
@@ -196,9 +201,6 @@ INLINE Ints shift_right_16(Ints v) {
 }
 INLINE int32_t reduce_maximum(Ints v) {
   return vmaxvq_s32(vmaxq_s32(vmaxq_s32(v.q[0], v.q[1]), vmaxq_s32(v.q[2], v.q[3])));
-}
-INLINE int32_t reduce_sum(Ints v) {
-  return vaddvq_s32(vaddq_s32(vaddq_s32(v.q[0], v.q[1]), vaddq_s32(v.q[2], v.q[3])));
 }
 
 // --- between the two

@@ -70,13 +70,15 @@ def int8_attention(
     sum_of_weights: Tensor | float = 0.0
     for start in range(0, k.shape[2], key_block):
         block = slice(start, start + key_block)
-        codes, block_maximum = round_probabilities(scores[..., block])
+        probabilities, block_maximum = compute_probabilities(scores[..., block])
+        codes = probabilities.round()
         block_weight = exponentiate_differences(block_maximum, maximum)
         products = codes.double() @ values.q[:, :, block].double()  # exact
         weighted_sum = weighted_sum + block_weight * products.float()
-        sum_of_weights = sum_of_weights + block_weight * codes.sum(dim=-1, keepdim=True)
+        # of probabilities, not of codes: with those that are rounded to 0 a row loses part of its codes' sum,
+        # and dividing by what is left would make all others larger
+        sum_of_weights = sum_of_weights + block_weight * probabilities.sum(dim=-1, keepdim=True)
 
-    # weights that sum to 1 exactly, so that the mean of the values comes back whole
     output = weighted_sum / sum_of_weights * values.scale + values.mean
     attends_to_nothing = maximum == -torch.inf
     return output.masked_fill(attends_to_nothing, 0.0).to(q.dtype)
@@ -112,19 +114,17 @@ def mask_scores(scores: Tensor, mask: Tensor | None, *, is_causal: bool) -> Tens
     return scores + mask.float()
 
 
-def round_probabilities(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Round `exp(score - maximum)` of each row to 0 .. 255.
+def compute_probabilities(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """`255 exp(score - maximum)` of each row and block, from 0 to 255 and not yet rounded.
 
     Args:
         scores: float32 [..., keys of a block].
 
     Returns:
-        codes: whole numbers in float32 [..., keys], so that NaN stays NaN; maximum: [..., 1]. Where all
-        scores are -inf, all codes are 0.
+        probabilities: float32 [..., keys], 0 where all scores are -inf; maximum: [..., 1].
     """
     maximum = scores.amax(dim=-1, keepdim=True)
-    codes = (CODE_MAX * exponentiate_differences(scores, maximum)).round()
-    return codes, maximum
+    return CODE_MAX * exponentiate_differences(scores, maximum), maximum
 
 
 def exponentiate_differences(scores: Tensor, maximum: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ def exponentiate_differences(scores: Tensor, maximum: Tensor) -> Tensor:
 def quantize_values(v: Tensor) -> QuantizedValues:
     """Round values [B, H, Lk, Dv] to int8 about the mean of each channel over all tokens.
 
-    The weights of a row sum to 1, so that the mean can be added to the result (SageAttention2, arXiv
+    The probabilities of a row sum to 1, so that the mean can be added to the result (SageAttention2, arXiv
     2411.10958, calls it smoothing V).
     """
     v = v.float()
