@@ -104,6 +104,54 @@ def int8_attention(
     return output
 
 
+def describe_call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    output: Tensor,
+    mask: Tensor | None,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    rotation: int = 0,
+    center_keys: bool = False,
+) -> Attention:
+    """What the kernel is told; the tensors must live until it has run.
+
+    Args:
+        q: [B, Hq, Lq, D] of a dtype in DTYPES, channels side by side; as k, v and output.
+        k: [B, Hkv, Lk, D].
+        v: [B, Hkv, Lk, Dv].
+        output: [B, Hq, Lq, Dv], which is written.
+        mask: [Lq, Lk] or [B, Hq, Lq, Lk] of a dtype in MASK_DTYPES, or None.
+        is_causal: as for `int8_attention`, like all that follow.
+        scale: of the scores.
+        rotation: channels of a rotated group.
+        center_keys: whether the mean of all keys is subtracted.
+    """
+    batch, heads, queries, width = q.shape
+    key_heads, keys, value_width = v.shape[1:]
+    return Attention(
+        q=_describe(q),
+        k=_describe(k),
+        v=_describe(v),
+        output=_describe(output),
+        mask=Mask() if mask is None else _describe_mask(mask.expand(batch, heads, queries, keys)),
+        batch=batch,
+        heads=heads,
+        key_heads=key_heads,
+        queries=queries,
+        keys=keys,
+        width=width,
+        value_width=value_width,
+        rotation=rotation,
+        is_causal=is_causal,
+        center_keys=center_keys,
+        threads=torch.get_num_threads(),
+        scale=width**-0.5 if scale is None else scale,
+    )
+
+
 @functools.cache
 def load_attention_library(instructions: str = AUTO) -> ctypes.CDLL:
     """Load the kernel for the instruction set that the linear layers have; build it if the cache has none.
@@ -134,28 +182,10 @@ def _attention_impl(
     output = _make_output(q, v)
     # each is kept until the call is over: it may be a copy
     q, k, v = (_as_operand(each) for each in (q, k, v))
-    batch, heads, queries, width = q.shape
-    key_heads, keys, value_width = v.shape[1:]
     if mask is not None:
-        mask = _as_mask(mask, (batch, heads, queries, keys))
-    call = Attention(
-        q=_describe(q),
-        k=_describe(k),
-        v=_describe(v),
-        output=_describe(output),
-        mask=Mask() if mask is None else _describe_mask(mask),
-        batch=batch,
-        heads=heads,
-        key_heads=key_heads,
-        queries=queries,
-        keys=keys,
-        width=width,
-        value_width=value_width,
-        rotation=rotation,
-        is_causal=is_causal,
-        center_keys=center_keys,
-        threads=torch.get_num_threads(),
-        scale=width**-0.5 if scale is None else scale,
+        mask = _as_mask(mask, (*q.shape[:3], k.shape[2]))
+    call = describe_call(
+        q, k, v, output, mask, is_causal=is_causal, scale=scale, rotation=rotation, center_keys=center_keys
     )
     load_attention_library(instructions).int8run_attention(call)
     return output

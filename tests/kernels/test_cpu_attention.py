@@ -7,7 +7,14 @@ from support.helpers import CPU, randn
 
 from int8run.backends.cpu import Cpu
 from int8run.kernels.cpu.attention import int8_attention
-from int8run.kernels.cpu.instructions import find_unusable_reason, list_instruction_sets
+from int8run.kernels.cpu.instructions import (
+    AVX2_FEATURES,
+    AVX2_FLAGS,
+    INSTRUCTION_SETS,
+    InstructionSet,
+    find_unusable_reason,
+    list_instruction_sets,
+)
 from int8run.kernels.int8_attention import reference
 
 REFUSED = Cpu().limits.unsupported_reasons(CPU)
@@ -16,6 +23,8 @@ pytestmark = [
     pytest.mark.skipif(bool(REFUSED), reason=f"the CPU kernels: {'; '.join(REFUSED)}"),
 ]
 FOUND = [name for name in list_instruction_sets() if find_unusable_reason((name,)) is None]
+EMULATED = InstructionSet("amx_emulated", features=AVX2_FEATURES, flags=AVX2_FLAGS)
+EMULATION_REFUSED = Cpu(instructions="avx2").limits.unsupported_reasons(CPU)
 # probabilities that lie between two codes are rounded either way: one in fifty, by one of 255
 MAX_REL_ERR = 2e-3
 
@@ -28,11 +37,11 @@ def make_operands(heads, key_heads, queries, keys, width, value_width):
     )
 
 
-def assert_like_the_reference(operands, instructions="auto", **options):
-    actual = int8_attention(*operands, instructions=instructions, **options)
+def assert_like_the_reference(operands, **options):
+    actual = int8_attention(*operands, **options)
     expected = reference.int8_attention(*operands, **options)
     assert actual.dtype == expected.dtype
-    assert_close(f"{instructions} {options.keys()}", actual, expected, MAX_REL_ERR)
+    assert_close(f"attention with {list(options)}", actual, expected, MAX_REL_ERR)
 
 
 # queries: less than a tile, tiles and what is left of one, more than a block; keys: less than a register,
@@ -47,32 +56,57 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize("instructions", FOUND)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_every_shape_and_option_is_like_the_reference(shape, instructions):
-    operands = make_operands(*shape)
+def list_options(shape):
+    """What a call may have beside its operands."""
     queries, keys = shape[2:4]
     mask = randn(queries, keys, seed=4) > 0
     mask[:, 0] = True
-
-    for options in (
+    return (
         {},
         {"is_causal": True},
         {"scale": -0.2, "center_keys": True},
         {"mask": mask},
         {"mask": randn(2, 1, 1, keys, seed=5), "is_causal": True},
-    ):
-        assert_like_the_reference(operands, instructions, **options)
+    )
 
 
-@pytest.mark.parametrize("instructions", FOUND)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_shape_and_option_is_like_the_reference(shape):
+    operands = make_operands(*shape)
+
+    for options in list_options(shape):
+        assert_like_the_reference(operands, **options)
+
+
+def assert_same_bits_as_the_best_set(instructions):
+    for shape in SHAPES:
+        operands = make_operands(*shape)
+        for options in list_options(shape):
+            expected = int8_attention(*operands, **options)
+            actual = int8_attention(*operands, instructions=instructions, **options)
+            assert torch.equal(actual, expected), (shape, options)
+
+
+@pytest.mark.parametrize("instructions", FOUND[1:])
+def test_every_instruction_set_gives_the_same_bits(instructions):
+    assert_same_bits_as_the_best_set(instructions)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(EMULATION_REFUSED), reason=f"the emulation: {'; '.join(EMULATION_REFUSED)}")
+def test_tiles_that_are_emulated_give_the_same_bits(monkeypatch):
+    monkeypatch.setitem(INSTRUCTION_SETS, EMULATED.name, EMULATED)
+
+    assert_same_bits_as_the_best_set(EMULATED.name)
+
+
 @pytest.mark.parametrize("rotation", [2, 4, 16, 32, 64, 128])
-def test_rotations_are_those_of_the_reference(rotation, instructions):
+def test_rotations_are_those_of_the_reference(rotation):
     operands = make_operands(1, 1, 9, 70, 128, 16)
     operands[1][..., 5] += 20
 
-    assert_like_the_reference(operands, instructions, rotation=rotation)
-    assert_like_the_reference(operands, instructions, rotation=rotation, center_keys=True)
+    for center_keys in (False, True):
+        assert_like_the_reference(operands, rotation=rotation, center_keys=center_keys)
 
 
 @pytest.mark.parametrize("dtypes", [("bfloat16",) * 3, ("float16",) * 3, ("float32", "bfloat16", "float16")])
