@@ -30,7 +30,6 @@ from int8run.layers.plan import LayerPlan, plan_layers
 from int8run.lora.installed import find_marks, format_names
 from int8run.lora.stack import LoraStack
 from int8run.models.dual_denoisers import split_denoiser
-from int8run.models.family import DTYPES
 from int8run.models.given_model import GivenModel, take_denoiser
 from int8run.models.loader import pick_device
 from int8run.pipeline.layer_selection import describe_skip_reasons, select_int8_plans
@@ -39,8 +38,9 @@ from int8run.pipeline.loaded_model import make_skip_rule
 from int8run.pipeline.offload import has_group_offloading
 from int8run.pipeline.outlier_choice import choose_fixed_method
 from int8run.ptq.quantize import build_int8_layers, check_backend, keep_faster_layers, quantize_layers
+from int8run.utils.dtypes import FLOAT_DTYPES
 
-WEIGHT_DTYPES = {torch.float64, *(getattr(torch, name) for name in DTYPES)}
+WEIGHT_DTYPES = {torch.float64, *(getattr(torch, name) for name in FLOAT_DTYPES)}
 log = logging.getLogger(__name__)
 __all__ = ["LoraStack", "quantize_"]
 
@@ -261,7 +261,7 @@ def check_weights(model: nn.Module) -> None:
             dtype = str(module.weight.dtype).removeprefix("torch.")
             raise ConfigError(
                 f"{name} has weights of {dtype}, so another program has quantized it, or its layerwise "
-                f"casting is on; quantize_ takes a model of {', '.join(DTYPES)}"
+                f"casting is on; quantize_ takes a model of {', '.join(FLOAT_DTYPES)}"
             )
 
 

@@ -1,7 +1,8 @@
 """INT8 linear layers on a CPU, float in and float out: every method side by side with the float32 layer.
 
-    python experiments/linear_bench/bench.py                 # one thread, CPU time
-    python experiments/linear_bench/bench.py --threads 2     # wall time, for a quiet machine
+    python experiments/linear_bench/bench.py                       # one thread, CPU time
+    python experiments/linear_bench/bench.py --table instructions  # float dtypes, our kernels on each set
+    python experiments/linear_bench/bench.py --threads 2           # wall time, for a quiet machine
 
 The tests of kernels and backends run first. A method whose error is above its limit is refused and not timed.
 """
@@ -12,7 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from methods import METHODS
+from methods import METHODS, SETS, TABLES
+from peak import measure_peaks
 from sidebyside import (
     Budget,
     Measured,
@@ -48,6 +50,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="1: process CPU time; more: wall time")
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="as MxKxN")
     parser.add_argument("--seconds", type=float, default=180, help="per shape; at least 5 cycles are run")
+    parser.add_argument(
+        "--table",
+        choices=TABLES,
+        default="all",
+        help="instructions: float dtypes and our kernels on each instruction set; peers: other programs",
+    )
     parser.add_argument(
         "--only", nargs="+", metavar="WORD", help="methods with one of these words in their name"
     )
@@ -113,6 +121,27 @@ def format_tables(results: Mapping[str, Mapping[str, Reply]]) -> str:
     return "\n".join(parts)
 
 
+def format_shares(results: Mapping[str, Mapping[str, Reply]], peaks: Mapping[str, float]) -> str:
+    """The table of what a whole layer reaches of what its product instruction gives out of registers.
+
+    Args:
+        results: by shape and method.
+        peaks: GOP/s by instruction set.
+    """
+    rows = []
+    for instructions, peak in peaks.items():
+        records = [results[shape][SETS[instructions]] for shape in results]
+        rows.append([instructions, f"{peak:.0f}", *(format_share(record, peak) for record in records)])
+    return format_table(["instructions", "GOP/s out of registers", *results], rows)
+
+
+def format_share(record: Reply, peak: float) -> str:
+    """A cell of that table."""
+    if "gops" not in record:
+        return MISSING
+    return f"{100 * record['gops'] / peak:.0f} %"
+
+
 def make_ratio_row(name: str, records: Sequence[Reply]) -> list[str]:
     """A method's row of the ratio table."""
     errors = [record["error"] for record in records if "error" in record]
@@ -169,7 +198,7 @@ def main() -> None:
     report = collect_facts(torch.device("cpu"))
     clock = "process CPU time" if args.threads == 1 else "wall time"
     print(f"{describe_machine(report)}, {args.threads} thread(s), {clock}", flush=True)
-    names = [name for name in METHODS if name == BASE or is_wanted(name, args.only)]
+    names = [name for name in TABLES[args.table] if name == BASE or is_wanted(name, args.only)]
     pairs = list_pairs(names)
     worker = Path(__file__).with_name("worker.py")
     processes = {name: Process(worker, args.threads, METHODS[name].env) for name in names}
@@ -188,6 +217,10 @@ def main() -> None:
             process.close()
     if len(results) > 1:
         print(f"\nall shapes\n\n{format_tables(results)}")
+    if args.threads == 1:  # with more, the clock of the CPU is another one
+        peaks = measure_peaks([instructions for instructions, name in SETS.items() if name in names])
+        print(f"\n{format_shares(results, peaks)}")
+        write_report(args.json, report | {"clock": clock, "shapes": results, "peaks": peaks})
     print(f"\nwritten to {args.json}")
 
 

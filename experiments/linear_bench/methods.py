@@ -189,6 +189,13 @@ def make_int8run(
     return layer if branch is None else branch(case, layer)
 
 
+def make_int8run_in_bf16(case: Case) -> Forward:
+    """Ours in a model of bfloat16, whose input and output have that dtype."""
+    half = Case(case.x.bfloat16(), case.weight.bfloat16(), case.bias.bfloat16())
+    layer = make_int8run(half, "cpu")
+    return lambda _: layer(half.x)
+
+
 def make_naive_lora(case: Case, layer: nn.Module) -> Forward:
     """The LoRA as two float products."""
     assert case.lora_A is not None and case.lora_B is not None
@@ -200,10 +207,12 @@ def make_sdnq_environment(switch: str, openvino: str = "0") -> dict[str, str]:
     return {"SDNQ_USE_TORCH_COMPILE": switch, "SDNQ_USE_OPENVINO_MM": openvino}
 
 
-METHODS = {
+FLOATS = {
     "fp32": Method(make_fp32),
     "bf16": Method(partial(make_half_precision, dtype=torch.bfloat16)),
     "fp16": Method(partial(make_half_precision, dtype=torch.float16)),
+}
+PEERS = {
     "torchao eager": Method(torchao_eager),
     "torchao compile": Method(torchao_compile),
     "torchao compile + freezing": Method(torchao_freezing),
@@ -222,15 +231,32 @@ METHODS = {
         partial(make_toolkit, group=GROUP), against="Toolkit torch_int_mm"
     ),
 }
-for name in ours.CPU_BACKENDS:
-    METHODS[f"int8run {name}"] = Method(partial(make_int8run, backend=name))
-    METHODS[f"int8run {name}, convrot"] = Method(
-        partial(make_int8run, backend=name, outlier="convrot"), against=f"int8run {name}"
-    )
-for name in INSTRUCTION_SETS:  # those that this CPU has not are listed with the reason
-    METHODS[f"int8run cpu, {name}"] = Method(partial(make_int8run, backend="cpu", instructions=name))
-for rank in (16, 64):
-    for kind, branch in {"LoRA": ours.with_branch, "naive LoRA": make_naive_lora}.items():
-        METHODS[f"int8run cpu, {kind} r{rank}"] = Method(
-            partial(make_int8run, backend="cpu", branch=branch), rank=rank, against="int8run cpu"
+# by instruction set; those that this CPU has not are listed with the reason
+SETS = {name: f"int8run cpu, {name}" for name in INSTRUCTION_SETS}
+
+
+def list_own_methods() -> dict[str, Method]:
+    """Our backends without and with rotation, our kernels on each instruction set, and LoRAs beside them."""
+    found = {}
+    for name in ours.CPU_BACKENDS:
+        found[f"int8run {name}"] = Method(partial(make_int8run, backend=name))
+        found[f"int8run {name}, convrot"] = Method(
+            partial(make_int8run, backend=name, outlier="convrot"), against=f"int8run {name}"
         )
+    for instructions, name in SETS.items():
+        found[name] = Method(partial(make_int8run, backend="cpu", instructions=instructions))
+    found["int8run cpu, bf16 in and out"] = Method(make_int8run_in_bf16)
+    for rank in (16, 64):
+        for kind, branch in {"LoRA": ours.with_branch, "naive LoRA": make_naive_lora}.items():
+            build = partial(make_int8run, backend="cpu", branch=branch)
+            found[f"int8run cpu, {kind} r{rank}"] = Method(build, rank=rank, against="int8run cpu")
+    return found
+
+
+METHODS = {**FLOATS, **PEERS, **list_own_methods()}
+# what `bench.py --table` measures
+TABLES = {
+    "all": list(METHODS),
+    "instructions": [*FLOATS, *SETS.values(), "int8run cpu, bf16 in and out"],
+    "peers": [*FLOATS, *PEERS, "int8run cpu", "int8run cpu, convrot"],
+}

@@ -23,7 +23,9 @@ from typing import Any
 
 import torch
 
+from int8run.backends.cpu import Cpu
 from int8run.report.run_files import collect_environment
+from int8run.utils.hardware import describe_instructions
 
 REPOSITORY = Path(__file__).parents[2]
 PEERS = ("torch", "diffusers", "torchao", "sdnq", "onnxruntime", "openvino", "triton", "comfy-kitchen")
@@ -245,7 +247,11 @@ def collect_facts(device: torch.device) -> Reply:
             installed[package] = version(package)
         except PackageNotFoundError:
             installed[package] = "not installed"
-    return {"date": date.today().isoformat(), **collect_environment(device, installed)}
+    facts = {"date": date.today().isoformat(), **collect_environment(device, installed)}
+    facts["instructions"] = describe_instructions(device)
+    if device.type == "cpu" and not Cpu().limits.unsupported_reasons(device):
+        facts["cpu_kernels"] = Cpu().instruction_set
+    return facts
 
 
 def describe_machine(facts: Reply) -> str:
@@ -253,7 +259,11 @@ def describe_machine(facts: Reply) -> str:
     versions = facts["versions"]
     if "gpu" in facts:
         return f"{facts['gpu']}, torch {versions['torch']}, triton {versions['triton']}, {facts['date']}"
-    return f"{facts['cpu']}, torch {versions['torch']}, {facts['date']}"
+    kernels = facts.get("cpu_kernels", "not usable")
+    return (
+        f"{facts['cpu']} ({facts['instructions']}; int8run cpu: {kernels}), torch {versions['torch']}, "
+        f"{facts['date']}"
+    )
 
 
 def write_report(path: Path, report: Reply) -> None:

@@ -1,6 +1,7 @@
 """A whole FluxTransformer2DModel with random weights on a CPU: every variant side by side with eager float32.
 
     python experiments/model_bench/bench.py                    # the mid size, one thread, CPU time
+    python experiments/model_bench/bench.py --table instructions   # float dtypes, our kernels on each set
     python experiments/model_bench/bench.py --size big --threads 2
     python experiments/model_bench/bench.py --profile --only "int8run cpu"
 
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from variants import VARIANTS  # isort: skip  # first: it adds linear_bench to the path
+from variants import TABLES, VARIANTS  # isort: skip  # first: it adds linear_bench to the path
 from sidebyside import (
     Budget,
     Measured,
@@ -52,6 +53,12 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--threads", type=int, default=1, help="1: process CPU time; more: wall time")
     parser.add_argument("--seconds", type=float, default=600, help="at least 5 cycles are run")
+    parser.add_argument(
+        "--table",
+        choices=TABLES,
+        default="all",
+        help="instructions: float dtypes and our kernels on each instruction set; peers: other programs",
+    )
     parser.add_argument(
         "--only", nargs="+", metavar="WORD", help="variants with one of these words in their name"
     )
@@ -168,7 +175,8 @@ def main() -> None:
     report = collect_facts(torch.device("cpu"))
     clock = "process CPU time" if args.threads == 1 else "wall time"
     print(f"{describe_machine(report)}, {args.threads} thread(s), {clock}", flush=True)
-    batches = split_batches([name for name in VARIANTS if name != BASE and is_wanted(name, args.only)])
+    names = [name for name in TABLES[args.table] if name != BASE and is_wanted(name, args.only)]
+    batches = split_batches(names)
     budget = Budget(SLOT_SECONDS, args.seconds / len(batches), CYCLES)
     settings = {"size": args.size, "layers": args.layers}
     records: dict[str, Reply] = {}

@@ -100,6 +100,16 @@ def make_model(
     return model.eval().requires_grad_(False), call
 
 
+def cast_model(
+    model: nn.Module, call: dict[str, Any], dtype: torch.dtype
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The same weights and call in another dtype."""
+    cast_call = {}
+    for name, value in call.items():
+        cast_call[name] = value.to(dtype) if isinstance(value, Tensor) else value
+    return model.to(dtype), cast_call
+
+
 @contextmanager
 def use_default_dtype(dtype: torch.dtype) -> Iterator[None]:
     """Let torch make float tensors in a dtype."""

@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import flux
+import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "linear_bench"))
 from case import Case
 from methods import make_sdnq, make_sdnq_environment
 from toolkit import GROUP, ToolkitLinear
+
+from int8run.kernels.cpu.instructions import INSTRUCTION_SETS
 
 BACKENDS = ("reference", "torch_int_mm", "onednn", "cpu", "auto")
 
@@ -31,11 +34,13 @@ class Variant:
         build: from the float model, its call and the choice of layers to the model that is timed.
         compile: put the whole of it through Inductor.
         env: environment variables of its process.
+        dtype: of the float model and its input.
     """
 
     build: Callable[[nn.Module, Mapping[str, Any], str], nn.Module]
     compile: bool = False
     env: Mapping[str, str] = field(default_factory=dict)
+    dtype: torch.dtype = torch.float32
 
 
 def keep_float(model: nn.Module, call: Mapping[str, Any], layers: str) -> nn.Module:
@@ -84,40 +89,68 @@ def quantize_with_int8run(
     layers: str,
     backend: str,
     outlier: str = "none",
+    *overrides: str,
     without: Sequence[str] = (),
 ) -> nn.Module:
     """int8run; backend=auto measures anew instead of reading the user's table."""
-    overrides = []
     if backend == "auto":
-        overrides = [f"backend.table={tempfile.mkdtemp()}/choices.json"]
+        overrides = (f"backend.table={tempfile.mkdtemp()}/choices.json", *overrides)
     return flux.quantize_with_int8run(model, call, layers, backend, outlier, *overrides, without=without)
 
 
-def list_int8run_variants() -> dict[str, Variant]:
-    """Every backend without and with rotation, and what the family's facts are worth; eager and compiled."""
-    builds = {}
-    for backend in BACKENDS:
-        builds[backend] = partial(quantize_with_int8run, backend=backend)
-        builds[f"{backend}, convrot"] = partial(quantize_with_int8run, backend=backend, outlier="convrot")
-    # each input is quantized by every layer that reads it; GELUs are left where they are
-    builds["cpu, no sharing"] = partial(quantize_with_int8run, backend="cpu", without=["same_input"])
-    builds["cpu, no moved GELU"] = partial(quantize_with_int8run, backend="cpu", without=["deferred_gelu"])
+def quantize_with_kernels(
+    model: nn.Module, call: Mapping[str, Any], layers: str, instructions: str
+) -> nn.Module:
+    """int8run's own kernels with one instruction set."""
+    override = f"backend.instructions={instructions}"
+    return quantize_with_int8run(model, call, layers, "cpu", "none", override)
 
+
+def add_modes(builds: Mapping[str, Callable[..., nn.Module]], **settings: Any) -> dict[str, Variant]:
+    """Each of these as it is and compiled; `settings` are those of a `Variant`."""
     variants = {}
     for name, build in builds.items():
-        variants[f"int8run {name} eager"] = Variant(build)
-        variants[f"int8run {name} compiled"] = Variant(build, compile=True)
+        variants[f"{name} eager"] = Variant(build, **settings)
+        variants[f"{name} compiled"] = Variant(build, compile=True, **settings)
     return variants
 
 
-VARIANTS = {
-    "fp32 eager": Variant(keep_float),
-    "fp32 compiled": Variant(keep_float, compile=True),
-    "torchao eager": Variant(quantize_with_torchao),
-    "torchao compiled": Variant(quantize_with_torchao, compile=True),
+def list_own_builds() -> dict[str, Callable[..., nn.Module]]:
+    """Every backend without and with rotation, and what the family's facts are worth."""
+    builds = {}
+    for backend in BACKENDS:
+        builds[f"int8run {backend}"] = partial(quantize_with_int8run, backend=backend)
+        rotated = partial(quantize_with_int8run, backend=backend, outlier="convrot")
+        builds[f"int8run {backend}, convrot"] = rotated
+    # each input is quantized by every layer that reads it; GELUs are left where they are
+    for title, fact in {"no sharing": "same_input", "no moved GELU": "deferred_gelu"}.items():
+        build = partial(quantize_with_int8run, backend="cpu", without=[fact])
+        builds[f"int8run cpu, {title}"] = build
+    return builds
+
+
+FLOATS = {**add_modes({"fp32": keep_float}), **add_modes({"bf16": keep_float}, dtype=torch.bfloat16)}
+PEERS = {
+    **add_modes({"torchao": quantize_with_torchao}),
     "sdnq eager": Variant(quantize_with_sdnq, env=make_sdnq_environment("0")),
     "sdnq with its own compile": Variant(quantize_with_sdnq, env=make_sdnq_environment("1")),
+    "sdnq with its own compile, OpenVINO": Variant(
+        quantize_with_sdnq, env=make_sdnq_environment("1", openvino="1")
+    ),
     "Toolkit torch_int_mm eager": Variant(quantize_with_toolkit),
     "Toolkit torch_int_mm, hadamard 128 eager": Variant(partial(quantize_with_toolkit, group=GROUP)),
-    **list_int8run_variants(),
+}
+# by instruction set; those that this CPU has not are listed with the reason
+SETS = add_modes(
+    {f"int8run cpu, {name}": partial(quantize_with_kernels, instructions=name) for name in INSTRUCTION_SETS}
+)
+IN_BF16 = add_modes(
+    {"int8run cpu in a bf16 model": partial(quantize_with_int8run, backend="cpu")}, dtype=torch.bfloat16
+)
+VARIANTS = {**FLOATS, **PEERS, **add_modes(list_own_builds()), **SETS, **IN_BF16}
+# what `bench.py --table` measures
+TABLES = {
+    "all": list(VARIANTS),
+    "instructions": [*FLOATS, *SETS, *IN_BF16],
+    "peers": [*FLOATS, *PEERS, "int8run cpu eager", "int8run cpu compiled"],
 }

@@ -16,6 +16,7 @@ def prepare_variant(request: Reply) -> tuple[Callable[[], object], Reply]:
     """Build the variant, and its error against the output that the first variant left in `reference`."""
     variant, reference = variants.VARIANTS[request["variant"]], Path(request["reference"])
     model, call = flux.make_model(flux.SIZES[request["size"]])
+    model, call = flux.cast_model(model, call, variant.dtype)
     model = variant.build(model, call, request["layers"])
     if variant.compile:
         model.compile(dynamic=False)

@@ -17,10 +17,12 @@ from torch import Tensor, nn
 
 from int8run.backends.autotune_cache import AutotuneCache
 from int8run.backends.base import Shape
-from int8run.backends.float import FLOAT_DTYPES, TimedFloat
+from int8run.backends.float import TimedFloat
 from int8run.backends.layer_timer import LayerTimer
 from int8run.backends.run_errors import find_run_failure
+from int8run.utils.dtypes import FLOAT_DTYPES
 from int8run.utils.hardware import count_free_bytes
+from int8run.utils.tensors import iter_tensors
 from int8run.utils.timing import is_steady, time_in_turns
 
 log = logging.getLogger(__name__)
@@ -167,20 +169,10 @@ def run_step(denoiser: nn.Module, calls: Calls) -> bool:
     """Call the model with the arguments of one step; whether all that it returns is finite."""
     is_finite = True
     for call in calls:
-        for tensor in list_tensors(denoiser(**call)):
-            is_finite = is_finite and bool(torch.isfinite(tensor).all())
+        for tensor in iter_tensors(denoiser(**call)):
+            if tensor.is_floating_point():
+                is_finite = is_finite and bool(torch.isfinite(tensor).all())
     return is_finite
-
-
-def list_tensors(value: Any) -> list[Tensor]:
-    """The float tensors in a value, in lists and mappings at any depth."""
-    if isinstance(value, Tensor):
-        return [value] if value.is_floating_point() else []
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    if isinstance(value, list | tuple):
-        return [tensor for item in value for tensor in list_tensors(item)]
-    return []
 
 
 def cast_floats(value: Any, source: torch.dtype, target: torch.dtype) -> Any:

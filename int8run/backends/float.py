@@ -16,9 +16,6 @@ from int8run.kernels.hadamard.reference import Rotation
 from int8run.kernels.quantize_rowwise.reference import transform_rows
 from int8run.quant.weight import QuantizedWeight
 
-# what a diffusion model computes in
-FLOAT_DTYPES = ("float32", "bfloat16", "float16")
-
 
 @dataclass(frozen=True)
 class Float:

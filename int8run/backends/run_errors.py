@@ -27,6 +27,7 @@ LOST_DEVICE = (
 )
 RUN_ERRORS: tuple[type[Exception], ...] = (
     BackendError,  # ours: kernels that cannot be built
+    MemoryError,  # ours on a CPU
     # torch: out of memory, no kernel for the device, a shape that `_int_mm` refuses, cuBLAS's NOT_SUPPORTED;
     # Triton: no C compiler for its launcher, no ptxas, a pass that fails
     RuntimeError,

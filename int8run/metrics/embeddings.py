@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from int8run.layers.plan import LayerPlan
+from int8run.utils.tensors import iter_tensors
 
 # So narrow tensors are coordinates of tokens; embeddings are wider.
 MAX_COORDINATES = 4
@@ -51,17 +52,6 @@ def compare_embeddings(reference: Any, actual: Any) -> Iterator[tuple[float, flo
         is_embedding = a.is_floating_point() and a.shape[-1] > MAX_COORDINATES
         if is_embedding and a.shape == b.shape and bool(a.any()):
             yield compute_embedding_cosine(a, b), compute_relative_error(a, b)
-
-
-def iter_tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors in tuples, lists and mappings, at any depth."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        yield from iter_tensors(list(value.values()))
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from iter_tensors(item)
 
 
 def compute_embedding_cosine(a: Tensor, b: Tensor) -> float:

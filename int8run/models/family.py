@@ -18,9 +18,9 @@ from int8run.errors import ConfigError, check_choice, suggest_similar
 from int8run.models.fingerprint import Fingerprint
 from int8run.models.pipeline_modes import check_pipeline_settings
 from int8run.models.sampling import Sampling
+from int8run.utils.dtypes import FLOAT_DTYPES
 
 log = logging.getLogger(__name__)
-DTYPES = ("float32", "bfloat16", "float16")
 MIXED_PRECISION = ("none", "auto")
 FAMILY_FOLDER = Path(__file__).parents[1] / "conf" / "model_type"
 MODEL_FOLDER = FAMILY_FOLDER.parent / "model"
@@ -337,7 +337,7 @@ class ModelSource:
     skip_blocks: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        check_choice("model.dtype", self.dtype, DTYPES)
+        check_choice("model.dtype", self.dtype, FLOAT_DTYPES)
         if not self.location:
             raise ConfigError("model has no location; set model.location=<hub id or diffusers folder>")
         check_pipeline_settings(self.pipeline, self.mode)

@@ -14,7 +14,7 @@ from torch import nn
 
 from int8run.backends.auto import AutoBackend, BackendChooser, compare_with_float
 from int8run.backends.base import Backend, LayerTimes, Shape, Tunable
-from int8run.backends.float import FLOAT_DTYPES, Float, TimedFloat
+from int8run.backends.float import Float, TimedFloat
 from int8run.backends.registry import make_backend
 from int8run.config.job import Job
 from int8run.config.run_spec import RunSpec
@@ -35,6 +35,7 @@ from int8run.ptq.quantize import check_backend
 from int8run.report.console import Progress, print_lines
 from int8run.report.run_files import write_json
 from int8run.tasks.benchmark_table import BenchmarkResult, build_result_table, format_shape, make_record
+from int8run.utils.dtypes import FLOAT_DTYPES
 from int8run.utils.hardware import describe_instructions, get_device_name
 
 log = logging.getLogger(__name__)

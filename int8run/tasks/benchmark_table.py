@@ -10,7 +10,7 @@ from rich import box
 from rich.table import Table
 
 from int8run.backends.base import Shape
-from int8run.backends.float import FLOAT_DTYPES
+from int8run.utils.dtypes import FLOAT_DTYPES
 
 MILLISECONDS = 1000
 SHORT_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}

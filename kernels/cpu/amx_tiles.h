@@ -12,7 +12,7 @@
 // Sums pass through memory to be scaled by the vector unit. That is done a few rows at a time between the products
 // of the next tiles: they take 16 cycles each, and leave the vector unit idle.
 //
-// TileUnit has the five instructions; amx_unit.h is the real one, amx_emulated_unit.h computes the same without.
+// TileUnit has the five instructions: that of amx_unit.h, or one of the tests that computes the same without.
 #pragma once
 
 #include <algorithm>
@@ -54,8 +54,7 @@ struct Workspace {
   TileUnit unit;
 };
 
-// Scale and store the next rows of finished sums: (sum - compensation) * w_scale * x_scale + bias, and the branch on
-// top. The order of operations is that of register_tiles.h.
+// Scale and store the next rows of finished sums, the branch on top
 template <class Y>
 INLINE void scale_rows(const Product& p, Finished& f, int64_t count) {
   const int64_t first = f.next, end = std::min(f.rows, first + count);
@@ -71,12 +70,10 @@ INLINE void scale_rows(const Product& p, Finished& f, int64_t count) {
         p.t.q ? load(reinterpret_cast<const int32_t*>(p.up.panel(f.panel)) + in_panel) : fill_ints(0);
     auto* y = static_cast<typename Y::T*>(p.y) + f.row * p.N + column;
     for (int64_t i = first; i < end; i++) {
-      const Floats sum = to_floats(subtract(load(f.sums + i * PAIR + j), compensation));
-      Floats result = multiply_add(multiply(sum, w_scale), fill(p.x.scale[f.row + i]), bias);
-      if (p.t.q) {
-        const Floats t = to_floats(subtract(load(f.branch_sums + i * PAIR + j), up_compensation));
-        result = multiply_add(multiply(t, up_scale), fill(p.t.scale[f.row + i]), result);
-      }
+      const int64_t row = f.row + i, place = i * PAIR + j;
+      Floats result = scale_sum(load(f.sums + place), compensation, w_scale, p.x.scale[row], bias);
+      if (p.t.q)
+        result = scale_sum(load(f.branch_sums + place), up_compensation, up_scale, p.t.scale[row], result);
       Y::store(y + i * p.N, m, result);
     }
   }

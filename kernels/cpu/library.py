@@ -47,6 +47,8 @@ OPENMP_FLAGS = ("-Xclang", "-fopenmp") if sys.platform == "darwin" else ("-fopen
 # a library that no function is taken from is not loaded; Apple's linker does not know this
 LINKER_FLAGS = () if sys.platform == "darwin" else ("-Wl,--as-needed",)
 ROWS_FLAGS = ("-fno-math-errno", "-fno-trapping-math")
+# what the C functions return where memory ran out, as in common.h
+OUT_OF_MEMORY = -1
 
 
 class Vectors(NamedTuple):
@@ -88,14 +90,18 @@ def find_compiler() -> str | None:
     return next((path for path in map(shutil.which, COMPILERS) if path), None)
 
 
-def find_openmp_runtime() -> list[str]:
+@functools.cache
+def find_openmp_runtime() -> tuple[str, ...]:
     """The OpenMP library that torch ships, if it does: GNU's, on a Mac LLVM's.
 
     Linked by its file name, the library and torch share one pool of threads. Other packages ship copies as
     well, so a library that is merely loaded may be the wrong one.
     """
     pattern = "libomp*.dylib" if sys.platform == "darwin" else "libgomp*.so*"
-    return sorted(str(path) for path in Path(torch.__file__).parent.rglob(pattern))[:1]
+    found = sorted(str(path) for path in Path(torch.__file__).parent.rglob(pattern))
+    if not found:
+        log.info("torch brings no %s; the CPU kernels have a pool of threads of their own", pattern)
+    return tuple(found[:1])
 
 
 @functools.cache
@@ -183,6 +189,16 @@ def load_instruction_set(name: str, folder: Path, layer: str = "linear") -> ctyp
     functions = open_library(build_library(folder, chosen.get_source(layer), chosen.flags))
     declare_functions(layer, functions)
     return functions
+
+
+def check_status(status: int) -> None:
+    """Check what a C function returned.
+
+    Raises:
+        MemoryError: it had no memory for copies of its operands.
+    """
+    if status == OUT_OF_MEMORY:
+        raise MemoryError("the CPU kernels ran out of memory; a smaller batch needs less")
 
 
 @functools.lru_cache(maxsize=1)
@@ -291,7 +307,7 @@ def read_sources(source: Path) -> list[str]:
         if path in texts:
             continue
         texts[path] = path.read_text()
-        included = [path.with_name(name) for name in INCLUDE.findall(texts[path])]
+        included = [(path.parent / name).resolve() for name in INCLUDE.findall(texts[path])]
         waiting += [header for header in included if header.exists()]
     return list(texts.values())
 

@@ -77,6 +77,18 @@ Rows prepare_block(const Quantized& x, int64_t row, int64_t end, Buffer& buffer)
   return prepare_rows(x.q + row * x.stride, x.stride, end - row, x.stride, buffer);
 }
 
+// One block of rows by the panels from `first` to `last`
+template <class Y>
+void compute_task(const Product& p, int64_t block, int64_t first, int64_t last, int64_t k_block, Workspace& space) {
+  if (k_block < p.w.steps && !space.sums) space.sums.reset(new int32_t[ROW_BLOCK * PANEL]);
+  const int64_t row = block * ROW_BLOCK, end = std::min(p.M, row + ROW_BLOCK);
+  const Rows x = prepare_block(p.x, row, end, space.x);
+  const Rows t = p.t.q ? prepare_block(p.t, row, end, space.t) : Rows{};
+  for (int64_t panel = first; panel < last; panel++)
+    compute_block<Y>(p, {row, end, panel, x, t, Panel{}}, k_block, space);
+  finish_blocks<Y>(p, space);
+}
+
 // The whole product. A task is one block of rows by some neighboring panels; threads take tasks as they come.
 //
 //     for each task (block of rows, panels of a chunk)
@@ -93,21 +105,18 @@ void multiply(const Product& p, int threads) {
   const int64_t chunks = std::clamp<int64_t>(ceil_div(8 * threads, blocks), 1, panels);
   const int64_t width = ceil_div(panels, chunks);  // panels of a chunk
   const int64_t tasks = blocks * ceil_div(panels, width);
+  MemoryGuard memory;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     Workspace space;
-    if (k_block < p.w.steps) space.sums.reset(new int32_t[ROW_BLOCK * PANEL]);
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < tasks; task++) {
-      const int64_t block = task % blocks, chunk = task / blocks;
-      const int64_t row = block * ROW_BLOCK, end = std::min(p.M, row + ROW_BLOCK);
-      const Rows x = prepare_block(p.x, row, end, space.x);
-      const Rows t = p.t.q ? prepare_block(p.t, row, end, space.t) : Rows{};
-      for (int64_t panel = chunk * width; panel < std::min(panels, (chunk + 1) * width); panel++)
-        compute_block<Y>(p, {row, end, panel, x, t, Panel{}}, k_block, space);
-      finish_blocks<Y>(p, space);
+      if (memory.has_failed()) continue;
+      const int64_t block = task % blocks, first = task / blocks * width;
+      memory.run([&] { compute_task<Y>(p, block, first, std::min(panels, first + width), k_block, space); });
     }
   }
+  memory.rethrow();
 }
 
 void multiply(const Product& p, int dtype, int threads) {
@@ -126,37 +135,20 @@ void quantize_rows(const RowsInput& in, int dtype, uint8_t* q, int64_t q_stride,
   }
 }
 
-}  // namespace
+// A low-rank branch before its rows are known
+struct Branch {
+  int64_t rank;
+  Weight down, up;
+};
 
-extern "C" {
-
-// x [M, K] with `stride` -> q + 128: uint8 [M, round_up(K, 4)], scale [M]. In this order: GELU on columns >=
-// gelu_from (-1: none), factor [K] (or null), rotation in groups of `rotation` that divide K (0: none), by
-// Sylvester's Hadamard matrix (2, 4, 8, 16, ...) or else by the regular one (4, 16, 64, 256, ...).
-void int8run_quantize(const void* x, int dtype, int64_t M, int64_t K, int64_t stride, const float* factor,
-                      int64_t rotation, int sylvester, int64_t gelu_from, uint8_t* q, float* scale,
-                      int threads) {
-  const RowsInput rows{x, M, K, stride, factor, rotation, sylvester != 0, gelu_from};
-  quantize_rows(rows, dtype, q, round_up(K, 4), scale, threads);
-}
-
-// y [M, N] = q . w * w_scale * x_scale + bias + low-rank branch; q and x_scale as int8run_quantize writes
-// them. Branch (rank 0: none): t = q . down * down_scale * x_scale * strengths, quantized per row, then t .
-// up * up_scale on top.
-void int8run_linear(const uint8_t* q, const float* x_scale, int64_t M, int64_t K, int64_t N,
-                    const int8_t* packed, const float* w_scale, const float* bias, int64_t rank,
-                    const int8_t* down, const float* down_scale, const int8_t* up, const float* up_scale,
-                    void* y, int dtype, int threads) {
-  const Quantized x{q, round_up(K, 4), x_scale};
-  const Weight weight{packed, w_scale, ceil_div(K, 4)};
+// y = x . w + branch, see int8run_linear
+void multiply_with_branch(Product p, const Branch& branch, int dtype, int threads) {
+  // x . down, float32 [M, rank], as a product of its own
+  const int64_t M = p.M, rank = branch.rank;
   const Quantized no_rows{nullptr, 0, nullptr};
   const Weight no_weight{nullptr, nullptr, 0};
-  if (!rank) return multiply({x, weight, bias, no_rows, no_weight, y, M, N}, dtype, threads);
-
-  // x . down, float32 [M, rank], as a product of its own
   std::unique_ptr<float[]> t(new float[M * rank]);
-  const Weight down_weight{down, down_scale, weight.steps};
-  multiply({x, down_weight, nullptr, no_rows, no_weight, t.get(), M, rank}, F32, threads);
+  multiply({p.x, branch.down, nullptr, no_rows, no_weight, t.get(), M, rank}, F32, threads);
 
   // its rows as bytes, as x itself is
   const int64_t t_stride = round_up(rank, 4);
@@ -166,8 +158,37 @@ void int8run_linear(const uint8_t* q, const float* x_scale, int64_t M, int64_t K
                          /* rotation */ 0, /* sylvester */ false, /* gelu_from */ -1};
   quantize_rows(t_rows, F32, t_q.get(), t_stride, t_scale.get(), threads);
 
-  const Quantized t_quantized{t_q.get(), t_stride, t_scale.get()};
-  const Weight up_weight{up, up_scale, t_stride / 4};
-  multiply({x, weight, bias, t_quantized, up_weight, y, M, N}, dtype, threads);
+  p.t = {t_q.get(), t_stride, t_scale.get()};
+  p.up = branch.up;
+  multiply(p, dtype, threads);
+}
+
+}  // namespace
+
+// Both return a Status
+extern "C" {
+
+// x [M, K] with `stride` -> q + 128: uint8 [M, round_up(K, 4)], scale [M]. In this order: GELU on columns >=
+// gelu_from (-1: none), factor [K] (or null), rotation in groups of `rotation` that divide K (0: none), by
+// Sylvester's Hadamard matrix (2, 4, 8, 16, ...) or else by the regular one (4, 16, 64, 256, ...).
+int int8run_quantize(const void* x, int dtype, int64_t M, int64_t K, int64_t stride, const float* factor,
+                     int64_t rotation, int sylvester, int64_t gelu_from, uint8_t* q, float* scale, int threads) {
+  const RowsInput rows{x, M, K, stride, factor, rotation, sylvester != 0, gelu_from};
+  return report_status([&] { quantize_rows(rows, dtype, q, round_up(K, 4), scale, threads); });
+}
+
+// y [M, N] = q . w * w_scale * x_scale + bias + low-rank branch; q and x_scale as int8run_quantize writes
+// them. Branch (rank 0: none): t = q . down * down_scale * x_scale * strengths, quantized per row, then t .
+// up * up_scale on top.
+int int8run_linear(const uint8_t* q, const float* x_scale, int64_t M, int64_t K, int64_t N, const int8_t* packed,
+                   const float* w_scale, const float* bias, int64_t rank, const int8_t* down,
+                   const float* down_scale, const int8_t* up, const float* up_scale, void* y, int dtype,
+                   int threads) {
+  const Quantized x{q, round_up(K, 4), x_scale}, no_rows{nullptr, 0, nullptr};
+  const Weight weight{packed, w_scale, ceil_div(K, 4)}, no_weight{nullptr, nullptr, 0};
+  const Product product{x, weight, bias, no_rows, no_weight, y, M, N};
+  if (!rank) return report_status([&] { multiply(product, dtype, threads); });
+  const Branch branch{rank, {down, down_scale, weight.steps}, {up, up_scale, ceil_div(rank, 4)}};
+  return report_status([&] { multiply_with_branch(product, branch, dtype, threads); });
 }
 }

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from int8run.kernels.cpu.instructions import AUTO
-from int8run.kernels.cpu.library import load_linear_library
+from int8run.kernels.cpu.library import check_status, load_linear_library
 from int8run.kernels.quantize_rowwise.reference import check_factor
 
 PANEL = 64  # output columns of a panel, as in common.h
@@ -81,6 +81,7 @@ def quantize_rows(
 
     Raises:
         ValueError: for a rotation or a factor that does not fit.
+        MemoryError: no memory for rows that are changed first.
     """
     op = torch.ops.int8run.cpu_quantize.default
     outputs: tuple[Tensor, Tensor] = op(x, factor, rotation, sylvester, gelu_from, instructions)
@@ -120,6 +121,10 @@ def int8_linear(
 
     Returns:
         [M, N].
+
+    Raises:
+        ValueError: for operands that do not fit each other.
+        MemoryError: no memory for copies of operands.
     """
     op = torch.ops.int8run.cpu_linear.default
     y: Tensor = op(q, x_scale, packed, w_scale, bias, down, down_scale, up, up_scale, dtype, instructions)
@@ -141,7 +146,7 @@ def _quantize_rows_impl(
     check_factor(factor, k)
     q = x.new_empty((m, -(-k // 4) * 4), dtype=torch.uint8)
     scale = x.new_empty(m, dtype=torch.float32)
-    load_linear_library(instructions).functions.int8run_quantize(
+    status = load_linear_library(instructions).functions.int8run_quantize(
         x.data_ptr(),
         DTYPES[x.dtype],
         m,
@@ -155,6 +160,7 @@ def _quantize_rows_impl(
         scale.data_ptr(),
         torch.get_num_threads(),
     )
+    check_status(status)
     return q, scale
 
 
@@ -204,7 +210,7 @@ def _int8_linear_impl(
     if n == 0 or k == 0:
         return _compute_empty_product(m, n, bias, dtype)
     y = w_scale.new_empty((m, n), dtype=dtype)
-    load_linear_library(instructions).functions.int8run_linear(
+    status = load_linear_library(instructions).functions.int8run_linear(
         q.data_ptr(),
         x_scale.data_ptr(),
         m,
@@ -222,6 +228,7 @@ def _int8_linear_impl(
         DTYPES[dtype],
         torch.get_num_threads(),
     )
+    check_status(status)
     return y
 
 

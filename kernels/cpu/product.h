@@ -31,6 +31,12 @@ struct Product {
   int64_t M, N;
 };
 
+// What becomes of the sums of 16 columns of a row: (sum - compensation) * w_scale * x_scale on top of `base`, the bias
+// or what the layer itself gave. This order of operations, written once, is why all sets give the same bits.
+INLINE Floats scale_sum(Ints sum, Ints compensation, Floats w_scale, float x_scale, Floats base) {
+  return multiply_add(multiply(to_floats(subtract(sum, compensation)), w_scale), fill(x_scale), base);
+}
+
 // A block of rows by one panel of weights
 struct Block {
   int64_t row, end;  // rows

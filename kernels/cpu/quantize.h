@@ -264,12 +264,15 @@ void quantize_rows(const RowsInput& in, uint8_t* q, int64_t q_stride, float* sca
   const auto* x = static_cast<const typename X::T*>(in.x);
   const bool changed = in.factor || in.gelu_from >= 0;
   const float unit = in.rotation ? std::sqrt(static_cast<float>(in.rotation)) : 1.0f;
+  MemoryGuard memory;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    std::vector<float> buffer(changed || in.rotation ? round_up(in.K, 16) : 0);
+    std::vector<float> buffer;
+    memory.run([&] { buffer.resize(changed || in.rotation ? round_up(in.K, 16) : 0); });
     float* row = buffer.data();
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < in.M; i++) {
+      if (memory.has_failed()) continue;
       const auto* from = x + i * in.stride;
       uint8_t* to = q + i * q_stride;
       if (!changed && !in.rotation) {
@@ -282,6 +285,7 @@ void quantize_rows(const RowsInput& in, uint8_t* q, int64_t q_stride, float* sca
       scale[i] = quantize_row<Float32>(row, in.K, magnitude, unit, to);
     }
   }
+  memory.rethrow();
 }
 
 }  // namespace

@@ -21,7 +21,7 @@ struct Workspace {
   std::unique_ptr<int32_t[]> sums;
 };
 
-// (sum - compensation) * w_scale * x_scale of one tile, added to what `base` gives and handed to `out`
+// The scaled sums of one tile, on top of what `base` gives, are handed to `out`
 template <int MR, class Base, class Out>
 INLINE void scale_sums(const Sums<MR>& c, const int8_t* compensation, const float* w_scale,
                        const float* x_scale, int64_t columns, Base base, Out out) {
@@ -30,8 +30,7 @@ INLINE void scale_sums(const Sums<MR>& c, const int8_t* compensation, const floa
     const Floats ws = load(w_scale + 16 * j, m);
     const Ints correction = load(reinterpret_cast<const int32_t*>(compensation) + 16 * j);
     unroll<MR>([&](auto i) INLINED {
-      const Floats y = multiply(to_floats(subtract(c[i][j], correction)), ws);
-      out(i, j, m, multiply_add(y, fill(x_scale[i]), base(i, j, m)));
+      out(i, j, m, scale_sum(c[i][j], correction, ws, x_scale[i], base(i, j, m)));
     });
   });
 }

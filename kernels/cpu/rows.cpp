@@ -10,6 +10,8 @@
 #include <cstring>
 #include <vector>
 
+#include "common.h"
+
 namespace {
 
 constexpr int64_t LANES = 16;
@@ -20,10 +22,6 @@ constexpr float ROUND = 12582912.0f;
 constexpr int32_t ROUND_BITS = 0x4B400000;
 constexpr int32_t INFINITE = 0x7F800000;   // magnitudes from here on are infinity or NaN
 constexpr int64_t SUM_BLOCK = 64 * LANES;  // numbers summed in float32 before they are added in float64
-
-enum Dtype { F32 = 0, BF16 = 1, F16 = 2 };
-
-int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
 
 // --- one row to float32
 
@@ -173,19 +171,23 @@ float round_row(const float* row, int64_t K, int32_t magnitude, int8_t* q, doubl
 
 // x [M, K] -> q int8 [M, K], scale [M], and of each row its sum of squares, that of its errors, and how many
 // integers are +-127: sums [M, 3]. Each row is divided by `factor` [K] (null: not), then rotated. Returns the
-// number of rows with NaN or infinity, whose integers mean nothing.
+// number of rows with NaN or infinity, whose integers mean nothing; OUT_OF_MEMORY: see
+// common.h.
 extern "C" int64_t int8run_quantize_weight_rows(const void* x, int dtype, int64_t M, int64_t K,
                                                 const float* factor, int64_t group, const float* signs,
                                                 int64_t radix, float norm, int8_t* q, float* scale,
                                                 double* sums, int threads) {
   const int64_t size = dtype == F32 ? 4 : 2;
   int64_t refused = 0;
+  MemoryGuard memory;
 #pragma omp parallel num_threads(threads) if (threads > 1) reduction(+ : refused)
   {
-    std::vector<float> buffer(round_up(K, LANES));
+    std::vector<float> buffer;
+    memory.run([&] { buffer.resize(round_up(K, LANES)); });
     float* row = buffer.data();
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < M; i++) {
+      if (memory.has_failed()) continue;
       load_row(static_cast<const char*>(x) + i * K * size, dtype, K, row);
       // after each row: in the rotation, NaN reaches what is behind it
       std::fill(row + K, row + buffer.size(), 0.0f);
@@ -202,5 +204,5 @@ extern "C" int64_t int8run_quantize_weight_rows(const void* x, int dtype, int64_
       scale[i] = round_row(row, K, magnitude, q + i * K, sums + 3 * i);
     }
   }
-  return refused;
+  return memory.has_failed() ? OUT_OF_MEMORY : refused;
 }

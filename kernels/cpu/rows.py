@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from int8run.kernels.cpu.library import BuildError, load_rows_library
+from int8run.kernels.cpu.library import BuildError, check_status, load_rows_library
 from int8run.kernels.hadamard.reference import Rotation
 from int8run.kernels.quantize_rowwise.reference import INT8_MAX, quantize_rowwise
 
@@ -46,6 +46,7 @@ def quantize_weight_rows(
 
     Raises:
         ValueError: for tensors that do not fit each other.
+        MemoryError: no memory for a row per thread.
     """
     if weight.dtype not in DTYPES:
         weight = weight.float()
@@ -70,6 +71,7 @@ def quantize_weight_rows(
         sums.data_ptr(),
         torch.get_num_threads(),
     )
+    check_status(n_not_finite)
     signal, noise, saturated = sums.sum(0).tolist()  # the same for any number of threads
     return RowSums(n_not_finite == 0, signal, noise, int(saturated))
 

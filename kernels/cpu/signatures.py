@@ -30,7 +30,7 @@ def declare_linear_functions(functions: ctypes.CDLL) -> None:
         *(INT64, POINTER, POINTER, POINTER, POINTER),  # rank, down, down_scale, up, up_scale
         *(POINTER, INT, INT),  # y, dtype, threads
     ]
-    functions.int8run_quantize.restype = functions.int8run_linear.restype = None
+    functions.int8run_quantize.restype = functions.int8run_linear.restype = INT
 
 
 def declare_conv_functions(functions: ctypes.CDLL) -> None:

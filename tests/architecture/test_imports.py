@@ -19,7 +19,7 @@ RULES = {
     # modules in the root
     "__init__": {"api", "text_encoders"},  # when one of its names is asked for
     "__main__": {"cli"},
-    "api": {"config", "layers", "lora", "models", "pipeline", "ptq"},
+    "api": {"config", "layers", "lora", "models", "pipeline", "ptq", "utils"},
     "cli": {"config", "jobs", "report", "utils"},
     "errors": set(),
     # beside the package
@@ -36,7 +36,7 @@ RULES = {
     # files, LoRAs, pictures and their measures
     "checkpoints": {"kernels", "layers", "outlier", "quant", "utils"},
     "generate": {"models", "utils"},
-    "metrics": {"generate", "layers", "quant"},
+    "metrics": {"generate", "layers", "quant", "utils"},
     "lora": {"checkpoints", "generate", "layers", "models", "quant", "utils"},
     "report": {"layers", "metrics", "tracking", "utils"},
     # whole models

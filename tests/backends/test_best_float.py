@@ -18,8 +18,8 @@ from int8run.backends.best_float import (
     parse_best_float,
     run_step,
 )
-from int8run.backends.float import FLOAT_DTYPES
 from int8run.backends.layer_timer import LayerTimer
+from int8run.utils.dtypes import FLOAT_DTYPES
 
 
 class Pair(NamedTuple):

@@ -5,11 +5,10 @@
 #include <vector>
 
 extern "C" {
-void int8run_quantize(const void*, int, int64_t, int64_t, int64_t, const float*, int64_t, int, int64_t, uint8_t*,
-                      float*, int);
-void int8run_linear(const uint8_t*, const float*, int64_t, int64_t, int64_t, const int8_t*, const float*,
-                    const float*, int64_t, const int8_t*, const float*, const int8_t*, const float*, void*, int,
-                    int);
+int int8run_quantize(const void*, int, int64_t, int64_t, int64_t, const float*, int64_t, int, int64_t, uint8_t*,
+                     float*, int);
+int int8run_linear(const uint8_t*, const float*, int64_t, int64_t, int64_t, const int8_t*, const float*, const float*,
+                   int64_t, const int8_t*, const float*, const int8_t*, const float*, void*, int, int);
 }
 
 // A length in bytes and as many bytes; null where there are none
@@ -39,10 +38,12 @@ int main(int, char** arguments) {
     const Field x(in), factor(in), packed(in), w_scale(in), bias(in), down(in), down_scale(in), up(in), up_scale(in);
     std::vector<uint8_t> q(M * ((K + 3) / 4 * 4)), y(M * N * (dtype ? 2 : 4));
     std::vector<float> scale(M);
-    int8run_quantize(x.get<void>(), dtype, M, K, K, factor.get<float>(), n[4], n[5], n[6], q.data(), scale.data(), 1);
-    int8run_linear(q.data(), scale.data(), M, K, N, packed.get<int8_t>(), w_scale.get<float>(), bias.get<float>(), rank,
-                   down.get<int8_t>(), down_scale.get<float>(), up.get<int8_t>(), up_scale.get<float>(), y.data(), dtype,
-                   1);
+    const int quantized = int8run_quantize(x.get<void>(), dtype, M, K, K, factor.get<float>(), n[4], n[5], n[6],
+                                           q.data(), scale.data(), 1);
+    const int multiplied = int8run_linear(q.data(), scale.data(), M, K, N, packed.get<int8_t>(), w_scale.get<float>(),
+                                          bias.get<float>(), rank, down.get<int8_t>(), down_scale.get<float>(),
+                                          up.get<int8_t>(), up_scale.get<float>(), y.data(), dtype, 1);
+    if (quantized || multiplied) return 1;
     std::fwrite(q.data(), 1, q.size(), out);
     std::fwrite(scale.data(), sizeof(float), scale.size(), out);
     std::fwrite(y.data(), 1, y.size(), out);

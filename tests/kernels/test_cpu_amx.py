@@ -4,6 +4,7 @@ import ctypes
 import errno
 import itertools
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,7 +25,16 @@ from int8run.kernels.cpu.instructions import (
 )
 from int8run.kernels.cpu.library import InstructionSetError, load_linear_library
 
-EMULATED = InstructionSet("amx_emulated", features=AVX2_FEATURES, flags=AVX2_FLAGS)
+
+class EmulatedTiles(InstructionSet):
+    """AMX without its instructions: slow, and on any CPU with AVX2."""
+
+    @property
+    def source(self) -> Path:
+        return Path(__file__).with_name("linear_amx_emulated.cpp")
+
+
+EMULATED = EmulatedTiles("amx_emulated", features=AVX2_FEATURES, flags=AVX2_FLAGS)
 REFUSED = Cpu(instructions="avx2").limits.unsupported_reasons(CPU)
 needs_avx2 = pytest.mark.skipif(bool(REFUSED), reason=f"the emulation: {'; '.join(REFUSED)}")
 

@@ -132,6 +132,55 @@ def test_results_have_the_same_bits_on_every_set(instructions, rank):
             assert torch.equal(layer.compute(q[:m], x_scale[:m], dtype, instructions), best), (m, k, n, dtype)
 
 
+def move_off(tensor: Tensor) -> Tensor:
+    """A copy that begins one number behind an address that is a multiple of 64."""
+    copy = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)[1:].view(tensor.shape)
+    return copy.copy_(tensor)
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize("instructions", FOUND)
+def test_operands_at_any_address_give_the_same_bits(instructions, rank):
+    for k, n, dtype in itertools.product((7, 65, 300), (17, 65), DTYPES):
+        layer, x = make_layer(k, n, rank), randn(33, k, dtype=dtype)
+        q, x_scale = linear.quantize_rows(x, instructions=FOUND[0])
+        expected = layer.compute(q, x_scale, dtype, FOUND[0])
+        moved = Layer(
+            layer.qdata,
+            packed=move_off(layer.packed),
+            scale=move_off(layer.scale),
+            bias=None if layer.bias is None else move_off(layer.bias),
+            branch=tuple(map(move_off, layer.branch)),
+        )
+        moved_q, moved_scale = linear.quantize_rows(move_off(x), instructions=instructions)
+
+        assert torch.equal(moved_q, q) and torch.equal(moved_scale, x_scale), (k, dtype)
+        y = moved.compute(move_off(q), move_off(x_scale), dtype, instructions)
+        assert torch.equal(y, expected), (k, n, dtype)
+
+
+@pytest.mark.parametrize("instructions", FOUND)
+def test_rows_of_any_stride_give_the_same_bits(instructions):
+    for dtype in DTYPES:
+        wide = randn(9, 130, dtype=dtype)
+        for x in (wide[:, 3:70], wide[::2], wide.T, wide[:, ::2], wide[:1].expand(5, 130), wide[:, :1]):
+            strided = linear.quantize_rows(x, gelu_from=1, instructions=instructions)
+            contiguous = linear.quantize_rows(x.contiguous(), gelu_from=1, instructions=instructions)
+            for one, other in zip(strided, contiguous, strict=True):
+                assert torch.equal(one, other), (dtype, x.shape, x.stride())
+
+
+@pytest.mark.parametrize("instructions", FOUND[1:])
+def test_results_too_small_for_normal_numbers_have_the_same_bits(instructions):
+    layer, x = make_layer(65, 17, rank=0), 1e-28 * randn(7, 65)
+    layer = layer._replace(scale=1e-12 * layer.scale, bias=None)
+    q, x_scale = linear.quantize_rows(x)
+    expected = layer.compute(q, x_scale, torch.float32, FOUND[0])
+
+    assert 0 < expected.abs().max() < torch.finfo(torch.float32).smallest_normal
+    assert torch.equal(layer.compute(q, x_scale, torch.float32, instructions), expected)
+
+
 @pytest.mark.parametrize("instructions", FOUND)
 def test_no_rows_give_no_rows(instructions):
     q, x_scale = linear.quantize_rows(torch.zeros(0, 12), instructions=instructions)

@@ -5,6 +5,7 @@ The compilers here are fake.
 
 import os
 import re
+import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -208,13 +209,27 @@ def test_library_name_depends_on_compiler_source_and_runtime(compiler_path, tmp_
         source.write_text(text)
         names.append(build_library(tmp_path / "cache", source))
     names.append(build_library(tmp_path / "cache", source, ("-O1",)))
-    monkeypatch.setattr(module, "find_openmp_runtime", lambda: ["/elsewhere/libgomp.so.1"])
+    monkeypatch.setattr(module, "find_openmp_runtime", lambda: ("/elsewhere/libgomp.so.1",))
     names.append(build_library(tmp_path / "cache", source))
 
     assert len(set(names)) == len(calls()) == 6
     assert [name.name.split("-")[0] for name in names] == ["linear_avx2"] * 2 + ["other"] * 4
     assert "/elsewhere/libgomp.so.1" in calls()[-1]
     assert str(source) in calls()[-1]
+
+
+def test_a_torch_without_openmp_is_said_once(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(module.torch, "__file__", str(tmp_path / "torch" / "__init__.py"))
+    module.find_openmp_runtime.cache_clear()
+    caplog.set_level("INFO")
+
+    found = [module.find_openmp_runtime() for _ in range(2)]
+    module.find_openmp_runtime.cache_clear()
+
+    assert found == [(), ()]
+    (message,) = caplog.messages
+    assert message.startswith("torch brings no lib")
+    assert message.endswith("; the CPU kernels have a pool of threads of their own")
 
 
 def test_instructions_are_listed_explicitly(compiler_path, tmp_path, monkeypatch):
@@ -316,6 +331,30 @@ def test_first_builds_at_once_do_not_touch_each_other(compiler_path, tmp_path):
     assert len(set(targets)) == 1
     assert len(outputs) == len(calls())
     assert {path.suffix for path in cache.iterdir()} == {".so", ".blake2b"}
+
+
+LOAD_AND_MULTIPLY = """
+import sys
+from pathlib import Path
+import torch
+from int8run.kernels.cpu.library import load_instruction_set
+library = load_instruction_set(sys.argv[1], Path(sys.argv[2]))
+x, q, scale = torch.ones(1, 4), torch.zeros(1, 4, dtype=torch.uint8), torch.zeros(1)
+pointers = x.data_ptr(), q.data_ptr(), scale.data_ptr()
+status = library.int8run_quantize(pointers[0], 0, 1, 4, 4, None, 0, 0, -1, *pointers[1:], 1)
+print(status, q.tolist())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not list_instruction_sets(), reason="this CPU has none of the instruction sets")
+def test_two_processes_that_build_at_once_both_run(tmp_path):
+    command = [sys.executable, "-c", LOAD_AND_MULTIPLY, list_instruction_sets()[-1], str(tmp_path)]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    printed = [process.communicate(timeout=120)[0] for process in processes]
+
+    assert printed == ["0 [[255, 255, 255, 255]]\n"] * 2
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".blake2b", ".so"]
 
 
 def test_without_a_home_the_build_is_refused(compiler_path, monkeypatch):

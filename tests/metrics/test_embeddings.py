@@ -1,7 +1,6 @@
 """How far embeddings are from each other, against plain formulas."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from int8run.metrics.embeddings import (
     compute_embedding_cosine,
     compute_encoder_metrics,
     compute_relative_error,
-    iter_tensors,
 )
 
 
@@ -39,14 +37,6 @@ def test_the_error_is_over_all_tokens() -> None:
     assert (
         compute_relative_error(a, torch.zeros(2, 2)) == pytest.approx(1) and compute_relative_error(a, a) == 0
     )
-
-
-def test_tensors_are_found_at_any_depth() -> None:
-    a, b, c, d = (torch.tensor(float(i)) for i in range(4))
-    found = list(iter_tensors((a, [b, None, "words"], {"x": (c,), "y": 3}, SimpleNamespace(z=d))))
-
-    assert [t.item() for t in found] == [0, 1, 2]
-    assert list(iter_tensors(None)) == []
 
 
 def test_only_embeddings_are_compared() -> None:

@@ -10,28 +10,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from support.helpers import randn
-from support.run_job import make_spec
-from support.tiny_pipeline import save_random_pipeline
+from support.small_model import build_small_model, generate_latents
 from torch import Tensor, nn
 
-from int8run.generate.generate import generate
-from int8run.generate.prompts import build_samples
 from int8run.pipeline import compile as module
-from int8run.pipeline.build import build_model
 from int8run.pipeline.built_model import BuiltModel
 from int8run.pipeline.compile import compile_denoisers
-from int8run.report.console import Progress
-from int8run.tasks.run import read_headers
 
-SAMPLES = build_samples(["a"], 1, 0)
-SMALL = [
-    "sampler.height=16",
-    "sampler.width=16",
-    "sampler.steps=2",
-    "backend=reference",
-    "metrics.baseline=none",
-    "int8.small_batch_fallback=never",
-]
 INT8_TARGET, FLOAT_TARGET = "transformer_blocks.0.attn.to_q", "proj_out"
 
 
@@ -52,9 +37,8 @@ def compilations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    model = save_random_pipeline(tmp_path_factory.mktemp("model"))
-    return [f"model.location={model}", f"lora.adapters=[{{path: '{save_lora(model)}', strength: 0.5}}]"]
+def lora(folder: Path) -> str:
+    return f"lora.adapters=[{{path: '{save_lora(folder)}', strength: 0.5}}]"
 
 
 def save_lora(folder: Path) -> Path:
@@ -66,16 +50,9 @@ def save_lora(folder: Path) -> Path:
     return folder / "lora.safetensors"
 
 
-def build(words: list[str], *more: str) -> BuiltModel:
-    spec = make_spec([*SMALL, *words, *more])
-    return build_model(spec, SAMPLES, read_headers(spec), Progress(enabled=False))
-
-
-def generate_latents(built: BuiltModel, strength: float) -> Tensor:
+def generate_with_strength(built: BuiltModel, strength: float) -> Tensor:
     built.set_strengths([strength], [0.0])
-    sampling = make_spec(SMALL).sampling
-    made = generate(built.pipe, built.component, {"": built.denoisers["int8"]}, SAMPLES, sampling)
-    return made[""].trajectories[0]
+    return generate_latents(built)
 
 
 def list_addresses(model: nn.Module) -> dict[str, int]:
@@ -87,16 +64,16 @@ def list_addresses(model: nn.Module) -> dict[str, int]:
 @pytest.mark.parametrize("lora_mode", ["dynamic", "stochastic"])
 @pytest.mark.usefixtures("one_thread")
 def test_a_strength_moves_in_the_tensors_of_one_graph(
-    words: list[str], lora_mode: str, compilations: list[str]
+    folder: Path, lora: str, lora_mode: str, compilations: list[str]
 ) -> None:
     strengths = (0.5, 2.0, 0.0)
-    eager = build(words, f"lora.mode={lora_mode}")
-    expected = [generate_latents(eager, strength) for strength in strengths]
-    built = build(words, f"lora.mode={lora_mode}", "compile=reduce-overhead")
+    eager = build_small_model(folder, lora, f"lora.mode={lora_mode}")
+    expected = [generate_with_strength(eager, strength) for strength in strengths]
+    built = build_small_model(folder, lora, f"lora.mode={lora_mode}", "compile=reduce-overhead")
 
-    first = generate_latents(built, strengths[0])
+    first = generate_with_strength(built, strengths[0])
     n_graphs, addresses = len(compilations), list_addresses(built.denoisers["int8"])
-    made = [first, *(generate_latents(built, strength) for strength in strengths[1:])]
+    made = [first, *(generate_with_strength(built, strength) for strength in strengths[1:])]
 
     assert set(compilations) == {"reduce-overhead"}
     assert len(compilations) == n_graphs, "a strength compiled the model anew"

@@ -13,36 +13,18 @@ import torch
 from diffusers.hooks import group_offloading
 from safetensors.torch import save_file
 from support.helpers import CPU, randn
-from support.run_job import make_spec
-from support.tiny_pipeline import save_random_pipeline
+from support.small_model import build_small_model, generate_latents
 from torch import Tensor, nn
 
 from int8run.config.run_modes import GROUP_STREAM, OFFLOAD_MODES
 from int8run.errors import BackendError, ConfigError
-from int8run.generate.generate import generate
-from int8run.generate.prompts import build_samples
 from int8run.layers.assemble import copy_sharing_tensors
 from int8run.layers.int8_linear import Int8Linear
 from int8run.pipeline import load as load_module
 from int8run.pipeline import offload as module
-from int8run.pipeline.build import build_model
-from int8run.pipeline.built_model import BuiltModel
 from int8run.pipeline.offload import check_offload, set_offload
-from int8run.report.console import Progress
-from int8run.tasks.run import read_headers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-QUIET = Progress(enabled=False)
-SAMPLES = build_samples(["a"], 1, 0)
-SMALL = [
-    "sampler.height=16",
-    "sampler.width=16",
-    "sampler.steps=2",
-    "backend=reference",
-    "metrics.baseline=none",
-    "int8.small_batch_fallback=never",
-    "calibration.prompts=[b]",
-]
 METHODS = {
     "plain": [],
     "smoothquant": ["outlier=smoothquant"],
@@ -53,11 +35,6 @@ METHODS = {
 }
 OFFLOADED = [mode for mode in OFFLOAD_MODES if mode != "none"]
 TARGET = "transformer_blocks.0.attn.to_q"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_random_pipeline(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -111,20 +88,6 @@ def apply_with_imitated_streams(model: nn.Module, *, use_stream: bool, **setting
     group_offloading._apply_group_offloading(model, config)
 
 
-def build(folder: Path, *more: str) -> BuiltModel:
-    spec = make_spec([f"model.location={folder}", *SMALL, *more])
-    built = build_model(spec, SAMPLES, read_headers(spec), QUIET)
-    built.set_strengths(spec.lora.strengths, spec.lora.text_strengths)
-    return built
-
-
-def generate_latents(built: BuiltModel) -> Tensor:
-    sampling = make_spec(SMALL).sampling
-    sampling = sampling.with_defaults(sampling)
-    made = generate(built.pipe, built.component, {"": built.denoisers["int8"]}, SAMPLES, sampling)
-    return made[""].trajectories[0]
-
-
 # -- the numbers are those without offloading ----------------------------------------------------------------
 
 
@@ -132,9 +95,9 @@ def generate_latents(built: BuiltModel) -> Tensor:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.usefixtures("cpu_as_gpu")
 def test_offloading_changes_no_number(folder: Path, method: str) -> None:
-    expected = generate_latents(build(folder, *METHODS[method]))
+    expected = generate_latents(build_small_model(folder, *METHODS[method]))
     for mode in OFFLOADED:
-        made = generate_latents(build(folder, *METHODS[method], f"offload={mode}"))
+        made = generate_latents(build_small_model(folder, *METHODS[method], f"offload={mode}"))
         assert torch.equal(made, expected), mode
 
 
@@ -145,7 +108,7 @@ def test_a_strength_that_changes_under_offloading_is_used(folder: Path, lora: Pa
     words = [f"lora.adapters=[{{path: '{lora}', strength: 0.5}}]", f"lora.mode={lora_mode}"]
     made: dict[str, list[Tensor]] = {}
     for mode in ("none", *OFFLOADED):
-        built = build(folder, *words, f"offload={mode}")
+        built = build_small_model(folder, *words, f"offload={mode}")
         made[mode] = [generate_latents(built)]
         built.set_strengths([2.0], [0.0])
         made[mode].append(generate_latents(built))
@@ -164,10 +127,12 @@ def test_a_lora_comes_to_a_model_that_the_search_for_float_layers_has_offloaded(
 ) -> None:
     words = [f"lora.adapters=[{{path: '{lora}', strength: 0.5}}]", "lora.mode=dynamic"]
     words += METHODS["mixed precision"]
-    expected = generate_latents(build(folder, *words))
+    expected = generate_latents(build_small_model(folder, *words))
 
     for mode in OFFLOADED:
-        assert torch.equal(generate_latents(build(folder, *words, f"offload={mode}")), expected), mode
+        assert torch.equal(
+            generate_latents(build_small_model(folder, *words, f"offload={mode}")), expected
+        ), mode
 
 
 @pytest.mark.slow
@@ -177,9 +142,9 @@ def test_an_offloaded_model_compiles_although_hooks_part_its_graph(
     folder: Path, compiled: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="eager"))
-    expected = generate_latents(build(folder))
+    expected = generate_latents(build_small_model(folder))
     for mode in OFFLOADED:
-        made = generate_latents(build(folder, f"offload={mode}", f"compile={compiled}"))
+        made = generate_latents(build_small_model(folder, f"offload={mode}", f"compile={compiled}"))
         torch._dynamo.reset()
         assert torch.equal(made, expected), mode
 
@@ -189,7 +154,7 @@ def test_an_offloaded_model_compiles_although_hooks_part_its_graph(
 
 @pytest.mark.usefixtures("cpu_as_gpu")
 def test_with_streams_int8_weights_wait_in_pinned_memory_between_their_turns(folder: Path) -> None:
-    built = build(folder, f"offload={GROUP_STREAM}")
+    built = build_small_model(folder, f"offload={GROUP_STREAM}")
     denoiser = built.denoisers["int8"]
     pinned = {}
     for block in denoiser.modules():
@@ -212,7 +177,7 @@ def test_only_what_waits_in_memory_is_there_before_the_first_step(
     monkeypatch.setattr(load_module, "check_offload", lambda mode, device: None)
     monkeypatch.setattr(module, "apply_group_offloading", lambda model, **settings: None)
     monkeypatch.setattr(Int8Linear, "to", lambda layer, home: seen.append(home))
-    built = build(folder, "offload=group")
+    built = build_small_model(folder, "offload=group")
     assert len(seen) == sum(isinstance(m, Int8Linear) for m in built.denoisers["int8"].modules())
     assert set(seen) == {CPU}
 

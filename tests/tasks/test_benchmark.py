@@ -13,7 +13,7 @@ from torch import nn
 
 from int8run.backends.auto import AutoBackend, LayerChoice
 from int8run.backends.base import LayerTimes
-from int8run.backends.float import FLOAT_DTYPES, Float, TimedFloat
+from int8run.backends.float import Float, TimedFloat
 from int8run.backends.reference import Reference
 from int8run.pipeline.checkpoint_weights import DenoiserWeights
 from int8run.tasks.benchmark import make_auto_backend, measure_float_rows, measure_shape
@@ -23,6 +23,7 @@ from int8run.tasks.benchmark_table import (
     format_milliseconds,
     make_record,
 )
+from int8run.utils.dtypes import FLOAT_DTYPES
 from int8run.utils.hardware import describe_instructions
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -1,11 +1,11 @@
-// The tile instructions of AMX in plain C++, as the manual describes them: tests run the loops and the arithmetic of
-// indices of amx_tiles.h with it where no CPU has AMX.
+// The tile instructions of AMX in plain C++, as the manual describes them: the loops of amx_tiles.h and their
+// arithmetic of indices run with it where no CPU has AMX. test_cpu_amx.py compares the results.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-#include "common.h"
+#include "../../kernels/cpu/common.h"
 
 namespace {
 

@@ -1,0 +1,8 @@
+// The loops of linear_amx.cpp over emulated tiles, for CPUs without AMX.
+
+#include "../../kernels/cpu/vectors_avx2.h"
+#include "../../kernels/cpu/operands_amx.h"
+#include "amx_emulated_unit.h"
+
+#include "../../kernels/cpu/amx_tiles.h"
+#include "../../kernels/cpu/linear.h"
