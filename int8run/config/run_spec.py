@@ -33,11 +33,15 @@ from int8run.utils.paths import SAFETENSORS
 class Task(Protocol):
     """What the command does with its settings: run, quantize, inspect, bench or report.
 
-    A recorded task leaves status.json in its output folder; a tracked one is also logged by the tracker.
+    A recorded task leaves status.json in its output folder; a tracked one is also logged by the tracker. One
+    that needs a device is refused without it before it has a folder. What a task ignores are groups and keys
+    of the command line that change nothing in it.
     """
 
     recorded: ClassVar[bool]
     tracked: ClassVar[bool]
+    needs_device: ClassVar[bool]
+    ignores: ClassVar[frozenset[str]]
 
     def execute(self, spec: "RunSpec", job: Job) -> float | None:
         """Do it. A number is handed to sweepers."""
@@ -201,16 +205,10 @@ class RunSpec:
 
     def check_int8_is_enabled(self) -> None:
         """Raise ConfigError where a setting needs INT8 layers and there are none."""
-        if self.int8.enable:
-            return
-        if self.has_mixed_precision or self.save is not None or self.int8.checkpoint is not None:
+        needs_layers = self.has_mixed_precision or self.save is not None or self.int8.checkpoint is not None
+        if needs_layers and not self.int8.enable:
             raise ConfigError(
                 "int8.enable=false makes no INT8 layers; quality_db, save and int8.checkpoint need some"
-            )
-        if self.int8.attention != "float":
-            raise ConfigError(
-                f"int8.enable=false makes no INT8 model for int8.attention={self.int8.attention}; for INT8 "
-                "attention alone set backend=float"
             )
 
     def check_save(self) -> None:
@@ -233,7 +231,8 @@ class RunSpec:
         if self.offload != "none" and self.runs_both_models:
             raise ConfigError(
                 f"offload={self.offload} moves one model to a GPU and back, metrics.baseline=run holds two; "
-                "set metrics.baseline=cached (float first, then INT8) or none"
+                "set offload=none where there is no GPU, else metrics.baseline=cached (float first, then "
+                "INT8) or none"
             )
 
     # -- what follows from the settings ------------------------------------------------------------
@@ -302,7 +301,7 @@ class RunSpec:
         """The same job with the float model alone."""
         return replace(
             self,
-            int8=replace(self.int8, enable=False, checkpoint=None, attention="float"),
+            int8=replace(self.int8, enable=False, checkpoint=None),
             clip=TextEncoders(),
             save=None,
             quality_db=None,

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from int8run.config.job import Job
-from int8run.config.run_spec import RunSpec
+from int8run.config.run_spec import RunSpec, Task
 from int8run.errors import FileError, TrackingError, as_disk_full_error, as_not_writable_error
 from int8run.metrics.system import SystemSampler
 from int8run.report.console import print_lines
@@ -26,7 +26,7 @@ from int8run.tracking.run_record import (
     update_record,
 )
 from int8run.tracking.secrets import mask_secret_settings, mask_secrets
-from int8run.tracking.setting_names import hash_text
+from int8run.tracking.setting_names import hash_text, split_override
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +45,7 @@ def execute_job(spec: RunSpec, job: Job) -> float | None:
         FileError: when the disk is full. Whatever else the task raises passes through.
     """
     task = spec.task
+    log_ignored_settings(task, job.overrides)
     if not task.recorded:
         return task.execute(spec, job)
     record = start_record(job.output_dir, build_status(spec, job))
@@ -74,6 +75,19 @@ def execute_job(spec: RunSpec, job: Job) -> float | None:
         if record.uploaded and job.sweep is None:
             print_lines(f"runs:     {spec.tracker.get_view_hint()}")
     return value
+
+
+def log_ignored_settings(task: Task, overrides: Sequence[str]) -> None:
+    """Log which settings of the command line change nothing in this task.
+
+    Args:
+        task: of the job.
+        overrides: of the command line.
+    """
+    keys = dict.fromkeys(split_override(override)[0] for override in overrides)
+    ignored = [key for key in keys if key.partition(".")[0] in task.ignores]
+    if ignored:
+        log.warning("task=%s ignores %s", type(task).__name__.lower(), ", ".join(ignored))
 
 
 def end_failed_record(

@@ -210,7 +210,34 @@ def find_pipeline_class(source: ModelSource) -> str:
         ConfigError: when it is none of diffusers, or is made of other components than the repository has.
         FileError: when the repository is not there.
     """
+    check_known_pipeline(source)
     return choose_source_pipeline(source, read_source_index(source))
+
+
+def check_known_pipeline(source: ModelSource) -> None:
+    """Check the class and the mode of a model whose settings name its pipeline; the repository is not asked.
+
+    Raises:
+        ConfigError: for a class that diffusers does not have, and for a mode that this class has not.
+    """
+    if source.pipeline is not None:
+        choose_class(source, named=None)
+
+
+def choose_class(source: ModelSource, named: object) -> str:
+    """The class that runs a model, whether its repository has the components for it or not.
+
+    Args:
+        source: the model.
+        named: the class that its repository names; None: not known.
+    """
+    controlnet = source.parts.get(CONTROLNET)
+    return choose_pipeline_class(
+        named,
+        pipeline=source.pipeline,
+        mode=source.mode,
+        controlnet=None if controlnet is None else str(controlnet[0]),
+    )
 
 
 def read_source_index(source: ModelSource) -> Mapping[str, Any]:
@@ -264,9 +291,7 @@ def choose_source_pipeline(source: ModelSource, index: Mapping[str, Any]) -> str
         ConfigError: as `find_pipeline_class`.
     """
     parts = {name: str(part[0]) for name, part in source.parts.items()}
-    chosen = choose_pipeline_class(
-        index.get("_class_name"), pipeline=source.pipeline, mode=source.mode, controlnet=parts.get(CONTROLNET)
-    )
+    chosen = choose_class(source, index.get("_class_name"))
     setting = f"model.location={source.location}"
     if source.mode is not None:
         setting = f"model.mode={source.mode}"

@@ -3,7 +3,9 @@
 `jobs.execute` calls `execute`. Each class imports its work when it runs, so that composing a config stays
 cheap.
 
-`recorded` is whether a task leaves a record in the output folder, `tracked` whether the tracker copies it.
+`recorded` is whether a task leaves a record in the output folder, `tracked` whether the tracker copies it,
+`needs_device` whether it runs a model. `ignores` are groups and keys of the command line that it does not
+read: `jobs.execute` says so where they are set.
 """
 
 from dataclasses import dataclass
@@ -13,6 +15,11 @@ from int8run.config.job import Job
 from int8run.config.run_spec import RunSpec
 from int8run.errors import ConfigError, check_range
 
+# what only a model that generates has a use for
+GENERATION = frozenset({"calibration", "compile", "attention", "offload", "device", "metrics", "quality_db"})
+# what says how a model becomes INT8
+QUANTIZATION = frozenset({"model_type", "int8", "outlier", "rounding", "backend", "lora", "lora_dir", "clip"})
+
 
 @dataclass(frozen=True)
 class Run:
@@ -20,6 +27,8 @@ class Run:
 
     recorded: ClassVar[bool] = True
     tracked: ClassVar[bool] = True
+    needs_device: ClassVar[bool] = True
+    ignores: ClassVar[frozenset[str]] = frozenset({"sync"})
 
     def execute(self, spec: RunSpec, job: Job) -> float | None:
         """Return the metric named by `metrics.objective`, for sweepers.
@@ -48,6 +57,8 @@ class Inspect:
 
     recorded: ClassVar[bool] = False
     tracked: ClassVar[bool] = False
+    needs_device: ClassVar[bool] = False
+    ignores: ClassVar[frozenset[str]] = GENERATION | QUANTIZATION | {"sampler", "save", "sync"}
 
     path: str | None = None
 
@@ -83,6 +94,22 @@ class Bench:
 
     recorded: ClassVar[bool] = True
     tracked: ClassVar[bool] = False
+    needs_device: ClassVar[bool] = True
+    ignores: ClassVar[frozenset[str]] = frozenset(
+        {
+            "outlier",
+            "rounding",
+            "lora",
+            "lora_dir",
+            "calibration",
+            "compile",
+            "metrics",
+            "quality_db",
+            "cache",
+            "save",
+            "sync",
+        }
+    )
 
     rounds: int = 21
     rows: int | None = None
@@ -110,6 +137,14 @@ class Quantize:
 
     recorded: ClassVar[bool] = True
     tracked: ClassVar[bool] = False
+    needs_device: ClassVar[bool] = False
+    ignores: ClassVar[frozenset[str]] = GENERATION - {"quality_db"} | {
+        "backend",
+        "prompts",
+        "sampler",
+        "cache",
+        "sync",
+    }
 
     component: str | None = None
 
@@ -137,6 +172,10 @@ class Report:
 
     recorded: ClassVar[bool] = False
     tracked: ClassVar[bool] = False
+    needs_device: ClassVar[bool] = False
+    ignores: ClassVar[frozenset[str]] = (
+        GENERATION | QUANTIZATION | {"model", "prompts", "sampler", "cache", "save"}
+    )
 
     path: str | None = None
     sweep: str | None = None

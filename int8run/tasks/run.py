@@ -44,6 +44,7 @@ from int8run.tasks.run_logs import (
 )
 from int8run.tasks.run_metrics import DenoiserCalls, RunComparison, measure_run
 from int8run.tasks.run_outputs import write_outputs
+from int8run.tasks.start_checks import check_start
 from int8run.utils.plurals import count_noun
 
 log = logging.getLogger(__name__)
@@ -75,6 +76,7 @@ def run(spec: RunSpec, job: Job) -> RunResult:
         spec: the settings.
         job: where they came from, and where to write.
     """
+    check_start(spec)
     samples = read_samples(spec.prompts, spec.seed, job.output_dir, spec.sampling.input_size)
     # before its LoRAs are downloaded: a model that is not there is the larger obstacle
     check_samples(spec.model, samples, spec.sampler, spec.sampling)

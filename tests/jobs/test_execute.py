@@ -24,6 +24,8 @@ class FunctionTask:
     function: Callable[[Job], float | None]
     recorded: ClassVar[bool] = True
     tracked: ClassVar[bool] = True
+    needs_device: ClassVar[bool] = False
+    ignores: ClassVar[frozenset[str]] = frozenset({"a"})
 
     def execute(self, spec: RunSpec, job: Job) -> float | None:
         return self.function(job)
@@ -209,6 +211,14 @@ def test_another_error_of_the_system_passes_through(spec: RunSpec, tmp_path: Pat
 
     with pytest.raises(PermissionError):
         execute_function(spec, make_job(tmp_path), fail, FakeTracker())
+
+
+def test_settings_that_a_task_ignores_are_said_in_one_line(
+    spec: RunSpec, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    execute_function(spec, make_job(tmp_path), do_nothing, FakeTracker())
+
+    assert [record.getMessage() for record in caplog.records] == ["task=functiontask ignores a.b"]
 
 
 def test_a_task_that_is_not_recorded_leaves_nothing(spec: RunSpec, tmp_path: Path) -> None:
