@@ -205,10 +205,16 @@ class RunSpec:
 
     def check_int8_is_enabled(self) -> None:
         """Raise ConfigError where a setting needs INT8 layers and there are none."""
-        needs_layers = self.has_mixed_precision or self.save is not None or self.int8.checkpoint is not None
-        if needs_layers and not self.int8.enable:
+        if self.int8.enable:
+            return
+        if self.has_mixed_precision or self.save is not None or self.int8.checkpoint is not None:
             raise ConfigError(
                 "int8.enable=false makes no INT8 layers; quality_db, save and int8.checkpoint need some"
+            )
+        if self.int8.attention != "float":
+            raise ConfigError(
+                f"int8.enable=false makes no INT8 model for int8.attention={self.int8.attention}; for INT8 "
+                "attention alone set backend=float"
             )
 
     def check_save(self) -> None:
@@ -301,7 +307,7 @@ class RunSpec:
         """The same job with the float model alone."""
         return replace(
             self,
-            int8=replace(self.int8, enable=False, checkpoint=None),
+            int8=replace(self.int8, enable=False, checkpoint=None, attention="float"),
             clip=TextEncoders(),
             save=None,
             quality_db=None,

@@ -13,13 +13,19 @@ from typing import Any
 from torch import nn
 
 from int8run.layers.fusion import defer_gelu, share_inputs
+from int8run.layers.int8_attention import Int8Attention, install_attention
 from int8run.layers.int8_linear import BackendLayer, Int8Linear
 from int8run.models.family import ModelFamily
 
 log = logging.getLogger(__name__)
 
 
-def assemble_int8_model(model: nn.Module, layers: Mapping[str, Int8Linear], family: ModelFamily) -> nn.Module:
+def assemble_int8_model(
+    model: nn.Module,
+    layers: Mapping[str, Int8Linear],
+    family: ModelFamily,
+    attentions: Mapping[str, Int8Attention] | None = None,
+) -> nn.Module:
     """An INT8 model: a copy of the module tree with these layers in it, sharing every tensor with both.
 
     As the family allows, layers that read the same tensor share its quantization, and a GELU before an INT8
@@ -29,6 +35,7 @@ def assemble_int8_model(model: nn.Module, layers: Mapping[str, Int8Linear], fami
         model: the float model.
         layers: by the name of the Linear whose place they take.
         family: says which layers share an input and which GELUs can move.
+        attentions: what computes attention in INT8, by the name of the module; None: nothing does.
     """
     target = copy_sharing_tensors(model)
     for name, layer in layers.items():
@@ -36,6 +43,7 @@ def assemble_int8_model(model: nn.Module, layers: Mapping[str, Int8Linear], fami
         setattr(target.get_submodule(parent), child, copy_sharing_tensors(layer))
     n_saved = share_inputs(target, family.same_input)
     n_moved = sum(defer_gelu(target, gelu) for gelu in family.deferred_gelu)
+    install_attention(target, attentions or {})
     log.debug(
         "layers with the same input share a quantization: %d fewer per step; %d GELUs moved into one",
         n_saved,

@@ -24,6 +24,9 @@ DEFAULT_FLOAT_ROWS = 8
 
 SMALL_BATCH_FALLBACKS = ("only_small_layers", "always", "never")
 
+# what `int8.attention` can be
+ATTENTION_MODES = ("float", "int8", "auto")
+
 
 @dataclass(frozen=True)
 class Int8Settings:
@@ -39,6 +42,9 @@ class Int8Settings:
             false: it becomes INT8 all the same, for its memory.
         checkpoint: file or folder of INT8 layers, by component where there are two denoisers; the layers are
             used as they are. None: quantize.
+        attention: which attentions of the INT8 model are INT8: none (`float`), all that can be (`int8`), or
+            those that are exact and fast enough (`auto`).
+        attention_min_sqnr_db: with `auto`, the least SQNR of an attention's output.
     """
 
     enable: bool = True
@@ -47,10 +53,14 @@ class Int8Settings:
     small_layer_params: int = 1_000_000
     only_if_faster: bool = True
     checkpoint: str | Mapping[str, str] | None = None
+    attention: str = "float"
+    attention_min_sqnr_db: float = 35.0
 
     def __post_init__(self) -> None:
         check_choice("int8.small_batch_fallback", self.small_batch_fallback, SMALL_BATCH_FALLBACKS)
         check_bool("int8.enable", self.enable)
+        check_choice("int8.attention", self.attention, ATTENTION_MODES)
+        check_range("int8.attention_min_sqnr_db", self.attention_min_sqnr_db, 0, 200)
         check_bool("int8.only_if_faster", self.only_if_faster)
         if self.max_rows is not None:
             check_range("int8.max_rows", self.max_rows, 0, 4096, whole=True)

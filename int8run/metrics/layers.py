@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from int8run.errors import ConfigError
 from int8run.generate.capture import capture_layers
 from int8run.layers.int8_linear import Int8Linear
-from int8run.layers.plan import FLOAT_FALLBACK, LayerPlan
+from int8run.layers.plan import ATTENTION, FLOAT_FALLBACK, LayerPlan
 from int8run.quant.weight import sqnr_db
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -28,12 +28,12 @@ def measure_layer_outputs(
         float_denoiser: whose activations are the inputs.
         int8_denoiser: with layers of the same names.
         calls: arguments of the float denoiser, by name.
-        plans: of all layers; those of the INT8 layers are changed.
+        plans: of all layers; those of the INT8 layers are changed. Attentions are measured elsewhere.
 
     Raises:
         ConfigError: an INT8 layer computes NaN or infinity where the float layer does not.
     """
-    plans_by_name = {plan.name: plan for plan in plans if plan.skip_reason is None}
+    plans_by_name = {plan.name: plan for plan in plans if plan.skip_reason is None and plan.kind != ATTENTION}
 
     def measure(name: str, x: Tensor, float_output: Tensor) -> None:
         layer = int8_denoiser.get_submodule(name)
@@ -113,7 +113,8 @@ def compute_int8_shares(plans: Sequence[LayerPlan], num_params: int) -> dict[str
 
 
 def compute_layer_metrics(plans: Sequence[LayerPlan]) -> dict[str, float]:
-    """Numbers of layers, and mean and minimum of the ratios that were measured."""
+    """Numbers of layers with weights, and mean and minimum of the ratios that were measured."""
+    plans = [plan for plan in plans if plan.kind != ATTENTION]
     int8_plans = [plan for plan in plans if plan.skip_reason is None]
     metrics: dict[str, float] = {
         "quant/layers_int8": len(int8_plans),
@@ -127,6 +128,25 @@ def compute_layer_metrics(plans: Sequence[LayerPlan]) -> dict[str, float]:
         if values:
             metrics[f"quant/{name}_mean"] = sum(values) / len(values)
             metrics[f"quant/{name}_min"] = min(values)
+    return metrics
+
+
+def compute_attention_metrics(plans: Sequence[LayerPlan]) -> dict[str, float]:
+    """Numbers of attentions, and mean and minimum of the SQNR of those in INT8.
+
+    Args:
+        plans: of all layers; those of another kind are passed over.
+    """
+    attentions = [plan for plan in plans if plan.kind == ATTENTION]
+    int8_plans = [plan for plan in attentions if plan.skip_reason is None]
+    metrics: dict[str, float] = {
+        "quant/attention_int8": len(int8_plans),
+        "quant/attention_float": len(attentions) - len(int8_plans),
+    }
+    values = [plan.measured["output_sqnr_db"] for plan in int8_plans if "output_sqnr_db" in plan.measured]
+    if values:
+        metrics["quant/attention_sqnr_db_mean"] = sum(values) / len(values)
+        metrics["quant/attention_sqnr_db_min"] = min(values)
     return metrics
 
 

@@ -8,7 +8,7 @@ that it calls take the settings that they use.
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -27,7 +27,7 @@ from int8run.lora.header_info import LoraHeader
 from int8run.lora.match import Matches
 from int8run.lora.modes import Overhead
 from int8run.lora.stack import LoraStack
-from int8run.metrics.layers import count_macs, count_module_bytes, note_macs_shares
+from int8run.metrics.layers import count_module_bytes, note_macs_shares
 from int8run.models.dual_denoisers import set_denoiser
 from int8run.models.given_model import find_text_encoders
 from int8run.pipeline.built_model import BuiltModel
@@ -40,13 +40,19 @@ from int8run.pipeline.lora_steps import bake_loras, measure_overhead, read_entri
 from int8run.pipeline.offload import set_offload
 from int8run.pipeline.prequantized import PrequantizedLayers, PrequantizedRequest, find_prequantized
 from int8run.pipeline.provenance import build_cache_key, build_provenance, list_baked_loras
+from int8run.pipeline.quantize_attention import ModelAttentions, count_step, plan_attentions
 from int8run.pipeline.quantize_denoiser import (
     QuantizedDenoiser,
     count_layer_rows,
     leave_slow_layers_float,
     quantize_denoiser,
 )
-from int8run.pipeline.step_settings import select_load_settings, select_origin, select_quantization_settings
+from int8run.pipeline.step_settings import (
+    select_attention_settings,
+    select_load_settings,
+    select_origin,
+    select_quantization_settings,
+)
 from int8run.pipeline.store_layers import cache_layers, save_layers
 from int8run.pipeline.text_encoders import QuantizedEncoders, build_encoders
 from int8run.ptq.layer_costs import BranchCosts
@@ -120,6 +126,8 @@ def build_model(
         bake_loras(spec.lora.strengths, loaded, loras, matches)
 
     step = trace_step(spec, loaded, probe, progress)
+    macs, traced = count_step(step.denoiser, step.calls)
+    attentions = plan_attentions(loaded, traced, select_attention_settings(spec), step.calls)
     built = BuiltModel(
         pipe=loaded.pipe,
         component=loaded.component,
@@ -127,10 +135,10 @@ def build_model(
         denoisers=select_float_denoisers(spec, loaded.denoiser),
         float_bytes=loaded.float_bytes,
         num_params=sum(parameter.numel() for parameter in loaded.denoiser.parameters()),
-        macs=count_macs(step.denoiser, step.calls),
+        macs=macs,
         scheduler=loaded.scheduler,
         device=loaded.device,
-        plans=sources.plans,
+        plans=[*sources.plans, *attentions.plans],
         loras=loras,
         encoders=encoders,
         text_encoders=select_text_encoders(spec, text_encoders, encoders),
@@ -142,7 +150,9 @@ def build_model(
 
     started = time.perf_counter()
     if spec.int8.enable:
-        add_int8_denoiser(built, spec, loaded, sources=sources, step=step, progress=progress)
+        add_int8_denoiser(
+            built, spec, loaded, sources=sources, step=step, attentions=attentions, progress=progress
+        )
     install_candidate(built, spec)
     built.seconds = {"load": load_seconds, "quantize": time.perf_counter() - started}
     compile_denoisers(built.denoisers, spec.compile, has_hooks=spec.offload != "none")
@@ -285,6 +295,7 @@ def add_int8_denoiser(
     *,
     sources: LayerSources,
     step: TracedStep,
+    attentions: ModelAttentions,
     progress: Progress,
 ) -> None:
     """Quantize the denoiser, and bring the LoRAs to its INT8 layers.
@@ -295,20 +306,29 @@ def add_int8_denoiser(
         loaded: the float model.
         sources: what is decided for its layers.
         step: shows how many rows each layer sees.
+        attentions: those of the denoiser, planned.
         progress: of each step.
     """
     rows = count_layer_rows(step.denoiser, select_int8_plans(sources.plans), step.calls)
+    settings = select_quantization_settings(spec)
+    attentions.choose_on_float_model(loaded, step.denoiser)
+    if attentions.is_chosen:
+        settings = replace(settings, attentions=attentions.layers)
     quantized = quantize_denoiser(
         loaded,
         sources.plans,
-        select_quantization_settings(spec),
+        settings,
         rows=rows,
         prequantized=sources.prequantized,
         loras=built.loras,
         progress=progress,
     )
     store_quantized(spec, loaded, sources, quantized)
-    quantized = leave_slow_layers_float(loaded, sources.plans, quantized, built.loras)
+    quantized = leave_slow_layers_float(
+        loaded, sources.plans, settings, quantized=quantized, loras=built.loras
+    )
+    attentions.choose_on_int8_model(loaded, quantized.denoiser)
+    attentions.report()
     built.denoisers["int8"] = quantized.denoiser
     built.mixed_precision = quantized.mixed_precision
     if built.loras.entries and not spec.lora.is_baked:

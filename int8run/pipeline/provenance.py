@@ -112,7 +112,7 @@ def select_calibration(
     """
     if not settings.needs_calibration:
         return None
-    return (
+    counts = (
         settings.calibration,
         loaded.sampling,
         loaded.source.pipeline_class,
@@ -122,6 +122,10 @@ def select_calibration(
         settings.backend,
         str(loaded.device),
     )
+    if settings.quality_db is None or settings.int8.attention == "float":
+        return counts
+    # the search compares denoisers with the INT8 attention in them
+    return (*counts, settings.int8.attention, settings.int8.attention_min_sqnr_db)
 
 
 def hash_baked_loras(
@@ -160,9 +164,11 @@ def build_provenance(
         prequantized: a file that some layers come from; None: all were quantized in this run.
         cache: remembers the hashes of files that did not change.
     """
-    if prequantized is not None and prequantized.is_cached:
-        return {**prequantized.provenance, "int8run": __version__}
     settings = origin.settings
+    if prequantized is not None and prequantized.is_cached:
+        known = {**prequantized.provenance, "int8run": __version__}
+        known.pop("attention", None)
+        return known | describe_attention(settings)
     checkpoint: str | None = None
     method_settings: dict[str, Any] = {}
     if prequantized is not None:
@@ -188,7 +194,15 @@ def build_provenance(
         "loras": list_baked_loras(origin.lora),
         "kept_float": {plan.name: plan.skip_reason for plan in plans if plan.skip_reason is not None},
         "layers": {plan.name: describe_layer(plan) for plan in int8_plans},
+        **describe_attention(settings),
     }
+
+
+def describe_attention(settings: QuantizationSettings) -> dict[str, str]:
+    """What the provenance says of attention, which has no weights: the setting; nothing where it is float."""
+    if settings.int8.attention == "float":
+        return {}
+    return {"attention": settings.int8.attention}
 
 
 def describe_calibration(calibration: CalibrationSettings) -> dict[str, Any]:

@@ -4,12 +4,14 @@ build.py makes it from the settings of a run; the modules that quantize, choose 
 read it.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 
 from int8run.backends.base import Backend
 from int8run.generate.calibration_settings import CalibrationSettings
+from int8run.layers.int8_attention import Int8Attention
 from int8run.layers.plan import Int8Settings
 from int8run.outlier.auto import AutoOutlier
 from int8run.outlier.base import OutlierMethod
@@ -32,6 +34,7 @@ class QuantizationSettings:
         needs_calibration: whether the float model generates the calibration images.
         has_fused_layers: whether the layers will be saved under their original names, which have some of them
             as one layer. These get one outlier method.
+        attentions: what computes attention in INT8, by the name of its module; it was chosen before.
     """
 
     outlier: OutlierMethod | AutoOutlier
@@ -43,6 +46,7 @@ class QuantizationSettings:
     dtype: torch.dtype
     needs_calibration: bool
     has_fused_layers: bool
+    attentions: Mapping[str, Int8Attention] = field(default_factory=dict)
 
     @property
     def is_fitted(self) -> bool:

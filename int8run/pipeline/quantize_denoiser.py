@@ -122,14 +122,19 @@ def quantize_denoiser(
             loaded, layers, settings, int8_layers=int8_layers, calls=calibration.calls, progress=progress
         )
     return QuantizedDenoiser(
-        denoiser=assemble_int8_model(loaded.denoiser, int8_layers, loaded.family),
+        denoiser=assemble_int8_model(loaded.denoiser, int8_layers, loaded.family, settings.attentions),
         layers=int8_layers,
         mixed_precision=read_mixed_precision(prequantized),
     )
 
 
 def leave_slow_layers_float(
-    loaded: LoadedModel, plans: Sequence[LayerPlan], quantized: QuantizedDenoiser, loras: LoraStack
+    loaded: LoadedModel,
+    plans: Sequence[LayerPlan],
+    settings: QuantizationSettings,
+    *,
+    quantized: QuantizedDenoiser,
+    loras: LoraStack,
 ) -> QuantizedDenoiser:
     """Put the float layers back where INT8 is not to compute; see `LayerPlan.float_reason`.
 
@@ -138,6 +143,7 @@ def leave_slow_layers_float(
     Args:
         loaded: the model; float weights that it lacks are read.
         plans: of every Linear; layers that stay float are noted.
+        settings: how layers become INT8.
         quantized: what `quantize_denoiser` made.
         loras: are added to weights that are read.
     """
@@ -147,7 +153,7 @@ def leave_slow_layers_float(
     loaded.fill_weights(except_for=layers)
     loras.merge_late_weights()
     return QuantizedDenoiser(
-        denoiser=assemble_int8_model(loaded.denoiser, layers, loaded.family),
+        denoiser=assemble_int8_model(loaded.denoiser, layers, loaded.family, settings.attentions),
         layers=layers,
         mixed_precision=quantized.mixed_precision,
     )
@@ -288,7 +294,7 @@ def search_mixed_precision(
 
     def assemble(names: Sequence[str]) -> nn.Module:
         kept_int8 = {name: int8_layers[name] for name in names}
-        return assemble_int8_model(loaded.denoiser, kept_int8, loaded.family)
+        return assemble_int8_model(loaded.denoiser, kept_int8, loaded.family, settings.attentions)
 
     macs = {}
     for plan in layers.plans:

@@ -12,6 +12,7 @@ from int8run.config.run_spec import RunSpec
 from int8run.pipeline.load import LoadSettings
 from int8run.pipeline.provenance import QuantizationOrigin
 from int8run.pipeline.quantization_settings import QuantizationSettings
+from int8run.pipeline.quantize_attention import AttentionSettings
 
 
 def select_load_settings(spec: RunSpec, *, needs_float_denoiser: bool | None = None) -> LoadSettings:
@@ -55,6 +56,16 @@ def select_quantization_settings(spec: RunSpec) -> QuantizationSettings:
         dtype=getattr(torch, spec.model.dtype),
         needs_calibration=spec.needs_calibration,
         has_fused_layers=has_fused_layers,
+    )
+
+
+def select_attention_settings(spec: RunSpec) -> AttentionSettings:
+    """What decides which attentions of a run become INT8."""
+    return AttentionSettings(
+        int8=spec.int8,
+        backend=spec.backend,
+        float_attention=spec.attention,
+        dtype=getattr(torch, spec.model.dtype),
     )
 
 

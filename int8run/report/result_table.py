@@ -147,6 +147,18 @@ class ResultRows:
         if "quant/output_sqnr_db_mean" in self.metrics:
             mean, least = self.metrics["quant/output_sqnr_db_mean"], self.metrics["quant/output_sqnr_db_min"]
             self.add_row("layer SQNR, mean / min", f"{mean:.1f} / {least:.1f} dB")
+        self.add_attention()
+
+    def add_attention(self) -> None:
+        """How many attentions are INT8, and how exact they are; nothing where INT8 was not asked for."""
+        if "quant/attention_int8" not in self.metrics:
+            return
+        num_float, num_int8 = self.metrics["quant/attention_float"], self.metrics["quant/attention_int8"]
+        self.add_row("attentions, float / INT8", f"{num_float:.0f} / {num_int8:.0f}")
+        if "quant/attention_sqnr_db_mean" in self.metrics:
+            mean = self.metrics["quant/attention_sqnr_db_mean"]
+            least = self.metrics["quant/attention_sqnr_db_min"]
+            self.add_row("attention SQNR, mean / min", f"{mean:.1f} / {least:.1f} dB")
 
     def add_loras(self) -> None:
         """What the LoRAs change and cost."""

@@ -4,12 +4,12 @@ Called by `tasks.run_logs` before anything is generated. Nothing is measured her
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from int8run.config.run_spec import RunSpec
-from int8run.layers.plan import LayerPlan
+from int8run.layers.plan import ATTENTION, LayerPlan
 from int8run.lora.stack import LoraStack
-from int8run.metrics.layers import compute_int8_shares, count_module_bytes
+from int8run.metrics.layers import compute_attention_metrics, compute_int8_shares, count_module_bytes
 from int8run.models.given_model import find_controlnets
 from int8run.pipeline.built_model import BuiltModel
 from int8run.report.formatting import format_megabytes
@@ -26,6 +26,8 @@ def describe_build(spec: RunSpec, built: BuiltModel, *, is_reused: bool) -> list
     """
     facts: list[tuple[str, object]] = [("family", built.family.name), ("device", built.device)]
     facts += describe_layers(built)
+    if spec.int8.attention != "float":
+        facts.append(("attention", describe_attention(built.plans)))
     if spec.lora.adapters:
         facts.append(("lora", describe_loras(spec, built.loras)))
     for component, encoder in built.encoders.built.items():
@@ -56,13 +58,14 @@ def name_backend(plan: LayerPlan) -> str:
 
 def describe_layers(built: BuiltModel) -> list[tuple[str, object]]:
     """Describe how much of the denoiser is INT8, and by which methods."""
-    by_choice = sum(plan.is_float_by_choice for plan in built.plans)
-    backends = sorted({name_backend(plan) for plan in built.plans if plan.backend_used})
+    layers = [plan for plan in built.plans if plan.kind != ATTENTION]
+    by_choice = sum(plan.is_float_by_choice for plan in layers)
+    backends = sorted({name_backend(plan) for plan in layers if plan.backend_used})
     if not backends:
         return [("layers", f"all float, {by_choice} by choice" if by_choice else "all float")]
-    int8 = [plan for plan in built.plans if plan.skip_reason is None]
+    int8 = [plan for plan in layers if plan.skip_reason is None]
     shares = compute_int8_shares(built.plans, built.num_params)
-    num_int8 = f"{len(int8)} of {len(built.plans)} Linears INT8"
+    num_int8 = f"{len(int8)} of {len(layers)} Linears INT8"
     macs_share = f"{shares['quant/macs_int8_share']:.1%} of the multiply-adds"
     if by_choice:
         macs_share += f", {by_choice} float by choice"
@@ -73,6 +76,24 @@ def describe_layers(built: BuiltModel) -> list[tuple[str, object]]:
         ("rounding", format_counts(plan.rounding for plan in int8)),
         ("backend", "+".join(backends)),
     ]
+
+
+def describe_attention(plans: Sequence[LayerPlan]) -> str:
+    """Describe how many attentions are INT8, where and how exactly: `int8 12 of 12 on cpu, 41.2 dB mean`.
+
+    Args:
+        plans: of all layers; those of another kind are passed over.
+    """
+    int8 = [plan for plan in plans if plan.kind == ATTENTION and plan.skip_reason is None]
+    metrics = compute_attention_metrics(plans)
+    num_all = metrics["quant/attention_int8"] + metrics["quant/attention_float"]
+    if not int8:
+        return f"float, all {num_all:.0f}"
+    backends = "+".join(sorted({name_backend(plan) for plan in int8}))
+    described = f"int8 {len(int8)} of {num_all:.0f} on {backends}"
+    if "quant/attention_sqnr_db_mean" in metrics:
+        described += f", {metrics['quant/attention_sqnr_db_mean']:.1f} dB mean"
+    return described
 
 
 def describe_loras(spec: RunSpec, loras: LoraStack) -> str:

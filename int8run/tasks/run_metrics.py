@@ -16,8 +16,10 @@ from int8run.config.run_spec import RunSpec
 from int8run.generate.generate import Generation, set_text_encoders
 from int8run.generate.prompt_cache import PromptCache
 from int8run.generate.prompts import Sample
+from int8run.layers.plan import ATTENTION, LINEAR
 from int8run.metrics.embeddings import compute_encoder_metrics
 from int8run.metrics.layers import (
+    compute_attention_metrics,
     compute_int8_shares,
     compute_layer_metrics,
     count_module_bytes,
@@ -140,7 +142,8 @@ def compare_with_best_float(
 
 def find_largest_layer(built: BuiltModel) -> tuple[int, int, int]:
     """Rows, in_features and out_features of the Linear with the most multiply-adds in one step."""
-    plan = max(built.plans, key=lambda plan: built.macs.get(plan.name, 0))
+    linears = [plan for plan in built.plans if plan.kind == LINEAR]
+    plan = max(linears, key=lambda plan: built.macs.get(plan.name, 0))
     rows = built.macs.get(plan.name, 0) // (plan.in_features * plan.out_features)
     return max(1, rows), plan.in_features, plan.out_features
 
@@ -211,14 +214,18 @@ def measure_denoiser_size(built: BuiltModel) -> dict[str, float]:
 def measure_layers(spec: RunSpec, built: BuiltModel, calls: DenoiserCalls) -> dict[str, float]:
     """Measure the INT8 layers, their outputs only where the float layers are in memory; updates the plans."""
     for plan in built.plans:  # a reused model still has what an earlier job measured
-        plan.measured.pop("output_sqnr_db", None)
+        if plan.kind != ATTENTION:
+            plan.measured.pop("output_sqnr_db", None)
     int8 = built.denoisers.get("int8")
     if int8 is None:
         return {}
     if spec.metrics.layers and "float" in built.denoisers:
         measure_layer_outputs(built.denoisers["float"], int8, calls, built.plans)
     shares = compute_int8_shares(built.plans, built.num_params)
-    return compute_layer_metrics(built.plans) | shares
+    metrics = compute_layer_metrics(built.plans) | shares
+    if spec.int8.attention != "float":
+        metrics |= compute_attention_metrics(built.plans)
+    return metrics
 
 
 def measure_loras(spec: RunSpec, built: BuiltModel, calls: DenoiserCalls) -> dict[str, float]:

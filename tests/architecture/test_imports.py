@@ -121,7 +121,15 @@ RULES = {
 
 # what conf/ chooses between; everything that serves all options alike names none of them
 CONCRETE = {
-    "backends": {"base", "registry", "autotune_cache", "layer_timer", "run_errors", "best_float"},
+    "backends": {
+        "base",
+        "attention",
+        "registry",
+        "autotune_cache",
+        "layer_timer",
+        "run_errors",
+        "best_float",
+    },
     "outlier": {"base", "auto"},  # `outlier=auto` is a choice among the others
     "tracking": {"base", "process_identity", "run_record", "secrets", "setting_names"},
 }  # folder -> modules that are none

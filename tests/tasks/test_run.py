@@ -79,8 +79,9 @@ def small(model: str) -> list[str]:
 
 
 def read_layers(out: Path) -> list[dict[str, str]]:
+    """The rows of the Linears."""
     with (out / "layers.csv").open() as file:
-        return list(csv.DictReader(file))
+        return [row for row in csv.DictReader(file) if row["kind"] == "linear"]
 
 
 def image_bytes(out: Path) -> dict[str, bytes]:

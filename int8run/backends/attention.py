@@ -1,0 +1,218 @@
+"""What computes INT8 attention on a device, and what is done to queries and keys before they are rounded.
+
+`layers.int8_attention` holds one of these backends and calls it at every forward. They are apart from those
+of Linears, which have a weight to pack, and are known by the same names, so that `backend=cpu` means both.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from int8run.backends.base import Backend, Limits
+from int8run.errors import BackendError
+from int8run.kernels.cpu import attention as cpu_attention
+from int8run.kernels.cpu.instructions import AUTO, INSTRUCTION_SETS
+from int8run.kernels.cpu.library import BuildError, load_linear_library
+from int8run.kernels.int8_attention.reference import int8_attention
+
+# the least group of channels that is worth a rotation
+MIN_ROTATION = 4
+
+
+@dataclass(frozen=True)
+class AttentionMethod:
+    """What keeps outliers in queries and keys from widening the scale of their token.
+
+    Args:
+        rotation: channels of a group of queries and keys that is rotated by a Hadamard matrix; 0: none.
+        center_keys: subtract the mean of all keys, which changes no probability.
+    """
+
+    rotation: int = 0
+    center_keys: bool = False
+
+    @property
+    def label(self) -> str:
+        """How tables name it: `rotated 64`, `centered`, `rotated 8, centered`, `none`."""
+        steps = []
+        if self.rotation:
+            steps.append(f"rotated {self.rotation}")
+        if self.center_keys:
+            steps.append("centered")
+        return ", ".join(steps) or "none"
+
+
+def choose_attention_method(width: int) -> AttentionMethod:
+    """The method for a head width: a rotation of the whole head where there is a matrix of that size.
+
+    Else groups of the largest power of 2 that divides the width are rotated, and the keys are centered.
+    """
+    rotation = width & -width  # the largest power of 2 in it
+    if rotation == width:
+        return AttentionMethod(rotation=rotation)
+    if rotation < MIN_ROTATION:
+        return AttentionMethod(center_keys=True)
+    return AttentionMethod(rotation=rotation, center_keys=True)
+
+
+class AttentionBackend(Protocol):
+    """A frozen dataclass with the backend's settings. An `Int8Attention` holds the one that runs it."""
+
+    name: ClassVar[str]
+
+    @property
+    def limits(self) -> Limits:
+        """What it needs of a device."""
+        ...
+
+    @property
+    def instruction_set(self) -> str:
+        """What its kernels are built for; empty where they are built for none.
+
+        Raises:
+            BackendError: when they cannot be built.
+        """
+        ...
+
+    def unsupported_width_reason(self, width: int, value_width: int) -> str | None:
+        """Why it cannot take heads of these widths; None: it can."""
+        ...
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        mask: Tensor | None,
+        is_causal: bool,
+        scale: float | None,
+        method: AttentionMethod,
+    ) -> Tensor:
+        """Compute an attention; arguments as for `kernels.int8_attention.reference.int8_attention`."""
+        ...
+
+
+@dataclass(frozen=True)
+class ReferenceAttention:
+    """The definition: slow, and runs everywhere."""
+
+    name: ClassVar[str] = "reference"
+    limits: ClassVar[Limits] = Limits(devices=("cpu", "cuda", "xpu"))
+    instruction_set: ClassVar[str] = ""
+
+    def unsupported_width_reason(self, width: int, value_width: int) -> str | None:
+        """None: it takes all."""
+        return None
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        mask: Tensor | None,
+        is_causal: bool,
+        scale: float | None,
+        method: AttentionMethod,
+    ) -> Tensor:
+        """[B, Hq, Lq, Dv] in the query's dtype."""
+        return int8_attention(
+            query,
+            key,
+            value,
+            mask=mask,
+            is_causal=is_causal,
+            scale=scale,
+            rotation=method.rotation,
+            center_keys=method.center_keys,
+        )
+
+
+@dataclass(frozen=True)
+class CpuAttention:
+    """int8run's own kernels for CPUs (`kernels/cpu/attention.h`), compiled on first use.
+
+    Args:
+        instructions: name of an instruction set; `auto`: the best that this CPU has.
+    """
+
+    instructions: str = AUTO
+    name: ClassVar[str] = "cpu"
+
+    @property
+    def limits(self) -> Limits:
+        """What it needs: one of all instruction sets, or the one that was asked for."""
+        names = tuple(INSTRUCTION_SETS) if self.instructions == AUTO else (self.instructions,)
+        return Limits(devices=("cpu",), kernel_instructions=names, needs_compiler=True)
+
+    @property
+    def instruction_set(self) -> str:
+        """Name of the instruction set that the kernels are built for.
+
+        Raises:
+            BackendError: when the kernels cannot be built.
+        """
+        try:
+            cpu_attention.load_attention_library(self.instructions)
+            return load_linear_library(self.instructions).instructions
+        except BuildError as error:
+            raise BackendError(f"INT8 attention on the CPU: {error}; set int8.attention=float") from error
+
+    def unsupported_width_reason(self, width: int, value_width: int) -> str | None:
+        """None: it takes all."""
+        return None
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        mask: Tensor | None,
+        is_causal: bool,
+        scale: float | None,
+        method: AttentionMethod,
+    ) -> Tensor:
+        """[B, Hq, Lq, Dv] in the query's dtype."""
+        return cpu_attention.int8_attention(
+            query,
+            key,
+            value,
+            mask=mask,
+            is_causal=is_causal,
+            scale=scale,
+            rotation=method.rotation,
+            center_keys=method.center_keys,
+            instructions=self.instructions,
+        )
+
+
+def make_attention_backends(asked: Backend) -> dict[str, AttentionBackend]:
+    """Every backend of attention by its name, the fastest first; the last one runs everywhere.
+
+    Args:
+        asked: `backend=` of the config, whose settings count for attention, too.
+    """
+    cpu = getattr(asked, "candidates", {}).get(CpuAttention.name, asked)
+    backends: list[AttentionBackend] = [
+        CpuAttention(instructions=getattr(cpu, "instructions", AUTO)),
+        ReferenceAttention(),
+    ]
+    return {backend.name: backend for backend in backends}
+
+
+def list_attention_backends(asked: Backend, device: torch.device) -> list[AttentionBackend]:
+    """The backends that can compute attention on a device, the fastest first.
+
+    Args:
+        asked: `backend=` of the config; where attention has one of that name, it alone.
+        device: where the model runs.
+    """
+    backends = make_attention_backends(asked)
+    choice = list(backends.values())
+    if asked.name in backends:
+        choice = [backends[asked.name]]
+    return [backend for backend in choice if not backend.limits.unsupported_reasons(device)]

@@ -1,0 +1,103 @@
+"""How the models of diffusers compute attention: by `F.scaled_dot_product_attention`, in whichever class.
+
+Newer processors ask diffusers' dispatch, whose backend `native` calls that function; older ones, and models
+with classes of their own, call it themselves. `generate.capture_attention` watches these calls, and
+`layers.int8_attention` answers them. No class of a model is named here.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch.nn.functional as F
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+from torch import Tensor, nn
+
+ATTENTION_FUNCTION = F.scaled_dot_product_attention
+# where diffusers keeps the backend of one module's dispatch: on its processor, or on the module itself
+DISPATCH_ATTRIBUTE = "_attention_backend"
+
+
+class AttentionCall(NamedTuple):
+    """The arguments of one call of ATTENTION_FUNCTION, by its own names and in its order.
+
+    Args:
+        query: [B, Hq, Lq, D].
+        key: [B, Hkv, Lk, D].
+        value: [B, Hkv, Lk, Dv].
+        attn_mask: bool (True: attend) or float, which is added to the scores.
+        dropout_p: share of the probabilities that are set to 0 at random.
+        is_causal: row i attends to keys 0 .. i only.
+        scale: of the scores; None: 1 / sqrt(D).
+        enable_gqa: whether heads of the query share heads of key and value.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    attn_mask: Tensor | None = None
+    dropout_p: float = 0.0
+    is_causal: bool = False
+    scale: float | None = None
+    enable_gqa: bool = False
+
+
+def list_dispatch_owners(module: nn.Module) -> list[Any]:
+    """The objects of one module that say which backend diffusers' dispatch takes for it; none or one."""
+    owners = (module, getattr(module, "processor", None))
+    return [owner for owner in owners if hasattr(owner, DISPATCH_ATTRIBUTE)]
+
+
+def use_native_attention(module: nn.Module) -> None:
+    """Let the dispatch of one module call ATTENTION_FUNCTION, whatever `attention=` or an environment says.
+
+    Args:
+        module: its processor is changed in place, not those of modules inside it.
+    """
+    for owner in list_dispatch_owners(module):
+        setattr(owner, DISPATCH_ATTRIBUTE, AttentionBackendName.NATIVE)
+
+
+@contextmanager
+def native_attention(model: nn.Module) -> Iterator[None]:
+    """Let every module of a model call ATTENTION_FUNCTION meanwhile.
+
+    Args:
+        model: its processors are changed, and changed back.
+    """
+    changed: list[tuple[Any, Any]] = []
+    for module in model.modules():
+        for owner in list_dispatch_owners(module):
+            changed.append((owner, getattr(owner, DISPATCH_ATTRIBUTE)))
+            setattr(owner, DISPATCH_ATTRIBUTE, AttentionBackendName.NATIVE)
+    try:
+        yield
+    finally:
+        # the first that is noted of an owner is what it had, where two modules share it
+        for owner, before in reversed(changed):
+            setattr(owner, DISPATCH_ATTRIBUTE, before)
+
+
+def compute_float_attention(call: AttentionCall, backend: str = "native") -> Tensor:
+    """Compute an attention as the float model does.
+
+    Args:
+        call: what to compute.
+        backend: `attention=` of the config.
+
+    Returns:
+        [B, Hq, Lq, Dv]
+    """
+    if backend == AttentionBackendName.NATIVE.value:
+        return ATTENTION_FUNCTION(**call._asdict())
+    result: Tensor = dispatch_attention_fn(
+        call.query.transpose(1, 2),  # the dispatch has tokens before heads
+        call.key.transpose(1, 2),
+        call.value.transpose(1, 2),
+        attn_mask=call.attn_mask,
+        is_causal=call.is_causal,
+        scale=call.scale,
+        enable_gqa=call.enable_gqa,
+        backend=AttentionBackendName(backend),
+    )
+    return result.transpose(1, 2)

@@ -1,0 +1,276 @@
+"""INT8 attention of one model: planned from a traced step, measured on activations, put into the INT8 model.
+
+build.py calls it around the quantization of the layers. What an attention is and how it is measured is known
+in `ptq.attention`; nothing here sees the settings of a run as a whole.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from int8run.backends.attention import AttentionBackend, ReferenceAttention, list_attention_backends
+from int8run.backends.autotune_cache import AutotuneCache
+from int8run.backends.base import Backend
+from int8run.errors import BackendError
+from int8run.generate.capture_attention import watch_attention
+from int8run.layers.assemble import copy_sharing_tensors
+from int8run.layers.int8_attention import Int8Attention, install_attention
+from int8run.layers.plan import Int8Settings, LayerPlan
+from int8run.metrics.layers import count_macs
+from int8run.models.dual_denoisers import set_denoiser
+from int8run.pipeline.loaded_model import LoadedModel, SkeletonLinear, make_skip_rule
+from int8run.pipeline.offload import set_offload
+from int8run.ptq.attention import (
+    PlannedAttention,
+    TracedAttentions,
+    give_backend,
+    leave_inexact_float,
+    measure_attentions,
+    plan_traced,
+)
+from int8run.ptq.attention_speed import AttentionSpeed, leave_slow_float
+from int8run.utils.paths import expand_path
+
+log = logging.getLogger(__name__)
+
+Calls = Sequence[Mapping[str, Any]]  # arguments of the denoiser, by name
+
+
+@dataclass(frozen=True)
+class AttentionSettings:
+    """What decides which attentions become INT8.
+
+    Args:
+        int8: has the mode, the least SQNR, and whether INT8 has to be faster.
+        backend: of the config.
+        float_attention: `attention=` of the config, which the float model computes with.
+        dtype: of the float model.
+    """
+
+    int8: Int8Settings
+    backend: Backend
+    float_attention: str
+    dtype: torch.dtype
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether each attention becomes INT8 only where it is exact and fast enough."""
+        return self.int8.attention == "auto"
+
+    @property
+    def is_off(self) -> bool:
+        """Whether all attentions stay float."""
+        return self.int8.attention == "float" or not self.int8.enable
+
+
+def count_step(denoiser: nn.Module, calls: Calls) -> tuple[dict[str, int], TracedAttentions]:
+    """Run one step, and count the multiply-adds of every layer and every attention in it, by name.
+
+    Args:
+        denoiser: runs once for each call.
+        calls: its arguments.
+
+    Returns:
+        The multiply-adds, and what each attention multiplied.
+    """
+    traced = TracedAttentions()
+    with watch_attention(denoiser, traced.note_call, traced.note_softmax):
+        macs = count_macs(denoiser, calls)
+    return macs | traced.macs, traced
+
+
+def plan_attentions(
+    loaded: LoadedModel, traced: TracedAttentions, settings: AttentionSettings, calls: Calls
+) -> "ModelAttentions":
+    """A plan for every attention of a model, with its backend where it can be INT8.
+
+    Args:
+        loaded: the model.
+        traced: what one step showed.
+        settings: which attentions become INT8.
+        calls: arguments of the denoiser in that step.
+
+    Raises:
+        BackendError: when no INT8 attention runs on the device.
+    """
+    planned = plan_traced(traced, make_skip_rule(loaded.family, loaded.denoiser))
+    attentions = ModelAttentions(planned, settings, calls)
+    if settings.is_off:
+        leave_all_float(planned, "int8.attention=float")
+        return attentions
+    backend = choose_backend(settings, loaded.device)
+    if backend is None:
+        leave_all_float(planned, f"only the slow reference computes INT8 attention on {loaded.device.type}")
+    else:
+        give_backend(planned, backend, asked=settings.backend.name)
+    return attentions
+
+
+def leave_all_float(planned: Sequence[PlannedAttention], reason: str) -> None:
+    """Keep every attention float, for a reason that counts where there is no other."""
+    for attention in planned:
+        if attention.plan.skip_reason is None:
+            attention.leave_float(reason)
+
+
+def choose_backend(settings: AttentionSettings, device: torch.device) -> AttentionBackend | None:
+    """The fastest INT8 attention on a device; None: with `auto`, where only the slow reference is there.
+
+    Args:
+        settings: which attentions become INT8.
+        device: where they run.
+
+    Raises:
+        BackendError: when there is none.
+    """
+    asked = settings.backend.name
+    usable = list_attention_backends(settings.backend, device)
+    if not usable:
+        raise BackendError(
+            f"int8.attention={settings.int8.attention}: no INT8 attention runs on {device}; set "
+            "int8.attention=float"
+        )
+    backend = find_built(usable)
+    is_slow = isinstance(backend, ReferenceAttention) and asked != backend.name
+    if is_slow and settings.is_auto:
+        return None
+    if is_slow:
+        log.warning(
+            "int8.attention=%s has none but reference, the slow definition, on %s",
+            settings.int8.attention,
+            device,
+        )
+    return backend
+
+
+def find_built(usable: Sequence[AttentionBackend]) -> AttentionBackend:
+    """The first backend whose kernels can be built; the reasons of others are logged.
+
+    Raises:
+        BackendError: that of the last one, where none can.
+    """
+    for backend in usable[:-1]:
+        try:
+            _ = backend.instruction_set  # builds what is not there yet
+        except BackendError as error:
+            log.warning("%s", error)
+            continue
+        return backend
+    _ = usable[-1].instruction_set
+    return usable[-1]
+
+
+def computes_values(denoiser: nn.Module) -> bool:
+    """Whether a denoiser has all its weights, so that its activations are real ones."""
+    return not any(isinstance(module, SkeletonLinear) for module in denoiser.modules())
+
+
+@dataclass
+class ModelAttentions:
+    """The attentions of one model on their way to INT8.
+
+    Args:
+        planned: changed by each step.
+        settings: which of them become INT8.
+        calls: arguments of the denoiser in one step.
+        is_chosen: whether they were measured.
+    """
+
+    planned: Sequence[PlannedAttention]
+    settings: AttentionSettings
+    calls: Calls
+    is_chosen: bool = False
+
+    @property
+    def plans(self) -> list[LayerPlan]:
+        """Their rows in `layers.csv`."""
+        return [attention.plan for attention in self.planned]
+
+    @property
+    def layers(self) -> dict[str, Int8Attention]:
+        """What computes those in INT8, by the name of the module."""
+        layers = {}
+        for attention in self.planned:
+            if attention.layer is not None:
+                layers[attention.plan.name] = attention.layer
+        return layers
+
+    def choose_on_float_model(self, loaded: LoadedModel, denoiser: nn.Module) -> None:
+        """Choose on the activations of the float model, where its weights are in memory.
+
+        Args:
+            loaded: the model.
+            denoiser: that ran the traced step.
+
+        Raises:
+            ConfigError: where INT8 computes NaN or infinity and float does not.
+        """
+        if computes_values(denoiser):
+            self.choose(loaded, denoiser)
+
+    def choose_on_int8_model(self, loaded: LoadedModel, denoiser: nn.Module) -> None:
+        """Choose on those of the INT8 model, where that was not done, and give it the INT8 attentions.
+
+        Args:
+            loaded: the model, whose pipeline moves the denoiser to a GPU where it is offloaded.
+            denoiser: the INT8 one; its attention is float until now.
+
+        Raises:
+            ConfigError: where INT8 computes NaN or infinity and float does not.
+        """
+        if self.is_chosen:
+            return
+        if self.layers:
+            # hooks that offload a module remember its forward of now
+            trial = copy_sharing_tensors(denoiser)
+            set_denoiser(loaded.pipe, trial, loaded.component)
+            set_offload(loaded.pipe, loaded.offload, loaded.device)
+            self.choose(loaded, trial)
+        install_attention(denoiser, self.layers)
+
+    def choose(self, loaded: LoadedModel, denoiser: nn.Module) -> None:
+        """Measure, and with `auto` keep those float that are not exact or not fast enough.
+
+        Args:
+            loaded: says where they run.
+            denoiser: whose activations are the inputs.
+        """
+        self.is_chosen = True
+        if not self.layers:
+            return
+        settings = self.settings
+        measure_attentions(denoiser, self.calls, self.planned)
+        if not settings.is_auto:
+            return
+        leave_inexact_float(self.planned, settings.int8.attention_min_sqnr_db)
+        if settings.int8.only_if_faster:
+            # the file of backends that keep what they measure
+            table = getattr(settings.backend, "table", None)
+            cache = AutotuneCache(expand_path(table) if table else None, loaded.device, settings.dtype)
+            speed = AttentionSpeed(cache, loaded.device, settings.dtype, settings.float_attention)
+            leave_slow_float(self.planned, speed)
+
+    def report(self) -> None:
+        """Log which stay float although INT8 was asked for, with the number for each reason."""
+        mode = self.settings.int8.attention
+        if self.settings.is_off:
+            return
+        if not self.planned:
+            log.warning("int8.attention=%s: no attention was seen in a step of this denoiser", mode)
+            return
+        reasons = Counter(plan.skip_reason for plan in self.plans if plan.skip_reason is not None)
+        if not reasons:
+            return
+        log.log(
+            logging.INFO if self.settings.is_auto else logging.WARNING,
+            "int8.attention=%s: %d of %d attentions stay float (%s)",
+            mode,
+            reasons.total(),
+            len(self.planned),
+            "; ".join(f"{count} × {reason}" for reason, count in reasons.items()),
+        )

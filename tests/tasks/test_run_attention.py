@@ -1,0 +1,109 @@
+"""Runs with INT8 attention, on a random FluxPipeline of diffusers' real classes."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from support.run_job import make_spec, run_job
+from support.tiny_pipeline import save_random_pipeline
+
+from int8run.checkpoints.header import read_header
+from int8run.checkpoints.provenance import PROVENANCE_KEY
+from int8run.errors import ConfigError
+from int8run.pipeline import process_cache
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_random_pipeline(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture
+def small(model: str) -> list[str]:
+    process_cache.clear()
+    return [
+        f"model.location={model}",
+        "sampler.height=16",
+        "sampler.width=16",
+        "sampler.steps=2",
+        "prompts.prompts=[a]",
+        "tracker=none",
+        "backend=reference",
+    ]
+
+
+def read_attentions(out: Path) -> list[dict[str, str]]:
+    with (out / "layers.csv").open() as file:
+        return [row for row in csv.DictReader(file) if row["kind"] == "attention"]
+
+
+def read_images(out: Path) -> dict[str, bytes]:
+    """The float model's images under `float`, the INT8 model's under `int8`."""
+    files = (out / "images").iterdir()
+    return {"float" if "float" in file.stem else "int8": Image.open(file).tobytes() for file in files}
+
+
+def test_attention_becomes_int8_beside_an_unchanged_float_model(small: list[str], tmp_path: Path) -> None:
+    plain = run_job([*small, "cache.limit_gb=0"], tmp_path / "float").metrics
+    process_cache.clear()
+    metrics = run_job([*small, "cache.limit_gb=0", "int8.attention=int8"], tmp_path / "int8").metrics
+
+    rows = read_attentions(tmp_path / "int8")
+    assert rows and {row["quantized"] for row in rows} == {"true"}
+    assert {row["backend_used"] for row in rows} == {"reference"}
+    assert all(float(row["output_sqnr_db"]) > 25 and float(row["macs_share"]) > 0 for row in rows)
+    assert (metrics["quant/attention_int8"], metrics["quant/attention_float"]) == (len(rows), 0)
+    assert metrics["quant/attention_sqnr_db_mean"] >= metrics["quant/attention_sqnr_db_min"] > 25
+    assert metrics["quant/macs_int8_share"] > plain["quant/macs_int8_share"]
+    assert metrics["quant/layers_int8"] == plain["quant/layers_int8"], "these are layers with weights"
+    before, after = read_images(tmp_path / "float"), read_images(tmp_path / "int8")
+    assert before["float"] == after["float"]
+    assert before["int8"] != after["int8"]
+    assert {row["why_not"] for row in read_attentions(tmp_path / "float")} == {"int8.attention=float"}
+    assert not any("attention" in name for name in plain)
+
+
+def test_without_a_float_model_the_int8_one_shows_how_exact_it_is(small: list[str], tmp_path: Path) -> None:
+    words = [*small, "metrics.baseline=none", "cache.limit_gb=0", f"save={tmp_path / 'saved.safetensors'}"]
+    metrics = run_job([*words, "int8.attention=int8"], tmp_path / "out").metrics
+
+    assert metrics["quant/attention_int8"] == len(read_attentions(tmp_path / "out"))
+    assert metrics["quant/attention_sqnr_db_min"] > 25
+    _, metadata = read_header(tmp_path / "saved.safetensors")
+    assert json.loads(metadata[PROVENANCE_KEY])["attention"] == "int8"
+
+
+def test_auto_takes_what_is_exact_enough(small: list[str], tmp_path: Path) -> None:
+    words = [*small, "int8.attention=auto", "int8.only_if_faster=false", "int8.attention_min_sqnr_db=200"]
+    metrics = run_job(words, tmp_path).metrics
+
+    rows = read_attentions(tmp_path)
+    assert metrics["quant/attention_float"] == len(rows) > 0
+    assert all("int8.attention_min_sqnr_db asks for 200" in row["why_not"] for row in rows)
+    assert all(float(row["output_sqnr_db"]) > 25 for row in rows), "what it would have had"
+
+
+def test_no_int8_model_has_no_int8_attention(small: list[str]) -> None:
+    with pytest.raises(ConfigError, match="for INT8 attention alone set backend=float"):
+        make_spec([*small, "int8.enable=false", "int8.attention=int8"])
+
+
+@pytest.mark.parametrize("setting", ["int8.attention=sage", "int8.attention_min_sqnr_db=-1"])
+def test_a_setting_that_is_none_is_refused(small: list[str], setting: str) -> None:
+    name, _, _ = setting.partition("=")
+    with pytest.raises(ConfigError, match=name):
+        make_spec([*small, setting])
+
+
+@pytest.mark.slow
+def test_it_goes_with_backend_float_and_compiled_blocks(small: list[str], tmp_path: Path) -> None:
+    words = [word for word in small if not word.startswith("backend=")]
+    metrics = run_job([*words, "backend=float", "compile=blocks", "int8.attention=int8"], tmp_path).metrics
+
+    assert metrics["quant/layers_int8"] == 0
+    assert metrics["quant/attention_int8"] == len(read_attentions(tmp_path))
+    assert 20 < metrics["quality/psnr_db"] < 200, "attention alone has changed the image"
