@@ -241,10 +241,7 @@ def run_single(single: "SingleRun") -> None:
     from int8run.jobs.hydra_files import masked_hydra_files
 
     config = single.config
-    if single.spec.task.needs_device:
-        from int8run.tasks.start_checks import check_start
-
-        check_start(single.spec)
+    single.spec.task.check(single.spec)
     with claim_output_folder(single), masked_hydra_files():
         with read_write(config.hydra):
             if config.hydra.mode is None:

@@ -33,15 +33,17 @@ from int8run.utils.paths import SAFETENSORS
 class Task(Protocol):
     """What the command does with its settings: run, quantize, inspect, bench or report.
 
-    A recorded task leaves status.json in its output folder; a tracked one is also logged by the tracker. One
-    that needs a device is refused without it before it has a folder. What a task ignores are groups and keys
-    of the command line that change nothing in it.
+    A recorded task leaves status.json in its output folder; a tracked one is also logged by the tracker. What
+    a task ignores are groups and keys of the command line that change nothing in it.
     """
 
     recorded: ClassVar[bool]
     tracked: ClassVar[bool]
-    needs_device: ClassVar[bool]
     ignores: ClassVar[frozenset[str]]
+
+    def check(self, spec: "RunSpec") -> None:
+        """Refuse what can be refused before there is a folder for the task."""
+        ...
 
     def execute(self, spec: "RunSpec", job: Job) -> float | None:
         """Do it. A number is handed to sweepers."""

@@ -18,8 +18,9 @@ from torch import nn
 from int8run import __version__
 from int8run.errors import BackendError, ConfigError, FileError, suggest_similar
 from int8run.models.missing_library import raise_if_library_is_missing, read_late_attribute
+from int8run.models.model_folders import make_load_error, read_model_index
 from int8run.models.pipeline_class import get_pipeline_class
-from int8run.models.source import find_components, make_load_error, read_model_index
+from int8run.models.source import find_components
 from int8run.utils.hardware import count_devices, has_device
 from int8run.utils.paths import expand_path
 from int8run.utils.text import shorten_error

@@ -19,8 +19,9 @@ from torch import nn
 
 from int8run.errors import ConfigError, FileError
 from int8run.models.missing_library import raise_if_library_is_missing, read_late_attribute
+from int8run.models.model_folders import make_load_error, read_model_index
 from int8run.models.modular_pipeline import ModularFace, build_blocks, make_pipeline
-from int8run.models.source import ResolvedModel, make_load_error, read_model_index
+from int8run.models.source import ResolvedModel
 
 log = logging.getLogger(__name__)
 BLOCKS_KEY = "_blocks_class_name"

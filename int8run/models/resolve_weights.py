@@ -66,7 +66,7 @@ def resolve_weights(
 
     Args:
         location: a .safetensors file, an index of shards, a folder of a denoiser or of a pipeline,
-            `shipped:NAME`, a hub id, or a file on the hub (`org/repository/file.safetensors`).
+            `shipped:NAME`, a hub id, or a file or a folder on the hub (`org/repository/file.safetensors`).
         revision: on the hub.
         component: which denoiser of a pipeline with several.
 
@@ -92,6 +92,20 @@ def resolve_weights(
 def is_local(location: str) -> bool:
     """Return whether a location can only be a path here, or a model inside this package."""
     return location.startswith((SHIPPED_PREFIX, ".", "/", "~"))
+
+
+def split_hub_path(location: str) -> tuple[str, str]:
+    """`org/repository/inner/path` -> (`org/repository`, `inner/path`), which may be empty."""
+    parts = location.split("/")
+    return "/".join(parts[:2]), "/".join(parts[2:])
+
+
+def is_folder_on_hub(location: str) -> bool:
+    """Return whether a location is neither here nor a file, but a folder inside a repository on the hub."""
+    _, inner = split_hub_path(location)
+    if not inner or is_local(location) or to_local_path(location).exists():
+        return False
+    return Path(inner).suffix.lower() not in (SAFETENSORS, ".json", *UNSUPPORTED_FORMATS)
 
 
 def check_format(location: str) -> None:
@@ -193,10 +207,13 @@ def resolve_on_hub(
     """
     from huggingface_hub import hf_hub_download
 
-    repository, file = "/".join(path_on_hub[:2]), "/".join(path_on_hub[2:])
     location = "/".join(path_on_hub)
+    repository, file = split_hub_path(location)
     check_repository(repository, "model.location", revision)
     try:
+        if is_folder_on_hub(location):
+            folder = download_component(repository, file, revision)
+            return ResolvedWeights(folder, read_denoiser_config(folder))
         if file:
             return ResolvedWeights(Path(hf_hub_download(repository, file, revision=revision)))
         index = read_pipeline_index(download_index(repository, revision))

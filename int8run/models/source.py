@@ -11,34 +11,33 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline
-from huggingface_hub import hf_hub_download, snapshot_download
 from torch import nn
 
 from int8run.errors import ConfigError, FileError, suggest_similar
 from int8run.models.denoiser_classes import find_denoiser_class, get_denoiser_class
 from int8run.models.denoiser_components import DENOISER_COMPONENTS
 from int8run.models.family import ModelSource
-from int8run.models.hub import check_repository, make_download_error
+from int8run.models.model_folders import (
+    check_formats,
+    make_base_error,
+    make_load_error,
+    names_weights,
+    read_model_index,
+    read_source_index,
+    resolve_pipeline_folder,
+    resolve_weight_file,
+)
 from int8run.models.modular_pipeline import list_used_components
-from int8run.models.modular_source import download_modular, resolve_components_elsewhere
+from int8run.models.modular_source import resolve_components_elsewhere
 from int8run.models.pipeline_class import CONTROLNET, check_pipeline_fits, choose_pipeline_class
 from int8run.models.pipeline_index import (
-    MODEL_INDEX_NAME,
-    has_pipeline_index,
-    is_modular_folder,
     read_json,
-    read_pipeline_index,
 )
 from int8run.models.resolve_weights import (
     CONFIG_NAME,
-    UNSUPPORTED_FORMATS,
-    check_format,
-    download_index,
-    is_local,
     list_denoisers,
+    read_denoiser_config,
 )
-from int8run.utils.paths import SAFETENSORS, to_local_path
 from int8run.utils.text import shorten_error
 
 
@@ -191,7 +190,10 @@ def resolve_single_files(source: ModelSource, files: str | Mapping[str, str]) ->
     denoisers = []
     for component in components:
         weights = resolve_weight_file(by_component[component], source.revision)
-        denoisers.append(read_denoiser(folder / component, component, index, weights))
+        # a folder with a config of its own may be another size than the base's
+        has_config = weights.is_dir() and read_denoiser_config(weights) is not None
+        config_folder = weights if has_config else folder / component
+        denoisers.append(read_denoiser(config_folder, component, index, weights))
     return ResolvedModel(
         folder,
         tuple(denoisers),
@@ -240,46 +242,6 @@ def choose_class(source: ModelSource, named: object) -> str:
     )
 
 
-def read_source_index(source: ModelSource) -> Mapping[str, Any]:
-    """The index of a model's repository; of one on the hub it alone is downloaded.
-
-    Raises:
-        ConfigError: for a denoiser alone without `model.base`.
-        FileError: when the repository is not there.
-    """
-    location, setting = str(source.location), "model.location"
-    if isinstance(source.location, Mapping) or names_weights(location):
-        check_formats(source.location)
-        if source.base is None:
-            raise make_base_error(source)
-        location, setting = source.base, "model.base"
-    path = to_local_path(location)
-    if is_local(location) or path.is_dir():
-        check_pipeline_folder(path, setting)
-        return read_model_index(path, location)
-    revision = source.revision if setting == "model.location" else None
-    check_repository(location, setting, revision)
-    try:
-        folder = download_index(location, revision)
-    except (OSError, ValueError) as error:
-        raise make_download_error(location, setting, error) from error
-    return read_model_index(folder, location)
-
-
-def check_pipeline_folder(path: Path, setting: str) -> None:
-    """Raise FileError for a path that is no folder of a pipeline.
-
-    Args:
-        path: of the folder.
-        setting: that names it.
-    """
-    if not has_pipeline_index(path):
-        raise FileError(
-            f"{path.absolute()} is not a diffusers folder: it has no {MODEL_INDEX_NAME}; set {setting} to a "
-            f"folder that has one, to an id on the hub, or model.location to a {SAFETENSORS} file"
-        )
-
-
 def choose_source_pipeline(source: ModelSource, index: Mapping[str, Any]) -> str:
     """The class that runs a model, of which the repository's index is known.
 
@@ -300,14 +262,6 @@ def choose_source_pipeline(source: ModelSource, index: Mapping[str, Any]) -> str
     if chosen != index.get("_class_name") or CONTROLNET in parts:
         check_pipeline_fits(chosen, index, parts, setting, checked=(*DENOISER_COMPONENTS, CONTROLNET))
     return chosen
-
-
-def make_base_error(source: ModelSource) -> ConfigError:
-    """Return the error for a model whose location holds a denoiser alone, without `model.base`."""
-    return ConfigError(
-        f"model.location={source.location} holds a denoiser alone; set model.base=<hub id or diffusers "
-        "folder> that the text encoders, the VAE, the scheduler and the denoiser's config come from"
-    )
 
 
 def check_components(files: Mapping[str, str], components: list[str], base: str) -> None:
@@ -333,130 +287,6 @@ def check_components(files: Mapping[str, str], components: list[str], base: str)
             f"{base} has {len(components)} denoisers ({', '.join(components)}); "
             f"set 'model.location={{{pairs}}}'"
         )
-
-
-def check_formats(location: str | Mapping[str, str] | None) -> None:
-    """Raise ConfigError where the file of a denoiser is in a format that is not read."""
-    files = location.values() if isinstance(location, Mapping) else [location]
-    for file in files:
-        check_format(str(file))
-
-
-def names_weights(location: str) -> bool:
-    """Return whether a location names the weights of a denoiser alone.
-
-    These are a file, here or on the hub, or a folder of files.
-    """
-    path = to_local_path(location)
-    has_known_suffix = Path(location).suffix.lower() in (SAFETENSORS, *UNSUPPORTED_FORMATS)
-    return has_known_suffix or path.is_file() or is_denoiser_folder(path)
-
-
-def is_denoiser_folder(path: Path) -> bool:
-    """Return whether a folder holds weights and no pipeline."""
-    return path.is_dir() and not has_pipeline_index(path) and any(path.glob(f"*{SAFETENSORS}"))
-
-
-def resolve_pipeline_folder(
-    location: str, revision: str | None, without: tuple[str, ...] = (), setting: str = "model.location"
-) -> Path:
-    """Return the diffusers folder that a path or a hub id names; what is on the hub is downloaded.
-
-    Args:
-        location: a path or a hub id.
-        revision: on the hub.
-        without: components whose weights are not needed; their configs are.
-        setting: what the location was given as, for messages.
-
-    Raises:
-        FileError: when it is not there or cannot be downloaded.
-    """
-    path = to_local_path(location)
-    if is_local(location) or path.is_dir():
-        check_pipeline_folder(path, setting)
-        return path
-    check_repository(location, setting, revision)
-    left_out = dict.fromkeys(without)
-    try:
-        index_folder = download_index(location, revision)
-        if is_modular_folder(index_folder):
-            return download_modular(location, revision, read_model_index(index_folder, location), without)
-        # use_safetensors: nothing pickled is downloaded
-        downloaded = DiffusionPipeline.download(location, revision=revision, use_safetensors=True, **left_out)
-        folder = Path(downloaded)
-        if without:
-            index = read_model_index(folder, location)
-            for component in list_denoisers(index, str(folder)):
-                hf_hub_download(location, CONFIG_NAME, subfolder=component, revision=revision)
-    # diffusers reads a damaged index as it comes: each fault raises its own type
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise make_download_error(location, setting, error) from error
-    return folder
-
-
-def resolve_weight_file(location: str, revision: str | None) -> Path:
-    """Return the file or folder of a denoiser's weights; `org/repo/file.safetensors` is downloaded.
-
-    Raises:
-        FileError: when it is not there, or cannot be downloaded.
-    """
-    path = to_local_path(location)
-    if path.exists():
-        return path
-    path_on_hub = location.split("/")
-    if is_local(location) or len(path_on_hub) < 3:
-        raise FileError(
-            f"{path.absolute()}: no such file; on the hub a file is org/repository/name{SAFETENSORS}"
-        )
-    repository, file = "/".join(path_on_hub[:2]), "/".join(path_on_hub[2:])
-    check_repository(repository, "model.location", revision)
-    try:
-        return Path(hf_hub_download(repository, file, revision=revision))
-    except (OSError, ValueError) as error:
-        raise make_download_error(location, "model.location", error) from error
-
-
-def resolve_part_folder(name: str, location: str) -> Path:
-    """Return the folder of a component outside the pipeline's; nothing pickled is downloaded.
-
-    Args:
-        name: of the component.
-        location: a path or a hub id.
-
-    Raises:
-        FileError: when it cannot be downloaded.
-    """
-    path = to_local_path(location)
-    if path.is_dir():
-        return path
-    check_repository(location, f"model.parts.{name}")
-    try:
-        return Path(snapshot_download(location, allow_patterns=["*.json", f"*{SAFETENSORS}"]))
-    except (OSError, ValueError) as error:
-        raise make_download_error(location, f"model.parts.{name}", error) from error
-
-
-def make_load_error(location: str, error: Exception) -> FileError:
-    """Return the error for a model that diffusers could not read."""
-    reason = shorten_error(error)
-    # the text of these is a key or an argument, which alone says little
-    if isinstance(error, KeyError | TypeError):
-        reason = f"{type(error).__name__}: {reason}"
-    return FileError(
-        f"model {location!r} could not be loaded: {reason}; set model.location to a folder that has it"
-    )
-
-
-def read_model_index(folder: Path, location: str) -> Mapping[str, Any]:
-    """Return the index of a pipeline's folder, modular or not.
-
-    Raises:
-        FileError: when it cannot be read.
-    """
-    try:
-        return read_pipeline_index(folder)
-    except FileError as error:
-        raise make_load_error(location, error) from error
 
 
 def find_components(index: Mapping[str, Any]) -> dict[str, tuple[str | None, str | None]]:

@@ -21,10 +21,11 @@ from int8run.generate.prompts import Sample
 from int8run.generate.sample_inputs import SampleInputs
 from int8run.generate.step_count import count_taken_steps, get_strength
 from int8run.models.family import ModelSource, read_model_options
+from int8run.models.model_folders import read_source_index
 from int8run.models.modular_pipeline import get_call_class
 from int8run.models.pipeline_class import get_pipeline_class, is_modular, list_modes
 from int8run.models.sampling import SCHEDULE_ARGUMENTS, Sampling
-from int8run.models.source import find_pipeline_class, read_source_index
+from int8run.models.source import find_pipeline_class
 from int8run.utils.paths import SHIPPED_PREFIX
 
 log = logging.getLogger(__name__)

@@ -17,8 +17,9 @@ from int8run.errors import ConfigError, FileError, suggest_similar
 from int8run.layers.plan import LayerPlan
 from int8run.lora.float_merge import FloatMerge
 from int8run.lora.match import Matches
+from int8run.models.model_folders import read_model_index, resolve_part_folder
 from int8run.models.sampling import Sampling
-from int8run.models.source import find_components, read_config, read_model_index, resolve_part_folder
+from int8run.models.source import find_components, read_config
 from int8run.quant.formats import FORMATS, WeightFormat
 from int8run.report.console import Progress
 from int8run.text_encoders.base import KEEP, TextEncoders

@@ -3,9 +3,9 @@
 `jobs.execute` calls `execute`. Each class imports its work when it runs, so that composing a config stays
 cheap.
 
-`recorded` is whether a task leaves a record in the output folder, `tracked` whether the tracker copies it,
-`needs_device` whether it runs a model. `ignores` are groups and keys of the command line that it does not
-read: `jobs.execute` says so where they are set.
+`recorded` is whether a task leaves a record in the output folder, `tracked` whether the tracker copies it.
+`ignores` are groups and keys of the command line that it does not read: `jobs.execute` says so where they
+are set. `check` is called before a single job has a folder.
 """
 
 from dataclasses import dataclass
@@ -27,8 +27,13 @@ class Run:
 
     recorded: ClassVar[bool] = True
     tracked: ClassVar[bool] = True
-    needs_device: ClassVar[bool] = True
     ignores: ClassVar[frozenset[str]] = frozenset({"sync"})
+
+    def check(self, spec: RunSpec) -> None:
+        """Refuse a device, a backend, offloading or a mode that is known not to work."""
+        from int8run.tasks.start_checks import check_start
+
+        check_start(spec)
 
     def execute(self, spec: RunSpec, job: Job) -> float | None:
         """Return the metric named by `metrics.objective`, for sweepers.
@@ -57,10 +62,12 @@ class Inspect:
 
     recorded: ClassVar[bool] = False
     tracked: ClassVar[bool] = False
-    needs_device: ClassVar[bool] = False
     ignores: ClassVar[frozenset[str]] = GENERATION | QUANTIZATION | {"sampler", "save", "sync"}
 
     path: str | None = None
+
+    def check(self, spec: RunSpec) -> None:
+        """Nothing is known before the file is looked at."""
 
     def execute(self, spec: RunSpec, job: Job) -> None:
         """Print what a file is, or what the cache holds."""
@@ -94,7 +101,6 @@ class Bench:
 
     recorded: ClassVar[bool] = True
     tracked: ClassVar[bool] = False
-    needs_device: ClassVar[bool] = True
     ignores: ClassVar[frozenset[str]] = frozenset(
         {
             "outlier",
@@ -119,6 +125,12 @@ class Bench:
         if self.rows is not None:
             check_range("task.rows", self.rows, 1, 2**31 - 1, whole=True)
 
+    def check(self, spec: RunSpec) -> None:
+        """Refuse a device, a backend, offloading or a mode that is known not to work."""
+        from int8run.tasks.start_checks import check_start
+
+        check_start(spec)
+
     def execute(self, spec: RunSpec, job: Job) -> None:
         """Time the backends, print a table, write `bench.json`."""
         from int8run.tasks.benchmark import run_benchmark
@@ -137,7 +149,6 @@ class Quantize:
 
     recorded: ClassVar[bool] = True
     tracked: ClassVar[bool] = False
-    needs_device: ClassVar[bool] = False
     ignores: ClassVar[frozenset[str]] = GENERATION - {"quality_db"} | {
         "backend",
         "prompts",
@@ -147,6 +158,9 @@ class Quantize:
     }
 
     component: str | None = None
+
+    def check(self, spec: RunSpec) -> None:
+        """Nothing is known before the file is looked at."""
 
     def execute(self, spec: RunSpec, job: Job) -> None:
         """Write the denoiser or the text encoder that `component` names."""
@@ -172,13 +186,15 @@ class Report:
 
     recorded: ClassVar[bool] = False
     tracked: ClassVar[bool] = False
-    needs_device: ClassVar[bool] = False
     ignores: ClassVar[frozenset[str]] = (
         GENERATION | QUANTIZATION | {"model", "prompts", "sampler", "cache", "save"}
     )
 
     path: str | None = None
     sweep: str | None = None
+
+    def check(self, spec: RunSpec) -> None:
+        """Nothing is known before the runs are looked at."""
 
     def execute(self, spec: RunSpec, job: Job) -> None:
         """Write the page, and print where it is."""

@@ -24,7 +24,6 @@ class FunctionTask:
     function: Callable[[Job], float | None]
     recorded: ClassVar[bool] = True
     tracked: ClassVar[bool] = True
-    needs_device: ClassVar[bool] = False
     ignores: ClassVar[frozenset[str]] = frozenset({"a"})
 
     def execute(self, spec: RunSpec, job: Job) -> float | None:

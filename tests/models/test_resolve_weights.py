@@ -11,9 +11,9 @@ import int8run.models.resolve_weights as resolve_weights_module
 from int8run.errors import ConfigError, FileError
 from int8run.models.denoiser_components import DENOISER_COMPONENTS
 from int8run.models.family import ModelSource
+from int8run.models.model_folders import read_source_index
 from int8run.models.resolve_weights import download_side_files, resolve_weights
 from int8run.models.sampling import Sampling
-from int8run.models.source import read_source_index
 from int8run.utils.paths import ASSETS_FOLDER
 
 CONFIG = {"_class_name": "FluxTransformer2DModel", "num_layers": 1}

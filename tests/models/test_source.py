@@ -11,7 +11,8 @@ from diffusers import DiffusionPipeline, FluxTransformer2DModel, WanTransformer3
 from safetensors.torch import save_file
 
 from int8run.errors import ConfigError, FileError
-from int8run.models import source as module
+from int8run.models import model_folders as module
+from int8run.models.denoiser_components import DENOISER_COMPONENTS
 from int8run.models.family import ModelSource
 from int8run.models.sampling import Sampling
 from int8run.models.source import ResolvedDenoiser, ResolvedModel, resolve_model
@@ -61,7 +62,7 @@ def write_pipeline(tmp_path: Path) -> Callable[..., Path]:
         there = (
             components
             if components is not None
-            else [n for n in module.DENOISER_COMPONENTS if isinstance(index, dict) and n in index]
+            else [n for n in DENOISER_COMPONENTS if isinstance(index, dict) and n in index]
         )
         for component in there:
             (folder / component).mkdir()
@@ -207,7 +208,7 @@ def test_denoiser_weights_of_a_base_are_not_downloaded(
     assert found.folder == folder
     assert found.has_single_files
 
-    nothing = dict.fromkeys(module.DENOISER_COMPONENTS)
+    nothing = dict.fromkeys(DENOISER_COMPONENTS)
 
     assert hub["pipelines"] == [("org/name", {"revision": None, "use_safetensors": True, **nothing})]
     assert hub["files"] == [(("org/name", "config.json"), {"subfolder": "transformer", "revision": None})]
@@ -223,6 +224,27 @@ def test_single_file_is_downloaded_from_the_hub(
 
     assert found.denoisers[0].weights == file
     assert hub["files"] == [(("org/name", "split/m.safetensors"), {"revision": "v2"})]
+
+
+def test_folder_inside_a_repository_is_downloaded_and_its_config_counts(
+    write_pipeline: Callable[..., Path], hub: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    full = write_weights(tmp_path / "snapshot" / "full" / "m.safetensors").parent
+    (full / "config.json").write_text(json.dumps({"_class_name": "FluxTransformer2DModel", "num_layers": 7}))
+
+    def download(repository: str, **more: Any) -> str:
+        asked.append((repository, more["revision"], more["allow_patterns"][0]))
+        return str(full.parent)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+
+    found = resolve_model(make_source("org/name/full", base=str(write_pipeline()), revision="v2"))
+
+    assert found.denoisers[0].weights == full
+    assert found.denoisers[0].config["num_layers"] == 7
+    assert asked == [("org/name", "v2", "full/config.json")]
+    assert not hub["files"]
 
 
 FAILURES = [
@@ -413,7 +435,7 @@ def test_pipeline_without_a_denoiser_is_an_error(write_pipeline: Callable[..., P
     with pytest.raises(
         ConfigError,
         match=rf"^X in {folder} has no denoiser: its components are prior, vae; .* transformer or "
-        rf"{' or '.join(module.DENOISER_COMPONENTS[1:])}$",
+        rf"{' or '.join(DENOISER_COMPONENTS[1:])}$",
     ):
         resolve_model(make_source(folder))
 

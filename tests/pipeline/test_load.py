@@ -183,8 +183,8 @@ def test_the_config_beside_a_quantized_file_on_the_hub_is_fetched(
             raise EntryNotFoundError(f"404: {name}")
         return str(snapshot / name)
 
-    monkeypatch.setattr("int8run.models.source.check_repository", lambda *words: None)
-    monkeypatch.setattr("int8run.models.source.hf_hub_download", download)
+    monkeypatch.setattr("int8run.models.model_folders.check_repository", lambda *words: None)
+    monkeypatch.setattr("int8run.models.model_folders.hf_hub_download", download)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     location = [*words(folder)[1:], "model.location=org/model/m.safetensors", f"++model.base={folder}"]
     found = load_model(select_load_settings(make_spec(location), needs_float_denoiser=True), QUIET)

@@ -72,7 +72,7 @@ def test_a_mode_that_a_named_pipeline_has_not_is_refused_before_the_hub_is_asked
     def ask(*words: object) -> None:
         raise AssertionError("the hub was asked")
 
-    monkeypatch.setattr("int8run.models.source.check_repository", ask)
+    monkeypatch.setattr("int8run.models.model_folders.check_repository", ask)
 
     outcome = command("model=fibo", "model.mode=inpaint", "device=cpu")
 

@@ -822,7 +822,7 @@ def test_the_model_is_looked_for_before_its_loras(tmp_path, monkeypatch):
     def refuse(*_: object) -> None:
         raise FileError("the model is gated")
 
-    monkeypatch.setattr("int8run.models.source.check_repository", refuse)
+    monkeypatch.setattr("int8run.models.model_folders.check_repository", refuse)
 
     with pytest.raises(FileError, match=r"^the model is gated$"):
         run_job(["model=flux", "lora=stack_a", "tracker=none"], tmp_path / "out")
