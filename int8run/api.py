@@ -25,7 +25,7 @@ from int8run.config.renamed import rename_overrides, report_once
 from int8run.config.run_spec import RunSpec
 from int8run.errors import ConfigError, check_range
 from int8run.layers.assemble import assemble_int8_model
-from int8run.layers.int8_linear import Int8Linear, get_linear
+from int8run.layers.int8_conv import Int8Layer, get_layer
 from int8run.layers.plan import LayerPlan, plan_layers
 from int8run.lora.installed import find_marks, format_names
 from int8run.lora.stack import LoraStack
@@ -37,6 +37,7 @@ from int8run.pipeline.load import resolve_family
 from int8run.pipeline.loaded_model import make_skip_rule
 from int8run.pipeline.offload import has_group_offloading
 from int8run.pipeline.outlier_choice import choose_fixed_method
+from int8run.ptq.convolutions import ConvolutionBinder
 from int8run.ptq.quantize import build_int8_layers, check_backend, keep_faster_layers, quantize_layers
 from int8run.utils.dtypes import FLOAT_DTYPES
 
@@ -90,7 +91,8 @@ def quantize_(  # noqa: PLR0913  # the contract of the library: each is an optio
 
     parts = split_denoiser(denoiser)
     family = resolve_family(spec.model_type, next(iter(parts.values())))
-    plans = plan_layers(denoiser, make_skip_rule(family, denoiser))
+    skip_rule = make_skip_rule(family, denoiser)
+    plans = plan_layers(denoiser, skip_rule, convolutions=spec.int8.convolutions)
     chosen = select_int8_plans(plans)
     check_model(denoiser, plans, chosen)
 
@@ -103,25 +105,29 @@ def quantize_(  # noqa: PLR0913  # the contract of the library: each is an optio
         methods=choose_fixed_method(chosen, spec.outlier),
         rounding=spec.rounding,
         statistics={},
-        read=lambda name: get_linear(denoiser, name).weight.detach().to(placement.device),
+        read=lambda name: get_layer(denoiser, name).weight.detach().to(placement.device),
     )
-    layers = build_int8_layers(
+    # no call is seen here, so that no convolution is timed: `auto` makes all of them INT8
+    binder = ConvolutionBinder(spec.backend, placement.device, spec.int8, inputs={})
+    linears = build_int8_layers(
         denoiser,
-        quantized,
+        binder.take_convolutions(
+            denoiser, quantized, on_layer=lambda layer: layer.to(placement.offload_device)
+        ),
         backend=spec.backend,
         settings=spec.int8,
         rows=dict.fromkeys((plan.name for plan in chosen), rows),
         on_layer=lambda layer: layer.to(placement.offload_device),
         device=placement.device,
     )
-    layers = keep_faster_layers(chosen, layers)
+    layers = keep_faster_layers(chosen, {**linears, **binder.made})
     int8_parts = split_denoiser(assemble_int8_model(denoiser, layers, family))
     warn_compiled_blocks(denoiser)
     for prefix, part in parts.items():
         for name, child in int8_parts[prefix].named_children():  # into the object that the caller holds
             setattr(part, name, child)
     denoiser.to(placement.offload_device)
-    log.info("%d of %d Linears are INT8", len(layers), len(plans))
+    log.info("%d of %d layers are INT8", len(layers), len(plans))
     return plans
 
 
@@ -232,7 +238,7 @@ def check_model(model: nn.Module, plans: Sequence[LayerPlan], chosen: Sequence[L
     """
     check_weights(model)
     name = type(model).__name__
-    if any(isinstance(module, Int8Linear) for module in model.modules()):
+    if any(isinstance(module, Int8Layer) for module in model.modules()):
         raise ConfigError(f"{name} has INT8 layers already; load it anew to quantize it otherwise")
     if not chosen:
         reasons = describe_skip_reasons(plans)

@@ -120,7 +120,7 @@ def test_layers_that_are_faster_in_float_stay_float(
     assert pipe.transformer.transformer_blocks[0].attn.to_q.weight is weight
     int8 = list_int8_layers(pipe.transformer)
     assert len(int8) == sum(plan.skip_reason is None for plan in plans) > 0
-    assert f"{len(int8)} of {len(plans)} Linears are INT8" in caplog.messages
+    assert f"{len(int8)} of {len(plans)} layers are INT8" in caplog.messages
     assert f"{len(by_choice)} of {len(by_choice) + len(int8)} layers stay float" in caplog.text
 
     kept = quantize_(random_pipeline().transformer, backend="float")

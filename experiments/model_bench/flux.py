@@ -20,7 +20,7 @@ from int8run.models.family import IgnoreRule, ModelFamily
 from int8run.models.sampling import Sampling
 from int8run.models.source import ResolvedModel
 from int8run.pipeline.loaded_model import LoadedModel
-from int8run.pipeline.quantize_denoiser import count_layer_rows, quantize_denoiser
+from int8run.pipeline.quantize_denoiser import quantize_denoiser, trace_layers
 from int8run.pipeline.step_settings import select_quantization_settings
 from int8run.report.console import Progress
 
@@ -223,7 +223,7 @@ def quantize_with_int8run(
         loaded,
         plans,
         select_quantization_settings(make_spec(backend, outlier, *overrides)),
-        rows=count_layer_rows(model, int8_plans, [call]),
+        traced=trace_layers(model, int8_plans, [call]),
         prequantized=None,
         loras=LoraStack(model),
         progress=Progress(enabled=False),

@@ -279,7 +279,7 @@ class HasInstructionSet(Protocol):
         ...
 
 
-def find_instruction_set(backend: Backend) -> str:
+def find_instruction_set(backend: object) -> str:
     """What a backend's kernels are built for; empty where it has no kernels of that kind."""
     return backend.instruction_set if isinstance(backend, HasInstructionSet) else ""
 

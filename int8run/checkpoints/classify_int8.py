@@ -7,6 +7,7 @@ only scales, factors and matrices are read, never the weight.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import prod
 
 import torch
 
@@ -17,13 +18,14 @@ from int8run.checkpoints.header import FLOATS
 from int8run.checkpoints.layer import INT8, MAX_EXACT_GROUP_SIZE, CheckpointLayer, get_hadamard
 from int8run.checkpoints.layer_evidence import LayerEvidence
 from int8run.checkpoints.powers import is_power_of_2, is_power_of_4
-from int8run.checkpoints.quant_metadata import INT8RUN_FORMAT, Marker
+from int8run.checkpoints.quant_metadata import INT8RUN_CONV_FORMAT, INT8RUN_FORMAT, Marker
 from int8run.checkpoints.sdnq import SdnqMethod
 from int8run.errors import FileError
 from int8run.outlier.base import NONE
 
 # the INT8-Toolkit describes its transforms by these tensors and not by a marker
 TOOLKIT_PARTS = {"matrix", "sigma"}
+CONV_DIMENSIONS = (4, 5)  # of the weight of a convolution: over pictures, over videos
 # group sizes to try, in this order, where a file does not describe its rotation: the first that divides K
 USUAL_GROUP_SIZES = (256, 64, 16)
 
@@ -65,6 +67,9 @@ def parse_int8_layer(
     Raises:
         FileError: a weight that cannot be read.
     """
+    marker = evidence.marker
+    if marker is not None and marker.format_name == INT8RUN_CONV_FORMAT:
+        return parse_int8_convolution(evidence)
     check_int8_weight(evidence)
     granularity = read_granularity(evidence, may_be_transposed=sdnq is not None)
     rows, columns = evidence.weight.shape
@@ -91,6 +96,38 @@ def parse_int8_layer(
         rotation_group_size=transform.group_size,
         is_sylvester=transform.is_sylvester,
         is_centered=transform.is_centered,
+    )
+
+
+def parse_int8_convolution(evidence: LayerEvidence) -> CheckpointLayer:
+    """The INT8 weight of a convolution, which int8run alone writes: a scale for each output channel.
+
+    Raises:
+        FileError: for other dimensions, other scales, or what stands beside transformed weights.
+    """
+    weight = evidence.weight
+    if len(weight.shape) not in CONV_DIMENSIONS or 0 in weight.shape:
+        raise FileError(
+            f"{weight.file}: {weight.key} is I8 {list(weight.shape)} and marked {INT8RUN_CONV_FORMAT}; such "
+            "a weight is [N, C, height, width] or [N, C, time, height, width]; the file is damaged"
+        )
+    unknown = sorted(set(evidence.part_keys) - {"scale", "marker"})
+    if unknown or not evidence.has_part("scale"):
+        found = evidence.part_keys[unknown[0]] if unknown else "no weight_scale"
+        raise FileError(
+            f"{weight.file}: {weight.key} is marked {INT8RUN_CONV_FORMAT} and has {found}; "
+            "such a weight has a weight_scale and a marker alone: the file is damaged"
+        )
+    check_positive(evidence.files, evidence.part_keys["scale"], (weight.shape[0], 1))
+    return CheckpointLayer(
+        name=evidence.name,
+        storage_dtype=INT8,
+        shape=weight.shape,
+        rows=weight.shape[0],
+        columns=prod(weight.shape[1:]),
+        label=f"{INT8RUN_CONV_FORMAT}, row",
+        granularity="row",
+        part_keys=evidence.part_keys,
     )
 
 

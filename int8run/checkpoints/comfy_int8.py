@@ -1,26 +1,36 @@
 """ComfyUI's INT8 format: int8 weights, each with a scale and a marker beside it, in one safetensors file.
 
 Layers without a transform, and layers rotated by a regular Hadamard matrix, are ComfyUI's own
-`int8_tensorwise`. The others carry a format name of int8run, which ComfyUI refuses: it would otherwise load
-them as if their weights were not transformed. `export` and the tasks that quantize files write by this
-module; `detect.py` reads the result back.
+`int8_tensorwise`. The others, and convolutions, carry a format name of int8run, which ComfyUI refuses: it
+would otherwise load them as if their weights were not transformed. `export` and the tasks that quantize files
+write by this module; `detect.py` reads the result back.
 """
 
 import json
+from collections.abc import Sequence
+from math import prod
 
-from int8run.checkpoints.quant_metadata import INT8RUN_FORMAT, MARKER
+from int8run.checkpoints.quant_metadata import INT8RUN_CONV_FORMAT, INT8RUN_FORMAT, MARKER
 from int8run.checkpoints.writer import TensorEntry
 from int8run.outlier.base import NONE, OutlierTransform
 
 COMFY_FORMAT = "int8_tensorwise"
 CONVROT = "convrot"
+MATRIX_DIMENSIONS = 2
 WEIGHT = ".weight"
 # names of what stands beside a weight; MARKER is the third
 SCALE, FACTOR = "weight_scale", "pre_quant_scale"
 
 
-def build_marker(transform: OutlierTransform) -> dict[str, object]:
-    """What a reader must know about one layer besides its tensors."""
+def build_marker(transform: OutlierTransform, *, is_conv: bool = False) -> dict[str, object]:
+    """What a reader must know about one layer besides its tensors.
+
+    Args:
+        transform: what was done to the weight before it was rounded.
+        is_conv: whether it is the weight of a convolution, which no method transforms.
+    """
+    if is_conv:
+        return {"format": INT8RUN_CONV_FORMAT, "per_row": True}
     if transform.method == NONE:
         return {"format": COMFY_FORMAT, "per_row": True}
     if transform.method == CONVROT:
@@ -43,9 +53,14 @@ def build_marker(transform: OutlierTransform) -> dict[str, object]:
     return marker
 
 
-def encode_int8_marker(transform: OutlierTransform) -> bytes:
-    """The marker as the file holds it: JSON, as a row of bytes."""
-    return json.dumps(build_marker(transform)).encode()
+def encode_int8_marker(transform: OutlierTransform, *, is_conv: bool = False) -> bytes:
+    """The marker as the file holds it: JSON, as a row of bytes. Arguments as `build_marker` takes them."""
+    return json.dumps(build_marker(transform, is_conv=is_conv)).encode()
+
+
+def is_conv_shape(shape: Sequence[int]) -> bool:
+    """Whether a weight of this shape is that of a convolution."""
+    return len(shape) > MATRIX_DIMENSIONS
 
 
 def sibling_key(key: str, suffix: str) -> str:
@@ -58,18 +73,19 @@ def plan_int8_entries(key: str, shape: tuple[int, ...], transform: OutlierTransf
 
     Args:
         key: of the weight, `L.weight`.
-        shape: N and K of the weight.
+        shape: N and K of the weight, or [N, C / groups, *kernel].
         transform: what was done to it before it was rounded.
 
     Returns:
-        Integers [N, K], a scale for each row [N, 1], the marker, and the factors of the columns [K] where it
-        has some.
+        Integers of that shape, a scale for each row [N, 1], the marker, and the factors of the columns [K]
+        where it has some.
     """
-    rows, columns = shape
+    marker = encode_int8_marker(transform, is_conv=is_conv_shape(shape))
+    rows, columns = shape[0], prod(shape[1:])
     entries = [
         TensorEntry(key, "I8", shape),
         TensorEntry(sibling_key(key, SCALE), "F32", (rows, 1)),
-        TensorEntry(sibling_key(key, MARKER), "U8", (len(encode_int8_marker(transform)),)),
+        TensorEntry(sibling_key(key, MARKER), "U8", (len(marker),)),
     ]
     if transform.factor is not None:
         entries.append(TensorEntry(sibling_key(key, FACTOR), "F32", (columns,)))

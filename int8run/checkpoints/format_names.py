@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from int8run.checkpoints.block_formats import MXFP8, NVFP4
 from int8run.checkpoints.layer import FP8, INT8
-from int8run.checkpoints.quant_metadata import INT8RUN_FORMAT, Marker
+from int8run.checkpoints.quant_metadata import INT8RUN_CONV_FORMAT, INT8RUN_FORMAT, Marker
 
 
 class MarkerFormat(NamedTuple):
@@ -22,6 +22,7 @@ MARKER_FORMATS = {
     "int8_axiswise": MarkerFormat(INT8, ("row",)),
     "int8_blockwise": MarkerFormat(INT8, ("grid", "block3d", "group")),
     INT8RUN_FORMAT: MarkerFormat(INT8, ("row",)),
+    INT8RUN_CONV_FORMAT: MarkerFormat(INT8, ("row",)),
     "float8_e4m3fn": MarkerFormat(FP8, ("tensor", "block3d")),
     "float8_e5m2": MarkerFormat(FP8, ("tensor",)),
     "float8_e4m3fn_rowwise": MarkerFormat(FP8, ("row",)),

@@ -36,8 +36,8 @@ class CheckpointLayer:
     Args:
         name: the weight's key without `.weight`.
         storage_dtype: float, int8, fp8, mxfp8 or nvfp4.
-        shape: of the tensor in the file. fp8 weights of convolutions and norms may have another number of
-            dimensions than 2; their columns are the product of all but the first.
+        shape: of the tensor in the file. Weights of convolutions, and fp8 ones of norms, may have another
+            number of dimensions than 2; their columns are the product of all but the first.
         rows: N of the weight; of a padded one (see `is_padded`) as far as the file says.
         columns: K of the weight, likewise.
         label: short description for messages and lists.
@@ -241,7 +241,7 @@ class CheckpointLayer:
             )
         start, stop = resolve_rows(self.key, self.rows, rows)
         weight = QuantizedWeight(
-            qdata=files.read(self.key, slice(start, stop)),
+            qdata=files.read(self.key, slice(start, stop)).flatten(1),  # a kernel becomes rows of K
             scale=self.read_scales(files, start, stop).contiguous(),
         )
         return QuantizedLayer(weight, self.read_transform(files), bias=None)

@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 MARKER = "comfy_quant"  # last word of a marker's key
 METADATA_KEY = "_quantization_metadata"  # of the header's metadata
 INT8RUN_FORMAT = "int8run_transformed"  # of layers whose transform ComfyUI does not know
+INT8RUN_CONV_FORMAT = "int8run_conv"  # of convolutions, which ComfyUI has no INT8 format for
+OWN_FORMATS = (INT8RUN_FORMAT, INT8RUN_CONV_FORMAT)
 MAX_MARKER_BYTES = 65536  # the longest that is known has 150
 # a flag that says the weight is rotated -> the field with the size of the groups. Files of INT8-Fast from
 # before ComfyUI's own format say `quarot` and mean the same
@@ -220,7 +222,7 @@ def merge_markers(header: Marker, tensor: Marker) -> Marker:
                 f"{header.location} has {key}={header.fields[key]!r}, the layer's marker "
                 f"{tensor.fields[key]!r}; they contradict each other, take the file as its maker published it"
             )
-    has_our_format = INT8RUN_FORMAT in (header.format_name, tensor.format_name)
+    has_our_format = header.format_name in OWN_FORMATS or tensor.format_name in OWN_FORMATS
     if has_our_format and header.format_name != tensor.format_name:
         raise FileError(
             f"{header.location} says {header.format_name!r}, the layer's marker {tensor.format_name!r}; "

@@ -19,7 +19,7 @@ from int8run.checkpoints.provenance import PROVENANCE_KEY
 from int8run.checkpoints.writer import StreamWriter, TensorEntry
 from int8run.errors import ConfigError
 from int8run.export.weight_layers import find_weight_layer, iterate_transform_tensors
-from int8run.layers.int8_linear import Int8Linear
+from int8run.layers.int8_conv import Int8Layer
 from int8run.models.original_names import to_original
 from int8run.models.resolve_weights import CONFIG_NAME, WEIGHTS_NAME
 from int8run.models.tensor_part import TensorPart, join_shapes
@@ -47,7 +47,7 @@ def keep_own_names(parameters: Iterable[str]) -> KeyParts:
 def save_denoiser(
     location: str,
     model: nn.Module,
-    layers: Mapping[str, Int8Linear],
+    layers: Mapping[str, Int8Layer],
     note: Mapping[str, object],
     config: Mapping[str, Any],
 ) -> Path:
@@ -77,7 +77,7 @@ def save_denoiser(
             state[name] = tensor
     shapes = list_shapes(state)
     for name, layer in layers.items():
-        shapes[name + WEIGHT] = (layer.out_features, layer.in_features)
+        shapes[name + WEIGHT] = layer.weight_shape
     if path.suffix == ".safetensors":
         write_tensors(path, to_original(shapes, type(model).__name__), layers, state, note)
         return path
@@ -104,7 +104,7 @@ def find_fused_layers(model: nn.Module) -> list[list[str]]:
 def write_tensors(
     path: Path,
     names: KeyParts,
-    layers: Mapping[str, Int8Linear],
+    layers: Mapping[str, Int8Layer],
     state: Mapping[str, Tensor],
     note: Mapping[str, object],
 ) -> None:
@@ -127,7 +127,8 @@ def write_tensors(
         if int8_parts:
             pairs = zip(parts, int8_parts, strict=True)
             rows = sum(part.count_rows(layer.out_features) for part, layer in pairs)
-            entries += plan_int8_entries(key, (rows, int8_parts[0].in_features), int8_parts[0].transform)
+            shape = (rows, *int8_parts[0].weight_shape[1:])
+            entries += plan_int8_entries(key, shape, int8_parts[0].transform)
         else:
             dtype_name = DTYPE_NAMES[get_joined_dtype(parts, state)]
             entries.append(TensorEntry(key, dtype_name, join_shapes(parts, shapes) or ()))
@@ -140,7 +141,7 @@ def write_tensors(
 
 
 def iterate_pieces(
-    key: str, parts: tuple[TensorPart, ...], layers: Mapping[str, Int8Linear], state: Mapping[str, Tensor]
+    key: str, parts: tuple[TensorPart, ...], layers: Mapping[str, Int8Layer], state: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, Any]]:
     """The data of one key and of what stands beside it, in pieces."""
     int8_parts = get_int8_parts(key, parts, layers)
@@ -154,12 +155,12 @@ def iterate_pieces(
         weight = layer.read_quantized_weight()
         yield key, part.extract(weight.qdata.cpu()).contiguous()
         yield sibling_key(key, SCALE), part.extract(weight.scale.float().cpu()).contiguous()
-    yield from iterate_transform_tensors(key, int8_parts[0].transform)
+    yield from iterate_transform_tensors(key, int8_parts[0].transform, int8_parts[0].weight_shape)
 
 
 def get_int8_parts(
-    key: str, parts: tuple[TensorPart, ...], layers: Mapping[str, Int8Linear]
-) -> list[Int8Linear]:
+    key: str, parts: tuple[TensorPart, ...], layers: Mapping[str, Int8Layer]
+) -> list[Int8Layer]:
     """The INT8 layers whose rows a key holds; empty when it holds float numbers.
 
     Raises:

@@ -6,10 +6,11 @@ here.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 
 import torch
 
-from int8run.checkpoints.comfy_int8 import WEIGHT, plan_int8_entries
+from int8run.checkpoints.comfy_int8 import WEIGHT, is_conv_shape, plan_int8_entries
 from int8run.checkpoints.detect import get_logical_shapes, is_scaled_fp8_marker
 from int8run.checkpoints.header import DTYPES
 from int8run.checkpoints.layer import CheckpointLayer
@@ -18,7 +19,8 @@ from int8run.checkpoints.reader import TensorFiles
 from int8run.checkpoints.writer import TensorEntry
 from int8run.errors import FileError
 from int8run.export.weight_layers import find_weight_layer
-from int8run.layers.plan import LayerPlan
+from int8run.layers.int8_conv import DEPTHWISE
+from int8run.layers.plan import CONV, LayerPlan
 from int8run.models.tensor_part import TensorPart, join_shapes
 from int8run.outlier.base import OutlierMethod, OutlierTransform
 from int8run.quant.rounding import Rounding
@@ -36,11 +38,13 @@ class QuantizationRecipe:
         outlier: the method of every layer that it can take.
         rounding: of the weights.
         dtype: of weights that are quantized in the source and are to be float.
+        has_convolutions: whether the weights of convolutions become INT8 as well.
     """
 
     outlier: OutlierMethod
     rounding: Rounding
     dtype: torch.dtype = torch.bfloat16
+    has_convolutions: bool = False
 
 
 @dataclass
@@ -52,7 +56,7 @@ class Target:
         parts: rows of the source's tensors, one after the other; keys as they are in the source.
         shape: of the whole.
         dtype: safetensors' name, of what stays float.
-        plan: of a weight with two dimensions.
+        plan: of a weight with two dimensions, and of a convolution's where these may become INT8.
         copied: its integers are taken as they are.
         transform: of an INT8 weight; one that is fitted to the weight itself is replaced when that was read.
         fitted_parts: rows of the source that it is fitted to, where other targets are of the same layer of
@@ -130,6 +134,9 @@ def plan_targets(
         if all_parts_are_matrices:
             # fills target.plan, .transform and .copied
             planner.plan_layer(target, matrices, why_float(key, parts))
+        elif is_conv_shape(shape) and key.endswith(WEIGHT):
+            convolutions = [layer for layer in layers if layer is not None]
+            planner.plan_convolution(target, convolutions, why_float(key, parts))
         targets.append(target)
     # by the place of each target's first part in the source
     position = {key: i for i, key in enumerate(files)}
@@ -223,6 +230,39 @@ class LayerPlanner:
         if not plan.outlier_skip_reason:
             target.transform = self.get_transform(columns)
         plan.outlier = target.transform.label
+
+    def plan_convolution(self, target: Target, layers: Sequence[CheckpointLayer], reason: str | None) -> None:
+        """Give the weight of a convolution its plan, where these may become INT8, or are in the source.
+
+        Its stride, padding and dilation are not in the file: what a model's convolution cannot be INT8 for is
+        refused when the file is loaded.
+
+        Args:
+            target: a weight [N, C / groups, *kernel].
+            layers: of its parts in the source, as far as they are quantized.
+            reason: why it is to stay float.
+        """
+        is_copied = len(layers) == len(target.parts) and all(layer.is_usable_as_is for layer in layers)
+        if not is_copied and not self.recipe.has_convolutions:
+            return
+        if self.recipe.rounding.needs_calibration and not is_copied:
+            reason = reason or f"rounding={self.recipe.rounding.name} is for Linears"
+        rows, columns = target.shape[0], prod(target.shape[1:])
+        target.plan = plan = LayerPlan(
+            target.key.removesuffix(WEIGHT),
+            columns,
+            rows,
+            reason,
+            kind=CONV,
+            shape="x".join(map(str, target.shape[2:])),
+        )
+        if is_copied:
+            target.copied = True
+            plan.skip_reason, plan.outlier, plan.rounding = None, target.transform.label, "as in the source"
+        elif target.shape[1] == 1:
+            plan.skip_reason = reason or DEPTHWISE
+        elif reason is None:
+            plan.outlier, plan.rounding = target.transform.label, self.recipe.rounding.name
 
     def find_copied_transform(self, layers: Sequence[CheckpointLayer]) -> OutlierTransform | None:
         """The transform of layers whose integers can be one weight as they are; None: they cannot."""

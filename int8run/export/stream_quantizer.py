@@ -227,7 +227,7 @@ class Streamer:
             check_finite_values(self.files.path, block.key, data)
             self.write(target.key, self.convert(block, data), self.sources, buffer)
         if block.last and target.int8:
-            for key, tensor in iterate_transform_tensors(target.key, target.transform):
+            for key, tensor in iterate_transform_tensors(target.key, target.transform, target.shape):
                 self.write(key, tensor, self.sources)
             self.judge(target)
         self.on_bytes(self.files.get_byte_range(block.key, self.held(block))[1])
@@ -257,7 +257,8 @@ class Streamer:
         return layer.read_scales(self.files, rows.start, rows.stop).contiguous()
 
     def quantize(self, block: Block, data: Tensor) -> None:
-        """Quantize the rows of a block and let them be written. data: float [rows, K]."""
+        """Quantize the rows of a block and let them be written. data: float [rows, ...]."""
+        data = data.flatten(1)
         target, (rows, columns) = block.target, data.shape
         if not self.sums:
             self.fit(target)

@@ -122,10 +122,12 @@ class Differences:
     Args:
         text_encoders: the components that belong to a denoiser, where not all share them.
         samplings: how a denoiser generates, where it does not as the others do.
+        components: others that belong to a denoiser, such as its VAE.
     """
 
     text_encoders: Mapping[str, Mapping[str, nn.Module]] = field(default_factory=dict)
     samplings: Mapping[str, Sampling] = field(default_factory=dict)
+    components: Mapping[str, Mapping[str, nn.Module]] = field(default_factory=dict)
 
 
 NO_HOOKS = GenerationHooks()
@@ -168,6 +170,7 @@ def generate(
         for name in names:
             set_denoiser(pipe, denoisers[name], component)
             set_text_encoders(pipe, name, differences.text_encoders.get(name, {}))
+            set_components(pipe, differences.components.get(name, {}))
             hooks.before_batch(name)
             clock = StepClock(device, hooks.on_fraction)
             own_sampling = differences.samplings.get(name, sampling)
@@ -253,9 +256,14 @@ def set_text_encoders(pipe: DiffusionPipeline, encoder_key: str, encoders: Mappi
         encoder_key: what the prompt cache knows them by.
         encoders: by the name of the component.
     """
-    for name, encoder in encoders.items():
-        # One that is in place already may have hooks for its offloading.
-        if getattr(pipe, name, None) is not encoder:
-            pipe.register_modules(**{name: encoder})
+    set_components(pipe, encoders)
     if encoders:
         PromptCache.for_pipeline(pipe).encoder_key = encoder_key
+
+
+def set_components(pipe: DiffusionPipeline, components: Mapping[str, nn.Module]) -> None:
+    """Give the pipeline other components, by name; those that are not named stay."""
+    for name, component in components.items():
+        # One that is in place already may have hooks for its offloading.
+        if getattr(pipe, name, None) is not component:
+            pipe.register_modules(**{name: component})

@@ -14,7 +14,8 @@ from torch import nn
 
 from int8run.layers.fusion import defer_gelu, share_inputs
 from int8run.layers.int8_attention import Int8Attention, install_attention
-from int8run.layers.int8_linear import BackendLayer, Int8Linear
+from int8run.layers.int8_conv import Int8Layer
+from int8run.layers.int8_linear import BackendLayer
 from int8run.models.family import ModelFamily
 
 log = logging.getLogger(__name__)
@@ -22,7 +23,7 @@ log = logging.getLogger(__name__)
 
 def assemble_int8_model(
     model: nn.Module,
-    layers: Mapping[str, Int8Linear],
+    layers: Mapping[str, Int8Layer],
     family: ModelFamily,
     attentions: Mapping[str, Int8Attention] | None = None,
 ) -> nn.Module:

@@ -28,6 +28,7 @@ class BlockInt8Linear(BackendLayer):
         backend: runs the products.
     """
 
+    backend: Backend
     scale: Tensor
     bias: Tensor | None
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from int8run.backends.base import Backend, FusedBranch, QuantizedInput
+from int8run.backends.convolution import ConvBackend
 from int8run.errors import BackendError
 from int8run.kernels.quantize_rowwise.reference import apply_gelu_to_columns
 from int8run.layers.low_rank_branch import LowRankBranch
@@ -82,7 +83,7 @@ WAITING_DEVICES = ("cpu", "meta")
 DTYPE_MARKER = "dtype_marker"
 
 
-def check_move(backend: Backend, device: torch.device) -> None:
+def check_move(backend: Backend | ConvBackend, device: torch.device) -> None:
     """Check that a layer may be moved: to where its backend runs, or to where it only waits.
 
     A backend's layout is the same on all of its devices; on others its integers would mean nothing.
@@ -123,7 +124,7 @@ class KeepsDtypes(nn.Module):
 class BackendLayer(KeepsDtypes):
     """A layer whose weight one backend has packed: it is moved to no device on which that could only fail."""
 
-    backend: Backend
+    backend: Backend | ConvBackend
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:  # noqa: FBT001, FBT002
         probe = next(self.buffers())[:0]
@@ -143,6 +144,7 @@ class Int8Linear(BackendLayer):
         float_rows: with at most this many rows, compute with the dequantized weight instead; 0: never.
     """
 
+    backend: Backend
     packed: Tensor
     scale: Tensor
     bias: Tensor | None
@@ -168,6 +170,11 @@ class Int8Linear(BackendLayer):
         # dequantized once: a fallback that did it at every call would cost more than it saves
         float_weight = layer.weight.dequantize(dtype) if float_rows else None
         self.register_buffer("float_weight", float_weight, persistent=False)
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Of the float weight: [N, K]."""
+        return self.out_features, self.in_features
 
     def set_weight(self, weight: QuantizedWeight) -> None:
         """Replace the weight by another of its shape, in the transform's basis.

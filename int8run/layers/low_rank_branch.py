@@ -18,7 +18,34 @@ from int8run.outlier.base import OutlierTransform
 FUSED_OPERANDS = ("down", "up", "down_scale", "up_scale")
 
 
-class LowRankBranch(nn.Module):
+class BranchStrengths(nn.Module):
+    """What branches of all kinds of layers have: the strengths of their LoRAs, one number for each rank.
+
+    A change of strength writes that vector and nothing else, so that a compiled model stays compiled.
+
+    Args:
+        ranks: of each LoRA.
+        device: where the layer runs.
+    """
+
+    strengths: Tensor
+
+    def __init__(self, ranks: Sequence[int], device: torch.device):
+        super().__init__()
+        self.ranks = tuple(ranks)
+        self.is_idle = True
+        self.register_buffer("strengths", torch.zeros(sum(self.ranks), device=device), persistent=False)
+
+    def set_strengths(self, strengths: Sequence[float]) -> None:
+        """Set the strength of each LoRA, in their order."""
+        per_rank: list[float] = []
+        for strength, rank in zip(strengths, self.ranks, strict=True):
+            per_rank += [strength] * rank
+        self.strengths.copy_(torch.tensor(per_rank))
+        self.is_idle = not any(strengths)
+
+
+class LowRankBranch(BranchStrengths):
     """The low-rank changes of one layer at run time: `y += ((x Aᵀ) * strengths) Bᵀ`.
 
     The ranks of all LoRAs are concatenated. The strengths are one vector on the device with an entry per
@@ -33,26 +60,14 @@ class LowRankBranch(nn.Module):
 
     lora_A: Tensor
     lora_B: Tensor
-    strengths: Tensor
 
     def __init__(self, parts: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype, device: torch.device):
-        super().__init__()
-        self.ranks = tuple(lora_A.shape[0] for lora_A, _ in parts)
-        self.is_idle = True
+        super().__init__([lora_A.shape[0] for lora_A, _ in parts], device)
         lora_A = torch.cat([lora_A.float() for lora_A, _ in parts])  # [R, K], R the sum of all ranks
         lora_B = torch.cat([lora_B.float() for _, lora_B in parts], dim=1)  # [N, R]
         self.register_buffer("lora_A", lora_A.to(device, dtype), persistent=False)
         self.register_buffer("lora_B", lora_B.to(device, dtype), persistent=False)
-        self.register_buffer("strengths", torch.zeros(sum(self.ranks), device=device), persistent=False)
         self.fused: FusedBranch | None = None
-
-    def set_strengths(self, strengths: Sequence[float]) -> None:
-        """Set the strength of each part, in their order."""
-        per_rank: list[float] = []
-        for strength, rank in zip(strengths, self.ranks, strict=True):
-            per_rank += [strength] * rank
-        self.strengths.copy_(torch.tensor(per_rank))
-        self.is_idle = not any(strengths)
 
     def fuse_into_backend(self, backend: Backend, transform: OutlierTransform) -> None:
         """Let the backend compute the branch inside its product, if it can.

@@ -9,12 +9,13 @@ quality budget (`int8run.ptq.mixed_precision`), or the file that INT8 layers are
 (`int8run.pipeline.prequantized`), last the speed of this machine (`leave_float`).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
 
 from int8run.errors import check_bool, check_choice, check_range
+from int8run.layers.int8_conv import count_conv_inputs, describe_conv, find_conv_obstacle, is_convolution
 
 # what `layers.csv` names as the backend of a layer that small_batch_fallback sends to a float product
 FLOAT_FALLBACK = "float_fallback"
@@ -24,8 +25,11 @@ DEFAULT_FLOAT_ROWS = 8
 
 SMALL_BATCH_FALLBACKS = ("only_small_layers", "always", "never")
 
-# what `int8.attention` can be
-ATTENTION_MODES = ("float", "int8", "auto")
+# what `int8.attention` and `int8.convolutions` can be: INT8 wherever it can be, or where it is good and fast
+# enough here
+FLOAT, INT8, AUTO = "float", "int8", "auto"
+ATTENTION_MODES = CONVOLUTION_CHOICES = (FLOAT, INT8, AUTO)
+VAE_CHOICES = (FLOAT, INT8)
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,8 @@ class Int8Settings:
         small_layer_params: the most weights of a small layer.
         only_if_faster: with `backend=auto`, whether a layer that is faster in the model's dtype stays float;
             false: it becomes INT8 all the same, for its memory.
+        convolutions: `float`: they stay as they are; `int8`; `auto`: INT8 where that is faster here.
+        vae: `float`: the VAE stays as it is; `int8`: its Linears and convolutions.
         checkpoint: file or folder of INT8 layers, by component where there are two denoisers; the layers are
             used as they are. None: quantize.
         attention: which attentions of the INT8 model are INT8: none (`float`), all that can be (`int8`), or
@@ -52,12 +58,16 @@ class Int8Settings:
     max_rows: int | None = None
     small_layer_params: int = 1_000_000
     only_if_faster: bool = True
+    convolutions: str = FLOAT
+    vae: str = FLOAT
     checkpoint: str | Mapping[str, str] | None = None
     attention: str = "float"
     attention_min_sqnr_db: float = 35.0
 
     def __post_init__(self) -> None:
         check_choice("int8.small_batch_fallback", self.small_batch_fallback, SMALL_BATCH_FALLBACKS)
+        check_choice("int8.convolutions", self.convolutions, CONVOLUTION_CHOICES)
+        check_choice("int8.vae", self.vae, VAE_CHOICES)
         check_bool("int8.enable", self.enable)
         check_choice("int8.attention", self.attention, ATTENTION_MODES)
         check_range("int8.attention_min_sqnr_db", self.attention_min_sqnr_db, 0, 200)
@@ -134,6 +144,11 @@ class LayerPlan:
     macs_share: float | None = None
 
     @property
+    def is_linear(self) -> bool:
+        """Whether it is a Linear: outlier methods and the backends of the settings are about those alone."""
+        return self.kind == LINEAR
+
+    @property
     def num_weights(self) -> int:
         """Numbers of its weight; 0 for an attention, which has none."""
         if self.kind == ATTENTION:
@@ -158,15 +173,20 @@ class LayerPlan:
         self.is_float_by_choice = True
 
 
-def plan_layers(model: nn.Module, find_skip_reason: Callable[[str], str | None]) -> list[LayerPlan]:
+def plan_layers(
+    model: nn.Module, find_skip_reason: Callable[[str], str | None], *, convolutions: str = FLOAT
+) -> list[LayerPlan]:
     """A plan for every Linear of the model, each exactly once, in the model's order.
 
     Args:
         model: the float model.
-        find_skip_reason: gives the reason to keep the Linear of that name float, or None.
+        find_skip_reason: gives the reason to keep the layer of that name float, or None.
+        convolutions: as `Int8Settings` has it; unless it is `float` they have a plan as well.
     """
     plans = []
     for name, module in model.named_modules():
+        if convolutions != FLOAT and is_convolution(module):
+            plans.append(plan_convolution(name, module, find_skip_reason(name)))
         if isinstance(module, nn.Linear):
             plan = LayerPlan(
                 name=name,
@@ -176,3 +196,25 @@ def plan_layers(model: nn.Module, find_skip_reason: Callable[[str], str | None])
             )
             plans.append(plan)
     return plans
+
+
+def plan_convolution(
+    name: str, conv: nn.Module, reason: str | None, *, known_subclasses: Sequence[str] = ()
+) -> LayerPlan:
+    """The plan of one convolution.
+
+    Args:
+        name: of it in the model.
+        conv: of any kind; one that INT8 does not have stays float.
+        reason: why it is to stay float; None: it is not.
+        known_subclasses: as for `find_conv_obstacle`.
+    """
+    obstacle = find_conv_obstacle(conv, known_subclasses=known_subclasses)
+    return LayerPlan(
+        name=name,
+        in_features=count_conv_inputs(conv),
+        out_features=int(conv.out_channels),  # type: ignore[arg-type]
+        skip_reason=reason or obstacle,
+        kind=CONV,
+        shape=describe_conv(conv),
+    )

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from int8run.layers.int8_linear import Int8Linear
+from int8run.layers.int8_conv import ConvBranch, Int8Conv, Int8Layer
 from int8run.layers.low_rank_branch import LowRankBranch
 from int8run.lora.adapters.base import LoraDelta, RuntimeBranch
 from int8run.lora.adapters.change import LoraChange
@@ -72,17 +72,17 @@ class Int8BiasMerge:
         changes: of the layer.
     """
 
-    def __init__(self, layer: Int8Linear, changes: IndexedChanges):
+    def __init__(self, layer: Int8Layer, changes: IndexedChanges):
         # in the dtype and on the device of the scale, as the layer keeps its bias
         self.deltas = [(index, delta.to(layer.scale)) for index, delta in get_bias_deltas(changes)]
         self.original = None if layer.bias is None else layer.bias.clone()
 
-    def attach(self, layer: Int8Linear) -> None:
+    def attach(self, layer: Int8Layer) -> None:
         """Give the layer a bias of zeros, where it has none and needs one."""
         if self.deltas and layer.bias is None:
             layer.bias = torch.zeros_like(layer.scale)
 
-    def restore(self, layer: Int8Linear) -> None:
+    def restore(self, layer: Int8Layer) -> None:
         """Bring back the bias as it was; a layer that had none has none again."""
         if not self.deltas or layer.bias is None:
             return
@@ -91,7 +91,7 @@ class Int8BiasMerge:
         else:
             layer.bias.copy_(self.original)
 
-    def set_strengths(self, layer: Int8Linear, strengths: Sequence[float]) -> None:
+    def set_strengths(self, layer: Int8Layer, strengths: Sequence[float]) -> None:
         """Write the bias for these strengths."""
         if not self.deltas or layer.bias is None:
             return
@@ -113,17 +113,17 @@ class Int8LoraLayer(ABC):
         changes: of the layer.
     """
 
-    def __init__(self, layer: Int8Linear, changes: IndexedChanges):
+    def __init__(self, layer: Int8Layer, changes: IndexedChanges):
         # weak, because the layer's model holds this object: a circle would keep a dropped model in memory
         self._layer = weakref.ref(layer)
         self.bias = Int8BiasMerge(layer, changes)
 
-    def find_layer(self) -> Int8Linear | None:
+    def find_layer(self) -> Int8Layer | None:
         """The layer; None where it does not exist any more."""
         return self._layer()
 
     @property
-    def layer(self) -> Int8Linear:
+    def layer(self) -> Int8Layer:
         """The layer, which must still exist."""
         layer = self.find_layer()
         if layer is None:
@@ -155,7 +155,7 @@ class DynamicLayer(Int8LoraLayer):
         LoraError: for factors that the layer's dtype cannot hold; a sentence without its subject.
     """
 
-    def __init__(self, layer: Int8Linear, changes: IndexedChanges, branches: IndexedBranches):
+    def __init__(self, layer: Int8Layer, changes: IndexedChanges, branches: IndexedBranches):
         super().__init__(layer, changes)
         self.float_weight = layer.float_weight
         self.scale = layer.scale.clone()  # [N, 1], without any LoRA
@@ -172,8 +172,12 @@ class DynamicLayer(Int8LoraLayer):
                 pairs.append((lora_A, lora_B))
         self.branch = self.make_branch(layer, pairs) if pairs else None
 
-    def make_branch(self, layer: Int8Linear, pairs: Sequence[tuple[Tensor, Tensor]]) -> LowRankBranch:
+    def make_branch(
+        self, layer: Int8Layer, pairs: Sequence[tuple[Tensor, Tensor]]
+    ) -> LowRankBranch | ConvBranch:
         """One branch for all low-rank parts, inside the backend's product where that can be."""
+        if isinstance(layer, Int8Conv):
+            return layer.make_branch(pairs)
         branch = LowRankBranch(pairs, layer.dtype, layer.scale.device)
         branch.fuse_into_backend(layer.backend, layer.transform)
         # a layer that may run in float needs the branch in float as well
@@ -186,7 +190,7 @@ class DynamicLayer(Int8LoraLayer):
         """Put the branch beside the layer."""
         layer = self.layer
         self.bias.attach(layer)
-        layer.set_adapter(self.branch)
+        set_adapter(layer, self.branch)
         if self.row_factors:
             # a float copy of the weight would have to follow every strength of an adapter that scales rows
             layer.float_weight = None
@@ -194,7 +198,7 @@ class DynamicLayer(Int8LoraLayer):
     def switch_branch(self, *, on: bool) -> None:
         """Put the branch beside its layer, or take it off for as long as the layer's own time is measured."""
         layer = self.layer
-        layer.set_adapter(self.branch if on else None)
+        set_adapter(layer, self.branch if on else None)
         if self.row_factors and self.float_weight is not None:
             layer.float_weight = None if on else self.float_weight.to(layer.scale.device)
 
@@ -204,7 +208,7 @@ class DynamicLayer(Int8LoraLayer):
         layer = self.layer
         if self.branch is not None:
             self.branch.set_strengths([0.0] * len(self.indices))
-        layer.set_adapter(None)
+        set_adapter(layer, None)
         if self.row_factors:
             layer.scale.copy_(self.scale)
             if self.float_weight is not None:
@@ -223,6 +227,16 @@ class DynamicLayer(Int8LoraLayer):
                 total_factor.add_(factor, alpha=strengths[index])
             layer.scale.copy_(self.scale * total_factor)
         self.bias.set_strengths(layer, strengths)
+
+
+def set_adapter(layer: Int8Layer, branch: LowRankBranch | ConvBranch | None) -> None:
+    """Put the branch that `DynamicLayer.make_branch` made for a layer beside it; None: take it off."""
+    if isinstance(layer, Int8Conv):
+        assert not isinstance(branch, LowRankBranch)
+        layer.set_adapter(branch)
+    else:
+        assert not isinstance(branch, ConvBranch)
+        layer.set_adapter(branch)
 
 
 def balance_factors(lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -250,7 +264,7 @@ def balance_factors(lora_A: Tensor, lora_B: Tensor) -> tuple[Tensor, Tensor]:
 class MergedLayer(Int8LoraLayer):
     """LoRAs written into the weight of one INT8 layer; every strength starts from the weight as it was."""
 
-    def __init__(self, layer: Int8Linear, changes: IndexedChanges):
+    def __init__(self, layer: Int8Layer, changes: IndexedChanges):
         super().__init__(layer, changes)
         self.deltas = get_weight_deltas(changes)
         self.original = layer.read_quantized_weight()
@@ -302,7 +316,7 @@ class BakedLayer(MergedLayer):
         rounding: of the sum.
     """
 
-    def __init__(self, layer: Int8Linear, changes: IndexedChanges, float_weight: Tensor, rounding: Rounding):
+    def __init__(self, layer: Int8Layer, changes: IndexedChanges, float_weight: Tensor, rounding: Rounding):
         super().__init__(layer, changes)
         self.float_weight, self.rounding = float_weight, rounding
 
@@ -310,7 +324,8 @@ class BakedLayer(MergedLayer):
     def compute_weight(self, strengths: Sequence[float]) -> QuantizedWeight:
         """`round(transform(W0 + sum of strength * delta))`."""
         merged = add_deltas(self.float_weight, self.deltas, strengths, self.float_weight)
-        return self.rounding.round_weight(self.layer.transform.transform_weight(merged), None)
+        matrix = merged.flatten(1)  # of a convolution [N, C / groups, *kernel] -> [N, K]
+        return self.rounding.round_weight(self.layer.transform.transform_weight(matrix), None)
 
 
 class StochasticLayer(MergedLayer):
@@ -325,7 +340,7 @@ class StochasticLayer(MergedLayer):
 
     def __init__(
         self,
-        layer: Int8Linear,
+        layer: Int8Layer,
         changes: IndexedChanges,
         read_weight: Callable[[], Tensor],
         seed: Sequence[object],
@@ -339,7 +354,7 @@ class StochasticLayer(MergedLayer):
         original = self.read_weight()  # [N, K]
         zeros = torch.zeros(original.shape, device=original.device)
         change = add_deltas(zeros, self.deltas, strengths, original)
-        transformed_change = self.layer.transform.transform_weight(change)
+        transformed_change = self.layer.transform.transform_weight(change.flatten(1))  # [N, K]
         rounded = add_with_stochastic_rounding(self.original, transformed_change, make_generator(*self.seed))
         self.clipped_share = rounded.clipped_share
         return rounded.weight

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from int8run.layers.int8_linear import Int8Linear
+from int8run.layers.int8_conv import Int8Layer
 from int8run.lora.apply import IndexedChanges
 
 # Share of a weight beyond which a change breaks images. Measured with `ink` on the shipped tiny model, six
@@ -36,7 +36,7 @@ class ChangeSize:
     share: float
 
 
-def measure_change(delta: Tensor, weight: Tensor, layer: Int8Linear) -> ChangeSize:
+def measure_change(delta: Tensor, weight: Tensor, layer: Int8Layer) -> ChangeSize:
     """The size of a change.
 
     Args:
@@ -44,7 +44,7 @@ def measure_change(delta: Tensor, weight: Tensor, layer: Int8Linear) -> ChangeSi
         weight: [N, K], what it changes.
         layer: made from the weight.
     """
-    rms = layer.transform.transform_weight(delta.float()).square().mean().sqrt()
+    rms = layer.transform.transform_weight(delta.float().flatten(1)).square().mean().sqrt()
     return ChangeSize(
         steps=(rms / layer.scale.mean()).item(),
         share=(delta.norm() / weight.float().norm()).item(),
@@ -61,7 +61,7 @@ class ChangeSizes:
 
     by_lora: dict[int, list[ChangeSize]] = field(default_factory=dict)
 
-    def record(self, layer: Int8Linear, changes: IndexedChanges, read_weight: Callable[[], Tensor]) -> None:
+    def record(self, layer: Int8Layer, changes: IndexedChanges, read_weight: Callable[[], Tensor]) -> None:
         """Measure the changes of one INT8 layer's weight.
 
         Args:

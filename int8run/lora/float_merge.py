@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from int8run.errors import LoraError
-from int8run.layers.int8_linear import Int8Linear
+from int8run.layers.int8_conv import Int8Layer
 from int8run.layers.shared_input import NO_VERSION, get_tensor_version
 from int8run.lora.adapters.diff import Diff
 from int8run.lora.apply import (
@@ -178,7 +178,7 @@ class FloatMerge:
         self.device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
         for name, module_changes in changes.items():
             module, attribute = find_target(model, name)
-            if not isinstance(module, Int8Linear):
+            if not isinstance(module, Int8Layer):
                 self.add_module(name, module, attribute, module_changes, earlier)
         self.check_tied_weights()
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from int8run.layers.int8_linear import Int8Linear
+from int8run.layers.int8_conv import Int8Layer
 from int8run.lora.apply import BakedLayer, DynamicLayer, IndexedChanges, Int8LoraLayer, StochasticLayer
 from int8run.lora.entries import Entry
 from int8run.lora.float_merge import name_module
@@ -43,7 +43,7 @@ class Int8LayerMaker:
     reasons: Counter[str] = field(default_factory=Counter)
 
     def make(
-        self, name: str, layer: Int8Linear, changes: IndexedChanges, read_weight: Callable[[], Tensor]
+        self, name: str, layer: Int8Layer, changes: IndexedChanges, read_weight: Callable[[], Tensor]
     ) -> Int8LoraLayer:
         """Prepare one layer for its LoRAs; it is not changed yet.
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from int8run.errors import LoraError
-from int8run.layers.int8_linear import Int8Linear
+from int8run.layers.int8_conv import Int8Layer
 from int8run.lora.apply import IndexedBranches, IndexedChanges, get_weight_deltas
 
 # (layer's name, layer, total rank) -> time of the layer with such a branch over its time without
-Overhead = Callable[[str, Int8Linear, int], float]
+Overhead = Callable[[str, Int8Layer, int], float]
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class ModeChooser:
     max_overhead: float
 
     def choose(
-        self, name: str, layer: Int8Linear, changes: IndexedChanges, read_weight: Callable[[], Tensor]
+        self, name: str, layer: Int8Layer, changes: IndexedChanges, read_weight: Callable[[], Tensor]
     ) -> ModeChoice:
         """Choose the mode of one layer.
 
@@ -103,7 +103,7 @@ class ModeChooser:
             f"{name}: {needed} is not possible: {obstacle}; set lora.mode=auto and one strength for all steps"
         )
 
-    def find_cost_obstacle(self, name: str, layer: Int8Linear, rank: int) -> str | None:
+    def find_cost_obstacle(self, name: str, layer: Int8Layer, rank: int) -> str | None:
         """Why a branch of this rank is too slow for `auto`; None: it is not, or the mode must be dynamic."""
         has_choice = self.mode == "auto" and not self.is_scheduled
         if not has_choice or not rank:

@@ -13,7 +13,7 @@ from typing import NoReturn
 from torch import Tensor, nn
 
 from int8run.errors import ConfigError, check_choice
-from int8run.layers.int8_linear import Int8Linear
+from int8run.layers.int8_conv import Int8Layer
 from int8run.lora.apply import DynamicLayer, Int8LoraLayer
 from int8run.lora.change_size import ChangeSizes
 from int8run.lora.config import MODES
@@ -354,7 +354,7 @@ class LoraStack:
         layers: dict[str, Int8LoraLayer] = {}
         for name, changes in self.matches.denoiser.items():
             layer, _ = find_target(int8, name)
-            if not isinstance(layer, Int8Linear):
+            if not isinstance(layer, Int8Layer):
                 continue  # its float weight has the LoRAs added
             read_weight = WeightReader(name, layer, self.merges[DENOISER] if float_weights else None)
             if float_weights:  # reading integers back only for a log line would take long
@@ -377,7 +377,7 @@ class LoraStack:
             None where it is not in memory.
         """
         layer, _ = find_target(int8, name)
-        if isinstance(layer, Int8Linear):
+        if isinstance(layer, Int8Layer):
             return WeightReader(name, layer, None)()
         if DENOISER not in self.merges:
             return None

@@ -4,7 +4,7 @@ import weakref
 
 from torch import Tensor
 
-from int8run.layers.int8_linear import Int8Linear
+from int8run.layers.int8_conv import Int8Layer
 from int8run.lora.float_merge import FloatMerge
 
 
@@ -18,18 +18,19 @@ class WeightReader:
             integers.
     """
 
-    def __init__(self, name: str, layer: Int8Linear, merge: FloatMerge | None):
+    def __init__(self, name: str, layer: Int8Layer, merge: FloatMerge | None):
         self.name, self.merge = name, merge
         # weak, because the layer's model holds this object: a circle would keep a dropped model in memory
         self._layer = weakref.ref(layer)
         self.known: Tensor | None = None
 
     def __call__(self) -> Tensor:
-        """[N, K]."""
+        """[N, K], of a convolution [N, C / groups, *kernel]."""
         if self.merge is not None:
             return self.merge.get_original(self.name)
         if self.known is None:
             layer = self._layer()
             assert layer is not None
-            self.known = layer.transform.restore_weight(layer.read_quantized_weight().dequantize())
+            matrix = layer.transform.restore_weight(layer.read_quantized_weight().dequantize())  # [N, K]
+            self.known = matrix.reshape(layer.weight_shape)
         return self.known

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from int8run.errors import ConfigError
 from int8run.generate.capture import capture_layers
-from int8run.layers.int8_linear import Int8Linear
+from int8run.layers.int8_conv import Int8Layer
 from int8run.layers.plan import ATTENTION, FLOAT_FALLBACK, LayerPlan
 from int8run.quant.weight import sqnr_db
 
@@ -38,7 +38,7 @@ def measure_layer_outputs(
     def measure(name: str, x: Tensor, float_output: Tensor) -> None:
         layer = int8_denoiser.get_submodule(name)
         # In isolation: the float model's activation has run already.
-        output = layer.forward_isolated(x) if isinstance(layer, Int8Linear) else layer(x)
+        output = layer.forward_isolated(x) if isinstance(layer, Int8Layer) else layer(x)
         if not torch.isfinite(output).all():
             raise ConfigError(
                 f"{name}: the INT8 layer computes NaN or infinity where the float layer does not, in the "

@@ -136,7 +136,12 @@ class ModelFamily:
         return denoiser in self.denoisers or pipeline in self.pipelines
 
     def resolve_family(
-        self, denoiser: str, blocks: Sequence[str], linears: Mapping[str, int], pipeline: str | None = None
+        self,
+        denoiser: str,
+        blocks: Sequence[str],
+        linears: Mapping[str, int],
+        pipeline: str | None = None,
+        convolutions: Sequence[str] = (),
     ) -> "ModelFamily":
         """Return this family: it was named, so it is used for any denoiser. A mismatch gives a warning.
 
@@ -145,6 +150,7 @@ class ModelFamily:
             blocks: as for `AutoFamily.resolve_family`.
             linears: in_features of the denoiser's Linears by name.
             pipeline: the class of its pipeline; None: not known.
+            convolutions: names of its convolutions.
         """
         if self.denoisers and not self.has_member(denoiser, pipeline):
             known = "/".join(self.denoisers)
@@ -259,7 +265,12 @@ class AutoFamily:
         check_choice("model_type.mixed_precision", self.mixed_precision, MIXED_PRECISION)
 
     def resolve_family(
-        self, denoiser: str, blocks: Sequence[str], linears: Mapping[str, int], pipeline: str | None = None
+        self,
+        denoiser: str,
+        blocks: Sequence[str],
+        linears: Mapping[str, int],
+        pipeline: str | None = None,
+        convolutions: Sequence[str] = (),
     ) -> ModelFamily:
         """Return the family of a denoiser; for an unknown one the conservative rule, with a warning.
 
@@ -268,6 +279,7 @@ class AutoFamily:
             blocks: prefixes of the repeated blocks (`transformer_blocks.0.`), in model order.
             linears: in_features of the denoiser's Linears by name.
             pipeline: the class of its pipeline; None: not known.
+            convolutions: names of its convolutions.
         """
         families = load_families() if self.families is None else self.families
         for family in families.values():
@@ -280,16 +292,18 @@ class AutoFamily:
             denoiser,
             ", ".join(sorted(families)),
         )
-        return replace(build_conservative_family(blocks, linears), mixed_precision=self.mixed_precision)
+        return replace(
+            build_conservative_family(blocks, [*linears, *convolutions]), mixed_precision=self.mixed_precision
+        )
 
 
-def build_conservative_family(blocks: Sequence[str], linears: Iterable[str]) -> ModelFamily:
+def build_conservative_family(blocks: Sequence[str], layers: Iterable[str]) -> ModelFamily:
     """Return a family for a denoiser that no family describes.
 
     Its repeated blocks become INT8, but the very first and the very last; everything else stays float.
     """
     middle = tuple(blocks[1:-1])
-    outside = [name for name in linears if not name.startswith(middle)]
+    outside = [name for name in layers if not name.startswith(middle)]
     ignore = [IgnoreRule(name, "unknown architecture: outside the middle blocks") for name in outside]
     return ModelFamily(name="unknown", ignore=ignore)
 

@@ -19,9 +19,9 @@ from int8run.checkpoints.declared_format import DeclaredFormat
 from int8run.checkpoints.output_path import prepare_output_path
 from int8run.config.run_spec import RunSpec
 from int8run.generate.capture import capture_step
-from int8run.generate.generate import set_text_encoders
+from int8run.generate.generate import set_components, set_text_encoders
 from int8run.generate.prompts import Sample
-from int8run.layers.plan import LayerPlan
+from int8run.layers.plan import INT8, LayerPlan
 from int8run.lora.entries import Entry
 from int8run.lora.header_info import LoraHeader
 from int8run.lora.match import Matches
@@ -35,7 +35,7 @@ from int8run.pipeline.compile import compile_denoisers
 from int8run.pipeline.given_files import check_checkpoint_fits, check_loras_fit
 from int8run.pipeline.layer_selection import select_int8_plans
 from int8run.pipeline.load import load_model
-from int8run.pipeline.loaded_model import LoadedModel, replace_missing_linears
+from int8run.pipeline.loaded_model import LoadedModel, replace_missing_layers
 from int8run.pipeline.lora_steps import bake_loras, measure_overhead, read_entries, report_loras
 from int8run.pipeline.offload import set_offload
 from int8run.pipeline.prequantized import PrequantizedLayers, PrequantizedRequest, find_prequantized
@@ -43,9 +43,9 @@ from int8run.pipeline.provenance import build_cache_key, build_provenance, list_
 from int8run.pipeline.quantize_attention import ModelAttentions, count_step, plan_attentions
 from int8run.pipeline.quantize_denoiser import (
     QuantizedDenoiser,
-    count_layer_rows,
     leave_slow_layers_float,
     quantize_denoiser,
+    trace_layers,
 )
 from int8run.pipeline.step_settings import (
     select_attention_settings,
@@ -55,12 +55,14 @@ from int8run.pipeline.step_settings import (
 )
 from int8run.pipeline.store_layers import cache_layers, save_layers
 from int8run.pipeline.text_encoders import QuantizedEncoders, build_encoders
+from int8run.pipeline.vae import QuantizedVae, quantize_vae
 from int8run.ptq.layer_costs import BranchCosts
 from int8run.report.columns import SAME_FILE_LIMITS
 from int8run.report.console import Progress
 from int8run.utils.plurals import count_noun
 
 log = logging.getLogger(__name__)
+DEFAULT_VAE_SCALE = 8  # pixels of a picture for one of its latents, where the pipeline does not say
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class LayerSources:
     """What is decided for the layers of a denoiser before any of them is quantized.
 
     Args:
-        plans: of every Linear.
+        plans: of every Linear, and of the convolutions where they may be INT8.
         prequantized: INT8 layers that exist already.
         cache_key: that INT8 layers made here are cached under; None: they are not.
     """
@@ -153,6 +155,8 @@ def build_model(
         add_int8_denoiser(
             built, spec, loaded, sources=sources, step=step, attentions=attentions, progress=progress
         )
+        if spec.int8.vae == INT8:
+            built.vae = add_int8_vae(spec, loaded, progress)
     install_candidate(built, spec)
     built.seconds = {"load": load_seconds, "quantize": time.perf_counter() - started}
     compile_denoisers(built.denoisers, spec.compile, has_hooks=spec.offload != "none")
@@ -206,7 +210,7 @@ def warn_dequantized_baseline(spec: RunSpec, loaded: LoadedModel) -> None:
 def find_layer_sources(
     spec: RunSpec, loaded: LoadedModel, entries: Sequence[Entry], matches: Matches
 ) -> LayerSources:
-    """Plan every Linear, and find the INT8 layers that exist already.
+    """Plan every layer, and find the INT8 layers that exist already.
 
     Args:
         spec: the settings of the run.
@@ -214,7 +218,7 @@ def find_layer_sources(
         entries: the LoRAs, which are part of the cache's key where they are baked in.
         matches: the layers that they change.
     """
-    plans = loaded.plan_layers()
+    plans = loaded.plan_layers(spec.int8.convolutions)
     if not spec.int8.enable:
         return LayerSources(plans, prequantized=None, cache_key=None)
     cache_key = None
@@ -252,7 +256,7 @@ def trace_step(spec: RunSpec, loaded: LoadedModel, probe: Sequence[Sample], prog
         progress: of the step.
     """
     with progress.track_step("Tracing one denoising step"):
-        denoiser = replace_missing_linears(loaded.denoiser)
+        denoiser = replace_missing_layers(loaded.denoiser)
         set_denoiser(loaded.pipe, denoiser, loaded.component)
         set_offload(loaded.pipe, spec.offload, loaded.device)
         calls = capture_step(loaded.pipe, loaded.component, denoiser, probe, loaded.sampling)
@@ -309,7 +313,7 @@ def add_int8_denoiser(
         attentions: those of the denoiser, planned.
         progress: of each step.
     """
-    rows = count_layer_rows(step.denoiser, select_int8_plans(sources.plans), step.calls)
+    traced = trace_layers(step.denoiser, select_int8_plans(sources.plans), step.calls)
     settings = select_quantization_settings(spec)
     attentions.choose_on_float_model(loaded, step.denoiser)
     if attentions.is_chosen:
@@ -318,7 +322,7 @@ def add_int8_denoiser(
         loaded,
         sources.plans,
         settings,
-        rows=rows,
+        traced=traced,
         prequantized=sources.prequantized,
         loras=built.loras,
         progress=progress,
@@ -332,7 +336,22 @@ def add_int8_denoiser(
     built.denoisers["int8"] = quantized.denoiser
     built.mixed_precision = quantized.mixed_precision
     if built.loras.entries and not spec.lora.is_baked:
-        attach_loras(built, spec, rows)
+        attach_loras(built, spec, traced.rows)
+
+
+def add_int8_vae(spec: RunSpec, loaded: LoadedModel, progress: Progress) -> QuantizedVae:
+    """Quantize the VAE.
+
+    Args:
+        spec: the settings of the run.
+        loaded: the float model.
+        progress: of the layers.
+    """
+    settings = select_quantization_settings(spec)
+    height, width = spec.sampling.height or 1, spec.sampling.width or 1
+    scale = int(getattr(loaded.pipe, "vae_scale_factor", 0) or DEFAULT_VAE_SCALE)
+    rows = max(1, (height // scale) * (width // scale))
+    return quantize_vae(loaded, settings, rows, progress)
 
 
 def store_quantized(
@@ -390,4 +409,5 @@ def install_candidate(built: BuiltModel, spec: RunSpec) -> None:
     """Give the pipeline the denoiser and the text encoders that the run is about, and its offloading."""
     set_denoiser(built.pipe, built.denoisers[spec.candidate], built.component)
     set_text_encoders(built.pipe, spec.candidate, built.encoders.modules)
+    set_components(built.pipe, built.components.get(spec.candidate, {}))
     set_offload(built.pipe, spec.offload, built.device)

@@ -32,6 +32,11 @@ class SelectedLayers:
     rows: Mapping[str, int]
     groups: Sequence[Sequence[str]]
 
+    @property
+    def new_linears(self) -> list[LayerPlan]:
+        """Plans of the Linears that are quantized here: outlier methods and calibrations are about those."""
+        return [plan for plan in self.new if plan.is_linear]
+
 
 def select_layers(
     loaded: LoadedModel,
@@ -66,7 +71,7 @@ def select_layers(
         new=new,
         existing=[plan for plan in chosen if plan.name in existing_names],
         rows=rows,
-        groups=group_by_shared_input([plan.name for plan in new], loaded.family.same_input),
+        groups=group_by_shared_input([plan.name for plan in new if plan.is_linear], loaded.family.same_input),
     )
 
 

@@ -22,6 +22,7 @@ from int8run.backends.base import Backend
 from int8run.checkpoints.declared_format import DeclaredFormat
 from int8run.errors import ConfigError
 from int8run.generate.pipeline_call import find_unknown_arguments
+from int8run.layers.int8_conv import is_convolution
 from int8run.models.denoiser_classes import OWN_DENOISERS, get_denoiser_class
 from int8run.models.dual_denoisers import DualDenoiser
 from int8run.models.family import (
@@ -275,8 +276,9 @@ def resolve_family(
 ) -> ModelFamily:
     """The family of a denoiser; see `AutoFamily.resolve_family`."""
     linears = {name: m.in_features for name, m in denoiser.named_modules() if isinstance(m, nn.Linear)}
+    convolutions = [name for name, module in denoiser.named_modules() if is_convolution(module)]
     blocks = list_block_prefixes(denoiser)
-    return model_type.resolve_family(type(denoiser).__name__, blocks, linears, pipeline)
+    return model_type.resolve_family(type(denoiser).__name__, blocks, linears, pipeline, convolutions)
 
 
 def check_model_family(model: ModelSource, denoiser: str, pipeline: str | None = None) -> None:

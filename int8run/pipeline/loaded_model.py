@@ -12,9 +12,11 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from int8run.backends.convolution import read_geometry
 from int8run.layers.assemble import copy_sharing_tensors
-from int8run.layers.int8_linear import DTYPE_MARKER, get_linear
-from int8run.layers.plan import LayerPlan, plan_layers
+from int8run.layers.int8_conv import CONV_CLASSES, count_conv_inputs, get_layer
+from int8run.layers.int8_linear import DTYPE_MARKER
+from int8run.layers.plan import FLOAT, LayerPlan, plan_layers
 from int8run.models.dual_denoisers import split_denoiser
 from int8run.models.family import ModelFamily
 from int8run.models.sampling import Sampling
@@ -76,30 +78,35 @@ class LoadedModel:
             return 0
         return len(self.checkpoint.find_int8_layers()) + len(self.checkpoint.find_inexact_layers())
 
-    def plan_layers(self) -> list[LayerPlan]:
-        """Every Linear of the denoiser, with the family's reason where one stays float."""
-        return plan_layers(self.denoiser, make_skip_rule(self.family, self.denoiser))
-
-    def read_weight(self, name: str) -> Tensor:
-        """The float weight of a Linear, on the device; read from the file where the model has none.
+    def plan_layers(self, convolutions: str = FLOAT) -> list[LayerPlan]:
+        """Every Linear of the denoiser, with the family's reason where one stays float.
 
         Args:
-            name: of the Linear.
+            convolutions: as `Int8Settings` has it; unless it is `float` they are there, too.
+        """
+        skip_rule = make_skip_rule(self.family, self.denoiser)
+        return plan_layers(self.denoiser, skip_rule, convolutions=convolutions)
+
+    def read_weight(self, name: str) -> Tensor:
+        """The float weight of a layer, on the device; read from the file where the model has none.
+
+        Args:
+            name: of a Linear or a convolution.
 
         Returns:
-            [N, K]
+            [N, K], or [N, K, *kernel].
         """
-        weight = get_linear(self.denoiser, name).weight.detach()
+        weight = get_layer(self.denoiser, name).weight.detach()
         if not weight.is_meta:
             return weight.to(self.device)  # with offload= the float model waits in memory
         assert self.checkpoint is not None
         return self.checkpoint.read_tensor(f"{name}.weight").to(self.device, weight.dtype)
 
     def fill_weights(self, except_for: Iterable[str] = ()) -> None:
-        """Read what the skeleton lacks, except for the weights of some Linears.
+        """Read what the skeleton lacks, except for the weights of some layers.
 
         Args:
-            except_for: names of the Linears.
+            except_for: names of the layers.
         """
         left_out = {f"{name}.weight" for name in except_for}
         missing = []
@@ -133,8 +140,8 @@ def make_skip_rule(family: ModelFamily, denoiser: nn.Module) -> Callable[[str], 
     return find_skip_reason
 
 
-class SkeletonLinear(nn.Module):
-    """Takes the place of a Linear whose weight is not read: zeros of the right shape.
+class SkeletonLayer(nn.Module):
+    """Takes the place of a layer whose weight is not read: zeros of the right shape.
 
     The denoiser runs with it, and so the other layers show how many rows they see.
 
@@ -150,24 +157,48 @@ class SkeletonLinear(nn.Module):
         self.in_features = in_features
         self.out_features = out_features
 
+
+class SkeletonLinear(SkeletonLayer):
+    """In the place of a Linear."""
+
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., K] -> zeros [..., N]."""
         return x.new_zeros(*x.shape[:-1], self.out_features)
 
 
-def replace_missing_linears(denoiser: nn.Module) -> nn.Module:
-    """A copy of the module tree with a SkeletonLinear for every Linear without a weight.
+class SkeletonConv(SkeletonLayer):
+    """In the place of a convolution.
+
+    Args:
+        conv: without a weight.
+    """
+
+    def __init__(self, conv: nn.Conv2d | nn.Conv3d):
+        super().__init__(count_conv_inputs(conv), conv.out_channels, conv.weight.dtype)
+        self.geometry = read_geometry(conv)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [B, C, *size] -> zeros [B, N, *size]."""
+        size = self.geometry.compute_output_size(x.shape[2:])
+        return x.new_zeros(x.shape[0], self.out_features, *size)
+
+
+def replace_missing_layers(denoiser: nn.Module) -> nn.Module:
+    """A copy of the module tree with a SkeletonLayer for every Linear and convolution without a weight.
 
     Returns:
-        The copy, which shares all tensors; the module itself where every Linear has a weight.
+        The copy, which shares all tensors; the module itself where every layer has a weight.
     """
-    linears = {name: m for name, m in denoiser.named_modules() if isinstance(m, nn.Linear)}
-    missing = {name: linear for name, linear in linears.items() if linear.weight.is_meta}
-    if not missing:
+    skeletons: dict[str, SkeletonLayer] = {}
+    for name, module in denoiser.named_modules():
+        if isinstance(module, nn.Linear) and module.weight.is_meta:
+            skeletons[name] = SkeletonLinear(module.in_features, module.out_features, module.weight.dtype)
+        elif isinstance(module, CONV_CLASSES) and module.weight.is_meta:
+            skeletons[name] = SkeletonConv(module)
+    if not skeletons:
         return denoiser
     copy = copy_sharing_tensors(denoiser)
-    for name, linear in missing.items():
+    for name, skeleton in skeletons.items():
         parent, _, child = name.rpartition(".")
-        skeleton = SkeletonLinear(linear.in_features, linear.out_features, linear.weight.dtype)
         setattr(copy.get_submodule(parent), child, skeleton)
     return copy

@@ -6,7 +6,7 @@ How a LoRA is matched and added is `lora.stack`'s business.
 import logging
 from collections.abc import Mapping, Sequence
 
-from int8run.layers.int8_linear import Int8Linear
+from int8run.layers.int8_conv import Int8Conv, Int8Layer
 from int8run.lora.config import LoraSettings
 from int8run.lora.entries import Entry
 from int8run.lora.header_info import LoraHeader
@@ -47,9 +47,9 @@ def report_loras(lora: LoraSettings, loras: LoraStack) -> None:
 
 
 def measure_overhead(
-    costs: BranchCosts, rows: Mapping[str, int], name: str, layer: Int8Linear, rank: int
+    costs: BranchCosts, rows: Mapping[str, int], name: str, layer: Int8Layer, rank: int
 ) -> float:
-    """Time of an INT8 layer with LoRA branches over its time without.
+    """Time of an INT8 layer with LoRA branches over its time without; of a convolution its multiply-adds.
 
     Args:
         costs: measures each kind of layer once.
@@ -58,4 +58,7 @@ def measure_overhead(
         layer: the layer itself.
         rank: of all its LoRAs together.
     """
+    if isinstance(layer, Int8Conv):
+        branch_macs = rank * (layer.in_features + layer.out_features)
+        return 1 + branch_macs / (layer.in_features * layer.out_features)
     return costs.get_ratio(layer, rank, rows[name])

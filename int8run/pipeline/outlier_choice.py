@@ -40,10 +40,10 @@ def choose_methods(
         progress: of the comparison of methods.
     """
     if isinstance(settings.outlier, AutoOutlier):
-        if not layers.new:
+        if not layers.new_linears:
             return {}
         return choose_methods_by_error(loaded, layers, settings, statistics=statistics, progress=progress)
-    return assign_method(layers.new, settings.outlier)
+    return assign_method(layers.new_linears, settings.outlier)
 
 
 def choose_fixed_method(plans: Sequence[LayerPlan], outlier: OutlierMethod) -> dict[str, OutlierMethod]:
@@ -58,7 +58,7 @@ def choose_fixed_method(plans: Sequence[LayerPlan], outlier: OutlierMethod) -> d
 
 def assign_method(plans: Sequence[LayerPlan], outlier: OutlierMethod) -> dict[str, OutlierMethod]:
     """One outlier method for every layer whose plan has no reason against it (`check_outlier_method`)."""
-    return {plan.name: outlier for plan in plans if not plan.outlier_skip_reason}
+    return {plan.name: outlier for plan in plans if plan.is_linear and not plan.outlier_skip_reason}
 
 
 def choose_methods_by_error(
@@ -84,7 +84,7 @@ def choose_methods_by_error(
     fused = list_fused_layers(loaded.denoiser) if settings.has_fused_layers else []
     chosen = auto.choose_methods(scores, select_names(layers.groups, scores), select_names(fused, scores))
     methods = {}
-    for plan in layers.new:
+    for plan in layers.new_linears:
         candidate = chosen.get(plan.name)
         if candidate is not None:
             methods[plan.name] = auto.candidates[candidate]
@@ -118,8 +118,8 @@ def score_layers(
     # layers that read the same tensor share the time of its transform
     num_sharing = {name: len(group) for group in layers.groups for name in group}
     scores: dict[str, dict[str, float]] = {}
-    with progress.track_loop("Comparing outlier methods", len(layers.new)) as advance:
-        for plan in layers.new:
+    with progress.track_loop("Comparing outlier methods", len(layers.new_linears)) as advance:
+        for plan in layers.new_linears:
             if plan.name in statistics:
                 shape = (layers.rows[plan.name], plan.in_features, plan.out_features)  # M, K, N
                 cost = partial(costs.get_ratio, shape=shape, sharing=num_sharing[plan.name])

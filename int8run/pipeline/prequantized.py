@@ -9,10 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from int8run.checkpoints.declared_format import UNDECLARED, DeclaredFormat
 from int8run.checkpoints.layer import CheckpointLayer
 from int8run.errors import ConfigError, FileError
-from int8run.layers.plan import LayerPlan
+from int8run.layers.int8_conv import find_conv_obstacle, is_convolution
+from int8run.layers.plan import LayerPlan, plan_convolution
 from int8run.models.dual_denoisers import split_denoiser
 from int8run.outlier.auto import AutoOutlier
 from int8run.outlier.base import NONE, OutlierMethod
@@ -77,7 +80,7 @@ class PrequantizedRequest:
 
 def find_prequantized(
     loaded: LoadedModel,
-    plans: Sequence[LayerPlan],
+    plans: list[LayerPlan],
     request: PrequantizedRequest,
     changed_layers: Collection[str] = (),
 ) -> PrequantizedLayers | None:
@@ -105,6 +108,7 @@ def find_prequantized(
         found = find_cached_layers(loaded, request)
     if found is None:
         return None
+    add_convolutions(found, plans, loaded.denoiser)
     apply_to_plans(found, plans, request.outlier)
     if request.checkpoint is not None:
         check_baked_loras(found, request.baked_loras)
@@ -229,6 +233,34 @@ def describe_loras(loras: object) -> str:
     return ", ".join(f"{name} {strength}" for name, strength in pairs) or "no LoRA"
 
 
+def add_convolutions(found: PrequantizedLayers, plans: list[LayerPlan], denoiser: nn.Module) -> None:
+    """Add plans for the convolutions of a file, whose layers are used as they are; checks all of them.
+
+    Args:
+        found: the file.
+        plans: get those that they lack, in the model's order.
+        denoiser: the float model.
+
+    Raises:
+        FileError: for the weight of a convolution that INT8 does not have.
+    """
+    known = {plan.name: plan for plan in plans}
+    for name, module in denoiser.named_modules():
+        if name not in found.layers or not is_convolution(module):
+            continue
+        obstacle = find_conv_obstacle(module)
+        if obstacle is not None:
+            raise FileError(
+                f"{found.source} has INT8 numbers for {name}, which is {obstacle}; the file is for another "
+                "model, or its convolutions must stay float: quantize it with int8.convolutions=float"
+            )
+        if name not in known:
+            known[name] = plan_convolution(name, module, None)
+            plans.append(known[name])
+    order = {name: place for place, (name, _) in enumerate(denoiser.named_modules())}
+    plans.sort(key=lambda plan: order[plan.name])
+
+
 def apply_to_plans(
     found: PrequantizedLayers, plans: Sequence[LayerPlan], outlier: OutlierMethod | AutoOutlier
 ) -> None:
@@ -265,7 +297,7 @@ def check_outlier_methods(
     contradictions = []
     for plan in plans:
         layer = found.layers.get(plan.name)
-        if layer is None:
+        if layer is None or not plan.is_linear:
             continue
         plan.outlier_skip_reason = outlier.unsupported_reason(plan.in_features) or ""
         method: str = NONE

@@ -12,7 +12,7 @@ from typing import Any
 
 from int8run import __version__
 from int8run.generate.calibration_settings import CalibrationSettings
-from int8run.layers.plan import LayerPlan
+from int8run.layers.plan import FLOAT, LayerPlan
 from int8run.lora.config import LoraSettings
 from int8run.lora.entries import Entry
 from int8run.models.family import ModelSource
@@ -72,8 +72,11 @@ def build_cache_key(
     configs = []
     for denoiser in loaded.source.denoisers:
         configs.append((denoiser.class_name, sorted(denoiser.config.items(), key=itemgetter(0))))
+    # what differs from the default alone, so that the keys of other runs stay
+    convolutions = [] if settings.int8.convolutions == FLOAT else ["convolutions"]
     return hash_parts(
         [
+            *convolutions,
             __version__,
             hash_sources(loaded, settings, cache),
             configs,

@@ -15,19 +15,21 @@ from torch import Tensor, nn
 
 from int8run.generate.capture import capture_layers, check_finite
 from int8run.layers.assemble import assemble_int8_model
-from int8run.layers.int8_linear import Int8Linear, QuantizedLayer
-from int8run.layers.plan import LayerPlan
+from int8run.layers.int8_conv import Int8Layer
+from int8run.layers.int8_linear import QuantizedLayer
+from int8run.layers.plan import CONV, LayerPlan
 from int8run.lora.stack import LoraStack
 from int8run.outlier.auto import AutoOutlier
 from int8run.outlier.base import LayerStatistics
 from int8run.pipeline.layer_selection import SelectedLayers, select_int8_plans, select_layers
-from int8run.pipeline.loaded_model import LoadedModel, SkeletonLinear
+from int8run.pipeline.loaded_model import LoadedModel, SkeletonLayer
 from int8run.pipeline.offload import set_offload
 from int8run.pipeline.outlier_choice import choose_methods
 from int8run.pipeline.prequantized import PrequantizedLayers
 from int8run.pipeline.quantization_settings import QuantizationSettings
 from int8run.pipeline.read_prequantized import read_prequantized_layers
 from int8run.ptq.calibration import capture_calibration_calls, collect_layer_statistics
+from int8run.ptq.convolutions import ConvolutionBinder
 from int8run.ptq.mixed_precision import MixedPrecisionResult, MixedPrecisionSearch
 from int8run.ptq.quantize import (
     build_int8_layers,
@@ -53,6 +55,19 @@ class CalibrationData:
 
 
 @dataclass(frozen=True)
+class TracedLayers:
+    """What the layers of a denoiser get in one step.
+
+    Args:
+        rows: of each layer, by name; of a convolution its output pixels.
+        conv_inputs: shape of what each convolution gets, [B, C, *size]; of those that a call reaches.
+    """
+
+    rows: Mapping[str, int]
+    conv_inputs: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class QuantizedDenoiser:
     """An INT8 denoiser.
 
@@ -63,7 +78,7 @@ class QuantizedDenoiser:
     """
 
     denoiser: nn.Module
-    layers: Mapping[str, Int8Linear]
+    layers: Mapping[str, Int8Layer]
     mixed_precision: MixedPrecisionResult | None
 
 
@@ -75,7 +90,7 @@ def quantize_denoiser(
     plans: Sequence[LayerPlan],
     settings: QuantizationSettings,
     *,
-    rows: Mapping[str, int],
+    traced: TracedLayers,
     prequantized: PrequantizedLayers | None,
     loras: LoraStack,
     progress: Progress,
@@ -86,7 +101,7 @@ def quantize_denoiser(
         loaded: the model, whose denoiser stays as it is.
         plans: of every Linear; what was done with each layer is noted there.
         settings: how layers become INT8.
-        rows: that each layer which becomes INT8 sees in one step, by name.
+        traced: what each layer which becomes INT8 gets in one step.
         prequantized: layers that exist already; None: all are quantized here.
         loras: adds baked LoRAs to the weights that are read.
         progress: of each step.
@@ -96,7 +111,7 @@ def quantize_denoiser(
         BackendError: when the backend cannot run here or cannot take a layer.
         FileError: when a layer of `prequantized` does not fit.
     """
-    layers = select_layers(loaded, plans, rows=rows, prequantized=prequantized)
+    layers = select_layers(loaded, plans, rows=traced.rows, prequantized=prequantized)
     check_settings(loaded, layers, settings)
 
     needs_search = settings.quality_db is not None and not is_from_cache(prequantized)
@@ -115,7 +130,14 @@ def quantize_denoiser(
         statistics=calibration.statistics,
         read=read_weight,
     )
-    int8_layers = bind_layers(loaded, layers, settings, quantized=chain(existing, new), progress=progress)
+    int8_layers = bind_layers(
+        loaded,
+        layers,
+        settings,
+        quantized=chain(existing, new),
+        conv_inputs=traced.conv_inputs,
+        progress=progress,
+    )
 
     if needs_search:
         return search_mixed_precision(
@@ -175,8 +197,8 @@ def check_settings(loaded: LoadedModel, layers: SelectedLayers, settings: Quanti
         ConfigError: when the outlier method can take none.
     """
     check_backend(settings.backend, loaded.device, layers.plans)
-    if layers.new and not isinstance(settings.outlier, AutoOutlier):
-        check_outlier_method(settings.outlier, layers.new)
+    if layers.new_linears and not isinstance(settings.outlier, AutoOutlier):
+        check_outlier_method(settings.outlier, layers.new_linears)
 
 
 def calibrate(
@@ -199,7 +221,7 @@ def calibrate(
     Returns:
         Nothing in it where nothing needs it.
     """
-    needs_statistics = bool(layers.new) and settings.is_fitted
+    needs_statistics = bool(layers.new_linears) and settings.is_fitted
     if not needs_statistics and not needs_search:
         return CalibrationData()
     calls = capture_calibration_calls(
@@ -213,13 +235,17 @@ def calibrate(
     if not needs_statistics:
         return CalibrationData(calls)
     statistics = collect_layer_statistics(
-        loaded.denoiser, layers.new, groups=layers.groups, calls=calls, calibration=settings.calibration
+        loaded.denoiser,
+        layers.new_linears,
+        groups=layers.groups,
+        calls=calls,
+        calibration=settings.calibration,
     )
     return CalibrationData(calls, statistics)
 
 
 def read_merged_weight(loaded: LoadedModel, loras: LoraStack, name: str) -> Tensor:
-    """The float weight of a Linear with the baked LoRAs added, [N, K]."""
+    """The float weight of a layer with the baked LoRAs added, [N, K] or a kernel [N, K, *kernel]."""
     return loras.merge_weight(name, loaded.read_weight(name))
 
 
@@ -240,8 +266,9 @@ def bind_layers(
     settings: QuantizationSettings,
     *,
     quantized: Iterable[tuple[LayerPlan, QuantizedLayer]],
+    conv_inputs: Mapping[str, Sequence[int]],
     progress: Progress,
-) -> dict[str, Int8Linear]:
+) -> dict[str, Int8Layer]:
     """Give each quantized layer its backend.
 
     Args:
@@ -249,24 +276,28 @@ def bind_layers(
         layers: all that `quantized` yields.
         settings: how layers become INT8.
         quantized: the layers, one at a time.
+        conv_inputs: shape of what each convolution gets, by name.
         progress: of the layers.
     """
     label = "Quantizing layers" if layers.new else "Loading INT8 layers"
     with progress.track_loop(label, len(layers.plans)) as advance:
 
-        def finish_layer(layer: Int8Linear) -> None:
+        def finish_layer(layer: Int8Layer) -> None:
             layer.to(loaded.offload_device)  # so that with offload= the GPU never holds them all
             advance(1)
 
-        return build_int8_layers(
+        binder = ConvolutionBinder(settings.backend, loaded.device, settings.int8, conv_inputs)
+        linears = build_int8_layers(
             loaded.denoiser,
-            quantized,
+            binder.take_convolutions(loaded.denoiser, quantized, finish_layer),
             backend=settings.backend,
             settings=settings.int8,
             rows=layers.rows,
             on_layer=finish_layer,
             device=loaded.device,
         )
+    made: dict[str, Int8Layer] = {**linears, **binder.made}
+    return {plan.name: made[plan.name] for plan in layers.plans}
 
 
 def search_mixed_precision(
@@ -274,7 +305,7 @@ def search_mixed_precision(
     layers: SelectedLayers,
     settings: QuantizationSettings,
     *,
-    int8_layers: Mapping[str, Int8Linear],
+    int8_layers: Mapping[str, Int8Layer],
     calls: Sequence[Mapping[str, Any]],
     progress: Progress,
 ) -> QuantizedDenoiser:
@@ -335,13 +366,13 @@ def read_mixed_precision(prequantized: PrequantizedLayers | None) -> MixedPrecis
     return MixedPrecisionResult(**facts) if facts else None
 
 
-def count_layer_rows(
+def trace_layers(
     denoiser: nn.Module, plans: Sequence[LayerPlan], calls: Sequence[Mapping[str, Any]]
-) -> dict[str, int]:
-    """Rows that each planned layer gets in the last call that reaches it; 1 where no call does.
+) -> TracedLayers:
+    """What each planned layer gets in the last call that reaches it; one row where no call does.
 
     Args:
-        denoiser: the float model, or a copy with SkeletonLinears.
+        denoiser: the float model, or a copy with layers whose weights are not read.
         plans: of the layers.
         calls: arguments of the denoiser.
 
@@ -349,13 +380,19 @@ def count_layer_rows(
         ConfigError: when a layer is given NaN or infinity.
     """
     rows = {plan.name: 1 for plan in plans}
-    computes_values = not any(isinstance(module, SkeletonLinear) for module in denoiser.modules())
+    conv_inputs: dict[str, tuple[int, ...]] = {}
+    convolutions = {plan.name: plan for plan in plans if plan.kind == CONV}
+    computes_values = not any(isinstance(module, SkeletonLayer) for module in denoiser.modules())
 
     def count_rows(name: str, x: Tensor, y: Tensor) -> None:
-        rows[name] = x.numel() // x.shape[-1]  # [..., K] -> M
+        if name in convolutions:
+            conv_inputs[name] = tuple(x.shape)
+            rows[name] = y.numel() // convolutions[name].out_features  # [B, N, *size] -> M
+        else:
+            rows[name] = x.numel() // x.shape[-1]  # [..., K] -> M
         if computes_values:
             check_finite(name, x, "the first step")
 
     for call in calls:
         capture_layers(denoiser, call, list(rows), count_rows)
-    return rows
+    return TracedLayers(rows, conv_inputs)

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from torch import Tensor
 
 from int8run.errors import FileError
-from int8run.layers.int8_linear import QuantizedLayer, get_linear
+from int8run.layers.int8_conv import get_layer
+from int8run.layers.int8_linear import QuantizedLayer
 from int8run.layers.plan import LayerPlan
 from int8run.pipeline.loaded_model import LoadedModel
 from int8run.pipeline.prequantized import PrequantizedLayers, get_layer_facts
@@ -33,7 +34,7 @@ def read_prequantized_layers(
         loaded: the model.
         plans: of the layers; what is known of each is put there.
         found: the file.
-        read_weight: gives the float weight of a Linear by its name.
+        read_weight: gives the float weight of a layer by its name.
 
     Raises:
         FileError: when a layer was made from another weight.
@@ -46,7 +47,7 @@ def read_prequantized_layers(
             plan.outlier_skip_reason = str(facts.get("outlier_why_not", ""))
             plan.measured |= {name: value for name, value in facts.items() if isinstance(value, float)}
         if not found.is_cached and found.weights is not loaded.checkpoint:
-            check_against_float(plan, layer, read_weight(plan.name), found.source)
+            check_against_float(plan, layer, read_weight(plan.name).flatten(1), found.source)
         plan.measured.setdefault("saturated_share", layer.weight.saturated_share)
         yield plan, layer
 
@@ -60,7 +61,7 @@ def read_prequantized_layer(
     weight = QuantizedWeight(layer.weight.qdata.to(loaded.device), layer.weight.scale.to(loaded.device))
     plan.outlier = layer.transform.label
     plan.rounding = found.rounding
-    return QuantizedLayer(weight, layer.transform, get_linear(loaded.denoiser, plan.name).bias)
+    return QuantizedLayer(weight, layer.transform, get_layer(loaded.denoiser, plan.name).bias)
 
 
 def check_against_float(plan: LayerPlan, layer: QuantizedLayer, weight: Tensor, source: str) -> None:

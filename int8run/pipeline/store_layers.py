@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from int8run.export.save_denoiser import keep_own_names, save_denoiser, write_tensors
-from int8run.layers.int8_linear import Int8Linear
+from int8run.layers.int8_conv import Int8Layer
 from int8run.models.dual_denoisers import split_denoiser
 from int8run.pipeline.loaded_model import LoadedModel
 from int8run.utils.disk_cache import DiskCache
@@ -20,7 +20,7 @@ HEADER_BYTES_PER_LAYER = 512  # about
 
 
 def cache_layers(
-    cache: DiskCache, key: str, layers: Mapping[str, Int8Linear], provenance: Mapping[str, Any]
+    cache: DiskCache, key: str, layers: Mapping[str, Int8Layer], provenance: Mapping[str, Any]
 ) -> None:
     """Write the INT8 layers of all denoisers to one file of the cache.
 
@@ -43,7 +43,7 @@ def cache_layers(
 
 
 def save_layers(
-    save: str, loaded: LoadedModel, layers: Mapping[str, Int8Linear], provenance: Mapping[str, Any]
+    save: str, loaded: LoadedModel, layers: Mapping[str, Int8Layer], provenance: Mapping[str, Any]
 ) -> None:
     """Write every denoiser with its INT8 layers.
 

@@ -21,7 +21,7 @@ from int8run.generate.generate import Generation, generate
 from int8run.generate.pipeline_call import get_execution_device
 from int8run.generate.prompts import Sample
 from int8run.layers.assemble import copy_sharing_tensors
-from int8run.layers.int8_linear import Int8Linear
+from int8run.layers.int8_conv import Int8Layer
 from int8run.metrics.layers import count_module_bytes
 from int8run.metrics.quality import compute_relative_error
 from int8run.models.dual_denoisers import set_denoiser
@@ -102,7 +102,7 @@ class MixedPrecisionSearch:
     """
 
     float_denoiser: nn.Module
-    layers: Mapping[str, Int8Linear]
+    layers: Mapping[str, Int8Layer]
     macs: Mapping[str, int]
     assemble: Callable[[Sequence[str]], nn.Module]
     pipe: DiffusionPipeline
@@ -230,7 +230,7 @@ def measure_latents_db(made: Generation, exact: Generation) -> float:
 @torch.no_grad()
 def measure_layer_sensitivities(
     denoiser: nn.Module,
-    layers: Mapping[str, Int8Linear],
+    layers: Mapping[str, Int8Layer],
     calls: Sequence[Mapping[str, Any]],
     *,
     on_layer: Callable[[], None],
@@ -261,9 +261,9 @@ def make_replacement_hook(layer: nn.Module) -> Callable[..., Tensor]:
     """A forward hook of a Linear that returns the INT8 layer's output instead of the Linear's.
 
     Args:
-        layer: an `Int8Linear`; it is moved to its input, because with offloading it waits in memory.
+        layer: an `Int8Layer`; it is moved to its input, because with offloading it waits in memory.
     """
-    int8_layer = cast(Int8Linear, layer)
+    int8_layer = cast(Int8Layer, layer)
 
     def replace_output(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         x = args[0]

@@ -19,8 +19,9 @@ from int8run.backends.float import Float
 from int8run.backends.registry import list_usable_backends
 from int8run.errors import BackendError, ConfigError
 from int8run.kernels.cpu.rows import quantize_weight_rows
+from int8run.layers.int8_conv import Int8Layer, get_layer
 from int8run.layers.int8_linear import Int8Linear, QuantizedLayer, get_linear
-from int8run.layers.plan import FLOAT_FALLBACK, Int8Settings, LayerPlan
+from int8run.layers.plan import CONV, FLOAT_FALLBACK, Int8Settings, LayerPlan
 from int8run.outlier.base import LayerStatistics, OutlierMethod, OutlierTransform
 from int8run.quant.rounding import AbsMax, Rounding
 from int8run.quant.weight import QuantizedWeight, sqnr_db
@@ -34,12 +35,13 @@ def check_outlier_method(outlier: OutlierMethod, plans: Sequence[LayerPlan]) -> 
     Raises:
         ConfigError: when it can take none.
     """
+    plans = [plan for plan in plans if plan.is_linear]
     for plan in plans:
         plan.outlier_skip_reason = outlier.unsupported_reason(plan.in_features) or ""
     counts = Counter(plan.outlier_skip_reason for plan in plans if plan.outlier_skip_reason)
     reasons = "; ".join(f"{count} × {reason}" for reason, count in counts.items())
     n_skipped = counts.total()
-    if n_skipped == len(plans):
+    if n_skipped and n_skipped == len(plans):
         raise ConfigError(
             f"outlier={outlier.name} can take none of the {len(plans)} layers ({reasons}); "
             "choose another outlier="
@@ -69,6 +71,8 @@ def check_backend(backend: Backend, device: torch.device, plans: Iterable[LayerP
         raise BackendError(f"backend {backend.name!r} cannot run here: {'; '.join(reasons)}; {way_out}")
     unsupported = []
     for plan in plans:
+        if not plan.is_linear:
+            continue
         reasons = backend.limits.unsupported_layer_reasons(plan.in_features, plan.out_features)
         if reasons:
             unsupported.append(f"{plan.name}: {', '.join(reasons)}")
@@ -119,23 +123,27 @@ def quantize_layers(
         ConfigError: for a weight that cannot be quantized, or a layer that the calibration did not reach.
     """
     for plan in plans:
-        linear = get_linear(model, plan.name)
-        weight = linear.weight.detach() if read is None else read(plan.name)  # [N, K]
+        float_layer = get_layer(model, plan.name)
+        weight = float_layer.weight.detach() if read is None else read(plan.name)
+        weight = weight.flatten(1)  # [N, K]; of a convolution [N, C / groups, *kernel] -> [N, K]
+        layer_rounding = rounding
+        if plan.kind == CONV and rounding.needs_calibration:
+            layer_rounding = AbsMax()  # it is fitted to products of rows, which a convolution has none of
         if not weight.numel():
             check_weight(plan, weight)
         method, layer_statistics = methods.get(plan.name), statistics.get(plan.name)
         if layer_statistics is None:
-            check_needs_no_statistics(plan, method, rounding)
+            check_needs_no_statistics(plan, method, layer_rounding)
         transform = OutlierTransform()
         if method is not None:
             transform = method.fit(weight, layer_statistics)
         transform.to(weight.device)
-        if type(rounding) is AbsMax and weight.device.type == "cpu":
+        if type(layer_rounding) is AbsMax and weight.device.type == "cpu":
             quantized = round_weight_rows(plan, weight, transform)
         else:
-            quantized = round_weight(plan, weight, transform, rounding, layer_statistics)
-        plan.outlier, plan.rounding = transform.label, rounding.name
-        yield plan, QuantizedLayer(quantized, transform, linear.bias)
+            quantized = round_weight(plan, weight, transform, layer_rounding, layer_statistics)
+        plan.outlier, plan.rounding = transform.label, layer_rounding.name
+        yield plan, QuantizedLayer(quantized, transform, float_layer.bias)
 
 
 def check_needs_no_statistics(plan: LayerPlan, method: OutlierMethod | None, rounding: Rounding) -> None:
@@ -275,7 +283,7 @@ def note_choice(plan: LayerPlan, choice: LayerChoice, *, rows: int, only_if_fast
         )
 
 
-def keep_faster_layers(plans: Sequence[LayerPlan], layers: Mapping[str, Int8Linear]) -> dict[str, Int8Linear]:
+def keep_faster_layers(plans: Sequence[LayerPlan], layers: Mapping[str, Int8Layer]) -> dict[str, Int8Layer]:
     """The layers that compute in INT8; those of which the plans say otherwise are noted as float.
 
     Args:

@@ -28,8 +28,8 @@ from int8run.models.dual_denoisers import DualDenoiser
 from int8run.models.loader import pick_device
 from int8run.pipeline.denoiser_variants import choose_classes_of_configs
 from int8run.pipeline.load import build_skeletons, load_model, resolve_family
-from int8run.pipeline.loaded_model import LoadedModel, make_skip_rule, replace_missing_linears
-from int8run.pipeline.quantize_denoiser import count_layer_rows
+from int8run.pipeline.loaded_model import LoadedModel, make_skip_rule, replace_missing_layers
+from int8run.pipeline.quantize_denoiser import trace_layers
 from int8run.pipeline.step_settings import select_load_settings
 from int8run.ptq.quantize import check_backend
 from int8run.report.console import Progress, print_lines
@@ -163,10 +163,10 @@ def count_layer_shapes(
         plans: of the layers that become INT8.
     """
     loaded.fill_weights(except_for=[plan.name for plan in plans])
-    denoiser = replace_missing_linears(loaded.denoiser)
+    denoiser = replace_missing_layers(loaded.denoiser)
     batch = split_batches(samples, loaded.sampling.batch)[0]
     calls = capture_step(loaded.pipe, loaded.component, denoiser, batch, loaded.sampling)
-    rows = count_layer_rows(denoiser, plans, calls)
+    rows = trace_layers(denoiser, plans, calls).rows
     return Counter((rows[plan.name], plan.in_features, plan.out_features) for plan in plans)
 
 

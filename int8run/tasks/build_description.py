@@ -65,7 +65,8 @@ def describe_layers(built: BuiltModel) -> list[tuple[str, object]]:
         return [("layers", f"all float, {by_choice} by choice" if by_choice else "all float")]
     int8 = [plan for plan in layers if plan.skip_reason is None]
     shares = compute_int8_shares(built.plans, built.num_params)
-    num_int8 = f"{len(int8)} of {len(layers)} Linears INT8"
+    what = "Linears" if all(plan.is_linear for plan in layers) else "layers"
+    num_int8 = f"{len(int8)} of {len(layers)} {what} INT8"
     macs_share = f"{shares['quant/macs_int8_share']:.1%} of the multiply-adds"
     if by_choice:
         macs_share += f", {by_choice} float by choice"

@@ -29,7 +29,7 @@ from int8run.export.stream_plan import (
     keep_own_names,
     plan_targets,
 )
-from int8run.layers.plan import LayerPlan
+from int8run.layers.plan import FLOAT, LayerPlan
 from int8run.models.original_names import to_original
 from int8run.models.resolve_weights import CONFIG_NAME, WEIGHTS_NAME, ResolvedWeights
 from int8run.models.state_dict_adapter import find_prefix
@@ -97,7 +97,13 @@ def plan_file(
         path = resolve_new_file(str(spec.save), files)
     names = plan_names(files, layers, checkpoint, to_folder=is_folder(spec.save))
     kept_dtype = choose_kept_dtype(files, layers, prefix, spec.model.dtype, job.overrides)
-    recipe = QuantizationRecipe(outlier, spec.rounding, TORCH_DTYPES[kept_dtype.name])
+    recipe = QuantizationRecipe(
+        outlier,
+        spec.rounding,
+        TORCH_DTYPES[kept_dtype.name],
+        # the file does not depend on the machine that writes it: `auto` is decided where it is used
+        has_convolutions=spec.int8.convolutions != FLOAT,
+    )
     targets = plan_targets(files, layers, names, checkpoint.find_skip_reason, recipe)
     join_fits(targets, checkpoint)
     check_targets(targets, outlier)

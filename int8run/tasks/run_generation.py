@@ -5,6 +5,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -101,19 +102,21 @@ def generate_in_turn(
                 inputs.writer.write_batch(name, batch, generation, built.pipe)
                 advance(len(batch))
 
-        return generate(
-            built.pipe,
-            built.component,
-            denoisers,
-            inputs.samples,
-            spec.sampling,
-            hooks=GenerationHooks(
-                before_batch=lambda name: reset_peak_memory(built.device),
-                on_batch=keep_batch,
-                on_fraction=set_scheduled_strengths,
-            ),
-            differences=Differences(built.text_encoders, other_samplings),
-        )
+        recording = nullcontext() if built.vae is None else built.vae.recording()
+        with recording:
+            return generate(
+                built.pipe,
+                built.component,
+                denoisers,
+                inputs.samples,
+                spec.sampling,
+                hooks=GenerationHooks(
+                    before_batch=lambda name: reset_peak_memory(built.device),
+                    on_batch=keep_batch,
+                    on_fraction=set_scheduled_strengths,
+                ),
+                differences=Differences(built.text_encoders, other_samplings, built.components),
+            )
 
 
 def run_warm_up(
@@ -135,7 +138,7 @@ def run_warm_up(
         denoisers,
         batch,
         shorten_sampling(built.pipe, batch, spec.sampling, WARM_UP_STEPS),
-        differences=Differences(built.text_encoders),
+        differences=Differences(built.text_encoders, components=built.components),
     )
 
 

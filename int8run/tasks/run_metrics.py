@@ -31,6 +31,7 @@ from int8run.metrics.videos import DRIFT, FLOAT_DRIFT
 from int8run.models.given_model import find_controlnets, find_text_encoders
 from int8run.pipeline.built_model import BuiltModel, measure_lora_overhead
 from int8run.report.columns import SAME_FILE_LAYERS
+from int8run.tasks.vae_metrics import measure_vae
 from int8run.utils.paths import expand_path
 
 log = logging.getLogger(__name__)
@@ -100,6 +101,8 @@ def measure_run(
     if comparison.baseline is not None and built.num_dequantized_layers:
         metrics[SAME_FILE_LAYERS] = built.num_dequantized_layers
     metrics |= measure_layers(spec, built, calls)
+    if built.vae is not None:
+        metrics |= measure_vae(built.vae, built.device)
     if built.mixed_precision is not None:
         metrics |= built.mixed_precision.metrics
     if spec.lora.adapters:

@@ -117,6 +117,8 @@ def write_outputs(
         log.info("%s makes sound with its videos; it is neither compared nor kept", pipeline)
 
     write_layers_csv(built.plans, output_dir / "layers.csv")
+    if built.vae is not None:
+        write_layers_csv(built.vae.plans, output_dir / "vae.csv")
     if spec.clip.is_quantized:
         write_layers_csv(built.encoders.plans, output_dir / "text_encoders.csv")
     environment = collect_environment(built.device, read_library_versions())

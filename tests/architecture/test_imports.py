@@ -129,6 +129,7 @@ CONCRETE = {
         "layer_timer",
         "run_errors",
         "best_float",
+        "convolution",
     },
     "outlier": {"base", "auto"},  # `outlier=auto` is a choice among the others
     "tracking": {"base", "process_identity", "run_record", "secrets", "setting_names"},
@@ -192,6 +193,7 @@ def test_the_walk_sees_what_there_is():
     assert {"kernels", "conf", "__init__", "ptq", "backends"} <= {get_part(f) for f in FILES}
     assert find_own_imports(ROOT / "int8run/layers/int8_linear.py") == {
         "backends.base",
+        "backends.convolution",
         "errors",
         "kernels.quantize_rowwise.reference",
         "layers.low_rank_branch",

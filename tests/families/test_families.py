@@ -161,16 +161,16 @@ def test_cosmos_is_not_detected_as_anima():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_ignore_rule_matches_and_has_a_reason(family):
-    # a file does not say which weight is a Linear's: rules for others of two dimensions count as well
+    # a file does not say which weight is a Linear's: rules for convolutions and tables count as well
     parameters = [item for model in list_denoisers(family) for item in model.named_parameters()]
     names = [
-        name.removesuffix(".weight") for name, p in parameters if p.dim() == 2 and name.endswith(".weight")
+        name.removesuffix(".weight") for name, p in parameters if p.dim() >= 2 and name.endswith(".weight")
     ]
 
     for rule in FAMILIES[family].ignore:
         alone = ModelFamily("alone", ignore=[rule])
         assert any(alone.find_skip_reason(name) for name in names), (
-            f"{family}: {rule.pattern} matches no Linear"
+            f"{family}: {rule.pattern} matches no layer"
         )
         assert rule.reason
         others = ModelFamily("others", ignore=[r for r in FAMILIES[family].ignore if r is not rule])

@@ -28,7 +28,7 @@ from int8run.pipeline.build import build_model
 from int8run.pipeline.built_model import BuiltModel
 from int8run.pipeline.checkpoint_weights import DenoiserWeights, FileWeights
 from int8run.pipeline.load import load_model
-from int8run.pipeline.loaded_model import LoadedModel, SkeletonLinear, replace_missing_linears
+from int8run.pipeline.loaded_model import LoadedModel, SkeletonLinear, replace_missing_layers
 from int8run.pipeline.model_files import hash_model_files
 from int8run.pipeline.step_settings import select_load_settings
 from int8run.quant.weight import quantize_weight
@@ -293,7 +293,7 @@ def test_planned_weights_stay_empty_and_biases_are_read(folder: Path) -> None:
 
 def test_without_weights_a_model_shows_its_shapes() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5, device="meta"))
-    blank = replace_missing_linears(model)
+    blank = replace_missing_layers(model)
     assert (
         isinstance(blank[1], SkeletonLinear)
         and blank[0].weight is model[0].weight
@@ -304,7 +304,7 @@ def test_without_weights_a_model_shows_its_shapes() -> None:
     half = SkeletonLinear(4, 5, torch.bfloat16)
     assert half(torch.ones(1, 4, dtype=torch.bfloat16)).dtype == torch.bfloat16
     full = nn.Sequential(nn.Linear(3, 4))
-    assert replace_missing_linears(full) is full
+    assert replace_missing_layers(full) is full
 
 
 # -- hashes --------------------------------------------------------------------------------------------------

@@ -19,6 +19,8 @@ from torch import Tensor
 class RuntimeBranch:
     """A change that is computed beside its layer: `delta = lora_B @ lora_A + row_factor[:, None] * W0`.
 
+    K are the columns of the weight as a matrix: of a convolution its input channels times its kernel.
+
     Args:
         lora_A: [r, K], float32; None together with `lora_B`: no low-rank part.
         lora_B: [N, r], float32, with the scale alpha / r multiplied in.
@@ -70,10 +72,10 @@ class LoraDelta(Protocol):
         """
 
     def make_branch(self, weight: Tensor | None) -> RuntimeBranch | None:
-        """The exact change as a branch beside a Linear.
+        """The exact change as a branch beside a Linear or a convolution.
 
         Args:
-            weight: [N, K], the one without any LoRA; may be None unless `needs_weight`.
+            weight: [N, K] or [N, K, *kernel], the one without any LoRA; may be None unless `needs_weight`.
 
         Returns:
             None where no branch is narrower than the weight itself.

@@ -1,11 +1,12 @@
 """LoHa: the change is the Hadamard product of two low-rank matrices (LyCORIS `modules/loha.py`)."""
 
 from dataclasses import dataclass, replace
+from math import prod
 
 import torch
 from torch import Tensor
 
-from int8run.lora.adapters.base import RuntimeBranch, describe_shape_mismatch, is_matrix
+from int8run.lora.adapters.base import RuntimeBranch, describe_shape_mismatch
 from int8run.lora.adapters.low_rank import LowRankPair
 
 
@@ -40,9 +41,10 @@ class LoHa:
 
     @property
     def has_branch(self) -> bool:
-        """Where r * r, the rank of a branch, is still smaller than both sides of the matrix."""
+        """Where r * r, the rank of a branch, is still smaller than both sides of the weight as a matrix."""
         branch_rank = self.first.up_rank * self.second.up_rank
-        return is_matrix(self.first.shape) and branch_rank < min(self.first.shape[:2])
+        rows, *columns = self.first.shape
+        return branch_rank < min(rows, prod(columns))
 
     def shape_mismatch(self, shape: tuple[int, ...]) -> str | None:
         """The weight has the shape of each product."""

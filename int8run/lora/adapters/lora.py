@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from int8run.lora.adapters.base import RuntimeBranch, describe_shape_mismatch, is_matrix
+from int8run.lora.adapters.base import RuntimeBranch, describe_shape_mismatch
 from int8run.lora.adapters.low_rank import LowRankPair
 from int8run.lora.adapters.row_selection import select_rows
 
@@ -29,6 +29,7 @@ class LoRA:
     mid: Tensor | None = None
 
     needs_weight = False
+    has_branch = True
 
     @property
     def adapter_type(self) -> str:
@@ -51,11 +52,6 @@ class LoRA:
         """`lora_B @ lora_A`, with the core between them: [N, K, *kernel]."""
         return LowRankPair(up=self.lora_B, down=self.lora_A, mid=self.mid)
 
-    @property
-    def has_branch(self) -> bool:
-        """Beside a Linear or a 1x1 convolution, where the factors are two small Linears."""
-        return is_matrix(self.pair.shape)
-
     def shape_mismatch(self, shape: tuple[int, ...]) -> str | None:
         """The weight has the shape of the product."""
         return describe_shape_mismatch(self.pair.shape, shape)
@@ -65,10 +61,8 @@ class LoRA:
         product = self.pair.to_dense(weight.device)  # [N, K, *kernel]
         return (self.scale * product).reshape(weight.shape)
 
-    def make_branch(self, weight: Tensor | None) -> RuntimeBranch | None:
+    def make_branch(self, weight: Tensor | None) -> RuntimeBranch:
         """The two factors, the second one scaled: `x -> scale * lora_B (lora_A x)`."""
-        if not self.has_branch:
-            return None
         up, down = self.pair.compute_factors()  # [N, r], [r, K]
         return RuntimeBranch(lora_A=down, lora_B=self.scale * up)
 

@@ -1,0 +1,230 @@
+"""What computes INT8 convolutions, and the shape of a convolution.
+
+An `Int8Conv` holds one of these backends. They are not those of Linears: the kernels differ, and so do the
+devices that have one. Nothing here knows models or settings.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from int8run.backends.base import Limits
+from int8run.errors import BackendError
+from int8run.kernels.cpu import conv
+from int8run.kernels.cpu.instructions import AUTO, INSTRUCTION_SETS
+from int8run.kernels.cpu.library import BuildError, load_conv_library
+from int8run.kernels.int8_conv.reference import int8_conv
+from int8run.quant.weight import QuantizedWeight
+
+log = logging.getLogger(__name__)
+Sizes = tuple[int, ...]  # one number for each dimension of a picture or video
+
+
+@dataclass(frozen=True)
+class ConvGeometry:
+    """How a convolution moves over its input.
+
+    Args:
+        kernel: its height and width, of videos also its time.
+        stride: pixels from one output to the next.
+        padding: zeros on both sides of the input.
+        dilation: pixels from one weight to the next.
+        groups: into which channels are divided.
+    """
+
+    kernel: Sizes
+    stride: Sizes
+    padding: Sizes
+    dilation: Sizes
+    groups: int
+
+    @property
+    def label(self) -> str:
+        """For people: `3x3 stride 2`, `1x1 stride 1 groups 4`."""
+        return describe_sizes(self.kernel, self.stride, self.groups)
+
+    def compute_output_size(self, size: Sequence[int]) -> Sizes:
+        """Height and width (and time) of the output for those of an input."""
+        sizes = []
+        for length, kernel, stride, padding, dilation in zip(
+            size, self.kernel, self.stride, self.padding, self.dilation, strict=True
+        ):
+            sizes.append((length + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1)
+        return tuple(sizes)
+
+
+def describe_sizes(kernel: Sizes, stride: Sizes, groups: int) -> str:
+    """Kernel, stride and groups for people; one group is not mentioned."""
+    strides = "x".join(map(str, stride))
+    if len(set(stride)) == 1:
+        strides = str(stride[0])
+    described = f"{'x'.join(map(str, kernel))} stride {strides}"
+    if groups > 1:
+        described += f" groups {groups}"
+    return described
+
+
+def read_geometry(layer: nn.Conv2d | nn.Conv3d) -> ConvGeometry:
+    """The geometry of a convolution; `padding="same"` and `"valid"` as numbers.
+
+    Raises:
+        ValueError: for `same` with a kernel of even size, which needs other zeros on each side.
+    """
+    kernel, dilation = tuple(layer.kernel_size), tuple(layer.dilation)
+    padding = layer.padding
+    if padding == "valid":
+        padding = (0,) * len(kernel)
+    elif padding == "same":
+        reaches = [step * (size - 1) for size, step in zip(kernel, dilation, strict=True)]
+        if any(reach % 2 for reach in reaches):
+            raise ValueError(f"padding='same' of a {kernel} kernel differs from side to side")
+        padding = tuple(reach // 2 for reach in reaches)
+    return ConvGeometry(
+        kernel=kernel,
+        stride=tuple(layer.stride),
+        padding=tuple(int(number) for number in padding),
+        dilation=dilation,
+        groups=layer.groups,
+    )
+
+
+class ConvBackend(Protocol):
+    """Packs the weight of a convolution once, and computes the convolution at every call."""
+
+    name: ClassVar[str]
+    limits: ClassVar[Limits]
+
+    def pack_weight(self, weight: QuantizedWeight, kernel_shape: Sizes, groups: int) -> Tensor:
+        """The integers in the layout of the kernel.
+
+        Args:
+            weight: [N, K], rows are output channels.
+            kernel_shape: [N, C / groups, *kernel], how a row of K numbers lies in the kernel.
+            groups: of the convolution.
+        """
+
+    def unpack_weight(self, packed: Tensor, kernel_shape: Sizes) -> Tensor:
+        """The integers out of that layout, int8 [N, K]."""
+
+    def convolve(
+        self, x: Tensor, packed: Tensor, w_scale: Tensor, bias: Tensor | None, geometry: ConvGeometry
+    ) -> Tensor:
+        """x: [B, C, *size] -> [B, N, *size], in x's dtype.
+
+        Args:
+            x: float; its quantization is the kernel's.
+            packed: from `pack_weight`.
+            w_scale: float32 [N].
+            bias: float32 [N].
+            geometry: of the convolution.
+        """
+
+
+@dataclass(frozen=True)
+class ReferenceConv:
+    """The definition: slow, and exact on any device."""
+
+    name: ClassVar[str] = "reference"
+    limits: ClassVar[Limits] = Limits(devices=("cpu", "cuda", "xpu", "mps"))
+
+    def pack_weight(self, weight: QuantizedWeight, kernel_shape: Sizes, groups: int) -> Tensor:
+        """The integers as a kernel."""
+        return weight.qdata.reshape(kernel_shape)
+
+    def unpack_weight(self, packed: Tensor, kernel_shape: Sizes) -> Tensor:
+        """The kernel as rows."""
+        return packed.flatten(1)
+
+    def convolve(
+        self, x: Tensor, packed: Tensor, w_scale: Tensor, bias: Tensor | None, geometry: ConvGeometry
+    ) -> Tensor:
+        """x: [B, C, *size] -> [B, N, *size]."""
+        return int8_conv(
+            x,
+            packed,
+            w_scale,
+            bias,
+            stride=geometry.stride,
+            padding=geometry.padding,
+            dilation=geometry.dilation,
+            groups=geometry.groups,
+        )
+
+
+@dataclass(frozen=True)
+class CpuConv:
+    """int8run's own CPU kernels (`kernels/cpu/conv.h`): pixels quantized in one pass, no copy of the patches.
+
+    Args:
+        instructions: name of an instruction set; `auto`: the best that this CPU has.
+    """
+
+    instructions: str = AUTO
+    name: ClassVar[str] = "cpu"
+    limits: ClassVar[Limits] = Limits(
+        devices=("cpu",), kernel_instructions=tuple(INSTRUCTION_SETS), needs_compiler=True
+    )
+
+    @property
+    def instruction_set(self) -> str:
+        """Name of the instruction set that the kernels are built for.
+
+        Raises:
+            BackendError: when the kernels cannot be built.
+        """
+        try:
+            return load_conv_library(self.instructions).instructions
+        except BuildError as error:
+            raise BackendError(f"INT8 convolutions on the CPU: {error}") from error
+
+    def pack_weight(self, weight: QuantizedWeight, kernel_shape: Sizes, groups: int) -> Tensor:
+        """Panels of 64 output channels, tap after tap."""
+        return conv.pack_conv_weight(weight.qdata.reshape(kernel_shape), groups)
+
+    def unpack_weight(self, packed: Tensor, kernel_shape: Sizes) -> Tensor:
+        """The panels as rows."""
+        outputs, channels, *kernel = kernel_shape
+        return conv.unpack_conv_weight(packed, outputs, channels, kernel).flatten(1)
+
+    def convolve(
+        self, x: Tensor, packed: Tensor, w_scale: Tensor, bias: Tensor | None, geometry: ConvGeometry
+    ) -> Tensor:
+        """x: [B, C, *size] -> [B, N, *size], channels-last."""
+        return conv.int8_conv(
+            x,
+            packed,
+            w_scale,
+            bias,
+            kernel=geometry.kernel,
+            stride=geometry.stride,
+            padding=geometry.padding,
+            instructions=self.instructions,
+        )
+
+
+def choose_conv_backend(device: torch.device, asked: str, instructions: str = AUTO) -> ConvBackend:
+    """What computes the INT8 convolutions on a device: its kernels, or where there are none the definition.
+
+    Args:
+        device: where the layers run.
+        asked: name of the backend of the settings; `reference` gives the definition.
+        instructions: of the CPU's kernels.
+    """
+    definition = ReferenceConv()
+    cpu = CpuConv(instructions)
+    if asked == definition.name:
+        return definition
+    missing = cpu.limits.unsupported_reasons(device)
+    if not missing:
+        try:
+            log.debug("INT8 convolutions by instructions %s", cpu.instruction_set)
+        except BackendError as error:
+            missing = [str(error)]
+        else:
+            return cpu
+    log.warning("INT8 convolutions have none but the slow definition on %s: %s", device, "; ".join(missing))
+    return definition

@@ -1,0 +1,208 @@
+"""The VAE of a pipeline in INT8, for `int8.vae=int8`: plan, quantize, and put beside the float one.
+
+build.py calls `quantize_vae`. Which layers stay float is data (`models/vae_layers.yaml`). What its error
+costs is measured by `tasks.vae_metrics` on latents that `QuantizedVae` recorded.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from int8run.errors import ConfigError
+from int8run.layers.assemble import copy_sharing_tensors
+from int8run.layers.int8_conv import CONV_CLASSES, Int8Layer, is_convolution
+from int8run.layers.int8_linear import Int8Linear
+from int8run.layers.padding_conv import put_inside
+from int8run.layers.plan import INT8, LayerPlan, plan_convolution
+from int8run.models.vae_layers import VaeLayers, load_vae_layers
+from int8run.pipeline.layer_selection import describe_skip_reasons, select_int8_plans
+from int8run.pipeline.loaded_model import LoadedModel
+from int8run.pipeline.quantization_settings import QuantizationSettings
+from int8run.ptq.convolutions import ConvolutionBinder
+from int8run.ptq.quantize import build_int8_layers, check_backend, quantize_layers
+from int8run.quant.rounding import AbsMax
+from int8run.report.console import Progress
+
+log = logging.getLogger(__name__)
+VAE = "vae"  # the component of a pipeline
+
+
+@dataclass
+class QuantizedVae:
+    """A VAE as floats and in INT8.
+
+    Args:
+        float_vae: as the pipeline has it.
+        int8_vae: a copy that shares every float tensor.
+        plans: what happened to each layer.
+        latents: what the INT8 one was asked to decode first, once it was.
+    """
+
+    float_vae: nn.Module
+    int8_vae: nn.Module
+    plans: list[LayerPlan]
+    latents: list[Tensor] = field(default_factory=list)
+
+    def by_denoiser(self, candidate: str) -> dict[str, dict[str, nn.Module]]:
+        """Which VAE decodes what a denoiser makes, as `Differences` takes it.
+
+        Args:
+            candidate: name of the denoiser that is compared with the float one.
+        """
+        return {"float": {VAE: self.float_vae}, candidate: {VAE: self.int8_vae}}
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Keep the first latents that the INT8 VAE decodes meanwhile."""
+        vae: Any = self.int8_vae
+        decode = vae.decode
+        self.latents.clear()
+
+        def record(z: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if not self.latents:
+                self.latents.append(z.detach().clone())
+            return decode(z, *args, **kwargs)
+
+        vae.decode = record
+        try:
+            yield
+        finally:
+            del vae.decode
+
+
+def quantize_vae(
+    loaded: LoadedModel, settings: QuantizationSettings, rows: int, progress: Progress
+) -> QuantizedVae:
+    """Make the INT8 VAE of a pipeline.
+
+    Outlier methods and roundings that are fitted to a denoiser's calibration have nothing to say here: its
+    Linears are plain INT8.
+
+    Args:
+        loaded: the model, whose VAE stays as it is.
+        settings: backend and rounding.
+        rows: pixels of a latent picture, which its Linears see.
+        progress: of the layers.
+
+    Raises:
+        ConfigError: when the pipeline has no VAE, or none of its layers can be INT8.
+        BackendError: when the backend cannot run here or cannot take a layer.
+    """
+    vae = getattr(loaded.pipe, VAE, None)
+    if not isinstance(vae, nn.Module):
+        raise ConfigError(
+            f"int8.vae=int8: {type(loaded.pipe).__name__} has no VAE to quantize; set int8.vae=float"
+        )
+    known = load_vae_layers()
+    plans = plan_vae(vae, known)
+    chosen = select_int8_plans(plans)
+    if not chosen:
+        raise ConfigError(
+            f"int8.vae=int8: no layer of {type(vae).__name__} became INT8 ({describe_skip_reasons(plans)}); "
+            "set int8.vae=float"
+        )
+    check_backend(settings.backend, loaded.device, chosen)
+    layers = quantize_chosen(loaded, vae, chosen, settings, rows=rows, progress=progress)
+    int8_vae = assemble_vae(vae, layers)
+    log.info("%d of %d layers of %s are INT8", len(chosen), len(plans), type(vae).__name__)
+    return QuantizedVae(vae, int8_vae, plans)
+
+
+def plan_vae(vae: nn.Module, known: VaeLayers) -> list[LayerPlan]:
+    """A plan for every Linear and convolution of a VAE, in its order.
+
+    Args:
+        vae: the float one.
+        known: which layers stay float.
+    """
+    plans = []
+    for name, module in vae.named_modules():
+        reason = known.find_skip_reason(name)
+        if is_convolution(module):
+            plan = plan_convolution(name, module, reason, known_subclasses=known.padding_convolutions)
+            plans.append(plan)
+        elif isinstance(module, nn.Linear):
+            plans.append(LayerPlan(name, module.in_features, module.out_features, reason))
+    return plans
+
+
+def quantize_chosen(
+    loaded: LoadedModel,
+    vae: nn.Module,
+    plans: list[LayerPlan],
+    settings: QuantizationSettings,
+    *,
+    rows: int,
+    progress: Progress,
+) -> dict[str, Int8Layer]:
+    """Quantize layers of a VAE.
+
+    Args:
+        loaded: says where they run.
+        vae: the float one.
+        plans: of the layers.
+        settings: backend and rounding.
+        rows: that its Linears see.
+        progress: of the layers.
+    """
+    rounding = settings.rounding
+    if rounding.needs_calibration:
+        rounding = AbsMax()
+    # asked for as INT8, whatever is faster: `int8.vae` has no `auto`
+    int8 = replace(settings.int8, only_if_faster=False, convolutions=INT8)
+    binder = ConvolutionBinder(settings.backend, loaded.device, int8, inputs={})
+    with progress.track_loop("Quantizing the VAE", len(plans)) as advance:
+
+        def finish_layer(layer: Int8Layer) -> None:
+            layer.to(loaded.offload_device)
+            advance(1)
+
+        quantized = quantize_layers(
+            vae,
+            plans,
+            methods={},
+            rounding=rounding,
+            statistics={},
+            read=lambda name: vae.get_submodule(name).weight.detach().to(loaded.device),  # type: ignore[operator]
+        )
+        linears = build_int8_layers(
+            vae,
+            binder.take_convolutions(vae, quantized, finish_layer),
+            backend=settings.backend,
+            settings=int8,
+            rows=dict.fromkeys((plan.name for plan in plans), rows),
+            on_layer=finish_layer,
+            device=loaded.device,
+        )
+    return {**linears, **binder.made}
+
+
+def assemble_vae(vae: nn.Module, layers: dict[str, Int8Layer]) -> nn.Module:
+    """A copy of a VAE with these layers in it, sharing every float tensor.
+
+    Args:
+        vae: the float one.
+        layers: by the name of the layer whose place they take.
+    """
+    target = copy_sharing_tensors(vae)
+    for name, layer in layers.items():
+        parent, _, child = name.rpartition(".")
+        float_layer = target.get_submodule(name)
+        replacement: nn.Module = layer
+        is_subclass = type(float_layer) not in (*CONV_CLASSES, nn.Linear)
+        if is_subclass and not isinstance(layer, Int8Linear):
+            replacement = put_inside(float_layer, layer)
+        setattr(target.get_submodule(parent), child, replacement)
+    return target
+
+
+@torch.no_grad()
+def decode_latents(vae: Any, latents: Tensor) -> Tensor:
+    """Decode latents as a pipeline does, in the VAE's own dtype. Returns pictures, float32 [B, 3, ...]."""
+    pictures: Tensor = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
+    return pictures.float()

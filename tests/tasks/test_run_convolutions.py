@@ -1,0 +1,172 @@
+"""Runs with INT8 convolutions and an INT8 VAE, on a random StableDiffusionPipeline."""
+
+import csv
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from support.run_job import run_job
+from support.tiny_unet_pipeline import build_unet, save_unet_pipeline
+
+from int8run.checkpoints.header import read_header
+from int8run.errors import ConfigError, FileError
+from int8run.pipeline import process_cache
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(save_unet_pipeline(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture
+def small(model):
+    process_cache.clear()
+    return [
+        f"model.location={model}",
+        "model.dtype=float32",
+        "sampler.height=16",
+        "sampler.width=16",
+        "sampler.steps=2",
+        "prompts.prompts=[a]",
+        "tracker=none",
+        "backend=reference",
+        "int8.small_batch_fallback=never",
+    ]
+
+
+def read_rows(path):
+    with path.open() as file:
+        return {row["name"]: row for row in csv.DictReader(file)}
+
+
+def test_convolutions_are_int8_and_have_rows(small, tmp_path):
+    result = run_job([*small, "int8.convolutions=int8"], tmp_path)
+
+    rows = read_rows(tmp_path / "layers.csv")
+    conv = rows["down_blocks.0.resnets.0.conv1"]
+    assert (conv["kind"], conv["shape"], conv["quantized"]) == ("conv", "3x3 stride 1", "true")
+    assert float(conv["output_sqnr_db"]) > 30 and float(conv["macs_share"]) > 0
+    assert rows["conv_in"]["why_not"] == "first convolution"
+    assert rows["mid_block.attentions.0.proj_in"]["shape"] == "1x1 stride 1"
+    assert result.metrics["quality/psnr_db"] > 30
+    # of the multiply-adds of this UNet, first and last convolution and embeddings are what is left
+    assert result.metrics["quant/macs_int8_share"] > 0.8
+
+
+def test_without_being_asked_for_nothing_is_new(small, tmp_path):
+    result = run_job(small, tmp_path)
+
+    rows = read_rows(tmp_path / "layers.csv")
+    assert {row["kind"] for row in rows.values()} == {"linear"}
+    assert not (tmp_path / "vae.csv").exists()
+    assert not [name for name in result.metrics if name.startswith("vae/")]
+
+
+def test_a_saved_model_comes_back_bit_for_bit(small, tmp_path):
+    made = run_job([*small, "int8.convolutions=int8", f"save={tmp_path / 'folder'}"], tmp_path / "a")
+    path = tmp_path / "folder" / "diffusion_pytorch_model.safetensors"
+    process_cache.clear()
+
+    read = run_job([*small, f"int8.checkpoint={path}"], tmp_path / "b")
+
+    assert all(map(torch.equal, made.candidate.trajectories, read.candidate.trajectories))
+    assert read.metrics["quant/layers_int8"] == made.metrics["quant/layers_int8"]
+
+
+def test_a_file_in_the_authors_names_comes_back_bit_for_bit(small, tmp_path):
+    made = run_job([*small, "int8.convolutions=int8", f"save={tmp_path / 'x.safetensors'}"], tmp_path / "a")
+    info = read_header(tmp_path / "x.safetensors").tensors
+    marked = [name for name, tensor in info.items() if tensor.dtype == "I8" and len(tensor.shape) == 4]
+    process_cache.clear()
+
+    read = run_job([*small, f"int8.checkpoint={tmp_path / 'x.safetensors'}"], tmp_path / "b")
+
+    assert marked
+    assert all(map(torch.equal, made.candidate.trajectories, read.candidate.trajectories))
+
+
+def save_locon(path, rank=2):
+    """A LoCon on two convolutions of the UNet, in kohya's names."""
+    generator = torch.Generator().manual_seed(1)
+    tensors = {}
+    unet = build_unet()
+    for name in ("down_blocks.0.resnets.0.conv1", "mid_block.attentions.0.proj_in"):
+        weight = unet.get_submodule(name).weight
+        key = f"lora_unet_{name.replace('.', '_')}"
+        down = torch.randn(rank, *weight.shape[1:], generator=generator) * 0.2
+        tensors[f"{key}.lora_down.weight"] = down
+        tensors[f"{key}.lora_up.weight"] = torch.randn(weight.shape[0], rank, 1, 1, generator=generator)
+        tensors[f"{key}.alpha"] = torch.tensor(float(rank))
+    save_file(tensors, path)
+    return path
+
+
+@pytest.mark.parametrize("mode", ["dynamic", "bake", "stochastic", "auto"])
+def test_a_locon_reaches_int8_convolutions_by_every_mode(small, tmp_path, mode):
+    file = save_locon(tmp_path / "locon.safetensors")
+    lora = ["lora=file", f"lora.adapters.0.path={file}", "lora.adapters.0.strength=1"]
+
+    result = run_job([*small, "int8.convolutions=int8", *lora, f"lora.mode={mode}"], tmp_path / "out")
+
+    layers = {
+        name: result.metrics.get(f"lora/layers_{name}", 0) for name in ("dynamic", "bake", "stochastic")
+    }
+    assert sum(layers.values()) == 2
+    if mode in layers:
+        assert layers[mode] == 2
+    # the float model has the LoCon in its weights: with it left out of INT8, they would be far apart
+    assert result.metrics["quality/latent_rel_err"] < 0.05
+
+
+def test_the_vae_is_int8_with_a_loss_of_its_own(small, tmp_path):
+    result = run_job([*small, "int8.vae=int8"], tmp_path)
+
+    rows = read_rows(tmp_path / "vae.csv")
+    assert rows["decoder.conv_in"]["why_not"] == "first convolution of the decoder"
+    assert rows["decoder.mid_block.resnets.0.conv1"]["quantized"] == "true"
+    assert rows["decoder.mid_block.attentions.0.to_q"]["kind"] == "linear"
+    assert 30 < result.metrics["vae/psnr_db"] < 80
+    assert result.metrics["vae/decode_ms"] > 0 and result.metrics["vae/layers_float"] == 6
+    # the denoisers' latents do not see it
+    process_cache.clear()
+    without = run_job(small, tmp_path / "without")
+    assert all(map(torch.equal, result.candidate.trajectories, without.candidate.trajectories))
+    assert all(map(torch.equal, result.baseline.trajectories, without.baseline.trajectories))
+    assert [image.tobytes() for image in result.baseline.images] == [
+        image.tobytes() for image in without.baseline.images
+    ]
+
+
+def test_choices_that_do_not_exist_are_refused(small, tmp_path):
+    with pytest.raises(ConfigError, match=r"int8.convolutions=fast.*float, int8, auto"):
+        run_job([*small, "int8.convolutions=fast"], tmp_path)
+    with pytest.raises(ConfigError, match=r"int8.vae=auto.*float, int8"):
+        run_job([*small, "int8.vae=auto"], tmp_path)
+
+
+def test_integers_of_a_convolution_that_int8_does_not_have_are_refused(small, tmp_path, monkeypatch):
+    path = tmp_path / "folder"
+    run_job([*small, "int8.convolutions=int8", f"save={path}"], tmp_path / "a")
+    process_cache.clear()
+    monkeypatch.setattr(
+        "int8run.pipeline.prequantized.find_conv_obstacle",
+        lambda module: "a dilated convolution (dilation 2)",
+    )
+
+    with pytest.raises(FileError, match="which is a dilated convolution"):
+        run_job([*small, f"int8.checkpoint={path}"], tmp_path / "b")
+
+
+def test_auto_leaves_convolutions_float_that_are_faster_so(small, tmp_path):
+    # the definition is many times as slow as torch
+    table = "int8.convolutions=auto"
+
+    run_job([*small, table], tmp_path)
+
+    rows = read_rows(tmp_path / "layers.csv").values()
+    convolutions = [row for row in rows if row["kind"] == "conv" and row["speedup_vs_float"]]
+    assert all(row["quantized"] == "false" for row in convolutions)
+    reasons = {row["why_not"] for row in rows if row["kind"] == "conv"}
+    assert any("times as fast as reference for [2, 16, 8, 8] here" in reason for reason in reasons)
