@@ -53,6 +53,7 @@ def build_result_table(
     rows.add_embeddings()
     rows.add_quality()
     rows.add_layers()
+    rows.add_vae()
     rows.add_loras()
     return table
 
@@ -140,7 +141,8 @@ class ResultRows:
             return
         num_float, num_int8 = self.metrics["quant/layers_float"], self.metrics["quant/layers_int8"]
         self.table.add_section()
-        self.add_row("Linear layers, float / INT8", f"{num_float:.0f} / {num_int8:.0f}")
+        self.add_row("layers, float / INT8", f"{num_float:.0f} / {num_int8:.0f}")
+        self.add_value("multiply-adds in INT8", "quant/macs_int8_share", format_share)
         self.add_count("float by choice", "quant/layers_float_by_choice")
         self.add_count("small-batch fallback", "quant/fallback_layers")
         self.add_count("layers with a backend left out", "quant/layers_with_backends_left_out")
@@ -159,6 +161,18 @@ class ResultRows:
             mean = self.metrics["quant/attention_sqnr_db_mean"]
             least = self.metrics["quant/attention_sqnr_db_min"]
             self.add_row("attention SQNR, mean / min", f"{mean:.1f} / {least:.1f} dB")
+
+    def add_vae(self) -> None:
+        """What the INT8 VAE costs and brings, on the same latents as the float one."""
+        self.add_value("VAE, PSNR to the float VAE", "vae/psnr_db", format_decibels)
+        if "vae/decode_ratio" in self.metrics:
+            milliseconds, ratio = self.metrics["vae/decode_ms"], self.metrics["vae/decode_ratio"]
+            float_time, time = format_milliseconds(milliseconds * ratio), format_milliseconds(milliseconds)
+            self.table.add_row("VAE, decoding", float_time, time, f"{ratio:.2f}×")
+        if "vae/memory_ratio" in self.metrics:
+            num_bytes, ratio = self.metrics["vae/memory_bytes"], self.metrics["vae/memory_ratio"]
+            float_size, size = format_megabytes(num_bytes * ratio), format_megabytes(num_bytes)
+            self.table.add_row("VAE memory", float_size, size, f"{ratio:.2f}×")
 
     def add_loras(self) -> None:
         """What the LoRAs change and cost."""
@@ -215,6 +229,11 @@ def divide_by_float(float_value: float, value: float) -> float:
 def format_milliseconds(value: float) -> str:
     """`5.2 ms`."""
     return f"{value:.1f} ms"
+
+
+def format_share(share: float) -> str:
+    """A share in percent, with one decimal: `98.9 %`."""
+    return f"{100 * share:.1f} %"
 
 
 def format_percent(share: float) -> str:
