@@ -22,7 +22,7 @@ def find_sources(*overrides: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Any,
     """The sources of one layer, and the requests for layers that exist."""
     requests: list[Any] = []
     plan = LayerPlan("a", 4, 4, None)
-    loaded: Any = SimpleNamespace(plan_layers=lambda: [plan])
+    loaded: Any = SimpleNamespace(plan_layers=lambda convolutions: [plan])
     monkeypatch.setattr(module, "build_cache_key", lambda *args, **settings: "key")
     monkeypatch.setattr(
         module, "find_prequantized", lambda loaded, plans, request, changed_layers: requests.append(request)
