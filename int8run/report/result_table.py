@@ -87,7 +87,7 @@ class ResultRows:
         """How the candidate compares with the fastest float dtype, which need not be the model's."""
         ratio = self.metrics.get("speed/ratio_vs_best_float")
         if ratio is not None and self.best_float:
-            self.table.add_row(f"step, fastest float {self.best_float}", "", "", f"{ratio:.2f}×")
+            self.table.add_row(f"step, fastest float: {self.best_float}", "", "", f"{ratio:.2f}×")
 
     def add_peak_memory(self) -> None:
         """Largest memory while each model generated; a ratio only where each was alone."""

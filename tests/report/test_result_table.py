@@ -74,7 +74,7 @@ def test_int8_is_compared_with_the_fastest_float_of_the_machine():
     """Nobody is told 2 where bfloat16 alone gives 3."""
     rows = read_result_rows(METRICS | {"speed/ratio_vs_best_float": 0.8}, best_float="bfloat16")
 
-    assert rows["step, fastest float bfloat16"] == ["", "", "0.80×"]
+    assert rows["step, fastest float: bfloat16"] == ["", "", "0.80×"]
     assert "step, fastest float" not in str(read_result_rows(METRICS, best_float="bfloat16"))
 
 
