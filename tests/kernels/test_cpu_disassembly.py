@@ -26,15 +26,16 @@ ENDS_BLOCK = re.compile(r"^(j|ret|call)")
 TO_STACK = re.compile(r"^vmov\w+ +%[xyz]mm\d+,.*\(%r[sb]p")
 
 
-def list_blocks(instruction_set: InstructionSet, folder) -> list[list[str]]:
+def list_blocks(operator: str, instruction_set: InstructionSet, folder) -> list[list[str]]:
     """The instructions between jumps."""
-    library = folder / "linear.so"
+    library = folder / f"{operator}.so"
+    source = instruction_set.source.with_name(f"{operator}_{instruction_set.name}.cpp")
     command = [
         COMPILER,
         *FLAGS,
         *OPENMP_FLAGS,
         *instruction_set.flags,
-        str(instruction_set.source),
+        str(source),
         "-o",
         str(library),
     ]
@@ -55,11 +56,12 @@ def list_blocks(instruction_set: InstructionSet, folder) -> list[list[str]]:
     return blocks
 
 
+@pytest.mark.parametrize("operator", ["linear", "attention"])
 @pytest.mark.parametrize("instruction_set", X86_SETS, ids=lambda each: each.name)
-def test_the_inner_loop_keeps_its_sums_in_registers(instruction_set, tmp_path):
+def test_the_inner_loop_keeps_its_sums_in_registers(instruction_set, operator, tmp_path):
     name, count = PRODUCTS[instruction_set.name]
     loops = []
-    for block in list_blocks(instruction_set, tmp_path):
+    for block in list_blocks(operator, instruction_set, tmp_path):
         products = [i for i, line in enumerate(block) if line.startswith(f"{name} ")]
         if len(products) == count:
             loops.append(block[products[0] : products[-1] + 1])
