@@ -48,20 +48,29 @@ struct TokenTransform {
 
 bool is_power_of_4(int64_t n) { return (n & (n - 1)) == 0 && (n & 0x5555555555555555) != 0 && n > 1; }
 
+// Rotate x [width] into `row`, which may be x; returns the largest magnitude
+template <class X>
+float rotate_token(const typename X::T* x, const TokenTransform& by, float* row) {
+  return is_power_of_4(by.rotation) ? rotate<X, Regular>(x, row, by.width, by.rotation)
+                                    : rotate<X, Sylvester>(x, row, by.width, by.rotation);
+}
+
 // One token to bytes, q + 128, with zeros behind it up to a multiple of four; returns its scale. `row` has room for
 // round_up(width, 16) numbers.
 template <class X>
 float quantize_token(const typename X::T* x, const TokenTransform& by, float* row, uint8_t* q) {
-  if (!by.mean && !by.rotation) return quantize_row<X>(x, by.width, absmax<X>(x, by.width), 1.0f, q);
+  const float unit = by.rotation ? std::sqrt(static_cast<float>(by.rotation)) : 1.0f;
+  if (!by.mean) {
+    if (!by.rotation) return quantize_row<X>(x, by.width, absmax<X>(x, by.width), unit, q);
+    return quantize_row<Float32>(row, by.width, rotate_token<X>(x, by, row), unit, q);
+  }
   for (int64_t c = 0; c < by.width; c += 16) {
     const Mask inside = first_lanes(by.width - c);
-    const Floats v = X::load(x + c, inside);
-    store(row + c, by.mean ? subtract(v, load(by.mean + c, inside)) : v);
+    store(row + c, subtract(X::load(x + c, inside), load(by.mean + c, inside)));
   }
-  if (!by.rotation) return quantize_row<Float32>(row, by.width, absmax<Float32>(row, by.width), 1.0f, q);
-  const float magnitude = is_power_of_4(by.rotation) ? rotate<Float32, Regular>(row, row, by.width, by.rotation)
-                                                     : rotate<Float32, Sylvester>(row, row, by.width, by.rotation);
-  return quantize_row<Float32>(row, by.width, magnitude, std::sqrt(static_cast<float>(by.rotation)), q);
+  const float magnitude =
+      by.rotation ? rotate_token<Float32>(row, by, row) : absmax<Float32>(row, by.width);
+  return quantize_row<Float32>(row, by.width, magnitude, unit, q);
 }
 
 // --- keys and values of a head, in the panels that linear.h has a picture of

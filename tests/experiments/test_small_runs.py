@@ -15,11 +15,13 @@ from safetensors.torch import save_file
 from support.cli_process import command_in
 from support.experiment_script import EXPERIMENTS, find_exit_code, run_script
 
+from int8run.backends.cpu import Cpu
 from int8run.config.compose import compose_jobs
 from int8run.errors import BackendError
 from int8run.models.family import ModelFamily, load_families
 
 Capture = pytest.CaptureFixture[str]
+REFUSED = Cpu().limits.unsupported_reasons(torch.device("cpu"))
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 TINY_JOB = ("sampler.steps=1", "tracker=none", "metrics.layers=false", "metrics.system_s=0")
 
@@ -60,6 +62,28 @@ def test_cpu_forward_prints_a_row_for_each_variant(capsys: Capture) -> None:
 
     rows = capsys.readouterr().out.splitlines()[-2:]
     assert [row.split(" | ")[1:3] for row in rows] == [["reference", "none"], ["reference", "convrot"]]
+
+
+@pytest.mark.slow
+def test_attention_prints_errors_of_each_treatment_and_part(capsys: Capture) -> None:
+    run_script("attention/errors.py", "--queries", "4", "--keys", "300", "--prompts", "fox")
+
+    rows = [row.split(" | ") for row in capsys.readouterr().out.splitlines() if row.startswith("| ")]
+    assert [len(row) for row in rows] == [10] * 15
+    assert rows[4][0] == "| rotated by 64"
+    # dB of the shipped model's layers and of keys with an outlier, rotated
+    assert all(float(cell) > 35 for cell in rows[4][1:6])
+    assert float(rows[4][8]) > float(rows[1][8]) + 5
+
+
+@pytest.mark.skipif(bool(REFUSED), reason=f"the CPU kernels: {'; '.join(REFUSED)}")
+def test_attention_prints_a_speed_for_each_variant(capsys: Capture) -> None:
+    run_script("attention/speed.py", "--rounds", "1", "--sizes", "tiny, batch 1")
+
+    rows = capsys.readouterr().out.splitlines()[4:]
+    treated = ["INT8, rotated by 64", "INT8, keys centered"]
+    names = [row.split(" | ")[2] for row in rows]
+    assert names == ["float32", "bfloat16", "INT8", "INT8 of bfloat16", *treated]
 
 
 def test_call_overhead_prints_a_row_for_each_layer(capsys: Capture) -> None:
