@@ -41,6 +41,8 @@ class AttentionWatch(TorchFunctionMode):
         """Call the function, as torch hands it over."""
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
+        if not self.running:
+            return result  # of another model, such as a text encoder
         if func is ATTENTION_FUNCTION:
             self.on_attention(self.running[-1], AttentionCall(*args, **kwargs), result)
         elif func in SOFTMAX_FUNCTIONS and result.dim() >= MIN_SCORE_DIMS:
