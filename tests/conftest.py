@@ -15,8 +15,12 @@ from torch import nn
 
 from int8run.backends import auto, best_float
 from int8run.backends.cpu import Cpu
-from int8run.kernels.cpu.attention import load_attention_library
-from int8run.kernels.cpu.library import BuildError, load_linear_library, load_rows_library
+from int8run.kernels.cpu.library import (
+    BuildError,
+    load_attention_library,
+    load_linear_library,
+    load_rows_library,
+)
 
 if TYPE_CHECKING:
     from support.cli_process import Command

@@ -14,7 +14,7 @@ from int8run.backends.base import Backend, Limits
 from int8run.errors import BackendError
 from int8run.kernels.cpu import attention as cpu_attention
 from int8run.kernels.cpu.instructions import AUTO, INSTRUCTION_SETS
-from int8run.kernels.cpu.library import BuildError, load_linear_library
+from int8run.kernels.cpu.library import BuildError, load_attention_library
 from int8run.kernels.int8_attention.reference import int8_attention
 
 # the least group of channels that is worth a rotation
@@ -156,8 +156,7 @@ class CpuAttention:
             BackendError: when the kernels cannot be built.
         """
         try:
-            cpu_attention.load_attention_library(self.instructions)
-            return load_linear_library(self.instructions).instructions
+            return load_attention_library(self.instructions).instructions
         except BuildError as error:
             raise BackendError(f"INT8 attention on the CPU: {error}; set int8.attention=float") from error
 

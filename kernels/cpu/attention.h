@@ -28,6 +28,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <memory>
 #include <vector>
 
 #include "attention_mask.h"
@@ -99,29 +100,35 @@ void measure_heads(const Attention& a, HeadRange range, std::vector<PackedHead>&
   }
 }
 
+// A block of keys and their values; `index`: of batch * key heads
+void pack_block(const Attention& a, int64_t index, int64_t block, PackedHead& head) {
+  const int64_t steps = ceil_div(a.width, 4), value_panels = ceil_div(a.value_width, PANEL);
+  const int64_t batch = index / a.key_heads, key_head = index % a.key_heads;
+  const int64_t first = block * KEY_BLOCK, end = std::min(a.keys, first + KEY_BLOCK);
+  const TokenTransform by{a.width, a.center_keys ? head.key_mean.data() : nullptr, a.rotation};
+  with_dtype(a.k.dtype, [&](auto x) {
+    const Tokens<decltype(x)> keys(a.k, batch, key_head);
+    for (int64_t key = first; key < end; key += PANEL)
+      pack_keys(keys, key, std::min(end, key + PANEL), by, head.key_scale.data(),
+                head.keys.data()->bytes + key / PANEL * (1 + steps) * STEP_BYTES);
+  });
+  with_dtype(a.v.dtype, [&](auto x) {
+    const Tokens<decltype(x)> values(a.v, batch, key_head);
+    for (int64_t panel = 0; panel < value_panels; panel++)
+      pack_values(values, first, end, PANEL * panel, a.value_width, head,
+                  head.values.data()->bytes + (block * value_panels + panel) * VALUE_PANEL_BYTES);
+  });
+}
+
 void pack_heads(const Attention& a, HeadRange range, std::vector<PackedHead>& heads) {
-  const int64_t blocks = ceil_div(a.keys, KEY_BLOCK), steps = ceil_div(a.width, 4);
-  const int64_t value_panels = ceil_div(a.value_width, PANEL);
+  const int64_t blocks = ceil_div(a.keys, KEY_BLOCK);
+  MemoryGuard memory;
 #pragma omp parallel for num_threads(a.threads) if (a.threads > 1) schedule(dynamic)
   for (int64_t task = 0; task < range.count * blocks; task++) {
-    PackedHead& head = heads[task / blocks];
-    const int64_t index = range.first + task / blocks, block = task % blocks;
-    const int64_t batch = index / a.key_heads, key_head = index % a.key_heads;
-    const int64_t first = block * KEY_BLOCK, end = std::min(a.keys, first + KEY_BLOCK);
-    const TokenTransform by{a.width, a.center_keys ? head.key_mean.data() : nullptr, a.rotation};
-    with_dtype(a.k.dtype, [&](auto x) {
-      const Tokens<decltype(x)> keys(a.k, batch, key_head);
-      for (int64_t key = first; key < end; key += PANEL)
-        pack_keys(keys, key, std::min(end, key + PANEL), by, head.key_scale.data(),
-                  head.keys.data()->bytes + key / PANEL * (1 + steps) * STEP_BYTES);
-    });
-    with_dtype(a.v.dtype, [&](auto x) {
-      const Tokens<decltype(x)> values(a.v, batch, key_head);
-      for (int64_t panel = 0; panel < value_panels; panel++)
-        pack_values(values, first, end, PANEL * panel, a.value_width, head,
-                    head.values.data()->bytes + (block * value_panels + panel) * VALUE_PANEL_BYTES);
-    });
+    const int64_t local = task / blocks;
+    memory.run([&] { pack_block(a, range.first + local, task % blocks, heads[local]); });
   }
+  memory.rethrow();
 }
 
 // --- a block of queries
@@ -345,25 +352,27 @@ void attend_to_all(const Attention& a, const PackedHead& head, QueryBlock querie
 
 void attend_with_heads(const Attention& a, HeadRange range, const std::vector<PackedHead>& heads) {
   const int64_t blocks = ceil_div(a.queries, QUERY_BLOCK), group = a.heads / a.key_heads;
+  MemoryGuard memory;
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1)
   {
-    AttentionWorkspace space(a);
+    std::unique_ptr<AttentionWorkspace> space;
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < range.count * group * blocks; task++) {
+      if (memory.has_failed()) continue;
       const int64_t local = task / (group * blocks), index = range.first + local;
       const int64_t head = index % a.key_heads * group + task / blocks % group;
       const int64_t first = task % blocks * QUERY_BLOCK;
       const QueryBlock queries{index / a.key_heads, head, first, std::min(QUERY_BLOCK, a.queries - first), Rows{}};
-      attend_to_all(a, heads[local], queries, space);
+      memory.run([&] {
+        if (!space) space.reset(new AttentionWorkspace(a));
+        attend_to_all(a, heads[local], queries, *space);
+      });
     }
   }
+  memory.rethrow();
 }
 
-}  // namespace
-
-// `attention`: an Attention
-extern "C" void int8run_attention(const void* attention) {
-  const Attention& a = *static_cast<const Attention*>(attention);
+void compute_attention(const Attention& a) {
   if (a.batch * a.heads * a.queries == 0) return;
   const int64_t count = count_packed_heads(a), all = a.batch * a.key_heads;
   std::vector<PackedHead> heads(count);
@@ -374,4 +383,11 @@ extern "C" void int8run_attention(const void* attention) {
     pack_heads(a, range, heads);
     attend_with_heads(a, range, heads);
   }
+}
+
+}  // namespace
+
+// `attention`: an Attention; returns a Status
+extern "C" int int8run_attention(const void* attention) {
+  return report_status([&] { compute_attention(*static_cast<const Attention*>(attention)); });
 }

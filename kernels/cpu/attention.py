@@ -5,13 +5,12 @@ The definition is `int8run.kernels.int8_attention.reference`. The operator is re
 """
 
 import ctypes
-import functools
 
 import torch
 from torch import Tensor
 
-from int8run.kernels.cpu.instructions import AUTO, INSTRUCTION_SETS
-from int8run.kernels.cpu.library import build_library, get_default_cache, load_linear_library, open_library
+from int8run.kernels.cpu.instructions import AUTO
+from int8run.kernels.cpu.library import check_status, load_attention_library
 from int8run.kernels.int8_attention.reference import check_attention_shapes
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -98,6 +97,7 @@ def int8_attention(
 
     Raises:
         ValueError: for shapes, a mask or a rotation that do not fit.
+        MemoryError: when there is none for packed keys and values.
     """
     op = torch.ops.int8run.cpu_attention.default
     output: Tensor = op(q, k, v, mask, is_causal, scale, rotation, center_keys, instructions)
@@ -152,21 +152,6 @@ def describe_call(
     )
 
 
-@functools.cache
-def load_attention_library(instructions: str = AUTO) -> ctypes.CDLL:
-    """Load the kernel for the instruction set that the linear layers have; build it if the cache has none.
-
-    Raises:
-        BuildError: as `load_linear_library`.
-    """
-    chosen = INSTRUCTION_SETS[load_linear_library(instructions).instructions]
-    source = chosen.source.with_name(f"attention_{chosen.name}.cpp")
-    functions = open_library(build_library(get_default_cache(), source, chosen.flags))
-    functions.int8run_attention.argtypes = [ctypes.POINTER(Attention)]
-    functions.int8run_attention.restype = None
-    return functions
-
-
 def _attention_impl(
     q: Tensor,
     k: Tensor,
@@ -187,7 +172,7 @@ def _attention_impl(
     call = describe_call(
         q, k, v, output, mask, is_causal=is_causal, scale=scale, rotation=rotation, center_keys=center_keys
     )
-    load_attention_library(instructions).int8run_attention(call)
+    check_status(load_attention_library(instructions).functions.int8run_attention(ctypes.byref(call)))
     return output
 
 

@@ -28,7 +28,8 @@ class InstructionSet:
     """What the kernels can be compiled for.
 
     Args:
-        name: as users know it; its sources are `linear_<name>.cpp`, `conv_<name>.cpp`.
+        name: as users know it; its sources are `linear_<name>.cpp`, `conv_<name>.cpp`
+            and `attention_<name>.cpp`.
         features: what the CPU must have, by torch's names.
         flags: of the compiler. Instructions are named one by one and not -march=native: a cache may be shared
             by machines that differ.
@@ -46,7 +47,7 @@ class InstructionSet:
         return self.get_source("linear")
 
     def get_source(self, layer: str) -> Path:
-        """The C++ file of a kind of layers: `linear` or `conv`."""
+        """The C++ file of a kind of layers: `linear`, `conv` or `attention`."""
         return Path(__file__).with_name(f"{layer}_{self.name}.cpp")
 
 

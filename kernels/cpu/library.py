@@ -125,6 +125,12 @@ def load_conv_library(instructions: str = AUTO, cache: Path | None = None) -> Li
     return raise_or_return(try_to_load(instructions, cache, "conv"))
 
 
+@functools.cache
+def load_attention_library(instructions: str = AUTO, cache: Path | None = None) -> Library:
+    """Load the kernels of attention; all else is as for `load_linear_library`."""
+    return raise_or_return(try_to_load(instructions, cache, "attention"))
+
+
 def raise_or_return(outcome: Library | InstructionSetError) -> Library:
     """Raise a remembered refusal, as a new exception each time."""
     if isinstance(outcome, InstructionSetError):
@@ -141,7 +147,7 @@ def try_to_load(
     Args:
         instructions: name of an instruction set, or `auto`.
         cache: folder for the built library, or None.
-        layer: `linear` or `conv`.
+        layer: `linear`, `conv` or `attention`.
 
     Raises:
         BuildError: for what may pass, such as a disk that is full.
@@ -171,7 +177,7 @@ def load_instruction_set(name: str, folder: Path, layer: str = "linear") -> ctyp
     Args:
         name: of the instruction set.
         folder: for the built library.
-        layer: `linear` or `conv`.
+        layer: `linear`, `conv` or `attention`.
 
     Raises:
         InstructionSetError: there is no such set, this machine cannot run it, or the compiler refuses it.

@@ -10,11 +10,15 @@ def declare_functions(layer: str, functions: ctypes.CDLL) -> None:
     """Tell ctypes the signatures of a library.
 
     Args:
-        layer: `linear` or `conv`.
+        layer: `linear`, `conv` or `attention`.
         functions: the loaded library.
     """
-    declare = {"linear": declare_linear_functions, "conv": declare_conv_functions}[layer]
-    declare(functions)
+    declarations = {
+        "linear": declare_linear_functions,
+        "conv": declare_conv_functions,
+        "attention": declare_attention_functions,
+    }
+    declarations[layer](functions)
 
 
 def declare_linear_functions(functions: ctypes.CDLL) -> None:
@@ -46,3 +50,9 @@ def declare_conv_functions(functions: ctypes.CDLL) -> None:
         *(POINTER, INT64, INT, INT),  # y, y_stride, dtype, threads
     ]
     functions.int8run_quantize_pixels.restype = functions.int8run_conv.restype = None
+
+
+def declare_attention_functions(functions: ctypes.CDLL) -> None:
+    """Tell ctypes the signature of attention.h."""
+    functions.int8run_attention.argtypes = [POINTER]  # an Attention of attention.py
+    functions.int8run_attention.restype = INT

@@ -4,7 +4,7 @@
 #include <cstdio>
 #include <vector>
 
-extern "C" void int8run_attention(const void*);
+extern "C" int int8run_attention(const void*);
 
 // An Attention of attention.h in words of eight bytes, and where the pointers are: q, k, v, output, mask
 constexpr int WORDS = 38, OUTPUT = 15;
@@ -32,7 +32,7 @@ int main(int, char** arguments) {
       call[OPERANDS[i]] = operands[i].empty() ? 0 : reinterpret_cast<int64_t>(operands[i].data());
     }
     call[OUTPUT] = reinterpret_cast<int64_t>(output.data());
-    int8run_attention(call);
+    if (int8run_attention(call)) return 1;
     std::fwrite(output.data(), 1, output.size(), out);
   }
   return std::fclose(out);

@@ -1,11 +1,15 @@
 """INT8 attention on CPUs beside its definition, for every instruction set that this CPU has."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 from support.compare import assert_close
 from support.helpers import CPU, randn
 
 from int8run.backends.cpu import Cpu
+from int8run.kernels.cpu import attention as module
 from int8run.kernels.cpu.attention import int8_attention
 from int8run.kernels.cpu.instructions import (
     AVX2_FEATURES,
@@ -15,6 +19,7 @@ from int8run.kernels.cpu.instructions import (
     find_unusable_reason,
     list_instruction_sets,
 )
+from int8run.kernels.cpu.library import OUT_OF_MEMORY
 from int8run.kernels.int8_attention import reference
 
 REFUSED = Cpu().limits.unsupported_reasons(CPU)
@@ -23,7 +28,16 @@ pytestmark = [
     pytest.mark.skipif(bool(REFUSED), reason=f"the CPU kernels: {'; '.join(REFUSED)}"),
 ]
 FOUND = [name for name in list_instruction_sets() if find_unusable_reason((name,)) is None]
-EMULATED = InstructionSet("amx_emulated", features=AVX2_FEATURES, flags=AVX2_FLAGS)
+
+
+class EmulatedTiles(InstructionSet):
+    """AMX without its instructions: slow, and on any CPU with AVX2."""
+
+    def get_source(self, layer: str) -> Path:
+        return Path(__file__).with_name(f"{layer}_amx_emulated.cpp")
+
+
+EMULATED = EmulatedTiles("amx_emulated", features=AVX2_FEATURES, flags=AVX2_FLAGS)
 EMULATION_REFUSED = Cpu(instructions="avx2").limits.unsupported_reasons(CPU)
 # probabilities that lie between two codes are rounded either way: one in fifty, by one of 255
 MAX_REL_ERR = 2e-3
@@ -195,6 +209,14 @@ def test_a_mask_that_does_not_fit_is_refused():
 def test_a_rotation_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="power of 2 that divides a head's 16 channels, not 32"):
         int8_attention(*make_operands(2, 2, 5, 7, 16, 16), rotation=32)
+
+
+def test_a_kernel_without_memory_raises(monkeypatch):
+    functions = SimpleNamespace(int8run_attention=lambda call: OUT_OF_MEMORY)
+    monkeypatch.setattr(module, "load_attention_library", lambda name: SimpleNamespace(functions=functions))
+
+    with pytest.raises(MemoryError, match="the CPU kernels ran out of memory"):
+        int8_attention(*make_operands(2, 2, 5, 7, 16, 16))
 
 
 def test_a_compiled_graph_holds_the_operator_whole():
