@@ -6,7 +6,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from int8run.checkpoints.reader import TensorInfo
+from int8run.checkpoints.checkpoint_files import TensorInfo
 from int8run.kernels.dequantize.reference import MXFP8_BLOCK, NVFP4_BLOCK
 from int8run.quant.formats import SCALE_TILE
 

@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from int8run.checkpoints.block_formats import BLOCK_FORMATS, TILE_COLUMNS, TILE_ROWS
+from int8run.checkpoints.checkpoint_files import TensorInfo
 from int8run.checkpoints.quant_metadata import Marker
-from int8run.checkpoints.reader import TensorFiles, TensorInfo
+from int8run.checkpoints.reader import TensorFiles
 from int8run.checkpoints.unsupported import is_modelopt
 from int8run.errors import FileError
 from int8run.quant.packed_weight import round_up

@@ -19,10 +19,11 @@ from int8run.checkpoints.block_formats import (
     BlockFormat,
 )
 from int8run.checkpoints.block_layout import find_layouts
+from int8run.checkpoints.checkpoint_files import TensorInfo
 from int8run.checkpoints.granularity import check_positive
 from int8run.checkpoints.layer_evidence import LayerEvidence
 from int8run.checkpoints.quant_metadata import Marker
-from int8run.checkpoints.reader import TensorFiles, TensorInfo
+from int8run.checkpoints.reader import TensorFiles
 from int8run.errors import FileError
 from int8run.kernels.dequantize.reference import compute_swizzled_offsets
 from int8run.quant.packed_weight import PackedWeight, round_up

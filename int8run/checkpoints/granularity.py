@@ -11,11 +11,12 @@ from math import prod
 
 import torch
 
+from int8run.checkpoints.checkpoint_files import TensorInfo
 from int8run.checkpoints.header import FLOATS
 from int8run.checkpoints.layer_evidence import LayerEvidence
 from int8run.checkpoints.powers import is_power_of_2
 from int8run.checkpoints.quant_metadata import Marker
-from int8run.checkpoints.reader import TensorFiles, TensorInfo
+from int8run.checkpoints.reader import TensorFiles
 from int8run.checkpoints.unsupported import read_quant_config
 from int8run.errors import FileError
 

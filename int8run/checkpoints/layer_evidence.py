@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from int8run.checkpoints.checkpoint_files import TensorInfo
 from int8run.checkpoints.quant_metadata import Marker
-from int8run.checkpoints.reader import TensorFiles, TensorInfo
+from int8run.checkpoints.reader import TensorFiles
 
 
 @dataclass(frozen=True)

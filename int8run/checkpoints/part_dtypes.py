@@ -7,8 +7,9 @@ in them; and an integer where a parameter is expected is not a number of the mod
 from collections.abc import Mapping
 
 from int8run.checkpoints import quip
+from int8run.checkpoints.checkpoint_files import TensorInfo
 from int8run.checkpoints.header import FLOATS, FP8, INTEGERS
-from int8run.checkpoints.reader import TensorFiles, TensorInfo
+from int8run.checkpoints.reader import TensorFiles
 from int8run.errors import FileError
 
 PARAMETER = "parameter"  # of a model: a weight that is not quantized, a bias, a norm, a table

@@ -18,7 +18,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from int8run.config.compose import check_files_of_jobs, check_jobs
+from int8run.config.sweep_checks import check_files_of_jobs, check_jobs
 from int8run.jobs.base import Pool
 from int8run.jobs.folders import claim_sweep_folder, read_unresolved
 from int8run.jobs.hydra_files import mask_config

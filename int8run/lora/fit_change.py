@@ -13,7 +13,7 @@ from int8run.lora.adapters.dora import DoRA
 from int8run.lora.adapters.joined_columns import JoinedColumns, JoinedPart
 from int8run.lora.load import LoraFile
 from int8run.lora.model_component import ModelComponent
-from int8run.lora.module_names import ModuleTarget, count_source_rows
+from int8run.lora.row_slices import ModuleTarget, count_source_rows
 
 
 def has_matching_shapes(

@@ -28,7 +28,7 @@ from int8run.lora.key_groups import PLAIN_WEIGHT, describe_copies
 from int8run.lora.key_parsing import DENOISER, UNKNOWN_SUFFIX, parse_key
 from int8run.lora.load import LoraFile
 from int8run.lora.model_component import ModelComponent
-from int8run.lora.module_names import ModuleTargets
+from int8run.lora.row_slices import ModuleTargets
 from int8run.lora.unread_types import UnreadType, describe_unread_types, list_unread_types
 
 log = logging.getLogger(__name__)

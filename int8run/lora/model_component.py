@@ -8,7 +8,8 @@ from dataclasses import replace
 
 from torch import nn
 
-from int8run.lora.module_names import ModuleTarget, ModuleTargets, NameTable, get_target_shape
+from int8run.lora.module_names import NameTable, get_target_shape
+from int8run.lora.row_slices import ModuleTarget, ModuleTargets
 from int8run.models.denoiser_classes import find_replaced_reason
 from int8run.models.denoiser_components import COMPONENTS_WITHOUT_LORAS
 from int8run.models.dual_denoisers import split_denoiser

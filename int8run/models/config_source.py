@@ -12,7 +12,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from int8run.models.family import ModelSource
 from int8run.models.hub import make_download_error
 from int8run.models.model_folders import names_weights, read_source_index
-from int8run.models.modular_pipeline import list_used_components
+from int8run.models.modular_blocks import list_used_components
 from int8run.models.pipeline_index import ComponentOrigin, list_components_elsewhere
 from int8run.models.resolve_weights import CONFIG_NAME, download_index, is_local
 from int8run.models.source import ResolvedModel, choose_source_pipeline, read_denoiser, select_denoisers

@@ -20,7 +20,8 @@ from torch import nn
 from int8run.errors import ConfigError, FileError
 from int8run.models.missing_library import raise_if_library_is_missing, read_late_attribute
 from int8run.models.model_folders import make_load_error, read_model_index
-from int8run.models.modular_pipeline import ModularFace, build_blocks, make_pipeline
+from int8run.models.modular_blocks import build_blocks
+from int8run.models.modular_pipeline import ModularFace, make_pipeline
 from int8run.models.source import ResolvedModel
 
 log = logging.getLogger(__name__)

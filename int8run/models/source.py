@@ -27,7 +27,7 @@ from int8run.models.model_folders import (
     resolve_pipeline_folder,
     resolve_weight_file,
 )
-from int8run.models.modular_pipeline import list_used_components
+from int8run.models.modular_blocks import list_used_components
 from int8run.models.modular_source import resolve_components_elsewhere
 from int8run.models.pipeline_class import CONTROLNET, check_pipeline_fits, choose_pipeline_class
 from int8run.models.pipeline_index import (

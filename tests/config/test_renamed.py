@@ -7,12 +7,7 @@ import pytest
 from hydra import compose, initialize_config_module
 
 from int8run.config.allowed_classes import list_own_classes
-from int8run.config.compose import (
-    check_command,
-    compose_jobs,
-    create_run_spec,
-    int8run_options,
-)
+from int8run.config.compose import check_command, compose_jobs, create_run_spec, int8run_options
 from int8run.config.renamed import RENAMED_KEYS, RENAMED_TARGETS, rename_override, report_once
 from int8run.errors import ConfigError
 

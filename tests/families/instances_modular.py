@@ -58,7 +58,8 @@ from transformers import (
 )
 
 from int8run.models.minimax_h3_pruned import MiniMaxH3PrunedTransformer3DModel
-from int8run.models.modular_pipeline import build_blocks, get_call_class, make_pipeline
+from int8run.models.modular_blocks import build_blocks
+from int8run.models.modular_pipeline import get_call_class, make_pipeline
 
 
 class Resize:

@@ -15,15 +15,8 @@ from support.parameter_ids import name_parameter
 from torch import nn
 
 from int8run.errors import LoraError
-from int8run.lora.module_names import (
-    ModuleTarget,
-    NameTable,
-    count_source_rows,
-    find_target,
-    flatten_name,
-    get_target_shape,
-    get_weight_shape,
-)
+from int8run.lora.module_names import NameTable, find_target, flatten_name, get_target_shape, get_weight_shape
+from int8run.lora.row_slices import ModuleTarget, count_source_rows
 from int8run.models.key_mapping import KeyMapping
 
 

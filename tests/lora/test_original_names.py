@@ -15,7 +15,8 @@ from support.parameter_ids import name_parameter
 from torch import Tensor, nn
 
 from int8run.errors import ConfigError
-from int8run.lora.module_names import ModuleTarget, NameTable, count_source_rows, flatten_name
+from int8run.lora.module_names import NameTable, flatten_name
+from int8run.lora.row_slices import ModuleTarget, count_source_rows
 from int8run.models.denoiser_classes import OWN_DENOISERS
 from int8run.models.key_mapping import (
     MAPPING_FOLDER,

@@ -36,8 +36,9 @@ from int8run.generate.generate import generate
 from int8run.generate.negative_prompts import read_guidance
 from int8run.generate.prompts import Sample
 from int8run.models.family import ModelSource
+from int8run.models.modular_blocks import build_blocks
 from int8run.models.modular_loader import find_library, load_modular_pipeline
-from int8run.models.modular_pipeline import ModularFace, build_blocks, find_guiders, make_pipeline
+from int8run.models.modular_pipeline import ModularFace, find_guiders, make_pipeline
 from int8run.models.pipeline_index import read_pipeline_index
 from int8run.models.sampling import Sampling
 from int8run.models.source import resolve_model

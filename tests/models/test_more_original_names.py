@@ -11,7 +11,8 @@ from support.more_original_families import SCRIPTS
 from torch import Tensor
 
 from int8run.errors import ConfigError, FileError
-from int8run.lora.module_names import ModuleTarget, NameTable
+from int8run.lora.module_names import NameTable
+from int8run.lora.row_slices import ModuleTarget
 from int8run.models.detect_family import detect_denoiser
 from int8run.models.family import load_families
 from int8run.models.original_names import to_original
