@@ -213,11 +213,13 @@ class RunSpec:
             raise ConfigError(
                 "int8.enable=false makes no INT8 layers; quality_db, save and int8.checkpoint need some"
             )
-        if self.int8.attention != "float":
-            raise ConfigError(
-                f"int8.enable=false makes no INT8 model for int8.attention={self.int8.attention}; for INT8 "
-                "attention alone set backend=float"
-            )
+        for part in ("attention", "convolutions", "vae"):
+            choice = getattr(self.int8, part)
+            if choice != "float":
+                raise ConfigError(
+                    f"int8.enable=false makes no INT8 model for int8.{part}={choice}; for that alone in INT8 "
+                    "set backend=float"
+                )
 
     def check_save(self) -> None:
         """Raise ConfigError unless `save` is a file or folder that can be written."""
@@ -309,7 +311,9 @@ class RunSpec:
         """The same job with the float model alone."""
         return replace(
             self,
-            int8=replace(self.int8, enable=False, checkpoint=None, attention="float"),
+            int8=replace(
+                self.int8, enable=False, checkpoint=None, attention="float", convolutions="float", vae="float"
+            ),
             clip=TextEncoders(),
             save=None,
             quality_db=None,

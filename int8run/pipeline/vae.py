@@ -24,7 +24,7 @@ from int8run.pipeline.layer_selection import describe_skip_reasons, select_int8_
 from int8run.pipeline.loaded_model import LoadedModel
 from int8run.pipeline.quantization_settings import QuantizationSettings
 from int8run.ptq.convolutions import ConvolutionBinder
-from int8run.ptq.quantize import build_int8_layers, check_backend, quantize_layers
+from int8run.ptq.quantize import build_int8_layers, check_backend, keep_faster_layers, quantize_layers
 from int8run.quant.rounding import AbsMax
 from int8run.report.console import Progress
 
@@ -109,7 +109,7 @@ def quantize_vae(
     check_backend(settings.backend, loaded.device, chosen)
     layers = quantize_chosen(loaded, vae, chosen, settings, rows=rows, progress=progress)
     int8_vae = assemble_vae(vae, layers)
-    log.info("%d of %d layers of %s are INT8", len(chosen), len(plans), type(vae).__name__)
+    log.info("%d of %d layers of %s are INT8", len(layers), len(plans), type(vae).__name__)
     return QuantizedVae(vae, int8_vae, plans)
 
 
@@ -179,7 +179,8 @@ def quantize_chosen(
             on_layer=finish_layer,
             device=loaded.device,
         )
-    return {**linears, **binder.made}
+    # with backend=float its Linears stay float: the convolutions alone are INT8 then
+    return keep_faster_layers(plans, {**linears, **binder.made})
 
 
 def assemble_vae(vae: nn.Module, layers: dict[str, Int8Layer]) -> nn.Module:

@@ -98,9 +98,7 @@ class ConvolutionBinder:
         if self.asked not in ("auto", self.backend.name):
             # a backend of Linears has no convolutions; this is what stands for it
             plan.backend_asked = "auto"
-        if self.asked == "float":
-            plan.float_reason = "backend=float"
-        elif self.is_timed and input_shape is not None:
+        if self.is_timed and input_shape is not None:
             plan.speedup = self.measure_speedup(made, conv, tuple(input_shape))
             if plan.speedup * MIN_FLOAT_GAIN < 1:
                 times = f"{1 / plan.speedup:.2f} times as fast"

@@ -4,13 +4,18 @@ import csv
 
 import pytest
 import torch
+from hydra import compose, initialize_config_module
 from safetensors.torch import load_file, save_file
 from support.run_job import run_job
 from support.tiny_unet_pipeline import build_unet, save_unet_pipeline
 
+from int8run.config.compose import create_run_spec, get_plain_config
+from int8run.config.job import Job
 from int8run.errors import ConfigError, FileError
 from int8run.pipeline import process_cache
+from int8run.tasks.quantize_checkpoint import quantize_file
 
+FILE = "diffusion_pytorch_model.safetensors"
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -40,6 +45,14 @@ def read_rows(path):
         return {row["name"]: row for row in csv.DictReader(file)}
 
 
+def quantize(overrides, folder):
+    """The task without a command line."""
+    with initialize_config_module("int8run.conf", version_base="1.3"):
+        config = compose("config", ["tracker=none", "progress=false", *overrides])
+    job = Job(get_plain_config(config), choices={}, overrides=list(overrides), output_dir=folder)
+    return quantize_file(create_run_spec(config), job, None)
+
+
 def test_convolutions_are_int8_and_have_rows(small, tmp_path):
     result = run_job([*small, "int8.convolutions=int8"], tmp_path)
 
@@ -67,7 +80,7 @@ def test_without_being_asked_for_nothing_is_new(small, tmp_path):
 @pytest.mark.slow
 def test_a_saved_model_comes_back_bit_for_bit(small, tmp_path):
     made = run_job([*small, "int8.convolutions=int8", f"save={tmp_path / 'folder'}"], tmp_path / "a")
-    path = tmp_path / "folder" / "diffusion_pytorch_model.safetensors"
+    path = tmp_path / "folder" / FILE
     process_cache.clear()
 
     read = run_job([*small, f"int8.checkpoint={path}"], tmp_path / "b")
@@ -178,3 +191,41 @@ def test_auto_leaves_convolutions_float_that_are_faster_so(small, tmp_path):
     assert all(row["quantized"] == "false" for row in convolutions)
     reasons = {row["why_not"] for row in rows if row["kind"] == "conv"}
     assert any("times as fast as reference for [2, 16, 8, 8] here" in reason for reason in reasons)
+
+
+def test_parts_need_an_int8_model(small, tmp_path):
+    for part in ("convolutions", "vae"):
+        with pytest.raises(ConfigError, match=f"makes no INT8 model for int8.{part}=int8; for that alone"):
+            run_job([*small, f"int8.{part}=int8", "int8.enable=false"], tmp_path)
+
+
+@pytest.mark.slow
+def test_convolutions_and_vae_alone_are_int8_with_float_linears(small, tmp_path):
+    parts = ["int8.convolutions=int8", "int8.vae=int8", "backend=float"]
+
+    run_job([*small, *parts], tmp_path)
+
+    for file in ("layers.csv", "vae.csv"):
+        rows = read_rows(tmp_path / file).values()
+        assert {row["kind"] for row in rows if row["quantized"] == "true"} == {"conv"}
+        assert "backend=float" in {row["why_not"] for row in rows if row["kind"] == "linear"}
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_quantized_from_file_to_file_with_its_convolutions(model, small, tmp_path):
+    made = run_job([*small, "int8.convolutions=int8", f"save={tmp_path / 'run'}"], tmp_path / "a")
+    streamed = tmp_path / "streamed"
+    command = [f"model.location={model}/unet", "model_type=sd15", "outlier=none", "int8.convolutions=int8"]
+
+    quantize(["task=quantize", *command, f"save={streamed}"], tmp_path)
+
+    ours = load_file(tmp_path / "run" / FILE)
+    theirs = load_file(streamed / FILE)
+    assert ours.keys() == theirs.keys()
+    kernels = [name for name, tensor in ours.items() if tensor.dtype == torch.int8 and tensor.dim() == 4]
+    assert len(kernels) == sum(
+        plan["kind"] == "conv" and plan["quantized"] == "true"
+        for plan in read_rows(tmp_path / "a" / "layers.csv").values()
+    )
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert made.metrics["quant/layers_int8"] == sum(t.dtype == torch.int8 for t in theirs.values())
