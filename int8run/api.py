@@ -173,14 +173,15 @@ def check_settings(spec: RunSpec, options: Mapping[str, str]) -> None:
         spec.save is not None
         or spec.int8.checkpoint is not None
         or not spec.int8.enable
+        or spec.int8.attention != "float"
         or spec.quality_db is not None
         or bool(spec.lora.adapters)
         or spec.clip.is_quantized
     )
     if needs_command:
         raise ConfigError(
-            "quantize_ takes no save, int8.checkpoint, int8.enable=false, quality_db, lora or clip; the "
-            "command `int8run` does"
+            "quantize_ takes no save, int8.checkpoint, int8.enable=false, int8.attention, quality_db, lora or "
+            "clip; the command `int8run` does"
         )
     for group, choice in (("outlier", spec.outlier), ("rounding", spec.rounding)):
         if choice.needs_calibration:
