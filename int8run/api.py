@@ -180,8 +180,8 @@ def check_settings(spec: RunSpec, options: Mapping[str, str]) -> None:
     )
     if needs_command:
         raise ConfigError(
-            "quantize_ takes no save, int8.checkpoint, int8.enable=false, int8.attention, quality_db, lora or "
-            "clip; the command `int8run` does"
+            "quantize_ takes no save, int8.checkpoint, int8.enable=false, int8.attention, quality_db, lora "
+            "or clip; the command `int8run` does"
         )
     for group, choice in (("outlier", spec.outlier), ("rounding", spec.rounding)):
         if choice.needs_calibration:
