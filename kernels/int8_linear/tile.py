@@ -244,13 +244,18 @@ def find_bucket(rows: int) -> int:
 
 
 def find_architecture(name: str) -> Architecture:
-    """What is known of `sm_90`, `gfx942` and so on; of a newer NVIDIA GPU: of the newest that is older.
+    """What is known of `sm_90`, `gfx942` and so on. Arguments and errors as for `find_known_name`."""
+    return ARCHITECTURES[find_known_name(name)]
+
+
+def find_known_name(name: str) -> str:
+    """The architecture whose tiles a GPU takes: of a newer NVIDIA GPU the newest that is older.
 
     Raises:
         ValueError: below compute capability 8.0, and for an AMD GPU that is not in the table.
     """
     if name in ARCHITECTURES:
-        return ARCHITECTURES[name]
+        return name
     if not name.startswith("sm_"):
         known = ", ".join(AMD_ARCHITECTURES)
         raise ValueError(f"the kernel has no tiles for {name}; of AMD's GPUs it knows {known}")
@@ -261,7 +266,7 @@ def find_architecture(name: str) -> Architecture:
         raise ValueError(
             f"the kernel needs compute capability 8.0 or newer, not {number // 10}.{number % 10}"
         )
-    return ARCHITECTURES[nvidia[max(older)]]
+    return nvidia[max(older)]
 
 
 def choose_tile(architecture: str, rows: int, *, grouped: bool = False) -> Tile:

@@ -172,6 +172,12 @@ def _load_transformed(
         if ROTATION:
             part = tl.dot(part.to(x.dtype), signs, input_precision=PRECISION)
         parts = parts + (part,)  # type: ignore[assignment]  # noqa: RUF005
+    return _combine_parts(parts, ROTATION, SYLVESTER, PARTS)
+
+
+@triton.jit
+def _combine_parts(parts, ROTATION: tl.constexpr, SYLVESTER: tl.constexpr, PARTS: tl.constexpr):
+    """What a rotation does between parts that are rotated within themselves, and its norm."""
     if SYLVESTER:
         # a large group is 2x2 blocks between matrices; each round works on one base-2 digit
         for digit in tl.static_range(4):

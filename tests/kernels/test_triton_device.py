@@ -9,6 +9,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton", reason="Triton is not installed")
 from int8run.kernels.dequantize import kernel as dequantize
+from int8run.kernels.int8_attention import kernel as int8_attention
+from int8run.kernels.int8_attention.tile import AttentionTile
+from int8run.kernels.int8_conv import kernel as int8_conv
 from int8run.kernels.int8_linear import kernel as int8_linear
 from int8run.kernels.int8_linear.tile import Tile
 from int8run.kernels.quantize_rowwise import kernel as quantize_rowwise
@@ -115,4 +118,53 @@ def test_dequantization_runs_where_its_weight_is(monkeypatch, current):
         )
 
     assert recorder.devices == [1]
+    assert current.index == 0
+
+
+def test_attention_runs_where_its_queries_are(monkeypatch, current):
+    rounding = record_launches(monkeypatch, int8_attention, "quantize_heads_kernel", current)
+    attention = record_launches(monkeypatch, int8_attention, "attention_kernel", current)
+    with FakeTensorMode():
+        q, k, v = (make_empty(1, 2, length, 64, dtype=torch.bfloat16) for length in (5, 7, 7))
+        y = int8_attention._launch_int8_attention(
+            q,
+            k,
+            v,
+            mask=None,
+            is_causal=False,
+            scale=None,
+            rotation=0,
+            center_keys=True,
+            tile=AttentionTile(16, 32, 1, 2),
+        )
+
+    assert y.device == SECOND_GPU
+    assert rounding.devices == [1, 1]
+    assert attention.devices == [1]
+    assert current.index == 0
+
+
+def test_a_convolution_runs_where_its_input_is(monkeypatch, current):
+    rounding = record_launches(monkeypatch, int8_conv, "quantize_pixels_kernel", current)
+    product = record_launches(monkeypatch, int8_conv, "conv_kernel", current)
+    with FakeTensorMode():
+        packed = make_empty(8, 336, dtype=torch.int8)
+        y = int8_conv._launch_int8_conv(
+            make_empty(1, 32, 5, 4, dtype=torch.bfloat16).to(memory_format=torch.channels_last),
+            packed,
+            w_scale=make_empty(8, dtype=torch.float32),
+            bias=None,
+            kernel_shape=[8, 32, 3, 3],
+            stride=[1, 1],
+            padding=[1, 1],
+            groups=1,
+            rotation=0,
+            sylvester=False,
+            silu=False,
+            tile=Tile(16, 32, 32, warps=1),
+        )
+
+    assert y.device == SECOND_GPU
+    assert rounding.devices == [1]
+    assert product.devices == [1]
     assert current.index == 0

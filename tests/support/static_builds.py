@@ -7,6 +7,10 @@ from typing import Any
 import torch
 from support.exact_kernels import list_hopper_tiles
 
+from int8run.kernels.int8_attention import kernel as attention
+from int8run.kernels.int8_attention.tile import AttentionTile, choose_attention_tile, pad_width
+from int8run.kernels.int8_conv import kernel as convolution
+from int8run.kernels.int8_conv.tile import choose_conv_tile
 from int8run.kernels.int8_linear import hopper
 from int8run.kernels.int8_linear import kernel as linear
 from int8run.kernels.int8_linear.tile import (
@@ -193,6 +197,146 @@ def row_matrix_build(
     )
 
 
+def attention_build(
+    architecture: str,
+    width: int,
+    tile: AttentionTile,
+    mask: str = "none",
+    causal: bool = False,
+    tails: bool = False,
+) -> Build:
+    """The attention kernel, bfloat16; a mask has rows of its own. `tails`: of keys, and of a head's width."""
+    constants = {
+        "MASK": mask,
+        "ROW_MASK": mask != "none",
+        "CAUSAL": causal,
+        "EVEN_K": not tails,
+        "EVEN_V": not tails,
+        "BLOCK_D": pad_width(width),
+        "BLOCK_V": pad_width(width),
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+    }
+    if mask == "none":
+        constants["mask_ptr"] = None
+    name = f"attention {width} {tile.block_m}x{tile.block_n} w{tile.warps} s{tile.stages}"
+    if mask != "none":
+        name += f" {mask} mask"
+    if causal:
+        name += " causal"
+    if tails:
+        name += " tails"
+    types = {"mask_ptr": "*u8" if mask == "bool" else "*bf16"}
+    return Build(architecture, name, attention.attention_kernel, constants, tile.warps, tile.stages, types)
+
+
+def heads_build(
+    architecture: str, width: int, rotation: int, centered: bool, dtype: torch.dtype = torch.bfloat16
+) -> Build:
+    """The kernel that rounds queries or keys."""
+    block_d = pad_width(width)
+    parts = attention.count_parts(block_d)
+    is_amd = architecture in AMD
+    constants = {
+        "HAS_MEAN": centered,
+        "ROTATION": rotation,
+        "SYLVESTER": not attention.is_regular(rotation),
+        "PRECISION": choose_dot_precision(dtype, is_amd=is_amd),
+        "MEAN_PRECISION": choose_dot_precision(torch.float32, is_amd=is_amd),
+        "EVEN_D": width == 64 * parts,
+        "PARTS": parts,
+        "BLOCK_D": block_d,
+        "BLOCK_L": attention.BLOCK_L,
+    }
+    name = f"quantize heads of {width} rotation {rotation}"
+    if centered:
+        name += " centered"
+    if dtype == torch.float32:
+        name += " float32"
+    types = FLOAT32 if dtype == torch.float32 else {}
+    return Build(
+        architecture, name, attention.quantize_heads_kernel, constants, attention.HEADS_WARPS, 1, types
+    )
+
+
+def attention_builds(architecture: str) -> Iterator[Build]:
+    """Each default tile with the narrowest and the widest head, every kind of mask, tails."""
+    for width, queries in ((32, 16), (64, 4096), (128, 4608), (256, 4096), (256, 16)):
+        tile = choose_attention_tile(architecture, width, queries)
+        yield attention_build(architecture, width, tile)
+        yield attention_build(architecture, width, tile, tails=True)
+    for width, queries, mask in (
+        (64, 4096, "bool"),
+        (128, 4608, "float"),
+        (256, 4096, "bool"),
+        (128, 16, "bool"),
+    ):
+        tile = choose_attention_tile(architecture, width, queries, has_row_mask=True)
+        yield attention_build(architecture, width, tile, mask=mask, tails=True)
+    tile = choose_attention_tile(architecture, 128, 4608)
+    yield attention_build(architecture, 128, tile, causal=True, tails=True)
+    yield heads_build(architecture, 64, 64, centered=True)
+    yield heads_build(architecture, 128, 64, centered=False)
+    yield heads_build(architecture, 128, 128, centered=True, dtype=torch.float32)
+    yield heads_build(architecture, 256, 256, centered=True)
+    yield heads_build(architecture, 40, 8, centered=False)
+
+
+def conv_build(architecture: str, tile: Tile, channels: int, kernel: int = 3, video: bool = False) -> Build:
+    """The convolution with a bias, stride 1, bfloat16 out."""
+    block_k = convolution.choose_block_k(tile, channels)
+    sizes = {"KT": kernel if video else 1, "KH": kernel, "KW": kernel, "ST": 1, "SH": 1, "SW": 1}
+    constants = {
+        **sizes,
+        "PT": sizes["KT"] // 2,
+        "PH": kernel // 2,
+        "PW": kernel // 2,
+        "HAS_BIAS": True,
+        "EVEN_C": channels % block_k == 0,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_K": block_k,
+    }
+    shape = f"{kernel}x{kernel}x{kernel}" if video else f"{kernel}x{kernel}"
+    name = f"conv {shape} {tile.block_m}x{tile.block_n}x{block_k} w{tile.warps} s{tile.stages}"
+    if channels % block_k:
+        name += " tails"
+    return Build(architecture, name, convolution.conv_kernel, constants, tile.warps, tile.stages)
+
+
+def pixels_build(architecture: str, rotation: int, silu: bool, dtype: torch.dtype = torch.bfloat16) -> Build:
+    """The kernel that rounds pixels."""
+    constants = {
+        "SILU": silu,
+        "ROTATION": rotation,
+        "SYLVESTER": False,
+        "PRECISION": choose_dot_precision(dtype, is_amd=architecture in AMD),
+        "PARTS": rowwise.choose_block_parts(rotation),
+        "BLOCK_P": convolution.BLOCK_P,
+    }
+    name = f"quantize pixels rotation {rotation}"
+    if silu:
+        name += " silu"
+    if dtype == torch.float32:
+        name += " float32"
+    types = FLOAT32 if dtype == torch.float32 else {}
+    warps = convolution.PIXELS_WARPS
+    return Build(architecture, name, convolution.quantize_pixels_kernel, constants, warps, 1, types)
+
+
+def conv_builds(architecture: str) -> Iterator[Build]:
+    """Each default tile with SDXL's channels; the largest with every option."""
+    for rows in BUCKETS:
+        yield conv_build(architecture, choose_conv_tile(architecture, rows), 640)
+    tile = choose_conv_tile(architecture, MANY_ROWS)
+    yield conv_build(architecture, tile, 640, kernel=1)
+    yield conv_build(architecture, tile, 200)
+    yield conv_build(architecture, tile, 128, video=True)
+    yield pixels_build(architecture, 0, silu=True)
+    yield pixels_build(architecture, 256, silu=True)
+    yield pixels_build(architecture, 64, silu=False, dtype=torch.float32)
+
+
 def linear_builds(architecture: str) -> Iterator[Build]:
     """Each default tile; the smallest and the largest with every option."""
     for rows in BUCKETS:
@@ -238,6 +382,7 @@ def rowwise_builds(architecture: str) -> Iterator[Build]:
 def builds(architecture: str) -> list[Build]:
     """Everything that the gate compiles for one architecture."""
     found = [*linear_builds(architecture), *rowwise_builds(architecture)]
+    found += [*attention_builds(architecture), *conv_builds(architecture)]
     if find_architecture(architecture).has_hopper_kernel:
         found += hopper_builds()
     return found
