@@ -4,21 +4,27 @@ An `Int8Conv` holds one of these backends. They are not those of Linears: the ke
 devices that have one. Nothing here knows models or settings.
 """
 
+import functools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
+from types import ModuleType
 from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from int8run.backends.base import Limits
+from int8run.backends.base import Limits, find_instruction_set
 from int8run.errors import BackendError
 from int8run.kernels.cpu import conv
 from int8run.kernels.cpu.instructions import AUTO, INSTRUCTION_SETS
 from int8run.kernels.cpu.library import BuildError, load_conv_library
 from int8run.kernels.int8_conv.reference import int8_conv
+from int8run.kernels.int8_conv.tile import choose_conv_tile
+from int8run.kernels.int8_linear.tile import AMD_ARCHITECTURES
 from int8run.quant.weight import QuantizedWeight
+from int8run.utils.hardware import get_gpu_architecture
 
 log = logging.getLogger(__name__)
 Sizes = tuple[int, ...]  # one number for each dimension of a picture or video
@@ -206,6 +212,56 @@ class CpuConv:
         )
 
 
+@functools.cache
+def load_triton_kernel() -> ModuleType:
+    """The module that launches the Triton kernels; machines without a GPU need not have Triton."""
+    from int8run.kernels.int8_conv import kernel
+
+    return kernel
+
+
+@dataclass(frozen=True)
+class TritonConv:
+    """int8run's own GPU kernels, an implicit GEMM over taps. Nothing of it has run on a GPU yet."""
+
+    name: ClassVar[str] = "triton"
+    limits: ClassVar[Limits] = Limits(
+        devices=("cuda",),
+        cuda_capability=(8, 0),
+        amd_architectures=AMD_ARCHITECTURES,
+        python_packages=("triton",),
+    )
+
+    def pack_weight(self, weight: QuantizedWeight, kernel_shape: Sizes, groups: int) -> Tensor:
+        """Rows of taps, each with the sums of its taps."""
+        packed: Tensor = load_triton_kernel().pack_weight(weight.qdata.reshape(kernel_shape))
+        return packed
+
+    def unpack_weight(self, packed: Tensor, kernel_shape: Sizes) -> Tensor:
+        """The integers of the rows."""
+        kernel: Tensor = load_triton_kernel().unpack_weight(packed, kernel_shape)
+        return kernel.flatten(1)
+
+    def convolve(
+        self, x: Tensor, packed: Tensor, w_scale: Tensor, bias: Tensor | None, geometry: ConvGeometry
+    ) -> Tensor:
+        """x: [B, C, *size] -> [B, N, *size], channels-last."""
+        outputs, channels = w_scale.shape[0], x.shape[1] // geometry.groups
+        pixels = x.shape[0] * prod(geometry.compute_output_size(x.shape[2:]))
+        y: Tensor = load_triton_kernel().int8_conv(
+            x,
+            packed,
+            w_scale,
+            bias,
+            kernel_shape=(outputs, channels, *geometry.kernel),
+            stride=geometry.stride,
+            padding=geometry.padding,
+            groups=geometry.groups,
+            tile=choose_conv_tile(get_gpu_architecture(x.device), pixels),
+        )
+        return y
+
+
 def choose_conv_backend(device: torch.device, asked: str, instructions: str = AUTO) -> ConvBackend:
     """What computes the INT8 convolutions on a device: its kernels, or where there are none the definition.
 
@@ -215,16 +271,18 @@ def choose_conv_backend(device: torch.device, asked: str, instructions: str = AU
         instructions: of the CPU's kernels.
     """
     definition = ReferenceConv()
-    cpu = CpuConv(instructions)
     if asked == definition.name:
         return definition
-    missing = cpu.limits.unsupported_reasons(device)
+    candidates: dict[str, ConvBackend] = {"cpu": CpuConv(instructions), "cuda": TritonConv()}
+    backend = candidates.get(device.type, definition)
+    missing = backend.limits.unsupported_reasons(device)
     if not missing:
         try:
-            log.debug("INT8 convolutions by instructions %s", cpu.instruction_set)
+            log.debug("INT8 convolutions by %s %s", backend.name, find_instruction_set(backend))
         except BackendError as error:
             missing = [str(error)]
-        else:
-            return cpu
-    log.warning("INT8 convolutions have none but the slow definition on %s: %s", device, "; ".join(missing))
+    if not missing and backend is not definition:
+        return backend
+    reasons = "; ".join(missing) or "there are no kernels for it"
+    log.warning("INT8 convolutions have none but the slow definition on %s: %s", device, reasons)
     return definition

@@ -1,6 +1,7 @@
 """INT8 convolutions: against torch's own, in every geometry that has one, with branches, and their limits."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,9 @@ import torch.nn.functional as F
 from support.helpers import randn
 from torch import nn
 
-from int8run.backends.convolution import ReferenceConv, choose_conv_backend, read_geometry
+from int8run.backends import convolution
+from int8run.backends.convolution import ReferenceConv, TritonConv, choose_conv_backend, read_geometry
+from int8run.kernels.int8_conv.reference import int8_conv as REFERENCE_KERNEL
 from int8run.layers.int8_conv import Int8Conv, find_conv_obstacle, get_layer
 from int8run.layers.int8_linear import QuantizedLayer
 from int8run.layers.padding_conv import put_inside
@@ -161,6 +164,34 @@ def test_a_layer_moves_and_keeps_its_numbers():
 
 def test_the_definition_is_used_where_it_is_asked_for():
     assert isinstance(choose_conv_backend(torch.device("cpu"), "reference"), ReferenceConv)
+
+
+def test_a_gpu_gets_the_triton_kernels_with_the_geometry(monkeypatch):
+    calls = []
+    kernel = SimpleNamespace(
+        pack_weight=lambda qdata: qdata,
+        unpack_weight=lambda packed, shape: packed,
+        int8_conv=lambda x, packed, w_scale, bias, *, kernel_shape, groups, tile, **geometry: (
+            calls.append((kernel_shape, tile))
+            or REFERENCE_KERNEL(x, packed, w_scale, bias, groups=groups, **geometry)
+        ),
+    )
+    monkeypatch.setattr(convolution, "load_triton_kernel", lambda: kernel)
+    monkeypatch.setattr(convolution, "get_gpu_architecture", lambda device: "sm_90")
+    for conv in GEOMETRIES.values():
+        x = draw_input(conv)
+
+        y = make_int8(conv, TritonConv())(x)
+
+        assert torch.equal(y, make_int8(conv)(x))
+        assert calls.pop()[0] == tuple(conv.weight.shape)
+
+
+def test_a_device_without_kernels_gets_the_definition_and_says_so(caplog):
+    backend = choose_conv_backend(torch.device("mps"), "auto")
+
+    assert isinstance(backend, ReferenceConv)
+    assert "INT8 convolutions have none but the slow definition on mps" in caplog.text
 
 
 def test_only_linears_and_convolutions_are_layers():
