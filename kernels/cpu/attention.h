@@ -146,21 +146,23 @@ struct KeyBlock {
 // What a thread keeps
 struct AttentionWorkspace {
   explicit AttentionWorkspace(const Attention& a)
-      : q(QUERY_BLOCK * 4 * ceil_div(a.width, 4)),
+      : rows(round_up(std::min(QUERY_BLOCK, a.queries), ATTENTION_ROWS)),
+        q(rows * 4 * ceil_div(a.width, 4)),
         row(round_up(a.width, 16)),
-        q_scale(QUERY_BLOCK),
-        row_is_broken(QUERY_BLOCK),
-        output(QUERY_BLOCK * round_up(a.value_width, PANEL)),
-        states(QUERY_BLOCK / ATTENTION_ROWS),
+        q_scale(rows),
+        row_is_broken(rows),
+        output(rows * round_up(a.value_width, PANEL)),
+        states(rows / ATTENTION_ROWS),
         key_buffers(KEY_BLOCK_PANELS),
         value_buffers(ceil_div(a.value_width, PANEL)),
         key_panels(KEY_BLOCK_PANELS),
         value_panels(ceil_div(a.value_width, PANEL)) {}
+  int64_t rows;  // of the largest block of queries, in whole tiles
   std::vector<uint8_t> q;
   std::vector<float> row;  // a query between two steps
   std::vector<float> q_scale;
   std::vector<uint8_t> row_is_broken;
-  std::vector<float> output;  // [QUERY_BLOCK, channels in whole panels], times the sum of weights
+  std::vector<float> output;  // [rows, channels in whole panels], times the sum of weights
   std::vector<RowStates> states;
   Buffer q_buffer, code_buffer;
   std::vector<Buffer> key_buffers, value_buffers;

@@ -139,17 +139,20 @@ void pack_keys(const Tokens<X>& keys, int64_t first, int64_t end, const TokenTra
   const int64_t steps = ceil_div(by.width, 4);
   std::vector<float> row(round_up(by.width, 16));
   std::vector<uint8_t> q(4 * steps);
-  std::memset(panel, 0, (1 + steps) * STEP_BYTES);
+  if (end - first < PANEL) std::memset(panel, 0, (1 + steps) * STEP_BYTES);
   for (int64_t key = first; key < end; key++) {
     scale[key] = quantize_token<X>(keys[key], by, row.data(), q.data());
-    const int64_t column = 4 * (key - first);
-    int32_t sum = 0;
-    for (int64_t c = 0; c < by.width; c++) sum += q[c] - ZERO_POINT;
-    for (int64_t step = 0; step < steps; step++)
-      for (int64_t c = 4 * step; c < std::min(by.width, 4 * step + 4); c++)
-        panel[(1 + step) * STEP_BYTES + column + c % 4] = static_cast<int8_t>(q[c] ^ ZERO_POINT);
+    int8_t* column = panel + 4 * (key - first);
+    int32_t sum = 0;  // bytes behind the last channel stand for 0
+    for (const uint8_t code : q) sum += code - ZERO_POINT;
     sum *= ZERO_POINT;
-    std::memcpy(panel + column, &sum, sizeof sum);
+    std::memcpy(column, &sum, sizeof sum);
+    for (int64_t step = 0; step < steps; step++) {
+      uint32_t four;
+      std::memcpy(&four, q.data() + 4 * step, sizeof four);
+      four ^= 0x80808080;  // q + 128 to q
+      std::memcpy(column + (1 + step) * STEP_BYTES, &four, sizeof four);
+    }
   }
 }
 
@@ -163,7 +166,7 @@ void pack_values(const Tokens<X>& values, int64_t first, int64_t end, int64_t ch
     const Floats scale = select(inside, load(head.value_scale.data() + c, inside), fill(1.0f));
     Ints sum = fill_ints(0);
     int8_t* to = panel + 4 * (c - channel);
-    for (int64_t step = 0; step < KEY_BLOCK / 4; step++) {
+    for (int64_t step = 0; 4 * step < end - first; step++) {
       Ints codes[4];
       unroll<4>([&](auto i) INLINED {
         const int64_t key = first + 4 * step + i;
