@@ -43,21 +43,23 @@ def find_nearest(image: Path, drawings: dict[str, np.ndarray]) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("outlier", ["none", "convrot"])
+@pytest.mark.parametrize("setting", ["outlier=none", "outlier=convrot", "int8.attention=int8"])
 def test_int8_images_are_the_right_ones_and_close_to_float(
-    outlier: str, drawings: dict[str, np.ndarray], tmp_path: Path
+    setting: str, drawings: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
     names = list(drawings)[5::25]
     prompts = ",".join(f"'{n.replace('-', ' ')}'" for n in names)
-    overrides = [f"prompts.prompts=[{prompts}]", f"outlier={outlier}", "tracker=none", "sampler.batch=5"]
+    overrides = [f"prompts.prompts=[{prompts}]", setting, "tracker=none", "sampler.batch=5"]
     metrics = run_job(overrides, tmp_path).metrics
-    images = sorted(p for p in (tmp_path / "images").iterdir() if "float" not in p.name)
-    found = [find_nearest(image, drawings) for image in images]
+    images = sorted((tmp_path / "images").iterdir())
+    found = [find_nearest(image, drawings) for image in images if "float" not in image.name]
+    float_found = [find_nearest(image, drawings) for image in images if "float" in image.name]
 
     assert len(found) == len(names) == 15
     assert sum(f == n for f, n in zip(found, names, strict=True)) / len(names) >= 0.8, list(
         zip(names, found, strict=True)
     )
+    assert found == float_found
     assert metrics["quality/psnr_db"] >= 30
     assert metrics["quality/ssim"] >= 0.98
     assert metrics["memory/denoiser_ratio"] > 1.8
