@@ -4,7 +4,9 @@
 of Linears, which have a weight to pack, and are known by the same names, so that `backend=cpu` means both.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, Protocol
 
 import torch
@@ -16,6 +18,9 @@ from int8run.kernels.cpu import attention as cpu_attention
 from int8run.kernels.cpu.instructions import AUTO, INSTRUCTION_SETS
 from int8run.kernels.cpu.library import BuildError, load_attention_library
 from int8run.kernels.int8_attention.reference import int8_attention
+from int8run.kernels.int8_attention.tile import MAX_WIDTH, choose_attention_tile
+from int8run.kernels.int8_linear.tile import AMD_ARCHITECTURES
+from int8run.utils.hardware import get_gpu_architecture
 
 # the least group of channels that is worth a rotation
 MIN_ROTATION = 4
@@ -189,14 +194,79 @@ class CpuAttention:
         )
 
 
-def make_attention_backends(asked: Backend) -> dict[str, AttentionBackend]:
+@dataclass(frozen=True)
+class TritonAttention:
+    """int8run's own kernels for GPUs (`kernels/int8_attention/kernel.py`): 8-bit scores, 16-bit values.
+
+    Args:
+        architecture: of the GPU, such as `sm_90`; the kernel's tiles follow from it.
+    """
+
+    architecture: str = ""
+    name: ClassVar[str] = "triton"
+    limits: ClassVar[Limits] = Limits(
+        devices=("cuda",),
+        cuda_capability=(8, 0),
+        amd_architectures=AMD_ARCHITECTURES,
+        python_packages=("triton",),
+    )
+    instruction_set: ClassVar[str] = ""
+
+    def unsupported_width_reason(self, width: int, value_width: int) -> str | None:
+        """A head that is wider than the kernel's registers."""
+        if max(width, value_width) <= MAX_WIDTH:
+            return None
+        return f"a head has {max(width, value_width)} channels, backend triton takes up to {MAX_WIDTH}"
+
+    @cached_property
+    def kernel(self) -> Callable[..., Tensor]:
+        """The function that launches the kernels, imported at the first call: not everybody has Triton."""
+        from int8run.kernels.int8_attention.kernel import int8_attention as launch_int8_attention
+
+        return launch_int8_attention
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        mask: Tensor | None,
+        is_causal: bool,
+        scale: float | None,
+        method: AttentionMethod,
+    ) -> Tensor:
+        """[B, Hq, Lq, Dv] in the query's dtype."""
+        tile = choose_attention_tile(
+            self.architecture,
+            max(query.shape[3], value.shape[3]),
+            query.shape[2],
+            has_row_mask=mask is not None and mask.dim() > 1 and mask.shape[-2] > 1,
+        )
+        return self.kernel(
+            query,
+            key,
+            value,
+            mask=mask,
+            is_causal=is_causal,
+            scale=scale,
+            rotation=method.rotation,
+            center_keys=method.center_keys,
+            tile=tile,
+        )
+
+
+def make_attention_backends(asked: Backend, device: torch.device) -> dict[str, AttentionBackend]:
     """Every backend of attention by its name, the fastest first; the last one runs everywhere.
 
     Args:
         asked: `backend=` of the config, whose settings count for attention, too.
+        device: where the model runs.
     """
     cpu = getattr(asked, "candidates", {}).get(CpuAttention.name, asked)
+    architecture = get_gpu_architecture(device) if device.type == "cuda" else ""
     backends: list[AttentionBackend] = [
+        TritonAttention(architecture),
         CpuAttention(instructions=getattr(cpu, "instructions", AUTO)),
         ReferenceAttention(),
     ]
@@ -210,7 +280,7 @@ def list_attention_backends(asked: Backend, device: torch.device) -> list[Attent
         asked: `backend=` of the config; where attention has one of that name, it alone.
         device: where the model runs.
     """
-    backends = make_attention_backends(asked)
+    backends = make_attention_backends(asked, device)
     choice = list(backends.values())
     if asked.name in backends:
         choice = [backends[asked.name]]

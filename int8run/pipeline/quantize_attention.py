@@ -33,6 +33,7 @@ from int8run.ptq.attention import (
     measure_attentions,
     plan_traced,
 )
+from int8run.ptq.attention_check import find_attention_fault
 from int8run.ptq.attention_speed import AttentionSpeed, leave_slow_float
 from int8run.utils.paths import expand_path
 
@@ -103,7 +104,7 @@ def plan_attentions(
     if settings.is_off:
         leave_all_float(planned, "int8.attention=float")
         return attentions
-    backend = choose_backend(settings, loaded.device)
+    backend = choose_backend(planned, settings, loaded.device)
     if backend is None:
         leave_all_float(planned, f"only the slow reference computes INT8 attention on {loaded.device.type}")
     else:
@@ -118,10 +119,13 @@ def leave_all_float(planned: Sequence[PlannedAttention], reason: str) -> None:
             attention.leave_float(reason)
 
 
-def choose_backend(settings: AttentionSettings, device: torch.device) -> AttentionBackend | None:
+def choose_backend(
+    planned: Sequence[PlannedAttention], settings: AttentionSettings, device: torch.device
+) -> AttentionBackend | None:
     """The fastest INT8 attention on a device; None: with `auto`, where only the slow reference is there.
 
     Args:
+        planned: have the widths that it is tried with.
         settings: which attentions become INT8.
         device: where they run.
 
@@ -129,13 +133,7 @@ def choose_backend(settings: AttentionSettings, device: torch.device) -> Attenti
         BackendError: when there is none.
     """
     asked = settings.backend.name
-    usable = list_attention_backends(settings.backend, device)
-    if not usable:
-        raise BackendError(
-            f"int8.attention={settings.int8.attention}: no INT8 attention runs on {device}; set "
-            "int8.attention=float"
-        )
-    backend = find_built(usable)
+    backend = find_right_backend(planned, settings, device)
     is_slow = isinstance(backend, ReferenceAttention) and asked != backend.name
     if is_slow and settings.is_auto:
         return None
@@ -148,21 +146,32 @@ def choose_backend(settings: AttentionSettings, device: torch.device) -> Attenti
     return backend
 
 
-def find_built(usable: Sequence[AttentionBackend]) -> AttentionBackend:
-    """The first backend whose kernels can be built; the reasons of others are logged.
+def find_right_backend(
+    planned: Sequence[PlannedAttention], settings: AttentionSettings, device: torch.device
+) -> AttentionBackend:
+    """The first backend that computes attention rightly here; why others do not is logged.
+
+    Args:
+        planned: have the widths that it is tried with.
+        settings: which backends come into question.
+        device: where the model runs.
 
     Raises:
-        BackendError: that of the last one, where none can.
+        BackendError: when there is none.
     """
-    for backend in usable[:-1]:
-        try:
-            _ = backend.instruction_set  # builds what is not there yet
-        except BackendError as error:
-            log.warning("%s", error)
-            continue
-        return backend
-    _ = usable[-1].instruction_set
-    return usable[-1]
+    plans = [attention.plan for attention in planned if attention.plan.skip_reason is None]
+    widths = dict.fromkeys((plan.in_features, plan.out_features) for plan in plans)
+    faults = []
+    for backend in list_attention_backends(settings.backend, device):
+        fault = find_attention_fault(backend, widths, device, settings.dtype)
+        if fault is None:
+            return backend
+        log.warning("INT8 attention leaves out %s: %s", backend.name, fault)
+        faults.append(f" ({backend.name}: {fault})")
+    raise BackendError(
+        f"int8.attention={settings.int8.attention}: no INT8 attention runs on {device}{''.join(faults)}; set "
+        "int8.attention=float"
+    )
 
 
 def computes_values(denoiser: nn.Module) -> bool:

@@ -8,10 +8,21 @@ import torch.nn.functional as F
 from support.helpers import CPU, randn
 from torch import nn
 
-from int8run.backends.attention import ReferenceAttention
+from int8run.backends.attention import (
+    ReferenceAttention,
+    TritonAttention,
+    choose_attention_method,
+    list_attention_backends,
+    make_attention_backends,
+)
 from int8run.backends.autotune_cache import AutotuneCache
+from int8run.backends.cpu import Cpu
+from int8run.backends.registry import make_backend
 from int8run.errors import ConfigError
 from int8run.generate.capture_attention import watch_attention
+from int8run.kernels.int8_attention.tile import choose_attention_tile
+from int8run.layers.int8_attention import Int8Attention
+from int8run.models.attention_calls import AttentionCall
 from int8run.ptq import attention_speed
 from int8run.ptq.attention import (
     OWN_PRODUCTS,
@@ -21,6 +32,7 @@ from int8run.ptq.attention import (
     measure_attentions,
     plan_traced,
 )
+from int8run.ptq.attention_check import find_attention_fault
 from int8run.ptq.attention_speed import AttentionSpeed, leave_slow_float
 
 
@@ -174,3 +186,69 @@ def test_a_ratio_is_measured_once(tmp_path, monkeypatch):
 
     assert len(timed) == 1
     assert [one.plan.speedup for one in planned] == [2.0, 2.0]
+
+
+# -- backends ------------------------------------------------------------------------------------------
+
+
+class Wrong(ReferenceAttention):
+    """Forgets the scale."""
+
+    name = "wrong"
+
+    def attend(self, query, key, value, **options):
+        return super().attend(query * 3, key, value, **options)
+
+
+class Failing(ReferenceAttention):
+    name = "failing"
+
+    def attend(self, query, key, value, **options):
+        raise RuntimeError("out of memory")
+
+
+@pytest.mark.parametrize(
+    ("backend", "fault"),
+    [
+        (ReferenceAttention(), None),
+        (Wrong(), "computes something else at heads of 40 channels"),
+        (Failing(), "RuntimeError: out of memory"),
+    ],
+)
+def test_a_backend_is_tried_before_a_model_is_given_to_it(backend, fault):
+    found = find_attention_fault(backend, [(40, 48)], CPU, torch.float32)
+
+    assert found == fault if fault is None else found.startswith(fault)
+
+
+def test_the_triton_kernel_gets_what_a_call_has():
+    got = {}
+    backend = TritonAttention("sm_90")
+    backend.__dict__["kernel"] = lambda *tensors, **options: got.update(options) or tensors[0]
+    q, k = randn(1, 2, 100, 72), randn(1, 2, 5, 72)
+    mask = torch.ones(1, 1, 100, 5, dtype=torch.bool)
+
+    Int8Attention(backend, choose_attention_method(72)).attend(AttentionCall(q, k, k, mask, scale=0.5))
+
+    assert got.pop("mask") is mask
+    assert got.pop("tile") == choose_attention_tile("sm_90", 72, 100, has_row_mask=True)
+    assert got == {"is_causal": False, "scale": 0.5, "rotation": 8, "center_keys": True}
+    assert (
+        backend.unsupported_width_reason(64, 320) == "a head has 320 channels, backend triton takes up to 256"
+    )
+
+
+@pytest.mark.parametrize(
+    ("option", "names"),
+    [("auto", ["cpu", "reference"]), ("reference", ["reference"]), ("onednn", ["cpu", "reference"])],
+)
+def test_a_backend_of_the_same_name_takes_attention(option, names):
+    found = [backend.name for backend in list_attention_backends(make_backend(option), CPU)]
+
+    assert found == names
+
+
+def test_attention_has_the_instructions_that_were_asked_for():
+    asked = Cpu(instructions="avx2")
+
+    assert make_attention_backends(asked, CPU)["cpu"].instructions == "avx2"
