@@ -3,12 +3,13 @@
 // makes a torch operator of it. The definition is kernels/int8_conv/reference.py.
 //
 //     set_<name>.h         how a product of the set adds, and how large its tiles are
-//     pixels.h             pixels to bytes
+//     pixels.h, planes.h   pixels to bytes
 //     register_products.h  the sums of a tile in registers
 //     conv_tiles.h         a tile: sums of a tap, scaled
 //     conv.h               the layout, the loop over blocks, the C interface
 //
-// Pictures are channels-last: a pixel is a row of C bytes, and one of N outputs. Images have one frame.
+// A quantized picture and the output are channels-last: a pixel is a row of C bytes, and one of N outputs. Images have
+// one frame.
 //
 // Packed weight: int8 [ceil(N / 64)][taps][1 + ceil(C / 4)][256 bytes], for each panel of 64 output columns and each
 // tap what linear.h draws: a row of compensations, 128 * sum_c w[c], and rows of four weights of each column. The
@@ -21,6 +22,7 @@
 #include <vector>
 
 #include "conv_tiles.h"
+#include "planes.h"
 
 namespace {
 
@@ -59,7 +61,7 @@ struct ConvWorkspace {
   Buffer weights;
   std::vector<TapRows> met;   // of each tap
   std::vector<int64_t> taps;  // those that meet the picture from anywhere in the block
-  std::unique_ptr<float[]> sums{new float[PIXEL_BLOCK * PANEL]};
+  std::unique_ptr<float[]> sums;
 };
 
 // --- which input pixels a block meets
@@ -83,7 +85,7 @@ bool find_rows(const Conv& p, int64_t first, int64_t end, Extent tap, TapRows& m
     const int64_t i = pixel - first, from = find_pixel(p.g, frame / size.t, at, tap);
     met.rows[i] = p.picture.q + std::max<int64_t>(from, 0) * p.picture.stride;
     met.scale[i] = from < 0 ? 0.0f : p.scale[from];
-    met.center[i] = from < 0 ? 0.0f : p.center[from];
+    met.center_128th[i] = from < 0 ? 0.0f : p.center[from] / ZERO_POINT;
     any = any || from >= 0;
   }
   return any;
@@ -91,6 +93,7 @@ bool find_rows(const Conv& p, int64_t first, int64_t end, Extent tap, TapRows& m
 
 void find_all_rows(const Conv& p, int64_t first, int64_t end, ConvWorkspace& space) {
   const Extent& kernel = p.g.kernel;
+  if (!space.sums) space.sums.reset(new float[PIXEL_BLOCK * PANEL]);
   space.met.resize(kernel.count());
   space.taps.clear();
   for (int64_t tap = 0; tap < kernel.count(); tap++) {
@@ -123,6 +126,14 @@ void compute_panel(const Conv& p, int64_t first, int64_t end, int64_t panel, Con
   }
 }
 
+// A block of output pixels by the panels from `first_panel` to `last_panel`
+template <class Y>
+void compute_task(const Conv& p, int64_t block, int64_t first_panel, int64_t last_panel, ConvWorkspace& space) {
+  const int64_t first = block * PIXEL_BLOCK, end = std::min(p.pixels(), first + PIXEL_BLOCK);
+  find_all_rows(p, first, end, space);
+  for (int64_t panel = first_panel; panel < last_panel; panel++) compute_panel<Y>(p, first, end, panel, space);
+}
+
 // The whole convolution. A task is one block of pixels by some neighboring panels; threads take tasks as they come.
 //
 //     for each task (block of pixels, panels of a chunk)
@@ -137,17 +148,18 @@ void convolve(const Conv& p, int threads) {
   const int64_t chunks = std::clamp<int64_t>(ceil_div(8 * threads, blocks), 1, panels);
   const int64_t width = ceil_div(panels, chunks);  // panels of a chunk
   const int64_t tasks = blocks * ceil_div(panels, width);
+  MemoryGuard memory;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     ConvWorkspace space;
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < tasks; task++) {
-      const int64_t first = task % blocks * PIXEL_BLOCK, end = std::min(p.pixels(), first + PIXEL_BLOCK);
-      const int64_t chunk = task / blocks, last_panel = std::min(panels, (chunk + 1) * width);
-      find_all_rows(p, first, end, space);
-      for (int64_t panel = chunk * width; panel < last_panel; panel++) compute_panel<Y>(p, first, end, panel, space);
+      if (memory.has_failed()) continue;
+      const int64_t first_panel = task / blocks * width, last_panel = std::min(panels, first_panel + width);
+      memory.run([&] { compute_task<Y>(p, task % blocks, first_panel, last_panel, space); });
     }
   }
+  memory.rethrow();
 }
 
 void convolve(const Conv& p, int dtype, int threads) {
@@ -160,26 +172,37 @@ void convolve(const Conv& p, int dtype, int threads) {
 
 }  // namespace
 
+// Both return a Status
 extern "C" {
 
-// x [pixels, C] with `stride` -> q + 128: uint8 [pixels, round_up(C, 4)], scale and center [pixels]. SiLU comes first,
-// then a rotation in groups of `rotation` that divide C (0: none), by Sylvester's Hadamard matrix (2, 4, 8, 16, ...)
-// or else by the regular one (4, 16, 64, 256, ...).
-void int8run_quantize_pixels(const void* x, int dtype, int64_t pixels, int64_t C, int64_t stride, int64_t rotation,
-                             int sylvester, int silu, uint8_t* q, float* scale, float* center, int threads) {
-  const PixelsInput in{x, pixels, C, stride, rotation, sylvester != 0, silu != 0};
-  quantize_pixels(in, dtype, {q, round_up(C, 4), scale, center}, threads);
+// x [images, C, plane] with three strides -> q + 128: uint8 [images * plane, round_up(C, 4)], scale and center
+// [images * plane]. Channels or pixels lie side by side, so that the stride of one of them is 1. SiLU comes first, then
+// a rotation in groups of `rotation` that divide C (0: none), by Sylvester's Hadamard matrix (2, 4, 8, 16, ...) or else
+// by the regular one (4, 16, 64, 256, ...).
+int int8run_quantize_pixels(const void* x, int dtype, int64_t images, int64_t C, int64_t plane, int64_t image_stride,
+                            int64_t channel_stride, int64_t pixel_stride, int64_t rotation, int sylvester, int silu,
+                            uint8_t* q, float* scale, float* center, int threads) {
+  PixelsInput in{x, images, C, plane};
+  in.image_stride = image_stride;
+  in.channel_stride = channel_stride;
+  in.pixel_stride = pixel_stride;
+  in.rotation = rotation;
+  in.sylvester = sylvester != 0;
+  in.silu = silu != 0;
+  return report_status([&] { quantize_pixels(in, dtype, {q, round_up(C, 4), scale, center}, threads); });
 }
 
 // y [pixels of the output, N] with `y_stride`, of a picture as int8run_quantize_pixels writes it. `geometry`: a
 // Geometry, 16 numbers.
-void int8run_conv(const int64_t* geometry, const uint8_t* q, const float* scale, const float* center, int64_t C,
-                  int64_t N, const int8_t* packed, const float* w_scale, const float* bias, void* y, int64_t y_stride,
-                  int dtype, int threads) {
+int int8run_conv(const int64_t* geometry, const uint8_t* q, const float* scale, const float* center, int64_t C,
+                 int64_t N, const int8_t* packed, const float* w_scale, const float* bias, void* y, int64_t y_stride,
+                 int dtype, int threads) {
   const Geometry& g = *reinterpret_cast<const Geometry*>(geometry);
   const int64_t bytes = round_up(C, 4);
-  Buffer buffer;
-  const Rows picture = prepare_rows(q, bytes, g.batch * g.input.count(), bytes, buffer);
-  convolve({g, picture, scale, center, C, N, packed, w_scale, bias, y, y_stride}, dtype, threads);
+  return report_status([&] {
+    Buffer buffer;
+    const Rows picture = prepare_rows(q, bytes, g.batch * g.input.count(), bytes, buffer);
+    convolve({g, picture, scale, center, C, N, packed, w_scale, bias, y, y_stride}, dtype, threads);
+  });
 }
 }

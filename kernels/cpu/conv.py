@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from int8run.kernels.cpu.instructions import AUTO
-from int8run.kernels.cpu.library import load_conv_library
+from int8run.kernels.cpu.library import check_status, load_conv_library
 from int8run.kernels.cpu.linear import (
     DTYPES,
     FLOAT32,
@@ -85,7 +85,7 @@ def int8_conv(
 ) -> Tensor:
     """`kernels.int8_conv.reference.int8_conv` with a packed weight.
 
-    A picture that is not channels-last is copied into that layout first.
+    Channels-last and NCHW are read as they are; any other layout is copied first.
 
     Args:
         x: float [B, C, (T,) H, W].
@@ -105,6 +105,7 @@ def int8_conv(
 
     Raises:
         ValueError: for operands that do not fit each other.
+        MemoryError: no memory for what threads keep.
     """
     steps, zeros = as_sizes(stride, x), as_sizes(padding, x)
     op = torch.ops.int8run.cpu_conv.default
@@ -120,27 +121,34 @@ def quantize_pixels(
     silu: bool = False,
     instructions: str = AUTO,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantize rows, each the channels of a pixel, to unsigned bytes: `x ~ (q - 128) * scale + center`.
+    """Quantize pixels to unsigned bytes, each by itself: `x ~ (q - 128) * scale + center`.
 
     Args:
-        x: float [pixels, C]; neighboring channels lie side by side.
+        x: float [B, C, pixels]; one that is neither NCHW nor channels-last is copied first.
         rotation: as for `int8_conv`, like the others.
         sylvester: by Sylvester's matrix.
         silu: whether SiLU comes first.
         instructions: name of an instruction set, or `auto`.
 
     Returns:
-        q: uint8 [pixels, C rounded up to 4], scale and center: float32 [pixels].
+        q: uint8 [B * pixels, C rounded up to 4], scale and center: float32 [B * pixels].
+
+    Raises:
+        MemoryError: no memory for a few pixels' numbers.
     """
-    pixels, channels = x.shape
+    images, channels, plane = x.shape
+    if plane > 1 and 1 not in (x.stride(1), x.stride(2)):
+        x = x.contiguous()
+    pixels = images * plane
     q = x.new_empty((pixels, -(-channels // 4) * 4), dtype=torch.uint8)
     scale, center = x.new_empty((2, pixels), dtype=FLOAT32).unbind()
-    load_conv_library(instructions).functions.int8run_quantize_pixels(
+    status = load_conv_library(instructions).functions.int8run_quantize_pixels(
         x.data_ptr(),
         DTYPES[x.dtype],
-        pixels,
+        images,
         channels,
-        x.stride(0),
+        plane,
+        *x.stride(),
         rotation,
         sylvester,
         silu,
@@ -149,6 +157,7 @@ def quantize_pixels(
         center.data_ptr(),
         torch.get_num_threads(),
     )
+    check_status(status)
     return q, scale, center
 
 
@@ -181,17 +190,16 @@ def _int8_conv_impl(
             raise ValueError(f"bias must have {w_scale.shape[0]} numbers, not {list(bias.shape)}")
     if x.numel() == 0:
         return y.copy_(_fill_with_bias(y, bias))
-    x = x.contiguous(memory_format=CHANNELS_LAST[x.dim()])
-    geometry = _describe_geometry(x, y, kernel, stride, padding)
-    rows = x.movedim(1, -1).flatten(0, -2)  # [pixels, C]
+    geometry = describe_geometry(x, y, kernel, stride, padding)
+    pixels = x.flatten(2)  # [B, C, pixels]
     outputs = y.shape[1] // packed.shape[0]
     for group, weight in enumerate(packed):
-        inputs = rows[:, group * channels : (group + 1) * channels]
+        inputs = pixels[:, group * channels : (group + 1) * channels]
         q, scale, center = quantize_pixels(
             inputs, rotation, sylvester=sylvester, silu=silu, instructions=instructions
         )
         first = group * outputs
-        load_conv_library(instructions).functions.int8run_conv(
+        status = load_conv_library(instructions).functions.int8run_conv(
             geometry,
             q.data_ptr(),
             scale.data_ptr(),
@@ -206,6 +214,7 @@ def _int8_conv_impl(
             DTYPES[y.dtype],
             torch.get_num_threads(),
         )
+        check_status(status)
     return y
 
 
@@ -248,10 +257,11 @@ def _fill_with_bias(y: Tensor, bias: Tensor | None) -> Tensor:
     return bias.to(y.dtype).view(-1, *[1] * (y.dim() - 2)).expand_as(y)
 
 
-def _describe_geometry(
+def describe_geometry(
     x: Tensor, y: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]
 ) -> ctypes.Array[ctypes.c_int64]:
-    # a `Geometry` of conv.h; images are videos of one frame
+    """A `Geometry` of conv.h; images are videos of one frame."""
+
     def extend(sizes: Sequence[int], missing: int) -> list[int]:
         return [missing] * (LARGEST_PICTURE - len(sizes)) + list(sizes)
 

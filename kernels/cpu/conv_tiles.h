@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "pixels.h"
+#include "quantize.h"
 #include "register_products.h"
 
 namespace {
@@ -17,10 +17,11 @@ static_assert(PIXEL_BLOCK % TILE_ROWS == 0);
 static_assert(TILE_ROWS <= 6, "compute_tiles has no code for larger tiles");
 
 // What a tap meets from each pixel of a block: a row of the picture, its scale and its center. Beyond the picture's
-// edge it is any row, with 0 for both.
+// edge it is any row, with 0 for both. Centers are divided by 128, since compensations are 128 times the sums of weights
+// that they are multiplied by.
 struct TapRows {
   const uint8_t* rows[PIXEL_BLOCK];
-  float scale[PIXEL_BLOCK], center[PIXEL_BLOCK];
+  float scale[PIXEL_BLOCK], center_128th[PIXEL_BLOCK];
 };
 
 // What a block of output pixels by one panel is made of
@@ -50,21 +51,22 @@ INLINE Ints begin_at_compensation(const int8_t* compensation) {
 }
 
 // sums + scale * (q . w) + center * (sum of w), for MR pixels from `start` on, to the next tap or to the output
-template <int MR, class Y>
+template <int MR, class Y, bool IS_FIRST, bool IS_LAST>
 INLINE void scale_tap(const PanelBlock& b, const Tap& tap, const Sums<MR>& c, int64_t start, int64_t column) {
   float* sums = b.sums + start * PANEL + column;
   auto* y = static_cast<typename Y::T*>(b.y) + start * b.y_stride + column;
+  const float *scale = tap.met->scale + start, *center_128th = tap.met->center_128th + start;
   unroll<TILE_VECTORS>([&](auto j) INLINED {
     const auto* compensation = reinterpret_cast<const int32_t*>(tap.compensation + 4 * column) + 16 * j;
-    const Floats w_sum = multiply(to_floats(load(compensation)), fill(1.0f / ZERO_POINT));
+    const Floats w_sum_128 = to_floats(load(compensation));
     const Mask m = first_lanes(b.columns - column - 16 * j);
-    const Floats w_scale = tap.is_last ? load(b.w_scale + column + 16 * j, m) : fill(0.0f);
-    const Floats bias = tap.is_last && b.bias ? load(b.bias + column + 16 * j, m) : fill(0.0f);
+    const Floats w_scale = IS_LAST ? load(b.w_scale + column + 16 * j, m) : fill(0.0f);
+    const Floats bias = IS_LAST && b.bias ? load(b.bias + column + 16 * j, m) : fill(0.0f);
     unroll<MR>([&](auto i) INLINED {
-      const Floats before = tap.is_first ? fill(0.0f) : load(sums + i * PANEL + 16 * j);
-      Floats v = multiply_add(to_floats(c[i][j]), fill(tap.met->scale[start + i]), before);
-      v = multiply_add(w_sum, fill(tap.met->center[start + i]), v);
-      if (tap.is_last)
+      const Floats before = IS_FIRST ? fill(0.0f) : load(sums + i * PANEL + 16 * j);
+      Floats v = multiply_add(to_floats(c[i][j]), fill(scale[i]), before);
+      v = multiply_add(w_sum_128, fill(center_128th[i]), v);
+      if constexpr (IS_LAST)
         Y::store(y + i * b.y_stride + 16 * j, m, multiply_add(v, w_scale, bias));
       else
         store(sums + i * PANEL + 16 * j, v);
@@ -72,9 +74,9 @@ INLINE void scale_tap(const PanelBlock& b, const Tap& tap, const Sums<MR>& c, in
   });
 }
 
-// MR pixels from `start` on by 16 TILE_VECTORS columns
+// MR pixels from `start` on by 16 TILE_VECTORS columns. Not inlined: the pointers to rows are to stay in registers.
 template <int MR, class Y>
-INLINE void compute_tile(const PanelBlock& b, const Tap& tap, int64_t start, int64_t part) {
+__attribute__((noinline)) void compute_tile(const PanelBlock& b, const Tap& tap, int64_t start, int64_t part) {
   const int64_t column = 16 * TILE_VECTORS * part;  // in the panel
   Sums<MR> c;
   unroll<TILE_VECTORS>([&](auto j) INLINED {
@@ -86,7 +88,13 @@ INLINE void compute_tile(const PanelBlock& b, const Tap& tap, int64_t start, int
   accumulate_rows<MR>(
       c, [&](int i) INLINED { return rows[i]; }, tap.weights.w + TILE_VECTORS * part * tap.weights.part,
       STEPS_OF_FOUR * b.steps);
-  scale_tap<MR, Y>(b, tap, c, start, column);
+  // code of its own for each: what is asked inside would be asked for every register
+  if (tap.is_last)
+    tap.is_first ? scale_tap<MR, Y, true, true>(b, tap, c, start, column)
+                 : scale_tap<MR, Y, false, true>(b, tap, c, start, column);
+  else
+    tap.is_first ? scale_tap<MR, Y, true, false>(b, tap, c, start, column)
+                 : scale_tap<MR, Y, false, false>(b, tap, c, start, column);
 }
 
 // The pixels of a block by a panel; the number of pixels of a tile must be a constant, so the last tile has its own

@@ -1,7 +1,9 @@
 // Pixels to unsigned bytes for convolutions: SiLU, rotation, and then rounding around the middle of what the pixel's
-// channels hold. The definition is `quantize_pixels` in kernels/int8_conv/reference.py.
+// channels hold. The definition is `quantize_pixels` in kernels/int8_conv/reference.py. planes.h does the same where
+// channels do not lie side by side.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <vector>
@@ -10,12 +12,16 @@
 
 namespace {
 
-// The pixels that are quantized, and what happens to them first. A pixel is a row of C channels.
+// Images whose pixels are quantized, and what happens to them first. Strides: numbers from one to the next.
 struct PixelsInput {
-  const void* x;  // [pixels, C]
-  int64_t pixels, C, stride;  // numbers from one pixel to the next
-  int64_t rotation;           // channels of a group; 0: none
+  const void* x;  // [images, C, plane]
+  int64_t images, C, plane;
+  int64_t image_stride, channel_stride, pixel_stride;  // one of the last two is 1
+  int64_t rotation;  // channels of a group; 0: none
   bool sylvester, silu;
+  int64_t pixels() const { return images * plane; }
+  // What the numbers are multiplied by in the rotation
+  float unit() const { return rotation ? std::sqrt(static_cast<float>(rotation)) : 1.0f; }
 };
 // A pixel holds q * scale + center; bytes are q + 128, as those of rows are
 struct PixelsOutput {
@@ -36,7 +42,6 @@ INLINE Floats silu(Floats x) {
 struct Range {
   float low, high;
   float magnitude;  // of the largest, NaN among them
-  bool is_finite() const { return magnitude <= std::numeric_limits<float>::max(); }
 };
 
 template <class X>
@@ -61,7 +66,25 @@ Range find_range(const typename X::T* x, int64_t C) {
   return {-reduce_maximum(minus_low), reduce_maximum(high), reduce_magnitude(magnitude)};
 }
 
-// --- one pixel
+// How a pixel with this range is rounded
+struct Step {
+  float scale;
+  float middle;  // of the range, `unit` times the center
+};
+inline Step choose_step(Range range, float unit) {
+  if (!(range.magnitude <= std::numeric_limits<float>::max()))
+    return {range.magnitude, 0.0f};  // no number: it shows in all outputs that the pixel meets
+  // halved before they are added: their difference may be beyond float32
+  const float scale = (range.high / 2 - range.low / 2) / unit / 127.0f;
+  return {std::max(scale, TINY), range.high / 2 + range.low / 2};
+}
+
+INLINE Ints to_codes(Floats v, Floats middle, Floats divisor) {
+  const Floats steps = clamp(divide(subtract(v, middle), divisor), -127.0f, 127.0f);
+  return maximum(add(round_to_ints(steps), fill_ints(ZERO_POINT)), fill_ints(0));
+}
+
+// --- one pixel whose channels lie side by side
 
 // SiLU on one pixel x [C], to float32 `row`
 template <class X>
@@ -73,26 +96,15 @@ void apply_silu(const typename X::T* x, float* row, int64_t C) {
 // written too (their weights are 0).
 template <class X>
 void quantize_pixel(const typename X::T* x, int64_t C, float unit, int64_t i, const PixelsOutput& out) {
-  const Range range = find_range<X>(x, C);
-  // halved before they are added: their difference may be beyond float32
-  float middle = range.high / 2 + range.low / 2;
-  float scale = (range.high / 2 - range.low / 2) / unit / 127.0f;
-  if (scale < TINY) scale = TINY;
-  if (!range.is_finite()) {
-    middle = 0;
-    scale = range.magnitude;  // shows in all outputs that the pixel meets
-  }
-  const Floats divisor = fill(scale * unit), center = fill(middle);
-  auto to_codes = [&](Floats v) INLINED {
-    const Floats steps = clamp(divide(subtract(v, center), divisor), -127.0f, 127.0f);
-    return maximum(add(round_to_ints(steps), fill_ints(ZERO_POINT)), fill_ints(0));
-  };
+  const Step step = choose_step(find_range<X>(x, C), unit);
+  out.scale[i] = step.scale;
+  out.center[i] = step.middle / unit;
+  const Floats divisor = fill(step.scale * unit), middle = fill(step.middle);
+  auto codes = [&](Floats v) INLINED { return to_codes(v, middle, divisor); };
   uint8_t* q = out.q + i * out.stride;
   int64_t c = 0;
-  for (; c + 16 <= C; c += 16) store_bytes(q + c, to_codes(X::load(x + c, ALL)));
-  if (c < C) store_bytes(q + c, to_codes(X::load(x + c, first_lanes(C - c))), first_lanes(round_up(C, 4) - c));
-  out.scale[i] = scale;
-  out.center[i] = middle / unit;
+  for (; c + 16 <= C; c += 16) store_bytes(q + c, codes(X::load(x + c, ALL)));
+  if (c < C) store_bytes(q + c, codes(X::load(x + c, first_lanes(C - c))), first_lanes(round_up(C, 4) - c));
 }
 
 template <class X, class From>
@@ -106,34 +118,28 @@ void rotate_pixel(const PixelsInput& in, const From* x, float* row) {
 // --- all pixels, divided among threads
 
 template <class X>
-void quantize_pixels(const PixelsInput& in, const PixelsOutput& out, int threads) {
-  const auto* x = static_cast<const typename X::T*>(in.x);
-  const float unit = in.rotation ? std::sqrt(static_cast<float>(in.rotation)) : 1.0f;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    std::vector<float> buffer(in.silu || in.rotation ? round_up(in.C, 16) : 0);
-    float* row = buffer.data();
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < in.pixels; i++) {
-      const auto* from = x + i * in.stride;
-      if (!in.silu && !in.rotation) {
-        quantize_pixel<X>(from, in.C, unit, i, out);
-        continue;
-      }
-      if (in.silu) apply_silu<X>(from, row, in.C);
-      if (in.silu && in.rotation) rotate_pixel<Float32>(in, row, row);
-      if (!in.silu && in.rotation) rotate_pixel<X>(in, from, row);
-      quantize_pixel<Float32>(row, in.C, unit, i, out);
-    }
-  }
+void quantize_pixel_of(const PixelsInput& in, int64_t i, float* row, const PixelsOutput& out) {
+  const int64_t image = i / in.plane, in_plane = i % in.plane;
+  const auto* x = static_cast<const typename X::T*>(in.x) + image * in.image_stride + in_plane * in.pixel_stride;
+  if (!in.silu && !in.rotation) return quantize_pixel<X>(x, in.C, in.unit(), i, out);
+  if (in.silu) apply_silu<X>(x, row, in.C);
+  if (in.silu && in.rotation) rotate_pixel<Float32>(in, row, row);
+  if (!in.silu && in.rotation) rotate_pixel<X>(in, x, row);
+  quantize_pixel<Float32>(row, in.C, in.unit(), i, out);
 }
 
-void quantize_pixels(const PixelsInput& in, int dtype, const PixelsOutput& out, int threads) {
-  switch (dtype) {
-    case BF16: return quantize_pixels<BFloat16>(in, out, threads);
-    case F16: return quantize_pixels<Float16>(in, out, threads);
-    default: return quantize_pixels<Float32>(in, out, threads);
+template <class X>
+void quantize_rows_of_pixels(const PixelsInput& in, const PixelsOutput& out, int threads) {
+  MemoryGuard memory;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    std::vector<float> row;
+    memory.run([&] { row.resize(in.silu || in.rotation ? round_up(in.C, 16) : 0); });
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < in.pixels(); i++)
+      if (!memory.has_failed()) quantize_pixel_of<X>(in, i, row.data(), out);
   }
+  memory.rethrow();
 }
 
 }  // namespace

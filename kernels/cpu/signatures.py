@@ -40,7 +40,8 @@ def declare_linear_functions(functions: ctypes.CDLL) -> None:
 def declare_conv_functions(functions: ctypes.CDLL) -> None:
     """Tell ctypes the signatures of conv.h."""
     functions.int8run_quantize_pixels.argtypes = [
-        *(POINTER, INT, INT64, INT64, INT64),  # x, dtype, pixels, C, stride
+        *(POINTER, INT, INT64, INT64, INT64),  # x, dtype, images, C, plane
+        *(INT64, INT64, INT64),  # image_stride, channel_stride, pixel_stride
         *(INT64, INT, INT),  # rotation, sylvester, silu
         *(POINTER, POINTER, POINTER, INT),  # q, scale, center, threads
     ]
@@ -49,7 +50,7 @@ def declare_conv_functions(functions: ctypes.CDLL) -> None:
         *(POINTER, POINTER, POINTER),  # packed, w_scale, bias
         *(POINTER, INT64, INT, INT),  # y, y_stride, dtype, threads
     ]
-    functions.int8run_quantize_pixels.restype = functions.int8run_conv.restype = None
+    functions.int8run_quantize_pixels.restype = functions.int8run_conv.restype = INT
 
 
 def declare_attention_functions(functions: ctypes.CDLL) -> None:

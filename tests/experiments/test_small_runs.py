@@ -86,6 +86,25 @@ def test_attention_prints_a_speed_for_each_variant(capsys: Capture) -> None:
     assert names == ["float32", "bfloat16", "INT8", "INT8 of bfloat16", *treated]
 
 
+@pytest.mark.slow  # several seconds
+@pytest.mark.skipif(bool(REFUSED), reason=f"the CPU kernels: {'; '.join(REFUSED)}")
+def test_convolutions_prints_its_tables(capsys: Capture) -> None:
+    small = ("--models", "SD1.5", "--channels", "320")
+    run_script("convolutions/layers.py", "errors", *small)
+
+    *_, row, mean, worst = capsys.readouterr().out.splitlines()
+    assert row.startswith("| SD1.5 | 1x1 320 to")
+    for line in (mean, worst):
+        numbers = [float(cell) for cell in line.split("|")[3:-1]]
+        assert len(numbers) == 6
+        assert numbers[4] > 40  # what the kernels do
+    run_script("convolutions/layers.py", "speed", *small, "--rounds", "1")
+
+    total, _, last = capsys.readouterr().out.splitlines()[-3:]
+    assert total.startswith("| all of a step | ")
+    assert last.startswith("With bfloat16 in and out, INT8 is ")
+
+
 def test_call_overhead_prints_a_row_for_each_layer(capsys: Capture) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     run_script("gpu/call_overhead.py", "--rounds", "2")

@@ -55,6 +55,17 @@ def run(x, qdata, w_scale, bias, options, **more):
     return conv.int8_conv(x, packed, w_scale, bias, kernel=qdata.shape[2:], **given)
 
 
+def lay_out(rows):
+    """Pixels [pixels, C] as pictures [B, C, pixels], in each layout that is read as it is."""
+    planes = rows.T.contiguous()[None]
+    return {
+        "rows": rows.T[None],
+        "planes": planes,
+        "images": rows[..., None],
+        "padded": F.pad(planes, (0, 5))[..., :-5],
+    }
+
+
 def measure_difference(y, expected):
     """The largest, as a share of the largest result."""
     return (y.double() - expected.double()).abs().max() / expected.double().abs().max()
@@ -102,11 +113,13 @@ def test_pixels_have_the_bits_of_the_definition(instructions, dtype):
         x[3, 0] = torch.finfo(dtype).max
         x[3, -1] = -torch.finfo(dtype).max
         expected = quantize_pixels(x[..., None, None])
-        q, scale, center = conv.quantize_pixels(x, instructions=instructions)
+        for layout, picture in lay_out(x).items():
+            q, scale, center = conv.quantize_pixels(picture, instructions=instructions)
 
-        assert torch.equal(scale, expected.scale.flatten()), channels
-        assert torch.equal(center, expected.center.flatten()), channels
-        assert torch.equal(q[:, :channels].short() - 128, expected.q[..., 0, 0].short()), channels
+            assert torch.equal(scale, expected.scale.flatten()), (channels, layout)
+            assert torch.equal(center, expected.center.flatten()), (channels, layout)
+            integers = q[:, :channels].short() - 128
+            assert torch.equal(integers, expected.q[..., 0, 0].short()), (channels, layout)
 
 
 @pytest.mark.parametrize(
@@ -115,12 +128,14 @@ def test_pixels_have_the_bits_of_the_definition(instructions, dtype):
 )
 def test_silu_and_rotation_come_first(rotation, sylvester, silu):
     x = 3 * randn(20, 96)
+    pictures = lay_out(x).values()
     by = None
     if rotation:
         by = Rotation((sylvester_hadamard if sylvester else regular_hadamard)(rotation), sylvester)
     expected = quantize_pixels(x[..., None, None].double(), by, silu=silu)
     results = [
-        conv.quantize_pixels(x, rotation, sylvester=sylvester, silu=silu, instructions=name) for name in FOUND
+        conv.quantize_pixels(picture, rotation, sylvester=sylvester, silu=silu, instructions=name)
+        for name, picture in itertools.product(FOUND, pictures)
     ]
     q, scale, center = results[0]
 
@@ -143,6 +158,7 @@ def test_any_layout_of_the_picture_gives_the_same_bits():
         wide[:, 3:16, 1:10, 1:8],
         wide.contiguous(memory_format=torch.channels_last)[:, 3:16, 1:10, 1:8],
         x.transpose(2, 3).contiguous().transpose(2, 3),
+        x.repeat(1, 2, 1, 1)[:, :13],
     ):
         assert torch.equal(run(laid_out, qdata, w_scale, bias, options), expected)
 

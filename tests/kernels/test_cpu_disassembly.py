@@ -29,13 +29,12 @@ TO_STACK = re.compile(r"^vmov\w+ +%[xyz]mm\d+,.*\(%r[sb]p")
 def list_blocks(operator: str, instruction_set: InstructionSet, folder) -> list[list[str]]:
     """The instructions between jumps."""
     library = folder / f"{operator}.so"
-    source = instruction_set.source.with_name(f"{operator}_{instruction_set.name}.cpp")
     command = [
         COMPILER,
         *FLAGS,
         *OPENMP_FLAGS,
         *instruction_set.flags,
-        str(source),
+        str(instruction_set.get_source(operator)),
         "-o",
         str(library),
     ]
@@ -56,10 +55,12 @@ def list_blocks(operator: str, instruction_set: InstructionSet, folder) -> list[
     return blocks
 
 
-@pytest.mark.parametrize("operator", ["linear", "attention"])
+@pytest.mark.parametrize("operator", ["linear", "attention", "conv"])
 @pytest.mark.parametrize("instruction_set", X86_SETS, ids=lambda each: each.name)
 def test_the_inner_loop_keeps_its_sums_in_registers(instruction_set, operator, tmp_path):
-    name, count = PRODUCTS[instruction_set.name]
+    # convolutions do not use AMX's tiles
+    uses_vectors = instruction_set.has_tiles and operator == "conv"
+    name, count = PRODUCTS["avx512_vnni" if uses_vectors else instruction_set.name]
     loops = []
     for block in list_blocks(operator, instruction_set, tmp_path):
         products = [i for i, line in enumerate(block) if line.startswith(f"{name} ")]
