@@ -38,6 +38,22 @@ def test_threads_that_run_out_of_memory_are_reported(instructions, tmp_path):
         assert multiply_failures >= 4
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(COMPILER is None, reason="needs g++")
+@pytest.mark.parametrize("instructions", FOUND)
+def test_attention_that_runs_out_of_memory_is_reported(instructions, tmp_path):
+    chosen = INSTRUCTION_SETS[instructions]
+    program = tmp_path / "program"
+    flags = ("-O1", "-std=c++17", "-fopenmp", "-w", *chosen.flags)
+    sources = (str(chosen.get_source("attention")), str(DRIVER.with_name(f"attention_{DRIVER.name}")))
+    subprocess.run([COMPILER, *flags, *sources, "-o", str(program)], check=True)
+
+    for threads in ("1", "3"):
+        done = subprocess.run([program, threads], capture_output=True, text=True, check=True, timeout=60)
+        # scales and means of a head, a row and its bytes, and what a thread keeps
+        assert int(done.stdout) >= 10
+
+
 def fail(*arguments):
     return OUT_OF_MEMORY
 
