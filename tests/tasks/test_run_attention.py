@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+from families.instances_b import wan22
 from PIL import Image
 from support.run_job import make_spec, run_job
 from support.tiny_pipeline import save_random_pipeline
@@ -100,6 +101,34 @@ def test_a_setting_that_is_none_is_refused(small: list[str], setting: str) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("baseline", ["none", "run"])
+def test_both_of_two_denoisers_get_it(baseline: str, tmp_path: Path) -> None:
+    wan22().save_pretrained(tmp_path / "model")
+    process_cache.clear()
+    words = [
+        f"model.location={tmp_path / 'model'}",
+        "model.dtype=float32",
+        "sampler.height=16",
+        "sampler.width=16",
+        "sampler.steps=2",
+        "sampler.guidance=1",
+        "+sampler.extra.num_frames=5",
+        "prompts.prompts=[a]",
+        "tracker=none",
+        "backend=reference",
+        "cache.limit_gb=0",
+        f"metrics.baseline={baseline}",
+    ]
+
+    metrics = run_job([*words, "int8.attention=int8"], tmp_path / "out").metrics
+
+    rows = read_attentions(tmp_path / "out")
+    assert {row["name"].partition(".")[0] for row in rows} == {"transformer", "transformer_2"}
+    assert metrics["quant/attention_int8"] == len(rows)
+    assert all(float(row["output_sqnr_db"]) > 25 for row in rows)
+
+
+@pytest.mark.slow
 def test_it_goes_with_backend_float_and_compiled_blocks(small: list[str], tmp_path: Path) -> None:
     words = [word for word in small if not word.startswith("backend=")]
     metrics = run_job([*words, "backend=float", "compile=blocks", "int8.attention=int8"], tmp_path).metrics
@@ -107,3 +136,16 @@ def test_it_goes_with_backend_float_and_compiled_blocks(small: list[str], tmp_pa
     assert metrics["quant/layers_int8"] == 0
     assert metrics["quant/attention_int8"] == len(read_attentions(tmp_path))
     assert 20 < metrics["quality/psnr_db"] < 200, "attention alone has changed the image"
+
+
+@pytest.mark.slow
+def test_a_quality_is_searched_with_int8_attention_in_the_model(small: list[str], tmp_path: Path) -> None:
+    words = [*small, "model_type.mixed_precision=auto", "quality_db=30", "calibration.prompts=[a]"]
+    plain = run_job(words, tmp_path / "float").metrics
+    process_cache.clear()
+
+    metrics = run_job([*words, "int8.attention=int8"], tmp_path / "int8").metrics
+
+    assert metrics["quant/attention_int8"] == len(read_attentions(tmp_path / "int8"))
+    assert metrics["budget/without_db"] != plain["budget/without_db"], "not what the cache has of the other"
+    assert metrics["budget/reached_db"] >= 30
