@@ -122,7 +122,7 @@ def format_tables(results: Mapping[str, Mapping[str, Reply]]) -> str:
 
 
 def format_shares(results: Mapping[str, Mapping[str, Reply]], peaks: Mapping[str, float]) -> str:
-    """The table of what a whole layer reaches of what its product instruction gives out of registers.
+    """The table of what a whole layer reaches of the most that its instruction set gives.
 
     Args:
         results: by shape and method.
@@ -132,7 +132,7 @@ def format_shares(results: Mapping[str, Mapping[str, Reply]], peaks: Mapping[str
     for instructions, peak in peaks.items():
         records = [results[shape][SETS[instructions]] for shape in results]
         rows.append([instructions, f"{peak:.0f}", *(format_share(record, peak) for record in records)])
-    return format_table(["instructions", "GOP/s out of registers", *results], rows)
+    return format_table(["instructions", "GOP/s at most", *results], rows)
 
 
 def format_share(record: Reply, peak: float) -> str:

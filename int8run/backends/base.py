@@ -270,6 +270,21 @@ class FusesBranch(Protocol):
 
 
 @runtime_checkable
+class ComputesNorms(Protocol):
+    """A backend with a kernel for RMSNorm, faster than torch's own on its device."""
+
+    def normalize(self, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+        """`x / sqrt(mean(x²) + eps) * weight` over the last dimension.
+
+        Args:
+            x: float [..., K], contiguous.
+            weight: [K] in x's dtype.
+            eps: added to the mean.
+        """
+        ...
+
+
+@runtime_checkable
 class HasInstructionSet(Protocol):
     """A backend whose kernels are built for an instruction set."""
 

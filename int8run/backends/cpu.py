@@ -11,7 +11,7 @@ from torch import Tensor
 
 from int8run.backends.base import MAX_SIGNED_PRODUCTS, NO_GELU, FusedBranch, Limits, QuantizedInput
 from int8run.errors import BackendError, check_bool, check_choice
-from int8run.kernels.cpu import linear
+from int8run.kernels.cpu import linear, norm
 from int8run.kernels.cpu.instructions import AUTO, INSTRUCTION_SETS
 from int8run.kernels.cpu.library import BuildError, load_linear_library
 from int8run.kernels.hadamard.reference import Rotation
@@ -137,6 +137,10 @@ class Cpu:
             up_scale=branch.up_scale,
             instructions=self.instructions,
         )
+
+    def normalize(self, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+        """RMSNorm over the last dimension. x: [..., K], weight: [K] -> [..., K]."""
+        return norm.rms_norm(x, weight, eps, self.instructions)
 
     def fuse_branch(self, lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> FusedBranch | None:
         """Both factors in int8 with a scale per row: the branch uses the quantized x and the same

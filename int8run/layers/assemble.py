@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from int8run.layers.fused_norm import install_norms
 from int8run.layers.fusion import defer_gelu, share_inputs
 from int8run.layers.int8_attention import Int8Attention, install_attention
 from int8run.layers.int8_conv import Int8Layer
@@ -30,7 +31,7 @@ def assemble_int8_model(
     """An INT8 model: a copy of the module tree with these layers in it, sharing every tensor with both.
 
     As the family allows, layers that read the same tensor share its quantization, and a GELU before an INT8
-    layer moves into that layer's quantization.
+    layer moves into that layer's quantization. RMSNorms are computed by the layers' backend, where it can.
 
     Args:
         model: the float model.
@@ -45,10 +46,13 @@ def assemble_int8_model(
     n_saved = share_inputs(target, family.same_input)
     n_moved = sum(defer_gelu(target, gelu) for gelu in family.deferred_gelu)
     install_attention(target, attentions or {})
+    n_norms = install_norms(target)
     log.debug(
-        "layers with the same input share a quantization: %d fewer per step; %d GELUs moved into one",
+        "layers with the same input share a quantization: %d fewer per step; %d GELUs moved into one; "
+        "%d norms in one pass",
         n_saved,
         n_moved,
+        n_norms,
     )
     return target
 

@@ -12,6 +12,7 @@
 //     product.h            the parts of a product
 //     *_tiles.h            a block of the product
 //     quantize.h           rows to bytes
+//     norm.h               the norm of rows
 //     linear.h             the layout, the loop over blocks, the C interface
 //
 // Shapes: M rows (tokens), K input columns, N output columns.
@@ -67,6 +68,7 @@
 #include <cstdint>
 #include <memory>
 
+#include "norm.h"
 #include "product.h"
 #include "quantize.h"
 

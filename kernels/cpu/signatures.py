@@ -35,6 +35,11 @@ def declare_linear_functions(functions: ctypes.CDLL) -> None:
         *(POINTER, INT, INT),  # y, dtype, threads
     ]
     functions.int8run_quantize.restype = functions.int8run_linear.restype = INT
+    functions.int8run_rms_norm.argtypes = [
+        *(POINTER, POINTER, INT, INT64, INT64, FLOAT),  # x, weight, dtype, M, K, eps
+        *(POINTER, INT),  # y, threads
+    ]
+    functions.int8run_rms_norm.restype = None
 
 
 def declare_conv_functions(functions: ctypes.CDLL) -> None:
