@@ -28,13 +28,19 @@ from int8run.utils.timing import time_in_turns
 
 CPU = torch.device("cpu")
 TEXT_TOKENS, TEXT_WIDTH = 77, 768
+SMALL_WIDTHS = (32, 64, 64, 64)
 LINEARS, CONVOLUTIONS, ALL = "INT8 Linears", "+ convolutions", "+ attention"
 
 
-def build_unet() -> UNet2DConditionModel:
-    """SD1.5's: the defaults of the class but for the text's width, which is CLIP-L's."""
+def build_unet(*, small: bool) -> UNet2DConditionModel:
+    """SD1.5's: the defaults of the class but for the text's width, which is CLIP-L's.
+
+    Args:
+        small: with few channels.
+    """
     torch.manual_seed(0)
-    unet = UNet2DConditionModel(cross_attention_dim=TEXT_WIDTH, sample_size=64).eval()
+    widths = {"block_out_channels": SMALL_WIDTHS} if small else {}
+    unet = UNet2DConditionModel(cross_attention_dim=TEXT_WIDTH, sample_size=64, **widths).eval()
     return unet.requires_grad_(requires_grad=False)
 
 
@@ -93,14 +99,15 @@ def measure_share(plans: Sequence[LayerPlan], macs: dict[str, int]) -> float:
 
 
 @torch.no_grad()
-def measure(latent: int, rounds: int) -> None:
+def measure(unet: nn.Module, latent: int, rounds: int) -> None:
     """Print a table of shares and times.
 
     Args:
+        unet: the float one.
         latent: pixels on a side of the latents.
         rounds: timings of each step.
     """
-    unet, call = build_unet(), make_call(latent)
+    call = make_call(latent)
     macs, _ = count_step(unet, [call])
     linears, linear_plans = quantize(unet, "float")
     convolutions, conv_plans = quantize(unet, "int8")
@@ -145,8 +152,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--latent", type=int, default=64, help="pixels on a side of the latents")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--small", action="store_true", help="few channels, to try the script")
     arguments = parser.parse_args()
-    measure(arguments.latent, arguments.rounds)
+    measure(build_unet(small=arguments.small), arguments.latent, arguments.rounds)
 
 
 if __name__ == "__main__":

@@ -105,6 +105,23 @@ def test_convolutions_prints_its_tables(capsys: Capture) -> None:
     assert last.startswith("With bfloat16 in and out, INT8 is ")
 
 
+@pytest.mark.slow  # several seconds
+@pytest.mark.skipif(bool(REFUSED), reason=f"the CPU kernels: {'; '.join(REFUSED)}")
+def test_a_unets_step_prints_a_row_for_each_part_in_int8(capsys: Capture) -> None:
+    run_script("convolutions/unet.py", "--small", "--latent", "16", "--rounds", "1")
+
+    rows = [row.split(" | ") for row in capsys.readouterr().out.splitlines()[3:]]
+    assert [row[0].strip("| ") for row in rows] == [
+        "float32",
+        "bfloat16",
+        "INT8 Linears",
+        "+ convolutions",
+        "+ attention",
+    ]
+    linears, convolutions, attention = (float(row[1]) for row in rows[2:])
+    assert linears < convolutions <= attention
+
+
 def test_call_overhead_prints_a_row_for_each_layer(capsys: Capture) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     run_script("gpu/call_overhead.py", "--rounds", "2")
