@@ -204,6 +204,10 @@ def assemble_vae(vae: nn.Module, layers: dict[str, Int8Layer]) -> nn.Module:
 
 @torch.no_grad()
 def decode_latents(vae: Any, latents: Tensor) -> Tensor:
-    """Decode latents as a pipeline does, in the VAE's own dtype. Returns pictures, float32 [B, 3, ...]."""
-    pictures: Tensor = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
-    return pictures.float()
+    """Decode latents as a pipeline does, in the VAE's dtype and where it is. Returns pictures, [B, 3, ...].
+
+    With offloading the float VAE waits in memory, and decodes there.
+    """
+    device = next(vae.parameters()).device
+    pictures: Tensor = vae.decode(latents.to(device, vae.dtype), return_dict=False)[0]
+    return pictures.float().cpu()

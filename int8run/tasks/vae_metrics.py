@@ -39,7 +39,7 @@ def measure_vae(vae: QuantizedVae, device: torch.device) -> dict[str, float]:
     if not vae.latents:
         log.warning("the pipeline decoded no latents by its VAE; what int8.vae=int8 costs is not measured")
         return metrics
-    latents = vae.latents[0][:1].to(device)
+    latents = vae.latents[0][:1]
     float_picture = to_colors(decode_latents(vae.float_vae, latents))
     int8_picture = to_colors(decode_latents(vae.int8_vae, latents))
     metrics["vae/psnr_db"] = compute_psnr(int8_picture, float_picture)

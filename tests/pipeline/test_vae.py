@@ -1,0 +1,116 @@
+"""VAEs in INT8: those of images and of videos, with causal convolutions, beside their float originals."""
+
+from types import SimpleNamespace
+
+import diffusers
+import pytest
+import torch
+from support.helpers import randn
+from torch import nn
+
+from int8run.backends.reference import Reference
+from int8run.errors import ConfigError
+from int8run.layers.int8_conv import Int8Conv
+from int8run.layers.plan import Int8Settings
+from int8run.pipeline.vae import decode_latents, quantize_vae
+from int8run.quant.rounding import AbsMax
+from int8run.quant.weight import sqnr_db
+from int8run.report.console import Progress
+
+CPU, QUIET = torch.device("cpu"), Progress(enabled=False)
+SETTINGS = SimpleNamespace(
+    backend=Reference(), rounding=AbsMax(), int8=Int8Settings(small_batch_fallback="never", vae="int8")
+)
+
+
+def build_wan():
+    return diffusers.AutoencoderKLWan(
+        base_dim=8, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[True]
+    )
+
+
+def build_qwen():
+    return diffusers.AutoencoderKLQwenImage(
+        base_dim=8, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[True]
+    )
+
+
+def build_ltx():
+    return diffusers.AutoencoderKLLTXVideo(
+        latent_channels=4,
+        block_out_channels=(8, 8),
+        down_block_types=("LTXVideoDownBlock3D",) * 2,
+        decoder_block_out_channels=(8, 8),
+        layers_per_block=(1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1),
+        spatio_temporal_scaling=(True, True),
+        decoder_spatio_temporal_scaling=(True, True),
+        decoder_inject_noise=(False, False, False),
+        downsample_type=("conv", "conv"),
+        upsample_residual=(False, False),
+        upsample_factor=(1, 1),
+        timestep_conditioning=False,
+        patch_size=1,
+        patch_size_t=1,
+    )
+
+
+def build_image():
+    return diffusers.AutoencoderKL(
+        latent_channels=4,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        norm_num_groups=2,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+    )
+
+
+VAES = {
+    "AutoencoderKL": (build_image, (1, 4, 4, 4)),
+    "Wan": (build_wan, (1, 4, 2, 4, 4)),
+    "Qwen-Image": (build_qwen, (1, 4, 1, 4, 4)),
+    "LTX": (build_ltx, (1, 4, 2, 4, 4)),
+}
+
+
+def quantize(vae):
+    loaded = SimpleNamespace(pipe=SimpleNamespace(vae=vae), device=CPU, offload_device=CPU)
+    return quantize_vae(loaded, SETTINGS, 16, QUIET)
+
+
+@pytest.mark.parametrize(("build", "shape"), VAES.values(), ids=VAES)
+@torch.no_grad()
+def test_an_int8_vae_decodes_what_the_float_one_does(build, shape):
+    torch.manual_seed(0)
+    vae = build().eval()
+
+    made = quantize(vae)
+
+    latents = randn(*shape)
+    expected = decode_latents(made.float_vae, latents)
+    with made.recording():
+        decoded = made.int8_vae.decode(latents, return_dict=False)[0]
+    assert sqnr_db(expected, decoded) > 25
+    assert torch.equal(made.latents[0], latents)
+    # the decoder's own, and not only those around it
+    inside = [name for name, module in made.int8_vae.named_modules() if isinstance(module, Int8Conv)]
+    assert any(name.startswith("decoder.up_blocks") for name in inside)
+    ends = {plan.name.removesuffix(".conv"): plan for plan in made.plans}
+    assert ends["decoder.conv_in"].skip_reason == "first convolution of the decoder"
+    assert ends["decoder.conv_out"].skip_reason == "last convolution of the decoder"
+    assert torch.equal(decode_latents(vae, latents), expected), "the float one is as it was"
+
+
+def test_a_pipeline_without_a_vae_is_refused():
+    loaded = SimpleNamespace(pipe=SimpleNamespace(), device=CPU, offload_device=CPU)
+
+    with pytest.raises(ConfigError, match=r"int8.vae=int8: SimpleNamespace has no VAE to quantize"):
+        quantize_vae(loaded, SETTINGS, 16, QUIET)
+
+
+def test_a_vae_without_a_layer_that_can_be_int8_is_refused():
+    with pytest.raises(
+        ConfigError, match=r"no layer of Sequential became INT8 \(1 × a transposed convolution\)"
+    ):
+        quantize(nn.Sequential(nn.ConvTranspose2d(4, 4, 2)))
