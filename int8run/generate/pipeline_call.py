@@ -137,8 +137,8 @@ def raise_refusal(pipe: DiffusionPipeline, sampling: Sampling, error: ValueError
     if not is_raised_in(error, PIPELINES_FOLDER):
         return
     raise ConfigError(
-        f"{name} cannot generate this: {reason.rstrip('.')}; change the prompt, sampler.height, sampler.width "
-        "or sampler.extra"
+        f"{name} cannot generate this: {reason.rstrip('.')}; change the prompt, sampler.height, "
+        "sampler.width or sampler.extra"
     ) from error
 
 
