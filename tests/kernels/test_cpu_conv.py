@@ -1,6 +1,7 @@
 """The CPU convolution beside its definition: pixels, sums, layouts, and the same bits on every set."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from support.helpers import CPU, full_range, randn
 from int8run.backends.cpu import Cpu
 from int8run.kernels.cpu import conv
 from int8run.kernels.cpu.instructions import find_unusable_reason, list_instruction_sets
+from int8run.kernels.cpu.library import OUT_OF_MEMORY
 from int8run.kernels.hadamard.reference import Rotation, regular_hadamard, sylvester_hadamard
 from int8run.kernels.int8_conv.reference import int8_conv, quantize_pixels
 
@@ -205,6 +207,24 @@ def test_an_empty_batch_and_an_empty_picture_give_what_padding_gives(batch):
     y = run(x, full_range(5, 4, 1, 1), torch.ones(5), randn(5), {"stride": 1, "padding": 1, "groups": 1})
 
     assert torch.equal(y, randn(5).view(1, 5, 1, 1).expand(batch, 5, 5, 2))
+
+
+def test_a_kernel_without_memory_raises(monkeypatch):
+    x, qdata, w_scale, bias, options = make_case(CASES[2])
+    working = conv.load_conv_library().functions
+    quantize, convolve = working.int8run_quantize_pixels, working.int8run_conv
+
+    def fail(*arguments):
+        return OUT_OF_MEMORY
+
+    for functions in (
+        SimpleNamespace(int8run_quantize_pixels=fail, int8run_conv=convolve),
+        SimpleNamespace(int8run_quantize_pixels=quantize, int8run_conv=fail),
+    ):
+        library = SimpleNamespace(functions=functions)
+        monkeypatch.setattr(conv, "load_conv_library", lambda name, library=library: library)
+        with pytest.raises(MemoryError, match="the CPU kernels ran out of memory"):
+            run(x, qdata, w_scale, bias, options)
 
 
 def test_packed_weights_come_back():
