@@ -217,8 +217,9 @@ def main() -> None:
             process.close()
     if len(results) > 1:
         print(f"\nall shapes\n\n{format_tables(results)}")
-    if args.threads == 1:  # with more, the clock of the CPU is another one
-        peaks = measure_peaks([instructions for instructions, name in SETS.items() if name in names])
+    own_sets = [instructions for instructions, name in SETS.items() if name in names]
+    if own_sets and args.threads == 1:  # with more, the clock of the CPU is another one
+        peaks = measure_peaks(own_sets)
         print(f"\n{format_shares(results, peaks)}")
         write_report(args.json, report | {"clock": clock, "shapes": results, "peaks": peaks})
     print(f"\nwritten to {args.json}")
