@@ -4,9 +4,7 @@
 of Linears, which have a weight to pack, and are known by the same names, so that `backend=cpu` means both.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import ClassVar, Protocol
 
 import torch
@@ -218,13 +216,6 @@ class TritonAttention:
             return None
         return f"a head has {max(width, value_width)} channels, backend triton takes up to {MAX_WIDTH}"
 
-    @cached_property
-    def kernel(self) -> Callable[..., Tensor]:
-        """The function that launches the kernels, imported at the first call: not everybody has Triton."""
-        from int8run.kernels.int8_attention.kernel import int8_attention as launch_int8_attention
-
-        return launch_int8_attention
-
     def attend(
         self,
         query: Tensor,
@@ -237,13 +228,16 @@ class TritonAttention:
         method: AttentionMethod,
     ) -> Tensor:
         """[B, Hq, Lq, Dv] in the query's dtype."""
+        # not everybody has Triton; here and not in a cached property, which torch.compile cannot enter
+        from int8run.kernels.int8_attention.kernel import int8_attention as launch_int8_attention
+
         tile = choose_attention_tile(
             self.architecture,
             max(query.shape[3], value.shape[3]),
             query.shape[2],
             has_row_mask=mask is not None and mask.dim() > 1 and mask.shape[-2] > 1,
         )
-        return self.kernel(
+        return launch_int8_attention(
             query,
             key,
             value,

@@ -72,7 +72,8 @@ def get_device_name(device: torch.device) -> str:
 def describe_instructions(device: torch.device) -> str:
     """What a processor has for matrix products: `avx2, avx512_vnni`, `compute capability 9.0`, `gfx942`."""
     if device.type == "cuda" and torch.version.hip:
-        return get_gpu_architecture(device)
+        architecture: str = get_gpu_architecture(device)
+        return architecture
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         return f"compute capability {major}.{minor}"
@@ -83,6 +84,7 @@ def describe_instructions(device: torch.device) -> str:
     return ", ".join(found) or "no instructions for matrices"
 
 
+@torch.compiler.assume_constant_result  # compiled code holds the name: it cannot ask a driver
 def get_gpu_architecture(device: torch.device) -> str:
     """For which processor code is compiled: `sm_90` for an H100, `gfx942` for an MI300."""
     if torch.version.hip:

@@ -7,7 +7,9 @@ from support.helpers import randn
 from support.triton_process import case_device
 from torch import nn
 
+from int8run.backends.attention import AttentionMethod, TritonAttention
 from int8run.backends.base import run_plain_layer
+from int8run.backends.convolution import ConvGeometry, TritonConv
 from int8run.backends.reference import Reference
 from int8run.backends.triton import Triton
 from int8run.kernels.hadamard.reference import Rotation, sylvester_hadamard
@@ -129,3 +131,23 @@ def test_an_input_in_another_dtype_than_the_model():
 
     assert half.dtype == torch.float16
     assert_close("layer", half.float(), adapted(x), 5e-3)
+
+
+def test_compiled_attention_and_convolutions_are_the_eager_ones(monkeypatch):
+    if DEVICE.type == "cpu":
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    geometry = ConvGeometry((3, 3), (1, 1), (1, 1), (1, 1), groups=1)
+    weight = quantize_weight(randn(16, 8 * 9, seed=1).to(DEVICE))
+    convolution, attention = TritonConv(), TritonAttention("sm_90")
+    packed = convolution.pack_weight(weight, (16, 8, 3, 3), 1)
+
+    def run(x):
+        tokens = convolution.convolve(x, packed, weight.scale[:, 0].contiguous(), None, geometry).flatten(2)
+        heads = tokens.mT.unflatten(2, (1, 16)).transpose(1, 2)  # [B, 1, pixels, 16]
+        method = AttentionMethod(rotation=16)
+        return attention.attend(heads, heads, heads, mask=None, is_causal=False, scale=None, method=method)
+
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True, dynamic=True)
+    for height in (5, 7):
+        x = randn(1, 8, height, 4, seed=2).to(DEVICE)
+        assert torch.equal(compiled(x), run(x))
