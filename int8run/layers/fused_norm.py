@@ -61,7 +61,7 @@ def is_rms_norm(module: Any) -> bool:
 
 
 @cache
-def make_fused_class(norm_class: type[nn.Module]) -> type[nn.Module]:
+def make_fused_class(norm_class: type[Any]) -> type[nn.Module]:
     """A class like that of a norm, under its name, whose forward is the backend's kernel.
 
     Args:
