@@ -219,8 +219,14 @@ TINY: dict[str, Tiny] = {
         Tiny("gemma4", "Gemma4ForCausalLM", GEMMA4_E, lacks=r"^lm_head"),
         Tiny("gemma4_unified", "Gemma4UnifiedTextModel", GEMMA4_12B, ALONE),
         Tiny("gemma4_unified", "Gemma4UnifiedForCausalLM", GEMMA4_12B, lacks=r"^lm_head"),
-        Tiny("gemma4_moe", "Gemma4TextModel", GEMMA4_MOE, ALONE),
-        Tiny("gemma4_moe", "Gemma4ForCausalLM", GEMMA4_MOE, lacks=r"^lm_head"),
+        Tiny("gemma4_moe", "Gemma4TextModel", GEMMA4_MOE, ALONE, named="Gemma4TextModel of 26B"),
+        Tiny(
+            "gemma4_moe",
+            "Gemma4ForCausalLM",
+            GEMMA4_MOE,
+            lacks=r"^lm_head",
+            named="Gemma4ForCausalLM of 26B",
+        ),
         Tiny("gemma2", "Gemma2Model", LLM, ALONE),
         Tiny("gemma2", "Gemma2ForCausalLM", LLM | {"tie_word_embeddings": True}, lacks=r"^lm_head"),
         Tiny(
