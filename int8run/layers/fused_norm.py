@@ -36,7 +36,7 @@ def install_norms(model: nn.Module) -> int:
     for norm in model.modules():
         if is_rms_norm(norm):
             fused: Any = norm
-            fused.__class__ = make_fused_class(type(norm))
+            fused.__class__ = make_fused_class(type(fused))
             fused.norm_backend = backend
             n_installed += 1
     return n_installed
@@ -61,7 +61,7 @@ def is_rms_norm(module: Any) -> bool:
 
 
 @cache
-def make_fused_class(norm_class: type[Any]) -> type[nn.Module]:
+def make_fused_class(norm_class: type[nn.Module]) -> type[nn.Module]:
     """A class like that of a norm, under its name, whose forward is the backend's kernel.
 
     Args:
