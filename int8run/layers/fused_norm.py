@@ -36,7 +36,8 @@ def install_norms(model: nn.Module) -> int:
     for norm in model.modules():
         if is_rms_norm(norm):
             fused: Any = norm
-            fused.__class__ = make_fused_class(type(fused))
+            norm_class: Any = type(norm)  # mypy takes a class of modules for something without a hash
+            fused.__class__ = make_fused_class(norm_class)
             fused.norm_backend = backend
             n_installed += 1
     return n_installed
