@@ -18,6 +18,7 @@ from support.experiment_script import EXPERIMENTS, find_exit_code, run_script
 from int8run.backends.cpu import Cpu
 from int8run.config.compose import compose_jobs
 from int8run.errors import BackendError
+from int8run.kernels.cpu.instructions import list_instruction_sets
 from int8run.models.family import ModelFamily, load_families
 
 Capture = pytest.CaptureFixture[str]
@@ -295,6 +296,22 @@ def test_linear_bench_times_methods_beside_float(tmp_path: Path) -> None:
 
     methods = json.loads(report.read_text())["shapes"]["16x64x64"]
     assert all("ms" in methods[name] for name in ("fp32", "int8run reference", "int8run reference, convrot"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not list_instruction_sets(), reason="the CPU kernels: no instruction set")
+def test_linear_bench_compares_instruction_sets_with_their_most(tmp_path: Path, capsys: Capture) -> None:
+    report, name = tmp_path / "report.json", list_instruction_sets()[-1]
+    small = ("--no-gate", "--shapes", "16x64x64", "--seconds", "0.1", "--only", "bf16", f"cpu, {name}")
+
+    run_script("linear_bench/bench.py", "--table", "instructions", *small, "--json", report)
+
+    found = json.loads(report.read_text())
+    methods = found["shapes"]["16x64x64"]
+    own = methods[f"int8run cpu, {name}"]
+    assert set(methods) == {"fp32", "bf16", "int8run cpu, bf16 in and out", f"int8run cpu, {name}"}
+    assert 0 < own["gops"] < found["peaks"][name]
+    assert f"| {name} | {found['peaks'][name]:.0f} | " in capsys.readouterr().out
 
 
 @pytest.mark.slow
