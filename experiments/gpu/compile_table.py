@@ -32,8 +32,15 @@ COLUMNS = (
     "wrong",
 )
 # what README shows of each architecture: the largest tiles, plain and with a branch
-SHOWN = ("linear 128x", "hopper 128x256x128 w8 s4", "hopper 128x128x128 w4")
-NOT_SHOWN = ("group", "tails", "rank 16", "fp16")
+SHOWN = (
+    "linear 128x",
+    "attention 128 128x",
+    "attention 128 64x32 w8",
+    "conv 3x3 128x",
+    "hopper 128x256x128 w8 s4",
+    "hopper 128x128x128 w4",
+)
+NOT_SHOWN = ("group", "tails", "rank 16", "fp16", "mask")
 
 
 @dataclass(frozen=True)

@@ -7,17 +7,18 @@ definition in the place of our kernels: its numbers mean nothing.
 """
 
 import argparse
-import json
 import platform
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+from operators import measure_attention, measure_convolutions
+from part_report import ROWS, TIMED_ROUNDS, Report, choose_dtype, shrink
 
 EXPERIMENTS = Path(__file__).parents[1]
 REPOSITORY = EXPERIMENTS.parent
@@ -25,44 +26,12 @@ REPOSITORY = EXPERIMENTS.parent
 FOLDERS = (REPOSITORY, REPOSITORY / "tests", EXPERIMENTS / "model_bench", EXPERIMENTS / "linear_bench")
 sys.path[:0] = map(str, FOLDERS)
 
-ROWS = 4608  # image and text tokens of FLUX.1 at 1024x1024
 PRODUCTS = ((ROWS, 3072, 3072), (ROWS, 3072, 12288), (ROWS, 15360, 3072), (512, 3072, 3072))
 # K, rotation and rank: rows that fit into registers, rows that are walked along, with a LoRA
 QUANTIZATIONS = ((3072, 0, 0), (3072, 256, 0), (3072, 0, 64), (15360, 0, 0), (15360, 256, 0), (15360, 0, 64))
-SHRINK = 64  # how much smaller lengths are in a dry run
 RANK = 64
-TIMED_ROUNDS = 20
 MOST_PROCESSES = 16
 GIB = 2**30
-
-
-@dataclass
-class Report:
-    """What a part has found, written anew with each row.
-
-    Args:
-        path: of the file.
-        values: `rows`, and what else is known.
-    """
-
-    path: Path
-    values: dict[str, Any] = field(default_factory=dict)
-
-    def add_row(self, **row: Any) -> None:
-        """One more row."""
-        self.values.setdefault("rows", []).append(row)
-        print(row, flush=True)
-        self.write()
-
-    def write(self) -> None:
-        """All values as JSON."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(self.values))
-
-
-def shrink(length: int, device: str) -> int:
-    """A length, in a dry run a tiny one."""
-    return max(length // SHRINK, 1) if device == "cpu" else length
 
 
 # -- import ------------------------------------------------------------------------------------------
@@ -149,13 +118,6 @@ def compile_tile(device: str, tile: Any) -> dict[str, Any]:
     except Exception as failure:  # noqa: BLE001  whatever a compiler raises is the result of this tile
         return {"failed": describe_error(failure)}
     return {"seconds": time.perf_counter() - started, "error": error}
-
-
-def choose_dtype() -> Any:
-    """Of inputs and outputs."""
-    import torch
-
-    return torch.bfloat16
 
 
 # -- torch's own product -----------------------------------------------------------------------------
@@ -277,6 +239,8 @@ PARTS: Mapping[str, Callable[[str, Report, Sequence[str]], None]] = {
     "compile": compile_tiles,
     "int_mm": profile_int_mm,
     "bandwidth": measure_bandwidth,
+    "attention": measure_attention,
+    "convolutions": measure_convolutions,
     "offload": measure_offload,
     "product": run_product,
 }

@@ -139,6 +139,8 @@ def list_steps(out: Path, device: str, wheels: Path | None, packages: Path) -> l
         Step("linears", [*linear, "--json", str(out / "linears.json")], 140, out / "linears.json"),
         make_part_step("bandwidth", device, out, 30),
         Step("steps", [*model, "--json", str(out / "steps.json")], 170, out / "steps.json"),
+        make_part_step("attention", device, out, 45),
+        make_part_step("convolutions", device, out, 30),
         make_part_step("offload", device, out, 70),
         choose_profiler(profiled, product, is_dry=is_dry),
     ]

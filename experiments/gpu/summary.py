@@ -143,7 +143,7 @@ def format_summary(
         lines.append(f"| {target.name} | {target.found} | {met} | {limit} |")
     lines += ["", "| step | how it ended | seconds | why |", "|---|---|---|---|"]
     lines += [f"| {name} | {status} | {seconds:.0f} | {reason} |" for name, status, seconds, reason in steps]
-    for name in ("compile", "int_mm", "bandwidth", "offload"):
+    for name in ("compile", "int_mm", "bandwidth", "attention", "convolutions", "offload"):
         rows = found.get(name, {}).get("rows", [])
         if rows:
             lines += ["", f"## {name}", "", *format_rows(rows)]

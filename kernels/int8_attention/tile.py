@@ -74,12 +74,12 @@ class ArchitectureTiles:
 _NVIDIA = ArchitectureTiles(
     many=(AttentionTile(128, 64, 4, 3), AttentionTile(128, 64, 8, 3), AttentionTile(64, 32, 8, 2)),
     row_mask=(AttentionTile(128, 32, 8, 3), AttentionTile(128, 32, 8, 3), AttentionTile(64, 32, 8, 2)),
-    few=(AttentionTile(16, 32, 1, 2), AttentionTile(16, 32, 2, 2), AttentionTile(16, 32, 4, 2)),
+    few=(AttentionTile(16, 32, 1, 2), AttentionTile(16, 32, 4, 2), AttentionTile(16, 32, 4, 2)),
 )
 # warps of 64 threads: half as many of them
 _GFX9 = ArchitectureTiles(
     many=(AttentionTile(128, 64, 4, 2), AttentionTile(128, 64, 4, 2), AttentionTile(64, 32, 8, 2)),
-    row_mask=(AttentionTile(128, 32, 4, 2), AttentionTile(128, 32, 4, 2), AttentionTile(64, 32, 8, 2)),
+    row_mask=(AttentionTile(128, 32, 4, 2), AttentionTile(128, 32, 4, 2), AttentionTile(32, 32, 8, 2)),
     few=_NVIDIA.few,
 )
 # RDNA multiplies 16 x 16 tiles whose operands fill many registers, on RDNA 3 twice as many as on RDNA 4

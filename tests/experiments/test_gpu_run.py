@@ -110,7 +110,8 @@ def test_the_steps_of_a_gpu_are_in_order_and_fit_into_their_time(gpu_run: Module
     (tmp_path / "hydra_core.whl").touch()
     steps = gpu_run.list_steps(tmp_path, "cuda", tmp_path, tmp_path / "packages")
 
-    names = "install import compile exact_tests int_mm linears bandwidth steps offload ncu"
+    names = "install import compile exact_tests int_mm linears bandwidth steps"
+    names += " attention convolutions offload ncu"
     assert [step.name.replace(" ", "_") for step in steps] == names.split()
     by_name = {step.name: step for step in steps}
     assert str(tmp_path / "hydra_core.whl") in by_name["install"].command
@@ -177,7 +178,7 @@ def test_what_was_not_measured_is_no_target_met(summary: ModuleType) -> None:
 # -- dry -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow  # ten processes, each of which imports torch
+@pytest.mark.slow  # twelve processes, each of which imports torch
 def test_every_step_runs_dry_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("triton")
     run_script("gpu/run.py", "--dry-run", "--out", tmp_path)
@@ -187,7 +188,7 @@ def test_every_step_runs_dry_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixt
         result = json.loads(line)
         results[result["name"]] = result
     assert {name for name, result in results.items() if result["status"] != "done"} == {"install"}
-    for part in ("compile", "int_mm", "bandwidth", "offload"):
+    for part in ("compile", "int_mm", "bandwidth", "attention", "convolutions", "offload"):
         assert results[part]["found"]["rows"]
     assert results["linears"]["found"]["sizes"] and results["steps"]["found"]["timed"]
     assert "# Dry run on a CPU" in capsys.readouterr().out
