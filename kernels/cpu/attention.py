@@ -164,16 +164,17 @@ def _attention_impl(
     instructions: str,
 ) -> Tensor:
     check_attention_shapes(q, k, v, rotation)
-    output = _make_output(q, v)
+    dtype = q.dtype
     # each is kept until the call is over: it may be a copy
     q, k, v = (_as_operand(each) for each in (q, k, v))
+    output = _make_output(q, v)
     if mask is not None:
         mask = _as_mask(mask, (*q.shape[:3], k.shape[2]))
     call = describe_call(
         q, k, v, output, mask, is_causal=is_causal, scale=scale, rotation=rotation, center_keys=center_keys
     )
     check_status(load_attention_library(instructions).functions.int8run_attention(ctypes.byref(call)))
-    return output
+    return output.to(dtype)
 
 
 def _make_output(q: Tensor, v: Tensor) -> Tensor:

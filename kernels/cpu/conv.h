@@ -1,4 +1,4 @@
-// The W8A8 convolution for CPUs as an implicit matrix product: quantize the picture's pixels once, then multiply the
+// The W8A8 convolution for CPUs as an implicit matrix product: quantize the input's pixels once, then multiply the
 // rows of it that each tap of the kernel meets, where they lie. A plain C interface without torch headers; `conv.py`
 // makes a torch operator of it. The definition is kernels/int8_conv/reference.py.
 //
@@ -8,7 +8,7 @@
 //     conv_tiles.h         a tile: sums of a tap, scaled
 //     conv.h               the layout, the loop over blocks, the C interface
 //
-// A quantized picture and the output are channels-last: a pixel is a row of C bytes, and one of N outputs. Images have
+// The quantized input and the output are channels-last: a pixel is a row of C bytes, and one of N outputs. Images have
 // one frame.
 //
 // Packed weight: int8 [ceil(N / 64)][taps][1 + ceil(C / 4)][256 bytes], for each panel of 64 output columns and each
@@ -26,7 +26,7 @@
 
 namespace {
 
-// A number for each dimension of a picture
+// A number for each dimension of a video; an image has one frame
 struct Extent {
   int64_t t, h, w;
   int64_t count() const { return t * h * w; }
@@ -39,7 +39,7 @@ struct Geometry {
 
 struct Conv {
   Geometry g;
-  Rows picture;  // [batch, input], as the product reads it
+  Rows input;  // [batch, g.input], as the product reads it
   const float* scale;   // of each pixel
   const float* center;  // of each pixel
   int64_t C, N;
@@ -60,7 +60,7 @@ struct Conv {
 struct ConvWorkspace {
   Buffer weights;
   std::vector<TapRows> met;   // of each tap
-  std::vector<int64_t> taps;  // those that meet the picture from anywhere in the block
+  std::vector<int64_t> taps;  // those that meet the input from anywhere in the block
   std::unique_ptr<float[]> sums;
 };
 
@@ -75,7 +75,7 @@ int64_t find_pixel(const Geometry& g, int64_t image, Extent output, Extent tap) 
   return ((image * g.input.t + t) * g.input.h + h) * g.input.w + w;
 }
 
-// What one tap meets from the output pixels `first` to `end`; returns whether it meets the picture at all
+// What one tap meets from the output pixels `first` to `end`; returns whether it meets the input at all
 bool find_rows(const Conv& p, int64_t first, int64_t end, Extent tap, TapRows& met) {
   bool any = false;
   const Extent& size = p.g.output;
@@ -83,7 +83,7 @@ bool find_rows(const Conv& p, int64_t first, int64_t end, Extent tap, TapRows& m
     const int64_t frame = pixel / (size.h * size.w), in_frame = pixel % (size.h * size.w);
     const Extent at{frame % size.t, in_frame / size.w, in_frame % size.w};
     const int64_t i = pixel - first, from = find_pixel(p.g, frame / size.t, at, tap);
-    met.rows[i] = p.picture.q + std::max<int64_t>(from, 0) * p.picture.stride;
+    met.rows[i] = p.input.q + std::max<int64_t>(from, 0) * p.input.stride;
     met.scale[i] = from < 0 ? 0.0f : p.scale[from];
     met.center_128th[i] = from < 0 ? 0.0f : p.center[from] / ZERO_POINT;
     any = any || from >= 0;
@@ -192,7 +192,7 @@ int int8run_quantize_pixels(const void* x, int dtype, int64_t images, int64_t C,
   return report_status([&] { quantize_pixels(in, dtype, {q, round_up(C, 4), scale, center}, threads); });
 }
 
-// y [pixels of the output, N] with `y_stride`, of a picture as int8run_quantize_pixels writes it. `geometry`: a
+// y [pixels of the output, N] with `y_stride`, of an input as int8run_quantize_pixels writes it. `geometry`: a
 // Geometry, 16 numbers.
 int int8run_conv(const int64_t* geometry, const uint8_t* q, const float* scale, const float* center, int64_t C,
                  int64_t N, const int8_t* packed, const float* w_scale, const float* bias, void* y, int64_t y_stride,
@@ -201,8 +201,8 @@ int int8run_conv(const int64_t* geometry, const uint8_t* q, const float* scale, 
   const int64_t bytes = round_up(C, 4);
   return report_status([&] {
     Buffer buffer;
-    const Rows picture = prepare_rows(q, bytes, g.batch * g.input.count(), bytes, buffer);
-    convolve({g, picture, scale, center, C, N, packed, w_scale, bias, y, y_stride}, dtype, threads);
+    const Rows input = prepare_rows(q, bytes, g.batch * g.input.count(), bytes, buffer);
+    convolve({g, input, scale, center, C, N, packed, w_scale, bias, y, y_stride}, dtype, threads);
   });
 }
 }

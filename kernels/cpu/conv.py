@@ -1,6 +1,6 @@
 """The CPU convolution as a torch operator, `int8run::cpu_conv`: quantize the pixels, convolve, scale.
 
-Layers of convolutions call it. The picture may lie as it likes; the result is channels-last, as the kernels
+Layers of convolutions call it. The input may lie as it likes; the result is channels-last, as the kernels
 are.
 """
 
@@ -24,7 +24,7 @@ from int8run.kernels.cpu.linear import (
 from int8run.kernels.int8_conv.reference import Sizes, as_sizes, measure_output
 
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by the number of dimensions
-LARGEST_PICTURE = 3  # dimensions, time among them
+MOST_DIMENSIONS = 3  # of a video: time, height, width
 MOST_CHANNELS = 132_104  # of a group: 32-bit sums of 128 * 127, see linear.h
 
 ops = torch.library.Library("int8run", "FRAGMENT")
@@ -229,7 +229,7 @@ def _make_output(
     # checks what would be read past its end; without sizes of its own, so that torch.compile may trace it
     if x.dim() not in CHANNELS_LAST:
         raise ValueError(f"a convolution takes [B, C, H, W] or [B, C, T, H, W], not {list(x.shape)}")
-    picture = measure_output(x.shape[2:], kernel, stride, padding)
+    sizes = measure_output(x.shape[2:], kernel, stride, padding)
     taps = 1
     for size in kernel:
         taps *= size
@@ -246,12 +246,12 @@ def _make_output(
         raise ValueError(f"w_scale must be contiguous float32 [{outputs}], not {w_scale.dtype}")
     if channels > MOST_CHANNELS:
         raise ValueError(f"at most {MOST_CHANNELS} channels of a group fit 32-bit sums, not {channels}")
-    shape = (x.shape[0], outputs, *picture)
+    shape = (x.shape[0], outputs, *sizes)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=CHANNELS_LAST[x.dim()])
 
 
 def _fill_with_bias(y: Tensor, bias: Tensor | None) -> Tensor:
-    # an empty batch, or a picture that is nothing but padding
+    # an empty batch, or an input that is nothing but padding
     if bias is None:
         return torch.zeros_like(y)
     return bias.to(y.dtype).view(-1, *[1] * (y.dim() - 2)).expand_as(y)
@@ -263,7 +263,7 @@ def describe_geometry(
     """A `Geometry` of conv.h; images are videos of one frame."""
 
     def extend(sizes: Sequence[int], missing: int) -> list[int]:
-        return [missing] * (LARGEST_PICTURE - len(sizes)) + list(sizes)
+        return [missing] * (MOST_DIMENSIONS - len(sizes)) + list(sizes)
 
     numbers = [
         x.shape[0],

@@ -1,6 +1,6 @@
 // A tile of a convolution: some output pixels by some columns of a panel, one tap of the kernel after the other.
 //
-// The input pixels that a tap meets are rows of bytes, anywhere in the picture, so that each row of a tile has its own
+// The input pixels that a tap meets are rows of bytes, anywhere in the input, so that each row of a tile has its own
 // pointer and nothing is copied. Each of them has a scale, too; so the sums of a tap are scaled before those of the
 // next are added, in float32, and wait in memory between two taps.
 #pragma once
@@ -16,7 +16,7 @@ constexpr int64_t PIXEL_BLOCK = 192;  // output pixels that share a pass over th
 static_assert(PIXEL_BLOCK % TILE_ROWS == 0);
 static_assert(TILE_ROWS <= 6, "compute_tiles has no code for larger tiles");
 
-// What a tap meets from each pixel of a block: a row of the picture, its scale and its center. Beyond the picture's
+// What a tap meets from each pixel of a block: a row of the input, its scale and its center. Beyond the input's
 // edge it is any row, with 0 for both. Centers are divided by 128, since compensations are 128 times the sums of weights
 // that they are multiplied by.
 struct TapRows {

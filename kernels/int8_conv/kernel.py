@@ -190,34 +190,32 @@ def _launch_int8_conv(
     y = _allocate_output(x, kernel_shape, stride, padding)
     if x.shape[0] == 0:  # an empty grid cannot be launched
         return y
-    picture = _put_channels_last(x)
+    image = _put_channels_last(x)
     # Triton launches on the current device, which need not be x's
     with torch.accelerator.device_index(x.device.index):
-        pixels = _quantize_pixels(picture, groups, rotation, sylvester=sylvester, silu=silu)
+        pixels = _quantize_pixels(image, groups, rotation, sylvester=sylvester, silu=silu)
         _launch_product(pixels, packed, w_scale, bias, y, kernel_shape, stride, padding, tile)
     return y
 
 
 class PixelRows(NamedTuple):
-    """A picture in int8, a picture without time as a video of one frame."""
+    """An image or video in int8, an image as a video of one frame."""
 
     q: Tensor  # int8 [B, T, H, W, groups, C]
     scale: Tensor  # float32 [B, T, H, W, groups]
     center: Tensor  # float32 [B, T, H, W, groups]
 
 
-def _quantize_pixels(
-    picture: Tensor, groups: int, rotation: int, *, sylvester: bool, silu: bool
-) -> PixelRows:
+def _quantize_pixels(image: Tensor, groups: int, rotation: int, *, sylvester: bool, silu: bool) -> PixelRows:
     """Round each pixel of [B, T, H, W, C of all groups]."""
-    *sizes, channels = picture.shape
+    *sizes, channels = image.shape
     channels //= groups
-    q = torch.empty((*sizes, groups, channels), dtype=torch.int8, device=picture.device)
-    scale = torch.empty((*sizes, groups), dtype=torch.float32, device=picture.device)
+    q = torch.empty((*sizes, groups, channels), dtype=torch.int8, device=image.device)
+    scale = torch.empty((*sizes, groups), dtype=torch.float32, device=image.device)
     center = torch.empty_like(scale)
     n_pixels = prod(sizes)
     quantize_pixels_kernel[(-(-n_pixels // BLOCK_P), groups)](
-        picture,
+        image,
         q,
         scale,
         center,
@@ -227,7 +225,7 @@ def _quantize_pixels(
         SILU=silu,
         ROTATION=rotation,
         SYLVESTER=sylvester,
-        PRECISION=choose_dot_precision(picture.dtype),
+        PRECISION=choose_dot_precision(image.dtype),
         PARTS=choose_block_parts(rotation),
         BLOCK_P=BLOCK_P,
         num_warps=PIXELS_WARPS,
@@ -292,7 +290,7 @@ def choose_block_k(tile: Tile, channels: int) -> int:
 
 
 def _as_video(sizes: list[int], time: int) -> list[int]:
-    """Three sizes; of a picture the one of time first."""
+    """Three sizes; of an image the one of time first."""
     return sizes if len(sizes) == 3 else [time, *sizes]
 
 

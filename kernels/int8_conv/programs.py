@@ -1,7 +1,7 @@
 """What the programs of the INT8 convolution compute: the Triton kernels that `kernel.py` launches.
 
 - `quantize_pixels_kernel` rounds the channels of a pixel about the middle of their range, 16 pixels for each
-  program, which walks along the channels twice: once for the range, once to round. A picture comes from
+  program, which walks along the channels twice: once for the range, once to round. An image comes from
   memory once: the second walk finds it in cache.
 - `conv_kernel` computes one tile of the output, BLOCK_M pixels by BLOCK_N channels, as a product without the
   matrix that im2col would build (implicit GEMM). It goes from tap to tap; for each it finds the input pixel
@@ -20,7 +20,7 @@
                                                               v  + its center * sum of the tap's weights
                                                       output tile, float32, over all taps
 
-Pictures are channels-last, so that the channels of a pixel are neighbors in memory.
+Images are channels-last, so that the channels of a pixel are neighbors in memory.
 """
 
 import triton

@@ -14,11 +14,11 @@ from torch import Tensor
 from int8run.kernels.hadamard.reference import Rotation, rotate_groups
 from int8run.kernels.quantize_rowwise.reference import INT8_MAX, TINY
 
-Sizes = int | Sequence[int]  # one number for all dimensions of the picture, or one for each
+Sizes = int | Sequence[int]  # one number for all dimensions of the image, or one for each
 
 
 class Pixels(NamedTuple):
-    """A picture or video whose pixels are quantized each by itself: `x ~ q * scale + center`."""
+    """An image or video whose pixels are quantized each by itself: `x ~ q * scale + center`."""
 
     q: Tensor  # int8 [B, C, (T,) H, W] in -127..127
     scale: Tensor  # float32 [B, 1, (T,) H, W]
@@ -70,7 +70,7 @@ def int8_conv(
         y[p, o] = w_scale[o] * sum over taps t of (scale[p, t] * sum over c of (q[p, t, c] * qdata[o, c, t])
                                                    + center[p, t] * sum over c of qdata[o, c, t])  +  bias[o]
 
-    where [p, t] is the input pixel that tap t of p meets. Taps beyond the picture's edge add nothing. The
+    where [p, t] is the input pixel that tap t of p meets. Taps beyond the input's edge add nothing. The
     sums over c are whole numbers; everything here is computed in float64, which holds them exactly. The
     channels of a group are quantized by themselves: each group is a convolution of its own.
 
@@ -108,7 +108,7 @@ def int8_conv(
 
 
 def as_sizes(sizes: Sizes, x: Tensor) -> tuple[int, ...]:
-    """One number for each dimension of the picture; x: [B, C, (T,) H, W]."""
+    """One number for each dimension of the image; x: [B, C, (T,) H, W]."""
     dimensions = x.dim() - 2
     if isinstance(sizes, int):
         return (sizes,) * dimensions
@@ -134,7 +134,7 @@ def check_conv(
         groups: a divisor of C and O.
 
     Returns:
-        Sizes of the output's picture: (oT,) oH, oW.
+        Sizes of the output: (oT,) oH, oW.
 
     Raises:
         ValueError: says in one line what does not fit.
@@ -154,30 +154,30 @@ def check_conv(
 
 
 def measure_output(
-    picture: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]
+    input_sizes: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int]
 ) -> tuple[int, ...]:
-    """Sizes of the output's picture.
+    """Sizes of the output.
 
     Args:
-        picture: sizes of the input's picture, (T,) H, W.
+        input_sizes: (T,) H, W of the input.
         kernel: taps in each dimension.
         stride: at least 1.
         padding: zeros on both sides, at least 0.
 
     Raises:
-        ValueError: for another number of dimensions, and for a picture that is smaller than the kernel.
+        ValueError: for another number of dimensions, and for an input that is smaller than the kernel.
     """
-    if not len(picture) == len(kernel) == len(stride) == len(padding):
+    if not len(input_sizes) == len(kernel) == len(stride) == len(padding):
         raise ValueError(
-            f"stride and padding are one number or {len(picture)}, not {list(stride)} and {list(padding)}"
+            f"stride and padding are one number or {len(input_sizes)}, not {list(stride)} and {list(padding)}"
         )
     if min(stride) < 1 or min(padding) < 0:
         raise ValueError(f"stride is 1 or more and padding 0 or more, not {list(stride)} and {list(padding)}")
     sizes = []
-    for size, taps, step, zeros in zip(picture, kernel, stride, padding, strict=True):
+    for size, taps, step, zeros in zip(input_sizes, kernel, stride, padding, strict=True):
         if size + 2 * zeros < taps:
             raise ValueError(
-                f"a picture of {list(picture)} with padding {list(padding)} is smaller than the kernel "
+                f"an input of {list(input_sizes)} with padding {list(padding)} is smaller than the kernel "
                 f"{list(kernel)}"
             )
         sizes.append((size + 2 * zeros - taps) // step + 1)

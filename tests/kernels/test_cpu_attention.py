@@ -123,7 +123,11 @@ def test_rotations_are_those_of_the_reference(rotation):
         assert_like_the_reference(operands, rotation=rotation, center_keys=center_keys)
 
 
-@pytest.mark.parametrize("dtypes", [("bfloat16",) * 3, ("float16",) * 3, ("float32", "bfloat16", "float16")])
+@pytest.mark.parametrize(
+    "dtypes",
+    [("bfloat16",) * 3, ("float16",) * 3, ("float64",) * 3, ("float32", "bfloat16", "float16")],
+    ids=" ".join,
+)
 def test_dtypes_may_differ_and_the_output_has_that_of_the_queries(dtypes):
     operands = make_operands(2, 2, 37, 77, 64, 40)
 
