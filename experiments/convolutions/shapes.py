@@ -26,7 +26,7 @@ NORM_GROUPS = 32
 
 @dataclass(frozen=True)
 class ConvShape:
-    """A convolution of one picture."""
+    """A convolution of one image."""
 
     channels: int
     outputs: int
@@ -39,7 +39,7 @@ class ConvShape:
 
     @property
     def multiply_adds(self) -> int:
-        """Of one picture."""
+        """Of one image."""
         rows = (self.height + 2 * self.padding[0] - self.kernel[0]) // self.stride[0] + 1
         columns = (self.width + 2 * self.padding[1] - self.kernel[1]) // self.stride[1] + 1
         return rows * columns * self.outputs * self.channels * math.prod(self.kernel)
@@ -68,14 +68,14 @@ class ConvCase:
     padding: tuple[int, ...]
 
     def compute(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The float convolution of another picture by another weight."""
+        """The float convolution of another input by another weight."""
         return F.conv2d(x, weight, self.bias, self.stride, self.padding)
 
 
 def list_shapes(model: str) -> Counter[ConvShape]:
     """Every convolution of one step of a UNet but the first and the last, with how often it occurs.
 
-    Of one picture; nothing is computed.
+    Of one image; nothing is computed.
     """
     found = next(entry for entry in yaml.safe_load(MODELS.read_text()) if entry["model"] == model)
     shapes: Counter[ConvShape] = Counter()
@@ -123,7 +123,7 @@ def make_inputs(entries: dict[str, Any]) -> dict[str, Any]:
 
 
 def make_case(source: str, shape: ConvShape, seed: int = 0) -> ConvCase:
-    """A convolution with random weights, and a picture like those that UNets have there.
+    """A convolution with random weights, and an input like those that UNets have there.
 
     Channels differ in size, as those of trained models do: by a factor of e up or down in most of them.
     GroupNorm with random scales and shifts follows, and then SiLU where the shape says so.

@@ -3,7 +3,7 @@
     python experiments/convolutions/unet.py              # 512x512
     python experiments/convolutions/unet.py --latent 32  # 256x256, a quarter of the work
 
-Weights are random, so that nothing is said about pictures. Every step is timed in turn with the others.
+Weights are random, so that nothing is said about images. Every step is timed in turn with the others.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def build_unet(*, small: bool) -> UNet2DConditionModel:
 
 
 def make_call(latent: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """The arguments of one step for one picture.
+    """The arguments of one step for one image.
 
     Args:
         latent: pixels on a side of the latents.
