@@ -325,9 +325,11 @@ void store_output(const Attention& a, const PackedHead& head, const QueryBlock& 
       auto* to = const_cast<typename Y::T*>(tokens[queries.first + i]);
       for (int64_t c = 0; c < a.value_width; c += 16) {
         const Mask inside = first_lanes(a.value_width - c);
+        // not those of the values where no value counts: they may be NaN
         const Floats mean = attends_to_nothing ? fill(0.0f) : load(head.value_mean.data() + c, inside);
+        const Floats scale = attends_to_nothing ? fill(0.0f) : load(head.value_scale.data() + c, inside);
         const Floats result = divide(load(space.output.data() + i * width + c), fill(divisor));
-        Y::store(to + c, inside, multiply_add(result, load(head.value_scale.data() + c, inside), mean));
+        Y::store(to + c, inside, multiply_add(result, scale, mean));
       }
     }
   });

@@ -35,14 +35,15 @@ INLINE float find_maximum(const float* scores, int64_t n) {
   return reduce_maximum(m);
 }
 
-// 255 exp((score - maximum) * factor) of n scores, rounded to bytes; returns their sum before the rounding. n is a
-// multiple of 16.
+// 255 exp((score - maximum) * factor) of n scores, rounded to bytes; returns their sum before the rounding, which is NaN
+// if a score is. n is a multiple of 16.
 INLINE float round_probabilities(const float* scores, int64_t n, float maximum_score, float factor, uint8_t* codes) {
   const Floats shift = fill(maximum_score), scale = fill(factor * LOG2_E);
   Floats sum = fill(0.0f);
   for (int64_t k = 0; k < n; k += 16) {
     const Floats exponent = multiply_add(subtract(load(scores + k), shift), scale, fill(LOG2_CODE_MAX));
-    const Floats probability = power_of_2(maximum(exponent, fill(SMALLEST_EXPONENT)));
+    // in this order x86 keeps NaN, which a mask may hold, as Arm does in any: the sum shows it
+    const Floats probability = power_of_2(maximum(fill(SMALLEST_EXPONENT), exponent));
     sum = add(sum, probability);
     store_bytes(codes + k, round_to_ints(probability));
   }

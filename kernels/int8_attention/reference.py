@@ -54,7 +54,7 @@ def int8_attention(
 
     Returns:
         [B, Hq, Lq, Dv] in q's dtype. A row that attends to nothing is 0. NaN in a key makes the rows that
-        attend to it NaN; in a query, its row; in a value, its channel.
+        attend to it NaN; in a query or a float mask, its row; in a value, its channel.
 
     Raises:
         ValueError: for shapes or a rotation that do not fit.

@@ -180,6 +180,24 @@ def test_what_is_not_a_number_is_visible_where_the_reference_shows_it(value, opt
     assert torch.equal(actual.isnan(), reference.int8_attention(q, k, v, **options).isnan())
 
 
+@pytest.mark.parametrize("instructions", FOUND)
+def test_a_nan_in_a_mask_is_visible_in_its_row_and_one_in_a_value_where_the_value_counts(instructions):
+    q, k, v = make_operands(1, 1, 37, 300, 64, 64)
+    v[..., 7, 4] = torch.nan
+    mask = torch.zeros(37, 300)
+    mask[3, 5] = torch.nan
+    mask[4, 299] = torch.nan
+    mask[9] = -torch.inf
+
+    actual = int8_attention(q, k, v, mask=mask, instructions=instructions)
+
+    expected = torch.zeros(37, 64, dtype=torch.bool)
+    expected[:, 4] = True
+    expected[9, 4] = False
+    expected[3:5] = True
+    assert torch.equal(actual[0, 0].isnan(), expected)
+
+
 def test_a_nan_in_a_hidden_key_is_hidden():
     q, k, v = make_operands(1, 1, 37, 300, 64, 64)
     k[:, :, 290] = torch.nan
