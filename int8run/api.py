@@ -26,7 +26,7 @@ from int8run.config.run_spec import RunSpec
 from int8run.errors import ConfigError, check_range
 from int8run.layers.assemble import assemble_int8_model
 from int8run.layers.int8_conv import Int8Layer, get_layer
-from int8run.layers.plan import LayerPlan, plan_layers
+from int8run.layers.plan import FLOAT, LayerPlan, plan_layers
 from int8run.lora.installed import find_marks, format_names
 from int8run.lora.stack import LoraStack
 from int8run.models.dual_denoisers import split_denoiser
@@ -59,6 +59,8 @@ def quantize_(  # noqa: PLR0913  # the contract of the library: each is an optio
 ) -> list[LayerPlan]:
     """Replace the Linears of a denoiser by INT8 layers, with options named as on the command line.
 
+    With `int8.convolutions=int8` or `auto` in `overrides` its convolutions as well; none is timed here.
+
     Args:
         model: a diffusers denoiser, compiled or not, or its pipeline. It is changed in place, and its float
             weights are dropped.
@@ -74,7 +76,7 @@ def quantize_(  # noqa: PLR0913  # the contract of the library: each is an optio
             where diffusers' model offloading brings it.
 
     Returns:
-        What happened to each Linear.
+        What happened to each Linear and, where these may be INT8, to each convolution.
 
     Raises:
         ConfigError: for an option that does not exist or needs a calibration, for a model that has LoRAs on
@@ -173,15 +175,16 @@ def check_settings(spec: RunSpec, options: Mapping[str, str]) -> None:
         spec.save is not None
         or spec.int8.checkpoint is not None
         or not spec.int8.enable
-        or spec.int8.attention != "float"
+        or spec.int8.attention != FLOAT
+        or spec.int8.vae != FLOAT
         or spec.quality_db is not None
         or bool(spec.lora.adapters)
         or spec.clip.is_quantized
     )
     if needs_command:
         raise ConfigError(
-            "quantize_ takes no save, int8.checkpoint, int8.enable=false, int8.attention, quality_db, lora "
-            "or clip; the command `int8run` does"
+            "quantize_ takes no save, int8.checkpoint, int8.enable=false, int8.attention, int8.vae, "
+            "quality_db, lora or clip; the command `int8run` does"
         )
     for group, choice in (("outlier", spec.outlier), ("rounding", spec.rounding)):
         if choice.needs_calibration:

@@ -85,7 +85,7 @@ def log_ignored_settings(task: Task, overrides: Sequence[str]) -> None:
         overrides: of the command line.
     """
     keys = dict.fromkeys(split_override(override)[0] for override in overrides)
-    ignored = [key for key in keys if key.partition(".")[0] in task.ignores]
+    ignored = [key for key in keys if key in task.ignores or key.partition(".")[0] in task.ignores]
     if ignored:
         log.warning("task=%s ignores %s", type(task).__name__.lower(), ", ".join(ignored))
 

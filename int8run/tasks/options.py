@@ -17,6 +17,8 @@ from int8run.errors import ConfigError, check_range
 
 # what only a model that generates has a use for
 GENERATION = frozenset({"calibration", "compile", "attention", "offload", "device", "metrics", "quality_db"})
+# parts of `int8` that are about more than the weights of a denoiser
+INT8_OF_A_RUN = frozenset({"int8.attention", "int8.attention_min_sqnr_db", "int8.vae"})
 # what says how a model becomes INT8
 QUANTIZATION = frozenset({"model_type", "int8", "outlier", "rounding", "backend", "lora", "lora_dir", "clip"})
 
@@ -114,6 +116,8 @@ class Bench:
             "cache",
             "save",
             "sync",
+            "int8.convolutions",
+            *INT8_OF_A_RUN,
         }
     )
 
@@ -155,6 +159,7 @@ class Quantize:
         "sampler",
         "cache",
         "sync",
+        *INT8_OF_A_RUN,
     }
 
     component: str | None = None

@@ -24,7 +24,7 @@ class FunctionTask:
     function: Callable[[Job], float | None]
     recorded: ClassVar[bool] = True
     tracked: ClassVar[bool] = True
-    ignores: ClassVar[frozenset[str]] = frozenset({"a"})
+    ignores: ClassVar[frozenset[str]] = frozenset({"a", "c.d"})
 
     def execute(self, spec: RunSpec, job: Job) -> float | None:
         return self.function(job)
@@ -215,9 +215,11 @@ def test_another_error_of_the_system_passes_through(spec: RunSpec, tmp_path: Pat
 def test_settings_that_a_task_ignores_are_said_in_one_line(
     spec: RunSpec, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    execute_function(spec, make_job(tmp_path), do_nothing, FakeTracker())
+    job = replace(make_job(tmp_path), overrides=["seed=1", "a.b=2", "c.d=3", "c.e=4"])
 
-    assert [record.getMessage() for record in caplog.records] == ["task=functiontask ignores a.b"]
+    execute_function(spec, job, do_nothing, FakeTracker())
+
+    assert [record.getMessage() for record in caplog.records] == ["task=functiontask ignores a.b, c.d"]
 
 
 def test_a_task_that_is_not_recorded_leaves_nothing(spec: RunSpec, tmp_path: Path) -> None:

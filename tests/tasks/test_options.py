@@ -14,6 +14,7 @@ from support.run_job import make_spec
 from int8run.config.job import Job
 from int8run.config.run_spec import RunSpec
 from int8run.errors import Int8RunError
+from int8run.layers.plan import Int8Settings
 from int8run.tasks.options import Bench, Inspect, Quantize, Report, Run
 
 TASKS = (Run, Inspect, Bench, Quantize, Report)
@@ -21,7 +22,9 @@ TASKS = (Run, Inspect, Bench, Quantize, Report)
 
 @pytest.mark.parametrize("task", TASKS)
 def test_what_a_task_ignores_are_settings(task: type) -> None:
-    assert task.ignores <= {setting.name for setting in fields(RunSpec)}
+    groups = {setting.name for setting in fields(RunSpec)}
+    parts = {f"int8.{setting.name}" for setting in fields(Int8Settings)}
+    assert task.ignores <= groups | parts
 
 
 @pytest.mark.parametrize(
