@@ -12,7 +12,10 @@ WHITE = (255, 255, 255, 255)
 
 
 def convert_to_rgb(image: Image.Image) -> Image.Image:
-    """A copy as RGB with 8 bits in sRGB, upright, transparent parts over white."""
+    """A copy as RGB with 8 bits in sRGB, upright, transparent parts over white.
+
+    Caches hold what was generated from these pixels: where they change, so does `sample_inputs.COLORS`.
+    """
     upright = convert_depth(ImageOps.exif_transpose(image))
     change = find_color_change(upright)
     if not upright.has_transparency_data:

@@ -19,12 +19,15 @@ STRENGTH = "strength"
 # Some pipelines have further ones, such as `pose_video`; diffusers names them alike.
 FILE_COLUMN = re.compile(r"(?:\w+_)?(?:image|images|video|videos)")
 
+# what `media` makes of the colors of a file; another word where it makes other pixels of the same file
+COLORS = "sRGB"
+
 
 @dataclass(frozen=True)
 class InputFile:
     """An image or a video that a sample begins with.
 
-    Two are equal where their content is, and the size at which it is opened.
+    Two are equal where their content is, the size at which it is opened, and the colors that it has then.
 
     Args:
         name: of the file, without its folder.
@@ -32,6 +35,8 @@ class InputFile:
         sha256: of its content, in hexadecimal digits.
         place: where a setting or a table names it, for messages: `cats.csv, row 3 (line 4): image`.
         size: width and height that it is brought to when it is opened; None: it stays as it is.
+        colors: what its pixels are then; in the keys of caches, so that nothing is taken out of them that was
+            generated when profiles were ignored.
     """
 
     name: str = field(repr=False, compare=False)
@@ -39,6 +44,7 @@ class InputFile:
     sha256: str
     place: str = field(default="", repr=False, compare=False)
     size: tuple[int, int] | None = None
+    colors: str = COLORS
 
     @property
     def label(self) -> str:

@@ -1,13 +1,17 @@
 """The key of the float model's images in the cache."""
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
+from int8run.generate.prompts import Sample
+from int8run.generate.sample_inputs import IMAGE, SampleInputs, read_input_file
 from int8run.lora.config import Adapter, LoraSettings
-from int8run.lora.header_info import read_lora_headers
+from int8run.lora.header_info import LoraHeader, read_lora_headers
 from int8run.models.family import ModelSource
 from int8run.models.sampling import Sampling
 from int8run.pipeline.float_baseline import BaselineOrigin, build_baseline_key
@@ -21,11 +25,13 @@ def write_pair(path: Path) -> None:
     save_file(pair, path)
 
 
-def make_key(folder: Path) -> str:
+def make_key(folder: Path | None = None, samples: Sequence[Sample] = ()) -> str:
     """The key of a run with the LoRA in a folder."""
-    headers = read_lora_headers(LoraSettings([Adapter("style", str(folder))]), "tiny")
+    headers: Sequence[LoraHeader] = ()
+    if folder is not None:
+        headers = read_lora_headers(LoraSettings([Adapter("style", str(folder))]), "tiny")
     model = ModelSource("shipped:tiny", "tiny", Sampling())
-    origin = BaselineOrigin(model=model, headers=headers, samples=[], settings_key="", device="cpu")
+    origin = BaselineOrigin(model=model, headers=headers, samples=samples, settings_key="", device="cpu")
     return build_baseline_key(origin, DiskCache(None, 0))
 
 
@@ -48,3 +54,15 @@ def test_files_beside_a_lora_count(tmp_path: Path) -> None:
 
     write_pair(folder / "other" / "adapter_model.safetensors")
     assert make_key(folder) == keys[-1]
+
+
+def test_images_that_were_made_when_color_profiles_were_ignored_are_not_taken(tmp_path: Path) -> None:
+    path = tmp_path / "photo.png"
+    path.write_bytes(b"an image")
+    file = read_input_file(path)
+    keys = []
+    for colors in (file.colors, "as in the file"):
+        inputs = SampleInputs({IMAGE: (replace(file, colors=colors),)})
+        keys.append(make_key(samples=[Sample("a cat", 0, "0", inputs=inputs)]))
+
+    assert keys[0] != keys[1]
