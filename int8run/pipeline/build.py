@@ -62,7 +62,7 @@ from int8run.report.console import Progress
 from int8run.utils.plurals import count_noun
 
 log = logging.getLogger(__name__)
-DEFAULT_VAE_SCALE = 8  # pixels of a picture for one of its latents, where the pipeline does not say
+DEFAULT_VAE_SCALE = 8  # pixels of an image for one of its latents, where the pipeline does not say
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from int8run.layers.plan import INT8, LayerPlan, plan_convolution
 from int8run.models.vae_layers import VaeLayers, load_vae_layers
 from int8run.pipeline.layer_selection import describe_skip_reasons, select_int8_plans
 from int8run.pipeline.loaded_model import LoadedModel
+from int8run.pipeline.offload import has_group_offloading
 from int8run.pipeline.quantization_settings import QuantizationSettings
 from int8run.ptq.convolutions import ConvolutionBinder
 from int8run.ptq.quantize import build_int8_layers, check_backend, keep_faster_layers, quantize_layers
@@ -30,6 +31,13 @@ from int8run.report.console import Progress
 
 log = logging.getLogger(__name__)
 VAE = "vae"  # the component of a pipeline
+
+
+class Place(NamedTuple):
+    """Where a VAE is, and the dtype of its float tensors."""
+
+    device: torch.device
+    dtype: torch.dtype
 
 
 @dataclass
@@ -55,6 +63,24 @@ class QuantizedVae:
             candidate: name of the denoiser that is compared with the float one.
         """
         return {"float": {VAE: self.float_vae}, candidate: {VAE: self.int8_vae}}
+
+    @contextmanager
+    def placed(self, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+        """Bring both VAEs to a device and a dtype, and back to where they were.
+
+        With offloading they wait in memory, and some pipelines decode in another dtype than that of the VAE,
+        which overflows in half precision.
+        """
+        place = Place(device, dtype)
+        # all are noted before one is moved, because they share tensors
+        places = [(vae, find_place(vae)) for vae in (self.float_vae, self.int8_vae)]
+        for vae, own_place in places:
+            move_vae(vae, own_place, place)
+        try:
+            yield
+        finally:
+            for vae, own_place in places:
+                move_vae(vae, place, own_place)
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -86,7 +112,7 @@ def quantize_vae(
     Args:
         loaded: the model, whose VAE stays as it is.
         settings: backend and rounding.
-        rows: pixels of a latent picture, which its Linears see.
+        rows: pixels of the latents of an image, which its Linears see.
         progress: of the layers.
 
     Raises:
@@ -202,12 +228,30 @@ def assemble_vae(vae: nn.Module, layers: dict[str, Int8Layer]) -> nn.Module:
     return target
 
 
+def find_place(vae: Any) -> Place:
+    """Where a VAE is now, and in which dtype."""
+    return Place(next(vae.parameters()).device, vae.dtype)
+
+
+def move_vae(vae: Any, old: Place, new: Place) -> None:
+    """Move a VAE from one place to another; what diffusers moves in groups stays where it waits.
+
+    Args:
+        vae: is changed.
+        old: where it is. What does not differ is not asked for, because diffusers warns of it.
+        new: where it is to be.
+    """
+    changes: dict[str, Any] = {}
+    if new.device != old.device and not has_group_offloading(vae):
+        changes["device"] = new.device
+    if new.dtype != old.dtype:
+        changes["dtype"] = new.dtype
+    if changes:
+        vae.to(**changes)
+
+
 @torch.no_grad()
 def decode_latents(vae: Any, latents: Tensor) -> Tensor:
-    """Decode latents as a pipeline does, in the VAE's dtype and where it is. Returns pictures, [B, 3, ...].
-
-    With offloading the float VAE waits in memory, and decodes there.
-    """
-    device = next(vae.parameters()).device
-    pictures: Tensor = vae.decode(latents.to(device, vae.dtype), return_dict=False)[0]
-    return pictures.float().cpu()
+    """Decode latents as a pipeline does, by a VAE that is where they are. Returns images, [B, 3, ...]."""
+    images: Tensor = vae.decode(latents, return_dict=False)[0]
+    return images.float().cpu()

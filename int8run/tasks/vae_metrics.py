@@ -17,14 +17,14 @@ from int8run.pipeline.vae import QuantizedVae, decode_latents
 from int8run.utils.timing import time_medians
 
 log = logging.getLogger(__name__)
-ROUNDS = 3  # of each VAE, after one that warms up: a picture of a large VAE takes seconds
+ROUNDS = 3  # of each VAE, after one that warms up: an image of a large VAE takes seconds
 
 
 def measure_vae(vae: QuantizedVae, device: torch.device) -> dict[str, float]:
     """Decode the latents that a run recorded with both VAEs.
 
     Args:
-        vae: both, and the latents of the first picture.
+        vae: both, and the latents of the first image.
         device: where they run.
 
     Returns:
@@ -39,23 +39,20 @@ def measure_vae(vae: QuantizedVae, device: torch.device) -> dict[str, float]:
     if not vae.latents:
         log.warning("the pipeline decoded no latents by its VAE; what int8.vae=int8 costs is not measured")
         return metrics
-    latents = vae.latents[0][:1]
-    float_picture = to_colors(decode_latents(vae.float_vae, latents))
-    int8_picture = to_colors(decode_latents(vae.int8_vae, latents))
-    metrics["vae/psnr_db"] = compute_psnr(int8_picture, float_picture)
-    float_seconds, int8_seconds = time_medians(
-        [partial(decode_latents, vae.float_vae, latents), partial(decode_latents, vae.int8_vae, latents)],
-        device,
-        ROUNDS,
-    )
+    latents = vae.latents[0][:1].to(device)
+    decode_float = partial(decode_latents, vae.float_vae, latents)
+    decode_int8 = partial(decode_latents, vae.int8_vae, latents)
+    with vae.placed(device, latents.dtype):
+        metrics["vae/psnr_db"] = compute_psnr(to_colors(decode_int8()), to_colors(decode_float()))
+        float_seconds, int8_seconds = time_medians([decode_float, decode_int8], device, ROUNDS)
     metrics["vae/decode_ms"] = 1000 * int8_seconds
     metrics["vae/decode_ratio"] = float_seconds / int8_seconds
     return metrics
 
 
-def to_colors(picture: Tensor) -> Tensor:
+def to_colors(image: Tensor) -> Tensor:
     """What a VAE makes, -1..1, as colors in 0..1."""
-    return (picture / 2 + 0.5).clamp(0, 1)
+    return (image / 2 + 0.5).clamp(0, 1)
 
 
 def count_layers(plans: list[LayerPlan]) -> dict[str, float]:

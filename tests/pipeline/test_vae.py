@@ -16,6 +16,7 @@ from int8run.pipeline.vae import decode_latents, quantize_vae
 from int8run.quant.rounding import AbsMax
 from int8run.quant.weight import sqnr_db
 from int8run.report.console import Progress
+from int8run.tasks.vae_metrics import measure_vae
 
 CPU, QUIET = torch.device("cpu"), Progress(enabled=False)
 SETTINGS = SimpleNamespace(
@@ -100,6 +101,26 @@ def test_an_int8_vae_decodes_what_the_float_one_does(build, shape):
     assert ends["decoder.conv_in"].skip_reason == "first convolution of the decoder"
     assert ends["decoder.conv_out"].skip_reason == "last convolution of the decoder"
     assert torch.equal(decode_latents(vae, latents), expected), "the float one is as it was"
+
+
+@torch.no_grad()
+def test_what_a_vae_costs_is_measured_in_the_dtype_that_its_pipeline_decodes_in():
+    torch.manual_seed(0)
+    vae = build_image().eval().half()
+    weight = vae.decoder.conv_in.weight.clone()
+    made = quantize(vae)
+    made.latents.append(randn(1, 4, 4, 4))  # as SDXL hands over, whose VAE overflows in float16
+    seen = []
+    for model in (made.float_vae, made.int8_vae):
+        model.decoder.register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
+
+    metrics = measure_vae(made, CPU)
+
+    assert set(seen) == {torch.float32}
+    assert metrics["vae/psnr_db"] > 25
+    assert metrics["vae/decode_ratio"] > 0
+    assert made.float_vae.dtype == made.int8_vae.dtype == torch.float16
+    assert torch.equal(vae.decoder.conv_in.weight, weight)
 
 
 def test_a_pipeline_without_a_vae_is_refused():
