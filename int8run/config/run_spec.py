@@ -15,7 +15,7 @@ from int8run.config.run_modes import OFFLOAD_MODES, REDUCE_OVERHEAD
 from int8run.errors import ConfigError, check_bool, check_choice, check_range
 from int8run.generate.calibration_settings import CalibrationSettings
 from int8run.generate.prompts import PromptSet
-from int8run.layers.plan import Int8Settings
+from int8run.layers.plan import FLOAT, Int8Settings
 from int8run.lora.config import LoraSettings
 from int8run.metrics.settings import MetricsSettings
 from int8run.models.family import AutoFamily, ModelFamily, ModelSource, list_family_names
@@ -215,7 +215,7 @@ class RunSpec:
             )
         for part in ("attention", "convolutions", "vae"):
             choice = getattr(self.int8, part)
-            if choice != "float":
+            if choice != FLOAT:
                 raise ConfigError(
                     f"int8.enable=false makes no INT8 model for int8.{part}={choice}; for that alone in INT8 "
                     "set backend=float"
@@ -312,7 +312,7 @@ class RunSpec:
         return replace(
             self,
             int8=replace(
-                self.int8, enable=False, checkpoint=None, attention="float", convolutions="float", vae="float"
+                self.int8, enable=False, checkpoint=None, attention=FLOAT, convolutions=FLOAT, vae=FLOAT
             ),
             clip=TextEncoders(),
             save=None,

@@ -61,7 +61,7 @@ class Int8Settings:
     convolutions: str = FLOAT
     vae: str = FLOAT
     checkpoint: str | Mapping[str, str] | None = None
-    attention: str = "float"
+    attention: str = FLOAT
     attention_min_sqnr_db: float = 35.0
 
     def __post_init__(self) -> None:

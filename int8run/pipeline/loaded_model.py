@@ -183,6 +183,11 @@ class SkeletonConv(SkeletonLayer):
         return x.new_zeros(x.shape[0], self.out_features, *size)
 
 
+def computes_values(denoiser: nn.Module) -> bool:
+    """Whether a denoiser has all its weights, so that its activations are real ones."""
+    return not any(isinstance(module, SkeletonLayer) for module in denoiser.modules())
+
+
 def replace_missing_layers(denoiser: nn.Module) -> nn.Module:
     """A copy of the module tree with a SkeletonLayer for every Linear and convolution without a weight.
 

@@ -125,10 +125,11 @@ def select_calibration(
         settings.backend,
         str(loaded.device),
     )
-    if settings.quality_db is None or settings.int8.attention == "float":
+    if settings.quality_db is None or settings.int8.attention == FLOAT:
         return counts
     # the search compares denoisers with the INT8 attention in them
-    return (*counts, settings.int8.attention, settings.int8.attention_min_sqnr_db)
+    int8 = settings.int8
+    return (*counts, int8.attention, int8.attention_min_sqnr_db, int8.only_if_faster)
 
 
 def hash_baked_loras(
@@ -203,7 +204,7 @@ def build_provenance(
 
 def describe_attention(settings: QuantizationSettings) -> dict[str, str]:
     """What the provenance says of attention, which has no weights: the setting; nothing where it is float."""
-    if settings.int8.attention == "float":
+    if settings.int8.attention == FLOAT:
         return {}
     return {"attention": settings.int8.attention}
 

@@ -20,10 +20,10 @@ from int8run.errors import BackendError
 from int8run.generate.capture_attention import watch_attention
 from int8run.layers.assemble import copy_sharing_tensors
 from int8run.layers.int8_attention import Int8Attention, install_attention
-from int8run.layers.plan import Int8Settings, LayerPlan
+from int8run.layers.plan import AUTO, FLOAT, Int8Settings, LayerPlan
 from int8run.metrics.layers import count_macs
 from int8run.models.dual_denoisers import set_denoiser
-from int8run.pipeline.loaded_model import LoadedModel, SkeletonLinear, make_skip_rule
+from int8run.pipeline.loaded_model import LoadedModel, computes_values, make_skip_rule
 from int8run.pipeline.offload import set_offload
 from int8run.ptq.attention import (
     PlannedAttention,
@@ -61,12 +61,12 @@ class AttentionSettings:
     @property
     def is_auto(self) -> bool:
         """Whether each attention becomes INT8 only where it is exact and fast enough."""
-        return self.int8.attention == "auto"
+        return self.int8.attention == AUTO
 
     @property
     def is_off(self) -> bool:
         """Whether all attentions stay float."""
-        return self.int8.attention == "float" or not self.int8.enable
+        return self.int8.attention == FLOAT or not self.int8.enable
 
 
 def count_step(denoiser: nn.Module, calls: Calls) -> tuple[dict[str, int], TracedAttentions]:
@@ -172,11 +172,6 @@ def find_right_backend(
         f"int8.attention={settings.int8.attention}: no INT8 attention runs on {device}{''.join(faults)}; set "
         "int8.attention=float"
     )
-
-
-def computes_values(denoiser: nn.Module) -> bool:
-    """Whether a denoiser has all its weights, so that its activations are real ones."""
-    return not any(isinstance(module, SkeletonLinear) for module in denoiser.modules())
 
 
 @dataclass

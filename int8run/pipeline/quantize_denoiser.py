@@ -22,7 +22,7 @@ from int8run.lora.stack import LoraStack
 from int8run.outlier.auto import AutoOutlier
 from int8run.outlier.base import LayerStatistics
 from int8run.pipeline.layer_selection import SelectedLayers, select_int8_plans, select_layers
-from int8run.pipeline.loaded_model import LoadedModel, SkeletonLayer
+from int8run.pipeline.loaded_model import LoadedModel, computes_values
 from int8run.pipeline.offload import set_offload
 from int8run.pipeline.outlier_choice import choose_methods
 from int8run.pipeline.prequantized import PrequantizedLayers
@@ -382,7 +382,7 @@ def trace_layers(
     rows = {plan.name: 1 for plan in plans}
     conv_inputs: dict[str, tuple[int, ...]] = {}
     convolutions = {plan.name: plan for plan in plans if plan.kind == CONV}
-    computes_values = not any(isinstance(module, SkeletonLayer) for module in denoiser.modules())
+    has_values = computes_values(denoiser)
 
     def count_rows(name: str, x: Tensor, y: Tensor) -> None:
         if name in convolutions:
@@ -390,7 +390,7 @@ def trace_layers(
             rows[name] = y.numel() // convolutions[name].out_features  # [B, N, *size] -> M
         else:
             rows[name] = x.numel() // x.shape[-1]  # [..., K] -> M
-        if computes_values:
+        if has_values:
             check_finite(name, x, "the first step")
 
     for call in calls:

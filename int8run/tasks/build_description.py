@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from int8run.config.run_spec import RunSpec
-from int8run.layers.plan import ATTENTION, LayerPlan
+from int8run.layers.plan import ATTENTION, FLOAT, LayerPlan
 from int8run.lora.stack import LoraStack
 from int8run.metrics.layers import compute_attention_metrics, compute_int8_shares, count_module_bytes
 from int8run.models.given_model import find_controlnets
@@ -26,7 +26,7 @@ def describe_build(spec: RunSpec, built: BuiltModel, *, is_reused: bool) -> list
     """
     facts: list[tuple[str, object]] = [("family", built.family.name), ("device", built.device)]
     facts += describe_layers(built)
-    if spec.int8.attention != "float":
+    if spec.int8.attention != FLOAT:
         facts.append(("attention", describe_attention(built.plans)))
     if spec.lora.adapters:
         facts.append(("lora", describe_loras(spec, built.loras)))

@@ -16,7 +16,7 @@ from int8run.config.run_spec import RunSpec
 from int8run.generate.generate import Generation, set_text_encoders
 from int8run.generate.prompt_cache import PromptCache
 from int8run.generate.prompts import Sample
-from int8run.layers.plan import ATTENTION, LINEAR
+from int8run.layers.plan import ATTENTION, FLOAT, LINEAR
 from int8run.metrics.embeddings import compute_encoder_metrics
 from int8run.metrics.layers import (
     compute_attention_metrics,
@@ -226,7 +226,7 @@ def measure_layers(spec: RunSpec, built: BuiltModel, calls: DenoiserCalls) -> di
         measure_layer_outputs(built.denoisers["float"], int8, calls, built.plans)
     shares = compute_int8_shares(built.plans, built.num_params)
     metrics = compute_layer_metrics(built.plans) | shares
-    if spec.int8.attention != "float":
+    if spec.int8.attention != FLOAT:
         metrics |= compute_attention_metrics(built.plans)
     return metrics
 

@@ -28,7 +28,7 @@ from int8run.pipeline.build import build_model
 from int8run.pipeline.built_model import BuiltModel
 from int8run.pipeline.checkpoint_weights import DenoiserWeights, FileWeights
 from int8run.pipeline.load import load_model
-from int8run.pipeline.loaded_model import LoadedModel, SkeletonLinear, replace_missing_layers
+from int8run.pipeline.loaded_model import LoadedModel, SkeletonLinear, computes_values, replace_missing_layers
 from int8run.pipeline.model_files import hash_model_files
 from int8run.pipeline.step_settings import select_load_settings
 from int8run.quant.weight import quantize_weight
@@ -304,6 +304,8 @@ def test_without_weights_a_model_shows_its_shapes() -> None:
     half = SkeletonLinear(4, 5, torch.bfloat16)
     assert half(torch.ones(1, 4, dtype=torch.bfloat16)).dtype == torch.bfloat16
     full = nn.Sequential(nn.Linear(3, 4))
+    assert computes_values(full) and not computes_values(blank)
+    assert not computes_values(replace_missing_layers(nn.Sequential(nn.Conv2d(1, 2, 3, device="meta"))))
     assert replace_missing_layers(full) is full
 
 
