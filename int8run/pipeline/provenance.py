@@ -170,9 +170,7 @@ def build_provenance(
     """
     settings = origin.settings
     if prequantized is not None and prequantized.is_cached:
-        known = {**prequantized.provenance, "int8run": __version__}
-        known.pop("attention", None)
-        return known | describe_attention(settings)
+        return renew_provenance(prequantized.provenance, settings)
     checkpoint: str | None = None
     method_settings: dict[str, Any] = {}
     if prequantized is not None:
@@ -200,6 +198,17 @@ def build_provenance(
         "layers": {plan.name: describe_layer(plan) for plan in int8_plans},
         **describe_attention(settings),
     }
+
+
+def renew_provenance(known: Mapping[str, Any], settings: QuantizationSettings) -> dict[str, Any]:
+    """What the header says of layers out of the cache, which know nothing of this run's attention.
+
+    Args:
+        known: of the layers.
+        settings: of this run.
+    """
+    of_layers = {name: value for name, value in known.items() if name != "attention"}
+    return {**of_layers, "int8run": __version__, **describe_attention(settings)}
 
 
 def describe_attention(settings: QuantizationSettings) -> dict[str, str]:

@@ -94,7 +94,8 @@ def generate_in_turn(
         if spec.lora.is_scheduled:
             built.set_strengths(spec.lora.get_strengths_at(fraction), spec.lora.text_strengths)
 
-    with inputs.progress.track_loop("Generating", num_images, line_each=True) as advance:
+    recording = nullcontext() if built.vae is None else built.vae.recording()
+    with recording, inputs.progress.track_loop("Generating", num_images, line_each=True) as advance:
 
         def keep_batch(name: str, batch: Sequence[Sample], generation: Generation) -> None:
             generation.peak_bytes = max(generation.peak_bytes, read_peak_bytes(built.device))
@@ -102,21 +103,20 @@ def generate_in_turn(
                 inputs.writer.write_batch(name, batch, generation, built.pipe)
                 advance(len(batch))
 
-        recording = nullcontext() if built.vae is None else built.vae.recording()
-        with recording:
-            return generate(
-                built.pipe,
-                built.component,
-                denoisers,
-                inputs.samples,
-                spec.sampling,
-                hooks=GenerationHooks(
-                    before_batch=lambda name: reset_peak_memory(built.device),
-                    on_batch=keep_batch,
-                    on_fraction=set_scheduled_strengths,
-                ),
-                differences=Differences(built.text_encoders, other_samplings, built.components),
-            )
+        hooks = GenerationHooks(
+            before_batch=lambda name: reset_peak_memory(built.device),
+            on_batch=keep_batch,
+            on_fraction=set_scheduled_strengths,
+        )
+        return generate(
+            built.pipe,
+            built.component,
+            denoisers,
+            inputs.samples,
+            spec.sampling,
+            hooks=hooks,
+            differences=Differences(built.text_encoders, other_samplings, built.components),
+        )
 
 
 def run_warm_up(

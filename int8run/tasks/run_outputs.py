@@ -116,11 +116,7 @@ def write_outputs(
         pipeline = type(built.pipe).__name__
         log.info("%s makes sound with its videos; it is neither compared nor kept", pipeline)
 
-    write_layers_csv(built.plans, output_dir / "layers.csv")
-    if built.vae is not None:
-        write_layers_csv(built.vae.plans, output_dir / "vae.csv")
-    if spec.clip.is_quantized:
-        write_layers_csv(built.encoders.plans, output_dir / "text_encoders.csv")
+    write_layer_tables(spec, built, output_dir)
     environment = collect_environment(built.device, read_library_versions())
     write_json(environment, output_dir / "environment.json")
     generated = read_generated_sampling(spec.sampling, comparison.candidate)
@@ -136,6 +132,15 @@ def write_outputs(
         },
         output_dir / "metrics.json",
     )
+
+
+def write_layer_tables(spec: RunSpec, built: BuiltModel, output_dir: Path) -> None:
+    """Write what happened to each layer of the denoiser, and of what else became INT8."""
+    write_layers_csv(built.plans, output_dir / "layers.csv")
+    if built.vae is not None:
+        write_layers_csv(built.vae.plans, output_dir / "vae.csv")
+    if spec.clip.is_quantized:
+        write_layers_csv(built.encoders.plans, output_dir / "text_encoders.csv")
 
 
 def collect_rounded(
