@@ -123,6 +123,14 @@ def test_what_a_vae_costs_is_measured_in_the_dtype_that_its_pipeline_decodes_in(
     assert torch.equal(vae.decoder.conv_in.weight, weight)
 
 
+def test_a_vae_that_decoded_nothing_has_neither_quality_nor_time(caplog):
+    metrics = measure_vae(quantize(build_image().eval()), CPU)
+
+    assert metrics["vae/memory_ratio"] > 1
+    assert not {"vae/psnr_db", "vae/decode_ms"} & set(metrics)
+    assert "what int8.vae=int8 costs is not measured" in caplog.messages[-1]
+
+
 def test_a_pipeline_without_a_vae_is_refused():
     loaded = SimpleNamespace(pipe=SimpleNamespace(), device=CPU, offload_device=CPU)
 
