@@ -257,7 +257,8 @@ def make_attention_backends(asked: Backend, device: torch.device) -> dict[str, A
         asked: `backend=` of the config, whose settings count for attention, too.
         device: where the model runs.
     """
-    cpu = getattr(asked, "candidates", {}).get(CpuAttention.name, asked)
+    candidates = getattr(asked, "candidates", {})
+    cpu = candidates.get(CpuAttention.name, asked)
     architecture = get_gpu_architecture(device) if device.type == "cuda" else ""
     backends: list[AttentionBackend] = [
         TritonAttention(architecture),

@@ -55,14 +55,13 @@ from int8run.pipeline.step_settings import (
 )
 from int8run.pipeline.store_layers import cache_layers, save_layers
 from int8run.pipeline.text_encoders import QuantizedEncoders, build_encoders
-from int8run.pipeline.vae import QuantizedVae, quantize_vae
+from int8run.pipeline.vae import QuantizedVae, count_latent_pixels, quantize_vae
 from int8run.ptq.layer_costs import BranchCosts
 from int8run.report.columns import SAME_FILE_LIMITS
 from int8run.report.console import Progress
 from int8run.utils.plurals import count_noun
 
 log = logging.getLogger(__name__)
-DEFAULT_VAE_SCALE = 8  # pixels of an image for one of its latents, where the pipeline does not say
 
 
 @dataclass(frozen=True)
@@ -347,11 +346,8 @@ def add_int8_vae(spec: RunSpec, loaded: LoadedModel, progress: Progress) -> Quan
         loaded: the float model.
         progress: of the layers.
     """
-    settings = select_quantization_settings(spec)
-    height, width = spec.sampling.height or 1, spec.sampling.width or 1
-    scale = int(getattr(loaded.pipe, "vae_scale_factor", 0) or DEFAULT_VAE_SCALE)
-    rows = max(1, (height // scale) * (width // scale))
-    return quantize_vae(loaded, settings, rows, progress)
+    rows = count_latent_pixels(loaded.pipe, spec.sampling)
+    return quantize_vae(loaded, select_quantization_settings(spec), rows, progress)
 
 
 def store_quantized(

@@ -19,6 +19,7 @@ from int8run.layers.int8_conv import CONV_CLASSES, Int8Layer, is_convolution
 from int8run.layers.int8_linear import Int8Linear
 from int8run.layers.padding_conv import put_inside
 from int8run.layers.plan import INT8, LayerPlan, plan_convolution
+from int8run.models.sampling import Sampling
 from int8run.models.vae_layers import VaeLayers, load_vae_layers
 from int8run.pipeline.layer_selection import describe_skip_reasons, select_int8_plans
 from int8run.pipeline.loaded_model import LoadedModel
@@ -31,6 +32,8 @@ from int8run.report.console import Progress
 
 log = logging.getLogger(__name__)
 VAE = "vae"  # the component of a pipeline
+DEFAULT_SCALE = 8  # pixels of an image for one of its latents, where the pipeline does not say
+DEFAULT_SIDE = 1024  # pixels of an image, where its size is left to the pipeline
 
 
 class Place(NamedTuple):
@@ -137,6 +140,18 @@ def quantize_vae(
     int8_vae = assemble_vae(vae, layers)
     log.info("%d of %d layers of %s are INT8", len(layers), len(plans), type(vae).__name__)
     return QuantizedVae(vae, int8_vae, plans)
+
+
+def count_latent_pixels(pipe: Any, sampling: Sampling) -> int:
+    """How many pixels the latents of an image have.
+
+    Args:
+        pipe: says how much smaller they are.
+        sampling: height and width of the image.
+    """
+    scale = int(getattr(pipe, "vae_scale_factor", 0) or DEFAULT_SCALE)
+    height, width = sampling.height or DEFAULT_SIDE, sampling.width or DEFAULT_SIDE
+    return max(1, (height // scale) * (width // scale))
 
 
 def plan_vae(vae: nn.Module, known: VaeLayers) -> list[LayerPlan]:

@@ -12,7 +12,8 @@ from int8run.backends.reference import Reference
 from int8run.errors import ConfigError
 from int8run.layers.int8_conv import Int8Conv
 from int8run.layers.plan import Int8Settings
-from int8run.pipeline.vae import decode_latents, quantize_vae
+from int8run.models.sampling import Sampling
+from int8run.pipeline.vae import count_latent_pixels, decode_latents, quantize_vae
 from int8run.quant.rounding import AbsMax
 from int8run.quant.weight import sqnr_db
 from int8run.report.console import Progress
@@ -121,6 +122,20 @@ def test_what_a_vae_costs_is_measured_in_the_dtype_that_its_pipeline_decodes_in(
     assert metrics["vae/decode_ratio"] > 0
     assert made.float_vae.dtype == made.int8_vae.dtype == torch.float16
     assert torch.equal(vae.decoder.conv_in.weight, weight)
+
+
+@pytest.mark.parametrize(
+    ("pipe", "sampling", "pixels"),
+    [
+        (SimpleNamespace(vae_scale_factor=16), Sampling(height=64, width=32), 8),
+        (SimpleNamespace(), Sampling(height=64, width=32), 32),
+        (SimpleNamespace(), Sampling(), 128 * 128),
+        (SimpleNamespace(vae_scale_factor=32), Sampling(height=8, width=8), 1),
+    ],
+    ids=["scale", "no scale", "no size", "tiny"],
+)
+def test_linears_see_the_pixels_of_the_latents(pipe, sampling, pixels):
+    assert count_latent_pixels(pipe, sampling) == pixels
 
 
 def test_a_vae_that_decoded_nothing_has_neither_quality_nor_time(caplog):
