@@ -2,12 +2,14 @@
 
     python experiments/convolutions/unet.py              # 512x512
     python experiments/convolutions/unet.py --latent 32  # 256x256, a quarter of the work
+    python experiments/convolutions/unet.py --errors     # what outlier methods bring, without times
 
 Weights are random, so that nothing is said about images. Every step is timed in turn with the others.
 """
 
 import argparse
 import copy
+import math
 import statistics
 from collections.abc import Sequence
 from functools import partial
@@ -24,11 +26,13 @@ from int8run.layers.plan import LayerPlan
 from int8run.metrics.layers import note_macs_shares
 from int8run.pipeline.quantize_attention import count_step
 from int8run.ptq.attention import give_backend, plan_traced
+from int8run.quant.weight import sqnr_db
 from int8run.utils.timing import time_in_turns
 
 CPU = torch.device("cpu")
 TEXT_TOKENS, TEXT_WIDTH = 77, 768
 SMALL_WIDTHS = (32, 64, 64, 64)
+METHODS = ("none", "convrot", "quarot")
 LINEARS, CONVOLUTIONS, ALL = "INT8 Linears", "+ convolutions", "+ attention"
 
 
@@ -59,16 +63,17 @@ def make_call(latent: int, dtype: torch.dtype = torch.float32) -> dict[str, Tens
     }
 
 
-def quantize(unet: nn.Module, convolutions: str) -> tuple[nn.Module, list[LayerPlan]]:
+def quantize(unet: nn.Module, convolutions: str, outlier: str = "none") -> tuple[nn.Module, list[LayerPlan]]:
     """An INT8 copy, every layer INT8 that can be, and its plans.
 
     Args:
         unet: the float one.
         convolutions: as `int8.convolutions` takes it.
+        outlier: method of all layers that it can take.
     """
     int8 = copy.deepcopy(unet)
     overrides = [f"int8.convolutions={convolutions}", "int8.small_batch_fallback=never"]
-    plans = quantize_(int8, backend="cpu", model_type="sd15", overrides=overrides)
+    plans = quantize_(int8, outlier=outlier, backend="cpu", model_type="sd15", overrides=overrides)
     return int8, plans
 
 
@@ -134,17 +139,55 @@ def measure(unet: nn.Module, latent: int, rounds: int) -> None:
     )
     print("|---|---|---|---|---|---|")
     for name, step in steps.items():
-        noise = (step().sample.float() - exact).square().sum()
-        sqnr = 10 * torch.log10(exact.square().sum() / noise)
+        sqnr = sqnr_db(exact, step().sample)
         cells = [
             name,
             f"{100 * shares.get(name, 0.0):.1f}",
             f"{seconds[name]:.2f}",
             f"{seconds['float32'] / seconds[name]:.2f}",
             f"{seconds['bfloat16'] / seconds[name]:.2f}",
-            "" if noise == 0 else f"{sqnr:.1f}",
+            "" if sqnr == math.inf else f"{sqnr:.1f}",
         ]
         print(f"| {' | '.join(cells)} |")
+
+
+@torch.no_grad()
+def draw_normal_weights(unet: nn.Module, *, scale_channels: bool) -> None:
+    """Replace torch's uniform weights, which int8 holds best of all, by normal ones of the same size.
+
+    Args:
+        unet: is changed.
+        scale_channels: whether GroupNorms scale their channels by a factor of e up or down.
+    """
+    generator = torch.Generator().manual_seed(2)
+    for module in unet.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            size = module.weight.std()
+            module.weight.normal_(generator=generator).mul_(size)
+        elif scale_channels and isinstance(module, nn.GroupNorm):
+            module.weight.normal_(generator=generator).exp_()
+
+
+@torch.no_grad()
+def measure_errors(latent: int, *, small: bool) -> None:
+    """Print what outlier methods bring: SQNRs of a step whose Linears and convolutions are INT8.
+
+    Args:
+        latent: pixels on a side of the latents.
+        small: few channels.
+    """
+    call = make_call(latent)
+    print(f"| weights | {' | '.join(METHODS)} |\n|---|---|---|---|")
+    for weights in ("uniform", "normal", "normal, channels scaled"):
+        unet = build_unet(small=small)
+        if weights != "uniform":
+            draw_normal_weights(unet, scale_channels="scaled" in weights)
+        exact = unet(**call).sample
+        cells = []
+        for method in METHODS:
+            int8, _ = quantize(unet, "int8", method)
+            cells.append(f"{sqnr_db(exact, int8(**call).sample):.1f}")
+        print(f"| {weights} | {' | '.join(cells)} |", flush=True)
 
 
 def main() -> None:
@@ -153,7 +196,11 @@ def main() -> None:
     parser.add_argument("--latent", type=int, default=64, help="pixels on a side of the latents")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--small", action="store_true", help="few channels, to try the script")
+    parser.add_argument("--errors", action="store_true", help="SQNRs by outlier method, without times")
     arguments = parser.parse_args()
+    if arguments.errors:
+        measure_errors(arguments.latent, small=arguments.small)
+        return
     measure(build_unet(small=arguments.small), arguments.latent, arguments.rounds)
 
 

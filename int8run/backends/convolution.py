@@ -20,6 +20,7 @@ from int8run.errors import BackendError
 from int8run.kernels.cpu import conv
 from int8run.kernels.cpu.instructions import AUTO, INSTRUCTION_SETS
 from int8run.kernels.cpu.library import BuildError, load_conv_library
+from int8run.kernels.hadamard.reference import Rotation
 from int8run.kernels.int8_conv.reference import int8_conv
 from int8run.kernels.int8_conv.tile import choose_conv_tile
 from int8run.kernels.int8_linear.tile import AMD_ARCHITECTURES
@@ -117,7 +118,13 @@ class ConvBackend(Protocol):
         """The integers out of that layout, int8 [N, K]."""
 
     def convolve(
-        self, x: Tensor, packed: Tensor, w_scale: Tensor, bias: Tensor | None, geometry: ConvGeometry
+        self,
+        x: Tensor,
+        packed: Tensor,
+        w_scale: Tensor,
+        bias: Tensor | None,
+        geometry: ConvGeometry,
+        rotation: Rotation | None = None,
     ) -> Tensor:
         """x: [B, C, *size] -> [B, N, *size], in x's dtype.
 
@@ -127,6 +134,7 @@ class ConvBackend(Protocol):
             w_scale: float32 [N].
             bias: float32 [N].
             geometry: of the convolution.
+            rotation: of the channels of a group before they are rounded.
         """
 
 
@@ -146,7 +154,13 @@ class ReferenceConv:
         return packed.flatten(1)
 
     def convolve(
-        self, x: Tensor, packed: Tensor, w_scale: Tensor, bias: Tensor | None, geometry: ConvGeometry
+        self,
+        x: Tensor,
+        packed: Tensor,
+        w_scale: Tensor,
+        bias: Tensor | None,
+        geometry: ConvGeometry,
+        rotation: Rotation | None = None,
     ) -> Tensor:
         """x: [B, C, *size] -> [B, N, *size]."""
         return int8_conv(
@@ -158,6 +172,7 @@ class ReferenceConv:
             padding=geometry.padding,
             dilation=geometry.dilation,
             groups=geometry.groups,
+            rotation=rotation,
         )
 
 
@@ -197,7 +212,13 @@ class CpuConv:
         return conv.unpack_conv_weight(packed, outputs, channels, kernel).flatten(1)
 
     def convolve(
-        self, x: Tensor, packed: Tensor, w_scale: Tensor, bias: Tensor | None, geometry: ConvGeometry
+        self,
+        x: Tensor,
+        packed: Tensor,
+        w_scale: Tensor,
+        bias: Tensor | None,
+        geometry: ConvGeometry,
+        rotation: Rotation | None = None,
     ) -> Tensor:
         """x: [B, C, *size] -> [B, N, *size], channels-last."""
         return conv.int8_conv(
@@ -208,6 +229,8 @@ class CpuConv:
             kernel=geometry.kernel,
             stride=geometry.stride,
             padding=geometry.padding,
+            rotation=0 if rotation is None else rotation.group,
+            sylvester=rotation is not None and rotation.sylvester,
             instructions=self.instructions,
         )
 
@@ -243,7 +266,13 @@ class TritonConv:
         return kernel.flatten(1)
 
     def convolve(
-        self, x: Tensor, packed: Tensor, w_scale: Tensor, bias: Tensor | None, geometry: ConvGeometry
+        self,
+        x: Tensor,
+        packed: Tensor,
+        w_scale: Tensor,
+        bias: Tensor | None,
+        geometry: ConvGeometry,
+        rotation: Rotation | None = None,
     ) -> Tensor:
         """x: [B, C, *size] -> [B, N, *size], channels-last."""
         outputs, channels = w_scale.shape[0], x.shape[1] // geometry.groups
@@ -257,6 +286,7 @@ class TritonConv:
             stride=geometry.stride,
             padding=geometry.padding,
             groups=geometry.groups,
+            rotation=rotation,
             tile=choose_conv_tile(get_gpu_architecture(x.device), pixels),
         )
         return y

@@ -69,7 +69,7 @@ def parse_int8_layer(
     """
     marker = evidence.marker
     if marker is not None and marker.format_name == INT8RUN_CONV_FORMAT:
-        return parse_int8_convolution(evidence)
+        return parse_int8_convolution(evidence, marker)
     check_int8_weight(evidence)
     granularity = read_granularity(evidence, may_be_transposed=sdnq is not None)
     rows, columns = evidence.weight.shape
@@ -99,11 +99,16 @@ def parse_int8_layer(
     )
 
 
-def parse_int8_convolution(evidence: LayerEvidence) -> CheckpointLayer:
+def parse_int8_convolution(evidence: LayerEvidence, marker: Marker) -> CheckpointLayer:
     """The INT8 weight of a convolution, which int8run alone writes: a scale for each output channel.
 
+    Args:
+        evidence: what the file says about the layer.
+        marker: its marker, which says whether channels are rotated.
+
     Raises:
-        FileError: for other dimensions, other scales, or what stands beside transformed weights.
+        FileError: for other dimensions, other scales, groups that do not divide the channels, or what stands
+            beside transformed weights of Linears.
     """
     weight = evidence.weight
     if len(weight.shape) not in CONV_DIMENSIONS or 0 in weight.shape:
@@ -119,16 +124,41 @@ def parse_int8_convolution(evidence: LayerEvidence) -> CheckpointLayer:
             "such a weight has a weight_scale and a marker alone: the file is damaged"
         )
     check_positive(evidence.files, evidence.part_keys["scale"], (weight.shape[0], 1))
+    transform = parse_conv_rotation(evidence, marker)
+    label = f"{INT8RUN_CONV_FORMAT}, row"
+    if transform.group_size:
+        label += f", {transform.label}"
     return CheckpointLayer(
         name=evidence.name,
         storage_dtype=INT8,
         shape=weight.shape,
         rows=weight.shape[0],
         columns=prod(weight.shape[1:]),
-        label=f"{INT8RUN_CONV_FORMAT}, row",
+        label=label,
         granularity="row",
         part_keys=evidence.part_keys,
+        outlier_method=transform.method,
+        outlier_settings=marker.fields.get("settings", {}),
+        rotation_group_size=transform.group_size,
+        is_sylvester=transform.is_sylvester,
     )
+
+
+def parse_conv_rotation(evidence: LayerEvidence, marker: Marker) -> TransformInfo:
+    """How the marker of a convolution says that its channels are rotated.
+
+    Raises:
+        FileError: for groups that do not divide the channels, or that no kernel rotates.
+    """
+    group_size, channels = marker.rotation_group_size(), evidence.weight.shape[1]
+    if not group_size:
+        return TransformInfo()
+    if channels % group_size or group_size > MAX_EXACT_GROUP_SIZE:
+        raise FileError(
+            f"{marker.location} names groups of {group_size}; rotated are groups of up to "
+            f"{MAX_EXACT_GROUP_SIZE} that divide its {channels} channels: the file is damaged"
+        )
+    return TransformInfo(marker.fields["outlier"], group_size, marker.is_sylvester())
 
 
 def check_int8_weight(evidence: LayerEvidence) -> None:

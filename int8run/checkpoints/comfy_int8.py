@@ -27,10 +27,10 @@ def build_marker(transform: OutlierTransform, *, is_conv: bool = False) -> dict[
 
     Args:
         transform: what was done to the weight before it was rounded.
-        is_conv: whether it is the weight of a convolution, which no method transforms.
+        is_conv: whether it is the weight of a convolution, of which only channels can be rotated.
     """
     if is_conv:
-        return {"format": INT8RUN_CONV_FORMAT, "per_row": True}
+        return build_conv_marker(transform)
     if transform.method == NONE:
         return {"format": COMFY_FORMAT, "per_row": True}
     if transform.method == CONVROT:
@@ -46,11 +46,27 @@ def build_marker(transform: OutlierTransform, *, is_conv: bool = False) -> dict[
         "settings": transform.settings,
     }
     if transform.group_size:
-        marker["rotation"] = "sylvester" if transform.sylvester else "regular"
+        marker["rotation"] = name_rotation(transform)
         marker["group_size"] = transform.group_size
     marker["centered"] = transform.centered
     marker["factor"] = transform.factor is not None
     return marker
+
+
+def build_conv_marker(transform: OutlierTransform) -> dict[str, object]:
+    """The same of a convolution; without a rotation it says nothing of a method."""
+    marker: dict[str, object] = {"format": INT8RUN_CONV_FORMAT, "per_row": True}
+    if transform.group_size:
+        marker["outlier"] = transform.method
+        marker["settings"] = transform.settings
+        marker["rotation"] = name_rotation(transform)
+        marker["group_size"] = transform.group_size
+    return marker
+
+
+def name_rotation(transform: OutlierTransform) -> str:
+    """The word for the construction of a transform's matrix."""
+    return "sylvester" if transform.sylvester else "regular"
 
 
 def encode_int8_marker(transform: OutlierTransform, *, is_conv: bool = False) -> bytes:

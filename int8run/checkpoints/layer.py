@@ -48,7 +48,7 @@ class CheckpointLayer:
         declared: whether the file says what N, and K, of a weight in mxfp8 or nvfp4 are, which may be padded.
         outlier_method: that the weight was transformed by, as far as the file says.
         outlier_settings: of the method.
-        rotation_group_size: columns that were rotated together; 0: none.
+        rotation_group_size: columns that were rotated together, of a convolution channels; 0: none.
         is_sylvester: whether by Sylvester's matrix, not by the regular one.
         is_centered: whether tokens are centered before the product.
         largest: magnitude in an fp8 weight without a scale, which shows that it is a plain cast; else None.
@@ -144,7 +144,12 @@ class CheckpointLayer:
             matrix = get_hadamard(self.rotation_group_size, is_sylvester=self.is_sylvester)
             rotation = Rotation(matrix, self.is_sylvester)
         return OutlierTransform(
-            self.outlier_method, self.outlier_settings, factor, rotation, centered=self.is_centered
+            self.outlier_method,
+            self.outlier_settings,
+            factor,
+            rotation,
+            centered=self.is_centered,
+            taps=prod(self.shape[2:]),
         )
 
     def read_weight(

@@ -9,7 +9,7 @@ padded with NUL bytes. Where both are there ComfyUI takes the header's object. `
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ METADATA_KEY = "_quantization_metadata"  # of the header's metadata
 INT8RUN_FORMAT = "int8run_transformed"  # of layers whose transform ComfyUI does not know
 INT8RUN_CONV_FORMAT = "int8run_conv"  # of convolutions, which ComfyUI has no INT8 format for
 OWN_FORMATS = (INT8RUN_FORMAT, INT8RUN_CONV_FORMAT)
+CONV_ROTATION_FIELDS = {"outlier", "settings", "rotation", "group_size"}  # of a rotated convolution's marker
 MAX_MARKER_BYTES = 65536  # the longest that is known has 150
 # a flag that says the weight is rotated -> the field with the size of the groups. Files of INT8-Fast from
 # before ComfyUI's own format say `quarot` and mean the same
@@ -71,7 +72,7 @@ class Marker:
         Raises:
             FileError: for a size that no Hadamard matrix of a layer has.
         """
-        if self.format_name == INT8RUN_FORMAT:
+        if self.format_name in OWN_FORMATS:
             return self._int8run_group_size()
         if not any(self.fields.get(flag) for flag in ROTATION_FLAGS):
             return 0
@@ -108,7 +109,7 @@ class Marker:
 
         ComfyUI rotates by powers of 4 only; convert_to_quant gives other sizes Sylvester's matrix.
         """
-        if self.format_name == INT8RUN_FORMAT:
+        if self.format_name in OWN_FORMATS:
             return self.fields.get("rotation") == "sylvester"
         group_size = self.rotation_group_size()
         return group_size > 0 and not is_power_of_4(group_size)
@@ -269,9 +270,10 @@ def check_fields(location: str, found: Mapping[str, Any]) -> dict[str, Any]:
         raise FileError(f"{location} has an invalid {invalid}: {shown}")
     if "format" not in fields and not LEGACY_FIELDS & set(fields):
         raise FileError(f"{location} names no format: {shown}")
-    if fields.get("format") == INT8RUN_FORMAT and not is_int8run_marker(fields):
+    is_valid = OWN_MARKERS.get(fields.get("format", ""))
+    if is_valid is not None and not is_valid(fields):
         raise FileError(
-            f"{location} says {INT8RUN_FORMAT} and lacks what such a marker holds: {shown}; "
+            f"{location} says {fields['format']} and lacks what such a marker holds: {shown}; "
             "save= writes such markers, make the file again"
         )
     return fields
@@ -301,8 +303,24 @@ def is_int8run_marker(fields: Mapping[str, Any]) -> bool:
     return isinstance(fields.get("centered"), bool) and isinstance(fields.get("factor"), bool)
 
 
+def is_conv_marker(fields: Mapping[str, Any]) -> bool:
+    """Whether an object holds what `comfy_int8.build_conv_marker` writes: perhaps a rotation."""
+    if not CONV_ROTATION_FIELDS & set(fields):
+        return True
+    if not isinstance(fields.get("outlier"), str) or not are_settings(fields.get("settings")):
+        return False
+    return fields.get("rotation") in ("regular", "sylvester") and "group_size" in fields
+
+
 def are_settings(found: object) -> bool:
     """Whether this can be the settings of an outlier method: numbers by name, none of them absurd."""
     if not isinstance(found, dict):
         return False
     return all(type(value) in (int, float) and -1e9 < value < 1e9 for value in found.values())
+
+
+# what the objects with int8run's own format names must hold
+OWN_MARKERS: Mapping[str, Callable[[Mapping[str, Any]], bool]] = {
+    INT8RUN_FORMAT: is_int8run_marker,
+    INT8RUN_CONV_FORMAT: is_conv_marker,
+}

@@ -22,7 +22,7 @@ from int8run.export.weight_layers import find_weight_layer
 from int8run.layers.int8_conv import DEPTHWISE
 from int8run.layers.plan import CONV, LayerPlan
 from int8run.models.tensor_part import TensorPart, join_shapes
-from int8run.outlier.base import OutlierMethod, OutlierTransform
+from int8run.outlier.base import OutlierMethod, OutlierTransform, find_channel_obstacle, fit_convolution
 from int8run.quant.rounding import Rounding
 
 # dtypes of the float model, as safetensors names them
@@ -255,14 +255,24 @@ class LayerPlanner:
             reason,
             kind=CONV,
             shape="x".join(map(str, target.shape[2:])),
+            taps=prod(target.shape[2:]),
         )
-        if is_copied:
-            target.copied = True
+        copied_transform = self.find_copied_transform(layers) if is_copied else None
+        if copied_transform is not None:
+            target.transform, target.copied = copied_transform, True
             plan.skip_reason, plan.outlier, plan.rounding = None, target.transform.label, "as in the source"
         elif target.shape[1] == 1:
             plan.skip_reason = reason or DEPTHWISE
         elif reason is None:
+            self.plan_conv_transform(target, plan)
             plan.outlier, plan.rounding = target.transform.label, self.recipe.rounding.name
+
+    def plan_conv_transform(self, target: Target, plan: LayerPlan) -> None:
+        """Give a convolution that is quantized here its transform, or the plan why it has none."""
+        outlier = self.recipe.outlier
+        plan.outlier_skip_reason = find_channel_obstacle(outlier, plan.channels) or ""
+        if not plan.outlier_skip_reason:
+            target.transform = fit_convolution(outlier, torch.empty(1, plan.in_features), plan.taps)
 
     def find_copied_transform(self, layers: Sequence[CheckpointLayer]) -> OutlierTransform | None:
         """The transform of layers whose integers can be one weight as they are; None: they cannot."""

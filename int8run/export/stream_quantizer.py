@@ -291,6 +291,16 @@ class Streamer:
             scale: float32 [rows, 1], is filled.
             transform: of the weight.
         """
+        if transform.rearranges_columns:
+            arranged = torch.empty_like(q)
+            columns = transform.arrange_columns(data)
+            sums = self.round_columns(columns, arranged, scale, transform)
+            q.copy_(transform.restore_columns(arranged))
+            return sums
+        return self.round_columns(data, q, scale, transform)
+
+    def round_columns(self, data: Tensor, q: Tensor, scale: Tensor, transform: OutlierTransform) -> RowSums:
+        """The same of columns that lie as they are transformed."""
         if isinstance(self.recipe.rounding, AbsMax):
             return quantize_weight_rows(data, q, scale, transform.factor, transform.rotation)
         x = kernel.transform_rows(data.float(), transform.factor, transform.rotation)

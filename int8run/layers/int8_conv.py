@@ -200,7 +200,8 @@ class Int8Conv(BackendLayer):
         """x: [B, C, *size], or without B -> [B, N, *size], in x's dtype."""
         has_batch = x.dim() == len(self.kernel_shape)
         batch = x if has_batch else x[None]
-        y = self.backend.convolve(batch, self.packed, self.scale, self.bias, self.geometry)
+        _, rotation = self.transform.get_input_steps()
+        y = self.backend.convolve(batch, self.packed, self.scale, self.bias, self.geometry, rotation)
         branch = self._active_branch()
         if branch is not None:
             y = y + branch(batch).to(y.dtype)

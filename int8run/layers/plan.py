@@ -11,6 +11,7 @@ quality budget (`int8run.ptq.mixed_precision`), or the file that INT8 layers are
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 
 from torch import nn
 
@@ -122,6 +123,7 @@ class LayerPlan:
         kind: LINEAR, CONV or ATTENTION.
         shape: what the two numbers do not say, for people: kernel and stride, or number of heads.
         macs_share: share of all multiply-adds of the denoiser in one step; None: they were not counted.
+        taps: of a convolution the size of its kernel; else 1.
     """
 
     name: str
@@ -142,11 +144,17 @@ class LayerPlan:
     kind: str = LINEAR
     shape: str = ""
     macs_share: float | None = None
+    taps: int = 1
 
     @property
     def is_linear(self) -> bool:
-        """Whether it is a Linear: outlier methods and the backends of the settings are about those alone."""
+        """Whether it is a Linear: calibrations and the backends of the settings are about those alone."""
         return self.kind == LINEAR
+
+    @property
+    def channels(self) -> int:
+        """Numbers that an outlier method treats: inputs of a Linear, of a convolution channels of a group."""
+        return self.in_features // self.taps
 
     @property
     def num_weights(self) -> int:
@@ -217,4 +225,5 @@ def plan_convolution(
         skip_reason=reason or obstacle,
         kind=CONV,
         shape=describe_conv(conv),
+        taps=prod(conv.kernel_size),  # type: ignore[arg-type]
     )

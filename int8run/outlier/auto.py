@@ -47,6 +47,7 @@ class AutoOutlier:
     tolerance_db: float = 0.1
     name: ClassVar[str] = "auto"
     needs_calibration: ClassVar[bool] = True
+    takes_convolutions: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not self.candidates:

@@ -48,6 +48,8 @@ class OutlierTransform(nn.Module):
         factor: float32 [K], multiplied to the input; the weight is divided by it.
         rotation: of groups of columns, on both sides.
         centered: the mean over tokens is quantized on its own (see `Int8Linear`).
+        taps: columns of the weight for one channel of the input: 1, of a convolution the size of its kernel.
+            What is transformed are the channels of each tap.
     """
 
     factor: Tensor | None
@@ -61,11 +63,13 @@ class OutlierTransform(nn.Module):
         rotation: Rotation | None = None,
         *,
         centered: bool = False,
+        taps: int = 1,
     ):
         super().__init__()
         self.method = method
         self.settings = dict(settings or {})
         self.centered = centered
+        self.taps = taps
         self.sylvester = rotation is not None and rotation.sylvester
         self.register_buffer("factor", factor)
         # not in the state dict, because it can be rebuilt from its size
@@ -85,15 +89,40 @@ class OutlierTransform(nn.Module):
 
     def transform_weight(self, weight: Tensor) -> Tensor:
         """Offline, once, in float32. weight: [N, K] -> [N, K]."""
+        weight = self.arrange_columns(weight)
         if self.factor is not None:
             weight = weight / self.factor
         # the matrix is symmetric and its own inverse, so both sides are rotated alike
-        return transform_rows(weight, rotation=self.rotation)
+        return self.restore_columns(transform_rows(weight, rotation=self.rotation))
 
     def restore_weight(self, weight: Tensor) -> Tensor:
         """The inverse of `transform_weight`. weight: [N, K] -> [N, K]."""
-        weight = transform_rows(weight, rotation=self.rotation)
-        return weight if self.factor is None else weight * self.factor
+        weight = transform_rows(self.arrange_columns(weight), rotation=self.rotation)
+        if self.factor is not None:
+            weight = weight * self.factor
+        return self.restore_columns(weight)
+
+    @property
+    def rearranges_columns(self) -> bool:
+        """Whether the columns of a weight lie otherwise while it is transformed."""
+        return self.taps > 1 and self.matrix is not None
+
+    def arrange_columns(self, weight: Tensor) -> Tensor:
+        """Put the channels of a tap side by side, as they are rotated.
+
+        weight: [N, K], its columns channel after channel -> [N, K], tap after tap; the same without taps.
+        """
+        if not self.rearranges_columns:
+            return weight
+        channels: Tensor = weight.unflatten(1, (-1, self.taps))  # [N, C, taps]
+        return channels.mT.flatten(1)
+
+    def restore_columns(self, weight: Tensor) -> Tensor:
+        """The inverse of `arrange_columns`."""
+        if not self.rearranges_columns:
+            return weight
+        taps: Tensor = weight.unflatten(1, (self.taps, -1))  # [N, taps, C]
+        return taps.mT.flatten(1)
 
     def transform_input(self, x: Tensor) -> Tensor:
         """Online, at every call: the definition of what backends compute. x: [..., K] -> [..., K]."""
@@ -148,10 +177,13 @@ class OutlierMethod(Protocol):
     Args:
         name: of the method; settings may differ between two methods of one name.
         needs_calibration: whether `fit` needs statistics.
+        takes_convolutions: whether it only rotates, by a matrix that depends on the width alone: what the
+            kernels of convolutions do with the channels of each pixel.
     """
 
     name: ClassVar[str]
     needs_calibration: ClassVar[bool]
+    takes_convolutions: ClassVar[bool]
 
     def unsupported_reason(self, in_features: int) -> str | None:
         """Why it cannot take a layer of this width; None when it can."""
@@ -169,3 +201,37 @@ class OutlierMethod(Protocol):
             statistics: what the calibration saw of the layer; never None for a method that needs it.
         """
         ...
+
+
+def find_channel_obstacle(method: OutlierMethod, channels: int) -> str | None:
+    """Why a method cannot take a convolution; None when it can.
+
+    Args:
+        method: any.
+        channels: of a group of the convolution.
+    """
+    if not method.takes_convolutions:
+        return describe_linear_method(method.name)
+    reason = method.unsupported_reason(channels)
+    if reason is None:
+        return None
+    return reason.replace("in_features", "channels")  # methods speak of Linears
+
+
+def describe_linear_method(name: str) -> str:
+    """Why a convolution has no method where the one of this name is asked for."""
+    return f"outlier={name} is for Linears alone"
+
+
+def fit_convolution(method: OutlierMethod, weight: Tensor, taps: int) -> OutlierTransform:
+    """The transform of a convolution without a `find_channel_obstacle`.
+
+    Args:
+        method: its matrix depends on the number of channels alone.
+        weight: [N, K], its columns channel after channel.
+        taps: size of the kernel.
+    """
+    channels = weight.shape[1] // taps
+    transform = method.fit(weight.new_ones(1, channels), None)
+    transform.taps = taps
+    return transform

@@ -30,6 +30,7 @@ class ConvRot:
     group_size: int = 256
     name: ClassVar[str] = "convrot"
     needs_calibration: ClassVar[bool] = False
+    takes_convolutions: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.group_size, int) or self.group_size not in GROUP_SIZES:

@@ -36,6 +36,7 @@ class HadaNorm:
     alpha: float = 0.5
     name: ClassVar[str] = "hadanorm"
     needs_calibration: ClassVar[bool] = False
+    takes_convolutions: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_group_size(self.group_size)

@@ -14,6 +14,7 @@ class NoOutlier:
 
     name: ClassVar[str] = NONE
     needs_calibration: ClassVar[bool] = False
+    takes_convolutions: ClassVar[bool] = True
 
     def unsupported_reason(self, in_features: int) -> str | None:
         """It takes every layer."""

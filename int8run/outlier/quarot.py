@@ -49,6 +49,7 @@ class QuaRot:
     group_size: int = 128
     name: ClassVar[str] = "quarot"
     needs_calibration: ClassVar[bool] = False
+    takes_convolutions: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_group_size(self.group_size)

@@ -31,6 +31,7 @@ class SmoothQuant:
     alpha: float = 0.5
     name: ClassVar[str] = "smoothquant"
     needs_calibration: ClassVar[bool] = True
+    takes_convolutions: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_range("outlier.alpha", self.alpha, 0, 1)

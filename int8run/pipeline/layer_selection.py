@@ -34,7 +34,7 @@ class SelectedLayers:
 
     @property
     def new_linears(self) -> list[LayerPlan]:
-        """Plans of the Linears that are quantized here: outlier methods and calibrations are about those."""
+        """Plans of the Linears that are quantized here: calibrations are about those."""
         return [plan for plan in self.new if plan.is_linear]
 
 

@@ -10,10 +10,10 @@ from functools import partial
 from torch import nn
 
 from int8run.export.save_denoiser import find_fused_layers
-from int8run.layers.plan import LayerPlan
+from int8run.layers.plan import CONV, LayerPlan
 from int8run.models.dual_denoisers import split_denoiser
 from int8run.outlier.auto import AutoOutlier
-from int8run.outlier.base import LayerStatistics, OutlierMethod
+from int8run.outlier.base import LayerStatistics, OutlierMethod, describe_linear_method
 from int8run.pipeline.layer_selection import SelectedLayers
 from int8run.pipeline.loaded_model import LoadedModel
 from int8run.pipeline.quantization_settings import QuantizationSettings
@@ -40,10 +40,13 @@ def choose_methods(
         progress: of the comparison of methods.
     """
     if isinstance(settings.outlier, AutoOutlier):
+        for plan in layers.new:
+            if plan.kind == CONV:
+                plan.outlier_skip_reason = describe_linear_method(settings.outlier.name)
         if not layers.new_linears:
             return {}
         return choose_methods_by_error(loaded, layers, settings, statistics=statistics, progress=progress)
-    return assign_method(layers.new_linears, settings.outlier)
+    return assign_method(layers.new, settings.outlier)
 
 
 def choose_fixed_method(plans: Sequence[LayerPlan], outlier: OutlierMethod) -> dict[str, OutlierMethod]:
@@ -58,7 +61,7 @@ def choose_fixed_method(plans: Sequence[LayerPlan], outlier: OutlierMethod) -> d
 
 def assign_method(plans: Sequence[LayerPlan], outlier: OutlierMethod) -> dict[str, OutlierMethod]:
     """One outlier method for every layer whose plan has no reason against it (`check_outlier_method`)."""
-    return {plan.name: outlier for plan in plans if plan.is_linear and not plan.outlier_skip_reason}
+    return {plan.name: outlier for plan in plans if not plan.outlier_skip_reason}
 
 
 def choose_methods_by_error(

@@ -15,13 +15,14 @@ from int8run.checkpoints.declared_format import UNDECLARED, DeclaredFormat
 from int8run.checkpoints.layer import CheckpointLayer
 from int8run.errors import ConfigError, FileError
 from int8run.layers.int8_conv import find_conv_obstacle, is_convolution
-from int8run.layers.plan import LayerPlan, plan_convolution
+from int8run.layers.plan import CONV, LayerPlan, plan_convolution
 from int8run.models.dual_denoisers import split_denoiser
 from int8run.outlier.auto import AutoOutlier
 from int8run.outlier.base import NONE, OutlierMethod
 from int8run.pipeline.checkpoint_paths import check_has_int8_layers, resolve_checkpoint_paths
 from int8run.pipeline.checkpoint_weights import DenoiserWeights, FileWeights
 from int8run.pipeline.loaded_model import LoadedModel
+from int8run.ptq.quantize import find_outlier_obstacle
 from int8run.utils.disk_cache import DiskCache
 from int8run.utils.plurals import count_noun
 
@@ -297,13 +298,16 @@ def check_outlier_methods(
     contradictions = []
     for plan in plans:
         layer = found.layers.get(plan.name)
-        if layer is None or not plan.is_linear:
+        if layer is None:
             continue
-        plan.outlier_skip_reason = outlier.unsupported_reason(plan.in_features) or ""
+        plan.outlier_skip_reason = find_outlier_obstacle(outlier, plan) or ""
+        if plan.kind == CONV and layer.outlier_method == NONE:
+            # files from before convolutions had methods
+            plan.outlier_skip_reason = plan.outlier_skip_reason or "the file has it without a method"
         method: str = NONE
         settings: Mapping[str, float] = {}
         if not plan.outlier_skip_reason:
-            method, settings = outlier.name, outlier.get_settings(plan.in_features)
+            method, settings = outlier.name, outlier.get_settings(plan.channels)
         if (layer.outlier_method, layer.outlier_settings) != (method, settings):
             expected = " ".join(map(str, [method, *settings.values()]))
             contradictions.append(f"{plan.name} has {layer.label!r}, not {expected!r}")

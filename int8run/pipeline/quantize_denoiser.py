@@ -197,8 +197,8 @@ def check_settings(loaded: LoadedModel, layers: SelectedLayers, settings: Quanti
         ConfigError: when the outlier method can take none.
     """
     check_backend(settings.backend, loaded.device, layers.plans)
-    if layers.new_linears and not isinstance(settings.outlier, AutoOutlier):
-        check_outlier_method(settings.outlier, layers.new_linears)
+    if layers.new and not isinstance(settings.outlier, AutoOutlier):
+        check_outlier_method(settings.outlier, layers.new)
 
 
 def calibrate(

@@ -19,6 +19,8 @@ from int8run.backends.convolution import ConvBackend, choose_conv_backend, read_
 from int8run.layers.int8_conv import Int8Conv, get_layer
 from int8run.layers.int8_linear import QuantizedLayer
 from int8run.layers.plan import AUTO, Int8Settings, LayerPlan
+from int8run.ptq.layer_costs import describe_transform
+from int8run.ptq.quantize import share_matrix
 from int8run.utils.paths import expand_path
 from int8run.utils.timing import time_medians
 
@@ -47,6 +49,7 @@ class ConvolutionBinder:
     ):
         self.inputs = inputs
         self.made: dict[str, Int8Conv] = {}
+        self.matrices: dict[tuple[int, bool], Tensor | None] = {}  # of rotations, which many layers share
         is_timed = settings.convolutions == AUTO
         self.asked, self.device, self.is_timed = backend.name, device, is_timed
         instructions = getattr(backend, "instructions", AUTO)
@@ -92,6 +95,7 @@ class ConvolutionBinder:
         input_shape = self.inputs.get(plan.name)
         if self.backend is None:
             self.backend = self.choose_backend()
+        share_matrix(layer.transform, self.matrices)
         made = Int8Conv(layer, self.backend, conv, dtype).to(self.device)
         plan.backend_asked, plan.backend_used = self.asked, self.backend.name
         plan.instructions = find_instruction_set(self.backend)
@@ -121,6 +125,9 @@ class ConvolutionBinder:
         sizes = "x".join(map(str, input_shape))
         key = f"convolution {layer.geometry.label} padding {layer.geometry.padding} | {sizes} -> "
         key += f"{layer.out_features} | {layer.backend!r}"
+        steps = describe_transform(layer.transform)
+        if steps:
+            key += f" | {steps}"
         known = parse_speedup(self.caches[dtype].get(key))
         if known is not None:
             return known

@@ -21,8 +21,14 @@ from int8run.errors import BackendError, ConfigError
 from int8run.kernels.cpu.rows import quantize_weight_rows
 from int8run.layers.int8_conv import Int8Layer, get_layer
 from int8run.layers.int8_linear import Int8Linear, QuantizedLayer, get_linear
-from int8run.layers.plan import CONV, FLOAT_FALLBACK, Int8Settings, LayerPlan
-from int8run.outlier.base import LayerStatistics, OutlierMethod, OutlierTransform
+from int8run.layers.plan import ATTENTION, CONV, FLOAT_FALLBACK, Int8Settings, LayerPlan
+from int8run.outlier.base import (
+    LayerStatistics,
+    OutlierMethod,
+    OutlierTransform,
+    find_channel_obstacle,
+    fit_convolution,
+)
 from int8run.quant.rounding import AbsMax, Rounding
 from int8run.quant.weight import QuantizedWeight, sqnr_db
 
@@ -35,9 +41,9 @@ def check_outlier_method(outlier: OutlierMethod, plans: Sequence[LayerPlan]) -> 
     Raises:
         ConfigError: when it can take none.
     """
-    plans = [plan for plan in plans if plan.is_linear]
+    plans = [plan for plan in plans if plan.kind != ATTENTION]
     for plan in plans:
-        plan.outlier_skip_reason = outlier.unsupported_reason(plan.in_features) or ""
+        plan.outlier_skip_reason = find_outlier_obstacle(outlier, plan) or ""
     counts = Counter(plan.outlier_skip_reason for plan in plans if plan.outlier_skip_reason)
     reasons = "; ".join(f"{count} × {reason}" for reason, count in counts.items())
     n_skipped = counts.total()
@@ -54,6 +60,13 @@ def check_outlier_method(outlier: OutlierMethod, plans: Sequence[LayerPlan]) -> 
             len(plans),
             reasons,
         )
+
+
+def find_outlier_obstacle(outlier: OutlierMethod, plan: LayerPlan) -> str | None:
+    """Why a method cannot take a Linear or a convolution; None when it can."""
+    if plan.kind == CONV:
+        return find_channel_obstacle(outlier, plan.channels)
+    return outlier.unsupported_reason(plan.in_features)
 
 
 def check_backend(backend: Backend, device: torch.device, plans: Iterable[LayerPlan]) -> None:
@@ -135,7 +148,9 @@ def quantize_layers(
         if layer_statistics is None:
             check_needs_no_statistics(plan, method, layer_rounding)
         transform = OutlierTransform()
-        if method is not None:
+        if method is not None and plan.kind == CONV:
+            transform = fit_convolution(method, weight, plan.taps)
+        elif method is not None:
             transform = method.fit(weight, layer_statistics)
         transform.to(weight.device)
         if type(layer_rounding) is AbsMax and weight.device.type == "cpu":
@@ -209,7 +224,8 @@ def round_weight_rows(plan: LayerPlan, weight: Tensor, transform: OutlierTransfo
     """
     q = torch.empty(weight.shape, dtype=torch.int8)
     scale = torch.empty(len(weight), 1)
-    sums = quantize_weight_rows(weight.contiguous(), q, scale, transform.factor, transform.rotation)
+    columns = transform.arrange_columns(weight).contiguous()
+    sums = quantize_weight_rows(columns, q, scale, transform.factor, transform.rotation)
     if not sums.finite:
         check_weight(plan, weight)
         raise ConfigError(
@@ -220,7 +236,7 @@ def round_weight_rows(plan: LayerPlan, weight: Tensor, transform: OutlierTransfo
     if sums.signal and sums.noise:
         plan.measured["weight_sqnr_db"] = 10 * math.log10(sums.signal / sums.noise)
     plan.measured["saturated_share"] = sums.saturated / q.numel()
-    return QuantizedWeight(q, scale)
+    return QuantizedWeight(transform.restore_columns(q), scale)
 
 
 class LayerBackends:

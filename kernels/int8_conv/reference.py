@@ -41,7 +41,7 @@ def quantize_pixels(x: Tensor, rotation: Rotation | None = None, *, silu: bool =
     if silu:
         x = F.silu(x)
     if rotation is not None:
-        x = rotate_groups(x.movedim(1, -1), rotation.matrix).movedim(-1, 1)
+        x = rotate_groups(x.movedim(1, -1), rotation.matrix.to(x.dtype)).movedim(-1, 1)
     high, low = x.amax(dim=1, keepdim=True), x.amin(dim=1, keepdim=True)
     # halved before they are added: their difference may be beyond float32
     center = high / 2 + low / 2

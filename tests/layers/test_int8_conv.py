@@ -16,9 +16,13 @@ from int8run.layers.int8_conv import Int8Conv, find_conv_obstacle, get_layer
 from int8run.layers.int8_linear import QuantizedLayer
 from int8run.layers.padding_conv import put_inside
 from int8run.layers.plan import CONV, plan_layers
-from int8run.outlier.base import OutlierTransform
+from int8run.outlier.base import fit_convolution
+from int8run.outlier.convrot import ConvRot
+from int8run.outlier.none import NoOutlier
+from int8run.outlier.quarot import QuaRot
 from int8run.quant.weight import quantize_weight, sqnr_db
 
+NO_OUTLIER = NoOutlier()
 REFERENCE, CPU = ReferenceConv(), choose_conv_backend(torch.device("cpu"), "auto")
 GEOMETRIES = {
     "1x1": nn.Conv2d(8, 6, 1),
@@ -31,9 +35,15 @@ GEOMETRIES = {
 }
 
 
-def make_int8(conv, backend=REFERENCE, dtype=torch.float32):
-    weight = quantize_weight(conv.weight.detach().flatten(1))
-    return Int8Conv(QuantizedLayer(weight, OutlierTransform(), conv.bias), backend, conv, dtype)
+# a rotation for geometries whose groups have 4 or 8 channels
+ROTATED = {"3x3": ConvRot(4), "groups": ConvRot(4), "stride 2": QuaRot(8), "video": QuaRot(2)}
+
+
+def make_int8(conv, backend=REFERENCE, dtype=torch.float32, method=NO_OUTLIER):
+    weight = conv.weight.detach().flatten(1)
+    transform = fit_convolution(method, weight, conv.weight[0, 0].numel())
+    quantized = quantize_weight(transform.transform_weight(weight))
+    return Int8Conv(QuantizedLayer(quantized, transform, conv.bias), backend, conv, dtype)
 
 
 def draw_input(conv, batch=2, size=6):
@@ -71,6 +81,42 @@ def test_the_kernels_of_the_cpu_compute_what_the_definition_does(conv):
     assert sqnr_db(make_int8(conv)(x), make_int8(conv, CPU)(x)) > 90
 
 
+@pytest.mark.parametrize(("name", "method"), ROTATED.items(), ids=ROTATED)
+@torch.no_grad()
+def test_a_rotated_convolution_is_near_the_float_one_on_every_backend(name, method):
+    conv = GEOMETRIES[name]
+    x = draw_input(conv)
+
+    by_definition = make_int8(conv, method=method)(x)
+
+    assert sqnr_db(conv(x), by_definition) > 32
+    assert sqnr_db(by_definition, make_int8(conv, CPU, method=method)(x)) > 90
+
+
+@torch.no_grad()
+def test_a_rotation_brings_what_channel_outliers_cost():
+    generator = torch.Generator().manual_seed(3)
+    conv = nn.Conv2d(256, 16, 3, padding=1)
+    conv.weight.normal_(generator=generator)
+    x = torch.randn(1, 256, 8, 8, generator=generator)
+    x[:, 5] *= 50
+
+    plain = sqnr_db(conv(x), make_int8(conv, CPU)(x))
+    rotated = sqnr_db(conv(x), make_int8(conv, CPU, method=ConvRot(256))(x))
+
+    assert rotated > plain + 4
+
+
+@torch.no_grad()
+def test_a_rotated_convolution_in_half_precision_runs_by_the_definition():
+    conv = GEOMETRIES["3x3"]
+    layer = make_int8(conv, method=QuaRot(8)).to(torch.bfloat16)
+
+    y = layer(draw_input(conv).bfloat16())
+
+    assert sqnr_db(conv(draw_input(conv)), y.float()) > 28
+
+
 @torch.no_grad()
 def test_pictures_of_one_pixel_no_pictures_and_one_without_a_batch():
     conv = GEOMETRIES["3x3"]
@@ -81,11 +127,12 @@ def test_pictures_of_one_pixel_no_pictures_and_one_without_a_batch():
     assert torch.equal(layer(draw_input(conv)[0]), layer(draw_input(conv))[0])
 
 
+@pytest.mark.parametrize("method", [NO_OUTLIER, ConvRot(4)], ids=["plain", "rotated"])
 @pytest.mark.parametrize("name", ["3x3", "groups", "stride 2", "video"])
 @torch.no_grad()
-def test_a_branch_adds_the_change_of_the_weight(name):
+def test_a_branch_adds_the_change_of_the_weight(name, method):
     conv = GEOMETRIES[name]
-    layer, x = make_int8(conv), draw_input(conv)
+    layer, x = make_int8(conv, method=method), draw_input(conv)
     columns = conv.weight[0].numel()
     lora_A, lora_B = randn(3, columns, seed=1), randn(6, 3, seed=2)
     branch = layer.make_branch([(lora_A, lora_B)])
@@ -185,6 +232,8 @@ def test_a_gpu_gets_the_triton_kernels_with_the_geometry(monkeypatch):
 
         assert torch.equal(y, make_int8(conv)(x))
         assert calls.pop()[0] == tuple(conv.weight.shape)
+    x, rotated = draw_input(conv), QuaRot(4)
+    assert torch.equal(make_int8(conv, TritonConv(), method=rotated)(x), make_int8(conv, method=rotated)(x))
 
 
 def test_a_device_without_kernels_gets_the_definition_and_says_so(caplog):

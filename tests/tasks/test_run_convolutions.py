@@ -78,13 +78,18 @@ def test_without_being_asked_for_nothing_is_new(small, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_saved_model_comes_back_bit_for_bit(small, tmp_path):
-    made = run_job([*small, "int8.convolutions=int8", f"save={tmp_path / 'folder'}"], tmp_path / "a")
+@pytest.mark.parametrize("method", ["none", "convrot"])
+def test_a_saved_model_comes_back_bit_for_bit(small, tmp_path, method):
+    convolutions = ["int8.convolutions=int8", f"outlier={method}"]
+    made = run_job([*small, *convolutions, f"save={tmp_path / 'folder'}"], tmp_path / "a")
     path = tmp_path / "folder" / FILE
     process_cache.clear()
 
-    read = run_job([*small, f"int8.checkpoint={path}"], tmp_path / "b")
+    read = run_job([*small, f"outlier={method}", f"int8.checkpoint={path}"], tmp_path / "b")
 
+    rows = read_rows(tmp_path / "a" / "layers.csv")
+    for name, row in read_rows(tmp_path / "b" / "layers.csv").items():
+        assert row["outlier"] == rows[name]["outlier"]
     assert all(map(torch.equal, made.candidate.trajectories, read.candidate.trajectories))
     assert read.metrics["quant/layers_int8"] == made.metrics["quant/layers_int8"]
 
@@ -101,6 +106,27 @@ def test_a_file_in_the_authors_names_comes_back_bit_for_bit(small, tmp_path):
 
     assert kernels
     assert all(map(torch.equal, made.candidate.trajectories, read.candidate.trajectories))
+
+
+@pytest.mark.slow
+def test_convolutions_are_rotated_and_their_rows_name_the_method(small, tmp_path):
+    result = run_job([*small, "int8.convolutions=int8", "outlier=convrot"], tmp_path)
+
+    rows = read_rows(tmp_path / "layers.csv")
+    conv = rows["down_blocks.0.resnets.0.conv1"]
+    assert (conv["outlier"], conv["outlier_why_not"]) == ("convrot group_size=16", "")
+    assert float(conv["output_sqnr_db"]) > 30
+    assert result.metrics["quality/psnr_db"] > 30
+
+
+@pytest.mark.slow
+def test_convolutions_have_no_method_that_is_for_linears_and_say_so(small, tmp_path):
+    run_job([*small, "int8.convolutions=int8", "outlier=smoothquant"], tmp_path)
+
+    rows = read_rows(tmp_path / "layers.csv").values()
+    reasons = {row["outlier_why_not"] for row in rows if row["kind"] == "conv" and row["quantized"] == "true"}
+    assert reasons == {"outlier=smoothquant is for Linears alone"}
+    assert {row["outlier"] for row in rows if row["kind"] == "conv"} == {"none", ""}
 
 
 def save_locon(path, rank=2):
@@ -120,12 +146,15 @@ def save_locon(path, rank=2):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", ["none", "convrot"])
 @pytest.mark.parametrize("mode", ["dynamic", "bake", "stochastic", "auto"])
-def test_a_locon_reaches_int8_convolutions_by_every_mode(small, tmp_path, mode):
+def test_a_locon_reaches_int8_convolutions_by_every_mode(small, tmp_path, mode, method):
     file = save_locon(tmp_path / "locon.safetensors")
     lora = ["lora=file", f"lora.adapters.0.path={file}", "lora.adapters.0.strength=1"]
 
-    result = run_job([*small, "int8.convolutions=int8", *lora, f"lora.mode={mode}"], tmp_path / "out")
+    convolutions = ["int8.convolutions=int8", f"outlier={method}"]
+
+    result = run_job([*small, *convolutions, *lora, f"lora.mode={mode}"], tmp_path / "out")
 
     layers = {
         name: result.metrics.get(f"lora/layers_{name}", 0) for name in ("dynamic", "bake", "stochastic")
@@ -212,10 +241,12 @@ def test_convolutions_and_vae_alone_are_int8_with_float_linears(small, tmp_path)
 
 
 @pytest.mark.slow
-def test_a_checkpoint_is_quantized_from_file_to_file_with_its_convolutions(model, small, tmp_path):
-    made = run_job([*small, "int8.convolutions=int8", f"save={tmp_path / 'run'}"], tmp_path / "a")
+@pytest.mark.parametrize("method", ["none", "convrot", "quarot"])
+def test_a_checkpoint_is_quantized_from_file_to_file_with_its_convolutions(model, small, tmp_path, method):
+    outlier = [f"outlier={method}", *["outlier.group_size=16"] * (method != "none")]
+    made = run_job([*small, *outlier, "int8.convolutions=int8", f"save={tmp_path / 'run'}"], tmp_path / "a")
     streamed = tmp_path / "streamed"
-    command = [f"model.location={model}/unet", "model_type=sd15", "outlier=none", "int8.convolutions=int8"]
+    command = [f"model.location={model}/unet", "model_type=sd15", *outlier, "int8.convolutions=int8"]
 
     quantize(["task=quantize", *command, f"save={streamed}"], tmp_path)
 
