@@ -28,7 +28,7 @@ from int8run.quant.weight import QuantizedWeight
 from int8run.utils.hardware import get_gpu_architecture
 
 log = logging.getLogger(__name__)
-Sizes = tuple[int, ...]  # one number for each dimension of a picture or video
+Sizes = tuple[int, ...]  # one number for each dimension of an image or video
 
 
 @dataclass(frozen=True)

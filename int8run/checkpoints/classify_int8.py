@@ -12,6 +12,7 @@ from math import prod
 import torch
 
 from int8run.checkpoints import quip
+from int8run.checkpoints.comfy_int8 import is_conv_shape
 from int8run.checkpoints.format_names import name_granularity, name_int8_format
 from int8run.checkpoints.granularity import Granularity, check_positive, read_granularity
 from int8run.checkpoints.header import FLOATS
@@ -25,7 +26,6 @@ from int8run.outlier.base import NONE
 
 # the INT8-Toolkit describes its transforms by these tensors and not by a marker
 TOOLKIT_PARTS = {"matrix", "sigma"}
-CONV_DIMENSIONS = (4, 5)  # of the weight of a convolution: over pictures, over videos
 # group sizes to try, in this order, where a file does not describe its rotation: the first that divides K
 USUAL_GROUP_SIZES = (256, 64, 16)
 
@@ -111,7 +111,7 @@ def parse_int8_convolution(evidence: LayerEvidence, marker: Marker) -> Checkpoin
             beside transformed weights of Linears.
     """
     weight = evidence.weight
-    if len(weight.shape) not in CONV_DIMENSIONS or 0 in weight.shape:
+    if not is_conv_shape(weight.shape) or 0 in weight.shape:
         raise FileError(
             f"{weight.file}: {weight.key} is I8 {list(weight.shape)} and marked {INT8RUN_CONV_FORMAT}; such "
             "a weight is [N, C, height, width] or [N, C, time, height, width]; the file is damaged"

@@ -16,7 +16,7 @@ from int8run.outlier.base import NONE, OutlierTransform
 
 COMFY_FORMAT = "int8_tensorwise"
 CONVROT = "convrot"
-MATRIX_DIMENSIONS = 2
+CONV_DIMENSIONS = (4, 5)  # of the weight of a convolution: over images, over videos
 WEIGHT = ".weight"
 # names of what stands beside a weight; MARKER is the third
 SCALE, FACTOR = "weight_scale", "pre_quant_scale"
@@ -75,8 +75,8 @@ def encode_int8_marker(transform: OutlierTransform, *, is_conv: bool = False) ->
 
 
 def is_conv_shape(shape: Sequence[int]) -> bool:
-    """Whether a weight of this shape is that of a convolution."""
-    return len(shape) > MATRIX_DIMENSIONS
+    """Whether a weight of this shape is that of a convolution that INT8 has: over images or videos."""
+    return len(shape) in CONV_DIMENSIONS
 
 
 def sibling_key(key: str, suffix: str) -> str:

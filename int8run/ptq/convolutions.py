@@ -5,6 +5,7 @@ measured is kept where `backend=auto` keeps what it measures of Linears.
 """
 
 import logging
+import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,13 +17,14 @@ from int8run.backends.auto import MIN_FLOAT_GAIN
 from int8run.backends.autotune_cache import AutotuneCache
 from int8run.backends.base import Backend, find_instruction_set
 from int8run.backends.convolution import ConvBackend, choose_conv_backend, read_geometry
+from int8run.backends.run_errors import find_run_failure
 from int8run.layers.int8_conv import Int8Conv, get_layer
 from int8run.layers.int8_linear import QuantizedLayer
 from int8run.layers.plan import AUTO, Int8Settings, LayerPlan
 from int8run.ptq.layer_costs import describe_transform
 from int8run.ptq.quantize import share_matrix
 from int8run.utils.paths import expand_path
-from int8run.utils.timing import time_medians
+from int8run.utils.timing import is_steady, time_in_turns
 
 log = logging.getLogger(__name__)
 DEFAULT_ROUNDS = 7  # timings of each side, where the settings name no number
@@ -103,41 +105,77 @@ class ConvolutionBinder:
             # a backend of Linears has no convolutions; this is what stands for it
             plan.backend_asked = "auto"
         if self.is_timed and input_shape is not None:
-            plan.speedup = self.measure_speedup(made, conv, tuple(input_shape))
-            if plan.speedup * MIN_FLOAT_GAIN < 1:
-                times = f"{1 / plan.speedup:.2f} times as fast"
-                plan.float_reason = f"float is {times} as {plan.backend_used} for {list(input_shape)} here"
+            self.compare_with_float(plan, made, conv, tuple(input_shape))
         return made
 
-    def measure_speedup(
-        self, layer: Int8Conv, conv: nn.Conv2d | nn.Conv3d, input_shape: tuple[int, ...]
-    ) -> float:
-        """Time of the float convolution over that of the INT8 one, measured once for each shape.
+    def compare_with_float(
+        self, plan: LayerPlan, layer: Int8Conv, conv: nn.Conv2d | nn.Conv3d, input_shape: tuple[int, ...]
+    ) -> None:
+        """Note in the plan how fast the INT8 convolution is, and why it is to stay float where it is slower.
 
         Args:
+            plan: of the convolution, is changed.
             layer: the INT8 one.
             conv: the float one; its weight need not be in memory.
             input_shape: [B, C, *size].
         """
-        dtype = layer.dtype
+        key = self.build_key(layer, input_shape)
+        plan.speedup = parse_speedup(self.get_cache(layer.dtype).get(key))
+        if plan.speedup is None:
+            x = draw_input(input_shape, self.device, layer.dtype)
+            failure = find_run_failure(lambda: layer(x), self.device)
+            if failure is not None:
+                plan.float_reason = f"{plan.backend_used} cannot run it here: {failure}"
+                log.warning("the INT8 convolution %s stays float: %s", plan.name, plan.float_reason)
+                return
+            plan.speedup = self.measure_speedup(key, layer, conv, x)
+        if plan.speedup is not None and plan.speedup * MIN_FLOAT_GAIN < 1:
+            times = f"{1 / plan.speedup:.2f} times as fast"
+            plan.float_reason = f"float is {times} as {plan.backend_used} for {list(input_shape)} here"
+
+    def get_cache(self, dtype: torch.dtype) -> AutotuneCache:
+        """Where ratios to a float convolution in some dtype are kept."""
         if dtype not in self.caches:
             self.caches[dtype] = AutotuneCache(self.table, self.device, dtype)
+        return self.caches[dtype]
+
+    def build_key(self, layer: Int8Conv, input_shape: tuple[int, ...]) -> str:
+        """The key of a convolution in the file of measured choices.
+
+        Args:
+            layer: the INT8 one.
+            input_shape: [B, C, *size].
+        """
         sizes = "x".join(map(str, input_shape))
         key = f"convolution {layer.geometry.label} padding {layer.geometry.padding} | {sizes} -> "
         key += f"{layer.out_features} | {layer.backend!r}"
         steps = describe_transform(layer.transform)
-        if steps:
-            key += f" | {steps}"
-        known = parse_speedup(self.caches[dtype].get(key))
-        if known is not None:
-            return known
-        generator = torch.Generator().manual_seed(0)
-        x = torch.randn(input_shape, generator=generator).to(self.device, dtype)
-        float_seconds, int8_seconds = time_medians(
-            [make_float_call(conv, layer, x), lambda: layer(x)], self.device, self.rounds
-        )
-        speedup = float_seconds / int8_seconds
-        return parse_speedup(self.caches[dtype].put(key, f"{speedup:.4g}")) or speedup
+        return f"{key} | {steps}" if steps else key
+
+    def measure_speedup(
+        self, key: str, layer: Int8Conv, conv: nn.Conv2d | nn.Conv3d, x: Tensor
+    ) -> float | None:
+        """Time of the float convolution over that of the INT8 one; None where the times scatter.
+
+        Args:
+            key: of the convolution in the file of measured choices.
+            layer: the INT8 one.
+            conv: the float one; its weight need not be in memory.
+            x: [B, C, *size].
+        """
+        calls = [make_float_call(conv, layer, x), lambda: layer(x)]
+        float_seconds, int8_seconds = time_in_turns(calls, self.device, self.rounds)
+        if not is_steady(float_seconds) or not is_steady(int8_seconds):
+            # times of a busy machine take nothing out of INT8
+            return None
+        speedup = statistics.median(float_seconds) / statistics.median(int8_seconds)
+        return parse_speedup(self.get_cache(layer.dtype).put(key, f"{speedup:.4g}")) or speedup
+
+
+def draw_input(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Normal numbers of a shape, the same ones at each call."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(shape, generator=generator).to(device, dtype)
 
 
 def make_float_call(conv: nn.Conv2d | nn.Conv3d, layer: Int8Conv, x: Tensor) -> Callable[[], Tensor]:
@@ -150,7 +188,7 @@ def make_float_call(conv: nn.Conv2d | nn.Conv3d, layer: Int8Conv, x: Tensor) -> 
     """
     convolve = nn.functional.conv2d if isinstance(conv, nn.Conv2d) else nn.functional.conv3d
     geometry = read_geometry(conv)
-    weight = torch.randn(layer.weight_shape, device=x.device, dtype=x.dtype)
+    weight = draw_input(tuple(layer.weight_shape), x.device, x.dtype)
     bias = None if conv.bias is None else torch.zeros(layer.out_features, device=x.device, dtype=x.dtype)
 
     def run() -> Tensor:

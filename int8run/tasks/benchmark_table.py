@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from int8run.backends.base import Shape
 from int8run.utils.dtypes import FLOAT_DTYPES
@@ -84,23 +85,30 @@ def build_result_table(title: str, result: BenchmarkResult) -> Table:
         box=box.SIMPLE,
         padding=(0, 1, 0, 0),
     )
-    table.add_column("rows×in→out", no_wrap=True)
-    for heading in ("layers", *map(shorten_name, names), "ratio"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    labels = {shape: format_label(shape) for shape in result.seconds}
+    longest_label = max(map(len, labels.values()), default=0)
+    table.add_column("rows×in→out", no_wrap=True, min_width=longest_label)
+    for heading in (Text("layers"), *map(make_heading, names), Text("ratio")):
+        widest_line = max(map(len, heading.plain.splitlines()))
+        table.add_column(heading, justify="right", no_wrap=True, min_width=widest_line)
     for shape, seconds in result.seconds.items():
-        rows, in_features, out_features = shape
         times = format_times(seconds, names)
-        label, count = f"{rows}×{in_features}→{out_features}", str(result.layers[shape])
-        table.add_row(label, count, *times, compare_fastest(seconds))
+        table.add_row(labels[shape], str(result.layers[shape]), *times, compare_fastest(seconds))
     times = format_times(result.sum_seconds(), names)
     table.add_section()
     table.add_row("all layers", str(sum(result.layers.values())), *times, compare_all(result))
     return table
 
 
-def shorten_name(name: str) -> str:
+def format_label(shape: Shape) -> str:
+    """`4096×3072→9216`: rows, in_features and out_features, as the table has them."""
+    rows, in_features, out_features = shape
+    return f"{rows}×{in_features}→{out_features}"
+
+
+def make_heading(name: str) -> Text:
     """The heading of a dtype or backend: `bf16`; long names on several lines."""
-    return SHORT_DTYPES.get(name, name.replace("_", "_\n"))
+    return Text(SHORT_DTYPES.get(name, name.replace("_", "_\n")))
 
 
 def format_times(seconds: Seconds, names: Sequence[str]) -> list[str]:

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 from support.helpers import randn
 
-from int8run.checkpoints.comfy_int8 import encode_int8_marker
+from int8run.checkpoints.comfy_int8 import encode_int8_marker, is_conv_shape
 from int8run.checkpoints.detect import read_layers
 from int8run.checkpoints.reader import TensorFiles
 from int8run.errors import FileError
@@ -121,3 +121,19 @@ def test_what_is_no_such_kernel_is_refused(tmp_path, changes, message):
 
     with pytest.raises(FileError, match=message):
         read_layers(files)
+
+
+@pytest.mark.parametrize(
+    ("shape", "is_conv"),
+    [
+        ((3, 2), False),
+        ((3, 2, 3), False),
+        (KERNEL, True),
+        ((3, 2, 1, 3, 3), True),
+        ((3, 2, 1, 1, 3, 3), False),
+    ],
+    ids=str,
+)
+def test_kernels_over_images_and_videos_are_those_of_convolutions(shape, is_conv):
+    # a Conv1d and the experts of a mixture have three dimensions, and stay float from file to file
+    assert is_conv_shape(shape) == is_conv

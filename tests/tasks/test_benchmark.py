@@ -16,6 +16,7 @@ from int8run.backends.base import LayerTimes
 from int8run.backends.float import Float, TimedFloat
 from int8run.backends.reference import Reference
 from int8run.pipeline.checkpoint_weights import DenoiserWeights
+from int8run.report.console import print_lines
 from int8run.tasks.benchmark import make_auto_backend, measure_float_rows, measure_shape
 from int8run.tasks.benchmark_table import (
     BenchmarkResult,
@@ -172,7 +173,7 @@ RESULT = BenchmarkResult(SECONDS, {(8, 64, 32): 3, (8, 32, 64): 1}, {}, 0)
 def test_the_table_is_sorted_and_weighs_each_shape_by_its_layers() -> None:
     table = build_result_table("t", RESULT)
 
-    assert [column.header for column in table.columns] == [
+    assert [str(column.header) for column in table.columns] == [
         "rows×in→out",
         "layers",
         "bf16",  # 3 x 1.5 + 3, float32 takes 14
@@ -186,6 +187,13 @@ def test_the_table_is_sorted_and_weighs_each_shape_by_its_layers() -> None:
         ("8×32→64", "1", "3.00", "2.00", "–", "–", "–"),
         ("all layers", "4", "7.50", "14.0", "–", "–", "–"),
     ]
+
+
+def test_a_long_name_is_printed_on_several_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    print_lines(build_result_table("t", RESULT))
+
+    printed = capsys.readouterr().out
+    assert "b_\n" in printed.replace(" ", "") and "\\n" not in printed
 
 
 @pytest.mark.parametrize(
