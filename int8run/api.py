@@ -32,7 +32,11 @@ from int8run.lora.stack import LoraStack
 from int8run.models.dual_denoisers import split_denoiser
 from int8run.models.given_model import GivenModel, take_denoiser
 from int8run.models.loader import pick_device
-from int8run.pipeline.layer_selection import describe_skip_reasons, select_int8_plans
+from int8run.pipeline.layer_selection import (
+    describe_skip_reasons,
+    select_int8_plans,
+    warn_without_convolutions,
+)
 from int8run.pipeline.load import resolve_family
 from int8run.pipeline.loaded_model import make_skip_rule
 from int8run.pipeline.offload import has_group_offloading
@@ -95,6 +99,7 @@ def quantize_(  # noqa: PLR0913  # the contract of the library: each is an optio
     family = resolve_family(spec.model_type, next(iter(parts.values())))
     skip_rule = make_skip_rule(family, denoiser)
     plans = plan_layers(denoiser, skip_rule, convolutions=spec.int8.convolutions)
+    warn_without_convolutions(plans, spec.int8.convolutions)
     chosen = select_int8_plans(plans)
     check_model(denoiser, plans, chosen)
 

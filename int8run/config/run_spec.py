@@ -29,6 +29,9 @@ from int8run.tracking.base import Tracker
 from int8run.utils.disk_cache import DiskCache
 from int8run.utils.paths import SAFETENSORS
 
+# keys of `int8` that make a part of the INT8 model INT8, and what each makes
+INT8_PARTS = {"attention": "INT8 attention", "convolutions": "INT8 convolutions", "vae": "an INT8 VAE"}
+
 
 class Task(Protocol):
     """What the command does with its settings: run, quantize, inspect, bench or report.
@@ -213,12 +216,12 @@ class RunSpec:
             raise ConfigError(
                 "int8.enable=false makes no INT8 layers; quality_db, save and int8.checkpoint need some"
             )
-        for part in ("attention", "convolutions", "vae"):
+        for part, described in INT8_PARTS.items():
             choice = getattr(self.int8, part)
             if choice != FLOAT:
                 raise ConfigError(
-                    f"int8.enable=false makes no INT8 model for int8.{part}={choice}; for that alone in INT8 "
-                    "set backend=float"
+                    f"int8.enable=false and int8.{part}={choice} contradict each other; for {described} "
+                    "alone set backend=float"
                 )
 
     def check_save(self) -> None:

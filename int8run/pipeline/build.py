@@ -33,7 +33,7 @@ from int8run.models.given_model import find_text_encoders
 from int8run.pipeline.built_model import BuiltModel
 from int8run.pipeline.compile import compile_denoisers
 from int8run.pipeline.given_files import check_checkpoint_fits, check_loras_fit
-from int8run.pipeline.layer_selection import select_int8_plans
+from int8run.pipeline.layer_selection import select_int8_plans, warn_without_convolutions
 from int8run.pipeline.load import load_model
 from int8run.pipeline.loaded_model import LoadedModel, replace_missing_layers
 from int8run.pipeline.lora_steps import bake_loras, measure_overhead, read_entries, report_loras
@@ -220,6 +220,7 @@ def find_layer_sources(
     plans = loaded.plan_layers(spec.int8.convolutions)
     if not spec.int8.enable:
         return LayerSources(plans, prequantized=None, cache_key=None)
+    warn_without_convolutions(plans, spec.int8.convolutions)
     cache_key = None
     if spec.cache.limit_gb and spec.int8.checkpoint is None:
         cache_key = build_cache_key(loaded, select_origin(spec), entries, spec.cache)

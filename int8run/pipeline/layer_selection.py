@@ -3,15 +3,18 @@
 quantize_denoiser.py works on this selection; build.py and api.py use the parts of it.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from int8run.errors import ConfigError
 from int8run.layers.fusion import group_by_shared_input
-from int8run.layers.plan import LayerPlan
+from int8run.layers.plan import CONV, FLOAT, LayerPlan
 from int8run.pipeline.loaded_model import LoadedModel
 from int8run.pipeline.prequantized import PrequantizedLayers
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,22 @@ def select_layers(
 def select_int8_plans(plans: Sequence[LayerPlan]) -> list[LayerPlan]:
     """The layers that become INT8."""
     return [plan for plan in plans if plan.skip_reason is None]
+
+
+def warn_without_convolutions(plans: Sequence[LayerPlan], choice: str) -> None:
+    """Warn where INT8 convolutions are asked for and the denoiser has none that can be INT8.
+
+    Args:
+        plans: of every layer, before any is timed.
+        choice: `int8.convolutions` of the config.
+    """
+    if choice == FLOAT or any(plan.kind == CONV for plan in select_int8_plans(plans)):
+        return
+    log.warning(
+        "int8.convolutions=%s: the denoiser has no convolutions that can be INT8; int8.vae=int8 is for "
+        "the VAE's",
+        choice,
+    )
 
 
 def describe_skip_reasons(plans: Sequence[LayerPlan]) -> str:

@@ -35,6 +35,7 @@ from int8run.models.resolve_weights import CONFIG_NAME, WEIGHTS_NAME, ResolvedWe
 from int8run.models.state_dict_adapter import find_prefix
 from int8run.models.tensor_part import Shape, TensorPart
 from int8run.outlier.base import OutlierMethod
+from int8run.pipeline.layer_selection import warn_without_convolutions
 from int8run.ptq.quantize import check_outlier_method
 from int8run.tasks.denoiser_checkpoint import DenoiserCheckpoint, recognize_checkpoint
 from int8run.tasks.quantize_common import count_skip_reasons, is_folder, log_kept_dtype, resolve_new_file
@@ -107,6 +108,8 @@ def plan_file(
     targets = plan_targets(files, layers, names, checkpoint.find_skip_reason, recipe)
     join_fits(targets, checkpoint)
     check_targets(targets, outlier)
+    plans = [target.plan for target in targets if target.plan is not None]
+    warn_without_convolutions(plans, spec.int8.convolutions)
     log_kept_dtype(count_kept_weights(targets, layers), kept_dtype)
     return FilePlan(files, layers, checkpoint, path, targets, recipe)
 

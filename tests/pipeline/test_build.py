@@ -13,6 +13,7 @@ from int8run.layers.plan import LayerPlan
 from int8run.lora.match import Matches
 from int8run.pipeline import build as module
 from int8run.pipeline.build import find_layer_sources, select_float_denoisers
+from int8run.pipeline.layer_selection import warn_without_convolutions
 from int8run.pipeline.step_settings import select_load_settings, select_quantization_settings
 
 ROOT = Path(__file__).parents[2] / "int8run"
@@ -46,6 +47,37 @@ def test_layers_are_cached_unless_they_come_from_a_file(
     sources, (request,) = find_sources(override, monkeypatch=monkeypatch)
 
     assert sources.cache_key == request.cache_key == key
+
+
+@pytest.mark.parametrize(
+    ("choice", "kinds", "is_warned"),
+    [
+        ("int8", {"linear": None}, True),
+        ("auto", {"linear": None, "conv": "first convolution"}, True),
+        ("int8", {"linear": None, "conv": None}, False),
+        ("float", {"linear": None}, False),
+    ],
+)
+def test_convolutions_that_are_asked_for_in_vain_are_warned_of(
+    choice: str, kinds: dict[str, str | None], is_warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    plans = [LayerPlan(kind, 4, 4, reason, kind=kind) for kind, reason in kinds.items()]
+
+    warn_without_convolutions(plans, choice)
+
+    message = (
+        f"int8.convolutions={choice}: the denoiser has no convolutions that can be INT8; int8.vae=int8 is "
+        "for the VAE's"
+    )
+    assert caplog.messages == [message] * is_warned
+
+
+def test_a_build_warns_of_convolutions_that_are_asked_for_in_vain(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    find_sources("int8.convolutions=int8", monkeypatch=monkeypatch)
+
+    assert len(caplog.messages) == 1 and "the denoiser has no convolutions" in caplog.messages[0]
 
 
 def test_the_backend_is_checked_only_for_int8_layers() -> None:

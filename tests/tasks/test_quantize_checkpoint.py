@@ -236,6 +236,12 @@ def test_a_single_file_keeps_its_own_names(tmp_path, native_file):
     assert not any(name.startswith(("vae", "text")) for name in rows)
 
 
+def test_a_file_without_convolutions_that_are_asked_for_is_warned_of(tmp_path, caplog):
+    run(tmp_path, "int8.convolutions=int8", f"save={tmp_path / 'new.safetensors'}")
+
+    assert sum("the denoiser has no convolutions that can be INT8" in text for text in caplog.messages) == 1
+
+
 def test_a_file_is_a_file_whatever_its_name(tmp_path):
     run(tmp_path, f"save={tmp_path}/a/diffusion_pytorch_model.safetensors")
 

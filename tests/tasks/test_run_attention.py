@@ -89,7 +89,10 @@ def test_auto_takes_what_is_exact_enough(small: list[str], tmp_path: Path) -> No
 
 
 def test_no_int8_model_has_no_int8_attention(small: list[str]) -> None:
-    with pytest.raises(ConfigError, match="for that alone in INT8 set backend=float"):
+    with pytest.raises(
+        ConfigError,
+        match=r"int8.attention=int8 contradict each other; for INT8 attention alone set backend=float$",
+    ):
         make_spec([*small, "int8.enable=false", "int8.attention=int8"])
 
 

@@ -223,8 +223,12 @@ def test_auto_leaves_convolutions_float_that_are_faster_so(small, tmp_path):
 
 
 def test_parts_need_an_int8_model(small, tmp_path):
-    for part in ("convolutions", "vae"):
-        with pytest.raises(ConfigError, match=f"makes no INT8 model for int8.{part}=int8; for that alone"):
+    for part, described in {"convolutions": "INT8 convolutions", "vae": "an INT8 VAE"}.items():
+        message = (
+            f"^int8.enable=false and int8.{part}=int8 contradict each other; for {described} alone set "
+            "backend=float$"
+        )
+        with pytest.raises(ConfigError, match=message):
             run_job([*small, f"int8.{part}=int8", "int8.enable=false"], tmp_path)
 
 
