@@ -7,7 +7,7 @@ import dataclasses
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from int8run.generate.image_parameters import collect_input_facts, describe_samp
 from int8run.generate.negative_prompts import read_guidance
 from int8run.generate.pipeline_call import get_frame_rate
 from int8run.generate.prompts import Sample
+from int8run.layers.plan import Int8Settings
 from int8run.metrics.quality import select_key_frames
 from int8run.models.sampling import Sampling
 from int8run.report.image_files import save_sample
@@ -34,6 +35,9 @@ PARAMETERS_CHUNK, OWN_CHUNK = "parameters", "int8run"
 # of the command line; each has a fact with its option and one with the option's settings
 METHOD_GROUPS = ("outlier", "rounding", "backend")
 SETTINGS_SUFFIX = "_settings"
+INT8_SETTINGS = f"int8{SETTINGS_SUFFIX}"
+# of `int8`: what an image says otherwise, and how
+SAID_OTHERWISE = {"enable": "its precision is INT8 or a float dtype"}
 
 
 class ImageWriter:
@@ -158,6 +162,9 @@ def describe_model(spec: RunSpec, model: str) -> dict[str, str]:
             "Rounding": name_method(spec.rounding),
             "Backend": spec.backend.name,
         }
+        changed = find_changed_int8_settings(list_int8_settings(spec.int8))
+        if changed:
+            facts["INT8 settings"] = " ".join(f"{name}={value}" for name, value in changed.items())
     if model != "float" and spec.clip.is_quantized:
         facts["Text encoders"] = spec.clip.format
     loras = []
@@ -169,8 +176,8 @@ def describe_model(spec: RunSpec, model: str) -> dict[str, str]:
 
 
 def list_methods(spec: RunSpec) -> dict[str, Any]:
-    """The options of outlier=, rounding= and backend= by their names, and the plain settings of each."""
-    facts: dict[str, Any] = {}
+    """The options of outlier=, rounding= and backend=, the plain settings of each, and those of `int8`."""
+    facts: dict[str, Any] = {INT8_SETTINGS: list_int8_settings(spec.int8)}
     for group in METHOD_GROUPS:
         method = getattr(spec, group)
         facts[group] = method.name
@@ -178,6 +185,30 @@ def list_methods(spec: RunSpec) -> dict[str, Any]:
         if settings:
             facts[f"{group}{SETTINGS_SUFFIX}"] = settings
     return facts
+
+
+def list_int8_settings(settings: Int8Settings) -> dict[str, Any]:
+    """The settings of `int8` that an image does not say otherwise; of `checkpoint` the names of its files."""
+    listed = {}
+    for field in dataclasses.fields(settings):
+        if field.name not in SAID_OTHERWISE:
+            listed[field.name] = getattr(settings, field.name)
+    checkpoint = settings.checkpoint
+    if isinstance(checkpoint, str):
+        listed["checkpoint"] = name_model(checkpoint)
+    elif checkpoint is not None:
+        listed["checkpoint"] = ", ".join(map(name_model, checkpoint.values()))
+    return listed
+
+
+def find_changed_int8_settings(listed: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the listed settings of `int8` that are not the defaults of this version."""
+    defaults = list_int8_settings(Int8Settings())
+    changed = {}
+    for name, value in listed.items():
+        if name not in defaults or value != defaults[name]:
+            changed[name] = value
+    return changed
 
 
 def name_method(method: Any) -> str:

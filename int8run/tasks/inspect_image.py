@@ -15,13 +15,17 @@ from PIL import Image
 from int8run.config.prompt_argument import quote_text
 from int8run.errors import FileError
 from int8run.generate.sample_inputs import INPUT_COLUMNS
+from int8run.layers.plan import Int8Settings
 from int8run.models.family import MODEL_FOLDER
 from int8run.tasks.file_description import FileDescription, Row, format_setting
 from int8run.tasks.image_writer import (
+    INT8_SETTINGS,
     METHOD_GROUPS,
     OWN_CHUNK,
     PARAMETERS_CHUNK,
     SETTINGS_SUFFIX,
+    find_changed_int8_settings,
+    list_int8_settings,
     name_model,
 )
 from int8run.utils.text import shorten_error
@@ -35,6 +39,7 @@ SAMPLER_SETTINGS = ("steps", "guidance", "height", "width", "scheduler")
 SAMPLER_MAPPINGS = ("extra", "scheduler_settings")
 UNSAID = "settings of the outlier method, of rounding= and backend=: the command takes the defaults"
 UNSAID_CANDIDATES = "the candidates of outlier=auto: the command takes the defaults"
+UNSAID_INT8 = "settings of int8, such as int8.attention: the command takes the defaults"
 
 
 class NotRepeatableError(Exception):
@@ -60,19 +65,20 @@ def inspect_image(path: Path) -> FileDescription:
         command = format_command(facts)
     except NotRepeatableError as reason:
         return FileDescription(path.name, [*rows, ("to repeat it", str(reason))])
-    unsaid = find_unsaid(facts)
-    if unsaid is not None:
-        rows.append(("not said", unsaid))
+    rows += [("not said", unsaid) for unsaid in find_unsaid(facts)]
     return FileDescription(path.name, rows, [("to repeat it", command)])
 
 
-def find_unsaid(facts: Mapping[str, Any]) -> str | None:
-    """What of the methods an image does not name; None: nothing."""
+def find_unsaid(facts: Mapping[str, Any]) -> Iterator[str]:
+    """What of an INT8 model an image does not name."""
     if facts.get("precision") != INT8:
-        return None
+        return
     if "rounding" not in facts:  # by an earlier version
-        return UNSAID
-    return UNSAID_CANDIDATES if facts.get("outlier") == "auto" else None
+        yield UNSAID
+    elif facts.get("outlier") == "auto":
+        yield UNSAID_CANDIDATES
+    if INT8_SETTINGS not in facts:  # by an earlier version
+        yield UNSAID_INT8
 
 
 def read_texts(path: Path) -> tuple[int, int, dict[str, str]]:
@@ -115,6 +121,9 @@ def describe_facts(facts: Mapping[str, Any]) -> Iterator[Row]:
         elif name == "inputs" and isinstance(value, dict):
             for column, files in value.items():
                 yield str(column), ", ".join(map(str, files)) if isinstance(files, list) else str(files)
+        elif name == INT8_SETTINGS and isinstance(value, dict):
+            for setting, changed in find_changed_int8_settings(value).items():
+                yield f"int8.{setting}", str(changed)
         elif group in METHOD_GROUPS and isinstance(value, dict):
             for setting, number in value.items():
                 yield f"{group}.{setting}", str(number)
@@ -205,6 +214,30 @@ def list_method_words(group: str, facts: Mapping[str, Any]) -> list[str]:
     return words
 
 
+def list_int8_words(settings: object) -> list[str]:
+    """The words that set those settings of `int8` that differ from the defaults.
+
+    Args:
+        settings: of the text chunk, names and values.
+
+    Raises:
+        NotRepeatableError: for the file of `int8.checkpoint`, whose folder the image does not name, and for
+            what is no setting of this version, or no value of one.
+    """
+    known = list_int8_settings(Int8Settings())
+    words = []
+    for name, value in find_changed_int8_settings(dict(iterate_settings("int8", settings))).items():
+        if name == "checkpoint":
+            raise NotRepeatableError(f"needs int8.checkpoint ({value}), whose folder the image does not name")
+        if name not in known:
+            raise NotRepeatableError(f"needs int8.{name}, which this version does not have")
+        if value is not None and not isinstance(value, str | int | float):
+            raise NotRepeatableError(f"needs int8.{name}, which is no number or text")
+        shown = "null" if value is None else value
+        words.append(format_setting(f"int8.{name}", shown))
+    return words
+
+
 def iterate_settings(group: str, settings: object) -> Iterator[tuple[str, Any]]:
     """The names and values of a group of settings.
 
@@ -280,6 +313,7 @@ def list_model_words(facts: Mapping[str, Any]) -> list[str]:
     if facts.get("precision") == INT8:
         for group in METHOD_GROUPS:
             words += list_method_words(group, facts)
+        words += list_int8_words(facts.get(INT8_SETTINGS, {}))
     else:
         words.append("int8.enable=false")
         words.append(format_setting("model.dtype", facts.get("precision")))

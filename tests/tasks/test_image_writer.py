@@ -14,7 +14,7 @@ import int8run.generate.generate as generate_module
 from int8run.errors import ConfigError
 from int8run.pipeline import process_cache
 from int8run.report.image_files import save_sample
-from int8run.tasks.image_writer import list_methods, name_model
+from int8run.tasks.image_writer import describe_model, list_methods, name_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = [
@@ -133,6 +133,14 @@ def test_the_settings_of_a_method_are_those_that_a_command_can_take() -> None:
     assert facts["outlier_settings"] == {"max_cost": None, "tolerance_db": 0.1}, "no methods in it"
     assert facts["backend_settings"] == {"rounds": 7}, "no file in it"
     assert "rounding_settings" not in facts, "absmax has none"
+
+
+def test_other_programs_are_told_of_the_settings_of_int8_that_were_changed() -> None:
+    spec = make_spec(["int8.attention=int8", "int8.vae=int8"])
+
+    assert describe_model(spec, "int8")["INT8 settings"] == "vae=int8 attention=int8"
+    assert "INT8 settings" not in describe_model(spec, "float")
+    assert "INT8 settings" not in describe_model(make_spec([]), "int8")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """task=inspect of a PNG: what it was made with, and the command that makes it again."""
 
+import dataclasses
 import json
 import shlex
 from pathlib import Path
@@ -9,9 +10,12 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from support.cli_process import Command
+from support.run_job import make_spec
 
 from int8run.errors import FileError
+from int8run.layers.plan import Int8Settings
 from int8run.tasks.file_description import FileDescription
+from int8run.tasks.image_writer import SAID_OTHERWISE, list_int8_settings, list_methods
 from int8run.tasks.inspect_file import inspect_file
 
 FACTS: dict[str, Any] = {
@@ -46,7 +50,11 @@ def test_facts_are_shown_by_name(tmp_path: Path) -> None:
     assert (rows["prompt"], rows["seed"], rows["outlier"]) == ("a fox, it's here", "3", "convrot")
     assert rows["sampler.steps"] == "2"
     assert "sampler.extra" not in rows, "it is empty"
-    assert rows["not said"].startswith("settings of the outlier method")
+    unsaid = [text for name, text in describe(tmp_path).rows if name == "not said"]
+    assert [text.partition(":")[0] for text in unsaid] == [
+        "settings of the outlier method, of rounding= and backend=",
+        "settings of int8, such as int8.attention",
+    ], "this image is by an earlier version"
 
 
 def test_the_command_is_quoted_for_a_shell(tmp_path: Path) -> None:
@@ -70,6 +78,7 @@ def test_the_command_has_the_methods_with_their_settings(tmp_path: Path) -> None
         "rounding_settings": {"candidates": 8, "smallest": 0.75},
         "backend": "cpu",
         "backend_settings": {"int8_branch": True},
+        "int8_settings": {},
     }
 
     description = describe(tmp_path, **methods)
@@ -84,10 +93,55 @@ def test_the_command_has_the_methods_with_their_settings(tmp_path: Path) -> None
     assert "not said" not in rows
 
 
+# a value of each setting of `int8` that is not its default; a new setting needs one here
+INT8_VALUES = {
+    "small_batch_fallback": "never",
+    "max_rows": 7,
+    "small_layer_params": 5,
+    "only_if_faster": False,
+    "convolutions": "auto",
+    "vae": "int8",
+    "attention": "auto",
+    "attention_min_sqnr_db": 12.5,
+}
+NOT_REPEATED = {"checkpoint"}  # a file of one machine; the image says that it is needed
+
+
+def test_every_setting_of_int8_is_repeated_or_said_otherwise() -> None:
+    names = {field.name for field in dataclasses.fields(Int8Settings)}
+
+    assert names == {*INT8_VALUES, *NOT_REPEATED, *SAID_OTHERWISE}
+
+
+@pytest.mark.parametrize("names", [["attention"], ["max_rows"], list(INT8_VALUES)], ids=", ".join)
+def test_the_command_repeats_the_settings_of_int8(tmp_path: Path, names: list[str]) -> None:
+    spec = make_spec([f"int8.{name}={INT8_VALUES[name]}" for name in names])
+
+    description = describe(tmp_path, **list_methods(spec))
+
+    (line,) = description.list_commands()
+    words = [word for word in shlex.split(line) if word.startswith("int8.")]
+    assert len(words) == len(names), "the defaults are left out"
+    assert make_spec(words).int8 == spec.int8
+    rows = dict(description.rows)
+    shown = {name: rows.get(f"int8.{name}") for name in names}
+    assert shown == {name: str(INT8_VALUES[name]) for name in names}
+    assert "not said" not in rows
+
+
+def test_a_checkpoint_of_int8_layers_is_named_without_its_folder() -> None:
+    one = list_int8_settings(Int8Settings(checkpoint="/home/me/mine.safetensors"))
+    two = list_int8_settings(Int8Settings(checkpoint={"transformer": "/a/high.safetensors", "t2": "low/"}))
+
+    assert (one["checkpoint"], two["checkpoint"]) == ("mine", "high, low")
+
+
 def test_an_automatic_choice_names_no_candidates(tmp_path: Path) -> None:
     settings = {"max_cost": None, "tolerance_db": 0.1}
 
-    description = describe(tmp_path, outlier="auto", outlier_settings=settings, rounding="absmax")
+    description = describe(
+        tmp_path, outlier="auto", outlier_settings=settings, rounding="absmax", int8_settings={}
+    )
 
     (line,) = description.list_commands()
     assert line.endswith(" outlier=auto outlier.max_cost=null outlier.tolerance_db=0.1 rounding=absmax")
@@ -120,6 +174,9 @@ def test_a_float_image_is_repeated_in_its_dtype(tmp_path: Path) -> None:
         ({"outlier_settings": {"$(reboot)": 1}}, "needs outlier.'$(reboot)', which is no name of a setting"),
         ({"outlier_settings": "a"}, "needs outlier, of which the image has no names and values"),
         ({"rounding": "mse", "rounding_settings": {"smallest": "x"}}, "needs rounding.smallest, which is no"),
+        ({"int8_settings": {"checkpoint": "mine"}}, "needs int8.checkpoint (mine), whose folder the image"),
+        ({"int8_settings": {"later": 1}}, "needs int8.later, which this version does not have"),
+        ({"int8_settings": {"attention": [1]}}, "needs int8.attention, which is no number or text"),
     ],
     ids=[
         "loras",
@@ -131,6 +188,9 @@ def test_a_float_image_is_repeated_in_its_dtype(tmp_path: Path) -> None:
         "a setting for a shell",
         "a text of settings",
         "a setting that is text",
+        "INT8 layers of a file",
+        "a setting of a later version",
+        "a list as a setting",
     ],
 )
 def test_what_a_command_would_lack_is_named(tmp_path: Path, changes: dict[str, Any], missing: str) -> None:
