@@ -21,7 +21,7 @@ from int8run.config.run_spec import RunSpec
 from int8run.generate.capture import capture_step
 from int8run.generate.generate import set_components, set_text_encoders
 from int8run.generate.prompts import Sample
-from int8run.layers.plan import INT8, LayerPlan
+from int8run.layers.plan import FLOAT, INT8, LayerPlan
 from int8run.lora.entries import Entry
 from int8run.lora.header_info import LoraHeader
 from int8run.lora.match import Matches
@@ -38,7 +38,12 @@ from int8run.pipeline.load import load_model
 from int8run.pipeline.loaded_model import LoadedModel, replace_missing_layers
 from int8run.pipeline.lora_steps import bake_loras, measure_overhead, read_entries, report_loras
 from int8run.pipeline.offload import set_offload
-from int8run.pipeline.prequantized import PrequantizedLayers, PrequantizedRequest, find_prequantized
+from int8run.pipeline.prequantized import (
+    PrequantizedLayers,
+    PrequantizedRequest,
+    find_prequantized,
+    report_float_attention,
+)
 from int8run.pipeline.provenance import build_cache_key, build_provenance, list_baked_loras
 from int8run.pipeline.quantize_attention import ModelAttentions, count_step, plan_attentions
 from int8run.pipeline.quantize_denoiser import (
@@ -183,12 +188,17 @@ def check_given_files(
 def prepare_save(spec: RunSpec) -> None:
     """Check that `save=` can be written, before the work whose result it is for.
 
-    Logs what the file will not hold: quantized text encoders, LoRAs that are not baked in.
+    Logs what the file will not hold: quantized text encoders, the INT8 VAE, LoRAs that are not baked in.
     """
     if spec.save is None:
         return
     if spec.clip.is_quantized:
         log.info("save= writes the denoiser; task=quantize task.component=text_encoder writes a text encoder")
+    if spec.int8.vae == INT8:
+        log.info(
+            "save= writes the denoiser; the INT8 VAE is not in %s: a run makes it again with int8.vae=int8",
+            spec.save,
+        )
     if spec.lora.adapters and not spec.lora.is_baked:
         log.warning("%s will hold the model without its LoRAs; lora.mode=bake writes them into it", spec.save)
     prepare_output_path(spec.save)
@@ -233,6 +243,8 @@ def find_layer_sources(
         declared=DeclaredFormat(spec.model.quant_format, spec.model.sdnq),
     )
     prequantized = find_prequantized(loaded, plans, request, changed_layers=set(matches.denoiser))
+    if prequantized is not None and spec.int8.attention == FLOAT:
+        report_float_attention(prequantized)
     return LayerSources(plans, prequantized, cache_key)
 
 

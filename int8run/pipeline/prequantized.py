@@ -15,7 +15,7 @@ from int8run.checkpoints.declared_format import UNDECLARED, DeclaredFormat
 from int8run.checkpoints.layer import CheckpointLayer
 from int8run.errors import ConfigError, FileError
 from int8run.layers.int8_conv import find_conv_obstacle, is_convolution
-from int8run.layers.plan import CONV, LayerPlan, plan_convolution
+from int8run.layers.plan import AUTO, CONV, INT8, LayerPlan, plan_convolution
 from int8run.models.dual_denoisers import split_denoiser
 from int8run.outlier.auto import AutoOutlier
 from int8run.outlier.base import NONE, OutlierMethod
@@ -119,6 +119,22 @@ def find_prequantized(
     else:
         log.info("%s from %s; rounding= is ignored", layers, found.source)
     return found
+
+
+def report_float_attention(found: PrequantizedLayers) -> None:
+    """Log where a file was made with INT8 attention, in a run whose attention is float.
+
+    The cache is not spoken of: this run's settings say what comes out of it.
+    """
+    made_with = found.provenance.get("attention")
+    # somebody may have put anything there
+    if found.is_cached or made_with not in (AUTO, INT8):
+        return
+    log.info(
+        "%s was made with int8.attention=%s; here attention stays float (int8.attention=float)",
+        found.source,
+        made_with,
+    )
 
 
 def open_given_checkpoint(

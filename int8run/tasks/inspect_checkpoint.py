@@ -121,6 +121,9 @@ def describe_provenance(files: TensorFiles) -> Iterator[Row]:
         if value not in (None, []):
             settings.append(f"{name} {value}")
     yield "settings", ", ".join(settings)
+    attention = provenance.get("attention")
+    if attention is not None:
+        yield "attention", f"made with int8.attention={attention}; it has no weights, a run sets it again"
     yield "kept float", describe_kept_float(provenance.get("kept_float"))
 
 

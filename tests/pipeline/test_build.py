@@ -1,6 +1,7 @@
 """The steps of a build: what each takes from the settings of a run, and what it leaves out."""
 
 import ast
+import logging
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ from support.run_job import make_spec
 from int8run.layers.plan import LayerPlan
 from int8run.lora.match import Matches
 from int8run.pipeline import build as module
-from int8run.pipeline.build import find_layer_sources, select_float_denoisers
+from int8run.pipeline.build import find_layer_sources, prepare_save, select_float_denoisers
 from int8run.pipeline.layer_selection import warn_without_convolutions
 from int8run.pipeline.step_settings import select_load_settings, select_quantization_settings
 
@@ -88,6 +89,20 @@ def test_the_backend_is_checked_only_for_int8_layers() -> None:
 @pytest.mark.parametrize(("save", "is_fused"), [("null", False), ("folder", False), ("m.safetensors", True)])
 def test_only_a_file_has_fused_layers(save: str, is_fused: bool) -> None:
     assert select_quantization_settings(make_spec([f"save={save}"])).has_fused_layers == is_fused
+
+
+def test_a_saved_file_holds_no_int8_vae(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    saved = f"save={tmp_path / 'a.safetensors'}"
+
+    prepare_save(make_spec([saved]))
+    assert "VAE" not in caplog.text
+    prepare_save(make_spec([saved, "int8.vae=int8"]))
+
+    assert (
+        f"the INT8 VAE is not in {tmp_path / 'a.safetensors'}: a run makes it again with int8.vae=int8"
+        in caplog.text
+    )
 
 
 def test_float_denoisers_by_what_generates_with_them() -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from int8run.checkpoints.header import read_header
 from int8run.checkpoints.provenance import PROVENANCE_KEY
 from int8run.errors import ConfigError
 from int8run.pipeline import process_cache
+from int8run.tasks.inspect_file import inspect_file
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -76,6 +78,42 @@ def test_without_a_float_model_the_int8_one_shows_how_exact_it_is(small: list[st
     assert metrics["quant/attention_sqnr_db_min"] > 25
     _, metadata = read_header(tmp_path / "saved.safetensors")
     assert json.loads(metadata[PROVENANCE_KEY])["attention"] == "int8"
+
+
+def test_a_file_says_that_its_model_had_int8_attention(
+    small: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    saved = tmp_path / "saved.safetensors"
+    words = [*small, "metrics.baseline=none", "metrics.layers=false", "cache.limit_gb=0"]
+    run_job([*words, "int8.attention=int8", f"save={saved}"], tmp_path / "made")
+    process_cache.clear()
+    run_job([*words, "int8.attention=int8", f"int8.checkpoint={saved}"], tmp_path / "int8")
+    assert "was made with" not in caplog.text
+    process_cache.clear()
+    run_job([*words, f"int8.checkpoint={saved}"], tmp_path / "float")
+
+    said = [line for line in caplog.messages if "was made with int8.attention=int8" in line]
+    assert said == [
+        f"{saved} was made with int8.attention=int8; here attention stays float (int8.attention=float)"
+    ]
+    rows = dict(inspect_file(str(saved)).rows)
+    assert rows["attention"].startswith("made with int8.attention=int8;")
+
+
+def test_layers_of_the_cache_say_nothing_of_the_attention_that_they_were_made_with(
+    small: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    cache = ["cache.limit_gb=1", f"cache.folder={tmp_path / 'cache'}"]
+    words = [*small, *cache, "metrics.baseline=none", "metrics.layers=false"]
+    run_job([*words, "int8.attention=int8"], tmp_path / "int8")
+    process_cache.clear()
+
+    run_job(words, tmp_path / "float")
+
+    assert "which an earlier run wrote" in caplog.text
+    assert "was made with" not in caplog.text
 
 
 def test_auto_takes_what_is_exact_enough(small: list[str], tmp_path: Path) -> None:
