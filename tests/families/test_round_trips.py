@@ -148,10 +148,9 @@ def write_original_files(case: Case, kind: str) -> Any:
     return places if len(places) > 1 else next(iter(places.values()))
 
 
-# every family's own spelling is one of the first two
 @pytest.mark.parametrize(
     "kind",
-    ["bare", "prefixed", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("index", "shards"))],
+    ["bare", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("prefixed", "index", "shards"))],
 )
 def test_float_file_with_original_names_is_the_model(case: Case, kind: str) -> None:
     spec = replace(

@@ -132,6 +132,7 @@ def test_without_resume_a_sweep_is_a_new_one(command: Command, model: str) -> No
         assert {record.sweep for record in records} == {read_manifest(command.folder / "here").id}
 
 
+@pytest.mark.slow
 def test_a_job_that_still_runs_is_not_run_beside_itself(command: Command, model: str) -> None:
     assert command("-m", "seed=0,1", model, *UNTRACKED).code == 0
     update_record(read_records(command)[1], state="RUNNING", ended=None)  # this process, which is alive

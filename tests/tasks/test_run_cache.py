@@ -527,6 +527,7 @@ def test_two_experts_are_kept_and_found(
     assert layers(first) == layers(second)
 
 
+@pytest.mark.slow
 def test_two_experts_go_into_a_folder_and_come_back(
     experts: Path, job: Callable[..., RunResult], quantized: list[str], tmp_path: Path
 ) -> None:

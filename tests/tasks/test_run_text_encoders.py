@@ -964,6 +964,7 @@ def test_a_lora_on_weights_in_formats_that_are_not_written(
     assert_close(word, answer(run.modules["text_encoder_2"]), answer(changed(module, file.real)), 1e-5)
 
 
+@pytest.mark.slow
 def test_strengths_there_and_back(words: list[str], files: dict[str, Any], tmp_path: Path) -> None:
     process_cache.clear()
     path = f"clip.path={files['t5']}"

@@ -586,6 +586,7 @@ def test_an_address_that_can_never_work_is_an_error(tmp_path: Path, uri: str, sa
         MlflowTracker(uri=uri.replace("TMP", str(tmp_path))).prepare()
 
 
+@pytest.mark.slow
 def test_a_database_that_another_program_keeps_does_not_answer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -702,6 +703,7 @@ def write_three_runs(folder: str, first: int) -> None:
         tracker.upload_record(with_run_id(record, tracker.get_location(), tracker.start_run(record)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", slow_except([2], [2, 4]))
 def test_several_processes_can_create_one_store(processes: int, tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")  # mlflow is imported already

@@ -74,6 +74,7 @@ def test_settings_are_masked_by_name_and_by_value():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(60)  # for a pattern that takes the square of the length, which is hours here
 def test_a_long_text_is_masked_in_linear_time():
     text = "://a:b" * 300_000 + "?a&" * 100_000 + "TOKEN" * 100_000

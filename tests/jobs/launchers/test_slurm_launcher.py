@@ -154,6 +154,7 @@ def test_the_message_about_a_death_has_slurms_state(pool, cluster, monkeypatch):
             future.result(WAIT_S)
 
 
+@pytest.mark.slow
 def test_a_controller_that_does_not_answer_is_not_a_death(pool, cluster):
     future = pool.start().submit(make_call(1.5))
 
@@ -162,6 +163,7 @@ def test_a_controller_that_does_not_answer_is_not_a_death(pool, cluster):
     assert len(future.result(WAIT_S)) == 2
 
 
+@pytest.mark.slow
 def test_a_result_that_is_seen_late_is_not_a_death(pool, cluster, monkeypatch):
     monkeypatch.setattr(slurm_watcher, "RESULT_GRACE_S", LONG_S)
     future = pool.start().submit(make_call(2.0))
@@ -214,6 +216,7 @@ def test_closing_the_pool_cancels_the_jobs_that_run(pool, cluster):
     assert running_future.done()
 
 
+@pytest.mark.slow
 def test_one_warning_says_why_a_job_waits(pool, cluster, caplog):
     (cluster / "busy").touch()
 
