@@ -17,6 +17,10 @@ SAME_FILE_LIMITS = "shows neither what the file lost when it was made, nor that 
 DENOISER_BYTES = "memory/denoiser_bytes"
 DENOISER_RATIO = "memory/denoiser_ratio"
 LATENT_ERROR = "quality/latent_rel_err"
+VAE_PSNR_DB = "vae/psnr_db"
+VAE_DECODE_RATIO = "vae/decode_ratio"
+ATTENTION_SQNR_DB = "quant/attention_sqnr_db_mean"
+MACS_INT8_SHARE = "quant/macs_int8_share"
 
 MISSING = "–"
 MAX_DECIMALS = 6
@@ -34,7 +38,8 @@ class MetricColumn:
         decimals: digits after the point; None: three significant digits for the column's smallest value.
         scale: the shown number is the metric times this.
         suffix: follows the number.
-        ceiling: a value below it is never rounded up to it.
+        ceiling: a shown number below it is never rounded up to it.
+        needs_difference: whether there is a column only where the values of two runs differ.
     """
 
     metric: str
@@ -45,6 +50,14 @@ class MetricColumn:
     scale: float = 1.0
     suffix: str = ""
     ceiling: float = math.inf
+    needs_difference: bool = False
+
+    def is_needed_for(self, values: Sequence[float | None]) -> bool:
+        """Whether a table of runs with these values has the column; None where a run has no value."""
+        known = {value for value in values if value is not None}
+        if self.needs_difference:
+            return len(known) > 1
+        return bool(known)
 
     def choose_decimals(self, values: Sequence[float]) -> int:
         """How many decimals a column with these values needs."""
@@ -216,6 +229,38 @@ METRIC_COLUMNS = (
         "signal-to-quantization-noise ratio of the worst INT8 layer's output",
         direction=1,
         decimals=1,
+    ),
+    MetricColumn(
+        ATTENTION_SQNR_DB,
+        "attention\nSQNR, dB",
+        "signal-to-quantization-noise ratio of the INT8 attentions' outputs, mean over modules",
+        direction=1,
+        decimals=1,
+    ),
+    MetricColumn(
+        MACS_INT8_SHARE,
+        "multiply-adds\nINT8, %",
+        "share of the denoiser's multiply-adds that are INT8",
+        direction=1,
+        decimals=1,
+        scale=100,
+        ceiling=100.0,
+        needs_difference=True,  # every INT8 model has one
+    ),
+    MetricColumn(
+        VAE_PSNR_DB,
+        "VAE PSNR\ndB",
+        "peak signal-to-noise ratio of what the INT8 VAE decodes to the same by the float VAE",
+        direction=1,
+        decimals=1,
+    ),
+    MetricColumn(
+        VAE_DECODE_RATIO,
+        "VAE\n× float",
+        "the float VAE's time to decode divided by the INT8 one's",
+        direction=1,
+        decimals=2,
+        suffix="×",
     ),
 )
 

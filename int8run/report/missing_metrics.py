@@ -5,7 +5,14 @@ Shown where its cell is empty, in the table of the report and in that of the ter
 
 from collections.abc import Mapping
 
-from int8run.report.columns import SPEED_RATIO
+from int8run.layers.plan import FLOAT
+from int8run.report.columns import (
+    ATTENTION_SQNR_DB,
+    MACS_INT8_SHARE,
+    SPEED_RATIO,
+    VAE_DECODE_RATIO,
+    VAE_PSNR_DB,
+)
 from int8run.tracking.run_record import FAILED, FINISHED, RUNNING, Record
 
 PERCEPTUAL_METRICS = ("quality/lpips", "quality/effnet_distance", "quality/clip_score")
@@ -20,6 +27,12 @@ REASONS_OF_IMAGES = {
     "quality/drift": "no video begins with an image",
 }
 LAYER_SQNR = "quant/output_sqnr_db_min"
+# metrics of parts that are INT8 where a setting asks for it
+PART_SETTINGS = {
+    ATTENTION_SQNR_DB: "int8.attention",
+    VAE_PSNR_DB: "int8.vae",
+    VAE_DECODE_RATIO: "int8.vae",
+}
 ENCODER_METRICS = ("clip/cosine_mean", "memory/text_encoder_ratio")
 
 
@@ -78,7 +91,11 @@ def explain_by_settings(metric: str, params: Mapping[str, str]) -> str:
         return REASONS_OF_IMAGES[metric]
     if metric in ENCODER_METRICS and params.get("clip") == "keep":
         return "clip=keep: the text encoders are not quantized"
-    if metric == LAYER_SQNR and params.get("int8.enable") == "False":
+    if metric in PART_SETTINGS:
+        setting = PART_SETTINGS[metric]
+        # a run from before there was the setting has no INT8 part either
+        return f"{setting}=float" if params.get(setting, FLOAT) == FLOAT else ""
+    if metric in (LAYER_SQNR, MACS_INT8_SHARE) and params.get("int8.enable") == "False":
         return "int8.enable=false: no layer is INT8"
     if metric == LAYER_SQNR and params.get("metrics.layers") == "False":
         return "metrics.layers=false"

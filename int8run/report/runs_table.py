@@ -7,13 +7,13 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from int8run.metrics.names import METRICS, UNKNOWN
-from int8run.report.columns import METRIC_COLUMNS, MetricColumn
+from int8run.report.columns import METRIC_COLUMNS, VAE_PSNR_DB, MetricColumn
 from int8run.report.missing_metrics import explain_missing
 from int8run.report.ranking import find_fronts, group_comparable
 from int8run.report.runs import Run
 
 # Of metrics that depend on the images that are generated.
-QUALITY_PREFIXES = ("quality/", "clip/", "quant/")
+QUALITY_PREFIXES = ("quality/", "clip/", "quant/", VAE_PSNR_DB)
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class RunsTable:
     """The columns and, for each run, a cell per column.
 
     Args:
-        columns: those that a run has a value for.
+        columns: those that a run has a value for, and some of them only where values differ.
         rows: one per run.
         has_front: whether a run is marked as one of a Pareto front.
         has_different_images: whether the runs have different float images, so that quality is ranked, if at
@@ -88,14 +88,24 @@ def build_runs_table(runs: Sequence[Run]) -> RunsTable:
 
 
 def choose_columns(runs: Sequence[Run]) -> list[MetricColumn]:
-    """The columns that at least one run has a value for; objectives that are not among them come last."""
-    known = {column.metric for column in METRIC_COLUMNS}
-    columns = list(METRIC_COLUMNS)
-    for name in dict.fromkeys(run.record.objective for run in runs):
+    """The columns that the values of the runs need; objectives that are not among them come last."""
+    objectives = dict.fromkeys(run.record.objective for run in runs)
+    columns = []
+    for column in METRIC_COLUMNS:
+        is_objective = column.metric in objectives
+        columns.append(replace(column, needs_difference=column.needs_difference and not is_objective))
+    known = {column.metric for column in columns}
+    for name in objectives:
         if name not in known:
             metric = METRICS.get(name, UNKNOWN)
             columns.append(MetricColumn(name, name, metric.description, metric.direction))
-    return [column for column in columns if any(run.get_metric(column.metric) is not None for run in runs)]
+
+    needed = []
+    for column in columns:
+        values = [run.get_metric(column.metric) for run in runs]
+        if column.is_needed_for(values):
+            needed.append(column)
+    return needed
 
 
 def build_column_cells(column: MetricColumn, runs: Sequence[Run]) -> list[TableCell]:

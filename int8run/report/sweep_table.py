@@ -14,12 +14,16 @@ from rich.table import Table
 from rich.text import Text
 
 from int8run.report.columns import (
+    ATTENTION_SQNR_DB,
     DENOISER_BYTES,
     LATENT_ERROR,
+    MACS_INT8_SHARE,
     MISSING,
     PSNR_DB,
     SPEED_RATIO,
     STEP_MS,
+    VAE_DECODE_RATIO,
+    VAE_PSNR_DB,
     find_column,
 )
 from int8run.report.console import make_plain
@@ -30,7 +34,18 @@ from int8run.tracking.setting_names import shorten_keys, split_override
 from int8run.utils.text import make_visible
 
 # Shown as in the report. The most important first: a narrow terminal has room for some of them.
-SWEEP_METRICS = (PSNR_DB, SPEED_RATIO, STEP_MS, DENOISER_BYTES, LATENT_ERROR)
+SWEEP_METRICS = (
+    PSNR_DB,
+    SPEED_RATIO,
+    STEP_MS,
+    # jobs have these where they ask for an INT8 VAE or INT8 attention
+    VAE_PSNR_DB,
+    VAE_DECODE_RATIO,
+    ATTENTION_SQNR_DB,
+    DENOISER_BYTES,
+    LATENT_ERROR,
+    MACS_INT8_SHARE,
+)
 COLUMN_GAP = 3  # characters between two columns, as rich draws them
 MAX_SETTING_WIDTH = 40  # characters; a longer value is shortened in its middle
 MIN_SETTING_WIDTH = 6  # a setting that would be shortened further has no column
@@ -192,10 +207,11 @@ def explain_empty_cells(records: Sequence[Record], num_metrics: int) -> list[str
 
 
 def list_shared_metrics(records: Sequence[Record]) -> list[str]:
-    """The metrics of the table that a job has."""
+    """The metrics of the table whose columns the jobs need."""
     shared = []
     for metric in SWEEP_METRICS:
-        if any(get_number(record, metric) is not None for record in records):
+        values = [get_number(record, metric) for record in records]
+        if find_column(metric).is_needed_for(values):
             shared.append(metric)
     return shared
 

@@ -48,6 +48,32 @@ def test_the_best_of_a_column_and_the_pareto_front_are_marked(tmp_path):
     assert "quality/lpips" not in is_best, "no run has it"
 
 
+def test_int8_parts_have_columns_where_a_run_has_them(tmp_path):
+    part = {"quant/attention_sqnr_db_mean": 41.26, "vae/psnr_db": 56.51, "vae/decode_ratio": 2.5}
+    float_parts = make_metrics() | {"quant/macs_int8_share": 0.957}
+    int8_parts = make_metrics() | part | {"quant/macs_int8_share": 0.99996}
+
+    table = build_runs_table(write_runs(tmp_path, [float_parts, int8_parts]))
+
+    shown = {
+        column.metric: [row.cells[index].text for row in table.rows]
+        for index, column in enumerate(table.columns)
+    }
+    assert shown["quant/attention_sqnr_db_mean"] == ["–", "41.3"]
+    assert shown["quant/macs_int8_share"] == ["95.7", ">99.9"]
+    assert shown["vae/psnr_db"] == ["–", "56.5"]
+    assert shown["vae/decode_ratio"] == ["–", "2.50×"]
+
+
+def test_a_share_that_all_runs_have_needs_no_column(tmp_path):
+    metrics = make_metrics() | {"quant/macs_int8_share": 0.957}
+
+    table = build_runs_table(write_runs(tmp_path, [metrics, metrics]))
+
+    names = {column.metric for column in table.columns}
+    assert PSNR_DB in names and not {"quant/macs_int8_share", "vae/psnr_db"} & names
+
+
 def test_the_objective_has_a_column_of_its_own(tmp_path):
     metrics = make_metrics() | {"lora/overhead_ratio": 1.25}
     record = write_run(tmp_path, metrics=metrics, objective="lora/overhead_ratio")
@@ -84,6 +110,11 @@ def test_an_objective_of_another_version_has_a_column(tmp_path):
         ),
         ({"metrics.layers": "False"}, "quant/output_sqnr_db_min", "metrics.layers=false"),
         ({"int8.enable": "False"}, "quant/output_sqnr_db_min", "int8.enable=false: no layer is INT8"),
+        ({"int8.enable": "False"}, "quant/macs_int8_share", "int8.enable=false: no layer is INT8"),
+        ({"int8.vae": "float"}, "vae/psnr_db", "int8.vae=float"),
+        ({"int8.vae": "int8"}, "vae/psnr_db", "not measured"),
+        ({}, "vae/decode_ratio", "int8.vae=float"),
+        ({"int8.attention": "float"}, "quant/attention_sqnr_db_mean", "int8.attention=float"),
         ({"clip": "keep"}, "clip/cosine_mean", "clip=keep: the text encoders are not quantized"),
         ({}, "quality/lpips", "metrics.perceptual does not name lpips, or it could not be computed"),
         ({}, "quality/ms_ssim", "the images are too small for it"),

@@ -38,6 +38,33 @@ def test_a_wide_terminal_shows_all_metrics_of_a_job(tmp_path, print_sweep_table)
     ]
 
 
+def test_a_sweep_over_int8_parts_shows_what_each_costs(tmp_path, print_sweep_table):
+    part = {"quant/attention_sqnr_db_mean": 41.26, "vae/psnr_db": 56.51, "vae/decode_ratio": 2.5}
+    shares = [{"quant/macs_int8_share": share} for share in (0.957, 0.99)]
+    jobs = [
+        write_job(tmp_path, 0, "int8.vae=float", **JOB_METRICS, **shares[0]),
+        write_job(tmp_path, 1, "int8.vae=int8", **JOB_METRICS, **shares[1], **part),
+    ]
+
+    wide = print_sweep_table(150, jobs, ["int8.vae"])
+    narrow = print_sweep_table(50, jobs, ["int8.vae"])
+
+    few = ["55.1", "2.40×", "7.10"]
+    assert wide[2] == ["0", "float", *few, "–", "–", "–", "28.0", "0.93", "95.7"]
+    assert wide[3] == ["1", "int8", *few, "56.5", "2.50×", "41.3", "28.0", "0.93", "99.0"]
+    assert "int8.vae=float" in " ".join(wide[4]), "why there is none"
+    assert ["1", "int8", *few, "56.5", "2.50×"] in narrow
+
+
+def test_a_share_that_is_the_same_in_all_jobs_has_no_column(tmp_path, print_sweep_table):
+    metrics = {**JOB_METRICS, "quant/macs_int8_share": 0.957}
+    jobs = [write_job(tmp_path, number, f"seed={number}", **metrics) for number in (0, 1)]
+
+    lines = print_sweep_table(150, jobs, ["seed"])
+
+    assert lines[2] == ["0", "0", *NUMBERS]
+
+
 def test_on_a_narrow_terminal_metrics_make_room_for_settings(tmp_path, print_sweep_table):
     overrides = "lora.mode=stochastic outlier=hadanorm backend=torch_int_mm"
     job = write_job(tmp_path, 0, overrides, **JOB_METRICS)
