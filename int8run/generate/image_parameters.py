@@ -91,6 +91,9 @@ def collect_input_facts(inputs: SampleInputs) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     if inputs.files:
         facts["inputs"] = {column: [file.name for file in files] for column, files in inputs.files.items()}
+        # in the folder of the run, where the copies may have other names
+        copies = {column: [file.path.name for file in files] for column, files in inputs.files.items()}
+        facts["input_copies"] = copies
     if inputs.strength is not None:
         facts["strength"] = inputs.strength
     if inputs.arguments:

@@ -14,6 +14,7 @@ from PIL import Image
 
 from int8run.config.prompt_argument import quote_text
 from int8run.errors import FileError
+from int8run.generate.input_files import INPUTS
 from int8run.generate.sample_inputs import INPUT_COLUMNS
 from int8run.layers.plan import Int8Settings
 from int8run.models.family import MODEL_FOLDER
@@ -61,11 +62,13 @@ def inspect_image(path: Path) -> FileDescription:
 
     facts = parse_facts(path, texts[OWN_CHUNK])
     rows: list[Row] = [("kind", "image"), size, *describe_facts(facts)]
+    copies = find_input_copies(path, facts)
     try:
-        command = format_command(facts)
+        command = format_command(facts, copies)
     except NotRepeatableError as reason:
         return FileDescription(path.name, [*rows, ("to repeat it", str(reason))])
     rows += [("not said", unsaid) for unsaid in find_unsaid(facts)]
+    rows += [("not found", missing) for missing in find_missing_inputs(facts, copies)]
     return FileDescription(path.name, rows, [("to repeat it", command)])
 
 
@@ -79,6 +82,40 @@ def find_unsaid(facts: Mapping[str, Any]) -> Iterator[str]:
         yield UNSAID_CANDIDATES
     if INT8_SETTINGS not in facts:  # by an earlier version
         yield UNSAID_INT8
+
+
+def find_input_copies(path: Path, facts: Mapping[str, Any]) -> dict[tuple[str, int], Path]:
+    """The run's own copies of what an image began with, where they are still beside it.
+
+    Args:
+        path: of the image, in the folder that its run wrote it to.
+        facts: of the text chunk.
+
+    Returns:
+        By column, and place of the file in it.
+    """
+    named = facts.get("input_copies")
+    if not isinstance(named, dict):  # by an earlier version
+        return {}
+    folder = path.absolute().parent.parent / INPUTS
+    # somebody may have written a path of this machine into the image: names of this folder alone are taken
+    kept = {file.name for file in folder.glob("*") if file.is_file()}
+    found = {}
+    for column, names in named.items():
+        if not isinstance(names, list):
+            continue
+        for index, name in enumerate(names):
+            if isinstance(name, str) and name in kept:
+                found[column, index] = folder / name
+    return found
+
+
+def find_missing_inputs(facts: Mapping[str, Any], copies: Mapping[tuple[str, int], Path]) -> Iterator[str]:
+    """What an image began with and is not beside it; `facts` are those that make a command."""
+    for column, names in facts.get("inputs", {}).items():
+        for index, name in enumerate(names):
+            if (column, index) not in copies:
+                yield f"{name}, no copy beside the image: the command takes it from the working folder"
 
 
 def read_texts(path: Path) -> tuple[int, int, dict[str, str]]:
@@ -116,6 +153,8 @@ def describe_facts(facts: Mapping[str, Any]) -> Iterator[Row]:
     """Show each fact on a line of its own, the settings of the sampler by their names."""
     for name, value in facts.items():
         group = name.removesuffix(SETTINGS_SUFFIX)
+        if name == "input_copies":
+            continue  # the command has their paths
         if name == "sampling":
             yield from describe_sampling(value)
         elif name == "inputs" and isinstance(value, dict):
@@ -138,11 +177,12 @@ def describe_sampling(sampling: Mapping[str, Any]) -> Iterator[Row]:
             yield f"sampler.{name}", str(value)
 
 
-def format_command(facts: Mapping[str, Any]) -> str:
+def format_command(facts: Mapping[str, Any], copies: Mapping[tuple[str, int], Path]) -> str:
     """The command that makes an image again, as one types it.
 
     Args:
         facts: of the text chunk.
+        copies: of the files that it began with, by column and place in it.
 
     Raises:
         NotRepeatableError: when they do not name all that is needed.
@@ -157,14 +197,18 @@ def format_command(facts: Mapping[str, Any]) -> str:
     if "negative_prompt" in facts:
         words.append(shlex.quote(f"negative_prompt={facts['negative_prompt']}"))
     words.append(format_setting("seed", facts.get("seed")))
-    words += list_input_words(facts)
+    words += list_input_words(facts, copies)
     words += list_sampler_words(facts["sampling"])
     words += list_model_words(facts)
     return " ".join(words)
 
 
-def list_input_words(facts: Mapping[str, Any]) -> list[str]:
-    """The words that choose the pipeline and give it the inputs, whose files lie in the working folder.
+def list_input_words(facts: Mapping[str, Any], copies: Mapping[tuple[str, int], Path]) -> list[str]:
+    """The words that choose the pipeline and give it the inputs.
+
+    Args:
+        facts: of the text chunk.
+        copies: of the inputs, by column and place in it; others lie in the working folder.
 
     Raises:
         NotRepeatableError: for an input that no setting is for, and for an argument that is more than a
@@ -177,7 +221,8 @@ def list_input_words(facts: Mapping[str, Any]) -> list[str]:
     for column, names in iterate_settings("inputs", facts.get("inputs", {})):
         if column not in INPUT_COLUMNS or not isinstance(names, list):
             raise NotRepeatableError(f"needs its input {column}, which stands in a prompt table alone")
-        words.append(format_files(f"prompts.{column}", names))
+        files = [copies.get((column, index), name) for index, name in enumerate(names)]
+        words.append(format_files(f"prompts.{column}", files))
     if "strength" in facts:
         words.append(format_setting("prompts.strength", facts["strength"]))
     for name, value in iterate_settings("arguments", facts.get("arguments", {})):

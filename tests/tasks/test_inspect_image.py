@@ -13,6 +13,9 @@ from support.cli_process import Command
 from support.run_job import make_spec
 
 from int8run.errors import FileError
+from int8run.generate.image_parameters import collect_input_facts
+from int8run.generate.input_files import read_samples
+from int8run.generate.prompts import PromptSet
 from int8run.layers.plan import Int8Settings
 from int8run.tasks.file_description import FileDescription
 from int8run.tasks.image_writer import SAID_OTHERWISE, list_int8_settings, list_methods
@@ -259,6 +262,58 @@ def test_the_command_has_the_inputs(tmp_path: Path) -> None:
     ]
     rows = dict(description.rows)
     assert (rows["image"], rows["reference_images"]) == ("my cat.png", "a.png, b's.png")
+    missing = [text.partition(",")[0] for name, text in description.rows if name == "not found"]
+    assert missing == ["my cat.png", "a.png", "b's.png"]
+
+
+def test_the_command_takes_the_copies_that_the_run_keeps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, copies = tmp_path / "images", tmp_path / "inputs"
+    images.mkdir()
+    copies.mkdir()
+    for name in ("my-cat.png", "b.png"):
+        (copies / name).touch()
+    facts = FACTS | {
+        "inputs": {"image": ["my cat.png"], "reference_images": ["gone.png", "b.png"]},
+        "input_copies": {"image": ["my-cat.png"], "reference_images": ["gone.png", "b.png"]},
+    }
+    write_png(images / "a.png", int8run=json.dumps(facts))
+    monkeypatch.chdir(images)
+
+    description = inspect_file("a.png")
+
+    (line,) = description.list_commands()
+    words = shlex.split(line)
+    assert f"prompts.image={copies / 'my-cat.png'}" in words
+    assert f"prompts.reference_images=['gone.png','{copies / 'b.png'}']" in words
+    rows = dict(description.rows)
+    assert rows["image"] == "my cat.png" and "input copies" not in rows
+    assert rows["not found"].startswith("gone.png, no copy beside the image")
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "..", "", "x" * 999, 1, None])
+def test_a_copy_is_looked_for_in_its_folder_alone(tmp_path: Path, name: object) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "inputs").mkdir()
+    (tmp_path / "secret.png").touch()
+
+    description = describe(tmp_path / "images", inputs={"image": ["a.png"]}, input_copies={"image": [name]})
+
+    assert "prompts.image=a.png" in shlex.split(description.list_commands()[0])
+
+
+def test_a_run_names_the_copies_of_its_inputs(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "My Cat.PNG")
+    prompts = PromptSet(prompts=["a"], image=str(tmp_path / "My Cat.PNG"))
+    (sample,) = read_samples(prompts, seed=0, folder=tmp_path / "out")
+    (tmp_path / "out" / "images").mkdir()
+
+    description = describe(tmp_path / "out" / "images", **collect_input_facts(sample.inputs))
+
+    copy = tmp_path / "out" / "inputs" / "my-cat.png"
+    assert f"prompts.image={copy}" in shlex.split(description.list_commands()[0])
+    assert copy.read_bytes() == (tmp_path / "My Cat.PNG").read_bytes()
 
 
 NOT_GIVEN = {
