@@ -28,6 +28,8 @@ def describe_build(spec: RunSpec, built: BuiltModel, *, is_reused: bool) -> list
     facts += describe_layers(built)
     if spec.int8.attention != FLOAT:
         facts.append(("attention", describe_attention(built.plans)))
+    if built.vae is not None:
+        facts.append(("vae", describe_vae(built.vae.plans)))
     if spec.lora.adapters:
         facts.append(("lora", describe_loras(spec, built.loras)))
     for component, encoder in built.encoders.built.items():
@@ -95,6 +97,17 @@ def describe_attention(plans: Sequence[LayerPlan]) -> str:
     if "quant/attention_sqnr_db_mean" in metrics:
         described += f", {metrics['quant/attention_sqnr_db_mean']:.1f} dB mean"
     return described
+
+
+def describe_vae(plans: Sequence[LayerPlan]) -> str:
+    """Describe how many layers of the INT8 VAE are INT8, and where: `int8 33 of 38 layers on cpu`.
+
+    Args:
+        plans: of the VAE's layers, one of which is INT8 at least.
+    """
+    int8 = [plan for plan in plans if plan.skip_reason is None]
+    backends = "+".join(sorted({name_backend(plan) for plan in int8 if plan.backend_used}))
+    return f"int8 {len(int8)} of {len(plans)} layers on {backends}"
 
 
 def describe_loras(spec: RunSpec, loras: LoraStack) -> str:

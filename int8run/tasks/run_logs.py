@@ -21,6 +21,7 @@ from int8run.generate.input_sizes import list_resized
 from int8run.generate.negative_prompts import explain_unused_negative_prompt
 from int8run.generate.prompts import Sample
 from int8run.generate.step_count import get_strength
+from int8run.layers.plan import FLOAT
 from int8run.lora.header_info import LoraHeader, list_few_step_warnings
 from int8run.pipeline.built_model import BuiltModel
 from int8run.report.console import print_lines
@@ -122,9 +123,15 @@ def print_result(
         num_steps=num_steps,
     )
     print_lines("", table)
+    for name, file in list_result_files(spec).items():
+        print_lines(f"{name + ':':<10}{job.output_dir / file}")
+
+
+def list_result_files(spec: RunSpec) -> dict[str, str]:
+    """The files that a run with these settings names at its end, by what is in them."""
     files = {"images": "grid.png", "layers": "layers.csv"}
     if spec.clip.is_quantized:
         files["encoders"] = "text_encoders.csv"
-    files["numbers"] = "metrics.json"
-    for name, file in files.items():
-        print_lines(f"{name + ':':<10}{job.output_dir / file}")
+    if spec.int8.vae != FLOAT:
+        files["vae"] = "vae.csv"
+    return files | {"numbers": "metrics.json"}
