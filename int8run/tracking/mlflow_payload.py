@@ -37,7 +37,12 @@ SMALL_COPY_SUFFIX = "+compressed.webp"  # how the name of MLflow's small copy of
 KEPT_SUFFIXES = {".yaml", ".json", ".csv", ".png", ".log"}  # of files at the top of the folder
 SAMPLES = "samples"  # the folder of our images in a run: MLflow's own are in `images`
 INPUTS = "inputs"  # the folder of the files that samples began with, in the run and here
-TABLE_FILES = {"layers.json": "layers.csv", "text_encoders.json": "text_encoders.csv"}  # MLflow's -> ours
+# MLflow's -> ours
+TABLE_FILES = {
+    "layers.json": "layers.csv",
+    "text_encoders.json": "text_encoders.csv",
+    "vae.json": "vae.csv",
+}
 
 START_TAGS = (
     "sweep",
