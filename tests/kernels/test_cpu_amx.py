@@ -29,9 +29,8 @@ from int8run.kernels.cpu.library import InstructionSetError, load_linear_library
 class EmulatedTiles(InstructionSet):
     """AMX without its instructions: slow, and on any CPU with AVX2."""
 
-    @property
-    def source(self) -> Path:
-        return Path(__file__).with_name("linear_amx_emulated.cpp")
+    def get_source(self, layer: str) -> Path:
+        return Path(__file__).with_name(f"{layer}_amx_emulated.cpp")
 
 
 EMULATED = EmulatedTiles("amx_emulated", features=AVX2_FEATURES, flags=AVX2_FLAGS)
