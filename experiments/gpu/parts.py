@@ -196,7 +196,7 @@ def measure_offload(device: str, report: Report, words: Sequence[str]) -> None:
     import torch
 
     from int8run.layers.assemble import copy_sharing_tensors
-    from int8run.pipeline.offload import GROUP_STREAM, find_home, set_offload
+    from int8run.pipeline.offload import GROUP_STREAM, find_offload_device, set_offload
 
     place = torch.device(device)
     size = flux.SIZES["tiny" if device == "cpu" else "full"]
@@ -207,7 +207,7 @@ def measure_offload(device: str, report: Report, words: Sequence[str]) -> None:
         if mode == GROUP_STREAM and device == "cpu":
             report.add_row(mode=mode, skipped="a CPU has no streams")
             continue
-        moved = copy_sharing_tensors(int8_model.to(find_home(mode, place)))
+        moved = copy_sharing_tensors(int8_model.to(find_offload_device(mode, place)))
         set_offload(SimpleNamespace(components={"transformer": moved}), mode, place)
         with torch.no_grad():
             for _ in range(2):  # with streams the first step finds out the order of the blocks

@@ -1,6 +1,7 @@
 """Every script of `experiments/` can be started, and has a test that runs it."""
 
 import ast
+import importlib.util
 import subprocess
 from pathlib import Path
 
@@ -51,6 +52,32 @@ def test_a_script_can_be_imported_and_explains_itself(
     run_script(script, "--help")
 
     assert capsys.readouterr().out.startswith("usage: ")
+
+
+def list_missing_names(file: Path) -> list[str]:
+    """What a script imports from int8run, also inside its functions, and is not there."""
+    missing = []
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("int8run"):
+            continue
+        module = importlib.import_module(str(node.module))
+        for name in node.names:
+            if not hasattr(module, name.name) and not is_module(f"{node.module}.{name.name}"):
+                missing.append(f"{file.name}: {node.module}.{name.name}")
+    return missing
+
+
+def is_module(name: str) -> bool:
+    """Whether there is a module of that name."""
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def test_what_scripts_import_inside_their_functions_is_there() -> None:
+    missing = [name for file in EXPERIMENTS.rglob("*.py") for name in list_missing_names(file)]
+    assert missing == []
 
 
 @pytest.mark.parametrize("script", SHELL_SCRIPTS)
