@@ -583,7 +583,7 @@ def test_a_model_in_half_precision_is_saved_in_it(least: list[str], tmp_path: Pa
     run_job([*half, f"save={saved}"], tmp_path / "a")
     run_job([*half, f"int8.checkpoint={saved}"], tmp_path / "b")
 
-    assert files_in(tmp_path / "a") == files_in(tmp_path / "b")
+    assert pixels_in(tmp_path / "a") == pixels_in(tmp_path / "b")
 
     found = {
         key.rpartition(".")[2]: set() for key in load_file(saved / "diffusion_pytorch_model.safetensors")
@@ -726,7 +726,7 @@ class TestBudget:
         # in the file these layers are float, too
         run_job([*budget, "model_type.mixed_precision=none", f"int8.checkpoint={saved}"], tmp_path / "read")
 
-        assert files_in(tmp_path / "met") == files_in(tmp_path / "read")
+        assert pixels_in(tmp_path / "met") == pixels_in(tmp_path / "read")
         assert {row["name"] for row in int8_rows(tmp_path / "read")} == {
             row["name"] for row in int8_rows(tmp_path / "met")
         }
@@ -771,7 +771,7 @@ def test_a_checkpoint_takes_dynamic_loras_and_no_other_baked_ones(
         tmp_path / "read",
     )
 
-    assert files_in(tmp_path / "made") == files_in(tmp_path / "read")
+    assert pixels_in(tmp_path / "made") == pixels_in(tmp_path / "read")
     # so weak a LoRA could not be told from rounding by the weights
     with pytest.raises(
         FileError,
