@@ -482,13 +482,8 @@ def test_costs_of_automatic_methods_are_kept_in_the_backends_table(least: list[s
 # -- save and int8.checkpoint --------------------------------------------------------------------------------
 
 
-def files_in(out: Path) -> dict[str, bytes]:
-    """The pictures as they lie there."""
-    return {p.name: p.read_bytes() for p in sorted((out / "images").iterdir())}
-
-
 def pixels_in(out: Path) -> dict[str, bytes]:
-    """The images without their text, which names the methods that were asked for."""
+    """The images without their text, which names the settings that were asked for."""
     return {p.name: Image.open(p).convert("RGB").tobytes() for p in sorted((out / "images").iterdir())}
 
 
@@ -789,7 +784,7 @@ def test_a_checkpoint_takes_dynamic_loras_and_no_other_baked_ones(
         [*least, "outlier=convrot", lora, "lora.mode=bake", f"int8.checkpoint={baked}"], tmp_path / "again"
     )
 
-    assert files_in(tmp_path / "bake") == files_in(tmp_path / "again")
+    assert pixels_in(tmp_path / "bake") == pixels_in(tmp_path / "again")
 
 
 def test_a_busy_machine_is_named():
