@@ -21,7 +21,7 @@ from int8run.backends.run_errors import find_run_failure
 from int8run.layers.int8_conv import Int8Conv, get_layer
 from int8run.layers.int8_linear import QuantizedLayer
 from int8run.layers.plan import AUTO, Int8Settings, LayerPlan
-from int8run.ptq.layer_costs import describe_transform
+from int8run.ptq.layer_costs import describe_transform, parse_ratio
 from int8run.ptq.quantize import share_matrix
 from int8run.utils.paths import expand_path
 from int8run.utils.timing import is_steady, time_in_turns
@@ -120,9 +120,9 @@ class ConvolutionBinder:
             input_shape: [B, C, *size].
         """
         key = self.build_key(layer, input_shape)
-        plan.speedup = parse_speedup(self.get_cache(layer.dtype).get(key))
+        plan.speedup = parse_ratio(self.get_cache(layer.dtype).get(key))
         if plan.speedup is None:
-            x = draw_input(input_shape, self.device, layer.dtype)
+            x = draw_tensor(input_shape, self.device, layer.dtype)
             failure = find_run_failure(lambda: layer(x), self.device)
             if failure is not None:
                 plan.float_reason = f"{plan.backend_used} cannot run it here: {failure}"
@@ -169,10 +169,10 @@ class ConvolutionBinder:
             # times of a busy machine take nothing out of INT8
             return None
         speedup = statistics.median(float_seconds) / statistics.median(int8_seconds)
-        return parse_speedup(self.get_cache(layer.dtype).put(key, f"{speedup:.4g}")) or speedup
+        return parse_ratio(self.get_cache(layer.dtype).put(key, f"{speedup:.4g}")) or speedup
 
 
-def draw_input(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+def draw_tensor(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
     """Normal numbers of a shape, the same ones at each call."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(shape, generator=generator).to(device, dtype)
@@ -188,7 +188,7 @@ def make_float_call(conv: nn.Conv2d | nn.Conv3d, layer: Int8Conv, x: Tensor) -> 
     """
     convolve = nn.functional.conv2d if isinstance(conv, nn.Conv2d) else nn.functional.conv3d
     geometry = read_geometry(conv)
-    weight = draw_input(tuple(layer.weight_shape), x.device, x.dtype)
+    weight = draw_tensor(tuple(layer.weight_shape), x.device, x.dtype)
     bias = None if conv.bias is None else torch.zeros(layer.out_features, device=x.device, dtype=x.dtype)
 
     def run() -> Tensor:
@@ -203,12 +203,3 @@ def make_float_call(conv: nn.Conv2d | nn.Conv3d, layer: Int8Conv, x: Tensor) -> 
         )
 
     return run
-
-
-def parse_speedup(text: str | None) -> float | None:
-    """A ratio out of the cache; a file that somebody edited may hold anything."""
-    try:
-        ratio = float(text or "")
-    except ValueError:
-        return None
-    return ratio if 0 < ratio < float("inf") else None
