@@ -57,7 +57,9 @@ def measure_attention(device: str, report: Report, words: Sequence[str]) -> None
 
 def attend_once(backend: Any, heads: tuple[Any, Any, Any], method: Any, number: int) -> Any:
     """INT8 attention, as a model's module calls it."""
-    return backend.attend(*heads, mask=None, is_causal=False, scale=None, method=method)
+    from int8run.utils.attention_call import AttentionCall
+
+    return backend.attend(AttentionCall(*heads), method)
 
 
 def attend_by_torch(heads: tuple[Any, Any, Any], number: int) -> Any:
@@ -103,7 +105,9 @@ def measure_convolutions(device: str, report: Report, words: Sequence[str]) -> N
 
 def convolve_once(backend: Any, x: Any, arguments: tuple[Any, Any, Any], geometry: Any, number: int) -> Any:
     """An INT8 convolution, as its layer calls it."""
-    return backend.convolve(x, *arguments, geometry)
+    from int8run.backends.convolution import ConvCall
+
+    return backend.convolve(ConvCall(x, *arguments, geometry))
 
 
 def call_layer(layer: Any, x: Any, number: int) -> Any:

@@ -5,7 +5,7 @@ of Linears, which have a weight to pack, and are known by the same names, so tha
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from int8run.kernels.cpu.library import BuildError, load_attention_library
 from int8run.kernels.int8_attention.reference import int8_attention
 from int8run.kernels.int8_attention.tile import MAX_WIDTH, choose_attention_tile
 from int8run.kernels.int8_linear.tile import AMD_ARCHITECTURES
+from int8run.utils.attention_call import AttentionCall
 from int8run.utils.hardware import get_gpu_architecture
 
 # the least group of channels that is worth a rotation
@@ -83,19 +84,28 @@ class AttentionBackend(Protocol):
         """Why it cannot take heads of these widths; None: it can."""
         ...
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        mask: Tensor | None,
-        is_causal: bool,
-        scale: float | None,
-        method: AttentionMethod,
-    ) -> Tensor:
-        """Compute an attention; arguments as for `kernels.int8_attention.reference.int8_attention`."""
+    def attend(self, call: AttentionCall, method: AttentionMethod) -> Tensor:
+        """Compute an attention as `kernels.int8_attention.reference.int8_attention` defines it.
+
+        Args:
+            call: what a model asks for; its dropout is none.
+            method: what is done to queries and keys before they are rounded.
+
+        Returns:
+            [B, Hq, Lq, Dv] in the query's dtype.
+        """
         ...
+
+
+def make_kernel_options(call: AttentionCall, method: AttentionMethod) -> dict[str, Any]:
+    """What the attention of every backend takes beside queries, keys and values, by the reference's names."""
+    return {
+        "mask": call.attn_mask,
+        "is_causal": call.is_causal,
+        "scale": call.scale,
+        "rotation": method.rotation,
+        "center_keys": method.center_keys,
+    }
 
 
 @dataclass(frozen=True)
@@ -110,28 +120,9 @@ class ReferenceAttention:
         """None: it takes all."""
         return None
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        mask: Tensor | None,
-        is_causal: bool,
-        scale: float | None,
-        method: AttentionMethod,
-    ) -> Tensor:
-        """[B, Hq, Lq, Dv] in the query's dtype."""
-        return int8_attention(
-            query,
-            key,
-            value,
-            mask=mask,
-            is_causal=is_causal,
-            scale=scale,
-            rotation=method.rotation,
-            center_keys=method.center_keys,
-        )
+    def attend(self, call: AttentionCall, method: AttentionMethod) -> Tensor:
+        """By the definition itself."""
+        return int8_attention(call.query, call.key, call.value, **make_kernel_options(call, method))
 
 
 @dataclass(frozen=True)
@@ -167,28 +158,11 @@ class CpuAttention:
         """None: it takes all."""
         return None
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        mask: Tensor | None,
-        is_causal: bool,
-        scale: float | None,
-        method: AttentionMethod,
-    ) -> Tensor:
-        """[B, Hq, Lq, Dv] in the query's dtype."""
+    def attend(self, call: AttentionCall, method: AttentionMethod) -> Tensor:
+        """By the CPU's kernels; the result lies as [B, Lq, Hq, Dv]."""
+        options = make_kernel_options(call, method)
         return cpu_attention.int8_attention(
-            query,
-            key,
-            value,
-            mask=mask,
-            is_causal=is_causal,
-            scale=scale,
-            rotation=method.rotation,
-            center_keys=method.center_keys,
-            instructions=self.instructions,
+            call.query, call.key, call.value, instructions=self.instructions, **options
         )
 
 
@@ -216,38 +190,20 @@ class TritonAttention:
             return None
         return f"a head has {max(width, value_width)} channels, backend triton takes up to {MAX_WIDTH}"
 
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        mask: Tensor | None,
-        is_causal: bool,
-        scale: float | None,
-        method: AttentionMethod,
-    ) -> Tensor:
-        """[B, Hq, Lq, Dv] in the query's dtype."""
+    def attend(self, call: AttentionCall, method: AttentionMethod) -> Tensor:
+        """By the GPU's kernels, with the tile for this shape."""
         # not everybody has Triton; here and not in a cached property, which torch.compile cannot enter
         from int8run.kernels.int8_attention.kernel import int8_attention as launch_int8_attention
 
+        mask = call.attn_mask
         tile = choose_attention_tile(
             self.architecture,
-            max(query.shape[3], value.shape[3]),
-            query.shape[2],
+            max(call.query.shape[3], call.value.shape[3]),
+            call.query.shape[2],
             has_row_mask=mask is not None and mask.dim() > 1 and mask.shape[-2] > 1,
         )
-        return launch_int8_attention(
-            query,
-            key,
-            value,
-            mask=mask,
-            is_causal=is_causal,
-            scale=scale,
-            rotation=method.rotation,
-            center_keys=method.center_keys,
-            tile=tile,
-        )
+        options = make_kernel_options(call, method)
+        return launch_int8_attention(call.query, call.key, call.value, tile=tile, **options)
 
 
 def make_attention_backends(asked: Backend, device: torch.device) -> dict[str, AttentionBackend]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from types import ModuleType
-from typing import ClassVar, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -99,6 +99,28 @@ def read_geometry(layer: nn.Conv2d | nn.Conv3d) -> ConvGeometry:
     )
 
 
+class ConvCall(NamedTuple):
+    """One convolution to compute.
+
+    A tuple and not a dataclass, because a layer makes one at every call and torch.compile follows it.
+
+    Args:
+        x: float [B, C, *size]; its quantization is the kernel's.
+        packed: from `ConvBackend.pack_weight`.
+        w_scale: float32 [N].
+        bias: float32 [N].
+        geometry: of the convolution.
+        rotation: of the channels of a group before they are rounded.
+    """
+
+    x: Tensor
+    packed: Tensor
+    w_scale: Tensor
+    bias: Tensor | None
+    geometry: ConvGeometry
+    rotation: Rotation | None = None
+
+
 class ConvBackend(Protocol):
     """Packs the weight of a convolution once, and computes the convolution at every call."""
 
@@ -117,24 +139,14 @@ class ConvBackend(Protocol):
     def unpack_weight(self, packed: Tensor, kernel_shape: Sizes) -> Tensor:
         """The integers out of that layout, int8 [N, K]."""
 
-    def convolve(
-        self,
-        x: Tensor,
-        packed: Tensor,
-        w_scale: Tensor,
-        bias: Tensor | None,
-        geometry: ConvGeometry,
-        rotation: Rotation | None = None,
-    ) -> Tensor:
-        """x: [B, C, *size] -> [B, N, *size], in x's dtype.
+    def convolve(self, call: ConvCall) -> Tensor:
+        """Compute a convolution as `kernels.int8_conv.reference.int8_conv` defines it.
 
         Args:
-            x: float; its quantization is the kernel's.
-            packed: from `pack_weight`.
-            w_scale: float32 [N].
-            bias: float32 [N].
-            geometry: of the convolution.
-            rotation: of the channels of a group before they are rounded.
+            call: the input, which is float, and what it meets.
+
+        Returns:
+            [B, N, *size] in the input's dtype.
         """
 
 
@@ -153,26 +165,19 @@ class ReferenceConv:
         """The kernel as rows."""
         return packed.flatten(1)
 
-    def convolve(
-        self,
-        x: Tensor,
-        packed: Tensor,
-        w_scale: Tensor,
-        bias: Tensor | None,
-        geometry: ConvGeometry,
-        rotation: Rotation | None = None,
-    ) -> Tensor:
-        """x: [B, C, *size] -> [B, N, *size]."""
+    def convolve(self, call: ConvCall) -> Tensor:
+        """By the definition itself."""
+        geometry = call.geometry
         return int8_conv(
-            x,
-            packed,
-            w_scale,
-            bias,
+            call.x,
+            call.packed,
+            call.w_scale,
+            call.bias,
             stride=geometry.stride,
             padding=geometry.padding,
             dilation=geometry.dilation,
             groups=geometry.groups,
-            rotation=rotation,
+            rotation=call.rotation,
         )
 
 
@@ -211,21 +216,14 @@ class CpuConv:
         outputs, channels, *kernel = kernel_shape
         return conv.unpack_conv_weight(packed, outputs, channels, kernel).flatten(1)
 
-    def convolve(
-        self,
-        x: Tensor,
-        packed: Tensor,
-        w_scale: Tensor,
-        bias: Tensor | None,
-        geometry: ConvGeometry,
-        rotation: Rotation | None = None,
-    ) -> Tensor:
-        """x: [B, C, *size] -> [B, N, *size], channels-last."""
+    def convolve(self, call: ConvCall) -> Tensor:
+        """By the CPU's kernels; the result is channels-last."""
+        geometry, rotation = call.geometry, call.rotation
         return conv.int8_conv(
-            x,
-            packed,
-            w_scale,
-            bias,
+            call.x,
+            call.packed,
+            call.w_scale,
+            call.bias,
             kernel=geometry.kernel,
             stride=geometry.stride,
             padding=geometry.padding,
@@ -265,28 +263,21 @@ class TritonConv:
         kernel: Tensor = load_triton_kernel().unpack_weight(packed, kernel_shape)
         return kernel.flatten(1)
 
-    def convolve(
-        self,
-        x: Tensor,
-        packed: Tensor,
-        w_scale: Tensor,
-        bias: Tensor | None,
-        geometry: ConvGeometry,
-        rotation: Rotation | None = None,
-    ) -> Tensor:
-        """x: [B, C, *size] -> [B, N, *size], channels-last."""
-        outputs, channels = w_scale.shape[0], x.shape[1] // geometry.groups
+    def convolve(self, call: ConvCall) -> Tensor:
+        """By the GPU's kernels; the result is channels-last."""
+        x, geometry = call.x, call.geometry
+        outputs, channels = call.w_scale.shape[0], x.shape[1] // geometry.groups
         pixels = x.shape[0] * prod(geometry.compute_output_size(x.shape[2:]))
         y: Tensor = load_triton_kernel().int8_conv(
-            x,
-            packed,
-            w_scale,
-            bias,
+            call.x,
+            call.packed,
+            call.w_scale,
+            call.bias,
             kernel_shape=(outputs, channels, *geometry.kernel),
             stride=geometry.stride,
             padding=geometry.padding,
             groups=geometry.groups,
-            rotation=rotation,
+            rotation=call.rotation,
             tile=choose_conv_tile(get_gpu_architecture(x.device), pixels),
         )
         return y

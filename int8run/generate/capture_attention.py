@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from int8run.models.attention_calls import ATTENTION_FUNCTION, AttentionCall, native_attention
+from int8run.models.attention_calls import ATTENTION_FUNCTION, native_attention
+from int8run.utils.attention_call import AttentionCall
 
 # what an attention calls that multiplies its matrices itself
 SOFTMAX_FUNCTIONS = (torch.softmax, F.softmax, Tensor.softmax)

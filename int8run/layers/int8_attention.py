@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from int8run.backends.attention import AttentionBackend, AttentionMethod
-from int8run.models.attention_calls import ATTENTION_FUNCTION, AttentionCall, use_native_attention
+from int8run.models.attention_calls import ATTENTION_FUNCTION, use_native_attention
+from int8run.utils.attention_call import AttentionCall
 
 # the attribute of a module that holds what answers its calls
 INT8_ATTENTION = "int8_attention"
@@ -48,15 +49,7 @@ class Int8Attention(TorchFunctionMode):
 
     def attend(self, call: AttentionCall) -> Tensor:
         """[B, Hq, Lq, Dv] in the query's dtype."""
-        return self.backend.attend(
-            call.query,
-            call.key,
-            call.value,
-            mask=call.attn_mask,
-            is_causal=call.is_causal,
-            scale=call.scale,
-            method=self.method,
-        )
+        return self.backend.attend(call, self.method)
 
 
 class AnswersAttention:

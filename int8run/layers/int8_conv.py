@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from int8run.backends.convolution import ConvBackend, describe_sizes, read_geometry
+from int8run.backends.convolution import ConvBackend, ConvCall, describe_sizes, read_geometry
 from int8run.layers.int8_linear import (
     DTYPE_MARKER,
     BackendLayer,
@@ -201,7 +201,15 @@ class Int8Conv(BackendLayer):
         has_batch = x.dim() == len(self.kernel_shape)
         batch = x if has_batch else x[None]
         _, rotation = self.transform.get_input_steps()
-        y = self.backend.convolve(batch, self.packed, self.scale, self.bias, self.geometry, rotation)
+        call = ConvCall(
+            x=batch,
+            packed=self.packed,
+            w_scale=self.scale,
+            bias=self.bias,
+            geometry=self.geometry,
+            rotation=rotation,
+        )
+        y = self.backend.convolve(call)
         branch = self._active_branch()
         if branch is not None:
             y = y + branch(batch).to(y.dtype)

@@ -7,39 +7,17 @@ with classes of their own, call it themselves. `generate.capture_attention` watc
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch.nn.functional as F
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from torch import Tensor, nn
 
+from int8run.utils.attention_call import AttentionCall
+
 ATTENTION_FUNCTION = F.scaled_dot_product_attention
 # where diffusers keeps the backend of one module's dispatch: on its processor, or on the module itself
 DISPATCH_ATTRIBUTE = "_attention_backend"
-
-
-class AttentionCall(NamedTuple):
-    """The arguments of one call of ATTENTION_FUNCTION, by its own names and in its order.
-
-    Args:
-        query: [B, Hq, Lq, D].
-        key: [B, Hkv, Lk, D].
-        value: [B, Hkv, Lk, Dv].
-        attn_mask: bool (True: attend) or float, which is added to the scores.
-        dropout_p: share of the probabilities that are set to 0 at random.
-        is_causal: row i attends to keys 0 .. i only.
-        scale: of the scores; None: 1 / sqrt(D).
-        enable_gqa: whether heads of the query share heads of key and value.
-    """
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    attn_mask: Tensor | None = None
-    dropout_p: float = 0.0
-    is_causal: bool = False
-    scale: float | None = None
-    enable_gqa: bool = False
 
 
 def list_dispatch_owners(module: nn.Module) -> list[Any]:

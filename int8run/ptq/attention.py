@@ -19,7 +19,7 @@ from int8run.errors import ConfigError
 from int8run.generate.capture_attention import watch_attention
 from int8run.layers.int8_attention import Int8Attention
 from int8run.layers.plan import ATTENTION, LayerPlan
-from int8run.models.attention_calls import AttentionCall
+from int8run.utils.attention_call import AttentionCall
 
 log = logging.getLogger(__name__)
 

@@ -13,8 +13,9 @@ from torch import Tensor
 from int8run.backends.attention import AttentionBackend, choose_attention_method
 from int8run.backends.run_errors import find_run_failure
 from int8run.layers.int8_attention import Int8Attention
-from int8run.models.attention_calls import AttentionCall, compute_float_attention
+from int8run.models.attention_calls import compute_float_attention
 from int8run.quant.weight import sqnr_db
+from int8run.utils.attention_call import AttentionCall
 
 # random numbers have about 40 dB; a wrong rotation or scale, less than 20
 MIN_SQNR_DB = 25.0

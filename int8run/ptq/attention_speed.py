@@ -16,9 +16,10 @@ from int8run.backends.auto import MIN_FLOAT_GAIN, SCATTERS
 from int8run.backends.autotune_cache import AutotuneCache
 from int8run.backends.run_errors import find_run_failure
 from int8run.layers.int8_attention import Int8Attention
-from int8run.models.attention_calls import AttentionCall, compute_float_attention
+from int8run.models.attention_calls import compute_float_attention
 from int8run.ptq.attention import AttentionShape, PlannedAttention
 from int8run.ptq.layer_costs import parse_ratio
+from int8run.utils.attention_call import AttentionCall
 from int8run.utils.timing import is_steady, time_in_turns
 
 log = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from torch import nn
 
 from int8run.backends.attention import AttentionMethod, TritonAttention
 from int8run.backends.base import run_plain_layer
-from int8run.backends.convolution import ConvGeometry, TritonConv
+from int8run.backends.convolution import ConvCall, ConvGeometry, TritonConv
 from int8run.backends.reference import Reference
 from int8run.backends.triton import Triton
 from int8run.kernels.hadamard.reference import Rotation, sylvester_hadamard
@@ -21,6 +21,7 @@ from int8run.outlier.convrot import ConvRot
 from int8run.outlier.none import NoOutlier
 from int8run.outlier.quarot import QuaRot
 from int8run.quant.weight import quantize_weight
+from int8run.utils.attention_call import AttentionCall
 
 DEVICE = case_device()
 BACKEND = Triton(tile=Tile(32, 32, 64, 1, 4, 2))
@@ -142,10 +143,10 @@ def test_compiled_attention_and_convolutions_are_the_eager_ones(monkeypatch):
     packed = convolution.pack_weight(weight, (16, 8, 3, 3), 1)
 
     def run(x):
-        tokens = convolution.convolve(x, packed, weight.scale[:, 0].contiguous(), None, geometry).flatten(2)
+        call = ConvCall(x, packed, weight.scale[:, 0].contiguous(), None, geometry)
+        tokens = convolution.convolve(call).flatten(2)
         heads = tokens.mT.unflatten(2, (1, 16)).transpose(1, 2)  # [B, 1, pixels, 16]
-        method = AttentionMethod(rotation=16)
-        return attention.attend(heads, heads, heads, mask=None, is_causal=False, scale=None, method=method)
+        return attention.attend(AttentionCall(heads, heads, heads), AttentionMethod(rotation=16))
 
     compiled = torch.compile(run, backend="aot_eager", fullgraph=True, dynamic=True)
     for height in (5, 7):

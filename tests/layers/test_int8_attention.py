@@ -12,7 +12,7 @@ from int8run.backends.attention import AttentionMethod, ReferenceAttention, choo
 from int8run.kernels.int8_attention.reference import int8_attention
 from int8run.layers.assemble import copy_sharing_tensors
 from int8run.layers.int8_attention import Int8Attention, install_attention
-from int8run.models.attention_calls import AttentionCall
+from int8run.utils.attention_call import AttentionCall
 
 METHOD = AttentionMethod(rotation=16)
 

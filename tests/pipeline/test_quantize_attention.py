@@ -13,10 +13,10 @@ from int8run.backends.float import Float
 from int8run.errors import BackendError
 from int8run.kernels.cpu.library import BuildError
 from int8run.layers.plan import Int8Settings
-from int8run.models.attention_calls import AttentionCall
 from int8run.pipeline import quantize_attention
 from int8run.pipeline.quantize_attention import AttentionSettings, ModelAttentions, plan_attentions
 from int8run.ptq.attention import TracedAttentions
+from int8run.utils.attention_call import AttentionCall
 
 
 class BrokenAttention(ReferenceAttention):
@@ -24,7 +24,7 @@ class BrokenAttention(ReferenceAttention):
 
     name = "broken"
 
-    def attend(self, *tensors, **options):
+    def attend(self, call, method):
         raise RuntimeError("no kernel image")
 
 

@@ -22,7 +22,6 @@ from int8run.errors import ConfigError
 from int8run.generate.capture_attention import watch_attention
 from int8run.kernels.int8_attention.tile import choose_attention_tile
 from int8run.layers.int8_attention import Int8Attention
-from int8run.models.attention_calls import AttentionCall
 from int8run.ptq import attention_speed
 from int8run.ptq.attention import (
     OWN_PRODUCTS,
@@ -34,6 +33,7 @@ from int8run.ptq.attention import (
 )
 from int8run.ptq.attention_check import find_attention_fault
 from int8run.ptq.attention_speed import AttentionSpeed, leave_slow_float
+from int8run.utils.attention_call import AttentionCall
 
 
 class Heads(nn.Module):
@@ -196,14 +196,14 @@ class Wrong(ReferenceAttention):
 
     name = "wrong"
 
-    def attend(self, query, key, value, **options):
-        return super().attend(query * 3, key, value, **options)
+    def attend(self, call, method):
+        return super().attend(call._replace(query=call.query * 3), method)
 
 
 class Failing(ReferenceAttention):
     name = "failing"
 
-    def attend(self, query, key, value, **options):
+    def attend(self, call, method):
         raise RuntimeError("out of memory")
 
 
