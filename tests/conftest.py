@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from int8run.backends import auto, best_float
+from int8run.backends import best_float, float_comparison
 from int8run.backends.cpu import Cpu
 from int8run.kernels.cpu.library import (
     BuildError,
@@ -87,7 +87,7 @@ def int8_always_pays() -> Iterator[None]:
     No other float dtype is timed, either. Of the whole session, because fixtures of modules run models, too.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(auto, "MIN_FLOAT_GAIN", math.inf)
+        patch.setattr(float_comparison, "MIN_FLOAT_GAIN", math.inf)
         patch.setattr(best_float, "RIVALS", ())
         yield
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import int8run
 from int8run import LoraStack, api, quantize_
-from int8run.backends import auto
+from int8run.backends import float_comparison
 from int8run.backends.base import LayerTimes
 from int8run.backends.layer_timer import LayerTimer
 from int8run.errors import BackendError, ConfigError
@@ -111,7 +111,7 @@ def test_layers_that_are_faster_in_float_stay_float(
         return LayerTimes(seconds, {}, is_steady=True)
 
     caplog.set_level("INFO")
-    monkeypatch.setattr(auto, "MIN_FLOAT_GAIN", 1.05)
+    monkeypatch.setattr(float_comparison, "MIN_FLOAT_GAIN", 1.05)
     monkeypatch.setattr(LayerTimer, "measure", measure)
     pipe = random_pipeline()
     weight = pipe.transformer.transformer_blocks[0].attn.to_q.weight

@@ -8,7 +8,6 @@ for a backend per layer, and `task=bench` measures with the same code.
 """
 
 import logging
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, TypeGuard
@@ -18,16 +17,13 @@ import torch
 from int8run.backends.autotune_cache import AutotuneCache
 from int8run.backends.base import Backend, LayerTimes, Limits, Shape, describe_settings
 from int8run.backends.float import Float, TimedFloat
+from int8run.backends.float_comparison import FloatComparison, compare_times, parse_comparison
 from int8run.backends.layer_timer import LayerTimer
 from int8run.backends.result_check import find_wrong_result
 from int8run.errors import BackendError, ConfigError, check_range
 from int8run.utils.paths import expand_path
 
 log = logging.getLogger(__name__)
-
-# how many times as fast as INT8 the float layer must be to stay: as fast as INT8, it only takes more memory
-MIN_FLOAT_GAIN = 1.05
-SCATTERS = "scatters"  # what the autotune cache says of a ratio that is within the scatter of its times
 
 
 @dataclass(frozen=True)
@@ -115,21 +111,13 @@ class LayerChoice:
 
     Args:
         backend: the fastest INT8 backend.
-        speedup: time of the float layer over that of the backend; None: it was not measured, or the times
-            scattered.
-        is_clear: whether the two differ by more than their times scatter.
+        comparison: of the backend with the float layer.
         failures: why other backends take no part at this shape, by name.
     """
 
     backend: Backend
-    speedup: float | None = None
-    is_clear: bool = True
+    comparison: FloatComparison = field(default_factory=FloatComparison)
     failures: Mapping[str, str] = field(default_factory=dict)
-
-    @property
-    def is_float_faster(self) -> bool:
-        """Whether INT8 does not pay at this shape."""
-        return self.speedup is not None and self.is_clear and self.speedup * MIN_FLOAT_GAIN <= 1
 
 
 @dataclass
@@ -205,7 +193,7 @@ class BackendChooser:
         """Whether a choice of the autotune cache says all that is asked of this chooser."""
         if choice is None:
             return False
-        return choice.speedup is not None or not self.times_float
+        return choice.comparison.speedup is not None or not self.times_float
 
     def measure_choice(self, backends: Mapping[str, Backend], shape: Shape) -> LayerChoice:
         """Time backends on a shape, and remember the fastest where the times can be trusted.
@@ -306,12 +294,10 @@ def compare_with_float(times: LayerTimes, backend: Backend, float_name: str) -> 
     """
     if float_name not in times.seconds:
         return LayerChoice(backend)
-    float_seconds = times.seconds[float_name]
-    # medians of calls that scatter differ by a few percent without a reason: even the quickest INT8 call has
-    # to be slower than float before a layer leaves INT8
-    is_clear = times.find_shortest(backend.name) >= MIN_FLOAT_GAIN * float_seconds
-    speedup = round(float_seconds / times.seconds[backend.name], 3)
-    return LayerChoice(backend, speedup, is_clear=is_clear or speedup * MIN_FLOAT_GAIN > 1)
+    comparison = compare_times(
+        times.seconds[float_name], times.seconds[backend.name], times.find_shortest(backend.name)
+    )
+    return LayerChoice(backend, comparison)
 
 
 def choice_key(candidates: Mapping[str, Backend], shape: Shape) -> str:
@@ -325,24 +311,12 @@ def format_choice(choice: LayerChoice) -> str:
 
     `cpu 0.93 scatters` where float may only seem to be faster.
     """
-    if choice.speedup is None:
-        return choice.backend.name
-    text = f"{choice.backend.name} {choice.speedup}"
-    if not choice.is_clear:
-        text += f" {SCATTERS}"
-    return text
+    return f"{choice.backend.name} {choice.comparison.format()}".rstrip()
 
 
 def parse_choice(text: str | None, backends: Mapping[str, Backend]) -> LayerChoice | None:
     """A choice out of the autotune cache; None for one of other backends, and for what somebody edited."""
-    name, _, rest = (text or "").partition(" ")
-    ratio, _, note = rest.partition(" ")
+    name, _, comparison = (text or "").partition(" ")
     if name not in backends:
         return None
-    try:
-        speedup = float(ratio)
-    except ValueError:
-        return LayerChoice(backends[name])
-    if not 0 < speedup < math.inf:
-        return LayerChoice(backends[name])
-    return LayerChoice(backends[name], speedup, is_clear=note != SCATTERS)
+    return LayerChoice(backends[name], parse_comparison(comparison))

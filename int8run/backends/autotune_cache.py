@@ -5,6 +5,7 @@ the costs of outlier methods and LoRA branches share one file; each brings keys 
 """
 
 import logging
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from filelock import FileLock
 
 from int8run import __version__
+from int8run.backends.base import Backend
 from int8run.utils.content_hash import format_checked_json, read_checked_json
 from int8run.utils.hardware import get_device_name
 from int8run.utils.paths import check_replaceable, expand_path, get_cache_folder
@@ -93,6 +95,27 @@ class AutotuneCache:
             unfinished.write_text(format_checked_json(entries))
             unfinished.replace(self.path)
         return value
+
+
+def open_cache_of(backend: Backend, device: torch.device, dtype: torch.dtype) -> AutotuneCache:
+    """The choices in the file that a backend of the config names; of one that names none in the user's own.
+
+    Args:
+        backend: of the config.
+        device: what is measured.
+        dtype: of the float model.
+    """
+    table = getattr(backend, "table", None)
+    return AutotuneCache(expand_path(table) if table else None, device, dtype)
+
+
+def parse_ratio(text: str | None) -> float | None:
+    """A ratio out of the cache; a file that somebody edited may hold anything."""
+    try:
+        ratio = float(text or "")
+    except ValueError:
+        return None
+    return ratio if 0 < ratio < math.inf else None
 
 
 def describe_environment(device: torch.device, dtype: torch.dtype | None) -> str:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from int8run.backends.attention import AttentionBackend, ReferenceAttention, list_attention_backends
-from int8run.backends.autotune_cache import AutotuneCache
+from int8run.backends.autotune_cache import open_cache_of
 from int8run.backends.base import Backend
 from int8run.errors import BackendError
 from int8run.generate.capture_attention import watch_attention
@@ -35,7 +35,6 @@ from int8run.ptq.attention import (
 )
 from int8run.ptq.attention_check import find_attention_fault
 from int8run.ptq.attention_speed import AttentionSpeed, leave_slow_float
-from int8run.utils.paths import expand_path
 
 log = logging.getLogger(__name__)
 
@@ -253,9 +252,7 @@ class ModelAttentions:
             return
         leave_inexact_float(self.planned, settings.int8.attention_min_sqnr_db)
         if settings.int8.only_if_faster:
-            # the file of backends that keep what they measure
-            table = getattr(settings.backend, "table", None)
-            cache = AutotuneCache(expand_path(table) if table else None, loaded.device, settings.dtype)
+            cache = open_cache_of(settings.backend, loaded.device, settings.dtype)
             speed = AttentionSpeed(cache, loaded.device, settings.dtype, settings.float_attention)
             leave_slow_float(self.planned, speed)
 

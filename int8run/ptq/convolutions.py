@@ -5,29 +5,23 @@ measured is kept where `backend=auto` keeps what it measures of Linears.
 """
 
 import logging
-import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from int8run.backends.auto import MIN_FLOAT_GAIN
-from int8run.backends.autotune_cache import AutotuneCache
+from int8run.backends.autotune_cache import open_cache_of
 from int8run.backends.base import Backend, find_instruction_set
 from int8run.backends.convolution import ConvBackend, choose_conv_backend, read_geometry
-from int8run.backends.run_errors import find_run_failure
+from int8run.backends.float_comparison import ROUNDS, FloatComparer
 from int8run.layers.int8_conv import Int8Conv, get_layer
 from int8run.layers.int8_linear import QuantizedLayer
 from int8run.layers.plan import AUTO, Int8Settings, LayerPlan
-from int8run.ptq.layer_costs import describe_transform, parse_ratio
+from int8run.ptq.layer_costs import describe_transform
 from int8run.ptq.quantize import share_matrix
-from int8run.utils.paths import expand_path
-from int8run.utils.timing import is_steady, time_in_turns
 
 log = logging.getLogger(__name__)
-DEFAULT_ROUNDS = 7  # timings of each side, where the settings name no number
 
 
 class ConvolutionBinder:
@@ -53,14 +47,12 @@ class ConvolutionBinder:
         self.made: dict[str, Int8Conv] = {}
         self.matrices: dict[tuple[int, bool], Tensor | None] = {}  # of rotations, which many layers share
         is_timed = settings.convolutions == AUTO
-        self.asked, self.device, self.is_timed = backend.name, device, is_timed
+        self.asked, self.device, self.is_timed = backend, device, is_timed
         instructions = getattr(backend, "instructions", AUTO)
         self.backend: ConvBackend | None = None  # chosen when the first convolution comes
         self.choose_backend = partial(choose_conv_backend, device, backend.name, instructions)
-        self.rounds = int(getattr(backend, "rounds", DEFAULT_ROUNDS))
-        table = getattr(backend, "table", None)
-        self.table: Path | None = expand_path(table) if table else None
-        self.caches: dict[torch.dtype, AutotuneCache] = {}
+        self.rounds = int(getattr(backend, "rounds", ROUNDS))
+        self.comparers: dict[torch.dtype, FloatComparer] = {}
 
     def take_convolutions(
         self,
@@ -99,9 +91,9 @@ class ConvolutionBinder:
             self.backend = self.choose_backend()
         share_matrix(layer.transform, self.matrices)
         made = Int8Conv(layer, self.backend, conv, dtype).to(self.device)
-        plan.backend_asked, plan.backend_used = self.asked, self.backend.name
+        plan.backend_asked, plan.backend_used = self.asked.name, self.backend.name
         plan.instructions = find_instruction_set(self.backend)
-        if self.asked not in ("auto", self.backend.name):
+        if self.asked.name not in ("auto", self.backend.name):
             # a backend of Linears has no convolutions; this is what stands for it
             plan.backend_asked = "auto"
         if self.is_timed and input_shape is not None:
@@ -120,24 +112,25 @@ class ConvolutionBinder:
             input_shape: [B, C, *size].
         """
         key = self.build_key(layer, input_shape)
-        plan.speedup = parse_ratio(self.get_cache(layer.dtype).get(key))
-        if plan.speedup is None:
+        comparer = self.get_comparer(layer.dtype)
+        found = comparer.look_up(key)
+        if found is None:
             x = draw_tensor(input_shape, self.device, layer.dtype)
-            failure = find_run_failure(lambda: layer(x), self.device)
-            if failure is not None:
-                plan.float_reason = f"{plan.backend_used} cannot run it here: {failure}"
-                log.warning("the INT8 convolution %s stays float: %s", plan.name, plan.float_reason)
-                return
-            plan.speedup = self.measure_speedup(key, layer, conv, x)
-        if plan.speedup is not None and plan.speedup * MIN_FLOAT_GAIN < 1:
-            times = f"{1 / plan.speedup:.2f} times as fast"
-            plan.float_reason = f"float is {times} as {plan.backend_used} for {list(input_shape)} here"
+            in_float = make_float_call(conv, layer, x)
+            found = comparer.measure(key, int8=partial(layer, x), in_float=in_float)
+        plan.speedup = found.speedup
+        reason = found.explain_float(plan.backend_used, f"for {list(input_shape)}")
+        if reason:
+            plan.float_reason = reason
+        if found.failure is not None:
+            log.warning("the INT8 convolution %s stays float: %s", plan.name, plan.float_reason)
 
-    def get_cache(self, dtype: torch.dtype) -> AutotuneCache:
-        """Where ratios to a float convolution in some dtype are kept."""
-        if dtype not in self.caches:
-            self.caches[dtype] = AutotuneCache(self.table, self.device, dtype)
-        return self.caches[dtype]
+    def get_comparer(self, dtype: torch.dtype) -> FloatComparer:
+        """What compares with float convolutions in some dtype."""
+        if dtype not in self.comparers:
+            cache = open_cache_of(self.asked, self.device, dtype)
+            self.comparers[dtype] = FloatComparer(cache, self.device, self.rounds)
+        return self.comparers[dtype]
 
     def build_key(self, layer: Int8Conv, input_shape: tuple[int, ...]) -> str:
         """The key of a convolution in the file of measured choices.
@@ -151,25 +144,6 @@ class ConvolutionBinder:
         key += f"{layer.out_features} | {layer.backend!r}"
         steps = describe_transform(layer.transform)
         return f"{key} | {steps}" if steps else key
-
-    def measure_speedup(
-        self, key: str, layer: Int8Conv, conv: nn.Conv2d | nn.Conv3d, x: Tensor
-    ) -> float | None:
-        """Time of the float convolution over that of the INT8 one; None where the times scatter.
-
-        Args:
-            key: of the convolution in the file of measured choices.
-            layer: the INT8 one.
-            conv: the float one; its weight need not be in memory.
-            x: [B, C, *size].
-        """
-        calls = [make_float_call(conv, layer, x), lambda: layer(x)]
-        float_seconds, int8_seconds = time_in_turns(calls, self.device, self.rounds)
-        if not is_steady(float_seconds) or not is_steady(int8_seconds):
-            # times of a busy machine take nothing out of INT8
-            return None
-        speedup = statistics.median(float_seconds) / statistics.median(int8_seconds)
-        return parse_ratio(self.get_cache(layer.dtype).put(key, f"{speedup:.4g}")) or speedup
 
 
 def draw_tensor(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 
 from int8run.backends.auto import AutoBackend, BackendChooser
-from int8run.backends.autotune_cache import AutotuneCache
+from int8run.backends.autotune_cache import open_cache_of, parse_ratio
 from int8run.backends.base import Backend, describe_settings
 from int8run.backends.run_errors import find_run_failure
 from int8run.layers.int8_linear import Int8Linear, QuantizedLayer
 from int8run.layers.low_rank_branch import LowRankBranch
 from int8run.outlier.base import OutlierTransform
 from int8run.quant.weight import quantize_weight
-from int8run.utils.paths import expand_path
 from int8run.utils.timing import is_steady, time_in_turns
 
 log = logging.getLogger(__name__)
@@ -38,8 +37,7 @@ class LayerCosts:
     """
 
     def __init__(self, backend: Backend, device: torch.device, dtype: torch.dtype):
-        table = getattr(backend, "table", None)  # the file of backends that keep what they measure
-        self.cache = AutotuneCache(expand_path(table) if table else None, device, dtype)
+        self.cache = open_cache_of(backend, device, dtype)
         self.backend, self.device, self.dtype = backend, device, dtype
         self.measured: dict[str, float] = {}
 
@@ -164,15 +162,6 @@ class BranchCosts(LayerCosts):
         branch.fuse_into_backend(layer.backend, OutlierTransform())
         branch.set_strengths([1.0])
         return branch
-
-
-def parse_ratio(text: str | None) -> float | None:
-    """A ratio out of the cache; a file that somebody edited may hold anything."""
-    try:
-        ratio = float(text or "")
-    except ValueError:
-        return None
-    return ratio if 0 < ratio < math.inf else None
 
 
 def describe_transform(transform: OutlierTransform) -> str:

@@ -276,7 +276,8 @@ class LayerBackends:
         note_choice(plan, choice, rows=rows, only_if_faster=self.only_if_faster)
         # without only_if_faster nothing asks for the ratio, and one that the cache has from an earlier run
         # must not change what the same config makes of a layer
-        if self.only_if_faster and choice.speedup is not None and not choice.is_float_faster:
+        comparison = choice.comparison
+        if self.only_if_faster and comparison.speedup is not None and not comparison.is_float_faster:
             # what was measured for this very number of rows counts more than what holds in general
             return choice.backend, 0
         return choice.backend, chooser.measured_float_rows(plan.in_features, plan.out_features)
@@ -292,11 +293,9 @@ def note_choice(plan: LayerPlan, choice: LayerChoice, *, rows: int, only_if_fast
         only_if_faster: whether the layer stays float where that is faster.
     """
     plan.backends_left_out = "; ".join(f"{name}: {reason}" for name, reason in choice.failures.items())
-    plan.speedup = choice.speedup
-    if only_if_faster and choice.speedup is not None and choice.is_float_faster:
-        plan.float_reason = (
-            f"float is {1 / choice.speedup:.2f} times as fast as {choice.backend.name} at {rows} rows here"
-        )
+    plan.speedup = choice.comparison.speedup
+    if only_if_faster and choice.comparison.is_float_faster:
+        plan.float_reason = choice.comparison.explain_float(choice.backend.name, f"at {rows} rows")
 
 
 def keep_faster_layers(plans: Sequence[LayerPlan], layers: Mapping[str, Int8Layer]) -> dict[str, Int8Layer]:

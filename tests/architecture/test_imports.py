@@ -126,6 +126,7 @@ CONCRETE = {
         "attention",
         "registry",
         "autotune_cache",
+        "float_comparison",
         "layer_timer",
         "run_errors",
         "best_float",

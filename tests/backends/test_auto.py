@@ -19,11 +19,12 @@ from filelock import FileLock
 from support.compare import assert_close
 from support.helpers import CPU, randn, shipped, usable
 
-from int8run.backends import auto, autotune_cache, layer_timer
+from int8run.backends import autotune_cache, float_comparison, layer_timer
 from int8run.backends.auto import AutoBackend, LayerChoice, parse_choice
 from int8run.backends.autotune_cache import AutotuneCache, read_entries
 from int8run.backends.base import Limits, run_plain_layer
 from int8run.backends.float import Float, TimedFloat
+from int8run.backends.float_comparison import FloatComparison
 from int8run.backends.layer_timer import LayerTimer
 from int8run.backends.reference import Reference
 from int8run.errors import BackendError, ConfigError, FileError
@@ -189,10 +190,11 @@ def test_of_two_processes_that_measure_at_once_the_first_counts(tmp_path, second
     """Jobs that run side by side give the same config the same layers."""
     first, second = (chooser(tmp_path, Reference(), Exact(), times_float=True) for _ in range(2))
     seconds.update(reference=[2.0], exact=[1.0], float=[3.0])
-    assert first.choose_layer((4, 16, 8)) == LayerChoice(Exact(), 3.0)
+    assert first.choose_layer((4, 16, 8)) == LayerChoice(Exact(), FloatComparison(3.0))
 
     seconds.update(reference=[1.0], exact=[2.0])
-    assert second.choose_layer((4, 16, 8)) == LayerChoice(Exact(), 3.0) and second.timer.n_measured == 1
+    assert second.choose_layer((4, 16, 8)) == LayerChoice(Exact(), FloatComparison(3.0))
+    assert second.timer.n_measured == 1
     assert list(read_entries(first.cache.path).values()) == ["exact 3.0"]
     # what was there when the file was read is measured on purpose, as by task=bench
     again = AutotuneCache(first.cache.path, CPU, torch.float32)
@@ -374,11 +376,11 @@ def test_float_has_to_be_clearly_faster(
     tmp_path, seconds, monkeypatch, int8_seconds, speedup, is_float_faster
 ):
     """As fast as INT8 it only takes more memory."""
-    monkeypatch.setattr(auto, "MIN_FLOAT_GAIN", 1.05)
+    monkeypatch.setattr(float_comparison, "MIN_FLOAT_GAIN", 1.05)
     seconds.update(reference=[9.0], exact=[int8_seconds], float=[1.0])
     choice = chooser(tmp_path, Reference(), Exact(), times_float=True).choose_layer((4, 16, 8))
 
-    assert (choice.backend.name, choice.speedup, choice.is_float_faster) == (
+    assert (choice.backend.name, choice.comparison.speedup, choice.comparison.is_float_faster) == (
         "exact",
         speedup,
         is_float_faster,
@@ -389,7 +391,7 @@ def test_times_that_scatter_take_no_layer_out_of_int8(tmp_path, seconds):
     seconds.update(reference=[4.0], float=[1.0, 1.0, 3.0, 3.0])
     choice = chooser(tmp_path, Reference(), times_float=True).choose_layer((4, 16, 8))
 
-    assert choice == LayerChoice(Reference()) and not choice.is_float_faster
+    assert choice == LayerChoice(Reference()) and not choice.comparison.is_float_faster
 
 
 @pytest.mark.parametrize(
@@ -399,13 +401,13 @@ def test_float_has_to_be_faster_than_the_quickest_int8_call(
     tmp_path, seconds, monkeypatch, int8_seconds, is_float_faster
 ):
     """Medians of steady times differ by a fifth without a reason."""
-    monkeypatch.setattr(auto, "MIN_FLOAT_GAIN", 1.05)
+    monkeypatch.setattr(float_comparison, "MIN_FLOAT_GAIN", 1.05)
     seconds.update(reference=int8_seconds, float=[1.0])
 
     for n_measured in (1, 0):  # the second chooser reads what the first has kept
         ours = chooser(tmp_path, Reference(), times_float=True)
         choice = ours.choose_layer((4, 16, 8))
-        assert (choice.speedup, choice.is_float_faster) == (0.833, is_float_faster)
+        assert (choice.comparison.speedup, choice.comparison.is_float_faster) == (0.833, is_float_faster)
         assert ours.timer.n_measured == n_measured
 
 
@@ -414,16 +416,21 @@ def test_the_ratio_is_remembered(tmp_path, seconds):
     chooser(tmp_path, Reference(), times_float=True).choose_layer((4, 16, 8))
     again = chooser(tmp_path, Reference(), times_float=True)
 
-    assert again.choose_layer((4, 16, 8)) == LayerChoice(Reference(), 2.5)
+    assert again.choose_layer((4, 16, 8)) == LayerChoice(Reference(), FloatComparison(2.5))
     assert again.timer.n_measured == 0 and read_entries(again.cache.path).popitem()[1] == "reference 2.5"
 
 
 def test_a_choice_without_a_ratio_is_measured_again_where_float_takes_part(tmp_path, seconds):
     seconds.update(reference=[2.0], exact=[3.0], float=[4.0])
-    assert chooser(tmp_path, Reference(), Exact()).choose_layer((4, 16, 8)).speedup is None
-    assert chooser(tmp_path, Reference(), Exact(), times_float=True).choose_layer((4, 16, 8)).speedup == 2
+
+    def find_speedup(**settings):
+        choice = chooser(tmp_path, Reference(), Exact(), **settings).choose_layer((4, 16, 8))
+        return choice.comparison.speedup
+
+    assert find_speedup() is None
+    assert find_speedup(times_float=True) == 2
     # and is there for those who do not ask for it
-    assert chooser(tmp_path, Reference(), Exact()).choose_layer((4, 16, 8)).speedup == 2
+    assert find_speedup() == 2
 
 
 @pytest.mark.parametrize("ratio", ["nan", "inf", "-1", "0", "much"])
@@ -433,13 +440,13 @@ def test_a_damaged_ratio_counts_as_none(ratio):
 
 
 def test_the_slow_definition_is_compared_with_float_as_well(tmp_path, seconds, monkeypatch):
-    monkeypatch.setattr(auto, "MIN_FLOAT_GAIN", 1.05)
+    monkeypatch.setattr(float_comparison, "MIN_FLOAT_GAIN", 1.05)
     seconds.update(reference=[2.0], float=[1.0])
     backend = AutoBackend({"gpu": GpuOnly()}, 1, str(tmp_path / "table.json"), last_resort=Reference())
 
     choice = backend.make_chooser(CPU, torch.float32, times_float=True).choose_layer((4, 16, 8))
 
-    assert choice.backend == Reference() and choice.is_float_faster
+    assert choice.backend == Reference() and choice.comparison.is_float_faster
     assert backend.make_chooser(CPU, torch.float32).choose_layer((4, 32, 8)) == LayerChoice(Reference())
 
 
@@ -453,7 +460,7 @@ def test_float_that_cannot_run_leaves_int8_alone(tmp_path, seconds, monkeypatch)
     choice = ours.choose_layer((4, 16, 8))
 
     failures = {"float": "OutOfMemoryError: CUDA out of memory"}
-    assert choice == LayerChoice(Reference(), failures=failures) and not choice.is_float_faster
+    assert choice == LayerChoice(Reference(), failures=failures) and not choice.comparison.is_float_faster
     assert ours.choose_layer((4, 16, 8)) is choice and ours.timer.n_measured == 1
 
 

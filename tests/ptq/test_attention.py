@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from support.helpers import CPU, randn
 from torch import nn
 
+from int8run.backends import float_comparison
 from int8run.backends.attention import (
     ReferenceAttention,
     TritonAttention,
@@ -22,7 +23,6 @@ from int8run.errors import ConfigError
 from int8run.generate.capture_attention import watch_attention
 from int8run.kernels.int8_attention.tile import choose_attention_tile
 from int8run.layers.int8_attention import Int8Attention
-from int8run.ptq import attention_speed
 from int8run.ptq.attention import (
     OWN_PRODUCTS,
     TracedAttentions,
@@ -164,7 +164,8 @@ def test_what_is_clearly_faster_in_float_stays_float(
     float_seconds, int8_seconds, reason, tmp_path, monkeypatch
 ):
     planned, _ = plan(nn.Sequential(Heads(2)))
-    monkeypatch.setattr(attention_speed, "time_in_turns", lambda *_: [float_seconds, int8_seconds])
+    monkeypatch.setattr(float_comparison, "MIN_FLOAT_GAIN", 1.05)
+    monkeypatch.setattr(float_comparison, "time_in_turns", lambda *_: [float_seconds, int8_seconds])
     cache = AutotuneCache(tmp_path / "choices.json", CPU, torch.float32)
 
     leave_slow_float(planned, AttentionSpeed(cache, CPU, torch.float32))
@@ -176,7 +177,7 @@ def test_what_is_clearly_faster_in_float_stays_float(
 def test_a_ratio_is_measured_once(tmp_path, monkeypatch):
     timed = []
     monkeypatch.setattr(
-        attention_speed, "time_in_turns", lambda *_: timed.append(1) or [[2.0] * 7, [1.0] * 7]
+        float_comparison, "time_in_turns", lambda *_: timed.append(1) or [[2.0] * 7, [1.0] * 7]
     )
 
     for _ in range(2):

@@ -5,13 +5,13 @@ import torch
 from support.helpers import CPU
 from torch import nn
 
+from int8run.backends import float_comparison
 from int8run.backends.convolution import ReferenceConv
 from int8run.backends.reference import Reference
 from int8run.errors import BackendError
 from int8run.layers.int8_linear import QuantizedLayer
 from int8run.layers.plan import CONV, Int8Settings, LayerPlan
 from int8run.outlier.none import NoOutlier
-from int8run.ptq import convolutions
 from int8run.ptq.convolutions import ConvolutionBinder
 from int8run.quant.weight import quantize_weight
 
@@ -51,8 +51,9 @@ def bind(tmp_path) -> LayerPlan:
 def test_a_convolution_stays_float_where_steady_times_say_so(
     tmp_path, monkeypatch, int8_seconds, speedup, reason
 ):
+    monkeypatch.setattr(float_comparison, "MIN_FLOAT_GAIN", 1.05)
     monkeypatch.setattr(
-        convolutions, "time_in_turns", lambda calls, device, rounds: [STEADY_FLOAT, int8_seconds]
+        float_comparison, "time_in_turns", lambda calls, device, rounds: [STEADY_FLOAT, int8_seconds]
     )
 
     plan = bind(tmp_path)
@@ -61,9 +62,9 @@ def test_a_convolution_stays_float_where_steady_times_say_so(
 
 
 def test_what_was_measured_is_not_measured_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(convolutions, "time_in_turns", lambda calls, device, rounds: [STEADY_FLOAT, SLOW])
+    monkeypatch.setattr(float_comparison, "time_in_turns", lambda calls, device, rounds: [STEADY_FLOAT, SLOW])
     bind(tmp_path)
-    monkeypatch.setattr(convolutions, "time_in_turns", lambda calls, device, rounds: [STEADY_FLOAT, FAST])
+    monkeypatch.setattr(float_comparison, "time_in_turns", lambda calls, device, rounds: [STEADY_FLOAT, FAST])
 
     assert bind(tmp_path).speedup == 0.5
 

@@ -9,8 +9,9 @@ from support.compare import assert_close
 from support.helpers import NEVER_FLOAT, TinyModel, randn, to_int8
 from torch import nn
 
-from int8run.backends import auto
+from int8run.backends import float_comparison
 from int8run.backends.auto import AutoBackend, LayerChoice
+from int8run.backends.float_comparison import FloatComparison
 from int8run.backends.onednn import OneDnn
 from int8run.backends.reference import Reference
 from int8run.backends.torch_int_mm import TorchIntMM
@@ -346,9 +347,8 @@ class Chooser:
         self.speedup = speedup
 
     def choose_layer(self, shape):
-        return LayerChoice(
-            Reference(), self.speedup, failures={"triton": "RuntimeError: Failed to find C compiler"}
-        )
+        failures = {"triton": "RuntimeError: Failed to find C compiler"}
+        return LayerChoice(Reference(), FloatComparison(self.speedup), failures=failures)
 
     def measured_float_rows(self, in_features, out_features):
         return 6
@@ -356,7 +356,7 @@ class Chooser:
 
 def build_with_auto(monkeypatch, speedup, **settings):
     model, backend = TinyModel(), AutoBackend({})
-    monkeypatch.setattr(auto, "MIN_FLOAT_GAIN", 1.05)
+    monkeypatch.setattr(float_comparison, "MIN_FLOAT_GAIN", 1.05)
     monkeypatch.setattr(AutoBackend, "make_chooser", lambda *args, times_float: Chooser(speedup))
     plans = plan_layers(model, lambda name: None)
     made = build_int8_layers(

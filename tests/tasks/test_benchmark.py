@@ -65,7 +65,7 @@ class FakeChooser:
         self.left_out |= failures
 
     def save_choice(self, names: Any, shape: tuple[int, ...], choice: LayerChoice) -> None:
-        self.kept[str(shape)] = (choice.backend.name, choice.speedup)
+        self.kept[str(shape)] = (choice.backend.name, choice.comparison.speedup)
 
 
 def test_rounds_out_of_range_are_refused_at_once(command: Command, model: str) -> None:

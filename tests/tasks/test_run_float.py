@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from support.run_job import run_job, save_lora
 from support.tiny_pipeline import random_pipeline, save_random_pipeline
 
-from int8run.backends import auto
+from int8run.backends import float_comparison
 from int8run.backends.base import Backend, LayerTimes, Shape
 from int8run.backends.float import Float
 from int8run.backends.layer_timer import LayerTimer
@@ -40,7 +40,7 @@ def lora(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def small(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    monkeypatch.setattr(auto, "MIN_FLOAT_GAIN", 1.05)
+    monkeypatch.setattr(float_comparison, "MIN_FLOAT_GAIN", 1.05)
     process_cache.clear()
     return [
         f"model.location={model}",
