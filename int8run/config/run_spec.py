@@ -1,7 +1,7 @@
 """What one run is: every setting, checked, as one frozen object.
 
-compose.py makes a RunSpec from the composed YAML. Only jobs/, tasks/, pipeline/build.py and api.py see it
-whole; what they call takes the few settings that it uses.
+compose.py makes a RunSpec from the composed YAML. Only jobs/, tasks/, pipeline/build.py with its half
+pipeline/add_int8.py, and api.py see it whole; what they call takes the few settings that it uses.
 """
 
 from dataclasses import dataclass, field, replace

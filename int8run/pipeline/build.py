@@ -1,18 +1,16 @@
 """Build what a run needs: a pipeline, its float denoiser, the INT8 denoiser beside it, and LoRAs on both.
 
-`tasks.run` calls `build_model`; `process_cache` keeps the last model for jobs with equal settings. This is
-the last place that sees the whole RunSpec (`step_settings` makes of it what the steps take): the functions
-that it calls take the settings that they use.
+`tasks.run` calls `build_model`; `process_cache` keeps the last model for jobs with equal settings. This and
+`add_int8`, the half of it that quantizes, are the last to see the whole RunSpec (`step_settings` makes of it
+what the steps take): the functions that they call take the settings that they use.
 """
 
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
-import torch
 from torch import nn
 
 from int8run.checkpoints.declared_format import DeclaredFormat
@@ -25,43 +23,32 @@ from int8run.layers.plan import FLOAT, INT8, LayerPlan
 from int8run.lora.entries import Entry
 from int8run.lora.header_info import LoraHeader
 from int8run.lora.match import Matches
-from int8run.lora.modes import Overhead
 from int8run.lora.stack import LoraStack
 from int8run.metrics.layers import count_module_bytes, note_macs_shares
 from int8run.models.dual_denoisers import set_denoiser
 from int8run.models.given_model import find_text_encoders
+from int8run.pipeline.add_int8 import LayerSources, TracedStep, add_int8_parts
 from int8run.pipeline.built_model import BuiltModel
 from int8run.pipeline.compile import compile_denoisers
 from int8run.pipeline.given_files import check_checkpoint_fits, check_loras_fit
 from int8run.pipeline.layer_selection import select_int8_plans, warn_without_convolutions
 from int8run.pipeline.load import load_model
 from int8run.pipeline.loaded_model import LoadedModel, replace_missing_layers
-from int8run.pipeline.lora_steps import bake_loras, measure_overhead, read_entries, report_loras
+from int8run.pipeline.lora_steps import bake_loras, read_entries, report_loras
 from int8run.pipeline.offload import set_offload
 from int8run.pipeline.prequantized import (
-    PrequantizedLayers,
     PrequantizedRequest,
     find_prequantized,
     report_float_attention,
 )
-from int8run.pipeline.provenance import build_cache_key, build_provenance, list_baked_loras
-from int8run.pipeline.quantize_attention import ModelAttentions, count_step, plan_attentions
-from int8run.pipeline.quantize_denoiser import (
-    QuantizedDenoiser,
-    leave_slow_layers_float,
-    quantize_denoiser,
-    trace_layers,
-)
+from int8run.pipeline.provenance import build_cache_key, list_baked_loras
+from int8run.pipeline.quantize_attention import count_step, plan_attentions
 from int8run.pipeline.step_settings import (
     select_attention_settings,
     select_load_settings,
     select_origin,
-    select_quantization_settings,
 )
-from int8run.pipeline.store_layers import cache_layers, save_layers
 from int8run.pipeline.text_encoders import QuantizedEncoders, build_encoders
-from int8run.pipeline.vae import QuantizedVae, count_latent_pixels, quantize_vae
-from int8run.ptq.layer_costs import BranchCosts
 from int8run.report.columns import SAME_FILE_LIMITS
 from int8run.report.console import Progress
 from int8run.utils.plurals import count_noun
@@ -70,32 +57,26 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class LayerSources:
-    """What is decided for the layers of a denoiser before any of them is quantized.
+class FloatModel:
+    """A model whose denoiser and VAE are float, with its LoRAs on it.
 
     Args:
-        plans: of every Linear, and of the convolutions where they may be INT8.
-        prequantized: INT8 layers that exist already.
-        cache_key: that INT8 layers made here are cached under; None: they are not.
+        loaded: the pipeline, and where its weights come from.
+        sources: what is decided for the layers of its denoiser.
+        loras: on the denoiser and the text encoders.
+        text_encoders: the float ones, by component.
+        float_text_encoder_bytes: their size.
+        encoders: those that `clip=` quantizes.
+        load_seconds: time of loading, without that of the LoRAs and of quantizing.
     """
 
-    plans: list[LayerPlan]
-    prequantized: PrequantizedLayers | None
-    cache_key: str | None
-
-
-@dataclass(frozen=True)
-class TracedStep:
-    """One denoising step.
-
-    Args:
-        denoiser: that ran it: the float model, or a copy with zeros for the layers whose weights are not
-            read.
-        calls: its arguments; of two denoisers those of each.
-    """
-
-    denoiser: nn.Module
-    calls: Sequence[Mapping[str, Any]]
+    loaded: LoadedModel
+    sources: LayerSources
+    loras: LoraStack
+    text_encoders: Mapping[str, nn.Module]
+    float_text_encoder_bytes: int
+    encoders: QuantizedEncoders
+    load_seconds: float
 
 
 def build_model(
@@ -111,6 +92,31 @@ def build_model(
     """
     entries = read_entries(spec.lora, headers)
     prepare_save(spec)
+    model = load_float_model(spec, entries, progress)
+    loaded = model.loaded
+    step = trace_step(spec, loaded, probe, progress)
+    macs, traced = count_step(step.denoiser, step.calls)
+    attentions = plan_attentions(loaded, traced, select_attention_settings(spec), step.calls)
+    built = begin_built_model(spec, model, macs=macs, attention_plans=attentions.plans)
+
+    started = time.perf_counter()
+    add_int8_parts(
+        built, spec, loaded, sources=model.sources, step=step, attentions=attentions, progress=progress
+    )
+    install_candidate(built, spec)
+    built.seconds = {"load": model.load_seconds, "quantize": time.perf_counter() - started}
+    compile_denoisers(built.denoisers, spec.compile, has_hooks=spec.offload != "none")
+    return built
+
+
+def load_float_model(spec: RunSpec, entries: Sequence[Entry], progress: Progress) -> FloatModel:
+    """Load a model, put the LoRAs on it, and build its quantized text encoders.
+
+    Args:
+        spec: the settings of the run.
+        entries: the LoRAs.
+        progress: of each step.
+    """
     loaded = load_model(select_load_settings(spec), progress, partial(check_given_files, spec, entries))
     warn_dequantized_baseline(spec, loaded)
     text_encoders = find_text_encoders(loaded.pipe.components)
@@ -130,10 +136,29 @@ def build_model(
     report_loras(spec.lora, loras)
     if spec.lora.is_baked:
         bake_loras(spec.lora.strengths, loaded, loras, matches)
+    return FloatModel(
+        loaded=loaded,
+        sources=sources,
+        loras=loras,
+        text_encoders=text_encoders,
+        float_text_encoder_bytes=float_text_encoder_bytes,
+        encoders=encoders,
+        load_seconds=load_seconds,
+    )
 
-    step = trace_step(spec, loaded, probe, progress)
-    macs, traced = count_step(step.denoiser, step.calls)
-    attentions = plan_attentions(loaded, traced, select_attention_settings(spec), step.calls)
+
+def begin_built_model(
+    spec: RunSpec, model: FloatModel, *, macs: Mapping[str, int], attention_plans: Sequence[LayerPlan]
+) -> BuiltModel:
+    """What a run gets of the model as long as nothing of it is INT8.
+
+    Args:
+        spec: the settings of the run.
+        model: that is loaded.
+        macs: multiply-adds of one step, by layer.
+        attention_plans: of the denoiser.
+    """
+    loaded = model.loaded
     built = BuiltModel(
         pipe=loaded.pipe,
         component=loaded.component,
@@ -144,26 +169,15 @@ def build_model(
         macs=macs,
         scheduler=loaded.scheduler,
         device=loaded.device,
-        plans=[*sources.plans, *attentions.plans],
-        loras=loras,
-        encoders=encoders,
-        text_encoders=select_text_encoders(spec, text_encoders, encoders),
-        float_text_encoder_bytes=float_text_encoder_bytes,
-        text_strengths=[0.0] * len(entries),  # `set_strengths` sets them
+        plans=[*model.sources.plans, *attention_plans],
+        loras=model.loras,
+        encoders=model.encoders,
+        text_encoders=select_text_encoders(spec, model.text_encoders, model.encoders),
+        float_text_encoder_bytes=model.float_text_encoder_bytes,
+        text_strengths=[0.0] * len(model.loras.entries),  # `set_strengths` sets them
         num_dequantized_layers=loaded.num_dequantized_layers,
     )
     note_macs_shares(built.plans, built.macs)
-
-    started = time.perf_counter()
-    if spec.int8.enable:
-        add_int8_denoiser(
-            built, spec, loaded, sources=sources, step=step, attentions=attentions, progress=progress
-        )
-        if spec.int8.vae == INT8:
-            built.vae = add_int8_vae(spec, loaded, progress)
-    install_candidate(built, spec)
-    built.seconds = {"load": load_seconds, "quantize": time.perf_counter() - started}
-    compile_denoisers(built.denoisers, spec.compile, has_hooks=spec.offload != "none")
     return built
 
 
@@ -302,116 +316,6 @@ def select_text_encoders(
         selected["float"] = {component: text_encoders[component] for component in quantized.modules}
     selected[spec.candidate] = quantized.modules
     return selected
-
-
-def add_int8_denoiser(
-    built: BuiltModel,
-    spec: RunSpec,
-    loaded: LoadedModel,
-    *,
-    sources: LayerSources,
-    step: TracedStep,
-    attentions: ModelAttentions,
-    progress: Progress,
-) -> None:
-    """Quantize the denoiser, and bring the LoRAs to its INT8 layers.
-
-    Args:
-        built: gets the INT8 denoiser.
-        spec: the settings of the run.
-        loaded: the float model.
-        sources: what is decided for its layers.
-        step: shows how many rows each layer sees.
-        attentions: those of the denoiser, planned.
-        progress: of each step.
-    """
-    traced = trace_layers(step.denoiser, select_int8_plans(sources.plans), step.calls)
-    settings = select_quantization_settings(spec)
-    attentions.choose_on_float_model(loaded, step.denoiser)
-    if attentions.is_chosen:
-        settings = replace(settings, attentions=attentions.layers)
-    quantized = quantize_denoiser(
-        loaded,
-        sources.plans,
-        settings,
-        traced=traced,
-        prequantized=sources.prequantized,
-        loras=built.loras,
-        progress=progress,
-    )
-    store_quantized(spec, loaded, sources, quantized)
-    quantized = leave_slow_layers_float(
-        loaded, sources.plans, settings, quantized=quantized, loras=built.loras
-    )
-    attentions.choose_on_int8_model(loaded, quantized.denoiser)
-    attentions.report()
-    built.denoisers["int8"] = quantized.denoiser
-    built.mixed_precision = quantized.mixed_precision
-    if built.loras.entries and not spec.lora.is_baked:
-        attach_loras(built, spec, traced.rows)
-
-
-def add_int8_vae(spec: RunSpec, loaded: LoadedModel, progress: Progress) -> QuantizedVae:
-    """Quantize the VAE.
-
-    Args:
-        spec: the settings of the run.
-        loaded: the float model.
-        progress: of the layers.
-    """
-    rows = count_latent_pixels(loaded.pipe, spec.sampling)
-    return quantize_vae(loaded, select_quantization_settings(spec), rows, progress)
-
-
-def store_quantized(
-    spec: RunSpec, loaded: LoadedModel, sources: LayerSources, quantized: QuantizedDenoiser
-) -> None:
-    """Keep the INT8 layers in the cache, where they are new, and in the file of `save=`."""
-    cache_key = sources.cache_key if sources.prequantized is None else None
-    if cache_key is None and spec.save is None:
-        return
-    provenance = build_provenance(
-        loaded,
-        sources.plans,
-        select_origin(spec),
-        seed=spec.seed,
-        prequantized=sources.prequantized,
-        cache=spec.cache,
-    )
-    if cache_key is not None:
-        mixed_precision = None
-        if quantized.mixed_precision is not None:
-            mixed_precision = asdict(quantized.mixed_precision)
-        cache_layers(spec.cache, cache_key, quantized.layers, {**provenance, "budget": mixed_precision})
-    if spec.save is not None:  # after the cache, so that nothing is lost where it cannot be written
-        save_layers(spec.save, loaded, quantized.layers, provenance)
-
-
-def attach_loras(built: BuiltModel, spec: RunSpec, rows: Mapping[str, int]) -> None:
-    """Bring the LoRAs to the INT8 layers, each by the mode that it can have.
-
-    Args:
-        built: has the INT8 denoiser and the stack.
-        spec: the settings of the run.
-        rows: that each layer sees in one step, by name.
-    """
-    overhead: Overhead | None = None
-    if spec.lora.mode == "auto" and not spec.lora.is_scheduled:
-        costs = BranchCosts(spec.backend, built.device, getattr(torch, spec.model.dtype))
-        overhead = partial(measure_overhead, costs, rows)
-    # weights of int8.checkpoint were not made from the float ones in memory
-    has_own_float_weights = "float" in built.denoisers and spec.int8.checkpoint is None
-    built.loras.attach(
-        built.denoisers["int8"],
-        float_weights=has_own_float_weights,
-        rounding=spec.rounding,
-        scheduled=spec.lora.is_scheduled,
-        overhead=overhead,
-        max_overhead=spec.lora.max_overhead,
-    )
-    loras = built.loras
-    for warning in loras.sizes.list_large_changes(loras.names, spec.lora.largest_strengths):
-        log.warning("%s", warning)
 
 
 def install_candidate(built: BuiltModel, spec: RunSpec) -> None:
