@@ -105,29 +105,7 @@ def quantize_(  # noqa: PLR0913  # the contract of the library: each is an optio
 
     placement = find_placement(denoiser, device)
     check_backend(spec.backend, placement.device, chosen)
-    # quantized one at a time, as `build_int8_layers` asks for them
-    quantized = quantize_layers(
-        denoiser,
-        chosen,
-        methods=choose_fixed_method(chosen, spec.outlier),
-        rounding=spec.rounding,
-        statistics={},
-        read=lambda name: get_layer(denoiser, name).weight.detach().to(placement.device),
-    )
-    # no call is seen here, so that no convolution is timed: `auto` makes all of them INT8
-    binder = ConvolutionBinder(spec.backend, placement.device, spec.int8, inputs={})
-    linears = build_int8_layers(
-        denoiser,
-        binder.take_convolutions(
-            denoiser, quantized, on_layer=lambda layer: layer.to(placement.offload_device)
-        ),
-        backend=spec.backend,
-        settings=spec.int8,
-        rows=dict.fromkeys((plan.name for plan in chosen), rows),
-        on_layer=lambda layer: layer.to(placement.offload_device),
-        device=placement.device,
-    )
-    layers = keep_faster_layers(chosen, {**linears, **binder.made})
+    layers = make_int8_layers(denoiser, chosen, spec, placement, rows=rows)
     int8_parts = split_denoiser(assemble_int8_model(denoiser, layers, family))
     warn_compiled_blocks(denoiser)
     for prefix, part in parts.items():
@@ -144,6 +122,45 @@ class Placement:
 
     device: torch.device
     offload_device: torch.device
+
+
+def make_int8_layers(
+    denoiser: nn.Module, chosen: Sequence[LayerPlan], spec: RunSpec, placement: Placement, *, rows: int
+) -> dict[str, Int8Layer]:
+    """The INT8 layers of a denoiser, by name, without those that are faster in float.
+
+    Args:
+        denoiser: float; it stays as it is.
+        chosen: the plans of its layers that may become INT8, where what happens to each is noted.
+        spec: all settings.
+        placement: where each layer is made, and where it waits then.
+        rows: tokens that a layer sees in one call.
+    """
+
+    def put_away(layer: Int8Layer) -> None:
+        layer.to(placement.offload_device)
+
+    # quantized one at a time, as `build_int8_layers` asks for them
+    quantized = quantize_layers(
+        denoiser,
+        chosen,
+        methods=choose_fixed_method(chosen, spec.outlier),
+        rounding=spec.rounding,
+        statistics={},
+        read=lambda name: get_layer(denoiser, name).weight.detach().to(placement.device),
+    )
+    # no call is seen here, so that no convolution is timed: `auto` makes all of them INT8
+    binder = ConvolutionBinder(spec.backend, placement.device, spec.int8, inputs={})
+    linears = build_int8_layers(
+        denoiser,
+        binder.take_convolutions(denoiser, quantized, on_layer=put_away),
+        backend=spec.backend,
+        settings=spec.int8,
+        rows=dict.fromkeys((plan.name for plan in chosen), rows),
+        on_layer=put_away,
+        device=placement.device,
+    )
+    return keep_faster_layers(chosen, {**linears, **binder.made})
 
 
 def find_placement(model: nn.Module, device: str | None) -> Placement:

@@ -20,8 +20,9 @@ from int8run.models.family import IgnoreRule, ModelFamily
 from int8run.models.sampling import Sampling
 from int8run.models.source import ResolvedModel
 from int8run.pipeline.loaded_model import LoadedModel
-from int8run.pipeline.quantize_denoiser import quantize_denoiser, trace_layers
+from int8run.pipeline.quantize_denoiser import quantize_denoiser
 from int8run.pipeline.step_settings import select_quantization_settings
+from int8run.pipeline.trace_layers import trace_layers
 from int8run.report.console import Progress
 
 Call = Mapping[str, Any]  # the arguments of the model's forward

@@ -267,9 +267,8 @@ class Int8Linear(BackendLayer):
         """On the backend, a fused branch included. x: [..., K], rows: x as [M, K] -> [M, N], in x's dtype."""
         # attributes that are tensors are looked for in three dictionaries; this is one
         buffers: dict[str, Any] = self._buffers
-        transform = self.transform
         # without a token axis there is nothing to center: a mean over the batch would mix images
-        is_centered = transform.centered and x.dim() > 2
+        is_centered = self.transform.centered and x.dim() > 2
         fused: FusedBranch | None = None
         strengths = None
         if branch is not None and branch.fused is not None:
@@ -279,14 +278,7 @@ class Int8Linear(BackendLayer):
         def quantize(down: Tensor | None) -> QuantizedInput:
             # centered rows never wait for their GELU: fusion defers none to a centered transform
             tokens = center_rows(x) if is_centered else rows
-            factor, rotation = transform.get_input_steps()
-            return self.backend.quantize(
-                tokens,
-                factor=factor,
-                rotation=rotation,
-                gelu_from=gelu_from,
-                down=down,
-            )
+            return self._quantize_rows(tokens, gelu_from, down)
 
         if shared is None:
             quantized = quantize(None if fused is None else fused.down_with_input)
@@ -306,6 +298,11 @@ class Int8Linear(BackendLayer):
         if is_centered:
             return self.add_mean_product(y, x.shape)
         return y
+
+    def _quantize_rows(self, rows: Tensor, gelu_from: int | None, down: Tensor | None) -> QuantizedInput:
+        """Round rows [M, K] after the steps of the transform; `down` [r, K] is of a branch with them."""
+        factor, rotation = self.transform.get_input_steps()
+        return self.backend.quantize(rows, factor=factor, rotation=rotation, gelu_from=gelu_from, down=down)
 
     def add_mean_product(self, y: Tensor, shape: torch.Size) -> Tensor:
         """Put the products of `center_rows` together.

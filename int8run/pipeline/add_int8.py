@@ -27,10 +27,10 @@ from int8run.pipeline.quantize_denoiser import (
     QuantizedDenoiser,
     leave_slow_layers_float,
     quantize_denoiser,
-    trace_layers,
 )
 from int8run.pipeline.step_settings import select_origin, select_quantization_settings
 from int8run.pipeline.store_layers import cache_layers, save_layers
+from int8run.pipeline.trace_layers import trace_layers
 from int8run.pipeline.vae import QuantizedVae, count_latent_pixels, quantize_vae
 from int8run.ptq.layer_costs import BranchCosts
 from int8run.report.console import Progress

@@ -119,18 +119,9 @@ def load_model(
     check_device(settings, device)
     started = time.perf_counter()
     with progress.track_step("Loading the model"):
-        source = choose_denoiser_classes(resolve_model(settings.model))
-        check_model_family(settings.model, source.denoisers[0].class_name, source.pipeline_class)
-        for denoiser in source.denoisers:
-            check_needed_library(get_denoiser_class(denoiser.class_name))
+        source = find_source(settings)
         check_files(partial(build_skeletons, source, settings.dtype))
-
-        skeletons: dict[str, nn.Module] = {}
-        checkpoint: DenoiserWeights | None = None
-        if needs_skeletons(source, settings):
-            skeletons = build_skeletons(source, settings.dtype)
-            download_quantization_configs(source, settings.model)
-            checkpoint = open_denoiser_weights(source, skeletons, settings.model)
+        skeletons, checkpoint = open_skeletons(source, settings)
         parts = {**source.list_parts_elsewhere(), **settings.model.parts}
         encoders = open_encoders(settings.clip, source.folder, parts, settings.dtype)
         pipe = load_float_parts(source, settings, skeletons=skeletons, encoders=encoders, device=device)
@@ -159,6 +150,35 @@ def load_model(
             loaded.fill_weights()
     loaded.seconds = time.perf_counter() - started
     return loaded
+
+
+def find_source(settings: LoadSettings) -> ResolvedModel:
+    """Where the parts of a model are, and of which class its denoisers are; nothing is loaded yet.
+
+    Raises:
+        ConfigError: for a model of another family than its settings are made for, and a denoiser that needs
+            a library which is not installed.
+    """
+    source = choose_denoiser_classes(resolve_model(settings.model))
+    check_model_family(settings.model, source.denoisers[0].class_name, source.pipeline_class)
+    for denoiser in source.denoisers:
+        check_needed_library(get_denoiser_class(denoiser.class_name))
+    return source
+
+
+def open_skeletons(
+    source: ResolvedModel, settings: LoadSettings
+) -> tuple[dict[str, nn.Module], DenoiserWeights | None]:
+    """The denoisers without weights, by component, and the files that have their weights.
+
+    Returns:
+        Nothing of either where the denoisers are loaded as a part of their pipeline.
+    """
+    if not needs_skeletons(source, settings):
+        return {}, None
+    skeletons = build_skeletons(source, settings.dtype)
+    download_quantization_configs(source, settings.model)
+    return skeletons, open_denoiser_weights(source, skeletons, settings.model)
 
 
 def check_device(settings: LoadSettings, device: torch.device) -> None:

@@ -5,29 +5,28 @@ single steps. The loops over layers are in ptq/. Nothing here knows the settings
 the weights come from: `LoadedModel` reads them.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
 
-from int8run.generate.capture import capture_layers, check_finite
 from int8run.layers.assemble import assemble_int8_model
 from int8run.layers.int8_conv import Int8Layer
 from int8run.layers.int8_linear import QuantizedLayer
-from int8run.layers.plan import CONV, LayerPlan
+from int8run.layers.plan import LayerPlan
 from int8run.lora.stack import LoraStack
 from int8run.outlier.auto import AutoOutlier
-from int8run.outlier.base import LayerStatistics
+from int8run.outlier.base import LayerStatistics, OutlierMethod
 from int8run.pipeline.layer_selection import SelectedLayers, select_int8_plans, select_layers
-from int8run.pipeline.loaded_model import LoadedModel, computes_values
+from int8run.pipeline.loaded_model import LoadedModel
 from int8run.pipeline.offload import set_offload
 from int8run.pipeline.outlier_choice import choose_methods
 from int8run.pipeline.prequantized import PrequantizedLayers
 from int8run.pipeline.quantization_settings import QuantizationSettings
 from int8run.pipeline.read_prequantized import read_prequantized_layers
+from int8run.pipeline.trace_layers import TracedLayers
 from int8run.ptq.calibration import capture_calibration_calls, collect_layer_statistics
 from int8run.ptq.convolutions import ConvolutionBinder
 from int8run.ptq.mixed_precision import MixedPrecisionResult, MixedPrecisionSearch
@@ -52,19 +51,6 @@ class CalibrationData:
 
     calls: Sequence[Mapping[str, Any]] = ()
     statistics: Mapping[str, LayerStatistics] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class TracedLayers:
-    """What the layers of a denoiser get in one step.
-
-    Args:
-        rows: of each layer, by name; of a convolution its output pixels.
-        conv_inputs: shape of what each convolution gets, [B, C, *size]; of those that a call reaches.
-    """
-
-    rows: Mapping[str, int]
-    conv_inputs: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -118,23 +104,20 @@ def quantize_denoiser(
     calibration = calibrate(loaded, layers, settings, needs_search=needs_search, progress=progress)
     methods = choose_methods(loaded, layers, settings, statistics=calibration.statistics, progress=progress)
 
-    # Both are read or quantized layer by layer while `bind_layers` takes them: the float weights are never in
-    # memory together.
-    read_weight = partial(read_merged_weight, loaded, loras)
-    existing = read_existing_layers(loaded, layers, prequantized, read_weight)
-    new = quantize_layers(
-        loaded.denoiser,
-        layers.new,
+    quantized = yield_quantized_layers(
+        loaded,
+        layers,
+        settings,
         methods=methods,
-        rounding=settings.rounding,
         statistics=calibration.statistics,
-        read=read_weight,
+        prequantized=prequantized,
+        loras=loras,
     )
     int8_layers = bind_layers(
         loaded,
         layers,
         settings,
-        quantized=chain(existing, new),
+        quantized=quantized,
         conv_inputs=traced.conv_inputs,
         progress=progress,
     )
@@ -249,15 +232,40 @@ def read_merged_weight(loaded: LoadedModel, loras: LoraStack, name: str) -> Tens
     return loras.merge_weight(name, loaded.read_weight(name))
 
 
-def read_existing_layers(
+def yield_quantized_layers(
     loaded: LoadedModel,
     layers: SelectedLayers,
+    settings: QuantizationSettings,
+    *,
+    methods: Mapping[str, OutlierMethod],
+    statistics: Mapping[str, LayerStatistics],
     prequantized: PrequantizedLayers | None,
-    read_weight: Callable[[str], Tensor],
+    loras: LoraStack,
 ) -> Iterator[tuple[LayerPlan, QuantizedLayer]]:
-    """Read the layers that exist already, one at a time; see `read_prequantized_layers`."""
+    """Read the layers that exist already, and quantize the others.
+
+    One at a time, while `bind_layers` takes them: the float weights are never in memory together.
+
+    Args:
+        loaded: the model.
+        layers: which of them exist.
+        settings: how the others become INT8.
+        methods: against outliers, of each of the others.
+        statistics: of the inputs of those that are fitted to them.
+        prequantized: has the ones that exist; None: there are none.
+        loras: adds baked LoRAs to the weights that are read.
+    """
+    read_weight = partial(read_merged_weight, loaded, loras)
     if prequantized is not None:
         yield from read_prequantized_layers(loaded, layers.existing, prequantized, read_weight)
+    yield from quantize_layers(
+        loaded.denoiser,
+        layers.new,
+        methods=methods,
+        rounding=settings.rounding,
+        statistics=statistics,
+        read=read_weight,
+    )
 
 
 def bind_layers(
@@ -364,35 +372,3 @@ def read_mixed_precision(prequantized: PrequantizedLayers | None) -> MixedPrecis
         return None
     facts = prequantized.provenance.get("budget")
     return MixedPrecisionResult(**facts) if facts else None
-
-
-def trace_layers(
-    denoiser: nn.Module, plans: Sequence[LayerPlan], calls: Sequence[Mapping[str, Any]]
-) -> TracedLayers:
-    """What each planned layer gets in the last call that reaches it; one row where no call does.
-
-    Args:
-        denoiser: the float model, or a copy with layers whose weights are not read.
-        plans: of the layers.
-        calls: arguments of the denoiser.
-
-    Raises:
-        ConfigError: when a layer is given NaN or infinity.
-    """
-    rows = {plan.name: 1 for plan in plans}
-    conv_inputs: dict[str, tuple[int, ...]] = {}
-    convolutions = {plan.name: plan for plan in plans if plan.kind == CONV}
-    has_values = computes_values(denoiser)
-
-    def count_rows(name: str, x: Tensor, y: Tensor) -> None:
-        if name in convolutions:
-            conv_inputs[name] = tuple(x.shape)
-            rows[name] = y.numel() // convolutions[name].out_features  # [B, N, *size] -> M
-        else:
-            rows[name] = x.numel() // x.shape[-1]  # [..., K] -> M
-        if has_values:
-            check_finite(name, x, "the first step")
-
-    for call in calls:
-        capture_layers(denoiser, call, list(rows), count_rows)
-    return TracedLayers(rows, conv_inputs)

@@ -29,8 +29,8 @@ from int8run.models.loader import pick_device
 from int8run.pipeline.denoiser_variants import choose_classes_of_configs
 from int8run.pipeline.load import build_skeletons, load_model, resolve_family
 from int8run.pipeline.loaded_model import LoadedModel, make_skip_rule, replace_missing_layers
-from int8run.pipeline.quantize_denoiser import trace_layers
 from int8run.pipeline.step_settings import select_load_settings
+from int8run.pipeline.trace_layers import trace_layers
 from int8run.ptq.quantize import check_backend
 from int8run.report.console import Progress, print_lines
 from int8run.report.run_files import write_json

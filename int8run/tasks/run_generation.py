@@ -4,7 +4,7 @@
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -89,25 +89,9 @@ def generate_in_turn(
         models_with_images.remove("float")
         other_samplings["float"] = shorten_for_timing(built.pipe, inputs.samples, spec.sampling)
     num_images = len(inputs.samples) * len(models_with_images)
-
-    def set_scheduled_strengths(fraction: float) -> None:
-        if spec.lora.is_scheduled:
-            built.set_strengths(spec.lora.get_strengths_at(fraction), spec.lora.text_strengths)
-
     recording = nullcontext() if built.vae is None else built.vae.recording()
     with recording, inputs.progress.track_loop("Generating", num_images, line_each=True) as advance:
-
-        def keep_batch(name: str, batch: Sequence[Sample], generation: Generation) -> None:
-            generation.peak_bytes = max(generation.peak_bytes, read_peak_bytes(built.device))
-            if name in models_with_images:
-                inputs.writer.write_batch(name, batch, generation, built.pipe)
-                advance(len(batch))
-
-        hooks = GenerationHooks(
-            before_batch=lambda name: reset_peak_memory(built.device),
-            on_batch=keep_batch,
-            on_fraction=set_scheduled_strengths,
-        )
+        hooks = make_hooks(spec, built, inputs, models_with_images=models_with_images, advance=advance)
         return generate(
             built.pipe,
             built.component,
@@ -117,6 +101,41 @@ def generate_in_turn(
             hooks=hooks,
             differences=Differences(built.text_encoders, other_samplings, built.components),
         )
+
+
+def make_hooks(
+    spec: RunSpec,
+    built: BuiltModel,
+    inputs: RunInputs,
+    *,
+    models_with_images: Collection[str],
+    advance: Callable[[int], None],
+) -> GenerationHooks:
+    """What happens beside the generation of each batch: memory, images, and the strengths of a schedule.
+
+    Args:
+        spec: the settings.
+        built: the model.
+        inputs: what saves images.
+        models_with_images: names of the denoisers whose images are kept.
+        advance: is told how many images came.
+    """
+
+    def set_scheduled_strengths(fraction: float) -> None:
+        if spec.lora.is_scheduled:
+            built.set_strengths(spec.lora.get_strengths_at(fraction), spec.lora.text_strengths)
+
+    def keep_batch(name: str, batch: Sequence[Sample], generation: Generation) -> None:
+        generation.peak_bytes = max(generation.peak_bytes, read_peak_bytes(built.device))
+        if name in models_with_images:
+            inputs.writer.write_batch(name, batch, generation, built.pipe)
+            advance(len(batch))
+
+    return GenerationHooks(
+        before_batch=lambda name: reset_peak_memory(built.device),
+        on_batch=keep_batch,
+        on_fraction=set_scheduled_strengths,
+    )
 
 
 def run_warm_up(
