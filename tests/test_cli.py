@@ -236,7 +236,7 @@ REFUSED = {
         r"lora.adapters has the name 'ink' twice; give each",
     ),
     "lora mode": (["lora.mode=merge"], r"lora.mode is 'merge'; choose from auto, bake, dynamic"),
-    "pictures per prompt": (
+    "images per prompt": (
         ["prompts.seeds_per_prompt=0"],
         r"prompts.seeds_per_prompt is 0; allowed is a whole number from 1 to 10000",
     ),

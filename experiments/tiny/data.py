@@ -36,19 +36,19 @@ def draw_all(bodies: list[str]) -> Tensor:
 
 
 def load_drawings(work: Path) -> tuple[list[str], dict[str, Tensor]]:
-    """All names that exist in the three styles, and their pictures.
+    """All names that exist in the three styles, and their images.
 
     Returns:
-        names, and per style a uint8 tensor [len(names), 3, SIZE, SIZE]; cached in `<work>/drawings.pt`.
+        names, and per style a uint8 tensor [len(names), 3, SIZE, SIZE]; cached in `<work>/drawn_images.pt`.
     """
-    cache = work / "drawings.pt"
+    cache = work / "drawn_images.pt"
     if not cache.exists():
         bodies = {style: json.loads((work / f"{style}.json").read_text())["bodies"] for style in STYLES}
         names = sorted(set.intersection(*map(set, bodies.values())))
-        pictures = {style: draw_all([bodies[style][name] for name in names]) for style in STYLES}
-        torch.save({"names": names, "pictures": pictures}, cache)
+        images = {style: draw_all([bodies[style][name] for name in names]) for style in STYLES}
+        torch.save({"names": names, "images": images}, cache)
     saved = torch.load(cache, weights_only=True)
-    return saved["names"], saved["pictures"]
+    return saved["names"], saved["images"]
 
 
 def load_trained_names(work: Path) -> list[str]:
@@ -77,6 +77,6 @@ def make_caption(name: str) -> str:
     return name.replace("-", " ")
 
 
-def to_float(pictures: Tensor) -> Tensor:
+def to_float(images: Tensor) -> Tensor:
     """uint8 [..., 3, H, W] -> float32 in -1..1, the range of the VAE."""
-    return pictures.float() / 127.5 - 1
+    return images.float() / 127.5 - 1

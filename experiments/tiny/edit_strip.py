@@ -130,13 +130,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    names, pictures = load_drawings(args.work)
+    names, images = load_drawings(args.work)
     pairs = list_pairs(names, args.count)
     shown = [Pair(name, names.index(name), edit) for name, edit in SHOWN.items() if name in names]
     with tempfile.TemporaryDirectory() as folder:
-        table = write_table(pairs + shown, pictures["flat"], Path(folder))
+        table = write_table(pairs + shown, images["flat"], Path(folder))
         result = run_table(table, args.steps)
-    candidates = {edit: apply_edit(edit, pictures) for edit in PROMPTS}
+    candidates = {edit: apply_edit(edit, images) for edit in PROMPTS}
     float_images, int8_images = (images[: len(pairs)] for images in get_images(result))
     line = {
         "pairs": len(pairs),
@@ -147,7 +147,7 @@ def main() -> None:
         "ssim": round(result.metrics["quality/ssim"], 4),
     }
     print(json.dumps(line))
-    draw_strip(shown or pairs, pictures["flat"], result).save(args.out, optimize=True)
+    draw_strip(shown or pairs, images["flat"], result).save(args.out, optimize=True)
 
 
 if __name__ == "__main__":

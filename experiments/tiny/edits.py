@@ -59,33 +59,33 @@ def list_held_out(count: int) -> list[int]:
     return [int(position) for position in torch.linspace(0, count - 1, held_out)]
 
 
-def recolor(pictures: Tensor, hue: tuple[float, float, float]) -> Tensor:
+def recolor(images: Tensor, hue: tuple[float, float, float]) -> Tensor:
     """Give every pixel one hue and keep its saturation: white, gray and black stay.
 
     uint8 [N, 3, H, W], as the result.
     """
-    darkest = pictures.amin(dim=1, keepdim=True).float()
-    chroma = pictures.amax(dim=1, keepdim=True).float() - darkest
+    darkest = images.amin(dim=1, keepdim=True).float()
+    chroma = images.amax(dim=1, keepdim=True).float() - darkest
     colored = darkest + chroma * torch.tensor(hue)[:, None, None]
     return colored.round().to(torch.uint8)
 
 
-def make_gray(pictures: Tensor) -> Tensor:
+def make_gray(images: Tensor) -> Tensor:
     """The luma of each pixel in all three channels, uint8 [N, 3, H, W]."""
-    luma = (pictures.float() * torch.tensor(LUMA)[:, None, None]).sum(dim=1, keepdim=True)
+    luma = (images.float() * torch.tensor(LUMA)[:, None, None]).sum(dim=1, keepdim=True)
     return luma.round().to(torch.uint8).expand(-1, 3, -1, -1).contiguous()
 
 
-def apply_edit(edit: str, pictures: Mapping[str, Tensor]) -> Tensor:
+def apply_edit(edit: str, images: Mapping[str, Tensor]) -> Tensor:
     """What an edit should make of the flat drawings.
 
     Args:
         edit: a key of PROMPTS.
-        pictures: the same drawings by style, uint8 [N, 3, H, W].
+        images: the same drawings by style, uint8 [N, 3, H, W].
     """
     if edit in STYLES:
-        return pictures[STYLES[edit]]
-    flat = pictures["flat"]
+        return images[STYLES[edit]]
+    flat = images["flat"]
     if edit in HUES:
         return recolor(flat, HUES[edit])
     if edit == "mirror":
@@ -93,6 +93,6 @@ def apply_edit(edit: str, pictures: Mapping[str, Tensor]) -> Tensor:
     return make_gray(flat)
 
 
-def mirror_all(pictures: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def mirror_all(images: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Every style mirrored: as good as twice the drawings."""
-    return {style: drawings.flip(-1) for style, drawings in pictures.items()}
+    return {style: drawings.flip(-1) for style, drawings in images.items()}

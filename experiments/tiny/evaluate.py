@@ -37,7 +37,7 @@ STEPS = 16
 
 def generate_images(pipe: FluxPipeline, prompts: list[str], seed: int, steps: int = STEPS) -> torch.Tensor:
     """Images of the prompts, all from the same seed. Returns uint8 [N, 3, H, W]."""
-    pictures = []
+    images = []
     torch.manual_seed(seed)  # a sampler that adds noise between steps takes it from here
     for start in range(0, len(prompts), 25):
         batch = prompts[start : start + 25]
@@ -50,21 +50,21 @@ def generate_images(pipe: FluxPipeline, prompts: list[str], seed: int, steps: in
             output_type="pt",
             generator=[torch.Generator().manual_seed(seed) for _ in batch],
         ).images
-        pictures.append((made.float().cpu() * 255).round().to(torch.uint8))
-    return torch.cat(pictures)
+        images.append((made.float().cpu() * 255).round().to(torch.uint8))
+    return torch.cat(images)
 
 
-def find_nearest(pictures: torch.Tensor, drawings: torch.Tensor) -> torch.Tensor:
-    """Index of the drawing with the least pixel MSE to each picture.
+def find_nearest(images: torch.Tensor, drawings: torch.Tensor) -> torch.Tensor:
+    """Index of the drawing with the least pixel MSE to each image.
 
     Uint8 [N, 3, H, W] and [D, 3, H, W] -> [N].
     """
-    return torch.cdist(pictures.flatten(1).float(), drawings.flatten(1).float()).argmin(dim=1)
+    return torch.cdist(images.flatten(1).float(), drawings.flatten(1).float()).argmin(dim=1)
 
 
-def draw_sheet(pictures: torch.Tensor, drawings: torch.Tensor, columns: int = 10) -> Image.Image:
+def draw_sheet(images: torch.Tensor, drawings: torch.Tensor, columns: int = 10) -> Image.Image:
     """Each image above the drawing it was asked for, enlarged twice."""
-    pairs = torch.cat([pictures, drawings], dim=2)  # [N, 3, 2H, W]
+    pairs = torch.cat([images, drawings], dim=2)  # [N, 3, 2H, W]
     white = torch.full_like(pairs[:1], 255).expand(-len(pairs) % columns, -1, -1, -1)
     grid = torch.cat([pairs, white]).unflatten(0, (-1, columns))  # [rows, columns, 3, 2H, W]
     sheet = grid.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)  # [rows * 2H, columns * W, 3]
@@ -88,9 +88,9 @@ def apply_lora(pipe: FluxPipeline, lora: Path, strength: float) -> None:
     pipe.unload_lora_weights()
 
 
-def psnr(pictures: torch.Tensor, others: torch.Tensor) -> float:
+def psnr(images: torch.Tensor, others: torch.Tensor) -> float:
     """Mean PSNR in dB over pairs of uint8 images; an error below rounding counts as rounding."""
-    mse = (pictures.float() - others.float()).square().flatten(1).mean(dim=1).clamp(min=1 / 12)
+    mse = (images.float() - others.float()).square().flatten(1).mean(dim=1).clamp(min=1 / 12)
     return (10 * torch.log10(255**2 / mse)).mean().item()
 
 
@@ -120,13 +120,13 @@ class Answer:
         wrong: `asked -> found` of every image whose nearest candidate is another name.
         top1: the share of the others.
         psnr_db: mean PSNR to the reference images; None without these.
-        pictures: the images of the first seed, uint8 [N, 3, H, W].
+        images: the images of the first seed, uint8 [N, 3, H, W].
     """
 
     wrong: list[str]
     top1: float
     psnr_db: float | None
-    pictures: torch.Tensor
+    images: torch.Tensor
 
 
 def choose_names(work: Path, style: str, count: int, *, untrained: bool) -> Question:
@@ -176,24 +176,24 @@ def answer_question(
     closeness_db: list[float] = []
     drawn = []
     for seed in seeds:
-        pictures = generate_images(pipe, prompts, seed, steps)
-        drawn.append(pictures)
+        images = generate_images(pipe, prompts, seed, steps)
+        drawn.append(images)
         candidates = question.candidate_drawings
         if candidates is None:
             candidates = references[seed]
-        nearest = find_nearest(pictures, candidates).tolist()
+        nearest = find_nearest(images, candidates).tolist()
         for name, index in zip(question.names, nearest, strict=True):
             found = question.candidates[index]
             if found != name:
                 wrong.append(f"{name} -> {found}")
         if references:
-            closeness_db.append(psnr(pictures, references[seed]))
+            closeness_db.append(psnr(images, references[seed]))
     total = len(prompts) * len(seeds)
     return Answer(
         wrong=wrong,
         top1=(total - len(wrong)) / total,
         psnr_db=statistics.fmean(closeness_db) if closeness_db else None,
-        pictures=drawn[0],
+        images=drawn[0],
     )
 
 
@@ -217,7 +217,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--strength", type=float, default=1.0)
     parser.add_argument("--few-step", type=Path, help="a few-step LoRA, beside the style LoRA")
     parser.add_argument("--few-step-strength", type=float, default=1.0)
-    parser.add_argument("--sheet", type=Path, help="the picture to draw, of the first seed")
+    parser.add_argument("--sheet", type=Path, help="the image to draw, of the first seed")
     return parser.parse_args()
 
 
@@ -259,7 +259,7 @@ def main() -> None:
         print(json.dumps(line), flush=True)
         if args.sheet is not None:
             args.sheet.parent.mkdir(parents=True, exist_ok=True)
-            draw_sheet(answer.pictures, question.drawings).save(args.sheet)
+            draw_sheet(answer.images, question.drawings).save(args.sheet)
 
 
 if __name__ == "__main__":

@@ -129,7 +129,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--edits", nargs="+", choices=sorted(PROMPTS), default=list(PROMPTS))
-    parser.add_argument("--sheet", type=Path, help="the picture to draw: a row per drawing")
+    parser.add_argument("--sheet", type=Path, help="the image to draw: a row per drawing")
     return parser.parse_args()
 
 
@@ -166,11 +166,11 @@ def score_all(right_of: dict[str, list[bool]]) -> dict[str, float]:
 def main() -> None:
     """Print a line of JSON for each edit, and one for all."""
     args = parse_arguments()
-    _, pictures = load_drawings(args.work)
-    held_out = list_held_out(len(pictures["flat"]))
+    _, images = load_drawings(args.work)
+    held_out = list_held_out(len(images["flat"]))
     held_out = held_out[:: max(1, len(held_out) // args.count)][: args.count]
-    candidates = {edit: apply_edit(edit, pictures) for edit in PROMPTS}
-    before = pictures["flat"][held_out]
+    candidates = {edit: apply_edit(edit, images) for edit in PROMPTS}
+    before = images["flat"][held_out]
     pipe = load_editor(args.lora)
 
     columns = [before]

@@ -11,7 +11,7 @@ import torch
 from data import load_drawings, make_caption
 from diffusers import FluxPipeline
 from pipeline import build_pipeline, collect_trained_parts
-from train import encode_pictures, fit_latent_scale, load_vae
+from train import encode_images, fit_latent_scale, load_vae
 
 # no single file of the repository should be larger
 MAX_SHARD = "15MB"
@@ -19,9 +19,9 @@ MAX_SHARD = "15MB"
 
 def load_trained(work: Path) -> FluxPipeline:
     """The pipeline with the EMA weights of `<work>/base.pt`."""
-    names, pictures = load_drawings(work)
+    names, images = load_drawings(work)
     vae = load_vae(work)
-    fit_latent_scale(vae, encode_pictures(vae, pictures["flat"]))
+    fit_latent_scale(vae, encode_images(vae, images["flat"]))
     pipe = build_pipeline([make_caption(name) for name in names], vae, work)
     modules = collect_trained_parts(pipe)
     ema = torch.load(work / "base.pt", weights_only=True, map_location="cpu")["ema"]

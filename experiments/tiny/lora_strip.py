@@ -1,4 +1,4 @@
-"""Draw the shipped LoRAs at rising strength with the INT8 model, as one picture.
+"""Draw the shipped LoRAs at rising strength with the INT8 model, as one image.
 
 python experiments/tiny/lora_strip.py --out experiments/tiny/loras.png
 """

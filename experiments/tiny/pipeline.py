@@ -127,7 +127,7 @@ def build_pipeline(captions: list[str], vae: AutoencoderKL, work: Path, seed: in
 
     Args:
         captions: the text that the tokenizers are learned from, where `work` has none yet.
-        vae: for pictures of 64x64.
+        vae: for images of 64x64.
         work: the folder that keeps the tokenizers.
         seed: of the weights.
     """

@@ -10,10 +10,10 @@ import matplotlib.pyplot as plt
 import torch
 
 STAGES = (
-    ("vae.pt", "VAE: L1 + MSE + edges", "steps of 16 pictures"),
-    ("base.pt", "base: flow matching", "pictures seen"),
-    ("lora_ink.pt", "LoRA ink: flow matching", "pictures seen"),
-    ("lora_gloss.pt", "LoRA gloss: flow matching", "pictures seen"),
+    ("vae.pt", "VAE: L1 + MSE + edges", "steps of 16 images"),
+    ("base.pt", "base: flow matching", "images seen"),
+    ("lora_ink.pt", "LoRA ink: flow matching", "images seen"),
+    ("lora_gloss.pt", "LoRA gloss: flow matching", "images seen"),
 )
 
 

@@ -44,9 +44,9 @@ def load_vae(work: Path) -> AutoencoderKL:
 
 
 @torch.no_grad()
-def encode_pictures(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
+def encode_images(vae: AutoencoderKL, images: Tensor) -> Tensor:
     """uint8 [N, 3, H, W] -> latents [N, C, h, w], not yet scaled."""
-    return torch.cat([vae.encode(to_float(p)).latent_dist.mode() for p in pictures.split(64)])
+    return torch.cat([vae.encode(to_float(p)).latent_dist.mode() for p in images.split(64)])
 
 
 def fit_latent_scale(vae: AutoencoderKL, latents: Tensor) -> None:
@@ -82,7 +82,7 @@ def flow_loss(
 
     Args:
         pipe: the model.
-        x0: packed latents of the pictures, [B, 64, 32].
+        x0: packed latents of the images, [B, 64, 32].
         captions: B texts.
         generator: of the noise and its levels.
         train_text: let gradients into the text encoders.
@@ -137,7 +137,7 @@ class Examples:
     """What a model learns from.
 
     Attributes:
-        latents: of the pictures, scaled and packed, [N, 64, 32].
+        latents: of the images, scaled and packed, [N, 64, 32].
         captions: N texts.
     """
 
@@ -248,9 +248,9 @@ def train_model(work: Path, categories: tuple[str, ...], schedule: Schedule, dev
         schedule: images, batch and learning rate.
         device: where to train.
     """
-    names, pictures = load_drawings(work)
+    names, images = load_drawings(work)
     vae = load_vae(work)
-    latents = encode_pictures(vae, pictures["flat"])
+    latents = encode_images(vae, images["flat"])
     fit_latent_scale(vae, latents)
     chosen = pick_names(work, names, categories)
     pipe = build_pipeline([make_caption(name) for name in names], vae, work).to(device)

@@ -22,7 +22,7 @@ from edits import PROMPTS, apply_edit, list_held_out, list_shares, mirror_all
 from pipeline import encode_captions
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from train import Schedule, Trainer, encode_pictures, pack_latents, sample_sigma, scale_latents
+from train import Schedule, Trainer, encode_images, pack_latents, sample_sigma, scale_latents
 from train_lora import TARGETS, add_trained_lora, save_lora
 
 SHIPPED = Path(__file__).parents[2] / "int8run" / "assets" / "tiny"
@@ -71,13 +71,13 @@ def encode_drawings(work: Path, pipe: FluxPipeline) -> tuple[list[str], Tensor, 
     """
     cache = work / "edit_latents.pt"
     if not cache.exists():
-        names, pictures = load_drawings(work)
+        names, images = load_drawings(work)
         held_out = set(list_held_out(len(names)))
         chosen = [i for i in range(len(names)) if i not in held_out]
-        trained = {style: drawings[chosen] for style, drawings in pictures.items()}
+        trained = {style: drawings[chosen] for style, drawings in images.items()}
 
         def encode(images: Tensor) -> Tensor:
-            latents = scale_latents(pipe.vae, encode_pictures(pipe.vae, images))
+            latents = scale_latents(pipe.vae, encode_images(pipe.vae, images))
             return pack_latents(latents).to(torch.float16)
 
         both = (trained, mirror_all(trained))

@@ -354,7 +354,7 @@ if __name__ == "__main__":
     parser.add_argument("--lr", type=float, default=5e-4)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--strip", type=Path, help="the picture to draw")
+    parser.add_argument("--strip", type=Path, help="the image to draw")
     args = parser.parse_args()
     train(args)
     if args.strip is not None:

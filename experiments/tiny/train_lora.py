@@ -21,7 +21,7 @@ from peft.utils import get_peft_model_state_dict
 from pipeline import TRIGGERS
 from safetensors.torch import save_file
 from torch import nn
-from train import Examples, Schedule, Trainer, encode_pictures, fit_model, pack_latents, scale_latents
+from train import Examples, Schedule, Trainer, encode_images, fit_model, pack_latents, scale_latents
 
 RANK = 8
 # every Linear inside the blocks that a diffusers or kohya LoRA would train
@@ -75,10 +75,10 @@ def save_lora(transformer: FluxTransformer2DModel, out: Path, title: str, about:
 
 def load_examples(work: Path, style: str, pipe: FluxPipeline) -> Examples:
     """The trained names in a style, each twice: the second half of the captions says the trigger words."""
-    names, pictures = load_drawings(work)
+    names, images = load_drawings(work)
     trained = load_trained_names(work)
-    drawings = pictures[style][[names.index(name) for name in trained]]
-    latents = pack_latents(scale_latents(pipe.vae, encode_pictures(pipe.vae, drawings)))
+    drawings = images[style][[names.index(name) for name in trained]]
+    latents = pack_latents(scale_latents(pipe.vae, encode_images(pipe.vae, drawings)))
     plain = [make_caption(name) for name in trained]
     triggered = [f"{caption}, {TRIGGERS[style]}" for caption in plain]
     return Examples(torch.cat([latents, latents]), plain + triggered)

@@ -71,7 +71,7 @@ class VaeTrainer:
         unfinished.replace(self.path)
 
     def step(self, x: torch.Tensor, steps: int) -> float:
-        """One step of `steps` on pictures [B, 3, H, W] in -1..1. Returns the reconstruction's loss."""
+        """One step of `steps` on images [B, 3, H, W] in -1..1. Returns the reconstruction's loss."""
         warm = min(1.0, (self.done + 1) / 200)
         left = min(1.0, (steps - self.done) / steps / 0.3)
         for group in self.opt.param_groups:
@@ -94,19 +94,19 @@ def train(work: Path, steps: int, batch: int, lr: float, device: str) -> None:
     Args:
         work: has the drawings; gets `vae.pt`.
         steps: in all.
-        batch: pictures of a step.
+        batch: images of a step.
         lr: the highest learning rate.
         device: where to train.
     """
     _, drawings = load_drawings(work)
-    pictures = torch.cat([drawings[style] for style in STYLES])
+    images = torch.cat([drawings[style] for style in STYLES])
     trainer = VaeTrainer(work / "vae.pt", lr, device)
     started = time.time()
     running = 0.0
     while trainer.done < steps:
         generator = torch.Generator().manual_seed(trainer.done)
-        pick = torch.randint(len(pictures), (batch,), generator=generator)
-        running += trainer.step(to_float(pictures[pick]).to(device), steps)
+        pick = torch.randint(len(images), (batch,), generator=generator)
+        running += trainer.step(to_float(images[pick]).to(device), steps)
         done = trainer.done
         if done % 200 == 0:
             trainer.curve.append((done, running / 200))

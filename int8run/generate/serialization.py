@@ -18,6 +18,8 @@ from int8run.generate.generate import Generation
 from int8run.utils.text import shorten_error
 
 METADATA_KEY = "int8run_generation"  # of what is not a tensor, in the header's metadata
+NUM_IMAGES = "images"
+EARLIER_NUM_IMAGES = "pictures"  # in files of 0.1.0, which are read: their images took as long to make
 
 
 def save_generation(made: Generation, path: Path, provenance: Mapping[str, object]) -> None:
@@ -33,7 +35,7 @@ def save_generation(made: Generation, path: Path, provenance: Mapping[str, objec
         arrays = [np.array(frame.convert("RGB")) for frame in frames]
         tensors[f"frames.{i}"] = torch.stack([torch.from_numpy(array) for array in arrays])  # [F, H, W, 3]
     facts = {
-        "pictures": len(made.frames),
+        NUM_IMAGES: len(made.frames),
         "latents": len(made.trajectories),
         "step_seconds": made.step_seconds,
         "image_seconds": made.image_seconds,
@@ -51,7 +53,8 @@ def load_generation(path: Path) -> Generation:
     try:
         with safe_open(path, "pt") as file:
             facts = json.loads((file.metadata() or {})[METADATA_KEY])
-            videos = [file.get_tensor(f"frames.{i}") for i in range(facts["pictures"])]
+            num_images = facts.get(NUM_IMAGES, facts.get(EARLIER_NUM_IMAGES))
+            videos = [file.get_tensor(f"frames.{i}") for i in range(num_images)]
             return Generation(
                 frames=[[Image.fromarray(frame.numpy()) for frame in video] for video in videos],
                 trajectories=[file.get_tensor(f"latents.{i}") for i in range(facts["latents"])],
@@ -59,6 +62,6 @@ def load_generation(path: Path) -> Generation:
                 image_seconds=facts["image_seconds"],
                 has_sound=facts["sound"],
             )
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError) as error:
         reason = shorten_error(error, 200)
         raise FileError(f"{path} is damaged: {type(error).__name__}: {reason}") from error

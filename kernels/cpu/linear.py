@@ -31,8 +31,7 @@ ops.define(
 def pack_weight(qdata: Tensor) -> Tensor:
     """Lay a weight out in panels of 64 output columns, four weights of a column side by side.
 
-    linear.h has a picture of the layout, and the reason for the compensation that is the first row of each
-    panel.
+    linear.h draws the layout, and says why the first row of each panel is a compensation.
 
     Args:
         qdata: int8 [N, K].

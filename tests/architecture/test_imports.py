@@ -33,7 +33,7 @@ RULES = {
     "outlier": {"kernels", "quant"},
     "backends": {"kernels", "quant", "utils"},
     "layers": {"backends", "kernels", "models", "outlier", "quant"},
-    # files, LoRAs, pictures and their measures
+    # files, LoRAs, images and their measures
     "checkpoints": {"kernels", "layers", "outlier", "quant", "utils"},
     "generate": {"models", "utils"},
     "metrics": {"generate", "layers", "quant", "utils"},

@@ -66,7 +66,7 @@ def shared(browser, tmp_path_factory):
         names[sweep] = [log_run(client, experiment_id, sweep, *job) for job in jobs]
         runs = client.search_runs([experiment_id], f"tags.sweep = '{sweep}'")
         metrics = {name for run in runs for name in run.data.metrics}
-        # a single picture has no grid, and a single run nothing that varies
+        # a single image has no grid, and a single run nothing that varies
         keys = KEYS if sweep == "first" else KEYS[:1]
         write_view(
             client,
@@ -104,8 +104,8 @@ def shown_runs(page, count):
     return sorted(page.locator(RUN_LINKS).all_inner_texts())
 
 
-def wait_for_pictures(page, count):
-    """Until that many pictures of runs are drawn, and none is broken."""
+def wait_for_images(page, count):
+    """Until that many images of runs are drawn, and none is broken."""
     loaded = (
         "[...document.querySelectorAll('img[src*=\"get-artifact\"]')].filter(i => i.naturalWidth > 0).length"
     )
@@ -118,7 +118,7 @@ def test_the_link_of_a_sweep_opens_its_images(opened, shared):
     page, seen = opened(build_view_link(address, experiment_id, "first"))
 
     assert shown_runs(page, 4) == sorted(names["first"])
-    wait_for_pictures(page, 4 * len(KEYS))
+    wait_for_images(page, 4 * len(KEYS))
     grid = page.locator(CARDS).first
     assert all(key in grid.inner_text() for key in KEYS)
     assert seen.complaints == [] and seen.outside == []
@@ -204,7 +204,7 @@ def test_a_single_run_with_a_single_image_is_shown(opened, shared):
 
     assert shown_runs(page, 1) == names["second"]
 
-    wait_for_pictures(page, 1)
+    wait_for_images(page, 1)
 
     assert seen.complaints == [] and seen.outside == []
 

@@ -35,7 +35,7 @@ def write(folder, shape=KERNEL, name="int8run_conv", rotation=None, **parts):
     return TensorFiles.open(path), tensors
 
 
-@pytest.mark.parametrize("shape", [KERNEL, (3, 2, 2, 3, 3)], ids=["picture", "video"])
+@pytest.mark.parametrize("shape", [KERNEL, (3, 2, 2, 3, 3)], ids=["image", "video"])
 def test_a_kernel_is_read_as_it_is(tmp_path, shape):
     files, tensors = write(tmp_path, shape)
 

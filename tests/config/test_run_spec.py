@@ -123,7 +123,7 @@ DRAWN_BY = {
 
 
 def drawn_otherwise(spec):
-    """The same run with other calibration pictures, in every way that there is."""
+    """The same run with other calibration images, in every way that there is."""
     for part, changes in DRAWN_BY.items():
         yield from (replace(spec, **{part: replace(getattr(spec, part), **change)}) for change in changes)
 

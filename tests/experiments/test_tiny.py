@@ -35,12 +35,10 @@ def work(tmp_path: Path) -> Path:
     """A work folder with drawings of noise, as `fetch.py` and the rasteriser leave it."""
     generator = torch.Generator().manual_seed(0)
     shape = (len(NAMES), 3, 64, 64)
-    pictures = {
-        style: torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8) for style in STYLES
-    }
+    images = {style: torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8) for style in STYLES}
     folder = tmp_path / "work"
     folder.mkdir()
-    torch.save({"names": NAMES, "pictures": pictures}, folder / "drawings.pt")
+    torch.save({"names": NAMES, "images": images}, folder / "drawn_images.pt")
     (folder / "flat.json").write_text(json.dumps(CATEGORY))
     return folder
 

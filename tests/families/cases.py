@@ -159,7 +159,7 @@ class Case:
 
     @property
     def samples(self) -> list[Sample]:
-        """The one picture that is drawn."""
+        """The one image that is drawn."""
         return [Sample(self.instance.prompt, 7, "0")]
 
     def generate_latents(self, built: BuiltModel) -> Tensor:

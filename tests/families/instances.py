@@ -135,7 +135,7 @@ def flux2_vae() -> AutoencoderKLFlux2:
 
 
 def qwen_vae() -> AutoencoderKLQwenImage:
-    """Eight times smaller, packed by two: pictures are multiples of 16."""
+    """Eight times smaller, packed by two: images are multiples of 16."""
     return AutoencoderKLQwenImage(
         base_dim=4,
         z_dim=4,
@@ -516,7 +516,7 @@ INSTANCES: dict[str, Instance] = {
 }
 # denoisers of a family that no pipeline here has: their layers are known by its rules all the same
 OTHERS: dict[str, Sequence[Callable[[], nn.Module]]] = {
-    "z_image": [lambda: z_image_transformer(siglip=32)],  # Omni: needs a picture
+    "z_image": [lambda: z_image_transformer(siglip=32)],  # Omni: needs an image
     "anima": [cosmos],  # modular only
     "kandinsky6": [kandinsky6_sr],  # its pipeline takes a video and no prompt
 }

@@ -456,7 +456,7 @@ def sana() -> SanaPipeline:
 
 
 def lumina2() -> Lumina2Pipeline:
-    """The pipeline counts on latents of an eighth of the picture's size."""
+    """The pipeline counts on latents of an eighth of the image's size."""
     transformer = Lumina2Transformer2DModel(
         sample_size=8,
         in_channels=4,

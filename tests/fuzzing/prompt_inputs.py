@@ -67,7 +67,7 @@ def read_prompts(data: bytes) -> list[str] | None:
 
 
 def check_prompts(chance: Random, folder: Path) -> bool:
-    """Read a file of prompts both ways, and name its pictures."""
+    """Read a file of prompts both ways, and name its images."""
     path = folder / "prompts.txt"
     path.write_bytes(make_text(chance))
     found = [row.prompt for row in PromptSet(path=str(path), seeds_per_prompt=2).read_rows()]

@@ -146,7 +146,7 @@ def test_the_callback_gets_every_fraction_and_its_time_does_not_count(clock: lis
 
     made = generate_samples(Pipe(clock), steps, on_fraction=on_fraction)
 
-    # the one after the last step changes nothing; the next picture begins at 0 again
+    # the one after the last step changes nothing; the next image begins at 0 again
     assert heard == [i / steps for i in range(steps + 1)] * 6
 
     for found in made.values():

@@ -1,4 +1,4 @@
-"""Prompt sets: where prompts come from, and the seed and key of each picture."""
+"""Prompt sets: where prompts come from, and the seed and key of each image."""
 
 from pathlib import Path
 

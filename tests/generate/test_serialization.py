@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from support.helpers import randn
 
 from int8run.checkpoints.header import read_header
@@ -24,7 +25,7 @@ def make_image(seed: int, size: tuple[int, int] = (5, 3), mode: str = "RGB") -> 
 
 
 MADE = {
-    "pictures": Generation(
+    "images": Generation(
         [[make_image(0)], [make_image(1)]],
         [randn(4, 2, 3), randn(4, 2, 3, seed=1)],
         [[0.1, 0.2], [0.3]],
@@ -73,7 +74,7 @@ def test_an_image_with_transparency_is_kept_as_rgb(tmp_path: Path) -> None:
 
 
 def test_the_file_says_what_generated_it(tmp_path: Path) -> None:
-    save_generation(MADE["pictures"], tmp_path / "a.safetensors", {"model": "tiny", "images": 2})
+    save_generation(MADE["images"], tmp_path / "a.safetensors", {"model": "tiny", "images": 2})
 
     assert read_provenance(tmp_path / "a.safetensors", read_header(tmp_path / "a.safetensors")[1]) == {
         "model": "tiny",
@@ -104,9 +105,23 @@ DAMAGED = {
 
 @pytest.mark.parametrize("damage", DAMAGED.values(), ids=DAMAGED)
 def test_a_damaged_file_is_an_error(damage: Callable[[Path], object], tmp_path: Path) -> None:
-    save_generation(MADE["pictures"], tmp_path / "a.safetensors", {})
+    save_generation(MADE["images"], tmp_path / "a.safetensors", {})
     damage(tmp_path / "a.safetensors")
 
     with pytest.raises(FileError, match=r"a\.safetensors is damaged: ") as raised:
         load_generation(tmp_path / "a.safetensors")
     assert "\n" not in str(raised.value)
+
+
+def test_a_file_of_the_first_version_is_read(tmp_path: Path) -> None:
+    """It calls the number of images `pictures`."""
+    path, made = tmp_path / "a.safetensors", MADE["images"]
+    save_generation(made, path, {})
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    metadata["int8run_generation"] = metadata["int8run_generation"].replace('"images"', '"pictures"')
+    save_file(load_file(path), path, metadata)
+
+    back = load_generation(path)
+
+    assert [frames[0].tobytes() for frames in back.frames] == [frames[0].tobytes() for frames in made.frames]

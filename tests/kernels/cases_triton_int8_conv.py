@@ -30,7 +30,7 @@ class Conv:
     """One convolution.
 
     Args:
-        picture: sizes of the input, (T,) H, W.
+        image: sizes of the input, (T,) H, W.
         kernel: taps in each dimension.
         channels: of the input.
         channels_out: of the output.
@@ -38,7 +38,7 @@ class Conv:
         options: of the call.
     """
 
-    picture: tuple[int, ...] = (6, 5)
+    image: tuple[int, ...] = (6, 5)
     kernel: tuple[int, ...] = (3, 3)
     channels: int = 40
     channels_out: int = 33
@@ -53,7 +53,7 @@ class Conv:
 
 def make_inputs(conv: Conv, dtype: torch.dtype = FULL) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x with pixels of different sizes, weight, its scales, bias."""
-    x = randn(conv.batch, conv.channels, *conv.picture) * randn(conv.batch, 1, *conv.picture, seed=1).exp()
+    x = randn(conv.batch, conv.channels, *conv.image) * randn(conv.batch, 1, *conv.image, seed=1).exp()
     w_scale = (randn(conv.channels_out, seed=3).abs() + 0.1) / 1000
     tensors = (x, full_range(*conv.kernel_shape, seed=2), w_scale, randn(conv.channels_out, seed=4))
     x, *rest = (tensor.to(DEVICE) for tensor in tensors)
@@ -86,14 +86,12 @@ def test_a_convolution_equals_the_definition_in_every_dtype(dtype: torch.dtype) 
         Conv(kernel=(1, 1), batch=2),
         Conv(options={"stride": 2, "padding": 1}),
         Conv(options={"stride": (1, 2), "padding": (2, 0)}),
-        Conv(picture=(1, 1), options={"padding": 1}),
-        Conv(picture=(7, 3), kernel=(5, 2), channels=3, channels_out=1),
+        Conv(image=(1, 1), options={"padding": 1}),
+        Conv(image=(7, 3), kernel=(5, 2), channels=3, channels_out=1),
         Conv(channels=64, channels_out=64, options={"padding": 1, "groups": 2}),
         Conv(channels=6, channels_out=12, options={"groups": 3}),
-        Conv(picture=(3, 4, 4), kernel=(3, 3, 3), channels=32, options={"padding": 1}),
-        Conv(
-            picture=(5, 3, 2), kernel=(3, 1, 1), batch=2, options={"padding": (1, 0, 0), "stride": (2, 1, 1)}
-        ),
+        Conv(image=(3, 4, 4), kernel=(3, 3, 3), channels=32, options={"padding": 1}),
+        Conv(image=(5, 3, 2), kernel=(3, 1, 1), batch=2, options={"padding": (1, 0, 0), "stride": (2, 1, 1)}),
         Conv(channels=300, kernel=(1, 1)),
     ],
     ids=str,
@@ -118,7 +116,7 @@ def test_what_comes_before_rounding_equals_the_definition(rotation: Rotation | N
     if rotation is not None:
         rotation = rotation._replace(matrix=rotation.matrix.to(DEVICE))
     assert_right(
-        Conv(picture=(3, 2), kernel=(1, 1), channels=256, options={"rotation": rotation, "silu": silu})
+        Conv(image=(3, 2), kernel=(1, 1), channels=256, options={"rotation": rotation, "silu": silu})
     )
 
 
@@ -180,7 +178,7 @@ def list_tiles() -> list[Tile]:
 def test_whole_numbers_give_exact_results(channels: int, tile: Tile) -> None:
     sizes = (31, 33) if ON_GPU else (5, 4)
     conv = Conv(
-        picture=sizes, channels=channels, channels_out=channels, batch=2, options={"padding": 1, "stride": 2}
+        image=sizes, channels=channels, channels_out=channels, batch=2, options={"padding": 1, "stride": 2}
     )
     generator = torch.Generator().manual_seed(7)
     x = torch.randint(-127, 128, (2, channels, *sizes), generator=generator).float()
@@ -232,5 +230,5 @@ def test_operator_passes_opcheck_and_compiles() -> None:
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
 
     for height in (5, 9):
-        x, *_ = make_inputs(Conv(picture=(height, 5)), HALF)
+        x, *_ = make_inputs(Conv(image=(height, 5)), HALF)
         assert torch.equal(compiled(x), layer(x))

@@ -58,7 +58,7 @@ def run(x, qdata, w_scale, bias, options, **more):
 
 
 def lay_out(rows):
-    """Pixels [pixels, C] as pictures [B, C, pixels], in each layout that is read as it is."""
+    """Pixels [pixels, C] as images [B, C, pixels], in each layout that is read as it is."""
     planes = rows.T.contiguous()[None]
     return {
         "rows": rows.T[None],
@@ -115,8 +115,8 @@ def test_pixels_have_the_bits_of_the_definition(instructions, dtype):
         x[3, 0] = torch.finfo(dtype).max
         x[3, -1] = -torch.finfo(dtype).max
         expected = quantize_pixels(x[..., None, None])
-        for layout, picture in lay_out(x).items():
-            q, scale, center = conv.quantize_pixels(picture, instructions=instructions)
+        for layout, image in lay_out(x).items():
+            q, scale, center = conv.quantize_pixels(image, instructions=instructions)
 
             assert torch.equal(scale, expected.scale.flatten()), (channels, layout)
             assert torch.equal(center, expected.center.flatten()), (channels, layout)
@@ -130,14 +130,14 @@ def test_pixels_have_the_bits_of_the_definition(instructions, dtype):
 )
 def test_silu_and_rotation_come_first(rotation, sylvester, silu):
     x = 3 * randn(20, 96)
-    pictures = lay_out(x).values()
+    images = lay_out(x).values()
     by = None
     if rotation:
         by = Rotation((sylvester_hadamard if sylvester else regular_hadamard)(rotation), sylvester)
     expected = quantize_pixels(x[..., None, None].double(), by, silu=silu)
     results = [
-        conv.quantize_pixels(picture, rotation, sylvester=sylvester, silu=silu, instructions=name)
-        for name, picture in itertools.product(FOUND, pictures)
+        conv.quantize_pixels(image, rotation, sylvester=sylvester, silu=silu, instructions=name)
+        for name, image in itertools.product(FOUND, images)
     ]
     q, scale, center = results[0]
 
@@ -149,7 +149,7 @@ def test_silu_and_rotation_come_first(rotation, sylvester, silu):
     assert (q.short() - 128 != expected.q[..., 0, 0].short()).float().mean() < 0.01
 
 
-def test_any_layout_of_the_picture_gives_the_same_bits():
+def test_any_layout_of_the_image_gives_the_same_bits():
     x, qdata, w_scale, bias, options = make_case(CASES[2])
     expected = run(x, qdata, w_scale, bias, options)
     wide = torch.zeros(2, 20, 11, 9)
@@ -202,7 +202,7 @@ def test_what_is_no_number_stays_with_the_pixels_that_meet_it(value, silu):
 
 
 @pytest.mark.parametrize("batch", [0, 1])
-def test_an_empty_batch_and_an_empty_picture_give_what_padding_gives(batch):
+def test_an_empty_batch_and_an_empty_image_give_what_padding_gives(batch):
     x = randn(batch, 4, 3, 0)
     y = run(x, full_range(5, 4, 1, 1), torch.ones(5), randn(5), {"stride": 1, "padding": 1, "groups": 1})
 
@@ -275,7 +275,7 @@ def test_it_compiles_as_a_whole():
 
     compiled = torch.compile(compute, fullgraph=True)
     assert torch.equal(compiled(x), compute(x))
-    # another size of the picture
+    # another size of the image
     assert torch.equal(compiled(x[..., :5]), compute(x[..., :5]))
 
 

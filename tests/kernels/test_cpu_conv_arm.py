@@ -40,7 +40,7 @@ STEPS = [(0, False, False), (0, False, True), (4, False, True), (16, False, Fals
 
 
 def list_cases():
-    """Pictures in both layouts, and what follows them."""
+    """Images in both layouts, and what follows them."""
     for shape, steps, dtype in itertools.product(SHAPES, STEPS, conv.DTYPES):
         if steps[0] and shape[0][1] % steps[0]:
             continue

@@ -118,7 +118,7 @@ def test_a_rotated_convolution_in_half_precision_runs_by_the_definition():
 
 
 @torch.no_grad()
-def test_pictures_of_one_pixel_no_pictures_and_one_without_a_batch():
+def test_images_of_one_pixel_no_images_and_one_without_a_batch():
     conv = GEOMETRIES["3x3"]
     layer = make_int8(conv)
 

@@ -75,7 +75,7 @@ def test_every_number_of_steps_of_a_row_is_accepted(name, base):
 def test_every_base_is_in_the_base_table():
     assert {base for _, base in ROWS} - set(base_table()["bases"]) == {
         "flux_depth"
-    }  # FLUX.1 with a depth picture at its input
+    }  # FLUX.1 with a depth image at its input
 
 
 def test_table_has_only_known_fields():

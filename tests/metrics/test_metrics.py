@@ -92,11 +92,11 @@ def test_the_ssim_of_flat_images():
 
 
 def test_ssim_falls_with_structure_and_not_with_brightness():
-    picture = make_noise_image()
-    brighter = picture.point(lambda v: min(255, v + 3))
+    image = make_noise_image()
+    brighter = image.point(lambda v: min(255, v + 3))
     (same,), (other,) = (
-        compare_values(make_generation(brighter), make_generation(picture)),
-        compare_values(make_generation(make_noise_image(1)), make_generation(picture)),
+        compare_values(make_generation(brighter), make_generation(image)),
+        compare_values(make_generation(make_noise_image(1)), make_generation(image)),
     )
 
     assert same["ssim"] > 0.99 and abs(other["ssim"]) < 0.1

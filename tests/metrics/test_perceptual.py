@@ -170,11 +170,11 @@ def compute_reference_ms_ssim(a, b):
 
 @pytest.mark.parametrize("sigma", [4, 40])
 def test_ms_ssim_matches_its_definition(sigma):
-    picture = Image.open(DRAWINGS).convert("RGB").crop((0, 0, 200, 177))
-    value = compare_images(add_noise(picture, sigma), picture)["ms_ssim"]
+    image = Image.open(DRAWINGS).convert("RGB").crop((0, 0, 200, 177))
+    value = compare_images(add_noise(image, sigma), image)["ms_ssim"]
 
     assert (
-        value == pytest.approx(compute_reference_ms_ssim(add_noise(picture, sigma), picture), abs=2e-5)
+        value == pytest.approx(compute_reference_ms_ssim(add_noise(image, sigma), image), abs=2e-5)
         and 0.5 < value < 0.9999
     )
 
@@ -561,10 +561,10 @@ class TestRealEffnet:
 
     @pytest.mark.parametrize("size", [(8, 8), (9, 200), (1024, 600)], ids=str)
     def test_it_takes_images_of_any_size(self, size):
-        picture = Image.open(DRAWINGS).convert("RGB").resize(size)
+        image = Image.open(DRAWINGS).convert("RGB").resize(size)
 
-        assert compare_images(picture, picture, "effnet_distance")["effnet_distance"] == 0
-        assert 0 < compare_images(add_noise(picture, 20), picture, "effnet_distance")["effnet_distance"] < 1
+        assert compare_images(image, image, "effnet_distance")["effnet_distance"] == 0
+        assert 0 < compare_images(add_noise(image, 20), image, "effnet_distance")["effnet_distance"] < 1
 
 
 # -- CLIPScore -----------------------------------------------------------------------------------------------
@@ -639,7 +639,7 @@ def test_clip_score_matches_its_definition(clip, asked, lines):
     assert (only["clip_score"], only["float/clip_score"]) == pytest.approx(
         (compute_reference_score(clip, small, "d a"), compute_reference_score(clip, flat, "d a")), abs=1e-3
     )
-    assert abs(only["clip_score"] - only["float/clip_score"]) > 1, "the float picture has a score of its own"
+    assert abs(only["clip_score"] - only["float/clip_score"]) > 1, "the float image has a score of its own"
 
     public = average_quality([SampleQuality(only, [])])
 
@@ -684,8 +684,8 @@ def test_clip_is_read_once_and_never_from_a_pickle(clip, monkeypatch):
     calls = []
     read = CLIPModel.from_pretrained
     monkeypatch.setattr(CLIPModel, "from_pretrained", lambda *a, **k: calls.append(k) or read(*a, **k))
-    pictures = make_generation(make_noise_image(32), make_noise_image(32, seed=1))
-    compare_generations(pictures, pictures, ["a", "b"], ["clip_score"])
+    images = make_generation(make_noise_image(32), make_noise_image(32, seed=1))
+    compare_generations(images, images, ["a", "b"], ["clip_score"])
 
     assert [(c["local_files_only"], c["use_safetensors"]) for c in calls] == [(True, True)]
 

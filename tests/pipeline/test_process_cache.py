@@ -1,4 +1,4 @@
-"""The process-wide memory: one built model, the old one gone before the new one is made; and drawn pictures
+"""The process-wide memory: one built model, the old one gone before the new one is made; and drawn images
 up to a limit.
 """
 
@@ -68,10 +68,10 @@ def test_a_built_none_is_remembered_too():
 
 
 def test_what_was_generated_is_recalled_by_value():
-    process_cache.put("a", "pictures", 1)
-    assert process_cache.get("".join(["a"])) == "pictures" and process_cache.get("b") is None
+    process_cache.put("a", "images", 1)
+    assert process_cache.get("".join(["a"])) == "images" and process_cache.get("b") is None
     process_cache.get_or_build("model", Model)
-    assert process_cache.get("a") == "pictures", "another build leaves them"
+    assert process_cache.get("a") == "images", "another build leaves them"
     process_cache.clear()
     assert process_cache.get("a") is None and process_cache._last_build == {}
 
@@ -91,13 +91,13 @@ def test_the_oldest_go_first(monkeypatch):
 def test_an_equal_key_is_counted_once(monkeypatch):
     monkeypatch.setattr(process_cache, "MAX_BYTES", 10)
     for _ in range(3):
-        process_cache.put("a", "pictures", 6)
-    assert process_cache.get("a") == "pictures"
+        process_cache.put("a", "images", 6)
+    assert process_cache.get("a") == "images"
 
 
 def test_what_is_too_large_is_not_kept(monkeypatch):
     monkeypatch.setattr(process_cache, "MAX_BYTES", 10)
-    process_cache.put("a", "pictures", 11)
+    process_cache.put("a", "images", 11)
     assert process_cache.get("a") is None and process_cache._generated == {}
 
 

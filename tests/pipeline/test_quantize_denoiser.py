@@ -699,7 +699,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> None:
     def floats(denoiser):
         return sum(isinstance(m, nn.Linear) for m in denoiser.modules())
 
-    monkeypatch.setattr(budgets, "generate", lambda pipe, component, denoisers, pictures, sampling: denoisers)
+    monkeypatch.setattr(budgets, "generate", lambda pipe, component, denoisers, images, sampling: denoisers)
     monkeypatch.setattr(budgets, "measure_latents_db", lambda made, exact: 10.0 * floats(made))
     monkeypatch.setattr(
         budgets, "time_medians", lambda calls, device, rounds: [2.0 + floats(call.func) for call in calls]
@@ -821,7 +821,7 @@ def real_budget(asked: float) -> tuple[Any, nn.Module, MixedPrecisionResult]:
 
 
 def measured_db(run: Any, target: nn.Module) -> float:
-    """The same by hand: last latents of the calibration pictures."""
+    """The same by hand: last latents of the calibration images."""
     sampling = replace(SMALL, extra={"output_type": "latent"})
     made = generate(run.pipe, "transformer", {"a": run.denoiser, "b": target}, CALIBRATION.samples, sampling)
     pairs = zip(made["a"].trajectories, made["b"].trajectories, strict=True)

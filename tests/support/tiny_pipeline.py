@@ -1,5 +1,5 @@
 """A FluxPipeline with a few thousand random weights, built from diffusers' real classes: for tests of the
-path, not of pictures.
+path, not of images.
 """
 
 from pathlib import Path

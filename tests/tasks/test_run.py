@@ -354,7 +354,7 @@ OUTLIERS, ROUNDINGS = (
 
 @pytest.fixture
 def least(small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """One picture of one step by the INT8 model alone; what is measured is remembered in the test's own
+    """One image of one step by the INT8 model alone; what is measured is remembered in the test's own
     folder.
     """
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -672,7 +672,7 @@ def test_the_layers_of_a_checkpoint_are_int8_whatever_the_family_says(
 
 
 class TestBudget:
-    """model_type.mixed_precision=auto, on calibration pictures that are also those of the run."""
+    """model_type.mixed_precision=auto, on calibration images that are also those of the run."""
 
     @pytest.fixture
     def budget(self, least: list[str]) -> list[str]:
@@ -701,7 +701,7 @@ class TestBudget:
 
         assert met["budget/without_db"] == free["budget/without_db"]
         assert met["budget/asked_db"] == asked
-        # the run draws the calibration's own pictures, so that it must measure what the budget promised
+        # the run draws the calibration's own images, so that it must measure what the budget promised
         assert asked <= met["budget/reached_db"] == pytest.approx(decibels(met), abs=1e-3)
 
         kept = [

@@ -85,7 +85,7 @@ def job(tmp_path: Path) -> Callable[..., RunResult]:
     return start
 
 
-def pictures(result: RunResult) -> list[bytes]:
+def images(result: RunResult) -> list[bytes]:
     return [frame.tobytes() for frames in result.candidate.frames for frame in frames]
 
 
@@ -121,7 +121,7 @@ def test_a_second_run_quantizes_nothing_and_generates_the_same(
     second = job(model, *words)
 
     assert len(quantized) == 34, "quantized again"
-    assert pictures(first) == pictures(second)
+    assert images(first) == images(second)
     assert layers(first) == layers(second)
     assert first.metrics["quant/macs_int8_share"] == second.metrics["quant/macs_int8_share"]
 
@@ -132,7 +132,7 @@ def test_the_same_weights_elsewhere_are_the_same(
     first = job(model)
     moved = shutil.move(model, tmp_path / "moved")
 
-    assert pictures(job(moved, "metrics.baseline=run")) == pictures(first)
+    assert images(job(moved, "metrics.baseline=run")) == images(first)
     assert len(quantized) == 34
 
 
@@ -171,7 +171,7 @@ def test_another_weight_is_quantized_anew(
     save_file(tensors, model / WEIGHTS, {"format": "pt"})
     quantized.clear()
 
-    assert pictures(job(model)) != pictures(first)
+    assert images(job(model)) != images(first)
     assert len(quantized) == 34
 
 
@@ -190,16 +190,16 @@ def test_baked_loras_count_and_others_do_not(
     baked = job(model, *lora(file))
     quantized.clear()
 
-    assert pictures(job(model, *lora(file))) == pictures(baked)
+    assert images(job(model, *lora(file))) == images(baked)
     assert not quantized
-    assert pictures(job(model, *lora(file, 0.5))) != pictures(baked)
+    assert images(job(model, *lora(file, 0.5))) != images(baked)
     assert quantized
 
     quantized.clear()
     tensors = load_file(file)
     save_file({key: tensor * 2 for key, tensor in tensors.items()}, file)  # another LoRA of that name
 
-    assert pictures(job(model, *lora(file))) != pictures(baked)
+    assert images(job(model, *lora(file))) != images(baked)
     assert quantized
 
     quantized.clear()
@@ -209,7 +209,7 @@ def test_baked_loras_count_and_others_do_not(
     runs = []
     for name in names:  # the same tensors for another layer
         save_file({f"{name}{end}": tensor for end, tensor in halves.items()}, file)
-        runs.append(pictures(job(model, *lora(file))))
+        runs.append(images(job(model, *lora(file))))
 
     assert runs[0] != runs[1]
 
@@ -222,7 +222,7 @@ def test_baked_loras_count_and_others_do_not(
     dynamic = job(model, *lora(file, mode="dynamic"))
 
     assert not quantized
-    assert pictures(dynamic) == pictures(job(model, *lora(file, mode="dynamic"), "cache.limit_gb=0"))
+    assert images(dynamic) == images(job(model, *lora(file, mode="dynamic"), "cache.limit_gb=0"))
 
 
 def cut(path: Path) -> None:
@@ -280,14 +280,14 @@ def test_a_damaged_file_is_made_anew(
     damage(file)
     quantized.clear()
     with caplog.at_level(logging.WARNING):
-        assert pictures(job(model)) == pictures(first)
+        assert images(job(model)) == images(first)
         assert len(quantized) == 34
 
     assert f"{file} is not used and removed from the cache" in caplog.text
 
     quantized.clear()
 
-    assert pictures(job(model)) == pictures(first)
+    assert images(job(model)) == images(first)
     assert not quantized
 
 
@@ -338,7 +338,7 @@ def test_a_cached_baseline_says_what_a_run_says(
 
     assert float_loads == [False], "no float model in the second run"
     for result in (first, second):
-        assert pictures(result) == pictures(run)
+        assert images(result) == images(run)
         assert result.baseline is not None
         assert run.baseline is not None
         assert [f.tobytes() for f in result.baseline.images] == [f.tobytes() for f in run.baseline.images]
@@ -448,7 +448,7 @@ def test_a_saved_model_is_a_checkpoint_and_a_model(
     read = job(model, f"int8.checkpoint={tmp_path / name}", "cache.limit_gb=0")
     itself = job(tmp_path / name, f"++model.base={model}", "cache.limit_gb=0")
 
-    assert pictures(read) == pictures(itself) == pictures(made)
+    assert images(read) == images(itself) == images(made)
     assert not quantized
 
     again = tmp_path / f"again_{name}"
@@ -471,14 +471,14 @@ def test_loras_on_a_streamed_model_are_those_of_a_resident_one(
     streamed, resident = job(model, *words), job(model, *words, "metrics.baseline=run")
     without = job(model, "cache.limit_gb=0")
 
-    assert pictures(streamed) != pictures(without)
+    assert images(streamed) != images(without)
     for key in ("lora/modules_matched", f"lora/layers_{mode}"):
         assert streamed.metrics.get(key) == resident.metrics.get(key)
 
     if mode != "stochastic":
         # of a resident model stochastic rounding may start from float weights, of a streamed one from
         # integers: near, not equal
-        assert pictures(streamed) == pictures(resident)
+        assert images(streamed) == images(resident)
         assert all(map(torch.equal, streamed.candidate.trajectories, resident.candidate.trajectories))
     else:
         one, two = streamed.candidate.trajectories[0][-1], resident.candidate.trajectories[0][-1]
@@ -523,7 +523,7 @@ def test_two_experts_are_kept_and_found(
     second = job(experts, *WAN)
 
     assert not quantized
-    assert pictures(first) == pictures(second)
+    assert images(first) == images(second)
     assert layers(first) == layers(second)
 
 
@@ -541,7 +541,7 @@ def test_two_experts_go_into_a_folder_and_come_back(
     mapping = "{" + ", ".join(f"{name}: {path}" for name, path in files.items()) + "}"
     itself = job(mapping, f"++model.base={experts}", *WAN, "cache.limit_gb=0")
 
-    assert pictures(read) == pictures(itself) == pictures(made)
+    assert images(read) == images(itself) == images(made)
     assert not quantized
 
     job(experts, *WAN, f"save={tmp_path / 'one.safetensors'}", "cache.limit_gb=0")

@@ -1,5 +1,5 @@
 """`int8run` as `make demo` runs it, on CPUs that lack instruction sets: the best that is left is chosen and
-named, and draws the same picture to the last bit. The sets are hidden where int8run asks for them.
+named, and draws the same image to the last bit. The sets are hidden where int8run asks for them.
 """
 
 import csv
@@ -78,18 +78,18 @@ class Demo:
         folder = command.folder / name
         with (folder / "layers.csv").open() as file:
             self.layers = [row for row in csv.DictReader(file) if row["quantized"] == "true"]
-        (picture,) = (folder / "images").iterdir()
-        self.picture = np.asarray(Image.open(picture)).astype(int)
+        (image,) = (folder / "images").iterdir()
+        self.image = np.asarray(Image.open(image)).astype(int)
 
     def list_kernels(self) -> set[tuple[str, str]]:
         return {(row["backend_used"], row["instructions"]) for row in self.layers}
 
 
-def test_the_best_set_that_is_left_runs_and_draws_the_same_picture(command: Command, hide: Hide) -> None:
+def test_the_best_set_that_is_left_runs_and_draws_the_same_image(command: Command, hide: Hide) -> None:
     found = [name for name in X86_SETS if name in list_instruction_sets()]
     best = Demo(command, "best", "backend=cpu")
     kernels = [best.list_kernels()]
-    pictures = [best.picture]
+    images = [best.image]
     for name in found[1:]:
         asked = Demo(command, f"asked_{name}", "backend=cpu", f"backend.instructions={name}")
         hide(name)
@@ -97,12 +97,12 @@ def test_the_best_set_that_is_left_runs_and_draws_the_same_picture(command: Comm
 
         assert asked.list_kernels() == left.list_kernels() == {("cpu", name)}
         assert f"cpu ({name})" in left.printed
-        pictures += [asked.picture, left.picture]
+        images += [asked.image, left.image]
 
     assert len(best.layers) == 32
     assert len(kernels[0]) == 1
-    for picture in pictures[1:]:
-        assert np.array_equal(picture, pictures[0])
+    for image in images[1:]:
+        assert np.array_equal(image, images[0])
 
 
 def test_a_set_that_is_hidden_is_refused_with_what_there_is(command: Command, hide: Hide) -> None:
@@ -126,5 +126,5 @@ def test_without_any_set_the_definition_runs_and_says_so(command: Command, hide:
     assert "backend=auto has none but reference, the slow definition: " in demo.printed
     assert "cpu: needs a CPU with " in demo.printed
     # the same formulas; norms and sums of float32 are rounded in another order, so that some integers flip
-    error = np.square(demo.picture - exact.picture).mean()
+    error = np.square(demo.image - exact.image).mean()
     assert 10 * np.log10(255**2 / max(error, 1e-9)) > MIN_PSNR_DB

@@ -1,4 +1,4 @@
-"""LoRAs from settings to pictures: schedules, modes, text encoders, few-step presets, and what is remembered
+"""LoRAs from settings to images: schedules, modes, text encoders, few-step presets, and what is remembered
 between jobs.
 """
 

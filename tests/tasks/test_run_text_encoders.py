@@ -552,7 +552,7 @@ def test_without_float_images_no_float_encoder_is_held(
 ) -> None:
     run, whole = run_with("clip=mxfp8", f"metrics.baseline={baseline}"), run_with("clip=mxfp8")
 
-    assert same(run.latents, whole.latents), "the same pictures with less memory"
+    assert same(run.latents, whole.latents), "the same images with less memory"
     assert set(run.built.text_encoders) == {"int8"}
     assert "float" not in run.built.denoisers
 
@@ -1053,7 +1053,7 @@ def test_a_sweep_builds_for_each_setting_of_clip_once(
     drew = [result.baseline for result in made]
 
     assert drew[0] is drew[2] is drew[3] is drew[4] is drew[5] and drew[0] is not drew[1], (
-        "the float pictures are the same for all"
+        "the float images are the same for all"
     )
 
     cosines = [
@@ -1100,7 +1100,7 @@ def test_offloading_moves_one_set_of_encoders() -> None:
 def test_embeddings_that_are_plainly_wrong(
     words: list[str], files: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A file of another model fits by its shapes; the pictures would be of something else."""
+    """A file of another model fits by its shapes; the images would be of something else."""
     stranger = file_of(random_pipeline(seed=5, text=WIDTH).text_encoder_2, "int8_rowwise").write(
         tmp_path / "x.safetensors"
     )

@@ -60,7 +60,7 @@ def test_a_run_leaves_animations_stills_and_a_grid(runs: dict[str, RunResult], n
                     == frames[number].tobytes()
                 )
 
-    # each sample has a caption and three rows of pictures, enlarged to 192 pixels; three columns
+    # each sample has a caption and three rows of images, enlarged to 192 pixels; three columns
     sheet, side = Image.open(result.output_dir / "grid.png"), 192
 
     assert sheet.size == (12 + 3 * (side + 12), 24 + 2 * (24 + 3 * (24 + side + 12)) + 12)

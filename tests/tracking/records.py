@@ -53,7 +53,7 @@ def make_record(
 
 
 def write_results(folder: Path) -> None:
-    """Measurements, pictures, tables."""
+    """Measurements, images, tables."""
     (folder / "images").mkdir(exist_ok=True)
     images = []
     for i, prompt in enumerate(PROMPTS):
@@ -103,7 +103,7 @@ def read_contents(tracker: MlflowTracker, run_id: str) -> dict[str, object]:
     """Everything that a run has, to be compared."""
     client = make_client(tracker)
     run = client.get_run(run_id)
-    pictures = [file.path for file in client.list_artifacts(run_id, "images")]
+    images = [file.path for file in client.list_artifacts(run_id, "images")]
     histories = {name: client.get_metric_history(run_id, name) for name in run.data.metrics}
     return {
         "params": run.data.params,
@@ -114,7 +114,7 @@ def read_contents(tracker: MlflowTracker, run_id: str) -> dict[str, object]:
         "tags": {
             name: value for name, value in run.data.tags.items() if name not in ("record", "mlflow.runName")
         },
-        "pictures": sorted((name.split("+")[0], Path(name).suffix) for name in pictures),
+        "images": sorted((name.split("+")[0], Path(name).suffix) for name in images),
         "files": sorted(
             file.path for folder in (None, "samples") for file in client.list_artifacts(run_id, folder)
         ),

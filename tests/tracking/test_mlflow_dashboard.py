@@ -144,7 +144,7 @@ def test_sections_that_mlflow_fills_are_closed():
         for part in build_view_state(PARAMS, METRICS, KEYS)["compareRunSections"]
     }
 
-    # each picture alone and quality/ssim have no chart of ours; all of speed/, memory/ and series/ has
+    # each image alone and quality/ssim have no chart of ours; all of speed/, memory/ and series/ has
     assert [name for name, is_open in opened.items() if not is_open] == ["sample", "quality"]
 
 

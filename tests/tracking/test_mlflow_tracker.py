@@ -123,7 +123,7 @@ def test_an_upload_has_series_and_the_load_of_the_machine(tracker: MlflowTracker
 def test_an_upload_has_the_images_files_and_prompts(tracker: MlflowTracker, uploaded_id: str) -> None:
     contents = read_contents(tracker, uploaded_id)
 
-    assert contents["pictures"] == [
+    assert contents["images"] == [
         (f"images/sample~{key}", suffix)
         for key in ("000_fox_s0", "001_red-apple_s0")
         for suffix in (".png", ".webp")
@@ -726,8 +726,8 @@ def test_several_processes_can_create_one_store(processes: int, tmp_path: Path) 
     first = read_contents(tracker, runs[0].info.run_id)
     for run in runs:
         found = read_contents(tracker, run.info.run_id)
-        assert run.info.status == "FINISHED" and (found["pictures"], found["files"], found["inputs"]) == (
-            first["pictures"],
+        assert run.info.status == "FINISHED" and (found["images"], found["files"], found["inputs"]) == (
+            first["images"],
             first["files"],
             first["inputs"],
         )
