@@ -6,7 +6,6 @@ precision by being rounded once. Compiled code computes the norms as before: the
 is around.
 """
 
-from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -14,10 +13,17 @@ from torch import Tensor, nn
 
 from int8run.backends.base import ComputesNorms
 from int8run.kernels.cpu.linear import DTYPES
+from int8run.layers.derived_class import Forward, wrap_forward_of
 from int8run.layers.int8_linear import Int8Linear
 
 # classes with the formula x / sqrt(mean(x²) + eps) * weight, as module and name
 RMS_NORMS = ("torch.nn.modules.normalization.RMSNorm", "diffusers.models.normalization.RMSNorm")
+
+
+class FusedNorm:
+    """Mixed into the class of a norm: its forward is that of the backend."""
+
+    norm_backend: ComputesNorms
 
 
 def install_norms(model: nn.Module) -> int:
@@ -35,10 +41,9 @@ def install_norms(model: nn.Module) -> int:
     n_installed = 0
     for norm in model.modules():
         if is_rms_norm(norm):
-            fused: Any = norm
-            norm_class: Any = type(norm)  # mypy takes a class of modules for something without a hash
-            fused.__class__ = make_fused_class(norm_class)
-            fused.norm_backend = backend
+            wrap_forward_of(norm, FusedNorm, normalize_in_backend)
+            assert isinstance(norm, FusedNorm)
+            norm.norm_backend = backend
             n_installed += 1
     return n_installed
 
@@ -52,7 +57,9 @@ def find_norm_backend(model: nn.Module) -> ComputesNorms | None:
 
 
 def is_rms_norm(module: Any) -> bool:
-    """Whether a module is an RMSNorm over the last dimension, without a bias."""
+    """Whether a module is an RMSNorm over the last dimension, without a bias, and computed by its class."""
+    if isinstance(module, FusedNorm):
+        return False
     module_class = type(module)
     if f"{module_class.__module__}.{module_class.__qualname__}" not in RMS_NORMS or module.eps is None:
         return False
@@ -61,24 +68,17 @@ def is_rms_norm(module: Any) -> bool:
     return getattr(module, "bias", None) is None and len(shape) == 1
 
 
-@cache
-def make_fused_class(norm_class: type[nn.Module]) -> type[nn.Module]:
-    """A class like that of a norm, under its name, whose forward is the backend's kernel.
+def normalize_in_backend(own_forward: Forward) -> Forward:
+    """The backend's kernel, and where it cannot take an input, the forward of the norm's class."""
 
-    Args:
-        norm_class: of an RMSNorm.
-    """
-    float_forward = norm_class.forward
-
-    @wraps(float_forward)
     def forward(self: Any, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling() or not can_take(x, self.weight):
-            plain: Tensor = float_forward(self, x)
+            plain: Tensor = own_forward(self, x)
             return plain
         y: Tensor = self.norm_backend.normalize(x, self.weight, self.eps)
         return y
 
-    return type(norm_class.__name__, (norm_class,), {"forward": forward})
+    return forward
 
 
 def can_take(x: Tensor, weight: Tensor | None) -> bool:

@@ -7,7 +7,6 @@ the float model, whose modules are other objects, is not changed.
 """
 
 from collections.abc import Mapping, Sequence
-from functools import cache, wraps
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from int8run.backends.attention import AttentionBackend, AttentionMethod
+from int8run.layers.derived_class import Forward, wrap_forward_of
 from int8run.models.attention_calls import ATTENTION_FUNCTION, use_native_attention
 from int8run.utils.attention_call import AttentionCall
 
@@ -58,24 +58,14 @@ class AnswersAttention:
     int8_attention: Int8Attention
 
 
-@cache
-def make_int8_class(module_class: type[nn.Module]) -> type[nn.Module]:
-    """A class like that of a module, under its name, whose forward computes attention in INT8.
+def answer_attention(own_forward: Forward) -> Forward:
+    """The forward of a module's class, with attention in INT8 while it runs."""
 
-    Args:
-        module_class: of a module that computes attention.
-    """
-
-    float_forward = module_class.forward  # a function, which torch.compile follows, unlike one of a class
-
-    @wraps(float_forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         with self.int8_attention:
-            return float_forward(self, *args, **kwargs)
+            return own_forward(self, *args, **kwargs)
 
-    members = {"forward": forward, "__module__": module_class.__module__, "__doc__": module_class.__doc__}
-    made: type[nn.Module] = type(module_class.__name__, (AnswersAttention, module_class), members)
-    return made
+    return forward
 
 
 def install_attention(model: nn.Module, attentions: Mapping[str, Int8Attention]) -> None:
@@ -87,8 +77,6 @@ def install_attention(model: nn.Module, attentions: Mapping[str, Int8Attention])
     """
     for name, attention in attentions.items():
         module = model.get_submodule(name)
-        if not isinstance(module, AnswersAttention):
-            module_class: Any = type(module)
-            module.__class__ = make_int8_class(module_class)
+        wrap_forward_of(module, AnswersAttention, answer_attention)
         setattr(module, INT8_ATTENTION, attention)
         use_native_attention(module)
