@@ -79,18 +79,10 @@ def int8_attention(
     center_keys: bool = False,
     instructions: str = AUTO,
 ) -> Tensor:
-    """Attention of int8 queries, keys and values, as the reference defines it.
+    """INT8 attention on a CPU; arguments and result are those of the reference, `int8_attention.reference`.
 
-    Args:
-        q: [B, Hq, Lq, D], float of any dtype and of any strides.
-        k: [B, Hkv, Lk, D], where Hkv divides Hq.
-        v: [B, Hkv, Lk, Dv].
-        mask: bool (True: attend) or float, which is added; broadcastable to [B, Hq, Lq, Lk].
-        is_causal: row i attends to keys 0 .. i only.
-        scale: of the scores; None: 1 / sqrt(D).
-        rotation: channels of a group of q and k that is rotated before rounding; a divisor of D. 0: none.
-        center_keys: subtract the mean of all keys before rounding.
-        instructions: name of an instruction set, or `auto`.
+    Queries, keys and values are float of any dtype and may have any strides. `instructions` is the name of an
+    instruction set, or `auto`.
 
     Returns:
         [B, Hq, Lq, Dv] in q's dtype, laid out as [B, Lq, Hq, Dv].

@@ -83,22 +83,12 @@ def int8_conv(
     silu: bool = False,
     instructions: str = AUTO,
 ) -> Tensor:
-    """`kernels.int8_conv.reference.int8_conv` with a packed weight.
+    """An INT8 convolution on a CPU; arguments and result are those of the reference, `int8_conv.reference`.
 
-    Channels-last and NCHW are read as they are; any other layout is copied first.
-
-    Args:
-        x: float [B, C, (T,) H, W].
-        packed: from `pack_conv_weight`, whose groups these are.
-        w_scale: float32 [O].
-        bias: [O] or None.
-        kernel: taps in each dimension, (kT,) kH, kW.
-        stride: at least 1.
-        padding: zeros on both sides, at least 0.
-        rotation: channels that are rotated together, a divisor of the channels of a group; 0: none.
-        sylvester: by Sylvester's matrix (a power of 2), else by the regular Hadamard matrix (a power of 4).
-        silu: whether SiLU comes first.
-        instructions: name of an instruction set, or `auto`.
+    Here `packed`, from `pack_conv_weight`, stands for the weight and its groups, and `kernel` says its taps:
+    (kT,) kH, kW. `rotation` is a number of channels (0: none), by Sylvester's matrix or else
+    by the regular Hadamard matrix. `instructions` is the name of an instruction set, or `auto`. Channels-last
+    and NCHW are read as they are; any other layout is copied first.
 
     Returns:
         [B, O, (oT,) oH, oW] in x's dtype, channels-last.

@@ -44,23 +44,13 @@ def int8_attention(
     center_keys: bool = False,
     tile: AttentionTile,
 ) -> Tensor:
-    """Attention of int8 queries and keys; see the reference.
+    """INT8 attention on a GPU; arguments and result are those of the reference, `int8_attention.reference`.
 
-    Args:
-        q: [B, Hq, Lq, D], bfloat16, float16 or float32; D up to 256. Any strides: a tensor whose channels lie
-            apart is copied first.
-        k: [B, Hkv, Lk, D].
-        v: [B, Hkv, Lk, Dv]; float32 is rounded to bfloat16.
-        mask: bool (True: attend) or float, which is added to the scores; broadcastable to [B, Hq, Lq, Lk].
-        is_causal: row i attends to keys 0 .. i only, in addition to the mask.
-        scale: of the scores; None: 1 / sqrt(D).
-        rotation: channels of a group of q and k that is rotated before rounding; 0: none.
-        center_keys: subtract the mean of all keys before rounding.
-        tile: see `tile.py`.
+    q, k and v are bfloat16, float16 or float32, with up to 256 channels; a float32 value is rounded to
+    bfloat16, and a tensor whose channels lie apart is copied first. `tile` is one of `tile.py`.
 
     Returns:
-        [B, Hq, Lq, Dv] in q's dtype, the heads of a token side by side in memory. A row that attends to
-        nothing is 0.
+        [B, Hq, Lq, Dv] in q's dtype, the heads of a token side by side in memory.
 
     Raises:
         ValueError: for shapes, dtypes or a rotation that the kernels do not take.

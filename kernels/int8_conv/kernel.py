@@ -77,23 +77,12 @@ def int8_conv(
     silu: bool = False,
     tile: Tile,
 ) -> Tensor:
-    """A convolution of pixels that are rounded each by itself; see the reference.
+    """An INT8 convolution on a GPU; arguments and result are those of the reference, `int8_conv.reference`.
 
-    Args:
-        x: bfloat16, float16 or float32 [B, C, (T,) H, W]. Channels-last is read as it is, else it is copied
-            first.
-        packed: the weight, as `pack_weight` makes it.
-        w_scale: float32 [O].
-        bias: [O], any float dtype, or None.
-        kernel_shape: [O, C / groups, (kT,) kH, kW], of the weight before it was packed.
-        stride: at least 1.
-        padding: zeros on both sides of each dimension.
-        dilation: 1.
-        groups: a divisor of C and O.
-        rotation: of the channels of a group before they are rounded; what enters its product is rounded to
-            x's dtype.
-        silu: whether SiLU comes before that.
-        tile: see `tile.py`. block_k becomes smaller where channels ask for it.
+    Here `packed`, from `pack_weight`, stands for the weight, and `kernel_shape` for its shape before it was
+    packed. x is bfloat16, float16 or float32; channels-last is read as it is, else it is copied first. What
+    enters the product of the rotation is rounded to x's dtype. `tile` is one of `tile.py`, whose block_k
+    becomes smaller where channels ask for it.
 
     Returns:
         [B, O, (oT,) oH, oW] in x's dtype, channels-last.
