@@ -21,16 +21,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from math import ceil, prod
+from math import ceil
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 from encoders import CASES, Call, Case
+from format_sizes import WRITTEN, Row, measure_sizes
 from hydra import compose, initialize_config_module
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, Qwen2_5_VLConfig, Qwen3Config, T5Config
 
 from int8run import build_text_encoder, load_text_encoder
 from int8run.config.compose import create_run_spec
@@ -42,7 +42,7 @@ from int8run.layers.weight_only import WeightOnlyLinear
 from int8run.metrics.embeddings import compute_embedding_cosine, compute_relative_error
 from int8run.metrics.layers import count_module_bytes
 from int8run.models.loader import read_library_versions
-from int8run.quant.formats import BLOCK, FORMATS, ROW, TENSOR, WeightFormat, choose_format
+from int8run.quant.formats import FORMATS, ROW, TENSOR, WeightFormat
 from int8run.report.console import get_console
 from int8run.report.run_files import collect_environment
 from int8run.tasks.quantize_text_encoder import quantize_text_encoder
@@ -54,13 +54,11 @@ from int8run.text_encoders.weights import EncoderFile
 from int8run.utils.timing import is_steady, time_in_turns, time_medians
 
 PARTS = ("quality", "time", "sizes", "wo")
-WRITTEN = tuple(name for name, form in FORMATS.items() if not form.is_read_only)
 QUICK = ("int8_rowwise", "int8_convrot", "int8_blockwise", "float8_e4m3fn", "nvfp4")
 KEYS = ("device", "case", "format", "kernels", "dtype", "wo")  # what tells rows apart
 ROUNDS, QUICK_ROUNDS, LOADS = (5, 51), (3, 3), 3
 SECONDS = 10.0  # that a comparison of calls may take, as far as the fewest rounds allow
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-Row = dict[str, Any]
 
 
 def kernels_of(form: WeightFormat) -> tuple[str, ...]:
@@ -266,106 +264,6 @@ def choose_rounds(
     return max(fewest, min(most, fitting))
 
 
-# full-size encoders as their configs were published, for sizes alone
-FULL: Mapping[str, tuple[str, str, Any]] = {
-    "CLIP-L": (
-        "clip_l",
-        "CLIPTextModel",
-        lambda: CLIPTextConfig(
-            hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
-        ),
-    ),
-    "CLIP-G": (
-        "clip_g",
-        "CLIPTextModelWithProjection",
-        lambda: CLIPTextConfig(
-            hidden_size=1280,
-            intermediate_size=5120,
-            num_hidden_layers=32,
-            num_attention_heads=20,
-            projection_dim=1280,
-        ),
-    ),
-    "T5-XXL": (
-        "t5",
-        "T5EncoderModel",
-        lambda: T5Config(
-            vocab_size=32128,
-            d_model=4096,
-            d_kv=64,
-            d_ff=10240,
-            num_heads=64,
-            num_layers=24,
-            feed_forward_proj="gated-gelu",
-        ),
-    ),
-    "Qwen3-4B": (
-        "qwen3",
-        "Qwen3ForCausalLM",
-        lambda: Qwen3Config(
-            vocab_size=151936,
-            hidden_size=2560,
-            intermediate_size=9728,
-            num_hidden_layers=36,
-            num_attention_heads=32,
-            num_key_value_heads=8,
-            head_dim=128,
-            tie_word_embeddings=True,
-        ),
-    ),
-    "Qwen2.5-VL-7B": (
-        "qwen2_5_vl",
-        "Qwen2_5_VLForConditionalGeneration",
-        lambda: Qwen2_5_VLConfig(
-            text_config=dict(
-                vocab_size=152064,
-                hidden_size=3584,
-                intermediate_size=18944,
-                num_hidden_layers=28,
-                num_attention_heads=28,
-                num_key_value_heads=4,
-            ),
-            vision_config=dict(
-                hidden_size=1280, intermediate_size=3420, depth=32, num_heads=16, out_hidden_size=3584
-            ),
-            tie_word_embeddings=False,
-        ),
-    ),
-}
-
-
-def measure_sizes() -> Iterator[Row]:
-    """Rows of sizes.csv: what each format takes of full-size encoders, by shapes alone.
-
-    All other parameters in bfloat16.
-    """
-    for title, (encoder_name, class_name, config) in FULL.items():
-        encoder = registry.get_encoder(encoder_name)
-        model = build_skeleton(class_name, config().to_dict(), torch.bfloat16)
-        linears = {}
-        for name, module in model.named_modules():
-            if type(module) is nn.Linear:
-                linears[name] = (module.out_features, module.in_features)
-        whole = sum(2 * p.numel() for p in model.parameters())
-        for form in WRITTEN:
-            shapes = []
-            for name, shape in linears.items():
-                if encoder.find_skip_reason(name, form) is None:
-                    shapes.append(shape)
-            ours = sum(weight_bytes(choose_format(form, *shape), *shape) for shape in shapes)
-            as_bf16 = sum(2 * prod(shape) for shape in shapes)
-            yield {
-                "device": "",
-                "case": title,
-                "format": form,
-                "layers": len(shapes),
-                "bf16_gb": whole / 1e9,
-                "quantized_share": as_bf16 / whole,
-                "layers_vs_bf16": ours / as_bf16,
-                "whole_vs_bf16": (whole - as_bf16 + ours) / whole,
-            }
-
-
 def with_wo(work: Path, formats: Sequence[str], device: torch.device) -> Iterator[Row]:
     """Rows of wo.csv: the tiny T5 with its `wo` in float, and quantized like the rest.
 
@@ -385,16 +283,6 @@ def with_wo(work: Path, formats: Sequence[str], device: torch.device) -> Iterato
             built = build_encoder(model, weights, FORMATS[name], Kernels("auto", device, case.rows))
             row = compare_embeddings(exact, compute_embeddings(case, built.module.to(device), device))
             yield {"device": device.type, "format": name, "wo": word, **row}
-
-
-def weight_bytes(form: WeightFormat, rows: int, columns: int) -> int:
-    """Of codes and scales."""
-    codes = prod(form.get_qdata_shape(rows, columns))
-    scales = form.get_scale_shape(rows, columns)
-    if scales is None:
-        return codes
-    bytes_per_scale = 1 if form.granularity == BLOCK else 4
-    return codes + bytes_per_scale * prod(scales)
 
 
 def measure_case(case: Case, asked: argparse.Namespace, found: Mapping[str, list[Row]]) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from int8run.checkpoints.checkpoint_files import TensorInfo
 from int8run.kernels.dequantize.reference import MXFP8_BLOCK, NVFP4_BLOCK
-from int8run.quant.formats import SCALE_TILE
+from int8run.quant.block_encoding import SCALE_TILE
 
 NVFP4, MXFP8 = "nvfp4", "mxfp8"
 

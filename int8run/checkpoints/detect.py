@@ -15,9 +15,9 @@ from dataclasses import replace
 from int8run.checkpoints import block_layout, block_scaled, quip
 from int8run.checkpoints.block_formats import BLOCK_FORMATS
 from int8run.checkpoints.classify import CLEAR_SUFFIXES, classify_weight
-from int8run.checkpoints.classify_int8 import is_transformed_by_tensors
 from int8run.checkpoints.declared_format import AUTO, UNDECLARED, DeclaredFormat
 from int8run.checkpoints.format_names import CONVROT, name_granularity, promised_granularities
+from int8run.checkpoints.int8_transform import is_transformed_by_tensors
 from int8run.checkpoints.layer import FP8, INT8, CheckpointLayer
 from int8run.checkpoints.plain_casts import check_casts
 from int8run.checkpoints.products import check_products

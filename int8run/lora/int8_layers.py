@@ -13,7 +13,7 @@ from torch import Tensor
 from int8run.layers.int8_conv import Int8Layer
 from int8run.lora.apply import BakedLayer, DynamicLayer, IndexedChanges, Int8LoraLayer, StochasticLayer
 from int8run.lora.entries import Entry
-from int8run.lora.float_merge import name_module
+from int8run.lora.merged_parameter import name_module
 from int8run.lora.modes import ModeChoice, ModeChooser
 from int8run.quant.rounding import AbsMax, Rounding
 

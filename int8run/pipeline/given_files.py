@@ -11,8 +11,9 @@ from torch import nn
 
 from int8run.checkpoints.declared_format import DeclaredFormat
 from int8run.lora.entries import Entry
+from int8run.lora.file_match import report_unmatched
 from int8run.lora.key_parsing import DENOISER
-from int8run.lora.match import MatchRequest, locate_changes, match_file, report_unmatched
+from int8run.lora.match import MatchRequest, locate_changes, match_file
 from int8run.lora.model_component import ModelComponent
 from int8run.models.dual_denoisers import DualDenoiser
 from int8run.models.family import ModelSource

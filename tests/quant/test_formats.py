@@ -10,8 +10,9 @@ from torch import Tensor
 
 from int8run.errors import ConfigError
 from int8run.kernels.dequantize.reference import compute_swizzled_offsets
-from int8run.quant import formats
-from int8run.quant.formats import FORMATS, WeightFormat, choose_format, swizzle_scales
+from int8run.quant import block_encoding
+from int8run.quant.block_encoding import split_into_chunks, swizzle_scales
+from int8run.quant.formats import FORMATS, WeightFormat, choose_format
 from int8run.quant.packed_weight import PackedWeight
 from int8run.quant.weight import quantize_weight
 
@@ -241,19 +242,16 @@ def test_result_does_not_depend_on_chunks(form: WeightFormat, monkeypatch: pytes
     whole = form.quantize(w)
 
     for numbers in (1, 100_000):
-        monkeypatch.setattr(formats, "CHUNK_ELEMENTS", numbers)
+        monkeypatch.setattr(block_encoding, "CHUNK_ELEMENTS", numbers)
         made = form.quantize(w)
         assert torch.equal(made.qdata.view(torch.uint8), whole.qdata.view(torch.uint8))
         assert made.scale is None or torch.equal(made.scale.float(), whole.scale.float())
 
 
 def test_chunks_are_small_and_hold_whole_blocks() -> None:
-    sizes = [len(piece) for piece in formats.split_into_chunks(torch.empty(1000, 10240, device="meta"), 128)]
+    sizes = [len(piece) for piece in split_into_chunks(torch.empty(1000, 10240, device="meta"), 128)]
     assert sizes == [128] * 7 + [104]
-    assert (
-        max(len(piece) for piece in formats.split_into_chunks(torch.empty(10**4, 1024, device="meta"), 1))
-        == 1024
-    )
+    assert max(len(piece) for piece in split_into_chunks(torch.empty(10**4, 1024, device="meta"), 1)) == 1024
 
 
 @pytest.mark.parametrize("form", WRITABLE_FORMATS, ids=lambda form: form.name)
