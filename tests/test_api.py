@@ -14,6 +14,7 @@ from peft import LoraConfig
 from support.compare import assert_close
 from support.helpers import TinyModel, randn
 from support.run_job import make_spec, save_lora
+from support.tiers import slow_except
 from support.tiny_pipeline import random_pipeline, save_random_pipeline
 from torch import Tensor, nn
 
@@ -164,7 +165,7 @@ def test_a_pipeline_can_be_given(tmp_path: Path) -> None:
     assert torch.equal(predict(pipe.transformer, call), predict(plain.transformer, call))
 
 
-@pytest.mark.parametrize("how", ["wrapped", "in place"])
+@pytest.mark.parametrize("how", slow_except(["wrapped"], ["wrapped", "in place"]))
 def test_a_compiled_model_can_be_given(tmp_path: Path, how: str) -> None:
     torch._dynamo.reset()
     model, plain = TinyModel(), TinyModel()

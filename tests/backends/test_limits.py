@@ -88,6 +88,7 @@ for backend in (OneDnn(), TorchIntMM(), Cpu()):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not has_cpu_feature(INT8_CPU_FEATURES), reason="a CPU without int8 products is rejected")
 def test_a_limited_onednn_is_rejected():
     # oneDNN reads the variable once, so it takes a process of its own

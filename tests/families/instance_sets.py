@@ -1,9 +1,8 @@
-"""All tiny pipelines by name: those that every run of the tests builds, and the long tail."""
+"""All tiny pipelines by name: those whose denoisers every run of the tests builds, and the long tail."""
 
 from collections.abc import Mapping
 from typing import Any
 
-import pytest
 from families import (
     instances,
     instances_b,
@@ -15,13 +14,14 @@ from families import (
     instances_video,
 )
 from families.instances import Instance
+from support.tiers import slow_except
 
 QUICK: Mapping[str, Instance] = {
     **instances.INSTANCES,
     **instances_b.INSTANCES,
     **instances_modular.QUICK,
 }
-# their pipelines run in slow tests only; their denoisers are on the meta device in quick ones
+# their denoisers are on the meta device in quick tests
 LONG_TAIL: Mapping[str, Instance] = {
     **instances_edit.INSTANCES,
     **instances_video.INSTANCES,
@@ -31,8 +31,11 @@ LONG_TAIL: Mapping[str, Instance] = {
     **instances_rest.INSTANCES,
 }
 INSTANCES: Mapping[str, Instance] = {**QUICK, **LONG_TAIL}
+# of these, whole pipelines run in every run of the tests, one of each structure: a UNet, single blocks, lists
+# of images, a callback of the old kind, two denoisers of a video, an own denoiser class, a modular pipeline
+DAILY = ("sd15", "flux", "z_image", "pixart", "wan22", "anima", "minimax_h3")
 # what a test of whole pipelines is called with
-NAMES: list[Any] = [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in LONG_TAIL)]
+NAMES: list[Any] = slow_except(DAILY, INSTANCES)
 # denoisers whose files have the very names of another class of their family
 NAMED_AS: Mapping[str, str] = {
     "chronoedit": "WanTransformer3DModel",

@@ -27,6 +27,7 @@ from families.cases import (
     write_file,
 )
 from support.rotation import GROUP, make_hadamard, rotate_groups
+from support.tiers import slow_except
 from torch import Tensor, nn
 
 from int8run.errors import ConfigError, FileError
@@ -152,7 +153,7 @@ PROGRAMS = {
 }
 
 
-@pytest.fixture(scope="module", params=["flux", "wan"])
+@pytest.fixture(scope="module", params=slow_except(["flux"], ["flux", "wan"]))
 def named_case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Case]:
     """A family whose authors keep q, k and v in one layer, and one whose authors do not."""
     with pytest.MonkeyPatch.context() as patch:

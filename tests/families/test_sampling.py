@@ -8,6 +8,8 @@ import pytest
 import torch
 from diffusers import SanaSprintPipeline, SanaTransformer2DModel, SCMScheduler
 from families import instances, instances_b
+from families.instance_sets import DAILY
+from support.tiers import slow_except
 from torch import Tensor, nn
 
 from int8run.generate.capture import capture_calls
@@ -18,6 +20,7 @@ from int8run.metrics.quality import compute_relative_error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 INSTANCES = {**instances.INSTANCES, **instances_b.INSTANCES}
+NAMES = slow_except(DAILY, INSTANCES)
 BATCH = [Sample("a b", 1, "a"), Sample("b", 2, "b")]
 FRAMES = {"wan": 5, "wan22": 5, "ltx": 9, "ltx2": 9}
 # what differs from one pipeline of diffusers to the next
@@ -43,7 +46,7 @@ def generate_images(name, samples=BATCH, **changes):
     return generate(pipe, component, {"": denoiser}, samples, replace(sampling, **changes))[""]
 
 
-@pytest.mark.parametrize("name", INSTANCES)
+@pytest.mark.parametrize("name", NAMES)
 def test_two_steps_give_two_samples(name):
     pipe, component, denoiser, sampling = build_pipeline(name)
     heard = []
@@ -74,7 +77,7 @@ def test_two_steps_give_two_samples(name):
     assert all(map(torch.equal, made["a"].trajectories, made["b"].trajectories))
 
 
-@pytest.mark.parametrize("name", INSTANCES)
+@pytest.mark.parametrize("name", NAMES)
 def test_sample_does_not_depend_on_its_batch(name):
     # Qwen-Image 2.1 pads the texts of a batch, and rounds otherwise
     bound = 2e-3 if name == "qwen_image_21" else 1e-5
@@ -86,7 +89,7 @@ def test_sample_does_not_depend_on_its_batch(name):
     )
 
 
-@pytest.mark.parametrize("name", INSTANCES)
+@pytest.mark.parametrize("name", NAMES)
 def test_latents_alone_are_the_same_and_no_image_is_decoded(name):
     alone = generate_images(name, extra={**build_pipeline(name)[3].extra, "output_type": "latent"})
 
@@ -94,7 +97,7 @@ def test_latents_alone_are_the_same_and_no_image_is_decoded(name):
     assert all(map(torch.equal, alone.trajectories, generate_images(name).trajectories))
 
 
-@pytest.mark.parametrize("name", INSTANCES)
+@pytest.mark.parametrize("name", NAMES)
 def test_one_negative_prompt_serves_the_batch(name):
     pipe, _, _, sampling = build_pipeline(name)
     if "negative_prompt" not in inspect.signature(type(pipe).__call__).parameters:
@@ -102,7 +105,7 @@ def test_one_negative_prompt_serves_the_batch(name):
     generate_images(name, extra={**sampling.extra, "negative_prompt": "b b"})
 
 
-@pytest.mark.parametrize("name", INSTANCES)
+@pytest.mark.parametrize("name", NAMES)
 def test_denoiser_arguments_are_named_and_reusable(name):
     pipe, component, denoiser, sampling = build_pipeline(name)
     by_position = []
@@ -125,7 +128,7 @@ def test_denoiser_arguments_are_named_and_reusable(name):
     assert isinstance(returned, list) == (name == "z_image")
 
 
-@pytest.mark.parametrize("name", INSTANCES)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_pipeline_reports_its_steps(name):
     pipe = build_pipeline(name)[0]
 

@@ -85,6 +85,7 @@ def test_only_what_is_missing_runs_in_the_folder_of_the_sweep(command: Command, 
     assert jobs == [(n, FINISHED, str(n)) for n in range(3)]
 
 
+@pytest.mark.slow
 def test_a_wider_sweep_in_another_order_keeps_what_it_finds(command: Command, model: str) -> None:
     assert command("-m", "seed=1,2", model, *UNTRACKED).code == 0
     started_before = read_start_times(command)
@@ -101,6 +102,7 @@ def test_a_wider_sweep_in_another_order_keeps_what_it_finds(command: Command, mo
         assert record.folder.name == str(record.number)
 
 
+@pytest.mark.slow
 def test_another_setting_is_another_job(command: Command, model: str) -> None:
     assert command("-m", "seed=0,1", model, *UNTRACKED).code == 0
 
@@ -123,6 +125,7 @@ def test_another_sweep_of_the_same_second_does_not_go_on(command: Command, model
     assert folder == SweepFolder(manifest.parent, goes_on=False)
 
 
+@pytest.mark.slow
 def test_without_resume_a_sweep_is_a_new_one(command: Command, model: str) -> None:
     for _ in range(2):
         assert command("-m", "seed=0,1", model, *UNTRACKED, "hydra.sweep.dir=here").code == 0
@@ -223,6 +226,7 @@ def test_a_sweep_that_is_killed_goes_on(tmp_path: Path, model: str) -> None:
     assert len({run.data.tags["sweep"] for run in runs}) == 1
 
 
+@pytest.mark.slow
 def test_a_damaged_record_is_a_job_that_is_missing(command: Command, model: str) -> None:
     assert command("-m", "seed=0,1", model, *UNTRACKED).code == 0
     (read_records(command)[1].folder / "status.json").write_text('{"sta')
@@ -326,6 +330,7 @@ def test_seeds_are_not_better_or_worse(command: Command, model: str) -> None:
     assert "so far" not in outcome.out + outcome.err
 
 
+@pytest.mark.slow
 def test_a_sweep_without_progress_shows_no_lines_for_its_jobs(command: Command, model: str) -> None:
     outcome = command("-m", "seed=0,1", model, *UNTRACKED, "progress=false")
 

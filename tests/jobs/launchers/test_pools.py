@@ -16,6 +16,7 @@ import psutil
 import pytest
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
+from support.tiers import slow_except
 
 from int8run.config.compose import int8run_options
 from int8run.errors import BackendError, ConfigError
@@ -230,7 +231,7 @@ def test_ctrl_c_does_not_reach_the_jobs(workers):
     assert get_value(running) == pid
 
 
-@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("signal_number", slow_except([signal.SIGINT], [signal.SIGINT, signal.SIGKILL]))
 def test_no_worker_outlives_its_parent(signal_number):
     # in a session of its own: SIGINT goes to all of it, as a terminal's Ctrl-C does
     parent = subprocess.Popen(
