@@ -177,10 +177,15 @@ def find_placement(model: nn.Module, device: str | None) -> Placement:
     now = next(model.parameters()).device
     hook = getattr(model, "_hf_hook", None)
     offloaded_to = getattr(hook, "execution_device", None)
+    is_offloaded = offloaded_to is not None
+    if device is None and is_offloaded:
+        return Placement(torch.device(offloaded_to), offload_device=now)
     if device is None:
-        return Placement(now if offloaded_to is None else torch.device(offloaded_to), offload_device=now)
+        return Placement(now, offload_device=now)
     target = pick_device(device)
-    return Placement(target, offload_device=target if offloaded_to is None else now)
+    if is_offloaded:
+        return Placement(target, offload_device=now)
+    return Placement(target, offload_device=target)
 
 
 def check_settings(spec: RunSpec, options: Mapping[str, str]) -> None:

@@ -106,7 +106,8 @@ def open_cache_of(backend: Backend, device: torch.device, dtype: torch.dtype) ->
         dtype: of the float model.
     """
     table = getattr(backend, "table", None)
-    return AutotuneCache(expand_path(table) if table else None, device, dtype)
+    path = expand_path(table) if table else None
+    return AutotuneCache(path, device, dtype)
 
 
 def parse_ratio(text: str | None) -> float | None:

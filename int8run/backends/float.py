@@ -89,4 +89,6 @@ class TimedFloat(Float):
         strengths: Tensor | None = None,
     ) -> Tensor:
         """x: [M, K] -> [M, N]."""
-        return F.linear(x.q, packed, None if bias is None else bias.to(dtype))
+        if bias is not None:
+            bias = bias.to(dtype)
+        return F.linear(x.q, packed, bias)

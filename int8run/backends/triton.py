@@ -189,7 +189,8 @@ class Triton:
 
     def open_autotune_cache(self, device: torch.device) -> AutotuneCache:
         """What was measured on this GPU."""
-        return AutotuneCache(expand_path(self.table) if self.table else None, device)
+        path = expand_path(self.table) if self.table else None
+        return AutotuneCache(path, device)
 
     def load_tiles(self, device: torch.device, k: int, n: int) -> tuple[Tile, ...]:
         """A tile for each bucket of rows: the measured one, else the default of this GPU."""
@@ -283,7 +284,9 @@ def parse_tile(
     if len(given) < len(fields):
         missing = ", ".join(f"backend.tile.{name}" for name in fields if name not in given)
         raise ConfigError(f"backend.tile needs all of its fields or none; missing: {missing}")
+    if kernel is None:
+        kernel = PORTABLE
     try:
-        return Tile(**given, kernel=PORTABLE if kernel is None else kernel)
+        return Tile(**given, kernel=kernel)
     except ValueError as error:
         raise ConfigError(f"backend.{error}") from error

@@ -245,7 +245,8 @@ def view_as_tensor(info: TensorInfo, rows: slice | None, data: Tensor) -> Tensor
         shape = (stop - start, *shape[1:])
     dtype = DTYPES[info.dtype]
     if dtype.bits < 8:
-        return data.reshape(shape[0] if shape else 1, -1)
+        num_rows = shape[0] if shape else 1
+        return data.reshape(num_rows, -1)
     # an older torch that lacks a float gives its bytes
     torch_dtype = getattr(torch, dtype.torch_name, torch.uint8)
     return data.view(torch_dtype).reshape(shape)

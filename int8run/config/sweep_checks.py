@@ -103,6 +103,8 @@ def list_problems(jobs: Sequence[Sequence[str]], problems: Sequence[tuple[int, I
         problems: numbers of jobs, and why they cannot run.
     """
     common = set.intersection(*(set(job) for job in jobs))
-    names = [" ".join(word for word in job if word not in common) for job in jobs]
-    lines = [f"  job {number} ({names[number]}): {error}" for number, error in problems]
+    lines = []
+    for number, error in problems:
+        own_words = [word for word in jobs[number] if word not in common]
+        lines.append(f"  job {number} ({' '.join(own_words)}): {error}")
     return "\n".join([f"{len(problems)} of {len(jobs)} jobs cannot run; none was started", *lines])

@@ -184,8 +184,13 @@ def choose_float_dtype(
     found = set()
     for part_dtype, layer in zip(part_dtypes, layers, strict=True):
         has_scale = layer is not None and layer.granularity != ""
-        found.add(DTYPE_NAMES[dtype] if has_scale else part_dtype)
-    return found.pop() if len(found) == 1 else "F32"
+        if has_scale:
+            found.add(DTYPE_NAMES[dtype])
+        else:
+            found.add(part_dtype)
+    if len(found) != 1:
+        return "F32"
+    return found.pop()
 
 
 class LayerPlanner:

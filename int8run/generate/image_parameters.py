@@ -90,9 +90,12 @@ def collect_input_facts(inputs: SampleInputs) -> dict[str, Any]:
     """What a sample began with, for the text chunk `int8run`; empty of a prompt alone."""
     facts: dict[str, Any] = {}
     if inputs.files:
-        facts["inputs"] = {column: [file.name for file in files] for column, files in inputs.files.items()}
-        # in the folder of the run, where the copies may have other names
-        copies = {column: [file.path.name for file in files] for column, files in inputs.files.items()}
+        names, copies = {}, {}
+        for column, files in inputs.files.items():
+            names[column] = [file.name for file in files]
+            # in the folder of the run, where the copies may have other names
+            copies[column] = [file.path.name for file in files]
+        facts["inputs"] = names
         facts["input_copies"] = copies
     if inputs.strength is not None:
         facts["strength"] = inputs.strength

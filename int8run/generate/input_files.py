@@ -209,7 +209,9 @@ def copy_inputs(
     for row in rows:
         files = {column: tuple(map(copies.add, given)) for column, given in row.files.items()}
         row_inputs = SampleInputs(files, row.strength, row.arguments, row.place)
-        inputs.append(NO_INPUTS if row_inputs.is_empty else row_inputs)
+        if row_inputs.is_empty:
+            row_inputs = NO_INPUTS
+        inputs.append(row_inputs)
     return inputs
 
 

@@ -55,6 +55,8 @@ def get_strength(call: CallInputs, batch: Sequence[Sample], sampling: Sampling) 
     default = sampling.extra.get(STRENGTH, call.default_strength)
     strengths = []
     for sample in batch:
-        own = sample.inputs.strength
-        strengths.append(default if own is None else own)
+        strength = sample.inputs.strength
+        if strength is None:
+            strength = default
+        strengths.append(strength)
     return min((float(strength) for strength in strengths if strength is not None), default=1.0)

@@ -103,8 +103,8 @@ def end_failed_record(
     """
     # an interrupt, and an exit that hydra or a worker asks for, are no fault of the job
     state = FAILED if isinstance(error, Exception) else KILLED
-    message = describe_error(error if disk_full is None else disk_full)
-    return end_record(record, state, message, warnings)
+    cause = error if disk_full is None else disk_full
+    return end_record(record, state, describe_error(cause), warnings)
 
 
 def describe_error(error: BaseException) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from int8run.backends.base import Backend
 from int8run.kernels.dequantize.reference import infer_block_shape
-from int8run.layers.int8_linear import BackendLayer
+from int8run.layers.int8_linear import BackendLayer, to_float32_bias
 from int8run.layers.weight_only import PackedLayer
 from int8run.quant.weight import QuantizedWeight
 
@@ -45,7 +45,7 @@ class BlockInt8Linear(BackendLayer):
         grid = weight.scale.detach().float().reshape(ceil(rows / height), ceil(columns / width))
         scale = grid.repeat_interleave(height, dim=0)[:rows].T.contiguous()  # [blocks, N]
         self.register_buffer("scale", scale, persistent=False)
-        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().float())
+        self.register_buffer("bias", to_float32_bias(layer.bias))
         blocks = weight.qdata.split(width, dim=1)  # int8 [N, width] each
         for i, (qdata, row_scale) in enumerate(zip(blocks, scale, strict=True)):
             packed = backend.pack_weight(QuantizedWeight(qdata.contiguous(), row_scale[:, None]))

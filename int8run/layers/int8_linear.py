@@ -53,6 +53,11 @@ class QuantizedLayer:
     bias: Tensor | None
 
 
+def to_float32_bias(bias: Tensor | None) -> Tensor | None:
+    """The bias of a layer as backends take it. [N]"""
+    return None if bias is None else bias.detach().float()
+
+
 def overwrite(old: Tensor, new: Tensor) -> Tensor:
     """Write a tensor into the place of an old one, whose address others know: CUDA graphs, offloading.
 
@@ -166,7 +171,7 @@ class Int8Linear(BackendLayer):
         self.register_buffer(DTYPE_MARKER, torch.empty(0, dtype=dtype), persistent=False)
         self.register_buffer("packed", backend.pack_weight(layer.weight), persistent=False)
         self.register_buffer("scale", layer.weight.scale[:, 0].contiguous())  # float32 [N]
-        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().float())
+        self.register_buffer("bias", to_float32_bias(layer.bias))
         # dequantized once: a fallback that did it at every call would cost more than it saves
         float_weight = layer.weight.dequantize(dtype) if float_rows else None
         self.register_buffer("float_weight", float_weight, persistent=False)

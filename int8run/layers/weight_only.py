@@ -18,7 +18,7 @@ from int8run.backends.base import format_version
 from int8run.kernels.dequantize import eager, reference
 from int8run.kernels.dequantize.reference import infer_block_shape
 from int8run.kernels.quantize_rowwise.reference import TINY
-from int8run.layers.int8_linear import KeepsDtypes
+from int8run.layers.int8_linear import KeepsDtypes, to_float32_bias
 from int8run.outlier.base import OutlierTransform
 from int8run.quant.packed_weight import PackedWeight, round_up
 from int8run.quant.weight import QuantizedWeight
@@ -131,7 +131,7 @@ class WeightOnlyLinear(WeightOnlyLayer):
         weight = pad_for_scaled_mm(layer.weight) if kernels == SCALED_MM else layer.weight
         super().__init__(weight, layer.transform, dtype, kernels)
         self.out_features, self.in_features = layer.weight.shape
-        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().float())
+        self.register_buffer("bias", to_float32_bias(layer.bias))
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., K] -> [..., N], in x's dtype."""

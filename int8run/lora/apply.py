@@ -198,7 +198,8 @@ class DynamicLayer(Int8LoraLayer):
     def switch_branch(self, *, on: bool) -> None:
         """Put the branch beside its layer, or take it off for as long as the layer's own time is measured."""
         layer = self.layer
-        set_adapter(layer, self.branch if on else None)
+        branch = self.branch if on else None
+        set_adapter(layer, branch)
         if self.row_factors and self.float_weight is not None:
             layer.float_weight = None if on else self.float_weight.to(layer.scale.device)
 

@@ -242,11 +242,12 @@ def find_architectures(module: str) -> dict[str, list[ExpectedSize]]:
 @functools.cache
 def load_module_patterns() -> list[tuple[str, re.Pattern[str], ExpectedSize]]:
     """Every row of the architectures: architecture, pattern of module names, size."""
-    return [
-        (architecture, re.compile(pattern.replace("#", r"\d+")), size)
-        for architecture, entry in load_table()["architectures"].items()
-        for pattern, size in entry["modules"].items()
-    ]
+    rows = []
+    for architecture, entry in load_table()["architectures"].items():
+        for pattern, size in entry["modules"].items():
+            names = re.compile(pattern.replace("#", r"\d+"))  # `#` stands for the number of a block
+            rows.append((architecture, names, size))
+    return rows
 
 
 def has_expected_size(

@@ -232,7 +232,8 @@ class LoraSettings:
         for adapter in enabled:
             preset = adapter.find_preset(lora_base, steps)
             if adapter.strength is None:
-                adapter = replace(adapter, strength=1.0 if preset is None else preset.strength)
+                strength = 1.0 if preset is None else preset.strength
+                adapter = replace(adapter, strength=strength)
             resolved.append(adapter)
         return replace(self, adapters=resolved)
 
@@ -300,8 +301,9 @@ class LoraSettings:
         """The strength of each adapter's part for text encoders."""
         text_strengths = []
         for adapter, strength in zip(self.adapters, self.strengths, strict=True):
-            own = adapter.text_strength
-            text_strengths.append(strength if own is None else own * self.strength)
+            if adapter.text_strength is not None:
+                strength = adapter.text_strength * self.strength
+            text_strengths.append(strength)
         return text_strengths
 
     @property

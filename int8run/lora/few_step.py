@@ -246,8 +246,11 @@ def matches_any_words(choices: Iterable[Iterable[str]], path: Path, metadata: Ma
     repositories = [part for part in path.parts if part.startswith("models--")]
     texts = [" ".join([*repositories, path.stem])]
     texts += [metadata.get(key, "") for key in TITLE_KEYS]
-    words_of_texts = [extract_words(text) for text in texts]
-    return any(has_words(needed, words) for needed in choices for words in words_of_texts)
+    for text in texts:
+        words = extract_words(text)
+        if any(has_words(needed, words) for needed in choices):
+            return True
+    return False
 
 
 def extract_words(text: str) -> set[str]:

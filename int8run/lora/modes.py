@@ -133,7 +133,8 @@ def make_branches(changes: IndexedChanges, read_weight: Callable[[], Tensor]) ->
     """
     branches = []
     for index, delta in get_weight_deltas(changes):
-        branch = delta.make_branch(read_weight() if delta.needs_weight else None)
+        weight = read_weight() if delta.needs_weight else None
+        branch = delta.make_branch(weight)
         assert branch is not None, delta.adapter_type
         branches.append((index, branch))
     return branches

@@ -64,9 +64,9 @@ class NameTable:
         slices_by_name = expand_names(map_modules_to_rows(row_counts, mappings), mappings)
 
         # more than one entry for a name: it has several meanings
-        self.targets_by_name: Mapping[str, list[ModuleTargets]] = {
-            name: [to_targets(slices) for slices in meanings] for name, meanings in slices_by_name.items()
-        }
+        self.targets_by_name: dict[str, list[ModuleTargets]] = {}
+        for name, row_slices in slices_by_name.items():
+            self.targets_by_name[name] = [to_targets(slices) for slices in row_slices]
         self.targets_by_flat_name: dict[str, list[ModuleTargets]] = {}
         for name, meanings in self.targets_by_name.items():
             known = self.targets_by_flat_name.setdefault(flatten_name(name), [])

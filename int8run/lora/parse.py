@@ -161,7 +161,9 @@ def build_change(
 
     if len({bias.shape for bias in biases}) > 1:
         raise LoraError("has biases of several lengths; the file is broken")
-    return LoraChange(adapter, sum(biases[1:], biases[0]) if biases else None)
+    if not biases:
+        return LoraChange(adapter, None)
+    return LoraChange(adapter, sum(biases[1:], biases[0]))
 
 
 def build_adapter(

@@ -273,13 +273,14 @@ def find_common_scale(claims: Sequence[ScaleClaim], rank: int | None) -> float:
         LoraError: when they do not, naming the places and their scales.
     """
     first, *others = claims
-    common = [s for s in first.scales if all(is_claimed(s, claim) for claim in others)]
-    if not common:
-        contradicting = next(c for c in others if not any(is_claimed(s, c) for s in first.scales))
-        raise LoraError(
-            f"cannot be scaled: alpha / rank is {first.scales[-1]:g} by {first.place} and "
-            f"{contradicting.scales[-1]:g} by {contradicting.place}; {CANNOT_TELL}"
-        )
+    common = list(first.scales)
+    for claim in others:
+        common = [scale for scale in common if is_claimed(scale, claim)]
+        if not common:
+            raise LoraError(
+                f"cannot be scaled: alpha / rank is {first.scales[-1]:g} by {first.place} and "
+                f"{claim.scales[-1]:g} by {claim.place}; {CANNOT_TELL}"
+            )
     if len(common) > 1:
         raise LoraError(
             f"cannot be scaled: {first.place} says rank {first.stated_rank:g}, its tensors have rank {rank}; "

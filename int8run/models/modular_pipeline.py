@@ -94,7 +94,9 @@ class ModularFace(ModularPipeline):
         for name, value in inputs.items():
             state.set(name, value)
         self.text_blocks[block](self, state)
-        groups = {name: group for group, names in state.kwargs_mapping.items() for name in names}
+        groups = {}
+        for group, names in state.kwargs_mapping.items():
+            groups.update(dict.fromkeys(names, group))
         changed = [name for name, value in state.values.items() if value is not inputs.get(name)]
         return {name: (state.values[name], groups.get(name)) for name in changed}
 
@@ -150,8 +152,9 @@ class ModularFace(ModularPipeline):
         for parameter in self._blocks.inputs:
             if parameter.name is not None:
                 value = inputs.get(parameter.name)
-                is_given = value is not None
-                state.set(parameter.name, value if is_given else parameter.default, parameter.kwargs_type)
+                if value is None:
+                    value = parameter.default
+                state.set(parameter.name, value, parameter.kwargs_type)
         return state
 
     def set_guiders(self, arguments: dict[str, Any]) -> None:

@@ -68,10 +68,11 @@ def to_original(parameters: Mapping[str, Shape], class_name: str) -> dict[str, t
     renamed = rename_parameters(parameters, usable, find_last_blocks(mappings, parameters), class_name)
     order = {name: i for i, name in enumerate(parameters)}
     in_order = sorted(renamed.items(), key=lambda item: order[item[1][0].key])
-    return {
-        mappings.prefix + original: tuple(select_portion(part, parameters[part.key]) for part in parts)
-        for original, parts in in_order
-    }
+    found = {}
+    for original, parts in in_order:
+        portions = tuple(select_portion(part, parameters[part.key]) for part in parts)
+        found[mappings.prefix + original] = portions
+    return found
 
 
 def select_portion(part: TensorPart, shape: Shape) -> TensorPart:
@@ -134,7 +135,9 @@ def rename_parameters(
                 pending[original] = (apply_mapping(part, mapping, swap=False),)
                 used[original] = used[key] | {mapping}
             continue
-        parts = tuple(part for joined in step.keys for part in pending.pop(joined))
+        parts: list[TensorPart] = []
+        for joined in step.keys:
+            parts += pending.pop(joined)
         check_name_is_free(step.original, parts[0], pending, finished, class_name=class_name)
         swap = has_swapped_halves(step.mapping, step.number, last_blocks)
         pending[step.original] = tuple(apply_mapping(part, step.mapping, swap=swap) for part in parts)

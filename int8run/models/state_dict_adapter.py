@@ -187,9 +187,12 @@ def split_tensor(
     for target in targets:
         shape = tuple(parameters[target.key])
         num_rows = shape[0] if shape else 0
+        rows = None
+        if len(targets) > 1:
+            rows = slice(start, start + num_rows)
         part = TensorPart(
             key,
-            rows=None if len(targets) == 1 else slice(start, start + num_rows),
+            rows=rows,
             swap_halves=target.swap_halves,
             shape=None if target.shape is None else shape,
             transposed=target.transposed,

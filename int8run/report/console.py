@@ -114,7 +114,9 @@ def make_literal(table: Table) -> None:
             column.header = make_plain(column.header)
         cells: list[RenderableType] = []
         for cell in column.cells:
-            cells.append(make_plain(cell) if isinstance(cell, str) else cell)
+            if isinstance(cell, str):
+                cell = make_plain(cell)
+            cells.append(cell)
         column._cells = cells  # rich offers no other way to change the cells of a table
 
 
@@ -195,7 +197,8 @@ class Progress:
         """
         if not self.has_bars:
             self.log_step(f"{name}: {total} to do")
-            lines = LoopLines(name, total, 0.0 if line_each else LINE_INTERVAL_S, self.log_step)
+            interval_s = 0.0 if line_each else LINE_INTERVAL_S
+            lines = LoopLines(name, total, interval_s, self.log_step)
             yield lines.advance
             return
         with self.open_bar(bars.BarColumn(), bars.MofNCompleteColumn()) as bar:

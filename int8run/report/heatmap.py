@@ -175,8 +175,9 @@ def build_cell(layer: Mapping[str, str] | None, metric: str, *, low: float, high
     if value is None:
         return HeatmapCell(MISSING, f"not measured; {description}")
 
+    text = "equal" if math.isinf(value) else f"{value:.1f}"
     return HeatmapCell(
-        text="equal" if math.isinf(value) else f"{value:.1f}",
+        text=text,
         description=description,
         value=value,
         color=choose_color(value, low=low, high=high),

@@ -138,8 +138,10 @@ def label_run(run: Run, keys: Sequence[str]) -> str:
     texts = []
     for key in keys:
         value = run.varied_settings[key]
-        is_number = parse_number(value) is not None
-        texts.append(f"{short_keys[key]} {value}" if is_number else value)
+        if parse_number(value) is not None:
+            # a number says nothing without its key
+            value = f"{short_keys[key]} {value}"
+        texts.append(value)
     return ", ".join(texts)
 
 

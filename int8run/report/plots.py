@@ -121,7 +121,8 @@ def draw_speed_quality(
             corners = find_front_corners(axes, points, heights, faster_is_less=faster_is_less)
             draw_step_line(axes, corners)
         draw_dots(axes, points, heights)
-        axes.xaxis.set_major_locator(MaxNLocator(4 if width < 500 else 7))
+        most_ticks = 4 if width < 500 else 7
+        axes.xaxis.set_major_locator(MaxNLocator(most_ticks))
         set_y_ticks(axes, level_of_equal, has_equal=any(math.isinf(point.y) for point in points))
         label_points(figure, axes, points, heights, corners)
 

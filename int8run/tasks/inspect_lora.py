@@ -65,7 +65,8 @@ def describe_lora(path: Path, header: Header, metadata: Mapping[str, str]) -> It
         architecture = metadata.get("modelspec.architecture", "unknown from names, shapes and tags")
         yield "base model", architecture[:MAX_VALUE_LENGTH]
     yield from describe_triggers(path, metadata)
-    yield from describe_few_step(path, metadata, base.name if base is not None else None)
+    base_name = base.name if base is not None else None
+    yield from describe_few_step(path, metadata, base_name)
     yield from describe_header(path, metadata, header).items()
 
 

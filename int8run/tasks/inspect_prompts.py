@@ -187,8 +187,10 @@ def describe_row(row: PromptRow, inputs: InputFacts) -> str:
     for column, files in row.files.items():
         shown = []
         for file in files:
-            is_bad = (file.path, is_video_column(column)) in inputs.problems
-            shown.append(file.path.name if is_bad else inputs.describe(column, file))
+            if (file.path, is_video_column(column)) in inputs.problems:
+                shown.append(file.path.name)
+            else:
+                shown.append(inputs.describe(column, file))
         parts.append(f"{column} {', '.join(shown)}")
     for name, value in list_values(row):
         if name != PROMPT and name not in row.files:

@@ -86,7 +86,8 @@ def load_text_encoder(
     own_config = read_own_config(folder, config)
     class_name = find_class_name(own_config)
     # a file that holds one encoder among others is looked through by names; a folder is of one class
-    source = EncoderFile(folder, quant_format, which, class_name if folder.is_dir() else "")
+    class_of_all = class_name if folder.is_dir() else ""
+    source = EncoderFile(folder, quant_format, which, class_of_all)
     # the class that the folder names comes first
     classes = sorted(source.encoder.classes, key=lambda name: name != class_name)
     with source.files:

@@ -332,7 +332,9 @@ def name_file_in_errors(where: str) -> Iterator[None]:
         yield
     except FileError as error:
         message = str(error)
-        raise FileError(message if where in message else f"{where}: {message}") from error
+        if where not in message:
+            message = f"{where}: {message}"
+        raise FileError(message) from error
 
 
 def read_parts(weights: EncoderWeights, parts: Sequence[TensorPart]) -> Tensor:

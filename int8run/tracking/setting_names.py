@@ -34,7 +34,10 @@ def shorten_overrides(overrides: Sequence[str]) -> str:
     for key, value in pairs:
         is_option = "." not in key and value.isidentifier()
         stands_alone = is_option and counts[value] == 1 and len(pairs) > 1
-        texts.append(value if stands_alone else f"{short_keys[key]}={value}")
+        if stands_alone:
+            texts.append(value)
+        else:
+            texts.append(f"{short_keys[key]}={value}")
     return " ".join(texts)
 
 
@@ -46,7 +49,9 @@ def find_varying_keys(settings: Sequence[Mapping[str, str]]) -> list[str]:
     Args:
         settings: of each run, by key.
     """
-    keys = dict.fromkeys(key for values in settings for key in values)
+    keys: dict[str, None] = {}
+    for values in settings:
+        keys.update(dict.fromkeys(values))
     return [key for key in keys if len({values.get(key) for values in settings}) > 1]
 
 

@@ -6,7 +6,7 @@ JSON stands on `parse_untrusted_json`.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 # Commas and opening brackets, those in texts too: a header of 20,000 tensors has 180,000. A million take a
@@ -30,8 +30,9 @@ def parse_untrusted_json(text: bytes | str, *, allows_repeats: bool = False) -> 
         text = text.encode(errors="surrogatepass")
     if count_parts(text) > MAX_PARTS:
         raise ValueError(f"has more than {MAX_PARTS} parts, more than int8run parses")
+    make_object: Callable[..., Any] = dict if allows_repeats else build_object
     try:
-        found = json.loads(text, object_pairs_hook=dict if allows_repeats else build_object)
+        found = json.loads(text, object_pairs_hook=make_object)
     except RecursionError as error:
         raise ValueError(f"is nested in more than {MAX_NESTING} levels") from error
     except RepeatedNameError:

@@ -64,7 +64,9 @@ def read_job_end(job_id: str) -> JobEnd | None:
         exit_code = re.search(r"\|(\d+):", text)
     if state is None:
         return None
-    return JobEnd(state[1], exit_code=0 if exit_code is None else int(exit_code[1]))
+    if exit_code is None:
+        return JobEnd(state[1], exit_code=0)
+    return JobEnd(state[1], exit_code=int(exit_code[1]))
 
 
 def describe_job_end(job: Any, end: JobEnd | None) -> str:
