@@ -6,7 +6,7 @@ quantizes and one writes. Names of layers and families are not known here.
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,39 +16,22 @@ from torch import Tensor
 
 from int8run.checkpoints.comfy_int8 import SCALE, WEIGHT, sibling_key
 from int8run.checkpoints.header import DTYPES
-from int8run.checkpoints.layer import FLOAT, CheckpointLayer
+from int8run.checkpoints.layer import CheckpointLayer
 from int8run.checkpoints.reader import TensorFiles
 from int8run.checkpoints.writer import StreamWriter
 from int8run.errors import ConfigError, FileError
+from int8run.export import stream_blocks
+from int8run.export.stream_blocks import Block, iterate_blocks
 from int8run.export.stream_plan import DTYPE_NAMES, QuantizationRecipe, Target
 from int8run.export.weight_layers import find_weight_layer, iterate_transform_tensors
 from int8run.kernels.cpu import rows as kernel
 from int8run.kernels.cpu.rows import RowSums, quantize_weight_rows
 from int8run.kernels.quantize_rowwise.reference import INT8_MAX
-from int8run.models.tensor_part import TensorPart
 from int8run.outlier.base import OutlierTransform
 from int8run.ptq.quantize import check_weight
 from int8run.quant.rounding import AbsMax
 
-BLOCK_BYTES = 4 * 2**20  # of a weight that are read at a time
 BUFFERS = 3  # one that is read into, one that is quantized, one that is written
-
-
-@dataclass(frozen=True)
-class Block:
-    """Rows of one tensor of the source, as many as are processed at a time.
-
-    Args:
-        target: that they belong to.
-        key: of the tensor.
-        rows: None: all of a tensor without dimensions.
-        last: whether it is the last block of the target.
-    """
-
-    target: Target
-    key: str
-    rows: slice | None
-    last: bool
 
 
 def check_finite_values(path: Path, key: str, data: Tensor) -> None:
@@ -66,59 +49,19 @@ def check_finite_values(path: Path, key: str, data: Tensor) -> None:
         raise FileError(f"{path}: {key} holds NaN or infinity; the file is damaged")
 
 
-def iterate_blocks(
-    target: Target, files: TensorFiles, stored: Mapping[str, CheckpointLayer]
-) -> Iterator[Block]:
-    """The blocks of a target, in the order in which they are written."""
-    spans = [span for part in target.parts for span in iterate_row_spans(part, files, stored)]
-    for i, (key, rows) in enumerate(spans):
-        yield Block(target, key, rows, i == len(spans) - 1)
-
-
-def iterate_row_spans(
-    part: TensorPart, files: TensorFiles, stored: Mapping[str, CheckpointLayer]
-) -> Iterator[tuple[str, slice | None]]:
-    """The rows of one part in pieces; halves that change places come the other way round.
+@dataclass(frozen=True)
+class PendingWrite:
+    """What the writing thread has to do.
 
     Args:
-        part: rows of a tensor of the source.
-        files: the source.
-        stored: the source's weights by name.
+        done: ends with it.
+        buffer: in which the data lie; None: they have memory of their own.
+        pool: gets the buffer back.
     """
-    layer = find_weight_layer(stored, part.key)
-    shape = files[part.key].shape
-    if layer is not None and len(layer.shape) == 2:
-        shape = (layer.rows, layer.columns)
-    if not shape:
-        yield part.key, None
-        return
-    first, end, _ = (part.rows or slice(None)).indices(shape[0])
-    spans = [(first, end)]
-    if part.swap_halves:
-        half = end - (end - first) // 2
-        spans = [(half, end), (first, half)]
-    step = count_block_rows(shape, DTYPES[files[part.key].dtype].bits, layer)
-    for start, stop in spans:
-        for row in range(start, stop, step):
-            yield part.key, slice(row, min(row + step, stop))
 
-
-def count_block_rows(shape: Sequence[int], bits: int, layer: CheckpointLayer | None) -> int:
-    """How many rows of a tensor are one block.
-
-    Args:
-        shape: of the tensor.
-        bits: of one number in the file.
-        layer: whose weight it is.
-    """
-    row_bytes = math.prod(shape[1:]) * max(1, bits // 8)
-    rows = max(1, BLOCK_BYTES // max(1, row_bytes))
-    if layer is None or layer.storage_dtype == FLOAT:
-        return rows
-    # weights that are stored as [K, N], or transformed on both sides, are dequantized as a whole
-    if layer.granularity == "transposed" or layer.outlier_method == "quip":
-        return shape[0]
-    return max(1, rows // 4)  # one byte becomes float32 on the way
+    done: "Future[None]"
+    buffer: Tensor | None
+    pool: list[Tensor] | None
 
 
 class Streamer:
@@ -147,9 +90,11 @@ class Streamer:
         self.writer = writer
         self.recipe = recipe
         self.on_bytes = on_bytes
-        self.sources = [torch.empty(BLOCK_BYTES, dtype=torch.uint8) for _ in range(BUFFERS)]
-        self.results = [torch.empty(BLOCK_BYTES // 2, dtype=torch.int8) for _ in range(BUFFERS - 1)]
-        self.writes: deque[tuple[Future[None], list[Tensor], Tensor | None]] = deque()
+        # buffers that nobody uses now: for blocks as they are read, and for the integers made of them
+        block_bytes = stream_blocks.BLOCK_BYTES
+        self.sources = [torch.empty(block_bytes, dtype=torch.uint8) for _ in range(BUFFERS)]
+        self.results = [torch.empty(block_bytes // 2, dtype=torch.int8) for _ in range(BUFFERS - 1)]
+        self.writes: deque[PendingWrite] = deque()
         self.sums: list[RowSums] = []  # of the current target
 
     def run(self, targets: Iterable[Target]) -> None:
@@ -163,31 +108,46 @@ class Streamer:
             waiting: deque[tuple[Block, Tensor, Future[Tensor]]] = deque()
             for target in targets:
                 for block in iterate_blocks(target, self.files, self.stored):
-                    buffer = self.free(self.sources)
+                    buffer = self.take_buffer(self.sources)
                     waiting.append((block, buffer, reader.submit(self.read, block, buffer)))
                     if len(waiting) == BUFFERS - 1:
-                        self.handle(*waiting.popleft())
+                        self.process_block(*waiting.popleft())
             while waiting:
-                self.handle(*waiting.popleft())
+                self.process_block(*waiting.popleft())
             while self.writes:
-                self.wait()
+                self.wait_for_oldest_write()
 
-    def free(self, pool: list[Tensor]) -> Tensor:
-        """A buffer that nobody uses."""
+    def take_buffer(self, pool: list[Tensor]) -> Tensor:
+        """A buffer that nobody uses; of a pool without any, the next one that has been written."""
         while not pool:
-            self.wait()
+            self.wait_for_oldest_write()
         return pool.pop()
 
-    def wait(self) -> None:
-        """For the oldest write; its buffer is free then."""
-        future, pool, buffer = self.writes.popleft()
-        future.result()
-        if buffer is not None:
-            pool.append(buffer)
+    def wait_for_oldest_write(self) -> None:
+        """Its buffer goes back into the pool that it is of."""
+        write = self.writes.popleft()
+        write.done.result()
+        if write.buffer is not None and write.pool is not None:
+            write.pool.append(write.buffer)
 
-    def write(self, key: str, data: Tensor | bytes, pool: list[Tensor], buffer: Tensor | None = None) -> None:
-        """Let the other thread write; the buffer goes back into its pool afterwards."""
-        self.writes.append((self.writing.submit(self.writer.write, key, data), pool, buffer))
+    def write(
+        self,
+        key: str,
+        data: Tensor | bytes,
+        *,
+        buffer: Tensor | None = None,
+        pool: list[Tensor] | None = None,
+    ) -> None:
+        """Let the other thread write.
+
+        Args:
+            key: of the tensor in the new file.
+            data: its next bytes.
+            buffer: in which the data lie; None: they have memory of their own.
+            pool: gets the buffer back once it is written.
+        """
+        done = self.writing.submit(self.writer.write, key, data)
+        self.writes.append(PendingWrite(done, buffer, pool))
 
     def read(self, block: Block, buffer: Tensor) -> Tensor:
         """Read the numbers of a block.
@@ -204,33 +164,40 @@ class Streamer:
             found = self.files.read_into(block.key, block.rows, buffer)
         else:
             found = self.files.read(block.key, block.rows)
-        self.files.drop_from_page_cache(block.key, self.held(block))
+        self.files.drop_from_page_cache(block.key, self.find_read_rows(block))
         return found
 
-    def held(self, block: Block) -> slice | None:
-        """The rows in the file: a weight that is stored as [K, N] is one block."""
+    def find_read_rows(self, block: Block) -> slice | None:
+        """The rows of the file that a block is read from; None: all, as of a weight stored as [K, N]."""
         layer = self.stored.get(block.key.removesuffix(WEIGHT))
         if layer is not None and layer.granularity == "transposed":
             return None
         return block.rows
 
-    def handle(self, block: Block, buffer: Tensor, reading: "Future[Tensor]") -> None:
-        """What happens to a block once it is read."""
+    def process_block(self, block: Block, buffer: Tensor, reading: "Future[Tensor]") -> None:
+        """Copy, quantize or convert a block once it is read, and let it be written.
+
+        Args:
+            block: some rows of a tensor.
+            buffer: that it is read into.
+            reading: gives its numbers.
+        """
         data, target = reading.result(), block.target
         if target.copied:
-            self.write(target.key, data, self.sources, buffer)
-            self.write(sibling_key(target.key, SCALE), self.copied_scales(block), self.sources)
+            self.write(target.key, data, buffer=buffer, pool=self.sources)
+            self.write(sibling_key(target.key, SCALE), self.read_scales(block))
         elif target.int8:
             self.quantize(block, data)
-            self.sources.append(buffer)
+            self.sources.append(buffer)  # what is written of it is in another one
         else:
             check_finite_values(self.files.path, block.key, data)
-            self.write(target.key, self.convert(block, data), self.sources, buffer)
+            self.write(target.key, self.convert(block, data), buffer=buffer, pool=self.sources)
         if block.last and target.int8:
             for key, tensor in iterate_transform_tensors(target.key, target.transform, target.shape):
-                self.write(key, tensor, self.sources)
-            self.judge(target)
-        self.on_bytes(self.files.get_byte_range(block.key, self.held(block))[1])
+                self.write(key, tensor)
+            self.note_quality(target)
+        _, num_bytes = self.files.get_byte_range(block.key, self.find_read_rows(block))
+        self.on_bytes(num_bytes)
 
     def convert(self, block: Block, data: Tensor) -> Tensor:
         """The numbers of a float tensor in the dtype that they have in the new file.
@@ -249,7 +216,7 @@ class Streamer:
             )
         return converted
 
-    def copied_scales(self, block: Block) -> Tensor:
+    def read_scales(self, block: Block) -> Tensor:
         """One scale for each row of a weight whose integers are copied. Returns float32 [rows, 1]."""
         rows = block.rows
         assert rows is not None
@@ -263,8 +230,8 @@ class Streamer:
         if not self.sums:
             self.fit(target)
         num_values = rows * columns
-        if num_values <= BLOCK_BYTES // 2:
-            buffer = self.free(self.results)
+        if num_values <= stream_blocks.BLOCK_BYTES // 2:
+            buffer = self.take_buffer(self.results)
         else:
             buffer = torch.empty(num_values, dtype=torch.int8)
         q = buffer[:num_values].view(rows, columns)
@@ -278,9 +245,11 @@ class Streamer:
                 "checkpoint"
             )
         self.sums.append(sums)
-        is_pooled = buffer.numel() == BLOCK_BYTES // 2
-        self.write(target.key, q, self.results, buffer if is_pooled else None)
-        self.write(sibling_key(target.key, SCALE), scale, self.results)
+        if buffer.numel() == stream_blocks.BLOCK_BYTES // 2:
+            self.write(target.key, q, buffer=buffer, pool=self.results)
+        else:
+            self.write(target.key, q)
+        self.write(sibling_key(target.key, SCALE), scale)
 
     def round(self, data: Tensor, q: Tensor, scale: Tensor, transform: OutlierTransform) -> RowSums:
         """Transform and round rows into `q` and `scale`.
@@ -324,23 +293,22 @@ class Streamer:
         if target.transform.factor is None:
             return
         largest = torch.zeros(target.shape[1])
-        buffer = torch.empty(BLOCK_BYTES, dtype=torch.uint8)
+        buffer = torch.empty(stream_blocks.BLOCK_BYTES, dtype=torch.uint8)
         source = replace(target, parts=target.fitted_parts or target.parts)
         for block in iterate_blocks(source, self.files, self.stored):
             largest = torch.maximum(largest, self.read(block, buffer).float().abs().amax(0))
         target.transform = self.recipe.outlier.fit(largest[None], None)
 
-    def judge(self, target: Target) -> None:
-        """Note in the plan how good the integers are."""
+    def note_quality(self, target: Target) -> None:
+        """Note in the plan how good the integers are: their SQNR, and the share of saturated ones."""
         assert target.plan is not None
         if not target.copied:
             signal = sum(sums.signal for sums in self.sums)
             noise = sum(sums.noise for sums in self.sums)
             saturated = sum(sums.saturated for sums in self.sums)
-            has_error = signal and noise
-            target.plan.measured["weight_sqnr_db"] = (
-                10 * math.log10(signal / noise) if has_error else math.inf
-            )
+            target.plan.measured["weight_sqnr_db"] = math.inf
+            if signal and noise:
+                target.plan.measured["weight_sqnr_db"] = 10 * math.log10(signal / noise)
             target.plan.measured["saturated_share"] = saturated / math.prod(target.shape)
         self.sums = []
 

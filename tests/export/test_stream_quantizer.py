@@ -22,7 +22,7 @@ from int8run.checkpoints.comfy_int8 import build_marker
 from int8run.checkpoints.detect import read_layers
 from int8run.checkpoints.reader import TensorFiles
 from int8run.errors import ConfigError, FileError
-from int8run.export import stream_quantizer as module
+from int8run.export import stream_blocks
 from int8run.export.stream_plan import QuantizationRecipe, keep_own_names, plan_targets
 from int8run.export.stream_quantizer import write_targets
 from int8run.models.tensor_part import TensorPart
@@ -85,7 +85,7 @@ LAYERS = ["wide", "narrow", "odd", "four"]
 def blocks(request, monkeypatch):
     """With small ones, each weight is cut into many, some rows are larger than a buffer."""
     if request.param:
-        monkeypatch.setattr(module, "BLOCK_BYTES", request.param)
+        monkeypatch.setattr(stream_blocks, "BLOCK_BYTES", request.param)
 
 
 METHODS = [NoOutlier(), ConvRot(), ConvRot(16), QuaRot(), QuaRot(8), HadaNorm(64), HadaNorm(4, alpha=0.3)]
@@ -146,7 +146,7 @@ def test_what_is_no_layer_or_stays_float_is_copied(source, weights, tmp_path, bl
 def test_blocks_of_any_size_give_the_same_file(source, tmp_path, monkeypatch):
     files = []
     for size in (1, 700, 4096, 2**20):
-        monkeypatch.setattr(module, "BLOCK_BYTES", size)
+        monkeypatch.setattr(stream_blocks, "BLOCK_BYTES", size)
         run(source, tmp_path / f"{size}.safetensors", QuantizationRecipe(HadaNorm(4), AbsMax()))
         files.append((tmp_path / f"{size}.safetensors").read_bytes())
     assert files.count(files[0]) == 4
@@ -441,7 +441,7 @@ def test_a_sum_that_is_too_large(tmp_path):
 def test_a_source_that_is_cut_off_meanwhile(tmp_path, monkeypatch):
     others = threading.active_count()  # of libraries that earlier tests used
     path = save(tmp_path, "s", {"layer.weight": randn(1000, 30)})
-    monkeypatch.setattr(module, "BLOCK_BYTES", 1200)
+    monkeypatch.setattr(stream_blocks, "BLOCK_BYTES", 1200)
     counts = []
 
     def cut(count):
@@ -458,7 +458,7 @@ def test_a_source_that_is_cut_off_meanwhile(tmp_path, monkeypatch):
 def test_a_disk_that_fills_up(tmp_path, monkeypatch, left):
     others = threading.active_count()  # of libraries that earlier tests used
     path = save(tmp_path, "s", {"layer.weight": randn(1000, 30), "b": randn(4)})
-    monkeypatch.setattr(module, "BLOCK_BYTES", 1200)
+    monkeypatch.setattr(stream_blocks, "BLOCK_BYTES", 1200)
     whole, calls = os.write, []
 
     def count(descriptor, data):
@@ -488,13 +488,13 @@ def test_a_disk_that_fills_up(tmp_path, monkeypatch, left):
 SLOW = """
 import sys, time
 from pathlib import Path
-from int8run.export import stream_plan, stream_quantizer as module
+from int8run.export import stream_blocks, stream_plan, stream_quantizer as module
 from int8run.checkpoints.detect import read_layers
 from int8run.checkpoints.reader import TensorFiles
 from int8run.outlier.none import NoOutlier
 from int8run.quant.rounding import AbsMax
 
-module.BLOCK_BYTES = 4096
+stream_blocks.BLOCK_BYTES = 4096
 recipe = stream_plan.QuantizationRecipe(NoOutlier(), AbsMax())
 files = TensorFiles.open(Path(sys.argv[1]))
 stored = read_layers(files)
@@ -533,7 +533,7 @@ MEMORY = """
 import sys
 from pathlib import Path
 import torch
-from int8run.export import stream_plan, stream_quantizer as module
+from int8run.export import stream_blocks, stream_plan, stream_quantizer as module
 from int8run.checkpoints.detect import read_layers
 from int8run.checkpoints.reader import TensorFiles
 from int8run.outlier.convrot import ConvRot
