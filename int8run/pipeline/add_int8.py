@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from int8run.config.run_spec import RunSpec
-from int8run.layers.plan import INT8, LayerPlan
+from int8run.layers.plan import LayerPlan
 from int8run.lora.modes import Overhead
 from int8run.pipeline.built_model import BuiltModel
 from int8run.pipeline.layer_selection import select_int8_plans
@@ -67,36 +67,6 @@ class TracedStep:
     calls: Sequence[Mapping[str, Any]]
 
 
-def add_int8_parts(
-    built: BuiltModel,
-    spec: RunSpec,
-    loaded: LoadedModel,
-    *,
-    sources: LayerSources,
-    step: TracedStep,
-    attentions: ModelAttentions,
-    progress: Progress,
-) -> None:
-    """Quantize what the settings ask for; nothing without `int8.enable`.
-
-    Args:
-        built: gets the INT8 parts.
-        spec: the settings of the run.
-        loaded: the float model.
-        sources: what is decided for its layers.
-        step: shows how many rows each layer sees.
-        attentions: those of the denoiser, planned.
-        progress: of each step.
-    """
-    if not spec.int8.enable:
-        return
-    add_int8_denoiser(
-        built, spec, loaded, sources=sources, step=step, attentions=attentions, progress=progress
-    )
-    if spec.int8.vae == INT8:
-        built.vae = add_int8_vae(spec, loaded, progress)
-
-
 def add_int8_denoiser(
     built: BuiltModel,
     spec: RunSpec,
@@ -107,7 +77,17 @@ def add_int8_denoiser(
     attentions: ModelAttentions,
     progress: Progress,
 ) -> None:
-    """Quantize the denoiser, and bring the LoRAs to its INT8 layers; arguments as for `add_int8_parts`."""
+    """Quantize the denoiser, and bring the LoRAs to its INT8 layers.
+
+    Args:
+        built: gets the INT8 denoiser.
+        spec: the settings of the run.
+        loaded: the float model.
+        sources: what is decided for its layers.
+        step: shows how many rows each layer sees.
+        attentions: those of the denoiser, planned.
+        progress: of each step.
+    """
     traced = trace_layers(step.denoiser, select_int8_plans(sources.plans), step.calls)
     settings = select_quantization_settings(spec)
     attentions.choose_on_float_model(loaded, step.denoiser)

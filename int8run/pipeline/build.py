@@ -27,7 +27,7 @@ from int8run.lora.stack import LoraStack
 from int8run.metrics.layers import count_module_bytes, note_macs_shares
 from int8run.models.dual_denoisers import set_denoiser
 from int8run.models.given_model import find_text_encoders
-from int8run.pipeline.add_int8 import LayerSources, TracedStep, add_int8_parts
+from int8run.pipeline.add_int8 import LayerSources, TracedStep, add_int8_denoiser, add_int8_vae
 from int8run.pipeline.built_model import BuiltModel
 from int8run.pipeline.compile import compile_denoisers
 from int8run.pipeline.given_files import check_checkpoint_fits, check_loras_fit
@@ -100,9 +100,12 @@ def build_model(
     built = begin_built_model(spec, model, macs=macs, attention_plans=attentions.plans)
 
     started = time.perf_counter()
-    add_int8_parts(
-        built, spec, loaded, sources=model.sources, step=step, attentions=attentions, progress=progress
-    )
+    if spec.int8.enable:
+        add_int8_denoiser(
+            built, spec, loaded, sources=model.sources, step=step, attentions=attentions, progress=progress
+        )
+        if spec.int8.vae == INT8:
+            built.vae = add_int8_vae(spec, loaded, progress)
     install_candidate(built, spec)
     built.seconds = {"load": model.load_seconds, "quantize": time.perf_counter() - started}
     compile_denoisers(built.denoisers, spec.compile, has_hooks=spec.offload != "none")
