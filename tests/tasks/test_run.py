@@ -487,8 +487,11 @@ def pixels_in(out: Path) -> dict[str, bytes]:
     return {p.name: Image.open(p).convert("RGB").tobytes() for p in sorted((out / "images").iterdir())}
 
 
+SAVED_PAIRS = [*((name, "mse") for name in OUTLIERS), ("smoothquant", "gptq")]
+
+
 @pytest.mark.parametrize(
-    ("outlier", "rounding"), [*((name, "mse") for name in OUTLIERS), ("smoothquant", "gptq")]
+    ("outlier", "rounding"), slow_except([("convrot", "mse"), ("smoothquant", "gptq")], SAVED_PAIRS)
 )
 def test_a_saved_model_generates_the_same_images(
     least: list[str], tmp_path: Path, outlier: str, rounding: str
@@ -726,6 +729,7 @@ class TestBudget:
             row["name"] for row in int8_rows(tmp_path / "met")
         }
 
+    @pytest.mark.slow
     def test_a_checkpoint_can_be_brought_within_a_budget(
         self, budget: list[str], rotated: Path, tmp_path: Path
     ) -> None:
@@ -754,6 +758,7 @@ def decibels(metrics: dict[str, float]) -> float:
     return -20 * math.log10(metrics["quality/latent_rel_err"])
 
 
+@pytest.mark.slow
 def test_a_checkpoint_takes_dynamic_loras_and_no_other_baked_ones(
     least: list[str], rotated: Path, tmp_path: Path
 ) -> None:
