@@ -32,6 +32,7 @@ from int8run.lora.stack import LoraStack
 from int8run.models.dual_denoisers import split_denoiser
 from int8run.models.given_model import GivenModel, take_denoiser
 from int8run.models.loader import pick_device
+from int8run.outlier.base import OutlierMethod
 from int8run.pipeline.layer_selection import (
     describe_skip_reasons,
     select_int8_plans,
@@ -105,7 +106,8 @@ def quantize_(  # noqa: PLR0913  # the contract of the library: each is an optio
 
     placement = find_placement(denoiser, device)
     check_backend(spec.backend, placement.device, chosen)
-    layers = make_int8_layers(denoiser, chosen, spec, placement, rows=rows)
+    methods = choose_fixed_method(chosen, spec.outlier)
+    layers = make_int8_layers(denoiser, chosen, spec, placement, methods=methods, rows=rows)
     int8_parts = split_denoiser(assemble_int8_model(denoiser, layers, family))
     warn_compiled_blocks(denoiser)
     for prefix, part in parts.items():
@@ -125,7 +127,13 @@ class Placement:
 
 
 def make_int8_layers(
-    denoiser: nn.Module, chosen: Sequence[LayerPlan], spec: RunSpec, placement: Placement, *, rows: int
+    denoiser: nn.Module,
+    chosen: Sequence[LayerPlan],
+    spec: RunSpec,
+    placement: Placement,
+    *,
+    methods: Mapping[str, OutlierMethod],
+    rows: int,
 ) -> dict[str, Int8Layer]:
     """The INT8 layers of a denoiser, by name, without those that are faster in float.
 
@@ -134,6 +142,7 @@ def make_int8_layers(
         chosen: the plans of its layers that may become INT8, where what happens to each is noted.
         spec: all settings.
         placement: where each layer is made, and where it waits then.
+        methods: against outliers, by name of the layer.
         rows: tokens that a layer sees in one call.
     """
 
@@ -144,7 +153,7 @@ def make_int8_layers(
     quantized = quantize_layers(
         denoiser,
         chosen,
-        methods=choose_fixed_method(chosen, spec.outlier),
+        methods=methods,
         rounding=spec.rounding,
         statistics={},
         read=lambda name: get_layer(denoiser, name).weight.detach().to(placement.device),
@@ -177,15 +186,11 @@ def find_placement(model: nn.Module, device: str | None) -> Placement:
     now = next(model.parameters()).device
     hook = getattr(model, "_hf_hook", None)
     offloaded_to = getattr(hook, "execution_device", None)
-    is_offloaded = offloaded_to is not None
-    if device is None and is_offloaded:
-        return Placement(torch.device(offloaded_to), offload_device=now)
-    if device is None:
-        return Placement(now, offload_device=now)
-    target = pick_device(device)
-    if is_offloaded:
-        return Placement(target, offload_device=now)
-    return Placement(target, offload_device=target)
+    if offloaded_to is None:
+        target = now if device is None else pick_device(device)
+        return Placement(target, offload_device=target)
+    target = torch.device(offloaded_to) if device is None else pick_device(device)
+    return Placement(target, offload_device=now)
 
 
 def check_settings(spec: RunSpec, options: Mapping[str, str]) -> None:

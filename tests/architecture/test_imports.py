@@ -19,7 +19,7 @@ RULES = {
     # modules in the root
     "__init__": {"api", "text_encoders"},  # when one of its names is asked for
     "__main__": {"cli"},
-    "api": {"config", "layers", "lora", "models", "pipeline", "ptq", "utils"},
+    "api": {"config", "layers", "lora", "models", "outlier", "pipeline", "ptq", "utils"},
     "cli": {"config", "jobs", "report", "utils"},
     "errors": set(),
     # beside the package
@@ -32,7 +32,7 @@ RULES = {
     "quant": {"kernels"},
     "outlier": {"kernels", "quant"},
     "backends": {"kernels", "quant", "utils"},
-    "layers": {"backends", "kernels", "models", "outlier", "quant"},
+    "layers": {"backends", "kernels", "models", "outlier", "quant", "utils"},
     # files, LoRAs, images and their measures
     "checkpoints": {"kernels", "layers", "outlier", "quant", "utils"},
     "generate": {"models", "utils"},
