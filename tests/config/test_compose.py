@@ -7,6 +7,7 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_module
 from support.helpers import CONF
+from support.tiers import slow_except
 
 from int8run.config.compose import compose_jobs, create_run_spec, int8run_options
 from int8run.config.help import Setting, parse_settings, read_description, render_help
@@ -41,6 +42,14 @@ def as_id(option):
     return "=".join(option)
 
 
+def find_daily_options():
+    """All but those of `model`, of which there are many of a kind: one of each family."""
+    families = {}
+    for name, option in read_model_options().items():
+        families.setdefault(option.family, name)
+    return [(o,) for o in OPTIONS if o[0] != "model" or o[1] in families.values()]
+
+
 @functools.cache
 def spec_of(option):
     """The RunSpec with an option and what it needs."""
@@ -58,7 +67,7 @@ def test_the_walk_finds_the_options():
     }
 
 
-@pytest.mark.parametrize("option", OPTIONS, ids=as_id)
+@pytest.mark.parametrize("option", slow_except(find_daily_options(), [(o,) for o in OPTIONS]), ids=as_id)
 def test_every_option_becomes_a_run_spec(option):
     group, name = option
     spec = spec_of(option)

@@ -58,6 +58,7 @@ def encoder_sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # -- one layer, one forward --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_cpu_forward_prints_a_row_for_each_variant(capsys: Capture) -> None:
     run_script("cpu_forward/bench.py", "--rounds", "1", "--batches", "1", "--backends", "reference")
 
@@ -133,6 +134,7 @@ def test_call_overhead_prints_a_row_for_each_layer(capsys: Capture) -> None:
     assert all(float(row.split()[-2]) > 0 for row in rows)
 
 
+@pytest.mark.slow
 def test_families_prints_the_models_that_are_asked_for(capsys: Capture) -> None:
     run_script("families/table.py", "SD1.5")
 
@@ -227,6 +229,7 @@ def test_lora_modes_puts_strengths_side_by_side(lora_sweep: Path, tmp_path: Path
     assert (tmp_path / "grid.png").is_file()
 
 
+@pytest.mark.slow
 def test_fidelity_has_a_line_for_each_job(lora_sweep: Path, capsys: Capture) -> None:
     # the layers' SQNR is not measured by small jobs
     for job in lora_sweep.glob("[0-9]*"):
@@ -239,6 +242,7 @@ def test_fidelity_has_a_line_for_each_job(lora_sweep: Path, capsys: Capture) -> 
     assert len(capsys.readouterr().out.splitlines()) == 2 + 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("image", ["pareto", "drift"])
 def test_fidelity_plots_a_sweep(image: str, lora_sweep: Path, tmp_path: Path) -> None:
     run_script("fidelity/plots.py", image, "--sweep", lora_sweep, "--out", tmp_path / "plot.png")

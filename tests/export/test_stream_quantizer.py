@@ -512,6 +512,7 @@ module.write_targets(files, stored, targets, Path(sys.argv[2]), {}, recipe, slow
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL and file locks")
 def test_a_killed_process_leaves_no_file_and_the_next_run_cleans_up(tmp_path):
     path, target = save(tmp_path, "s", {"layer.weight": randn(2000, 32)}), tmp_path / "out" / "x.safetensors"

@@ -267,6 +267,7 @@ def test_jobs_of_one_model_may_save_it_to_one_file(command: Command, model: str)
     assert outcome.code == 0, outcome.err
 
 
+@pytest.mark.slow
 def test_a_job_that_runs_again_starts_with_an_empty_folder(command: Command, model: str) -> None:
     arguments = ["-m", "seed=0,1", model, *UNTRACKED, "hydra.sweep.dir=here"]
     assert command(*arguments).code == 0

@@ -34,6 +34,7 @@ def test_a_run_keeps_no_password(command):
     assert "s3cret" not in outcome.out + outcome.err and find_password(command.folder) == []
 
 
+@pytest.mark.slow
 def test_a_sweep_keeps_no_password_and_goes_on(command):
     words = ["-m", URI, TOKEN, *EMPTY, "seed=0,1"]
     first = command(*words)

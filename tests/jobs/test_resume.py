@@ -312,6 +312,7 @@ def test_every_job_that_failed_is_named_at_the_end(
     assert "missing" in log
 
 
+@pytest.mark.slow
 def test_a_sweep_shows_how_far_it_is_and_what_is_best(command: Command, model: str) -> None:
     outcome = command("-m", "outlier=none,convrot", model, *COMPARED)
 

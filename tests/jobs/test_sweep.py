@@ -59,6 +59,7 @@ def test_strengths_of_the_shipped_stack_build_once(command: Command) -> None:
     assert len(list((command.folder / "multirun").rglob("grid.png"))) == 4
 
 
+@pytest.mark.slow
 def test_a_sweep_builds_once_for_each_way_to_quantize_and_not_for_a_strength(
     command: Command, model: str
 ) -> None:

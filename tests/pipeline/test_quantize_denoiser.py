@@ -853,6 +853,7 @@ def test_a_low_budget_keeps_nothing_and_looks_at_no_layer(monkeypatch: pytest.Mo
     assert sum(isinstance(m, Int8Linear) for m in target.modules()) == run.layers
 
 
+@pytest.mark.slow
 def test_a_budget_beyond_reach_is_a_setting_that_cannot_work() -> None:
     message = (
         r"^quality_db=200 is met by the float model alone: \d+\.\d dB is "

@@ -255,6 +255,7 @@ def test_all_modes_generate_the_images_of_the_merged_float_model(
     assert len(rows) > 1, "each layer with the rows that it sees"
 
 
+@pytest.mark.slow
 def test_strength_0_is_the_model_itself_in_every_mode(
     plain: RunSpec, files: dict[str, str], draw: Callable
 ) -> None:

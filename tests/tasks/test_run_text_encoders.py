@@ -21,6 +21,7 @@ from support.clip_files import answer, changed, file_of, linears
 from support.compare import assert_close, assert_runs_like_the_reference
 from support.helpers import CPU, without_vnni
 from support.run_job import make_spec, run_job, save_lora
+from support.tiers import slow_except
 from support.tiny_pipeline import random_pipeline, save_random_pipeline
 from text_encoders.files import File
 from text_encoders.probes import probe_weight
@@ -893,7 +894,7 @@ def test_a_lora_is_rounded_with_the_weight(
         assert not torch.equal(answer(built.module.cpu()), answer(floats[component]))
 
 
-@pytest.mark.parametrize("source", ["on the fly", "file"])
+@pytest.mark.parametrize("source", slow_except(["on the fly"], ["on the fly", "file"]))
 def test_strength_0_is_the_encoder_without_the_lora(
     source: str, run_with: Callable[..., FinishedRun], files: dict[str, Any]
 ) -> None:
@@ -1033,6 +1034,7 @@ def test_a_loras_bias(
 # -- sweeps --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_sweep_builds_for_each_setting_of_clip_once(
     words: list[str], files: dict[str, Any], tmp_path: Path
 ) -> None:

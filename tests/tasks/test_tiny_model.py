@@ -77,6 +77,7 @@ def test_layers_csv_names_every_linear_of_the_shipped_model_once(tmp_path: Path)
     assert sum(r["quantized"] == "true" for r in rows) == 32
 
 
+@pytest.mark.slow
 def test_the_second_identical_run_gives_the_same_bits(tmp_path: Path) -> None:
     pixels = []
     for attempt in ("a", "b"):
@@ -89,6 +90,7 @@ def test_the_second_identical_run_gives_the_same_bits(tmp_path: Path) -> None:
     assert pixels[0] == pixels[1]
 
 
+@pytest.mark.slow
 def test_the_calibrated_model_is_saved_and_generates_the_same_again(tmp_path: Path) -> None:
     shared = [
         "prompts.prompts=[fox]",

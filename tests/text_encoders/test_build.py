@@ -89,6 +89,7 @@ def test_default_dtype_is_bfloat16(mixed_file: Path) -> None:
     assert build(mixed_file).dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_the_file(tmp_path: Path) -> None:
     for name in ENCODERS:
         for word in ("int8_rowwise", "float8_e4m3fn", "nvfp4"):

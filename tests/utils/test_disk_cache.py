@@ -361,6 +361,7 @@ def test_a_key_says_all_that_is_in_it() -> None:
 # -- the tests themselves --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_no_test_writes_into_the_users_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
