@@ -79,6 +79,12 @@ class BackendError(Int8RunError):
     exit_code = 4
 
 
+class AuditError(Int8RunError):
+    """An audited file with a worse grade than `task.min_grade` allows; all of it stands in audit.json."""
+
+    exit_code = 5
+
+
 class TrackingError(Int8RunError):
     """The store of the tracker does not answer. Whatever was to be logged is in the output folder."""
 

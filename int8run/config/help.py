@@ -76,6 +76,7 @@ int8run: build a diffusion model in INT8 (W8A8), generate, and measure it agains
   int8run lora=stack_a lora.adapters.0.strength=0.5   any setting of any option
   int8run -m lora=stack_a lora.strength=0,0.5,1       a sweep: one job per value, one page that compares them
   int8run task=inspect task.path=FILE.safetensors     what a file is
+  int8run task=audit task.path=FILE task.base=FLOAT   a grade for a quantized file of anybody
 """
 FLAGS = """\
 Flags

@@ -34,7 +34,7 @@ INT8_PARTS = {"attention": "INT8 attention", "convolutions": "INT8 convolutions"
 
 
 class Task(Protocol):
-    """What the command does with its settings: run, quantize, inspect, bench or report.
+    """What the command does with its settings: run, quantize, inspect, audit, bench or report.
 
     A recorded task leaves status.json in its output folder; a tracked one is also logged by the tracker. What
     a task ignores are groups and keys of the command line that change nothing in it.

@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from int8run.config.job import Job
 from int8run.config.run_spec import RunSpec
-from int8run.errors import ConfigError, check_range
+from int8run.errors import ConfigError, check_choice, check_range
 
 # what only a model that generates has a use for
 GENERATION = frozenset({"calibration", "compile", "attention", "offload", "device", "metrics", "quality_db"})
@@ -21,6 +21,9 @@ GENERATION = frozenset({"calibration", "compile", "attention", "offload", "devic
 INT8_OF_A_RUN = frozenset({"int8.attention", "int8.attention_min_sqnr_db", "int8.vae"})
 # what says how a model becomes INT8
 QUANTIZATION = frozenset({"model_type", "int8", "outlier", "rounding", "backend", "lora", "lora_dir", "clip"})
+
+# of task=audit, the best first; `audit/grades.yaml` says what they mean
+GRADES = ("A", "B", "U", "C", "D", "F")
 
 
 @dataclass(frozen=True)
@@ -178,6 +181,50 @@ class Quantize:
         from int8run.tasks.quantize_checkpoint import quantize_file
 
         quantize_file(spec, job, self.component)
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Grade a quantized file of anybody: what its numbers are, beside the float file it was made from.
+
+    Args:
+        path: of the file, or of the folder of one checkpoint.
+        base: the float file; None: `model.location` where the command line names a model, else there is none.
+        component: of the base, where it is a pipeline with several denoisers.
+        min_grade: a worse grade ends the command with an exit code of its own.
+    """
+
+    recorded: ClassVar[bool] = True
+    tracked: ClassVar[bool] = False
+    ignores: ClassVar[frozenset[str]] = (
+        GENERATION | (QUANTIZATION - {"model_type"}) | {"prompts", "sampler", "cache", "save", "sync"}
+    )
+
+    path: str | None = None
+    base: str | None = None
+    component: str | None = None
+    min_grade: str = "C"
+
+    def __post_init__(self) -> None:
+        check_choice("task.min_grade", self.min_grade, GRADES)
+
+    def check(self, spec: RunSpec) -> None:
+        """Refuse to grade nothing."""
+        if not self.path:
+            raise ConfigError("task=audit grades a quantized file; name it with task.path=<file.safetensors>")
+
+    def execute(self, spec: RunSpec, job: Job) -> None:
+        """Write audit.json and audit.html, and print the grade and what is wrong.
+
+        Raises:
+            AuditError: for a grade that is worse than `min_grade`.
+        """
+        from int8run.tasks.audit import AuditRequest, run_audit
+
+        request = AuditRequest(
+            path=str(self.path), base=self.base, component=self.component, min_grade=self.min_grade
+        )
+        run_audit(spec, job, request)
 
 
 @dataclass(frozen=True)

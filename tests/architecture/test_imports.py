@@ -64,6 +64,7 @@ RULES = {
         "utils",
     },
     "export": {"checkpoints", "kernels", "layers", "models", "outlier", "ptq", "quant", "utils"},
+    "audit": {"checkpoints", "kernels", "models", "outlier", "quant", "utils"},
     # top: settings, runs, sweeps
     "config": {
         "backends",
@@ -97,6 +98,7 @@ RULES = {
     },
     "jobs": {"config", "metrics", "report", "tracking", "utils"},
     "tasks": {
+        "audit",
         "backends",
         "checkpoints",
         "config",
@@ -136,6 +138,7 @@ CONCRETE = {
     "tracking": {"base", "process_identity", "run_record", "secrets", "setting_names"},
 }  # folder -> modules that are none
 SERVES_ALL = {
+    "audit",
     "checkpoints",
     "cli",
     "config",

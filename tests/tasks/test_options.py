@@ -15,9 +15,9 @@ from int8run.config.job import Job
 from int8run.config.run_spec import RunSpec
 from int8run.errors import Int8RunError
 from int8run.layers.plan import Int8Settings
-from int8run.tasks.options import Bench, Inspect, Quantize, Report, Run
+from int8run.tasks.options import Audit, Bench, Inspect, Quantize, Report, Run
 
-TASKS = (Run, Inspect, Bench, Quantize, Report)
+TASKS = (Run, Inspect, Audit, Bench, Quantize, Report)
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -1,0 +1,172 @@
+"""What is wrong with a file as a whole: labels, markers, its note, and what is missing beside the base.
+
+`file_audit` calls `list_file_findings`. Numbers of weights are not read here.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+from int8run.audit.base_weight import BaseFiles, BaseTensor
+from int8run.audit.grades import Finding, load_grades
+from int8run.audit.layer_audit import LayerAudit
+from int8run.audit.layer_findings import join_counts, shorten_name
+from int8run.checkpoints.classify_int8 import is_transformed_by_tensors
+from int8run.checkpoints.data_hash import check_data
+from int8run.checkpoints.format_names import name_granularity, promised_granularities
+from int8run.checkpoints.layer import INT8, CheckpointLayer
+from int8run.checkpoints.quant_metadata import Marker
+from int8run.checkpoints.reader import TensorFiles
+from int8run.errors import FileError
+from int8run.utils.plurals import count_noun
+
+WEIGHT = ".weight"
+ABSMAX = "absmax"
+
+
+class KnownFile(Protocol):
+    """What this module uses of an `AuditedFile`, which is defined above it."""
+
+    @property
+    def layers(self) -> Mapping[str, CheckpointLayer]:
+        """Weights by name."""
+        ...
+
+    @property
+    def markers(self) -> Mapping[str, Marker]:
+        """What the file says of each layer."""
+        ...
+
+    @property
+    def provenance(self) -> Mapping[str, Any]:
+        """How int8run made it."""
+        ...
+
+    @property
+    def base(self) -> BaseFiles | None:
+        """To compare with."""
+        ...
+
+    @property
+    def matches(self) -> Mapping[str, BaseTensor]:
+        """What the base has for each key."""
+        ...
+
+    @property
+    def base_prefix(self) -> str:
+        """Before the base's keys of the model."""
+        ...
+
+
+def list_file_findings(
+    files: TensorFiles, known: KnownFile, layers: Sequence[LayerAudit], changed: Mapping[str, float]
+) -> Iterator[Finding]:
+    """What is wrong with a file as a whole.
+
+    Args:
+        files: the file.
+        known: of it, from headers.
+        layers: audited.
+        changed: float tensor -> how far it is from the base's.
+    """
+    yield from check_labels(known)
+    yield from check_provenance(known, layers)
+    if known.base is None:
+        yield from check_hash(files)
+        return
+    yield from check_floats(changed)
+    yield from check_completeness(known, layers)
+
+
+def check_labels(known: KnownFile) -> Iterator[Finding]:
+    """Markers that contradict the shape of the scales, and INT8 layers without one."""
+    wrong = Counter[str]()
+    wrong_names, unmarked = [], []
+    for name, layer in known.layers.items():
+        marker = known.markers.get(name)
+        if marker is None:
+            needs_marker = layer.storage_dtype == INT8 and not is_transformed_by_tensors(layer.part_keys)
+            if needs_marker:
+                unmarked.append(name)
+            continue
+        text = find_wrong_label(layer, marker)
+        if text:
+            wrong[text] += 1
+            wrong_names.append(name)
+    if wrong:
+        yield Finding("wrong_label", tuple(wrong_names), join_counts(wrong), len(known.layers))
+    if unmarked:
+        yield Finding("no_marker", tuple(unmarked), "", len(known.layers))
+
+
+def find_wrong_label(layer: CheckpointLayer, marker: Marker) -> str:
+    """What of a marker the shape of the scales contradicts; empty where nothing."""
+    if not layer.granularity:
+        return ""
+    granularity = name_granularity(layer.granularity, layer.rows, layer.columns, marker)
+    per_row = marker.fields.get("per_row")
+    if granularity not in promised_granularities(marker):
+        return f"labeled {marker.format_name or 'int8'}, with scales by {granularity}"
+    if per_row is not None and per_row != (granularity == "row"):
+        return f"labeled per_row={str(per_row).lower()}, with scales by {granularity}"
+    return ""
+
+
+def check_provenance(known: KnownFile, layers: Sequence[LayerAudit]) -> Iterator[Finding]:
+    """What int8run's note says and the numbers deny."""
+    note = known.provenance
+    if not note:
+        return
+    details = []
+    compared = [layer for layer in layers if layer.is_compared]
+    changed = [layer for layer in compared if "low_rank_change" in layer.codes]
+    if changed and note.get("loras") == []:
+        details.append(f"it says that no LoRA was baked in, and {count_noun(len(changed), 'layer')} hold one")
+    others = [layer for layer in compared if layer.storage_dtype == INT8 and ABSMAX not in layer.recipe]
+    if others and not changed and note.get("rounding") == ABSMAX and note.get("loras") == []:
+        count = count_noun(len(others), "layer", "are")
+        details.append(f"it says rounding=absmax of the source, and {count} not")
+    kept_float = note.get("kept_float")
+    if isinstance(kept_float, Mapping):
+        quantized = [layer.name for layer in layers if layer.is_quantized and layer.name in kept_float]
+        if quantized:
+            details.append(f"it says that {quantized[0]} was kept float, and it is quantized")
+    if details:
+        yield Finding("wrong_provenance", (), "; ".join(details))
+
+
+def check_hash(files: TensorFiles) -> Iterator[Finding]:
+    """Whether the tensors are those that int8run wrote; all of them are read, so not beside a base."""
+    try:
+        check_data(files)
+    except FileError as error:
+        yield Finding("changed_tensors", (), str(error))
+
+
+def check_floats(changed: Mapping[str, float]) -> Iterator[Finding]:
+    """Float tensors that are not the base's."""
+    limit = load_grades().limits.max_float_error
+    found = {key: change for key, change in changed.items() if change > limit}
+    if not found:
+        return
+    places = join_counts(Counter(shorten_name(key) for key in found))
+    detail = f"by up to {100 * max(found.values()):.0f} %: {places}"
+    yield Finding("changed_float", tuple(found), detail, len(changed))
+
+
+def check_completeness(known: KnownFile, layers: Sequence[LayerAudit]) -> Iterator[Finding]:
+    """Weights that only one of the two has."""
+    assert known.base is not None
+    used = {key for match in known.matches.values() for key in match.keys}
+    missing = [
+        name
+        for name, layer in known.base.layers.items()
+        if name.startswith(known.base_prefix) and layer.key not in used
+    ]
+    if missing:
+        places = join_counts(Counter(map(shorten_name, missing)))
+        yield Finding("missing_layer", tuple(missing), places, len(known.base.layers))
+    extra = [layer.name for layer in layers if f"{layer.name}{WEIGHT}" not in known.matches]
+    if extra:
+        places = join_counts(Counter(map(shorten_name, extra)))
+        yield Finding("extra_layer", tuple(extra), places, len(layers))

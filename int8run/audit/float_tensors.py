@@ -1,0 +1,45 @@
+"""Compare tensors that stayed float with those of the base: biases, norms, embedders, layers left out.
+
+`file_audit` calls `measure_change`. They are equal but for the rounding to another dtype, unless somebody
+trained or corrected them.
+"""
+
+from math import prod
+
+import torch
+
+from int8run.audit.base_weight import BaseTensor
+from int8run.audit.stored_numbers import iterate_spans
+from int8run.checkpoints.reader import TensorFiles
+
+FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+
+
+def measure_change(files: TensorFiles, key: str, base: BaseTensor) -> float:
+    """How far a float tensor of a file is from the base's, as a share of its size; 0: equal.
+
+    Args:
+        files: the file.
+        key: of the tensor.
+        base: what the base has for it.
+
+    Raises:
+        FileError: when either cannot be read.
+    """
+    shape = files[key].shape
+    if not shape:
+        shape = (1,)
+    difference = signal = 0.0
+    for span in iterate_spans(shape[0], prod(shape[1:])):
+        rows = span.rows if files[key].shape else None
+        own = files.read(key, rows)
+        files.drop_from_page_cache(key, rows)
+        own = own.reshape(span.stop - span.start, -1)
+        other = base.read_rows(span.start, span.stop)
+        if torch.equal(own, other.to(own.dtype)):
+            continue
+        difference += float((own.double() - other.double()).square().sum())
+        signal += float(other.double().square().sum())
+    if difference == 0:
+        return 0.0
+    return (difference / max(signal, 1e-300)) ** 0.5
