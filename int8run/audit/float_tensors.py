@@ -42,4 +42,5 @@ def measure_change(files: TensorFiles, key: str, base: BaseTensor) -> float:
         signal += float(other.double().square().sum())
     if difference == 0:
         return 0.0
-    return (difference / max(signal, 1e-300)) ** 0.5
+    relative: float = (difference / max(signal, 1e-300)) ** 0.5
+    return relative

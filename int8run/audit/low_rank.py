@@ -96,7 +96,8 @@ class LowRankSketch:
         largest_row = self.largest_row / energy
         largest_column = float(self.column_energy.max()) / energy
         edges = (1 + (num_columns * largest_row) ** 0.5) * (1 + (num_columns * largest_column) ** 0.5)
-        return energy * row_spread * edges
+        edge: float = energy * row_spread * edges
+        return edge
 
 
 @lru_cache(maxsize=8)

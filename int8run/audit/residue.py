@@ -138,7 +138,8 @@ def compute_correlation(cross: float, first: float, second: float) -> float:
         return 1.0
     if first == 0 or second == 0:
         return 0.0
-    return cross / (first * second) ** 0.5
+    cosine: float = cross / (first * second) ** 0.5
+    return cosine
 
 
 def correlate(stored: Tensor, reference: Tensor) -> float:

@@ -471,3 +471,16 @@ def test_the_study_is_a_sweep_of_36_jobs(tmp_path: Path, monkeypatch: pytest.Mon
     assert multirun == "-m"
     assert len(jobs) == 36
     assert (tmp_path / "study.html").read_text() == "a report"
+
+
+@pytest.mark.slow
+def test_audit_is_measured_beside_a_copy(tmp_path: Path, capsys: Capture) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    run_script("streaming/make_flux.py", checkpoint, "--doubles", "1", "--singles", "1", "--heads", "2")
+
+    run_script("audit/measure.py", checkpoint, tmp_path / "work", "--rounds", "1")
+
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [row[0] for row in rows[-3:]] == ["| copy", "| reproduced", "| not reproduced"]
+    assert rows[-2][-1].startswith("A, ")
+    assert rows[-1][-1].startswith("B, 0 of ")
