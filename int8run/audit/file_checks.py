@@ -11,9 +11,9 @@ from int8run.audit.base_weight import BaseFiles, BaseTensor
 from int8run.audit.grades import Finding, load_grades
 from int8run.audit.layer_audit import LayerAudit
 from int8run.audit.layer_findings import join_counts, shorten_name
-from int8run.checkpoints.classify_int8 import is_transformed_by_tensors
 from int8run.checkpoints.data_hash import check_data
 from int8run.checkpoints.format_names import name_granularity, promised_granularities
+from int8run.checkpoints.int8_transform import is_transformed_by_tensors
 from int8run.checkpoints.layer import INT8, CheckpointLayer
 from int8run.checkpoints.quant_metadata import Marker
 from int8run.checkpoints.reader import TensorFiles
