@@ -7,7 +7,7 @@ Imported by every other package, and imports none of them. Also holds the checks
 import difflib
 import errno
 import unicodedata
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 WRITE_ELSEWHERE = "write elsewhere: hydra.run.dir=FOLDER (of a sweep hydra.sweep.dir=FOLDER)"
 # with one of these an operating system refuses to open or write a place that a setting may have named
@@ -160,6 +160,22 @@ def check_bool(name: str, value: object) -> None:
     """Raise ConfigError unless `value` is a bool."""
     if not isinstance(value, bool):
         raise ConfigError(f"{name} is {value!r}; choose true or false")
+
+
+def check_texts(name: str, value: object, example: str) -> None:
+    """Check that a setting is a list of texts, which may be empty.
+
+    Args:
+        name: the setting, as on the command line.
+        value: what it was set to.
+        example: an entry, for the message.
+
+    Raises:
+        ConfigError: when it is not.
+    """
+    items = value if isinstance(value, Sequence) and not isinstance(value, str) else [None]
+    if not all(isinstance(item, str) and item for item in items):
+        raise ConfigError(f"{name} is {value!r}; give a list of texts, such as [{example}]")
 
 
 def check_choice(name: str, value: object, allowed: Collection[str]) -> None:

@@ -41,6 +41,11 @@ class EmbeddedImages:
             self.nbytes += len(uri)
         return self._ids[digest]
 
+    @property
+    def digests(self) -> dict[str, str]:
+        """A hash of the pixels of each image, by its id."""
+        return {image_id: digest.hex() for digest, image_id in self._ids.items()}
+
     def keep_first(self, number: int) -> None:
         """Drop all but the images that were added first."""
         self.uris = dict(islice(self.uris.items(), number))

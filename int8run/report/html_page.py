@@ -4,6 +4,7 @@
 file: the style, the script, the plots and the images are inside.
 """
 
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,10 +12,11 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from int8run.errors import ConfigError
+from int8run.report.blind_pairs import BlindComparison, build_blind_comparison
 from int8run.report.columns import format_psnr
 from int8run.report.comparison import explain_incomparable_speeds
 from int8run.report.heatmap import NUM_COLORS, build_heatmap
-from int8run.report.image_gallery import build_gallery
+from int8run.report.image_gallery import Gallery, build_gallery
 from int8run.report.page_plots import build_curve_plots, build_speed_quality_plot
 from int8run.report.page_sections import (
     compare_environments,
@@ -24,29 +26,38 @@ from int8run.report.page_sections import (
     list_facts,
     select_deferred_images,
 )
-from int8run.report.runs import name_runs
+from int8run.report.runs import Run, name_runs
 from int8run.report.runs_table import build_runs_table
 from int8run.report.strength_curves import build_strength_curves
 from int8run.report.verdict import recommend
+from int8run.report.votes import Tally, count_votes, drop_repeated_sessions, read_vote_file
 from int8run.tracking.run_record import FINISHED, Record
 from int8run.tracking.setting_names import shorten_value
 from int8run.utils.paths import check_replaceable
 from int8run.utils.text import make_lines_visible
 
+log = logging.getLogger(__name__)
 TEMPLATE_FOLDER = Path(__file__).parent
 MAX_LEADING_SETTINGS = 4  # before the numbers in the table of runs; more stand behind them
 
 
-def write_report(records: Sequence[Record], path: Path, title: str) -> None:
+def write_report(
+    records: Sequence[Record], path: Path, title: str, vote_paths: Sequence[Path] = ()
+) -> list[Tally]:
     """Write the page. It holds everything it shows, so it may be moved, sent, and opened from a disk.
 
     Args:
         records: in the order in which they are to be listed.
         path: of the HTML file; its folder is made where it is missing.
         title: of the page.
+        vote_paths: files that the page's blind comparison saved.
+
+    Returns:
+        The count of the votes, which is on the page, too.
 
     Raises:
         ConfigError: without a record.
+        FileError: a file of votes cannot be read, or is about other images.
         OSError: something else than a file is there.
     """
     if not records:
@@ -55,31 +66,79 @@ def write_report(records: Sequence[Record], path: Path, title: str) -> None:
             "int8run -m …"
         )
     check_replaceable(path)
-    html = render_page(records, path.parent, title)
+    runs = name_runs(records)
+    gallery = build_gallery(runs)
+    blind = build_blind_comparison(gallery)
+    tallies = tally_votes(vote_paths, blind)
+    html = render_page(runs, gallery, blind, page_folder=path.parent, title=title, tallies=tallies)
+    write_text_file(path, html)
+    return tallies
+
+
+def write_text_file(path: Path, text: str) -> None:
+    """Write a page or a table whole or not at all; its folder is made where it is missing.
+
+    Raises:
+        OSError: something else than a file is there.
+    """
+    check_replaceable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.tmp")
-    unfinished.write_text(html, encoding="utf-8")
+    unfinished.write_text(text, encoding="utf-8")
     os.replace(unfinished, path)
 
 
-def render_page(records: Sequence[Record], page_folder: Path, title: str) -> str:
+def tally_votes(paths: Sequence[Path], blind: BlindComparison | None) -> list[Tally]:
+    """Count the votes of some files; logs which ones do not count.
+
+    Args:
+        paths: of the files.
+        blind: of the page; None where it has nothing to compare.
+
+    Raises:
+        ConfigError: there are votes, and nothing to vote on.
+        FileError: a file cannot be read, or is about other images.
+    """
+    if not paths:
+        return []
+    if blind is None:
+        raise ConfigError(
+            "task.votes: the runs have no two images to compare; name the folder of the runs that were voted "
+            "on with task.path="
+        )
+    files, notes = drop_repeated_sessions([read_vote_file(path, blind) for path in paths])
+    for note in notes:
+        log.warning("%s", note)
+    return count_votes(files, blind)
+
+
+def render_page(
+    runs: Sequence[Run],
+    gallery: Gallery,
+    blind: BlindComparison | None,
+    *,
+    page_folder: Path,
+    title: str,
+    tallies: Sequence[Tally],
+) -> str:
     """The HTML of the page.
 
     Args:
-        records: at least one.
+        runs: at least one.
+        gallery: of their images.
+        blind: what people may compare; None: nothing.
         page_folder: where the page will be; paths on it are relative to this folder.
         title: of the page.
+        tallies: counted votes.
     """
-    runs = name_runs(records)
-    gallery = build_gallery(runs)
     heatmap = build_heatmap(runs)
     curves = build_strength_curves(runs)
     template = load_template("page.html.jinja")
     return template.render(
         title=title,
         finished=FINISHED,
-        style=read_asset("page.css"),
-        script=read_asset("page.js"),
+        style="\n".join([read_asset("page.css"), read_asset("blind.css")]),
+        script="\n".join([read_asset("page.js"), read_asset("blind.js")]),
         runs=runs,
         facts=list_facts(runs),
         recommendation=recommend(runs),
@@ -91,12 +150,15 @@ def render_page(records: Sequence[Record], page_folder: Path, title: str) -> str
         curves=[build_curve_plots(curve, number) for number, curve in enumerate(curves)],
         gallery=gallery,
         deferred_images=select_deferred_images(gallery),
+        blind=blind,
+        blind_data=None if blind is None else blind.to_json(title),
+        tallies=tallies,
         format_psnr=format_psnr,
         shorten_value=shorten_value,
         heatmap=heatmap,
         heatmap_metric=describe_heatmap_metric(heatmap),
         num_colors=NUM_COLORS,
-        settings=compare_settings(records),
+        settings=compare_settings([run.record for run in runs]),
         environment=compare_environments(runs),
         commands=list_commands(runs, page_folder),
     )

@@ -95,12 +95,14 @@ class Gallery:
         rows: one per prompt, seed and frame.
         uris: every image as a data URI, by its id.
         notes: what is left out or shown otherwise, in words.
+        digests: a hash of the pixels of every image, by its id.
     """
 
     runs: list[Run]
     rows: list[GalleryRow]
     uris: dict[str, str]
     notes: list[str]
+    digests: dict[str, str] = field(default_factory=dict)
 
     @property
     def image_size(self) -> int:
@@ -176,7 +178,7 @@ def build_gallery(runs: Sequence[Run], *, max_bytes: int = MAX_BYTES, max_cells:
         )
     has_videos = any(key.frame for key in keys)
     notes += list_notes(rows, has_videos=has_videos, has_thumbnails=images.has_thumbnails)
-    return Gallery(runs=columns, rows=rows, uris=images.uris, notes=notes)
+    return Gallery(runs=columns, rows=rows, uris=images.uris, notes=notes, digests=images.digests)
 
 
 def build_row(

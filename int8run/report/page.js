@@ -97,8 +97,8 @@ const PIXELATED_PX = 256; // images up to this size are enlarged without smoothi
 const DRAG_PX = 4; // a shorter move is a click
 
 const gallery = select("#gallery");
+const uris = gallery ? JSON.parse(select("#deferred-images").textContent) : {}; // every image by its id
 if (gallery) {
-  const uris = JSON.parse(select("#deferred-images").textContent);
   selectAll("img[data-image-id]", gallery).forEach((img) => { uris[img.dataset.imageId] = img.src; });
 
   const divider = select("#divider");

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from int8run.report.columns import MISSING, PSNR_DB, STEP_MS
 from int8run.tracking.run_record import FINISHED, Record
@@ -143,7 +144,11 @@ def select_measured(runs: Sequence[Run]) -> list[Run]:
 
 def describe_machine(record: Record) -> str:
     """The hardware of a run: `NVIDIA H200` or `AMD EPYC, 8 threads`; empty where the run ended too early."""
-    facts = record.environment
+    return describe_environment(record.environment)
+
+
+def describe_environment(facts: Mapping[str, Any]) -> str:
+    """The hardware of an environment.json; empty where there is none."""
     if not facts:
         return ""
     if facts.get("gpu"):

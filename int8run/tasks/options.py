@@ -8,17 +8,19 @@ cheap.
 are set. `check` is called before a single job has a folder.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from int8run.config.job import Job
 from int8run.config.run_spec import RunSpec
-from int8run.errors import ConfigError, check_choice, check_range
+from int8run.errors import ConfigError, check_bool, check_choice, check_range, check_texts
 
 # what only a model that generates has a use for
 GENERATION = frozenset({"calibration", "compile", "attention", "offload", "device", "metrics", "quality_db"})
 # parts of `int8` that are about more than the weights of a denoiser
 INT8_OF_A_RUN = frozenset({"int8.attention", "int8.attention_min_sqnr_db", "int8.vae"})
+REPORT_FORMATS = ("html", "markdown", "latex", "csv")
 # what says how a model becomes INT8
 QUANTIZATION = frozenset({"model_type", "int8", "outlier", "rounding", "backend", "lora", "lora_dir", "clip"})
 
@@ -234,6 +236,10 @@ class Report:
     Args:
         path: a folder with runs in it, at any depth; None: `sync`, else the newest sweep below `multirun`.
         sweep: tag of a sweep in the tracker; its runs are downloaded into `path` first.
+        votes: files that the blind comparison of this report saved; they are counted on the page.
+        format: one of REPORT_FORMATS: the page, or its table of runs.
+        atlas: results of other people and machines: their metrics.json, or folders of them. They become one
+            table of models, recipes and devices in place of the comparison.
     """
 
     recorded: ClassVar[bool] = False
@@ -244,12 +250,86 @@ class Report:
 
     path: str | None = None
     sweep: str | None = None
+    votes: Sequence[str] = ()
+    format: str = "html"
+    atlas: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        check_texts("task.votes", self.votes, "votes.json")
+        check_choice("task.format", self.format, REPORT_FORMATS)
+        if self.votes and self.format != "html":
+            raise ConfigError(
+                f"task.format={self.format} has no place for task.votes, which are counted on the page; "
+                "leave one of them out"
+            )
+        check_texts("task.atlas", self.atlas, "results/anna/metrics.json")
+        if self.atlas and (self.votes or self.sweep is not None):
+            raise ConfigError(
+                "task.atlas shows results of several people, and task.votes and task.sweep are about one "
+                "sweep; leave one of them out"
+            )
 
     def check(self, spec: RunSpec) -> None:
         """Nothing is known before the runs are looked at."""
 
     def execute(self, spec: RunSpec, job: Job) -> None:
-        """Write the page, and print where it is."""
-        from int8run.tasks.report import report_runs
+        """Write the page or the table, and print where it is."""
+        from int8run.tasks.report import ReportOutput, report_runs, write_result_atlas
 
-        report_runs(spec.tracker, self.path, self.sweep, spec.sync)
+        if self.atlas:
+            write_result_atlas(self.atlas, self.path, self.format)
+            return
+        output = ReportOutput(format=self.format, votes=self.votes)
+        report_runs(spec.tracker, self.path, self.sweep, spec.sync, output)
+
+
+@dataclass(frozen=True)
+class Publish:
+    """Put a folder for the hub together from a checkpoint that int8run wrote, and upload it if asked.
+
+    Args:
+        path: the `.safetensors` file or the folder that `save=` wrote.
+        repo: the repository: `owner/name`.
+        folder: where the files are put together; None: `publish/<name>`.
+        license: of the base; None: what the base says.
+        upload: whether anything leaves this machine.
+        private: whether a repository that is new is private.
+    """
+
+    recorded: ClassVar[bool] = False
+    tracked: ClassVar[bool] = False
+    ignores: ClassVar[frozenset[str]] = (
+        GENERATION | QUANTIZATION | {"model", "prompts", "sampler", "cache", "save", "sync"}
+    )
+
+    path: str | None = None
+    repo: str | None = None
+    folder: str | None = None
+    license: str | None = None
+    upload: bool = False
+    private: bool = True
+
+    def __post_init__(self) -> None:
+        check_bool("task.upload", self.upload)
+        check_bool("task.private", self.private)
+
+    def check(self, spec: RunSpec) -> None:
+        """Refuse a command that does not say what is published, and where."""
+        if not self.path or not self.repo:
+            raise ConfigError(
+                "task=publish needs task.path=<file or folder that save= wrote> and task.repo=<owner/name>"
+            )
+
+    def execute(self, spec: RunSpec, job: Job) -> None:
+        """Put the folder together, and say what is uploaded or would be."""
+        from int8run.tasks.publish import Publication, publish
+
+        publication = Publication(
+            path=str(self.path),
+            repo=str(self.repo),
+            folder=self.folder,
+            license=self.license,
+            upload=self.upload,
+            private=self.private,
+        )
+        publish(publication)

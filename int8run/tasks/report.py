@@ -3,24 +3,52 @@
 import logging
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from int8run.errors import ConfigError, FileError, TrackingError
 from int8run.jobs.execute import upload_record
 from int8run.jobs.manifest import read_manifest
 from int8run.jobs.resume import find_sweeps
+from int8run.report.atlas import write_atlas
 from int8run.report.console import print_lines
-from int8run.report.html_page import write_report
+from int8run.report.export_table import render_table
+from int8run.report.html_page import write_report, write_text_file
+from int8run.report.runs import name_runs
+from int8run.report.shared_results import collect_results
 from int8run.tracking.base import Tracker
 from int8run.tracking.run_record import FINISHED, RUNNING, Record, find_records
 from int8run.utils.paths import expand_path
 from int8run.utils.plurals import count_noun
 
 log = logging.getLogger(__name__)
+FILE_NAMES = {"html": "report.html", "markdown": "report.md", "latex": "report.tex", "csv": "report.csv"}
 SWEEPS_FOLDER = "multirun"  # hydra.sweep.dir begins with it
 
 
-def report_runs(tracker: Tracker, path: str | None, sweep: str | None, sync: str | None) -> None:
+@dataclass(frozen=True)
+class ReportOutput:
+    """What a report becomes.
+
+    Args:
+        format: a key of FILE_NAMES.
+        votes: files of votes of the page's blind comparison; they are counted on it.
+    """
+
+    format: str = "html"
+    votes: Sequence[str] = ()
+
+
+HTML_PAGE = ReportOutput()
+
+
+def report_runs(
+    tracker: Tracker,
+    path: str | None,
+    sweep: str | None,
+    sync: str | None,
+    output: ReportOutput = HTML_PAGE,
+) -> None:
     """Upload, download and compare.
 
     Args:
@@ -28,6 +56,7 @@ def report_runs(tracker: Tracker, path: str | None, sweep: str | None, sync: str
         path: folder of the runs; None: `sync`, or a folder named after `sweep`, or the newest sweep.
         sweep: tag of a sweep; its runs are downloaded from the tracker.
         sync: runs in this folder that the tracker lacks are uploaded.
+        output: what is written, into that folder.
 
     Raises:
         FileError: when there is no run.
@@ -39,10 +68,36 @@ def report_runs(tracker: Tracker, path: str | None, sweep: str | None, sync: str
     if sweep is not None:
         download_sweep(tracker, sweep, folder)
     records = find_runs(folder)
-    page = folder / "report.html"
+    file = folder / FILE_NAMES[output.format]
     title = format_title(records, folder)
-    write_report(records, page, title)
-    print_lines(title, f"report:   {page.absolute()}")
+    if output.format == "html":
+        tallies = write_report(records, file, title, [expand_path(votes) for votes in output.votes])
+        print_lines(title, *[f"votes:    {tally.describe()}" for tally in tallies])
+    else:
+        write_text_file(file, render_table(name_runs(records), title, output.format))
+        print_lines(title)
+    print_lines(f"report:   {file.absolute()}")
+
+
+def write_result_atlas(paths: Sequence[str], folder: str | None, table_format: str) -> None:
+    """Merge results of any number of people and machines into one page or table.
+
+    Args:
+        paths: metrics.json files, or folders with some in them.
+        folder: where it is written; None: the working folder.
+        table_format: a key of FILE_NAMES.
+
+    Raises:
+        FileError: a path is not there, or no result can be shown.
+    """
+    collection = collect_results([expand_path(path) for path in paths])
+    suffix = Path(FILE_NAMES[table_format]).suffix
+    file = expand_path(folder or ".") / f"atlas{suffix}"
+    write_atlas(collection, file, table_format)
+    line = count_noun(len(collection.results), "result")
+    if collection.left_out:
+        line += f"; left out, and listed above: {len(collection.left_out)}"
+    print_lines(line, f"atlas:    {file.absolute()}")
 
 
 def find_runs(folder: Path) -> list[Record]:

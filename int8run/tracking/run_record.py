@@ -24,6 +24,9 @@ from int8run.tracking.setting_names import hash_text, shorten_overrides
 
 log = logging.getLogger(__name__)
 STATUS = "status.json"
+RESULTS = "metrics.json"
+# of metrics.json: 1 since it says its own model, recipe and environment; files of earlier versions have none
+RESULTS_SCHEMA = 1
 EARLIER_ATTEMPTS = "earlier_attempts"  # of a sweep's jobs that ran again; a folder in that of the sweep
 RUNNING, FINISHED, FAILED, KILLED = "RUNNING", "FINISHED", "FAILED", "KILLED"
 KILLED_MESSAGE = "the process ended without an error message: killed, out of memory, or the machine went down"
@@ -145,15 +148,19 @@ class Record:
     @cached_property
     def _measured(self) -> dict[str, Any]:
         """The content of metrics.json; empty when it is missing or damaged."""
-        path = self.folder / "metrics.json"
+        path = self.folder / RESULTS
         if not path.is_file():
             return {}
         try:
             measured: dict[str, Any] = restore_numbers(json.loads(path.read_text()))
-            return measured
         except ValueError as error:
             log.warning("%s is damaged and is ignored: %s", path, error)
             return {}
+        schema = measured.get("schema", 0)
+        if schema not in range(RESULTS_SCHEMA + 1):
+            log.warning("%s is ignored: %s", path, describe_other_schema(schema))
+            return {}
+        return measured
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -199,6 +206,14 @@ class Record:
         """The resolved settings."""
         path = self.folder / "config.yaml"
         return yaml.safe_load(path.read_text()) if path.is_file() else {}
+
+
+def describe_other_schema(schema: object) -> str:
+    """Why a metrics.json of another version cannot be used, and what to do."""
+    return (
+        f"its schema is {schema}, and this version of int8run reads up to {RESULTS_SCHEMA}; use the version "
+        "that wrote it, or a later one"
+    )
 
 
 def restore_numbers(value: Any) -> Any:

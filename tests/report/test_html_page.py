@@ -104,7 +104,7 @@ def test_text_from_files_is_escaped(sweep_report):
 
     assert "<script>alert" not in html and "<b>ink" not in html and "<i>one" not in html
     assert page.find_all("h1")[0]["text"] == "sweep <i>one</i>"
-    assert len(page.find_all("script")) == 2
+    assert len(page.find_all("script")) == 3  # images, pairs to compare, and the script itself
     captions = [heading["text"].strip() for heading in page.find_all("th", scope="rowgroup")]
     assert captions == [f"{HOSTILE_PROMPT} · seed 0", "owl · seed 0"]
 
@@ -305,7 +305,9 @@ def test_hostile_texts_are_shown_and_obeyed_by_nothing(tmp_path, text):
     assert any(tile.get("data-caption") == f"prompt {shown} · seed 0" for tile in page.find_all("button"))
     assert not UNSAFE_BUT_LINES.search(html)
     assert page.unbalanced == []
-    assert not any("alert" in script["text"] for script in page.find_all("script"))
+    scripts = [script for script in page.find_all("script") if script.get("type") != "application/json"]
+    assert not any("alert" in script["text"] for script in scripts)
+    assert not any("<" in script["text"] for script in page.find_all("script", type="application/json"))
 
 
 def test_a_page_without_float_images_says_nothing_of_a_comparison_with_float(tmp_path):

@@ -1,0 +1,133 @@
+"""Which numbers of a result cannot be true: checked before results of other people are shown together.
+
+`shared_results` asks. A value that is merely surprising passes; the bounds are what no measurement can have.
+"""
+
+import fnmatch
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from int8run.report.columns import DENOISER_BYTES, DENOISER_RATIO, SPEED_RATIO, STEP_MS
+from int8run.report.export_table import HIGH, LOW
+
+FLOAT_STEP_MS, FLOAT_BYTES = "float/step_ms_p50", "float/denoiser_bytes"
+RATIO_TOLERANCE = 0.02  # of a ratio and the two numbers that it was computed from
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a metric can be.
+
+    Args:
+        low, high: the smallest and largest possible value.
+        takes_infinity: whether it may be infinite, as the ratio to a difference of zero.
+    """
+
+    low: float
+    high: float
+    takes_infinity: bool = False
+
+
+# by fnmatch pattern; the first that matches counts
+BOUNDS: Mapping[str, Bounds] = {
+    "speed/ratio_*": Bounds(0.001, 1000),
+    "*_ratio": Bounds(0.001, 1000),
+    "*/step_ms_*": Bounds(1e-4, 1e9),
+    "*_per_s": Bounds(1e-9, 1e9),
+    "*/joules_per_image": Bounds(1e-6, 1e12),
+    "*_share": Bounds(0, 1),
+    "*ssim*": Bounds(-1, 1),
+    "clip/cosine_*": Bounds(-1, 1),
+    "*psnr_db*": Bounds(0, 400, takes_infinity=True),
+    "*_db*": Bounds(-400, 400, takes_infinity=True),
+    "*_err": Bounds(0, 1e6),
+    "quality/lpips*": Bounds(0, 100),
+    "*_bytes": Bounds(1, 1e15),
+}
+
+
+@dataclass(frozen=True)
+class Doubt:
+    """A number that cannot be true.
+
+    Args:
+        metric: its name.
+        value: as the file has it.
+        reason: why.
+    """
+
+    metric: str
+    value: object
+    reason: str
+
+
+def find_doubts(metrics: Mapping[str, object]) -> list[Doubt]:
+    """The numbers of a result that cannot be true, alone or beside others of the same result."""
+    doubts = []
+    for name, value in metrics.items():
+        reason = explain_impossible(name, value)
+        if reason is not None:
+            doubts.append(Doubt(name, value, reason))
+    doubted = {doubt.metric for doubt in doubts}
+    numbers: dict[str, float] = {}
+    for name, value in metrics.items():
+        if name not in doubted and isinstance(value, int | float):
+            numbers[name] = value
+    doubts += check_ratio(numbers, SPEED_RATIO, FLOAT_STEP_MS, STEP_MS)
+    doubts += check_ratio(numbers, DENOISER_RATIO, FLOAT_BYTES, DENOISER_BYTES)
+    doubts += check_intervals(numbers)
+    return doubts
+
+
+def explain_impossible(name: str, value: object) -> str | None:
+    """Why a metric cannot have a value; None where it can."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return "it is no number"
+    if math.isnan(value):
+        return "it is not a number"
+    bounds = find_bounds(name)
+    if bounds is None:
+        return None
+    if math.isinf(value):
+        is_possible = bounds.takes_infinity and value > 0
+        return None if is_possible else "it is infinite"
+    if bounds.low <= value <= bounds.high:
+        return None
+    return f"it is outside {bounds.low:g} … {bounds.high:g}"
+
+
+def find_bounds(name: str) -> Bounds | None:
+    """What a metric can be; None: anything."""
+    for pattern, bounds in BOUNDS.items():
+        if fnmatch.fnmatchcase(name, pattern):
+            return bounds
+    return None
+
+
+def check_ratio(numbers: Mapping[str, float], ratio: str, above: str, below: str) -> list[Doubt]:
+    """Doubt a ratio that is not that of the two numbers beside it.
+
+    Args:
+        numbers: of the result.
+        ratio: its name.
+        above: the number that was divided.
+        below: what it was divided by.
+    """
+    if not {ratio, above, below} <= numbers.keys():
+        return []
+    expected = numbers[above] / numbers[below]
+    if math.isclose(numbers[ratio], expected, rel_tol=RATIO_TOLERANCE):
+        return []
+    return [Doubt(ratio, numbers[ratio], f"{above} over {below} is {expected:.4g}")]
+
+
+def check_intervals(numbers: Mapping[str, float]) -> list[Doubt]:
+    """Doubt intervals whose ends are not on both sides of each other."""
+    doubts = []
+    for name, low in numbers.items():
+        high = numbers.get(name.removesuffix(LOW) + HIGH) if name.endswith(LOW) else None
+        if high is not None and low > high:
+            reason = "the interval ends before it begins"
+            doubts += [Doubt(name, low, reason), Doubt(name.removesuffix(LOW) + HIGH, high, reason)]
+    return doubts
