@@ -37,6 +37,7 @@ class Generation:
         image_seconds: of each image or video, text encoding and decoding included.
         has_sound: whether the pipeline also generated sound, which is not kept.
         peak_bytes: largest memory while it generated, where the caller measures it; else 0.
+        joules: energy that it took, where the caller measures it; else 0.
     """
 
     frames: list[list[Image]] = field(default_factory=list)
@@ -45,6 +46,7 @@ class Generation:
     image_seconds: list[float] = field(default_factory=list)
     has_sound: bool = False
     peak_bytes: float = 0.0
+    joules: float = 0.0
 
     @property
     def images(self) -> list[Image]:

@@ -111,6 +111,12 @@ METRIC_COLUMNS = (
         direction=1,
     ),
     MetricColumn(
+        "energy/joules_per_image",
+        "energy, J\nper image",
+        "joules for an image or a video, of the CPU packages or of the GPU",
+        direction=-1,
+    ),
+    MetricColumn(
         DENOISER_BYTES,
         "denoiser\nMB",
         "memory of the denoiser's weights, in 10⁶ bytes",

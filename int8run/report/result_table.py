@@ -76,6 +76,7 @@ class ResultRows:
         samples = "videos" if "speed/frames_per_s" in self.metrics else "images"
         self.add_comparison(f"{samples} per second", "speed/images_per_s", "{:.2f}".format, divide_by_float)
         self.add_comparison("frames per second", "speed/frames_per_s", "{:.2f}".format, divide_by_float)
+        self.add_comparison("joules per image", "energy/joules_per_image", "{:.3g}".format, divide_float)
         self.add_comparison("denoiser memory", "memory/denoiser_bytes", format_megabytes, divide_float)
         self.add_peak_memory()
         if "memory/text_encoder_ratio" in self.metrics:

@@ -16,6 +16,7 @@ from int8run.generate.generate import Differences, Generation, GenerationHooks, 
 from int8run.generate.prompt_cache import PromptCache
 from int8run.generate.prompts import Sample
 from int8run.generate.step_count import count_asked_steps
+from int8run.metrics.energy import open_energy_meter
 from int8run.metrics.memory import read_peak_bytes, reset_peak_memory
 from int8run.models.sampling import Sampling, drop_schedule
 from int8run.pipeline import process_cache
@@ -111,7 +112,7 @@ def make_hooks(
     models_with_images: Collection[str],
     advance: Callable[[int], None],
 ) -> GenerationHooks:
-    """What happens beside the generation of each batch: memory, images, and the strengths of a schedule.
+    """What happens beside the generation of each batch: memory, energy, images, strengths of a schedule.
 
     Args:
         spec: the settings.
@@ -120,21 +121,28 @@ def make_hooks(
         models_with_images: names of the denoisers whose images are kept.
         advance: is told how many images came.
     """
+    meter = open_energy_meter(built.device)
 
-    def set_scheduled_strengths(fraction: float) -> None:
+    def start_batch(name: str) -> None:
+        reset_peak_memory(built.device)
+        meter.start()
+
+    def begin_step(fraction: float) -> None:
+        meter.update()
         if spec.lora.is_scheduled:
             built.set_strengths(spec.lora.get_strengths_at(fraction), spec.lora.text_strengths)
 
     def keep_batch(name: str, batch: Sequence[Sample], generation: Generation) -> None:
+        generation.joules += meter.stop()
         generation.peak_bytes = max(generation.peak_bytes, read_peak_bytes(built.device))
         if name in models_with_images:
             inputs.writer.write_batch(name, batch, generation, built.pipe)
             advance(len(batch))
 
     return GenerationHooks(
-        before_batch=lambda name: reset_peak_memory(built.device),
+        before_batch=start_batch,
         on_batch=keep_batch,
-        on_fraction=set_scheduled_strengths,
+        on_fraction=begin_step,
     )
 
 

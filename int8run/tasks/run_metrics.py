@@ -18,6 +18,7 @@ from int8run.generate.prompt_cache import PromptCache
 from int8run.generate.prompts import Sample
 from int8run.layers.plan import ATTENTION, FLOAT, LINEAR
 from int8run.metrics.embeddings import compute_encoder_metrics
+from int8run.metrics.energy import compute_energy
 from int8run.metrics.layers import (
     compute_attention_metrics,
     compute_int8_shares,
@@ -82,6 +83,7 @@ def measure_run(
     metrics = compute_speed(comparison.candidate, comparable)
     if comparable is not None:
         metrics |= compare_with_best_float(spec, built, calls, metrics["speed/ratio_vs_float"])
+    metrics |= compute_energy(comparison.candidate, comparable)
     metrics["memory/peak_bytes"] = comparison.candidate.peak_bytes
     if comparable is not None and comparable.peak_bytes:  # those that an earlier job generated have none
         metrics["float/peak_bytes"] = comparable.peak_bytes
