@@ -33,11 +33,13 @@ class KnownRepository:
         parameters_b: billions of parameters of everything that its pipeline loads.
         file_bytes: that one takes in its files; None: not known.
         gated: whether its terms must be accepted first.
+        license: as its page calls it; None: not known here.
     """
 
     parameters_b: float
     file_bytes: int | None = None
     gated: bool = False
+    license: str | None = None
 
     def describe_size(self) -> str:
         """`about 34 GB to download, about 34 GB of memory as bfloat16; gated: its terms must be accepted`."""
@@ -71,11 +73,8 @@ def check_repository(repository: str, setting: str, revision: str | None = None)
             access.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    # each version has another library for the network, whose errors these are made from
-    network_errors = cast(tuple[type[Exception], ...], HfHubHTTPError.__bases__)
-    errors: tuple[type[Exception], ...] = (OSError, HFValidationError, *network_errors)
+    errors = list_hub_errors()
     if has_snapshot(repository, revision):
         return
     hub = HfApi()
@@ -90,6 +89,15 @@ def check_repository(repository: str, setting: str, revision: str | None = None)
         if file.rfilename.endswith(SAFETENSORS):
             num_bytes += file.size or 0
     log.info("Downloading %s, whose weights are %.1f GB in all variants", repository, num_bytes / 1e9)
+
+
+def list_hub_errors() -> tuple[type[Exception], ...]:
+    """What a question to the hub raises: its own errors and those of the network."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    # each version has another library for the network, whose errors these are made from
+    network_errors = cast(tuple[type[Exception], ...], HfHubHTTPError.__bases__)
+    return (OSError, HFValidationError, *network_errors)
 
 
 def has_snapshot(repository: str, revision: str | None) -> bool:

@@ -8,11 +8,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from int8run.export.save_denoiser import keep_own_names, save_denoiser, write_tensors
 from int8run.layers.int8_conv import Int8Layer
 from int8run.models.dual_denoisers import split_denoiser
+from int8run.models.resolve_weights import WEIGHTS_NAME
 from int8run.pipeline.loaded_model import LoadedModel
 from int8run.utils.disk_cache import DiskCache
+from int8run.utils.paths import SAFETENSORS, expand_path
 from int8run.utils.plurals import count_noun
 
 log = logging.getLogger(__name__)
@@ -69,6 +73,20 @@ def save_layers(
         )
         megabytes = path.stat().st_size / 1e6
         log.info("Saved %s to %s (%.1f MB)", count_noun(len(own_layers), "INT8 layer"), path, megabytes)
+
+
+def list_saved_files(save: str, denoiser: nn.Module) -> list[Path]:
+    """The files of weights that `save_layers` wrote.
+
+    Args:
+        save: a `.safetensors` file or a folder.
+        denoiser: of the model, two joined ones among them.
+    """
+    files = []
+    for prefix in split_denoiser(denoiser):
+        path = expand_path(get_save_location(save, prefix.removesuffix("."))).absolute()
+        files.append(path if path.suffix == SAFETENSORS else path / WEIGHTS_NAME)
+    return files
 
 
 def get_save_location(save: str, component: str) -> str:

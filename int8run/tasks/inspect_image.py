@@ -19,28 +19,25 @@ from int8run.generate.sample_inputs import INPUT_COLUMNS
 from int8run.layers.plan import Int8Settings
 from int8run.models.family import MODEL_FOLDER
 from int8run.tasks.file_description import FileDescription, Row, format_setting
-from int8run.tasks.image_writer import (
+from int8run.tasks.image_facts import INT8, describe_facts, find_unsaid
+from int8run.tasks.image_writer import OWN_CHUNK, PARAMETERS_CHUNK
+from int8run.tasks.model_facts import (
     INT8_SETTINGS,
     METHOD_GROUPS,
-    OWN_CHUNK,
-    PARAMETERS_CHUNK,
     SETTINGS_SUFFIX,
     find_changed_int8_settings,
     list_int8_settings,
     name_model,
 )
+from int8run.tasks.run_settings import UnrepeatableSettingError, list_candidate_words, list_other_words
 from int8run.utils.text import shorten_error
 from int8run.utils.untrusted_json import parse_untrusted_json
 
 LORA_OVERRIDE = "override /lora@_global_.lora"  # of an option of model= that brings LoRAs
 PNG = ".png"
-INT8 = "INT8"
 SAMPLER_SETTINGS = ("steps", "guidance", "height", "width", "scheduler")
 # groups of further arguments
 SAMPLER_MAPPINGS = ("extra", "scheduler_settings")
-UNSAID = "settings of the outlier method, of rounding= and backend=: the command takes the defaults"
-UNSAID_CANDIDATES = "the candidates of outlier=auto: the command takes the defaults"
-UNSAID_INT8 = "settings of int8, such as int8.attention: the command takes the defaults"
 
 
 class NotRepeatableError(Exception):
@@ -70,18 +67,6 @@ def inspect_image(path: Path) -> FileDescription:
     rows += [("not said", unsaid) for unsaid in find_unsaid(facts)]
     rows += [("not found", missing) for missing in find_missing_inputs(facts, copies)]
     return FileDescription(path.name, rows, [("to repeat it", command)])
-
-
-def find_unsaid(facts: Mapping[str, Any]) -> Iterator[str]:
-    """What of an INT8 model an image does not name."""
-    if facts.get("precision") != INT8:
-        return
-    if "rounding" not in facts:  # by an earlier version
-        yield UNSAID
-    elif facts.get("outlier") == "auto":
-        yield UNSAID_CANDIDATES
-    if INT8_SETTINGS not in facts:  # by an earlier version
-        yield UNSAID_INT8
 
 
 def find_input_copies(path: Path, facts: Mapping[str, Any]) -> dict[tuple[str, int], Path]:
@@ -149,34 +134,6 @@ def parse_facts(path: Path, text: str) -> dict[str, Any]:
     return facts
 
 
-def describe_facts(facts: Mapping[str, Any]) -> Iterator[Row]:
-    """Show each fact on a line of its own, the settings of the sampler by their names."""
-    for name, value in facts.items():
-        group = name.removesuffix(SETTINGS_SUFFIX)
-        if name == "input_copies":
-            continue  # the command has their paths
-        if name == "sampling":
-            yield from describe_sampling(value)
-        elif name == "inputs" and isinstance(value, dict):
-            for column, files in value.items():
-                yield str(column), ", ".join(map(str, files)) if isinstance(files, list) else str(files)
-        elif name == INT8_SETTINGS and isinstance(value, dict):
-            for setting, changed in find_changed_int8_settings(value).items():
-                yield f"int8.{setting}", str(changed)
-        elif group in METHOD_GROUPS and isinstance(value, dict):
-            for setting, number in value.items():
-                yield f"{group}.{setting}", str(number)
-        else:
-            yield name.replace("_", " "), str(value)
-
-
-def describe_sampling(sampling: Mapping[str, Any]) -> Iterator[Row]:
-    """Show the settings of the sampler that have a value."""
-    for name, value in sampling.items():
-        if value not in (None, {}):
-            yield f"sampler.{name}", str(value)
-
-
 def format_command(facts: Mapping[str, Any], copies: Mapping[tuple[str, int], Path]) -> str:
     """The command that makes an image again, as one types it.
 
@@ -200,7 +157,32 @@ def format_command(facts: Mapping[str, Any], copies: Mapping[tuple[str, int], Pa
     words += list_input_words(facts, copies)
     words += list_sampler_words(facts["sampling"])
     words += list_model_words(facts)
+    try:
+        words += list_setting_words(facts, option)
+    except UnrepeatableSettingError as error:
+        raise NotRepeatableError(str(error)) from error
     return " ".join(words)
+
+
+def list_setting_words(facts: Mapping[str, Any], option: str) -> list[str]:
+    """The words that set everything else; none where an earlier version did not say it.
+
+    Args:
+        facts: of the text chunk.
+        option: of `model=`.
+
+    Raises:
+        UnrepeatableSettingError: for what no word sets again.
+    """
+    words: list[str] = []
+    if facts.get("precision") == INT8 and facts.get("outlier") == "auto" and "outlier_candidates" in facts:
+        words += list_candidate_words(facts["outlier_candidates"])
+    settings = facts.get("settings", {})
+    if facts.get("precision") != INT8 and isinstance(settings, dict):
+        # the precision of a float image is its dtype, which has its word
+        settings = {key: value for key, value in settings.items() if key != "model.dtype"}
+    model_option = yaml.safe_load((MODEL_FOLDER / f"{option}.yaml").read_text(encoding="utf-8"))
+    return words + list_other_words(settings, model_option)
 
 
 def list_input_words(facts: Mapping[str, Any], copies: Mapping[tuple[str, int], Path]) -> list[str]:

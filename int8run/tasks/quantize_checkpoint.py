@@ -28,6 +28,7 @@ from int8run.outlier.base import OutlierMethod
 from int8run.report.console import Progress
 from int8run.report.formatting import format_megabytes
 from int8run.tasks.denoiser_checkpoint import DenoiserCheckpoint
+from int8run.tasks.model_card import write_card
 from int8run.tasks.quantize_checkpoint_plan import FilePlan, plan_file
 from int8run.tasks.quantize_common import (
     HASHED_BYTES,
@@ -80,6 +81,7 @@ def quantize_file(spec: RunSpec, job: Job, component: str | None) -> dict[str, f
         seconds=time.perf_counter() - started,
     )
     facts = describe_result(source, plan.path, plan.checkpoint)
+    write_card(spec, job, [plan.path], metrics)
     report_result(job, plan.path, plan.layer_plans, metrics, facts)
     return metrics
 

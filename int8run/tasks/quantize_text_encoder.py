@@ -29,6 +29,7 @@ from int8run.pipeline.text_encoders import EncoderSlot, find_encoder_slots
 from int8run.quant.formats import FORMATS, WeightFormat
 from int8run.report.console import Progress
 from int8run.report.formatting import format_megabytes
+from int8run.tasks.model_card import write_card
 from int8run.tasks.quantize_common import (
     MegabyteProgress,
     collect_metrics,
@@ -93,6 +94,7 @@ def quantize_text_encoder(spec: RunSpec, job: Job, component: str) -> dict[str, 
         "encoder": weights.encoder.name,
         "format": weight_format.name,
     }
+    write_card(spec, job, [plan.path], metrics)
     report_result(job, plan.path, plan.layer_plans, metrics, facts, quantized=weight_format.name)
     return metrics
 

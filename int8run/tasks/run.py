@@ -43,7 +43,7 @@ from int8run.tasks.run_logs import (
     warn_scattered_times,
 )
 from int8run.tasks.run_metrics import DenoiserCalls, RunComparison, measure_run
-from int8run.tasks.run_outputs import write_outputs
+from int8run.tasks.run_outputs import write_outputs, write_run_card
 from int8run.tasks.start_checks import check_start
 from int8run.utils.plurals import count_noun
 
@@ -140,6 +140,7 @@ def generate_and_measure(spec: RunSpec, job: Job, inputs: RunInputs) -> RunResul
         metrics |= average_quality(comparison.quality)
 
     write_outputs(spec, built, comparison, metrics, inputs.writer)
+    write_run_card(spec, job, built, metrics, num_samples=len(inputs.samples))
     warn_scattered_times(metrics)
     if is_alone:
         print_result(spec, job, built, metrics, num_steps=len(comparison.latent_errors))

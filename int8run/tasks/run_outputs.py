@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from int8run import __version__
+from int8run.config.job import Job
 from int8run.config.run_spec import RunSpec
 from int8run.generate.call_inputs import read_call_inputs
 from int8run.generate.generated_sampling import is_skipped, list_rounded, read_generated_sampling
@@ -18,13 +20,17 @@ from int8run.metrics.quality import SampleQuality
 from int8run.models.loader import read_library_versions
 from int8run.models.sampling import Sampling
 from int8run.pipeline.built_model import BuiltModel
+from int8run.pipeline.store_layers import list_saved_files
 from int8run.report.image_files import GridRow, make_image_grid
 from int8run.report.run_files import collect_environment, write_json, write_layers_csv
 from int8run.report.sample_entry import InputEntry
 from int8run.tasks.image_writer import IMAGES, ImageWriter
 from int8run.tasks.input_images import InputImages, open_input_images
+from int8run.tasks.model_card import write_card
+from int8run.tasks.model_facts import describe_model, name_model
 from int8run.tasks.result_grid import make_grid_rows, name_grid_columns
 from int8run.tasks.run_metrics import RunComparison, collect_series
+from int8run.tracking.run_record import RESULTS, RESULTS_SCHEMA
 from int8run.tracking.secrets import mask_secret_settings
 
 log = logging.getLogger(__name__)
@@ -123,6 +129,12 @@ def write_outputs(
     # the last file, so that a folder that has it is complete
     write_json(
         {
+            "schema": RESULTS_SCHEMA,
+            # what others need to compare the numbers with theirs, in this one file
+            "int8run": __version__,
+            "model": name_model(str(spec.model.location)),
+            "recipe": describe_model(spec, spec.candidate),
+            "environment": environment,
             "metrics": metrics,
             "series": collect_series(comparison),
             # as it was generated, which may not be what was asked
@@ -130,7 +142,7 @@ def write_outputs(
             "rounded": collect_rounded(spec, built, comparison, generated),
             "images": entries,
         },
-        output_dir / "metrics.json",
+        output_dir / RESULTS,
     )
 
 
@@ -212,3 +224,22 @@ def save_input(input_images: InputImages, output_dir: Path) -> InputEntry:
         sha256=input_images.file.sha256,
         images=[f"{IMAGES}/{name}" for name in names],
     )
+
+
+def write_run_card(
+    spec: RunSpec, job: Job, built: BuiltModel, metrics: Mapping[str, float], num_samples: int
+) -> None:
+    """Write the card of what `save=` holds, where the run saved anything.
+
+    Args:
+        spec: the settings.
+        job: whose folder has the files of the run.
+        built: the model that was saved.
+        metrics: by their public names.
+        num_samples: whose images were compared.
+    """
+    if spec.save is None:
+        return
+    saved = list_saved_files(spec.save, built.denoisers["int8"])
+    environment = collect_environment(built.device, read_library_versions())
+    write_card(spec, job, saved, metrics, environment=environment, num_samples=num_samples)

@@ -14,7 +14,7 @@ import int8run.generate.generate as generate_module
 from int8run.errors import ConfigError
 from int8run.pipeline import process_cache
 from int8run.report.image_files import save_sample
-from int8run.tasks.image_writer import describe_model, list_methods, name_model
+from int8run.tasks.model_facts import describe_model, list_methods, name_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = [

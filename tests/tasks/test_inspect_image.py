@@ -18,8 +18,9 @@ from int8run.generate.input_files import read_samples
 from int8run.generate.prompts import PromptSet
 from int8run.layers.plan import Int8Settings
 from int8run.tasks.file_description import FileDescription
-from int8run.tasks.image_writer import SAID_OTHERWISE, list_int8_settings, list_methods
 from int8run.tasks.inspect_file import inspect_file
+from int8run.tasks.model_facts import SAID_OTHERWISE, list_int8_settings, list_methods
+from int8run.tasks.run_settings import list_other_settings
 
 FACTS: dict[str, Any] = {
     "version": "int8run 0.1.0",
@@ -29,6 +30,7 @@ FACTS: dict[str, Any] = {
     "sampling": {"steps": 2, "guidance": 3.5, "height": 16, "width": 16, "batch": 1, "extra": {}},
     "precision": "INT8",
     "outlier": "convrot",
+    "settings": {},
 }
 
 
@@ -332,3 +334,21 @@ def test_inputs_that_no_setting_is_for_are_named(tmp_path: Path, facts: dict[str
 
     assert not description.commands
     assert dict(description.rows)["to repeat it"].startswith(reason)
+
+
+def test_the_command_has_the_settings_of_the_run(tmp_path: Path) -> None:
+    spec = make_spec(["attention=sage", "compile=blocks", "model.dtype=float16"])
+
+    description = describe(tmp_path, settings=list_other_settings(spec, is_int8=True), outlier=None)
+
+    (line,) = description.list_commands()
+    words = shlex.split(line)
+    assert {"attention=sage", "compile=blocks", "model.dtype=float16"} <= set(words)
+    rows = dict(description.rows)
+    assert (rows["attention"], rows["model.dtype"]) == ("sage", "float16")
+
+
+def test_an_image_of_an_earlier_version_says_that_settings_are_missing(tmp_path: Path) -> None:
+    unsaid = [text for name, text in describe(tmp_path, settings=None).rows if name == "not said"]
+
+    assert unsaid[-1].startswith("settings such as calibration, compile= and attention=")

@@ -162,7 +162,7 @@ def test_assets_are_small_and_hold_no_pickle() -> None:
     files = [p for p in ASSETS.rglob("*") if p.is_file()]
 
     assert sum(p.stat().st_size for p in files) <= 48e6
-    assert {p.suffix for p in files} <= {".safetensors", ".json", ".txt", ".png"}
+    assert {p.suffix for p in files} <= {".safetensors", ".json", ".txt", ".png", ".md"}
 
 
 def test_mlflow_holds_the_whole_run(
