@@ -343,7 +343,7 @@ def describe_file(folder: Path, name: str) -> HubFile:
 def print_files(files: Sequence[HubFile], publication: Publication, folder: Path, found: BaseLicense) -> None:
     """Say what is in the folder, what else is there and is not uploaded, and what happens to it."""
     for file in files:
-        print_lines(f"{file.sha256[:12]}  {file.nbytes / 1e6:>10.1f} MB  {file.name}")
+        print_lines(f"{file.sha256[:12]}  {file.nbytes:>15,} bytes  {file.name}")
     print_lines(f"license of the base: {found.name} ({found.origin})", f"folder:   {folder}")
     names = {file.name for file in files}
     others = sorted(path.name for path in folder.iterdir() if path.name not in names)
