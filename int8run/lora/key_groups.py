@@ -21,6 +21,7 @@ from int8run.lora.key_parsing import (
     remove_adapter_name,
 )
 from int8run.lora.module_names import flatten_name
+from int8run.lora.unread_types import find_types_beside_a_lora
 from int8run.lora.untrusted_text import sanitize_text
 from int8run.utils.plurals import count_noun
 
@@ -94,7 +95,8 @@ def group_keys(path: Path, keys: Iterable[str]) -> KeyGroups:
             module = modules.setdefault((component, flatten_name(name)), ModuleKeys(component, name))
             module.by_part.setdefault(part, []).append(key)
 
-    if not any(module.is_lora for module in modules.values()):  # the norms of a whole model are no change
+    has_lora = any(module.is_lora for module in modules.values())
+    if not has_lora:  # the norms of a whole model are no change
         for module in modules.values():
             module.by_part = {"weight": module.keys}
     incomplete = find_incomplete_modules(modules, skipped)
@@ -102,6 +104,8 @@ def group_keys(path: Path, keys: Iterable[str]) -> KeyGroups:
         skip_reason = incomplete.get(module_name) or find_idle_reason(module)
         if skip_reason is not None:
             skipped |= dict.fromkeys(module.keys, skip_reason)
+    if has_lora:
+        skipped |= find_types_beside_a_lora(keys)
     applied = [module for module in modules.values() if not any(key in skipped for key in module.keys)]
     return KeyGroups(applied, skipped)
 

@@ -5,7 +5,7 @@
 """
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import yaml
 TABLE_FILE = Path(__file__).with_name("unread_types.yaml")
 # what a row can tell its type by
 SIGNATURE_FIELDS = ("parts", "endings", "prefixes", "keys", "weights")
+BESIDE_A_LORA = "keys_beside_a_lora"
 ADAPTER_REASON, OTHER_REASON = "unsupported adapter type: ", ", not a LoRA"
 
 
@@ -48,6 +49,7 @@ class Signatures:
         by_prefix: beginning of a key -> type.
         by_key: whole key -> type.
         by_weight: piece of the key of a plain weight -> type.
+        beside_a_lora: whole keys of plain weights, which all stand in a file that has a LoRA as well -> type.
     """
 
     types: Mapping[str, UnreadType]
@@ -56,6 +58,7 @@ class Signatures:
     by_prefix: Mapping[str, UnreadType]
     by_key: Mapping[str, UnreadType]
     by_weight: Mapping[str, UnreadType]
+    beside_a_lora: Mapping[frozenset[str], UnreadType]
 
 
 @functools.cache
@@ -64,12 +67,15 @@ def load_signatures() -> Signatures:
     table = yaml.safe_load(TABLE_FILE.read_text(encoding="utf-8"))
     types: dict[str, UnreadType] = {}
     by_field: dict[str, dict[str, UnreadType]] = {field: {} for field in SIGNATURE_FIELDS}
+    beside_a_lora: dict[frozenset[str], UnreadType] = {}
     for section in ("adapters", "others"):
         for row in table[section]:
             unread = UnreadType(row["name"], row["convert"], is_adapter=section == "adapters")
             types[unread.reason] = unread
             for field, by_text in by_field.items():
                 by_text.update(dict.fromkeys(row.get(field, ()), unread))
+            if BESIDE_A_LORA in row:
+                beside_a_lora[frozenset(row[BESIDE_A_LORA])] = unread
     return Signatures(
         types=types,
         by_part=by_field["parts"],
@@ -77,6 +83,7 @@ def load_signatures() -> Signatures:
         by_prefix=by_field["prefixes"],
         by_key=by_field["keys"],
         by_weight=by_field["weights"],
+        beside_a_lora=beside_a_lora,
     )
 
 
@@ -98,6 +105,21 @@ def find_unread_weight(key: str) -> UnreadType | None:
     """The type that the plain weight of this key belongs to; None: no such type."""
     found = find_piece(key, load_signatures().by_weight)
     return None if found is None else found[0]
+
+
+def find_types_beside_a_lora(keys: Collection[str]) -> dict[str, str]:
+    """Why plain weights of a file that holds a LoRA are not applied, by key; those of known types alone.
+
+    In a file without a LoRA such keys are a model's own.
+
+    Args:
+        keys: of the file.
+    """
+    reasons: dict[str, str] = {}
+    for together, unread in load_signatures().beside_a_lora.items():
+        if together <= set(keys):
+            reasons |= dict.fromkeys(together, unread.reason)
+    return reasons
 
 
 def find_piece(key: str, types: Mapping[str, UnreadType]) -> tuple[UnreadType, str] | None:

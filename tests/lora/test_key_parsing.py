@@ -187,6 +187,12 @@ def test_key_is_parsed_into_component_name_and_part(key, component, name, part):
         ),
         ("x.lora_down", "x", "unsupported adapter type: LoRA in nunchaku's own layout"),
         ("x.attn.to_q.lora_down", "x", "unsupported adapter type: PDD of MiniMax-H3"),
+        (
+            "diffusion_model.final_layer.video_out.set_weight",
+            "final_layer",
+            "unsupported adapter type: PDD of MiniMax-H3",
+        ),
+        ("final_layer.audio_out.set_bias", "final_layer", "unsupported adapter type: PDD of MiniMax-H3"),
         ("image_proj.norm.weight", "image_proj.norm.weight", "IP-Adapter, not a LoRA"),
         (
             "controlnet_blocks.0.weight",

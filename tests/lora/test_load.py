@@ -328,6 +328,40 @@ def test_tensors_below_an_unsupported_part_have_its_reason(write):
     assert not file.changes
 
 
+PDD = "unsupported adapter type: PDD of MiniMax-H3"
+TRUNK = {
+    "diffusion_model.blocks.0.mlp.fc2.lora_A.weight": A,
+    "diffusion_model.blocks.0.mlp.fc2.lora_B.weight": B,
+    "diffusion_model.blocks.0.mlp.fc2.alpha": torch.tensor(4.0),
+}
+HEADS = {
+    "comfyui": {
+        f"diffusion_model.final_layer.{stream}_out.set_{part}": torch.zeros(4)
+        for stream in ("video", "audio")
+        for part in ("weight", "bias")
+    },
+    "under diffusers' names": {
+        f"{stream}proj_out.{part}": torch.zeros(4, 2, 2)
+        for stream in ("", "audio_")
+        for part in ("weight", "bias")
+    },
+}
+
+
+@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
+def test_output_layers_of_pdd_beside_a_lora_are_named(write, heads):
+    file = read_lora(write(TRUNK | heads))
+
+    assert list(file.changes["denoiser"]) == ["blocks.0.mlp.fc2"]
+    assert dict(file.skipped_keys) == dict.fromkeys(heads, PDD)
+
+
+def test_the_same_names_in_a_model_are_no_pdd(write):
+    file = read_lora(write(HEADS["under diffusers' names"]))
+
+    assert PDD not in dict(file.skipped_keys).values()
+
+
 def test_weights_above_and_beside_a_module_are_no_parts_of_it(write):
     pair = {"transformer.x.y.lora_A.weight": A, "transformer.x.y.lora_B.weight": B}
     file = read_lora(
