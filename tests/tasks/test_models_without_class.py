@@ -30,6 +30,14 @@ CAPTION = ["cap_embedder.1.weight", "noise_refiner.0.attention.qkv.weight", "t_e
 Z_IMAGE = [*CAPTION, "layers.0.adaLN_modulation.0.weight", "layers.0.attention.qkv.weight"]
 PADDING = ["x_pad_token", "cap_pad_token"]
 FILES = {
+    "MOSS-Image": [
+        "shared_block_modulation.weight",
+        "text_embedder.proj.weight",
+        "text_embedder.blocks.0.qkv.weight",
+        "layers.0.norm1.weight",
+        "layers.0.proj.qkv.weight",
+        "layers.0.proj.ffn_up_gate.weight",
+    ],
     "SeedVR2": ["vid_in.proj.weight", "emb_in.proj_in.weight", "blocks.0.attn.proj_qkv.vid.weight"],
     "SCAIL-2": [*WAN, "patch_embedding_pose.weight", "patch_embedding_mask.weight"],
     "SCAIL": [*WAN, "patch_embedding_pose.weight"],
