@@ -12,11 +12,14 @@ import diffusers
 from diffusers import DiffusionPipeline, ModularPipeline
 
 from int8run.errors import ConfigError, suggest_similar
+from int8run.models.family import read_model_options
 from int8run.models.missing_library import read_late_attribute
 from int8run.models.pipeline_modes import load_modes
+from int8run.utils.paths import SHIPPED_PREFIX
 
 CONTROLNET = "controlnet"  # the component, and the end of the keys in diffusers' tables
 ANY_CONTROLNET = "ControlNetModel"
+MAX_SUGGESTIONS = 6
 
 
 def choose_pipeline_class(
@@ -129,10 +132,28 @@ def describe_missing_mode(named: str, mode: str, controlnet: str | None) -> str:
         )
     pairs = [f"{other} ({found})" for other, found in list_modes(named, controlnet).items()]
     has = f"it has {', '.join(pairs)}" if pairs else "it has no mode"
+    models = list_models_with_mode(mode)[:MAX_SUGGESTIONS]
+    others = f"these have it: {', '.join(models)}" if models else "choose another model"
     return (
-        f"model.mode={mode} does not exist for a checkpoint of {named}; {has}; choose another model, or name "
-        "a class of diffusers with model.pipeline"
+        f"model.mode={mode} does not exist for a checkpoint of {named}; {has}; {others}; or name a class of "
+        "diffusers with model.pipeline"
     )
+
+
+def list_models_with_mode(mode: str) -> list[str]:
+    """The options of `model=` whose YAML names a pipeline that has a mode; those that ship come first.
+
+    Args:
+        mode: its name.
+    """
+    shipped: list[str] = []
+    others: list[str] = []
+    for name, option in read_model_options().items():
+        if option.pipeline is None or find_mode_class(option.pipeline, mode, None) is None:
+            continue
+        is_shipped = str(option.location).startswith(SHIPPED_PREFIX)
+        (shipped if is_shipped else others).append(f"model={name}")
+    return [*shipped, *others]
 
 
 def list_modes(named: str, controlnet: str | None = None) -> dict[str, str]:

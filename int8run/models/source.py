@@ -30,9 +30,8 @@ from int8run.models.model_folders import (
 from int8run.models.modular_blocks import list_used_components
 from int8run.models.modular_source import resolve_components_elsewhere
 from int8run.models.pipeline_class import CONTROLNET, check_pipeline_fits, choose_pipeline_class
-from int8run.models.pipeline_index import (
-    read_json,
-)
+from int8run.models.pipeline_index import MODEL_INDEX_NAME, read_json
+from int8run.models.repository_pipelines import find_named_pipeline
 from int8run.models.resolve_weights import (
     CONFIG_NAME,
     list_denoisers,
@@ -213,17 +212,35 @@ def find_pipeline_class(source: ModelSource) -> str:
         FileError: when the repository is not there.
     """
     check_known_pipeline(source)
-    return choose_source_pipeline(source, read_source_index(source))
+    try:
+        index = read_source_index(source)
+    except FileError as error:
+        if source.mode is None:
+            raise
+        missing = f"whether it has model.mode={source.mode} stands in its {MODEL_INDEX_NAME}"
+        raise FileError(f"{error}; {missing}") from error
+    return choose_source_pipeline(source, index)
 
 
 def check_known_pipeline(source: ModelSource) -> None:
-    """Check the class and the mode of a model whose settings name its pipeline; the repository is not asked.
+    """Check the class and the mode of a model whose pipeline is known; the hub is not asked.
 
     Raises:
         ConfigError: for a class that diffusers does not have, and for a mode that this class has not.
     """
-    if source.pipeline is not None:
-        choose_class(source, named=None)
+    find_known_class(source)
+
+
+def find_known_class(source: ModelSource) -> str | None:
+    """The class that runs a model, as far as it is known without asking the hub; None: it is not.
+
+    Raises:
+        ConfigError: for a class that diffusers does not have, and for a mode that this class has not.
+    """
+    named = find_named_pipeline(source)
+    if named is None and source.pipeline is None:
+        return None
+    return choose_class(source, named)
 
 
 def choose_class(source: ModelSource, named: object) -> str:

@@ -24,12 +24,14 @@ from int8run.models.family import ModelSource, read_model_options
 from int8run.models.model_folders import read_source_index
 from int8run.models.modular_pipeline import get_call_class
 from int8run.models.pipeline_class import get_pipeline_class, is_modular, list_modes
+from int8run.models.repository_pipelines import find_named_pipeline
 from int8run.models.sampling import SCHEDULE_ARGUMENTS, Sampling
-from int8run.models.source import find_pipeline_class
+from int8run.models.source import find_known_class, find_pipeline_class
 from int8run.utils.paths import SHIPPED_PREFIX
 
 log = logging.getLogger(__name__)
 MAX_SUGGESTIONS = 6
+PROMPT = "prompt"
 
 
 def check_samples(model: ModelSource, samples: Sequence[Sample], asked: Sampling, sampling: Sampling) -> None:
@@ -47,7 +49,55 @@ def check_samples(model: ModelSource, samples: Sequence[Sample], asked: Sampling
         ConfigError: for the first sample or setting that does not fit.
         FileError: when the model's repository is not there.
     """
+    known = find_known_class(model)
+    if known is not None:
+        # before the hub is asked for anything
+        check_samples_of_class(known, model, samples, asked, sampling)
     name = find_pipeline_class(model)
+    if name != known:
+        check_samples_of_class(name, model, samples, asked, sampling)
+    call = read_known_call(name, model)
+    if call is not None:
+        report_unused(call, samples, sampling)
+
+
+def report_unused(call: CallInputs, samples: Sequence[Sample], sampling: Sampling) -> None:
+    """Log what a pipeline does not take: prompts, and the checkpoint's settings for its own pipeline.
+
+    Args:
+        call: what the pipeline takes.
+        samples: to generate.
+        sampling: with all defaults.
+    """
+    unused = list_unused_settings(call, sampling)
+    if unused:
+        log.info(
+            "%s takes no %s, which the checkpoint's settings have for its own pipeline",
+            call.pipeline,
+            ", ".join(unused),
+        )
+    prompts = {sample.prompt for sample in samples}
+    if PROMPT not in call.parameters and len(prompts) > 1:
+        log.warning(
+            "%s takes no prompt: its %d prompts change nothing but the names of the files; "
+            "'prompts.prompts=[upscaled]' makes one of each input",
+            call.pipeline,
+            len(prompts),
+        )
+
+
+def check_samples_of_class(
+    name: str, model: ModelSource, samples: Sequence[Sample], asked: Sampling, sampling: Sampling
+) -> None:
+    """The checks of `check_samples`, once the class of the pipeline is known.
+
+    Args:
+        name: of the class.
+        model: the settings of the model.
+        samples: to generate.
+        asked: the sampler settings that the user has set.
+        sampling: the same with all defaults.
+    """
     call = read_known_call(name, model)
     if call is None:
         return  # loading refuses it
@@ -60,13 +110,6 @@ def check_samples(model: ModelSource, samples: Sequence[Sample], asked: Sampling
         check_needed_arguments(call, sample.inputs, sampling)
         check_strength(call, sample, sampling)
     check_settings(call, asked)
-    unused = list_unused_settings(call, sampling)
-    if unused:
-        log.info(
-            "%s takes no %s, which the checkpoint's settings have for its own pipeline",
-            call.pipeline,
-            ", ".join(unused),
-        )
 
 
 def find_call(model: ModelSource) -> CallInputs:
@@ -298,7 +341,7 @@ def format_choices(choices: Sequence[str], columns: Collection[str]) -> str:
 def list_fitting_modes(model: ModelSource, columns: Collection[str]) -> list[str]:
     """The modes of the same checkpoint that take exactly what is given or need no more."""
     controlnet = model.parts.get("controlnet")
-    named = model.pipeline or str(read_source_index(model).get("_class_name"))
+    named = model.pipeline or find_named_pipeline(model) or str(read_source_index(model).get("_class_name"))
     found = []
     for mode, class_name in list_modes(named, controlnet[0] if controlnet else None).items():
         if fits_columns(class_name, columns):

@@ -126,7 +126,7 @@ def test_mode_that_a_checkpoint_has_not_is_refused_with_those_that_it_has():
         ConfigError,
         match=r"^model\.mode=image_to_video does not exist for a checkpoint of FluxPipeline; it has "
         r"text_to_image \(FluxPipeline\), img2img \(FluxImg2ImgPipeline\), inpaint \(FluxInpaintPipeline\), "
-        r".*; choose another model, or name a class of diffusers with model\.pipeline$",
+        r".*; these have it: model=\S+, .*; or name a class of diffusers with model\.pipeline$",
     ):
         choose(mode="image_to_video")
     with pytest.raises(ConfigError, match=r"for a checkpoint of DiTPipeline; it has no mode; "):
