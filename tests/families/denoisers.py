@@ -49,16 +49,17 @@ def hunyuan_video15(task: str = "t2v", **more: Any) -> HunyuanVideo15Transformer
     )
 
 
-def kandinsky6_sr() -> Kandinsky6SRTransformer3DModel:
-    """Kandinsky 6 without text and sound: it makes videos larger."""
+def kandinsky6_sr_transformer() -> Kandinsky6SRTransformer3DModel:
+    """Kandinsky 6 without text and sound, for larger videos; its scheduler wants two outputs for each."""
     return Kandinsky6SRTransformer3DModel(
         in_visual_dim=4,
-        out_visual_dim=4,
+        out_visual_dim=8,
         time_dim=32,
         model_dim=64,
         ff_dim=96,
         num_visual_blocks=2,
         axes_dims=(4, 6, 6),
+        tile_sizes=((32, 32),),
     )
 
 

@@ -34,7 +34,6 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
-from families.denoisers import kandinsky6_sr
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
 from transformers import (
@@ -518,5 +517,4 @@ INSTANCES: dict[str, Instance] = {
 OTHERS: dict[str, Sequence[Callable[[], nn.Module]]] = {
     "z_image": [lambda: z_image_transformer(siglip=32)],  # Omni: needs an image
     "anima": [cosmos],  # modular only
-    "kandinsky6": [kandinsky6_sr],  # its pipeline takes a video and no prompt
 }

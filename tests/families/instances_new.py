@@ -1,4 +1,4 @@
-"""Tiny random pipelines of Kandinsky 6, which makes videos with sound, and of FIBO 1.
+"""Tiny random pipelines of Kandinsky 6, which makes videos with sound or larger, and of FIBO 1.
 
 Of diffusers' real classes, without a download, built as `instances_more.py` builds those of their relatives.
 """
@@ -9,11 +9,15 @@ from diffusers import (
     BriaFiboTransformer2DModel,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
+    Kandinsky6SRPipeline,
+    Kandinsky6SRVAE,
     Kandinsky6TI2VAPipeline,
     Kandinsky6Transformer3DModel,
     MMAudioVAE,
     MMAudioVocoder,
+    PiflowScheduler,
 )
+from families.denoisers import kandinsky6_sr_transformer
 from families.instances import LENGTH, SIZES, TEXT, Instance, qwen_tokenizer
 from families.instances_b import wan
 from families.instances_edit import make_image, make_instance, reuse
@@ -77,6 +81,21 @@ def kandinsky6() -> DiffusionPipeline:
     )
 
 
+def kandinsky6_sr() -> DiffusionPipeline:
+    """Without text: tiles of 16 x 16 pixels of a video become 32 x 32."""
+    vae = Kandinsky6SRVAE(
+        latent_channels=4,
+        encoder_block_out_channels=(4, 4, 4),
+        decoder_block_out_channels=(4, 4, 4),
+        layers_per_block=1,
+    )
+    return Kandinsky6SRPipeline(
+        transformer=kandinsky6_sr_transformer(),
+        vae=vae,
+        scheduler=PiflowScheduler(n_grid=2, num_policy_substeps=4),
+    )
+
+
 def fibo_transformer() -> BriaFiboTransformer2DModel:
     """Reads one layer of the text encoder in each block, and two at the beginning."""
     return BriaFiboTransformer2DModel(
@@ -127,6 +146,14 @@ INSTANCES: dict[str, Instance] = {
         guidance=5.0,
         image=make_image(32),
         **VIDEO,
+    ),
+    "kandinsky6_sr": make_instance(
+        "kandinsky6",
+        Kandinsky6SRPipeline,
+        kandinsky6_sr,
+        kandinsky6_sr_transformer,
+        video=[make_image(24, shade=40 * i) for i in range(5)],
+        resolution_scale=2,
     ),
     # without a negative prompt it reads a token of its own vocabulary
     "fibo": make_instance(
