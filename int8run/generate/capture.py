@@ -5,8 +5,8 @@ Calibration, mixed precision and layer metrics read real activations through the
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -70,6 +70,16 @@ def capture_calls(
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         call_pipeline(pipe, batch, sampling, lambda *_: {})
     return calls
+
+
+@contextmanager
+def record_calls(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Call]]]:
+    """Keep the arguments of every call of some modules meanwhile, by the names that they are given with."""
+    calls: dict[str, list[Call]] = {name: [] for name in modules}
+    with ExitStack() as stack:
+        for name, module in modules.items():
+            stack.callback(add_call_hook(module, {}, calls[name]))
+        yield calls
 
 
 def add_call_hook(part: nn.Module, expert: Mapping[str, str], calls: list[Call]) -> Callable[[], None]:

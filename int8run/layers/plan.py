@@ -30,7 +30,7 @@ SMALL_BATCH_FALLBACKS = ("only_small_layers", "always", "never")
 # enough here
 FLOAT, INT8, AUTO = "float", "int8", "auto"
 ATTENTION_MODES = CONVOLUTION_CHOICES = (FLOAT, INT8, AUTO)
-VAE_CHOICES = (FLOAT, INT8)
+VAE_CHOICES = CONTROLNET_CHOICES = (FLOAT, INT8)
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Int8Settings:
         only_if_faster: with `backend=auto`, whether a layer that is faster in the model's dtype stays float;
             false: it becomes INT8 all the same, for its memory.
         convolutions: `float`: they stay as they are; `int8`; `auto`: INT8 where that is faster here.
+        controlnet: `int8`: a ControlNet becomes INT8 as the denoiser does; `float`: it stays as it is.
         vae: `float`: the VAE stays as it is; `int8`: its Linears and convolutions.
         checkpoint: file or folder of INT8 layers, by component where there are two denoisers; the layers are
             used as they are. None: quantize.
@@ -60,6 +61,7 @@ class Int8Settings:
     small_layer_params: int = 1_000_000
     only_if_faster: bool = True
     convolutions: str = FLOAT
+    controlnet: str = INT8
     vae: str = FLOAT
     checkpoint: str | Mapping[str, str] | None = None
     attention: str = FLOAT
@@ -68,6 +70,7 @@ class Int8Settings:
     def __post_init__(self) -> None:
         check_choice("int8.small_batch_fallback", self.small_batch_fallback, SMALL_BATCH_FALLBACKS)
         check_choice("int8.convolutions", self.convolutions, CONVOLUTION_CHOICES)
+        check_choice("int8.controlnet", self.controlnet, CONTROLNET_CHOICES)
         check_choice("int8.vae", self.vae, VAE_CHOICES)
         check_bool("int8.enable", self.enable)
         check_choice("int8.attention", self.attention, ATTENTION_MODES)

@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 MIXED_PRECISION = ("none", "auto")
 FAMILY_FOLDER = Path(__file__).parents[1] / "conf" / "model_type"
 MODEL_FOLDER = FAMILY_FOLDER.parent / "model"
+UNKNOWN_FAMILY = "unknown"  # name of the conservative rule
 
 
 @dataclass(frozen=True)
@@ -305,7 +306,7 @@ def build_conservative_family(blocks: Sequence[str], layers: Iterable[str]) -> M
     middle = tuple(blocks[1:-1])
     outside = [name for name in layers if not name.startswith(middle)]
     ignore = [IgnoreRule(name, "unknown architecture: outside the middle blocks") for name in outside]
-    return ModelFamily(name="unknown", ignore=ignore)
+    return ModelFamily(name=UNKNOWN_FAMILY, ignore=ignore)
 
 
 @dataclass(frozen=True)

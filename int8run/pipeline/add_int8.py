@@ -14,9 +14,11 @@ import torch
 from torch import nn
 
 from int8run.config.run_spec import RunSpec
+from int8run.generate.capture import Call
 from int8run.layers.plan import LayerPlan
 from int8run.lora.modes import Overhead
 from int8run.pipeline.built_model import BuiltModel
+from int8run.pipeline.controlnets import BuiltControlnet, quantize_controlnets
 from int8run.pipeline.layer_selection import select_int8_plans
 from int8run.pipeline.loaded_model import LoadedModel
 from int8run.pipeline.lora_steps import measure_overhead
@@ -61,10 +63,12 @@ class TracedStep:
         denoiser: that ran it: the float model, or a copy with zeros for the layers whose weights are not
             read.
         calls: its arguments; of two denoisers those of each.
+        controlnet_calls: arguments of each ControlNet, by component.
     """
 
     denoiser: nn.Module
     calls: Sequence[Mapping[str, Any]]
+    controlnet_calls: Mapping[str, Sequence[Call]]
 
 
 def add_int8_denoiser(
@@ -112,6 +116,26 @@ def add_int8_denoiser(
     built.mixed_precision = quantized.mixed_precision
     if built.loras.entries and not spec.lora.is_baked:
         attach_loras(built, spec, traced.rows)
+
+
+def add_int8_controlnets(
+    spec: RunSpec, loaded: LoadedModel, step: TracedStep, progress: Progress
+) -> list[BuiltControlnet]:
+    """Quantize the ControlNets, after the denoiser.
+
+    Args:
+        spec: the settings of the run.
+        loaded: the float model.
+        step: has what they were given.
+        progress: of the layers.
+    """
+    return quantize_controlnets(
+        loaded,
+        step.controlnet_calls,
+        select_quantization_settings(spec),
+        keeps_float=spec.needs_float_denoiser,
+        progress=progress,
+    )
 
 
 def add_int8_vae(spec: RunSpec, loaded: LoadedModel, progress: Progress) -> QuantizedVae:

@@ -16,7 +16,7 @@ from torch import nn
 from int8run.checkpoints.declared_format import DeclaredFormat
 from int8run.checkpoints.output_path import prepare_output_path
 from int8run.config.run_spec import RunSpec
-from int8run.generate.capture import capture_step
+from int8run.generate.capture import capture_step, record_calls
 from int8run.generate.generate import set_components, set_text_encoders
 from int8run.generate.prompts import Sample
 from int8run.layers.plan import FLOAT, INT8, LayerPlan
@@ -26,10 +26,18 @@ from int8run.lora.match import Matches
 from int8run.lora.stack import LoraStack
 from int8run.metrics.layers import count_module_bytes, note_macs_shares
 from int8run.models.dual_denoisers import set_denoiser
-from int8run.models.given_model import find_text_encoders
-from int8run.pipeline.add_int8 import LayerSources, TracedStep, add_int8_denoiser, add_int8_vae
+from int8run.models.given_model import find_controlnets, find_text_encoders
+from int8run.models.pipeline_class import CONTROLNET
+from int8run.pipeline.add_int8 import (
+    LayerSources,
+    TracedStep,
+    add_int8_controlnets,
+    add_int8_denoiser,
+    add_int8_vae,
+)
 from int8run.pipeline.built_model import BuiltModel
 from int8run.pipeline.compile import compile_denoisers
+from int8run.pipeline.controlnets import list_float_controlnets
 from int8run.pipeline.given_files import check_checkpoint_fits, check_loras_fit
 from int8run.pipeline.layer_selection import select_int8_plans, warn_without_convolutions
 from int8run.pipeline.load import load_model
@@ -104,8 +112,11 @@ def build_model(
         add_int8_denoiser(
             built, spec, loaded, sources=model.sources, step=step, attentions=attentions, progress=progress
         )
+        built.controlnets = add_int8_controlnets(spec, loaded, step, progress)
         if spec.int8.vae == INT8:
             built.vae = add_int8_vae(spec, loaded, progress)
+    else:
+        built.controlnets = list_float_controlnets(loaded)
     install_candidate(built, spec)
     built.seconds = {"load": model.load_seconds, "quantize": time.perf_counter() - started}
     compile_denoisers(built.denoisers, spec.compile, has_hooks=spec.offload != "none")
@@ -205,7 +216,8 @@ def check_given_files(
 def prepare_save(spec: RunSpec) -> None:
     """Check that `save=` can be written, before the work whose result it is for.
 
-    Logs what the file will not hold: quantized text encoders, the INT8 VAE, LoRAs that are not baked in.
+    Logs what the file will not hold: quantized text encoders, the INT8 VAE and ControlNet, LoRAs that are
+    not baked in.
     """
     if spec.save is None:
         return
@@ -215,6 +227,10 @@ def prepare_save(spec: RunSpec) -> None:
         log.info(
             "save= writes the denoiser; the INT8 VAE is not in %s: a run makes it again with int8.vae=int8",
             spec.save,
+        )
+    if CONTROLNET in spec.model.parts and spec.int8.controlnet == INT8:
+        log.info(
+            "save= writes the denoiser; the INT8 ControlNet is not in %s: a run makes it again", spec.save
         )
     if spec.lora.adapters and not spec.lora.is_baked:
         log.warning("%s will hold the model without its LoRAs; lora.mode=bake writes them into it", spec.save)
@@ -288,8 +304,10 @@ def trace_step(spec: RunSpec, loaded: LoadedModel, probe: Sequence[Sample], prog
         denoiser = replace_missing_layers(loaded.denoiser)
         set_denoiser(loaded.pipe, denoiser, loaded.component)
         set_offload(loaded.pipe, spec.offload, loaded.device)
-        calls = capture_step(loaded.pipe, loaded.component, denoiser, probe, loaded.sampling)
-    return TracedStep(denoiser, calls)
+        with record_calls(find_controlnets(loaded.pipe.components)) as controlnet_calls:
+            calls = capture_step(loaded.pipe, loaded.component, denoiser, probe, loaded.sampling)
+    last_calls = {component: recorded[-1:] for component, recorded in controlnet_calls.items()}
+    return TracedStep(denoiser, calls, last_calls)
 
 
 def select_float_denoisers(spec: RunSpec, denoiser: nn.Module) -> dict[str, nn.Module]:

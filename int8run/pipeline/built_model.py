@@ -18,6 +18,7 @@ from int8run.generate.prompt_cache import PromptCache
 from int8run.layers.plan import LayerPlan
 from int8run.lora.stack import LoraStack
 from int8run.models.family import ModelFamily
+from int8run.pipeline.controlnets import BuiltControlnet
 from int8run.pipeline.text_encoders import QuantizedEncoders
 from int8run.pipeline.vae import QuantizedVae
 from int8run.ptq.mixed_precision import MixedPrecisionResult
@@ -43,6 +44,7 @@ class BuiltModel:
         text_encoders: by the names of `denoisers`, the components that differ between them.
         float_text_encoder_bytes: size of the float text encoders, whether they are in memory or not.
         text_strengths: of the LoRAs on the text encoders now.
+        controlnets: of the pipeline, as floats and in INT8.
         vae: the VAE as floats and in INT8; None: float alone.
         num_dequantized_layers: Linears of the float model that are quantized numbers of its own file.
         mixed_precision: what keeping layers float for `quality_db` brought, where that was asked for.
@@ -68,6 +70,7 @@ class BuiltModel:
     text_encoders: dict[str, dict[str, nn.Module]]
     float_text_encoder_bytes: int
     text_strengths: list[float]
+    controlnets: Sequence[BuiltControlnet] = ()
     vae: QuantizedVae | None = None
     num_dequantized_layers: int = 0
     mixed_precision: MixedPrecisionResult | None = None
@@ -79,9 +82,14 @@ class BuiltModel:
     @property
     def components(self) -> dict[str, dict[str, nn.Module]]:
         """By the names of `denoisers`, the components besides text encoders that differ between them."""
-        if self.vae is None:
-            return {}
-        return self.vae.by_denoiser("int8")
+        components: dict[str, dict[str, nn.Module]] = {"float": {}, "int8": {}}
+        if self.vae is not None:
+            components = self.vae.by_denoiser("int8")
+        for controlnet in self.controlnets:
+            components["int8"][controlnet.component] = controlnet.module
+            if controlnet.float_module is not None:
+                components["float"][controlnet.component] = controlnet.float_module
+        return components
 
     def set_strengths(self, strengths: Sequence[float], text_strengths: Sequence[float]) -> float:
         """Set the LoRA strengths of all denoisers and text encoders; nothing is rebuilt.

@@ -53,6 +53,7 @@ def build_result_table(
     rows.add_embeddings()
     rows.add_quality()
     rows.add_layers()
+    rows.add_controlnets()
     rows.add_vae()
     rows.add_loras()
     return table
@@ -162,6 +163,16 @@ class ResultRows:
             mean = self.metrics["quant/attention_sqnr_db_mean"]
             least = self.metrics["quant/attention_sqnr_db_min"]
             self.add_row("attention SQNR, mean / min", f"{mean:.1f} / {least:.1f} dB")
+
+    def add_controlnets(self) -> None:
+        """How many layers of the ControlNets are INT8, and what memory that saves."""
+        if "controlnet/layers_int8" not in self.metrics:
+            return
+        num_float, num_int8 = self.metrics["controlnet/layers_float"], self.metrics["controlnet/layers_int8"]
+        self.add_row("ControlNet layers, float / INT8", f"{num_float:.0f} / {num_int8:.0f}")
+        num_bytes, ratio = self.metrics["memory/controlnet_bytes"], self.metrics["memory/controlnet_ratio"]
+        float_size, size = format_megabytes(num_bytes * ratio), format_megabytes(num_bytes)
+        self.table.add_row("ControlNet memory", float_size, size, f"{ratio:.2f}×")
 
     def add_vae(self) -> None:
         """What the INT8 VAE costs and brings, on the same latents as the float one."""

@@ -39,7 +39,7 @@ LAYER_COLUMNS = (
 
 
 def write_layers_csv(plans: Sequence[LayerPlan], path: Path) -> None:
-    """`layers.csv`: every layer of the denoiser that was planned, once."""
+    """`layers.csv`: every layer that was planned, once: of the denoiser, then of its ControlNets."""
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, LAYER_COLUMNS)
         writer.writeheader()

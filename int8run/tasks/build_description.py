@@ -10,8 +10,8 @@ from int8run.config.run_spec import RunSpec
 from int8run.layers.plan import ATTENTION, FLOAT, LayerPlan
 from int8run.lora.stack import LoraStack
 from int8run.metrics.layers import compute_attention_metrics, compute_int8_shares, count_module_bytes
-from int8run.models.given_model import find_controlnets
 from int8run.pipeline.built_model import BuiltModel
+from int8run.pipeline.controlnets import BuiltControlnet
 from int8run.report.formatting import format_megabytes
 from int8run.utils.plurals import count_noun
 
@@ -34,8 +34,8 @@ def describe_build(spec: RunSpec, built: BuiltModel, *, is_reused: bool) -> list
         facts.append(("lora", describe_loras(spec, built.loras)))
     for component, encoder in built.encoders.built.items():
         facts.append((component, list_counts(map(name_format, encoder.plans))))
-    for component, controlnet in find_controlnets(built.pipe.components).items():
-        facts.append((component, f"float, {format_megabytes(count_module_bytes(controlnet))}"))
+    for controlnet in built.controlnets:
+        facts.append((controlnet.component, describe_controlnet(controlnet)))
     preset = spec.lora.find_preset(spec.model.lora_base, spec.sampler.steps)
     if preset is not None:
         scheduler = type(built.pipe.scheduler).__name__
@@ -108,6 +108,24 @@ def describe_vae(plans: Sequence[LayerPlan]) -> str:
     int8 = [plan for plan in plans if plan.skip_reason is None]
     backends = "+".join(sorted({name_backend(plan) for plan in int8 if plan.backend_used}))
     return f"int8 {len(int8)} of {len(plans)} layers on {backends}"
+
+
+def describe_controlnet(controlnet: BuiltControlnet) -> str:
+    """Describe a ControlNet: `int8 33 of 40 layers on cpu, 97.1% of its multiply-adds, 6.1 MB`.
+
+    Args:
+        controlnet: of the pipeline.
+    """
+    size = format_megabytes(count_module_bytes(controlnet.module))
+    int8 = [plan for plan in controlnet.plans if plan.skip_reason is None]
+    if not int8:
+        reasons = {plan.skip_reason for plan in controlnet.plans}
+        reason = f" ({reasons.pop()})" if len(reasons) == 1 else ""
+        return f"float, {size}{reason}"
+    backends = "+".join(sorted({name_backend(plan) for plan in int8 if plan.backend_used}))
+    share = sum(plan.macs_share or 0.0 for plan in int8)
+    layers = f"{len(int8)} of {len(controlnet.plans)} layers"
+    return f"int8 {layers} on {backends}, {share:.1%} of its multiply-adds, {size}"
 
 
 def describe_loras(spec: RunSpec, loras: LoraStack) -> str:

@@ -29,9 +29,10 @@ from int8run.metrics.layers import (
 from int8run.metrics.quality import SampleQuality, average_frames, find_half_error_step
 from int8run.metrics.speed import compute_speed, list_step_times
 from int8run.metrics.videos import DRIFT, FLOAT_DRIFT
-from int8run.models.given_model import find_controlnets, find_text_encoders
+from int8run.models.given_model import find_text_encoders
 from int8run.pipeline.built_model import BuiltModel, measure_lora_overhead
 from int8run.report.columns import SAME_FILE_LAYERS
+from int8run.tasks.controlnet_metrics import measure_controlnets
 from int8run.tasks.vae_metrics import measure_vae
 from int8run.utils.paths import expand_path
 
@@ -88,9 +89,8 @@ def measure_run(
     if comparable is not None and comparable.peak_bytes:  # those that an earlier job generated have none
         metrics["float/peak_bytes"] = comparable.peak_bytes
     metrics |= measure_text_encoders(spec, built)
-    controlnets = find_controlnets(built.pipe.components)
-    if controlnets:
-        metrics["memory/controlnet_bytes"] = sum(map(count_module_bytes, controlnets.values()))
+    if built.controlnets:
+        metrics |= measure_controlnets(built.controlnets, with_outputs=spec.metrics.layers)
     metrics |= measure_denoiser_size(built)
     # a reused model cost this run nothing
     metrics["build/load_s"] = 0.0 if is_reused else built.seconds["load"]

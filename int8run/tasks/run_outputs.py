@@ -147,8 +147,11 @@ def write_outputs(
 
 
 def write_layer_tables(spec: RunSpec, built: BuiltModel, output_dir: Path) -> None:
-    """Write what happened to each layer of the denoiser, and of what else became INT8."""
-    write_layers_csv(built.plans, output_dir / "layers.csv")
+    """Write what happened to each layer of the denoiser and its ControlNets, and of what else became INT8."""
+    plans = list(built.plans)
+    for controlnet in built.controlnets:
+        plans += controlnet.named_plans
+    write_layers_csv(plans, output_dir / "layers.csv")
     if built.vae is not None:
         write_layers_csv(built.vae.plans, output_dir / "vae.csv")
     if spec.clip.is_quantized:
