@@ -152,7 +152,7 @@ INSTANCES: dict[str, Instance] = {
         Kandinsky6SRPipeline,
         kandinsky6_sr,
         kandinsky6_sr_transformer,
-        video=[make_image(24, shade=40 * i) for i in range(5)],
+        video=[make_image(16, shade=40 * i) for i in range(5)],
         resolution_scale=2,
     ),
     # without a negative prompt it reads a token of its own vocabulary
