@@ -12,9 +12,11 @@ from pathlib import Path
 
 import int8run
 from int8run.config.help import (
+    METRIC_TOPIC,
     PROMPT_SETTINGS,
     Group,
     Setting,
+    list_measure_settings,
     list_options,
     read_description,
     read_groups,
@@ -57,6 +59,8 @@ def render_settings() -> str:
     ]
     for group in read_groups():
         blocks += render_group(group)
+        if group.name == "metrics":
+            blocks += render_metrics()
     return "\n\n".join(blocks) + "\n"
 
 
@@ -80,6 +84,15 @@ def render_group(group: Group) -> list[str]:
             blocks.append(f"With `{group.name}={name}` and others that have them:")
         blocks.append(render_key_table(further))
     return blocks
+
+
+def render_metrics() -> list[str]:
+    """The metrics that `metrics.perceptual` can name, and their settings."""
+    rows = ["| metric | |", "|---|---|"]
+    for name, file in list_options(METRIC_TOPIC).items():
+        rows.append(f"| `{name}` | {escape_cell(read_description(file))} |")
+    title = "`metrics.perceptual` names any of these; [measuring](measuring.md) says what each needs."
+    return [title, "\n".join(rows), render_key_table(list_measure_settings())]
 
 
 def render_key_table(settings: list[Setting]) -> str:

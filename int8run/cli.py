@@ -162,12 +162,13 @@ def check_and_run() -> None:
     from hydra._internal.utils import get_args_parser
 
     from int8run.config.help import check_flags
+    from int8run.config.plugins import add_plugin_options
     from int8run.config.prompt_argument import rewrite_negative_prompt, rewrite_prompt_arguments
     from int8run.config.renamed import rename_overrides, report_once
 
     arguments = rewrite_prompt_arguments(rewrite_negative_prompt(sys.argv[1:]))
     check_flags(arguments)
-    arguments = rename_overrides(arguments, report_once())
+    arguments = add_plugin_options(rename_overrides(arguments, report_once()))
     args = get_args_parser().parse_intermixed_args(arguments)
     # hydra reads them there once more
     sys.argv = [sys.argv[0], *move_overrides_to_front(arguments, args.overrides)]

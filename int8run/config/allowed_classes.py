@@ -5,16 +5,15 @@ does with a class besides making it (`_partial_` and the like) is refused by nam
 """
 
 import functools
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from int8run.config.key_patterns import is_at
+from int8run.config.plugins import SETTING, TARGET, Plugin, list_plugin_classes, load_plugins
 from int8run.errors import ConfigError, suggest_similar
 
-TARGET = re.compile(r"_target_: *([\w.]+)")
 KEYS_OF_HYDRA = ("_partial_", "_recursive_", "_args_", "_convert_")
 # classes inside an option: dotted path, where `*` stands for one part -> the group whose classes they are
 NESTED_OPTIONS = {
@@ -23,6 +22,7 @@ NESTED_OPTIONS = {
     "backend.last_resort": "backend",
     "model_type.families.*": "model_type",
     "model.sampling": "sampler",
+    "metrics.measures.*": "metric",
 }
 # or the classes themselves
 NESTED_CLASSES = {
@@ -30,6 +30,7 @@ NESTED_CLASSES = {
     "int8": ("int8run.layers.plan.Int8Settings",),
     "calibration": ("int8run.generate.calibration_settings.CalibrationSettings",),
     "cache": ("int8run.utils.disk_cache.DiskCache",),
+    "prompts.hub": ("int8run.generate.prompt_sources.HubPrompts",),
     "lora.adapters.*": ("int8run.lora.config.Adapter",),
     "backend.tile": ("int8run.backends.triton.parse_tile",),
     "backend.candidates.*.tile": ("int8run.backends.triton.parse_tile",),
@@ -45,11 +46,12 @@ def check_classes(tree: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: naming the key, the class and those that may stand there.
     """
+    plugins = load_plugins(tree.get(SETTING) or ())
     for key, node in iterate_nodes(tree):
         if not isinstance(node, Mapping) or "_target_" not in node:
             continue
         name = str(node["_target_"])
-        allowed = list_allowed_classes(key)
+        allowed = list_allowed_classes(key, plugins)
         if name in allowed:
             continue
         where = f"{key}._target_".lstrip(".")
@@ -87,14 +89,19 @@ def iterate_nodes(node: object, key: str = "") -> Iterator[tuple[str, object]]:
         yield from iterate_nodes(value, f"{key}.{name}".lstrip("."))
 
 
-def list_allowed_classes(key: str) -> tuple[str, ...]:
-    """The classes that may stand at a place in the config; none where a value is wanted."""
+def list_allowed_classes(key: str, plugins: Sequence[Plugin] = ()) -> tuple[str, ...]:
+    """The classes that may stand at a place in the config; none where a value is wanted.
+
+    Args:
+        key: the place.
+        plugins: of the config.
+    """
     is_group = key != "" and "." not in key
     if is_group and list_option_classes(key):
-        return list_option_classes(key)
+        return list_option_classes(key) + list_plugin_classes(plugins, key)
     for pattern, group in NESTED_OPTIONS.items():
         if is_at(pattern, key):
-            return list_option_classes(group)
+            return list_option_classes(group) + list_plugin_classes(plugins, group)
     for pattern, classes in NESTED_CLASSES.items():
         if is_at(pattern, key):
             return classes

@@ -28,6 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 from int8run.config.allowed_classes import check_classes, check_keys_of_hydra, list_option_classes
 from int8run.config.config_safety import check_targets
 from int8run.config.help import list_options
+from int8run.config.measures import complete_measures
 from int8run.config.named_files import check_named_files
 from int8run.config.open_mappings import open_mappings
 from int8run.config.renamed import old_names_in_files
@@ -278,6 +279,7 @@ def create_run_spec(config: DictConfig) -> Any:
     """The RunSpec of a composed config; checks of ours come out as they were raised."""
     own = drop_hydra_settings(config)
     check_groups(own)
+    complete_measures(own)
     settings: Any = OmegaConf.to_container(own, resolve=True)
     check_keys_of_hydra(settings)
     check_classes(settings)

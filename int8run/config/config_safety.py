@@ -6,12 +6,13 @@ may stand at which place is asked later, by `allowed_classes.py`.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from int8run.config.allowed_classes import iterate_nodes, list_own_classes
+from int8run.config.plugins import SETTING, list_plugin_classes, load_plugins
 from int8run.errors import ConfigError, suggest_similar
 
 # a resolver such as oc.create makes mappings that are not in the tree yet when it is walked
@@ -53,17 +54,19 @@ def check_targets(config: DictConfig) -> None:
     tree = OmegaConf.to_container(config, resolve=False)
     assert isinstance(tree, dict)
     check_key_types(tree)
+    foreign = list_plugin_classes(load_plugins(tree.get(SETTING) or ()))
     for key, value in iterate_nodes(tree):
         if not isinstance(value, dict | list):
-            check_value(key, value)
+            check_value(key, value, foreign)
 
 
-def check_value(key: str, value: object) -> None:
+def check_value(key: str, value: object, foreign: Sequence[str] = ()) -> None:
     """Check one plain value of a composed config.
 
     Args:
         key: dotted path.
         value: as it is written, references unresolved.
+        foreign: classes of plug-ins that may be named.
 
     Raises:
         ConfigError: naming the key, the value and the rule.
@@ -72,7 +75,7 @@ def check_value(key: str, value: object) -> None:
     place = f"{key}."
     name = key.rpartition(".")[2]
     if name == "_target_":
-        check_target(key, value)
+        check_target(key, value, foreign)
     if place.startswith(LOG_SECTIONS):
         check_log_setting(key, name, value)
     check_resolvers(key, value)
@@ -105,12 +108,21 @@ def check_names(node: Mapping[Any, Any], place: str) -> None:
             )
 
 
-def check_target(key: str, value: object) -> None:
-    """Raise ConfigError for a `_target_` that is not one of ours."""
-    allowed = HYDRA_TARGETS if key.startswith("hydra.") else list_own_classes()
-    if value in allowed:
+def check_target(key: str, value: object, foreign: Sequence[str] = ()) -> None:
+    """Raise ConfigError for a `_target_` that is not one of ours.
+
+    Args:
+        key: dotted path.
+        value: of `_target_`.
+        foreign: classes of plug-ins that may be named outside of hydra's part.
+    """
+    is_of_hydra = key.startswith("hydra.")
+    allowed = HYDRA_TARGETS if is_of_hydra else list_own_classes()
+    if value in allowed or (value in foreign and not is_of_hydra):
         return
     rule = "a config may only name classes of int8run, so that a shared file cannot run code"
+    if foreign:
+        rule = "a config may only name classes of int8run, and those of the options of its plug-ins"
     message = f"{key} is {value!r}; {rule}"
     near = suggest_similar(str(value), allowed).rstrip()
     if near and str(value).startswith("int8run."):

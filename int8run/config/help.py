@@ -14,6 +14,7 @@ from importlib.resources.abc import Traversable
 from itertools import pairwise
 from pathlib import Path
 
+from int8run.config.plugins import iter_installed_plugins
 from int8run.errors import ConfigError, suggest_similar
 
 WIDTH = 120
@@ -59,6 +60,9 @@ class Group:
 
 # hydra's own group, with our options
 LAUNCHER = Group("hydra/launcher", default="basic", description="where the jobs of a sweep run")
+# no group of which a run has one option: `metrics.perceptual` names as many as it likes
+METRIC_TOPIC = "metric"
+MEASURE_PREFIX = "metrics.measures."
 # words of the command line that no file of conf/ has; `prompt_argument` turns them into settings of `prompts`
 PROMPT_SETTINGS = (
     Setting("prompt", "'TEXT'", "what to generate, any text as it is; may be given several times"),
@@ -109,12 +113,15 @@ def render_help(topic: str | None = None, config_dir: str | None = None) -> str:
         return render_group(groups[topic], config_dir)
     if topic in sections:
         return render_section(topic)
+    if topic == METRIC_TOPIC:
+        return render_metrics()
     if topic == ALL_PAGES:
         pages = [render_overview(config_dir)]
         pages += [render_section(section) for section in sections]
         pages += [render_group(group, config_dir) for group in groups.values()]
+        pages.append(render_metrics())
         return "\n".join(pages)
-    known = [*groups, *sections, ALL_PAGES]
+    known = [*groups, *sections, METRIC_TOPIC, ALL_PAGES]
     raise ConfigError(
         f"--help {topic}: no group of that name; {suggest_similar(topic, known)}"
         f"choose from {', '.join(known)}"
@@ -143,7 +150,19 @@ def render_overview(config_dir: str | None = None) -> str:
         elif "." not in setting.key:
             setting_lines += format_row(f"{setting.key}={setting.value}", setting.comment, OVERVIEW_WIDTH)
     lines += ["", "Sections of settings", *section_lines, "", "Settings", *setting_lines]
+    lines += render_plugins()
     return "\n".join([USAGE, *lines, "", FLAGS])
+
+
+def render_plugins() -> list[str]:
+    """The lines about installed plug-ins; none where there are none."""
+    rows: list[str] = []
+    for plugin in iter_installed_plugins():
+        options = [f"{group}={file.stem}" for group, file in plugin.list_options()]
+        rows += format_row(plugin.name, ", ".join(options), OVERVIEW_WIDTH)
+    if not rows:
+        return []
+    return ["", "Plug-ins that are installed; plugins=[NAME] brings their options", *rows]
 
 
 def render_group(group: Group, config_dir: str | None = None) -> str:
@@ -164,6 +183,27 @@ def render_group(group: Group, config_dir: str | None = None) -> str:
     for label, text in rows:
         lines += format_row(label, text, KEY_WIDTH)
     return "\n".join(lines) + "\n"
+
+
+def render_metrics() -> str:
+    """The page of the metrics that `metrics.perceptual` can name, and of their settings."""
+    lines = ["metrics.perceptual=[NAME,NAME]: metrics to add to those of every run"]
+    metrics = list_options(METRIC_TOPIC)
+    width = max(NAME_WIDTH, *(len(name) for name in metrics))
+    for name, file in metrics.items():
+        lines += format_row(name, read_description(file), width)
+    lines += ["", "Settings"]
+    for setting in list_measure_settings():
+        lines += format_row(f"{setting.key}={setting.value}", setting.comment, KEY_WIDTH)
+    return "\n".join(lines) + "\n"
+
+
+def list_measure_settings() -> list[Setting]:
+    """The settings of every metric, by their places in the config."""
+    settings = []
+    for name, file in list_options(METRIC_TOPIC).items():
+        settings += parse_settings(read_option(file), f"{MEASURE_PREFIX}{name}.")
+    return settings
 
 
 def list_group_rows(group: Group, config_dir: str | None) -> list[tuple[str, str]]:

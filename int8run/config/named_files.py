@@ -37,7 +37,7 @@ def check_prompt_file(settings: Mapping[str, Any]) -> None:
     prompts = settings["prompts"]
     location = prompts.get("path")
     if location:
-        check_readable("prompts.path", expand_path(str(location)), takes_folder=False)
+        check_readable("prompts.path", to_local_path(str(location)), takes_folder=False)
     for column in INPUT_COLUMNS:
         value = prompts.get(column)
         if value is not None:

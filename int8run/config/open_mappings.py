@@ -26,6 +26,7 @@ OPEN_MAPPINGS = (
     "model_type.inputs",
     "model_type.families",
     "int8.checkpoint",
+    "metrics.measures",
     "clip.path",
     "lora.adapters.*.path",
     "outlier.candidates",

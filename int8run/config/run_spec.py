@@ -4,6 +4,7 @@ compose.py makes a RunSpec from the composed YAML. Only jobs/, tasks/, pipeline/
 pipeline/add_int8.py, and api.py see it whole; what they call takes the few settings that it uses.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar, Protocol
@@ -11,6 +12,7 @@ from typing import ClassVar, Protocol
 from int8run.backends.base import Backend
 from int8run.config.effects import BUILD, BUILD_AND_FLOAT, NOTHING, affects, make_settings_key
 from int8run.config.job import Job
+from int8run.config.plugins import check_plugin_names
 from int8run.config.run_modes import OFFLOAD_MODES, REDUCE_OVERHEAD
 from int8run.errors import ConfigError, check_bool, check_choice, check_range
 from int8run.generate.calibration_settings import CalibrationSettings
@@ -152,6 +154,7 @@ class RunSpec:
     progress: bool = field(default=True, metadata=NOTHING)
     resume: bool = field(default=False, metadata=NOTHING)
     sync: str | None = field(default=None, metadata=NOTHING)
+    plugins: Sequence[str] = field(default=(), metadata=NOTHING)
 
     def __post_init__(self) -> None:
         check_choice("compile", self.compile, ("none", "blocks", "full", REDUCE_OVERHEAD))
@@ -161,6 +164,7 @@ class RunSpec:
         check_range("seed", self.seed, 0, 2**63 - 1, whole=True)
         check_bool("progress", self.progress)
         check_bool("resume", self.resume)
+        check_plugin_names(self.plugins)
         self.check_quality_target()
         self.check_int8_is_enabled()
         self.check_save()
@@ -321,7 +325,7 @@ class RunSpec:
             save=None,
             quality_db=None,
             model_type=replace(self.model_type, mixed_precision="none"),
-            metrics=replace(self.metrics, baseline="none", perceptual=()),
+            metrics=replace(self.metrics, baseline="none", perceptual=(), measures={}),
         )
 
     @property

@@ -1,5 +1,6 @@
 """Prompt sets, and the samples that they ask for: prompts times seeds."""
 
+import hashlib
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,6 +10,7 @@ from anyascii import anyascii
 
 from int8run.errors import ConfigError, FileError, check_range
 from int8run.generate.prompt_row import (
+    MAX_SEED,
     QUOTE,
     GivenFile,
     PromptRow,
@@ -16,9 +18,10 @@ from int8run.generate.prompt_row import (
     format_value,
     read_files,
 )
+from int8run.generate.prompt_sources import HubPrompts
 from int8run.generate.prompt_table import is_table, read_table
 from int8run.generate.sample_inputs import INPUT_COLUMNS, NO_INPUTS, SampleInputs
-from int8run.utils.paths import check_readable, expand_path
+from int8run.utils.paths import check_readable, to_local_path
 
 MAX_SLUG_LENGTH = 40
 MAX_SLUG_BYTES = 160  # of the 255 that a file name may have; the rest is number, seed and ending
@@ -33,6 +36,11 @@ class PromptSet:
 
     Each is generated with `seeds_per_prompt` seeds. All other settings go with every prompt that has none of
     its own; None: the pipeline's.
+
+    Args:
+        take: how many prompts of the set; None: all.
+        take_seed: which ones. A smaller number takes some of those that a larger one takes.
+        hub: a published file, in the place of `prompts`; `path` names a copy of it.
     """
 
     prompts: Sequence[str] | None = ()
@@ -46,8 +54,14 @@ class PromptSet:
     video: Files = None
     reference_images: Files = None
     strength: float | None = None
+    take: int | None = None
+    take_seed: int = 0
+    hub: HubPrompts | None = None
 
     def __post_init__(self) -> None:
+        if self.take is not None:
+            check_range("prompts.take", self.take, 1, 1_000_000, whole=True)
+        check_range("prompts.take_seed", self.take_seed, 0, MAX_SEED, whole=True)
         check_range("prompts.seeds_per_prompt", self.seeds_per_prompt, 1, 10_000, whole=True)
         if self.negative_prompt is not None and not isinstance(self.negative_prompt, str):
             raise ConfigError(
@@ -56,7 +70,7 @@ class PromptSet:
             )
         if self.prompts is not None:
             check_prompts("prompts.prompts", self.prompts)
-        if bool(self.prompts) == bool(self.path):
+        if bool(self.prompts) == bool(self.path or self.hub):
             raise ConfigError(
                 "prompts needs exactly one of prompts.prompts=[…] and prompts.path=<file, one prompt per "
                 "line>"
@@ -84,14 +98,17 @@ class PromptSet:
                 that cannot be.
         """
         files = self.list_files()
-        return [self.complete_row(row, files) for row in self.read_own_rows()]
+        rows = take_subset(self.read_own_rows(), self.take, self.take_seed)
+        return [self.complete_row(row, files) for row in rows]
 
     def read_own_rows(self) -> list[PromptRow]:
         """What each prompt itself says; see read_rows."""
+        if self.hub is not None:
+            return [PromptRow(prompt) for prompt in self.hub.read(self.path)]
         if not self.path:
             return [PromptRow(prompt) for prompt in self.prompts or ()]
         text = read_prompt_file(self.path)
-        path = expand_path(self.path)
+        path = to_local_path(self.path)
         if is_table(path):
             return read_table(text, path)
         prompts = parse_prompts(text)
@@ -115,13 +132,38 @@ class PromptSet:
         )
 
 
+def take_subset(rows: Sequence[PromptRow], take: int | None, seed: int) -> list[PromptRow]:
+    """Some rows of a set, in its order; the same ones on every machine and in every version of Python.
+
+    Args:
+        rows: all.
+        take: how many; None: all.
+        seed: which ones.
+
+    Raises:
+        ConfigError: for more than there are.
+    """
+    if take is None:
+        return list(rows)
+    if take > len(rows):
+        raise ConfigError(
+            f"prompts.take is {take}, and the set has {len(rows)} prompts; take at most that many"
+        )
+
+    def draw(number: int) -> bytes:
+        return hashlib.sha256(f"{seed} {number}".encode()).digest()
+
+    taken = sorted(range(len(rows)), key=draw)[:take]
+    return [rows[number] for number in sorted(taken)]
+
+
 def read_prompt_file(location: str) -> str:
     """The text of the file that `prompts.path` names.
 
     Raises:
         FileError: when it is missing, cannot be read, or is not UTF-8.
     """
-    path = expand_path(location)
+    path = to_local_path(location)
     check_readable("prompts.path", path, takes_folder=False)
     try:
         text = path.read_text(encoding="utf-8-sig")

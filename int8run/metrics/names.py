@@ -1,33 +1,17 @@
 """The metrics of a run by their names in metrics.json, the report and MLflow: what each is, and what is good.
 
 `metrics.settings` checks `metrics.objective` against them before anything is loaded, and a sweep chooses its
-best job by their directions. A new metric gets its line here; tests compare the names with what runs measure.
-Knows nothing of how a metric is measured.
+best job by their directions. What `metrics.perceptual` can add describes itself, see `metrics.base`; other
+new numbers get their lines here. Tests compare the names with what runs measure.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
-MORE, LESS, NEITHER = 1, -1, 0
-MS_SSIM = "ms_ssim"  # measured without being asked for, where the images are large enough
+from int8run.metrics.base import LESS, MORE, NEITHER, Metric
+from int8run.metrics.catalog import describe_measured, load_measure_classes
 
-
-@dataclass(frozen=True)
-class Metric:
-    """What a number says.
-
-    Args:
-        direction: MORE where more is better, LESS where less is better, NEITHER where neither is.
-        description: in a few words.
-        measure: the entry of `metrics.perceptual` that adds it; None: runs have it without being asked.
-    """
-
-    direction: int
-    description: str
-    measure: str | None = None
-
-
-METRICS: Mapping[str, Metric] = {
+# what runs have without being asked
+RUN_METRICS: Mapping[str, Metric] = {
     "budget/asked_db": Metric(NEITHER, "the quality that `quality_db` asks for"),
     "budget/layers_kept": Metric(LESS, "layers that stay float for it"),
     "budget/memory_ratio": Metric(LESS, "the denoiser's memory over that with every layer in INT8"),
@@ -85,6 +69,7 @@ METRICS: Mapping[str, Metric] = {
     "quality/masked_share": Metric(NEITHER, "share of the pixels that is inside the mask of an edit"),
     "quality/psnr_db": Metric(MORE, "peak signal-to-noise ratio to the float model's images"),
     "quality/ssim": Metric(MORE, "structural similarity to the float model's images"),
+    "quality/measures_left_out": Metric(LESS, "metrics that were asked for and could not be computed"),
     "quality/unmasked_psnr_db": Metric(MORE, "PSNR outside the mask of an edit"),
     "quant/attention_float": Metric(LESS, "attentions of the INT8 model that stay float"),
     "quant/attention_int8": Metric(MORE, "attentions in INT8"),
@@ -115,18 +100,8 @@ METRICS: Mapping[str, Metric] = {
     "vae/memory_ratio": Metric(MORE, "the float VAE's memory over it"),
     "vae/psnr_db": Metric(MORE, "PSNR of what it decodes to what the float VAE makes of the same latents"),
     "vae/weight_sqnr_db_min": Metric(MORE, "SQNR of the worst of its weights"),
-    # what `metrics.perceptual` adds
-    "quality/ms_ssim": Metric(MORE, "SSIM at several scales, of large images", measure=MS_SSIM),
-    "quality/lpips": Metric(LESS, "LPIPS to the float model's images", measure="lpips"),
-    "quality/effnet_distance": Metric(LESS, "distance of image features", measure="effnet_distance"),
-    "quality/clip_score": Metric(MORE, "how well the images match their prompts", measure="clip_score"),
-    "float/clip_score": Metric(MORE, "how well the float model's images do", measure="clip_score"),
 }
 
+METRICS: Mapping[str, Metric] = {**RUN_METRICS, **describe_measured(load_measure_classes())}
+
 UNKNOWN = Metric(NEITHER, "metrics.objective")  # of a run by another version
-
-
-def list_measures() -> tuple[str, ...]:
-    """What `metrics.perceptual` can have."""
-    measures = [metric.measure for metric in METRICS.values() if metric.measure is not None]
-    return tuple(dict.fromkeys(measures))

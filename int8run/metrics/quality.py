@@ -1,18 +1,24 @@
 """How different the INT8 images are from the float model's: one comparison per sample and frame."""
 
+import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
 import numpy as np
 import torch
-from PIL.Image import Image
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from int8run.generate.generate import Generation
-from int8run.metrics.perceptual import KEY_FRAMES_ONLY, MS_SSIM_SIDE, Measure, load_measures
+from int8run.metrics.base import Measure, SamplePair, Scope, UnavailableError
+from int8run.metrics.images import image_to_tensor
+from int8run.metrics.key_frames import select_key_frames
+from int8run.metrics.loading import LoadedMeasures, load_measures
+from int8run.metrics.measures.ms_ssim import MsSsim
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -28,48 +34,96 @@ class SampleQuality:
     frames: list[dict[str, float]]
 
 
-def image_to_tensor(image: Image) -> Tensor:
-    """An image as float [1, 3, H, W] in 0..1."""
-    pixels = np.asarray(image.convert("RGB"), dtype=np.float32) / 255  # [H, W, 3]
-    return torch.from_numpy(pixels).permute(2, 0, 1)[None]
+def load_measures_for(
+    candidate: Generation, baseline: Generation, measures: Iterable[Measure] = ()
+) -> LoadedMeasures:
+    """Load the metrics that some images are compared by; MS-SSIM without being asked where it is defined.
+
+    Args:
+        candidate: of the INT8 model.
+        baseline: of the float model.
+        measures: that are asked for.
+    """
+    smallest_side = min(find_smallest_side(candidate), find_smallest_side(baseline))
+    by_name = {measure.name: measure for measure in measures}
+    if smallest_side >= MsSsim.needs.min_side:
+        by_name = {MsSsim.name: MsSsim(), **by_name}
+    return load_measures(by_name.values(), smallest_side)
 
 
 @torch.no_grad()
 def compare_generations(
-    candidate: Generation, baseline: Generation, prompts: Sequence[str], perceptual: Sequence[str] = ()
+    candidate: Generation,
+    baseline: Generation,
+    prompts: Sequence[str],
+    loaded: LoadedMeasures | None = None,
 ) -> list[SampleQuality]:
     """Compare each image or video with the float model's; videos frame by frame.
 
     `psnr_db` has data range 1 and is infinite for identical images. `ssim` is Wang et al. 2004
     (doi 10.1109/TIP.2003.819861) with a Gaussian window of 11x11, sigma 1.5. `latent_rel_err` is
-    `|a - b| / |b|` of the last latents, all frames together. `ms_ssim` is added where all images are large
-    enough for it. `clip_score` uses the first, the middle and the last frame of a video.
+    `|a - b| / |b|` of the last latents, all frames together.
 
     Args:
         candidate: of the INT8 model.
         baseline: of the float model.
         prompts: one per image or video.
-        perceptual: names of metrics in `metrics.perceptual` to add. One that cannot be computed is skipped
-            with a warning.
+        loaded: further metrics; None: there are none.
     """
-    smallest_side = min(find_smallest_side(candidate), find_smallest_side(baseline))
-    always = ["ms_ssim"] if smallest_side >= MS_SSIM_SIDE else []
-    measures = load_measures(dict.fromkeys([*always, *perceptual]), smallest_side)
-
-    samples = zip(
-        candidate.frames, baseline.frames, candidate.trajectories, baseline.trajectories, prompts, strict=True
-    )
+    loaded = loaded or load_measures((), 0)
+    pairs = pair_samples(candidate, baseline, prompts)
+    latents = zip(candidate.trajectories, baseline.trajectories, strict=True)
     qualities = []
-    for frames, float_frames, latents, float_latents, prompt in samples:
-        frame_metrics = compare_frames(frames, float_frames, prompt, measures)
+    for pair, (own_latents, float_latents) in zip(pairs, latents, strict=True):
+        frame_metrics = compare_frames(pair, loaded)
         values = {}
-        for name in frame_metrics[0]:
+        for name in list_metrics(frame_metrics):
             # a metric of the key frames alone is missing from the others
             measured = [metrics[name] for metrics in frame_metrics if name in metrics]
             values[name] = compute_mean(measured)
-        values["latent_rel_err"] = compute_relative_error(latents[-1], float_latents[-1])
+        for compare_sample in loaded.functions[Scope.SAMPLE].values():
+            values |= compare_sample(pair)
+        values["latent_rel_err"] = compute_relative_error(own_latents[-1], float_latents[-1])
         qualities.append(SampleQuality(values, frame_metrics))
     return qualities
+
+
+@torch.no_grad()
+def compare_sets(
+    candidate: Generation, baseline: Generation, prompts: Sequence[str], loaded: LoadedMeasures
+) -> dict[str, float]:
+    """Compare all images with all of the float model's, by the metrics of sets; under their public names.
+
+    Args:
+        candidate: of the INT8 model.
+        baseline: of the float model.
+        prompts: one per image or video.
+        loaded: the metrics, of which those of sets are computed; one that cannot be is noted there.
+    """
+    pairs = pair_samples(candidate, baseline, prompts)
+    values = {}
+    for name, compare in loaded.functions[Scope.SET].items():
+        try:
+            distances = compare(pairs)
+        except UnavailableError as error:
+            log.warning("quality/%s is left out because %s", name, error)
+            loaded.left_out.append(name)
+            continue
+        for metric, value in distances.items():
+            values[make_public(metric)] = value
+    return values
+
+
+def pair_samples(candidate: Generation, baseline: Generation, prompts: Sequence[str]) -> list[SamplePair]:
+    """Each image or video beside the float model's.
+
+    Args:
+        candidate: of the INT8 model.
+        baseline: of the float model.
+        prompts: one per image or video.
+    """
+    samples = zip(candidate.frames, baseline.frames, prompts, strict=True)
+    return [SamplePair(frames, float_frames, prompt) for frames, float_frames, prompt in samples]
 
 
 def find_smallest_side(generation: Generation) -> int:
@@ -77,25 +131,23 @@ def find_smallest_side(generation: Generation) -> int:
     return min(min(frame.size) for frames in generation.frames for frame in frames)
 
 
-def compare_frames(
-    frames: Sequence[Image], float_frames: Sequence[Image], prompt: str, measures: Mapping[str, Measure]
-) -> list[dict[str, float]]:
+def compare_frames(pair: SamplePair, loaded: LoadedMeasures) -> list[dict[str, float]]:
     """The metrics of each frame of a sample.
 
     Args:
-        frames: of the INT8 model.
-        float_frames: of the float model, as many.
-        prompt: of the sample.
-        measures: further metrics by name.
+        pair: of the INT8 and of the float model.
+        loaded: further metrics.
     """
-    key_frames = set(select_key_frames(len(frames)).values())
+    key_frames = set(select_key_frames(len(pair.frames)).values())
+    of_all = loaded.functions[Scope.FRAME].values()
+    of_key_frames = loaded.functions[Scope.KEY_FRAMES].values()
     rows = []
-    for number, (frame, float_frame) in enumerate(zip(frames, float_frames, strict=True)):
+    for number, (frame, float_frame) in enumerate(zip(pair.frames, pair.float_frames, strict=True)):
         x, y = image_to_tensor(frame), image_to_tensor(float_frame)
         metrics = {"psnr_db": compute_psnr(x, y), "ssim": compute_ssim(x, y)}
-        for name, measure in measures.items():
-            if name not in KEY_FRAMES_ONLY or number in key_frames:
-                metrics |= measure(x, y, prompt)
+        functions = [*of_all, *of_key_frames] if number in key_frames else of_all
+        for compare in functions:
+            metrics |= compare(x, y, pair.prompt)
         rows.append(metrics)
     return rows
 
@@ -115,13 +167,6 @@ def compute_ssim(x: Tensor, y: Tensor) -> float:
     return ssim.item()
 
 
-def select_key_frames(num_frames: int) -> dict[str, int]:
-    """The frames that stand for a video, by what they are called; of an image the only one."""
-    if num_frames > 2:
-        return {"first": 0, "middle": num_frames // 2, "last": num_frames - 1}
-    return dict(zip(("first", "last"), range(num_frames), strict=False))
-
-
 def average_quality(samples: Sequence[SampleQuality]) -> dict[str, float]:
     """The mean of each metric over the samples that have it, under its public name; `float/…` is one already.
 
@@ -129,10 +174,14 @@ def average_quality(samples: Sequence[SampleQuality]) -> dict[str, float]:
     """
     means = {}
     for name in list_metrics([sample.values for sample in samples]):
-        public_name = name if "/" in name else f"quality/{name}"
         measured = [sample.values[name] for sample in samples if name in sample.values]
-        means[public_name] = compute_mean(measured)
+        means[make_public(name)] = compute_mean(measured)
     return means
+
+
+def make_public(name: str) -> str:
+    """The name that a run's metrics have: `quality/lpips`; `float/clip_score` is one already."""
+    return name if "/" in name else f"quality/{name}"
 
 
 def compute_mean(values: Sequence[float]) -> float:

@@ -8,6 +8,7 @@ import functools
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -164,6 +165,40 @@ def make_download_error(location: str, setting: str, error: Exception) -> FileEr
         f"({describe_reason(error)}); set {setting} to a folder that you have, "
         "or log in where the model is gated: hf auth login"
     )
+
+
+def download_dataset_file(repository: str, file: str, revision: str, licence: str) -> Path:
+    """A file of a data set, from the hub's cache where it is there.
+
+    Args:
+        repository: `organization/name`.
+        file: in it.
+        revision: the commit.
+        licence: as its publisher states it, for the message.
+
+    Raises:
+        FileError: when it is not here and cannot be downloaded, with the command that fetches it.
+    """
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    network_errors = cast(tuple[type[Exception], ...], HfHubHTTPError.__bases__)
+    errors: tuple[type[Exception], ...] = (OSError, HFValidationError, *network_errors)
+    download = partial(hf_hub_download, repository, file, revision=revision, repo_type="dataset")
+    try:
+        try:
+            return Path(download(local_files_only=True))
+        except LocalEntryNotFoundError:
+            # else the download tries for half a minute where there is no network
+            HfApi().dataset_info(repository, revision=revision, timeout=TIMEOUT_S)
+            return Path(download())
+    except errors as error:
+        raise FileError(
+            f"prompts.hub={repository} is not on this machine and could not be downloaded "
+            f"({describe_reason(error)}); where there is a network (licence: {licence}): hf download "
+            f"{repository} {file} --repo-type dataset --revision {revision}; or name a copy with "
+            "prompts.path=FILE"
+        ) from error
 
 
 def describe_reason(error: Exception) -> str:

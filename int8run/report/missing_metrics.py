@@ -6,6 +6,7 @@ Shown where its cell is empty, in the table of the report and in that of the ter
 from collections.abc import Mapping
 
 from int8run.layers.plan import FLOAT
+from int8run.metrics.names import METRICS, UNKNOWN
 from int8run.report.columns import (
     ATTENTION_SQNR_DB,
     MACS_INT8_SHARE,
@@ -15,7 +16,6 @@ from int8run.report.columns import (
 )
 from int8run.tracking.run_record import FAILED, FINISHED, RUNNING, Record
 
-PERCEPTUAL_METRICS = ("quality/lpips", "quality/effnet_distance", "quality/clip_score")
 FRAMES_PER_S = "speed/frames_per_s"
 WITHOUT_MASK = "no input tells a mask, or all pixels are on its other side"
 # what lies in the images and inputs of a run, and not in its settings
@@ -84,11 +84,11 @@ def explain_by_settings(metric: str, params: Mapping[str, str]) -> str:
         metric: that is missing.
         params: the settings of the run, flat.
     """
-    if metric in PERCEPTUAL_METRICS:
-        name = metric.removeprefix("quality/")
-        return f"metrics.perceptual does not name {name}, or it could not be computed"
     if metric in REASONS_OF_IMAGES:
         return REASONS_OF_IMAGES[metric]
+    measure = METRICS.get(metric, UNKNOWN).measure
+    if measure is not None:
+        return f"metrics.perceptual does not name {measure}, or it could not be computed"
     if metric in ENCODER_METRICS and params.get("clip") == "keep":
         return "clip=keep: the text encoders are not quantized"
     if metric in PART_SETTINGS:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
+from int8run.metrics.names import METRICS
 from int8run.report.columns import (
     MISSING,
     SAME_FILE_LAYERS,
@@ -16,6 +17,9 @@ from int8run.report.columns import (
 from int8run.report.formatting import format_decibels, format_megabytes
 
 SAME_FILE_NOTE = f"float has numbers of the same quantized file: PSNR to it {SAME_FILE_LIMITS}"
+
+# metrics of `metrics.perceptual` with rows that are written out below
+OWN_ROWS = ("quality/ms_ssim", "quality/lpips", "quality/effnet_distance", "quality/clip_score")
 
 Format = Callable[[float], str]
 Ratio = Callable[[float, float], float]
@@ -122,11 +126,24 @@ class ResultRows:
         self.add_value("LPIPS to float", "quality/lpips", "{:.4f}".format)
         self.add_value("EfficientNet distance", "quality/effnet_distance", "{:.5f}".format)
         self.add_comparison("CLIP score", "quality/clip_score", "{:.2f}".format, ratio=None)
+        self.add_measured()
         self.add_value("latent error", "quality/latent_rel_err", format_percent)
         if self.metrics.get("quality/half_error_step"):
             form = f"{{:.0f}} of {self.num_steps}".format
             self.add_value("half of the error by step", "quality/half_error_step", form)
         self.add_edits()
+
+    def add_measured(self) -> None:
+        """The other metrics of `metrics.perceptual`, each with the float model's where it has a number."""
+        for name, metric in METRICS.items():
+            is_asked = metric.measure is not None and name.startswith("quality/")
+            if not is_asked or name in OWN_ROWS:
+                continue
+            label = ", ".join(filter(None, [metric.label, metric.unit]))
+            if name.replace("quality/", "float/") in self.metrics:
+                self.add_comparison(label, name, "{:.4g}".format, ratio=None)
+            else:
+                self.add_value(label, name, "{:.4g}".format)
 
     def add_edits(self) -> None:
         """What edits keep inside and outside a mask, and videos from frame to frame."""

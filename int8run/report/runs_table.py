@@ -88,17 +88,19 @@ def build_runs_table(runs: Sequence[Run]) -> RunsTable:
 
 
 def choose_columns(runs: Sequence[Run]) -> list[MetricColumn]:
-    """The columns that the values of the runs need; objectives that are not among them come last."""
+    """The columns that the values of the runs need; what was asked for and is not among them comes last."""
     objectives = dict.fromkeys(run.record.objective for run in runs)
+    asked = [name for name, metric in METRICS.items() if metric.measure and name.startswith("quality/")]
     columns = []
     for column in METRIC_COLUMNS:
         is_objective = column.metric in objectives
         columns.append(replace(column, needs_difference=column.needs_difference and not is_objective))
     known = {column.metric for column in columns}
-    for name in objectives:
+    for name in dict.fromkeys([*objectives, *asked]):
         if name not in known:
             metric = METRICS.get(name, UNKNOWN)
-            columns.append(MetricColumn(name, name, metric.description, metric.direction))
+            heading = ", ".join(filter(None, [metric.label or name, metric.unit]))
+            columns.append(MetricColumn(name, heading, metric.description, metric.direction))
 
     needed = []
     for column in columns:

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 from rich.text import Text
 
-from int8run.metrics.names import METRICS, NEITHER
+from int8run.metrics.base import NEITHER
+from int8run.metrics.names import METRICS, UNKNOWN
 from int8run.report.console import is_interactive, make_bold, make_plain, print_lines
 from int8run.report.formatting import format_decibels, format_duration
 from int8run.tracking.run_record import FINISHED, Record
@@ -113,7 +114,10 @@ def choose_better(best: Record | None, record: Record, objective: str | None) ->
         record: the job that ended.
         objective: the metric to compare by.
     """
-    if objective is None or METRICS[objective].direction == NEITHER:
+    if objective is None:
+        return None
+    direction = METRICS.get(objective, UNKNOWN).direction  # that of a plug-in is not known here
+    if direction == NEITHER:
         return None
     if record.state != FINISHED:
         return best
@@ -122,5 +126,5 @@ def choose_better(best: Record | None, record: Record, objective: str | None) ->
         return best
     if best is None:
         return record
-    gain = METRICS[objective].direction * (value - best.metrics[objective])
+    gain = direction * (value - best.metrics[objective])
     return record if gain > 0 else best

@@ -21,7 +21,7 @@ from int8run.generate.image_parameters import collect_input_facts, describe_samp
 from int8run.generate.negative_prompts import read_guidance
 from int8run.generate.pipeline_call import get_frame_rate
 from int8run.generate.prompts import Sample
-from int8run.metrics.quality import select_key_frames
+from int8run.metrics.key_frames import select_key_frames
 from int8run.models.sampling import Sampling
 from int8run.report.image_files import save_sample
 from int8run.tasks.model_facts import describe_model, list_methods, name_model

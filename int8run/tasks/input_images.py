@@ -21,7 +21,7 @@ from int8run.generate.sample_inputs import (
     is_video_column,
 )
 from int8run.metrics.edits import EditSource, resize_to_output
-from int8run.metrics.quality import select_key_frames
+from int8run.metrics.key_frames import select_key_frames
 from int8run.report.image_files import fit_into, save_whole
 from int8run.report.sample_entry import COMPARED_COLUMNS
 

@@ -10,7 +10,7 @@ from PIL.Image import Image
 from int8run.config.run_spec import RunSpec
 from int8run.generate.prompts import Sample
 from int8run.generate.sample_inputs import MASK_IMAGE
-from int8run.metrics.quality import select_key_frames
+from int8run.metrics.key_frames import select_key_frames
 from int8run.report.image_files import (
     DIFFERENCE_GAIN,
     STRIP_COLUMNS,

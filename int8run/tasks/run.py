@@ -21,7 +21,13 @@ from int8run.generate.generate import Generation
 from int8run.generate.input_files import read_samples
 from int8run.generate.prompts import Sample
 from int8run.lora.header_info import add_trigger_words
-from int8run.metrics.quality import average_quality, compare_generations, compute_trajectory_error
+from int8run.metrics.quality import (
+    average_quality,
+    compare_generations,
+    compare_sets,
+    compute_trajectory_error,
+    load_measures_for,
+)
 from int8run.models.schedulers import set_scheduler
 from int8run.pipeline import process_cache
 from int8run.pipeline.build import build_model
@@ -137,7 +143,7 @@ def generate_and_measure(spec: RunSpec, job: Job, inputs: RunInputs) -> RunResul
     # after the peak of the memory was read: perceptual metrics load networks of their own
     if baseline is not None:
         comparison = measure_quality(spec, comparison, baseline)
-        metrics |= average_quality(comparison.quality)
+        metrics |= {**average_quality(comparison.quality), **comparison.set_quality}
 
     write_outputs(spec, built, comparison, metrics, inputs.writer)
     write_run_card(spec, job, built, metrics, num_samples=len(inputs.samples))
@@ -208,11 +214,16 @@ def make_comparison(
 
 
 def measure_quality(spec: RunSpec, comparison: RunComparison, baseline: Generation) -> RunComparison:
-    """The comparison, completed with each sample's quality against the float model's image."""
+    """The comparison, completed with each sample's quality against the float model's image, and all's."""
     prompts = [sample.prompt for sample in comparison.samples]
-    quality = compare_generations(comparison.candidate, baseline, prompts, spec.metrics.perceptual)
-    quality = measure_edits_and_videos(comparison.samples, comparison.candidate, baseline, quality)
-    return replace(comparison, quality=quality)
+    candidate = comparison.candidate
+    loaded = load_measures_for(candidate, baseline, spec.metrics.measures.values())
+    quality = compare_generations(candidate, baseline, prompts, loaded)
+    quality = measure_edits_and_videos(comparison.samples, candidate, baseline, quality)
+    set_quality = compare_sets(candidate, baseline, prompts, loaded)
+    if spec.metrics.perceptual:
+        set_quality["quality/measures_left_out"] = len(loaded.left_out)
+    return replace(comparison, quality=quality, set_quality=set_quality)
 
 
 def get_cached_baseline(spec: RunSpec, inputs: RunInputs) -> tuple[Generation | None, bool]:

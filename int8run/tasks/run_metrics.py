@@ -5,7 +5,7 @@ Called by `tasks.run`, which knows what was generated. Quality is measured by `m
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -55,6 +55,7 @@ class RunComparison:
             model ran in this run: speeds of different runs are not compared.
         latent_errors: relative error of the latents after each step; empty without a baseline.
         quality: one per sample; empty without a baseline, and until it is measured.
+        set_quality: what is said of all samples at once, by public names; as empty.
     """
 
     samples: Sequence[Sample]
@@ -63,6 +64,7 @@ class RunComparison:
     timed_float: Generation | None
     latent_errors: Sequence[float]
     quality: Sequence[SampleQuality] = ()
+    set_quality: Mapping[str, float] = field(default_factory=dict)
 
 
 def measure_run(

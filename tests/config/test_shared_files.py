@@ -70,6 +70,8 @@ ANYWHERE = {
     "tracker.folder": "tracker: {folder: /tmp/evil}",
     "cache.folder": "cache: {folder: /tmp/evil}",
     "sync": "sync: outputs",
+    "plugins.0": "plugins: [my_package]",
+    "metrics.measures.fid.reference": "metrics: {measures: {fid: {reference: /home/me/photos}}}",
     "attention=flash_hub": "attention: flash_hub",
     "attention=_flash_3_HUB": "attention: _flash_3_HUB",
     "hydra.run.dir": "hydra: {run: {dir: /etc}}",

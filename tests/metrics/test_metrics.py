@@ -13,6 +13,8 @@ from torch import nn
 from int8run.errors import ConfigError
 from int8run.generate.generate import Generation
 from int8run.layers.plan import ATTENTION, LayerPlan
+from int8run.metrics.images import image_to_tensor
+from int8run.metrics.key_frames import select_key_frames
 from int8run.metrics.layers import (
     compute_int8_shares,
     compute_layer_metrics,
@@ -28,8 +30,6 @@ from int8run.metrics.quality import (
     compare_generations,
     compute_relative_error,
     compute_trajectory_error,
-    image_to_tensor,
-    select_key_frames,
 )
 from int8run.metrics.settings import MetricsSettings
 from int8run.metrics.speed import compute_percentile, compute_speed, list_step_times

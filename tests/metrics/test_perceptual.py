@@ -18,22 +18,21 @@ import torchmetrics
 from PIL import Image
 from rich.console import Console
 from support.run_job import make_spec, run_job
+from support.tiny_clip import save_tiny_clip
 from support.tiny_pipeline import save_random_pipeline
 from torch import nn
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
+from transformers import CLIPModel
 
 from int8run.errors import ConfigError
 from int8run.generate.generate import Generation
-from int8run.metrics import perceptual
-from int8run.metrics.perceptual import (
-    LOADERS,
-    UnavailableError,
-    check_reachable,
-    compute_cosine_distance,
-    compute_effnet_features,
-    load_measures,
-)
-from int8run.metrics.quality import SampleQuality, average_quality, compare_generations, image_to_tensor
+from int8run.metrics import quality, weights
+from int8run.metrics.base import MORE, Metric, Needs, Scope, UnavailableError
+from int8run.metrics.catalog import build_measure, load_measure_classes
+from int8run.metrics.images import image_to_tensor
+from int8run.metrics.loading import load_measures
+from int8run.metrics.measures.clip_score import ClipScore
+from int8run.metrics.measures.effnet_distance import compute_cosine_distance, compute_effnet_features
+from int8run.metrics.quality import SampleQuality, average_quality, load_measures_for
 from int8run.metrics.settings import PERCEPTUAL, MetricsSettings
 from int8run.pipeline import process_cache
 from int8run.report.result_table import build_result_table
@@ -54,6 +53,19 @@ def add_noise(image, sigma, seed=0):
 
 def make_generation(*images):
     return Generation(frames=[[image] for image in images], trajectories=[torch.ones(1, 4)] * len(images))
+
+
+def compare_generations(candidate, baseline, prompts, names=()):
+    """The quality of each sample by the metrics of these names, or by metrics themselves."""
+    measures = [build_measure(name) if isinstance(name, str) else name for name in names]
+    loaded = load_measures_for(candidate, baseline, measures)
+    return quality.compare_generations(candidate, baseline, prompts, loaded)
+
+
+def load_by_name(*names, side=64):
+    """The functions of the metrics that can be computed, by name, whatever they compare."""
+    loaded = load_measures([build_measure(name) for name in names], side)
+    return {name: function for group in loaded.functions.values() for name, function in group.items()}
 
 
 def compare_images(candidate, baseline, *perceptual, prompt="a"):
@@ -77,7 +89,7 @@ def asked(monkeypatch):
         addresses.append((request.full_url, timeout))
         raise URLError("no network")
 
-    monkeypatch.setattr(perceptual, "urlopen", urlopen)
+    monkeypatch.setattr(weights, "urlopen", urlopen)
     monkeypatch.setattr(torch.hub, "urlopen", urlopen)
     return addresses
 
@@ -91,8 +103,19 @@ def no_effnet(monkeypatch):
 # -- settings ------------------------------------------------------------------------------------------------
 
 
-def test_every_metric_has_a_loader():
-    assert set(LOADERS) == set(PERCEPTUAL)
+@pytest.mark.parametrize("name", PERCEPTUAL)
+def test_every_metric_describes_itself(name):
+    measure = build_measure(name)
+
+    assert measure.name == name
+    assert isinstance(measure.scope, Scope) and isinstance(measure.needs, Needs)
+    assert all(metric.description for metric in measure.metrics.values())
+    assert {public.partition("/")[0] for public in measure.metrics} <= {"quality", "float"}
+
+
+def test_each_setting_of_a_metric_has_its_default_in_the_yaml():
+    for name, measure_class in load_measure_classes().items():
+        assert build_measure(name) == measure_class(), name
 
 
 def test_the_options_name_their_metrics():
@@ -100,7 +123,8 @@ def test_the_options_name_their_metrics():
         name: make_spec([f"metrics={name}"]).metrics.perceptual for name in ("basic", "perceptual", "full")
     }
 
-    assert wanted == {"basic": (), "perceptual": ("ms_ssim", "lpips", "effnet_distance"), "full": PERCEPTUAL}
+    perceptual = ("ms_ssim", "lpips", "effnet_distance", "flip", "cvvdp")
+    assert wanted == {"basic": (), "perceptual": perceptual, "full": (*perceptual, "clip_score")}
     assert make_spec(["metrics.perceptual=[clip_score]", "metrics=perceptual"]).metrics == MetricsSettings(
         perceptual=("clip_score",)
     )
@@ -111,10 +135,10 @@ def test_the_options_name_their_metrics():
     [
         (
             ["lpip"],
-            r"an entry of metrics\.perceptual is 'lpip'; did you mean 'lpips'\? choose from clip_score, "
+            r"an entry of metrics\.perceptual is 'lpip'; did you mean 'lpips'\? choose from aesthetic_score, "
             r".*, ms_ssim",
         ),
-        ("lpips", r"metrics\.perceptual is 'lpips'; give a list of ms_ssim, lpips, .*\[lpips\]"),
+        ("lpips", r"metrics\.perceptual is 'lpips'; give a list of aesthetic_score, .*\[lpips\]"),
         (None, r"metrics\.perceptual is None; give a list"),
         ([3], r"an entry of metrics\.perceptual is 3; choose from"),
         (["lpips", "ms_ssim", "lpips"], r"metrics\.perceptual has 'lpips' twice"),
@@ -377,10 +401,10 @@ def test_lpips_takes_images_down_to_31_px(alexnet, lines):
 
 
 def test_a_server_that_never_answers_is_not_waited_for(monkeypatch):
-    monkeypatch.setattr(perceptual, "CONNECT_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(weights, "CONNECT_TIMEOUT_S", 0.2)
 
     with socket.create_server(("127.0.0.1", 0)) as silent, pytest.raises(OSError, match="timed out"):
-        check_reachable(f"http://127.0.0.1:{silent.getsockname()[1]}/weights.pth")
+        weights.check_reachable(f"http://127.0.0.1:{silent.getsockname()[1]}/weights.pth")
 
 
 # -- EfficientNet distance -----------------------------------------------------------------------------------
@@ -495,9 +519,9 @@ def test_damaged_weights_of_effnet_are_a_warning(one_convolution, lines):
     _, file = one_convolution
     for content in (b"hello", b""):
         file.write_bytes(content)
-        load_measures(["effnet_distance"], 64)
+        load_by_name("effnet_distance")
     torch.save({"other": torch.ones(1)}, file)
-    load_measures(["effnet_distance"], 64)
+    load_by_name("effnet_distance")
 
     assert len(lines()) == 3
     assert all(
@@ -520,7 +544,7 @@ def test_weights_of_effnet_cannot_execute_code(one_convolution, tmp_path, lines)
     _, file = one_convolution
     torch.save(RunsCode(tmp_path / "ran"), file)
 
-    assert load_measures(["effnet_distance"], 64) == {} and len(lines()) == 1
+    assert load_by_name("effnet_distance") == {} and len(lines()) == 1
     assert not (tmp_path / "ran").exists()
 
 
@@ -571,43 +595,14 @@ class TestRealEffnet:
 
 
 @pytest.fixture
-def clip(monkeypatch, tmp_path):
-    """A random CLIP of the real classes, 8 tokens long, in place of the one on the hub."""
-    text = {
-        "vocab_size": 6,
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "max_position_embeddings": 8,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "pad_token_id": 1,
-    }
-    vision = {
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "image_size": 32,
-        "patch_size": 8,
-    }
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).eval()
-    vocab = {"<|startoftext|>": 0, "<|endoftext|>": 1, "a</w>": 2, "b</w>": 3, "c</w>": 4, "d</w>": 5}
-    tokenizer = CLIPTokenizer(vocab=vocab, merges=[], model_max_length=8)
-    images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    processor = CLIPProcessor(image_processor=images, tokenizer=tokenizer)
-    model.save_pretrained(tmp_path / "clip")
-    processor.save_pretrained(tmp_path / "clip")
-    monkeypatch.setattr(perceptual, "CLIP", str(tmp_path / "clip"))
-    return model, processor
+def clip(tmp_path):
+    """A random CLIP in a folder, in place of the one on the hub."""
+    return save_tiny_clip(tmp_path / "clip")
 
 
 def compute_reference_score(clip, image, prompt):
     """Hessel et al. 2021 as torchmetrics scales it: 100 · cosine of the projected embeddings, at least 0."""
-    model, processor = clip
+    model, processor, _ = clip
     with torch.no_grad():
         pixels = processor(images=image, return_tensors="pt")["pixel_values"]
         seen = model.visual_projection(model.vision_model(pixels).pooler_output)
@@ -623,7 +618,7 @@ def test_clip_score_matches_its_definition(clip, asked, lines):
         make_generation(*(a for a, _ in pairs)),
         make_generation(*(a for a, _ in pairs)),
         prompts,
-        ["clip_score"],
+        [ClipScore(clip[2])],
     )
     expected = [
         compute_reference_score(clip, a, prompt) for (a, _), prompt in zip(pairs, prompts, strict=True)
@@ -634,7 +629,7 @@ def test_clip_score_matches_its_definition(clip, asked, lines):
     ) == 3
 
     small, flat = pairs[0][0], pairs[0][1].resize((40, 40))
-    only = compare_images(small, flat, "clip_score", prompt="d a")
+    only = compare_images(small, flat, ClipScore(clip[2]), prompt="d a")
 
     assert (only["clip_score"], only["float/clip_score"]) == pytest.approx(
         (compute_reference_score(clip, small, "d a"), compute_reference_score(clip, flat, "d a")), abs=1e-3
@@ -659,7 +654,7 @@ def test_the_clip_score_of_a_video_uses_three_frames(clip):
     def made_of(frames):
         return Generation(frames=[frames], trajectories=[torch.ones(1, 4)])
 
-    (found,) = compare_generations(made_of(ours), made_of(floats), ["a b"], ["clip_score"])
+    (found,) = compare_generations(made_of(ours), made_of(floats), ["a b"], [ClipScore(clip[2])])
 
     assert [("clip_score" in frame, "psnr_db" in frame) for frame in found.frames] == [
         (i in (0, 3, 6), True) for i in range(7)
@@ -673,9 +668,8 @@ def test_the_clip_score_of_a_video_uses_three_frames(clip):
 
 def test_a_prompt_longer_than_clip_reads_is_cut_with_its_end_token(clip):
     long, cut = "a b c d b c a b c d", "a b c d b c"  # 6 words between the start and the end
-    value = compare_images(make_noise_image(32), make_noise_image(32), "clip_score", prompt=long)[
-        "clip_score"
-    ]
+    image = make_noise_image(32)
+    value = compare_images(image, image, ClipScore(clip[2]), prompt=long)["clip_score"]
 
     assert value == pytest.approx(compute_reference_score(clip, make_noise_image(32), cut), abs=1e-3)
 
@@ -685,7 +679,7 @@ def test_clip_is_read_once_and_never_from_a_pickle(clip, monkeypatch):
     read = CLIPModel.from_pretrained
     monkeypatch.setattr(CLIPModel, "from_pretrained", lambda *a, **k: calls.append(k) or read(*a, **k))
     images = make_generation(make_noise_image(32), make_noise_image(32, seed=1))
-    compare_generations(images, images, ["a", "b"], ["clip_score"])
+    compare_generations(images, images, ["a", "b"], [ClipScore(clip[2])])
 
     assert [(c["local_files_only"], c["use_safetensors"]) for c in calls] == [(True, True)]
 
@@ -733,7 +727,7 @@ def test_in_offline_mode_no_server_is_asked(asked, lines, monkeypatch):
     monkeypatch.setattr(CLIPModel, "from_pretrained", load_nothing_from_cache(calls))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
-    assert load_measures(["clip_score"], 64) == {} and asked == [] and calls == [True]
+    assert load_by_name("clip_score") == {} and asked == [] and calls == [True]
 
     (line,) = lines()
 
@@ -747,16 +741,16 @@ def test_with_network_clip_is_downloaded(lines, monkeypatch):
     calls = []
     monkeypatch.setattr(CLIPModel, "from_pretrained", load_nothing_from_cache(calls))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(perceptual, "check_reachable", lambda url: None)
-    load_measures(["clip_score"], 64)
+    monkeypatch.setattr(weights, "check_reachable", lambda url: None)
+    load_by_name("clip_score")
 
     assert calls == [True, False] and len(lines()) == 1
 
 
 def test_a_damaged_clip_is_a_warning(clip, lines):
-    Path(perceptual.CLIP, "model.safetensors").write_bytes(b"hello")
+    Path(clip[2], "model.safetensors").write_bytes(b"hello")
 
-    assert load_measures(["clip_score"], 64) == {}
+    assert load_measures([ClipScore(clip[2])], 64).left_out == ["clip_score"]
 
     (line,) = lines()
 
@@ -766,55 +760,68 @@ def test_a_damaged_clip_is_a_warning(clip, lines):
 # -- all together --------------------------------------------------------------------------------------------
 
 
-def test_each_unavailable_metric_is_one_warning_and_other_errors_are_raised(lines, monkeypatch):
-    def refuse(side):
-        raise UnavailableError(f"side {side}; ask for less")
+class FakeMeasure:
+    """A metric whose loading is counted, fails or gives 0.5."""
 
-    monkeypatch.setattr(
-        perceptual,
-        "LOADERS",
-        dict.fromkeys(PERCEPTUAL, refuse) | {"lpips": lambda side: lambda a, b, prompt: {"lpips": 0.5}},
-    )
+    scope = Scope.FRAME
 
-    assert len(load_measures(["clip_score", "lpips", "ms_ssim"], 7)) == 1
-    assert lines() == [
-        f"quality/{name} is left out because side 7; ask for less" for name in ("clip_score", "ms_ssim")
+    def __init__(self, name="fake", error=None, needs=None, values=None):
+        self.name = name
+        self.metrics = {f"quality/{name}": Metric(MORE, "nothing")}
+        self.error = error
+        self.needs = needs or Needs()
+        self.values = values or (lambda: {"fake": 0.5})
+        self.num_loads = 0
+
+    def load(self):
+        self.num_loads += 1
+        if self.error is not None:
+            raise self.error
+        return lambda a, b, prompt: self.values()
+
+
+def test_each_unavailable_metric_is_one_warning_and_is_counted(lines):
+    refusing = [
+        FakeMeasure(name, UnavailableError("there is no network; ask for less")) for name in ("one", "two")
     ]
 
-    monkeypatch.setitem(perceptual.LOADERS, "lpips", lambda side: 1 / 0)
+    loaded = load_measures([refusing[0], FakeMeasure("good"), refusing[1]], 64)
 
+    assert list(loaded.functions[Scope.FRAME]) == ["good"]
+    assert loaded.left_out == ["one", "two"]
+    assert lines() == [
+        f"quality/{name} is left out because there is no network; ask for less" for name in ("one", "two")
+    ]
+
+
+def test_other_errors_of_a_metric_are_raised():
     with pytest.raises(ZeroDivisionError):
-        load_measures(["lpips"], 7)
+        load_measures([FakeMeasure(error=ZeroDivisionError())], 64)
 
 
-def test_only_requested_metrics_are_loaded(monkeypatch):
-    loaded = []
-    monkeypatch.setattr(
-        perceptual,
-        "LOADERS",
-        {
-            name: lambda side, name=name: loaded.append(name) or (lambda a, b, prompt: {})
-            for name in PERCEPTUAL
-        },
-    )
-    compare_images(make_noise_image(64), make_noise_image(64))
+def test_a_metric_is_not_loaded_for_images_that_are_too_small(lines):
+    measure = FakeMeasure(needs=Needs(min_side=65))
 
-    assert loaded == []
-
-    compare_images(make_noise_image(64), make_noise_image(64), "effnet_distance")
-    compare_images(make_noise_image(176), make_noise_image(176))
-
-    assert loaded == ["effnet_distance", "ms_ssim"]
+    assert load_measures([measure], 64).left_out == ["fake"]
+    assert measure.num_loads == 0
+    assert lines()[0].startswith("quality/fake is left out because it needs at least 65 px")
 
 
-def test_measuring_keeps_no_gradients(monkeypatch):
+def test_a_metric_is_loaded_once_for_all_images():
+    measure = FakeMeasure()
+    images = make_generation(make_noise_image(16), make_noise_image(16))
+
+    rows = compare_generations(images, images, ["a", "b"], [measure])
+
+    assert measure.num_loads == 1
+    assert [row.values["fake"] for row in rows] == [0.5, 0.5]
+
+
+def test_measuring_keeps_no_gradients():
     grad = []
-    monkeypatch.setitem(
-        perceptual.LOADERS,
-        "lpips",
-        lambda side: lambda a, b, prompt: {"lpips": float(grad.append(torch.is_grad_enabled()) or 0)},
-    )
-    compare_images(make_noise_image(64), make_noise_image(64), "lpips")
+    measure = FakeMeasure(values=lambda: {"fake": float(grad.append(torch.is_grad_enabled()) or 0)})
+
+    compare_images(make_noise_image(64), make_noise_image(64), measure)
 
     assert grad == [False] and torch.is_grad_enabled()
 
@@ -883,9 +890,10 @@ class TestRun:
         metrics = run_job([*small, "metrics=perceptual"], tmp_path / "out").metrics
         named = [line.split()[0] for line in lines() if " is left out because " in line]
 
-        assert named == ["quality/ms_ssim", "quality/lpips", "quality/effnet_distance"]
+        assert named[:3] == ["quality/ms_ssim", "quality/lpips", "quality/effnet_distance"]
         assert {"quality/psnr_db", "quality/ssim", "quality/latent_rel_err"} <= set(metrics)
-        assert not {f"quality/{name}" for name in PERCEPTUAL} & set(metrics)
+        assert not set(named) & set(metrics)
+        assert metrics["quality/measures_left_out"] == len(named)
         assert asked == []
 
     def test_a_run_with_basic_metrics_gives_no_warning(self, small, tmp_path, lines):
@@ -894,7 +902,10 @@ class TestRun:
         assert lines() == []
 
     def test_perceptual_metrics_are_in_metrics_json(self, small, tmp_path, clip):
-        metrics = run_job([*small, "metrics.perceptual=[clip_score]"], tmp_path / "out").metrics
+        metrics = run_job(
+            [*small, "metrics.perceptual=[clip_score]", f"metrics.measures.clip_score.weights={clip[2]}"],
+            tmp_path / "out",
+        ).metrics
         images = json.loads((tmp_path / "out" / "metrics.json").read_text())["images"]
         for public, column in (
             ("quality/clip_score", "clip_score"),
@@ -913,12 +924,12 @@ class TestRun:
         monkeypatch.setattr(
             "int8run.tasks.run_generation.read_peak_bytes", lambda device: order.append("peak") or 1.0
         )
-        monkeypatch.setitem(
-            perceptual.LOADERS,
-            "lpips",
-            lambda side: order.append("load") or (lambda a, b, prompt: {"lpips": 0.0}),
+        monkeypatch.setattr(
+            "int8run.metrics.measures.lpips.Lpips.load",
+            lambda measure: order.append("load") or (lambda a, b, prompt: {"lpips": 0.0}),
         )
-        run_job([*small, "metrics.perceptual=[lpips]"], tmp_path / "out")
+        large = ["sampler.height=32", "sampler.width=32"]
+        run_job([*small, *large, "metrics.perceptual=[lpips]"], tmp_path / "out")
 
         assert set(order[:-1]) == {"peak"}
         assert order[-1] == "load"

@@ -12,7 +12,7 @@ from families.instances_b import INSTANCES
 from PIL import Image
 from support.run_job import run_job
 
-from int8run.metrics.quality import select_key_frames
+from int8run.metrics.key_frames import select_key_frames
 from int8run.pipeline import process_cache
 from int8run.tasks.run import RunResult
 

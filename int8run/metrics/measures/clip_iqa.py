@@ -1,0 +1,48 @@
+"""CLIP-IQA: whether CLIP takes an image for a good photo rather than a bad one."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from int8run.metrics.base import MORE, FrameFunction, Metric, Needs, Scope
+from int8run.metrics.clip import load_clip
+
+CLIP, SIZE = "openai/clip-vit-large-patch14", "1.7 GB"
+ANCHORS = ("Good photo.", "Bad photo.")  # the paper's pair for quality
+TEMPERATURE = 100
+
+
+@dataclass(frozen=True)
+class ClipIqa:
+    """CLIP-IQA of Wang et al. 2023 (arXiv:2207.12396) with a CLIP as it is published.
+
+    The softmax over 100 · cosine of the image with "Good photo." and "Bad photo.", of the first: 0 to 1. The
+    paper takes a ResNet-50 without position embeddings, so its numbers differ from these.
+
+    Args:
+        weights: a folder, or an id on the hub.
+    """
+
+    weights: str = CLIP
+    name: ClassVar[str] = "clip_iqa"
+    metrics: ClassVar[Mapping[str, Metric]] = {
+        "quality/clip_iqa": Metric(
+            MORE, "whether CLIP takes the images for good photos, 0 to 1", label="CLIP-IQA"
+        ),
+        "float/clip_iqa": Metric(MORE, "the same of the float model's images"),
+    }
+    needs: ClassVar[Needs] = Needs(weights="CLIP ViT-L/14, 1.7 GB, downloaded once; clip_score has the same")
+    scope: ClassVar[Scope] = Scope.KEY_FRAMES
+
+    def load(self) -> FrameFunction:
+        """Load CLIP, once."""
+        clip = load_clip(self.weights, SIZE)
+        anchors = clip.embed_texts(ANCHORS).detach()  # [2, C]
+
+        def rate(image: Tensor) -> float:
+            chances = (TEMPERATURE * anchors @ clip.embed_image(image)).softmax(dim=0)
+            return chances[0].item()
+
+        return lambda a, b, prompt: {"clip_iqa": rate(a), "float/clip_iqa": rate(b)}

@@ -1,0 +1,99 @@
+"""Whether the subject of a video stays itself, by VBench's formula, with the features that are at hand."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from PIL.Image import Image
+from torch import Tensor
+
+from int8run.metrics.base import MORE, Metric, Needs, SampleFunction, SamplePair, Scope
+from int8run.metrics.images import image_to_tensor
+from int8run.metrics.measures.effnet_distance import PACKAGES, compute_effnet_features, load_effnet
+from int8run.metrics.weights import load_from_hub
+
+PACKAGED = "effnet"
+SIZE = "343 MB"
+
+
+@dataclass(frozen=True)
+class SubjectConsistency:
+    """VBench's subject consistency (arXiv:2311.17982).
+
+    The mean over all frames but the first of (s(x[t], x[0]) + s(x[t], x[t-1])) / 2, with s the cosine of the
+    features, at least 0. VBench takes DINO ViT-B/16. `effnet` takes EfficientNet-Lite0, whose weights come in
+    a package; its numbers compare with each other, not with VBench's.
+
+    Args:
+        weights: `effnet`; or a folder or an id on the hub of a DINO, such as facebook/dino-vitb16.
+    """
+
+    weights: str = PACKAGED
+    name: ClassVar[str] = "subject_consistency"
+    metrics: ClassVar[Mapping[str, Metric]] = {
+        "quality/subject_consistency": Metric(
+            MORE, "how much the subject of a video stays itself", label="subject consistency"
+        ),
+        "float/subject_consistency": Metric(MORE, "the same of the float model's videos"),
+    }
+    needs: ClassVar[Needs] = Needs(
+        packages=PACKAGES, extra="perceptual", weights="none; with facebook/dino-vitb16 343 MB"
+    )
+    scope: ClassVar[Scope] = Scope.SAMPLE
+
+    def load(self) -> SampleFunction:
+        """Load the network, once."""
+        describe = load_features(self.weights)
+
+        def measure(pair: SamplePair) -> dict[str, float]:
+            if len(pair.frames) < 2:
+                return {}
+            return {
+                "subject_consistency": rate_consistency(pair.frames, describe),
+                "float/subject_consistency": rate_consistency(pair.float_frames, describe),
+            }
+
+        return measure
+
+
+def load_features(weights: str) -> Callable[[Image], Tensor]:
+    """What turns an image into features [C].
+
+    Args:
+        weights: as the setting.
+
+    Raises:
+        UnavailableError: where the network cannot be loaded.
+    """
+    if weights == PACKAGED:
+        network = load_effnet()
+        return lambda image: compute_effnet_features(network, image_to_tensor(image))[0]
+    from transformers import AutoImageProcessor, AutoModel
+
+    def load(*, is_local: bool) -> tuple[Any, Any]:
+        model = AutoModel.from_pretrained(weights, local_files_only=is_local, dtype=torch.float32).eval()
+        return model, AutoImageProcessor.from_pretrained(weights, local_files_only=is_local, use_fast=False)
+
+    model, processor = load_from_hub(weights, load, size=SIZE)
+
+    def describe(image: Image) -> Tensor:
+        inputs = processor(images=image.convert("RGB"), return_tensors="pt")
+        features: Tensor = model(**inputs).last_hidden_state[0, 0]  # of the class token, as VBench
+        return features
+
+    return describe
+
+
+def rate_consistency(frames: Sequence[Image], describe: Callable[[Image], Tensor]) -> float:
+    """VBench's formula.
+
+    Args:
+        frames: of a video, at least two.
+        describe: turns an image into features [C].
+    """
+    features = torch.stack([F.normalize(describe(frame).double(), dim=0) for frame in frames])  # [F, C]
+    to_first = (features[1:] @ features[0]).clamp(min=0)
+    to_previous = (features[1:] * features[:-1]).sum(dim=1).clamp(min=0)
+    return ((to_first + to_previous) / 2).mean().item()

@@ -1,0 +1,103 @@
+"""Weights of networks that metrics need: from a folder, the hub's cache or the hub, and what went wrong.
+
+Called by the files in `metrics.measures`. Weights that cannot be had are an UnavailableError with one line.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.client import HTTPException
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import TypeVar
+from urllib.request import Request, urlopen
+
+from int8run.metrics.base import UnavailableError
+
+log = logging.getLogger(__name__)
+CONNECT_TIMEOUT_S = 10  # a server that takes longer counts as unreachable
+# What downloading or reading weights raises: no network, a broken transfer, a wrong checksum, a damaged file.
+LOADING_ERRORS = (OSError, HTTPException, RuntimeError, UnpicklingError, EOFError, LookupError)
+Loaded = TypeVar("Loaded")
+
+
+def check_reachable(url: str) -> None:
+    """Raise the error of a download soon: torch.hub and the hub's client wait long or try many times."""
+    request = Request(url, method="HEAD", headers={"User-Agent": "int8run"})
+    urlopen(request, timeout=CONNECT_TIMEOUT_S).close()
+
+
+def format_error(error: BaseException) -> str:
+    """The type of an error and the beginning of its message, in one line."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+
+
+@contextmanager
+def needs_packages(packages: str, extra: str = "") -> Iterator[None]:
+    """Turn an import that fails into an UnavailableError that says what to install.
+
+    Args:
+        packages: as pip takes them, separated by spaces.
+        extra: int8run's extra that brings them; empty where none does.
+    """
+    try:
+        yield
+    except ImportError as error:
+        remedy = f"pip install {packages}"
+        if extra:
+            remedy += f" (int8run's extra {extra!r})"
+        raise UnavailableError(f"a package cannot be imported ({format_error(error)}); {remedy}") from error
+
+
+def load_from_hub(
+    location: str, load: Callable[..., Loaded], *, size: str, probe: str = "config.json"
+) -> Loaded:
+    """Load what a library takes from a folder or from the hub.
+
+    The hub's cache is asked first, without the network; then whether the hub can be reached, because its
+    client tries for minutes before it gives up.
+
+    Args:
+        location: a folder, or an id on the hub.
+        load: the library's function; called with `is_local`, whether only local files may be used.
+        size: of the download, such as `1.7 GB`.
+        probe: a file of the repository, whose address is tried.
+
+    Raises:
+        UnavailableError: where nothing can be loaded, with the reason.
+    """
+    from huggingface_hub import constants, hf_hub_url
+    from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined,unused-ignore]
+    from safetensors import SafetensorError
+
+    try:
+        try:
+            return load(is_local=True)
+        except OSError:
+            if constants.HF_HUB_OFFLINE:
+                raise
+        check_reachable(hf_hub_url(location, probe))
+        log.info("Downloading %s (%s)", location, size)
+        return load(is_local=False)
+    except (*LOADING_ERRORS, HTTPError, HFValidationError, SafetensorError) as error:
+        remedy = f"run once with a network connection ({size}), or put {location} into the hub's cache"
+        raise UnavailableError(f"{location} could not be loaded ({format_error(error)}); {remedy}") from error
+
+
+def download_file(repository: str, name: str, *, size: str) -> Path:
+    """A file of a model on the hub, from the hub's cache where it is there.
+
+    Args:
+        repository: `organization/name`.
+        name: of the file.
+        size: of the download.
+
+    Raises:
+        UnavailableError: where it is not here and cannot be downloaded.
+    """
+    from huggingface_hub import hf_hub_download
+
+    def load(*, is_local: bool) -> Path:
+        return Path(hf_hub_download(repository, name, local_files_only=is_local))
+
+    return load_from_hub(repository, load, size=size, probe=name)

@@ -1,0 +1,1 @@
+"""Options for int8run: an outlier method, a backend, a metric, a model family and a prompt set."""

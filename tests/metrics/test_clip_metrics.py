@@ -1,0 +1,118 @@
+"""Metrics on CLIP's features, with random networks of the real classes: formulas, and weights that fail."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from support.tiny_clip import save_tiny_clip
+from torch import nn
+
+from int8run.metrics.base import SamplePair, UnavailableError
+from int8run.metrics.images import image_to_tensor
+from int8run.metrics.measures.aesthetic_score import AestheticScore, load_head
+from int8run.metrics.measures.clip_iqa import ClipIqa
+from int8run.metrics.measures.cmmd import Cmmd
+from int8run.metrics.measures.pick_score import PickScore
+
+RED, BLUE = Image.new("RGB", (32, 32), (250, 40, 10)), Image.new("RGB", (32, 32), (10, 60, 240))
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    return save_tiny_clip(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.no_grad():
+        yield
+
+
+def embed_image(clip, image):
+    """CLIP's features of an image by its own forward pass, of length 1."""
+    model, processor, _ = clip
+    pixels = processor.image_processor(images=image, return_tensors="pt")["pixel_values"]
+    return F.normalize(model.visual_projection(model.vision_model(pixels).pooler_output)[0], dim=0)
+
+
+def embed_text(clip, text):
+    """The same of a text."""
+    model, processor, _ = clip
+    tokens = processor.tokenizer(text, truncation=True, return_tensors="pt")
+    return F.normalize(model.text_projection(model.text_model(**tokens).pooler_output)[0], dim=0)
+
+
+def test_clip_iqa_is_the_chance_of_a_good_photo(clip):
+    values = ClipIqa(clip[2]).load()(image_to_tensor(RED), image_to_tensor(BLUE), "")
+
+    anchors = torch.stack([embed_text(clip, text) for text in ("Good photo.", "Bad photo.")])
+    expected = [(100 * anchors @ embed_image(clip, image)).softmax(0)[0].item() for image in (RED, BLUE)]
+    assert [values["clip_iqa"], values["float/clip_iqa"]] == pytest.approx(expected, abs=1e-4)
+
+
+def test_pick_score_is_the_scaled_cosine_of_image_and_prompt(clip):
+    model, _, folder = clip
+
+    values = PickScore(folder, folder).load()(image_to_tensor(RED), image_to_tensor(BLUE), "a b")
+
+    text = embed_text(clip, "a b")
+    expected = [(model.logit_scale.exp() * embed_image(clip, image) @ text).item() for image in (RED, BLUE)]
+    assert [values["pick_score"], values["float/pick_score"]] == pytest.approx(expected, abs=1e-4)
+    assert abs(expected[0] - expected[1]) > 1e-3
+
+
+def save_head(file, width=8):
+    """LAION's layers with the dropout between them, as they are published."""
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        layers = nn.Sequential(
+            nn.Linear(width, 1024),
+            nn.Dropout(0.2),
+            nn.Linear(1024, 128),
+            nn.Dropout(0.2),
+            nn.Linear(128, 64),
+            nn.Dropout(0.1),
+            nn.Linear(64, 16),
+            nn.Linear(16, 1),
+        ).eval()
+    torch.save({f"layers.{name}": value for name, value in layers.state_dict().items()}, file)
+    return layers
+
+
+def test_the_aesthetic_score_is_that_of_the_published_layers(clip, tmp_path):
+    layers = save_head(tmp_path / "head.pth")
+
+    measure = AestheticScore(clip[2], str(tmp_path / "head.pth")).load()
+    values = measure(image_to_tensor(RED), image_to_tensor(BLUE), "")
+
+    expected = [layers(embed_image(clip, image)).item() for image in (RED, BLUE)]
+    assert [values["aesthetic_score"], values["float/aesthetic_score"]] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_head_of_another_clip_leaves_the_aesthetic_score_out(tmp_path):
+    save_head(tmp_path / "head.pth", width=7)
+
+    with pytest.raises(UnavailableError, match=r"head\.pth is no aesthetic predictor \(RuntimeError: "):
+        load_head(str(tmp_path / "head.pth"), 8)
+
+
+def test_a_head_cannot_run_code(tmp_path):
+    torch.save(print, tmp_path / "head.pth")
+
+    with pytest.raises(UnavailableError, match="UnpicklingError"):
+        load_head(str(tmp_path / "head.pth"), 8)
+
+
+def test_cmmd_is_0_for_one_set_twice_and_sees_another_one(clip):
+    measure = Cmmd(weights=clip[2]).load()
+    wide = Image.new("RGB", (64, 24), (250, 40, 10))
+
+    alike = measure([SamplePair([RED], [RED], "a"), SamplePair([wide], [wide], "b")])
+    different = measure([SamplePair([RED], [BLUE], "a"), SamplePair([RED], [BLUE], "b")])
+
+    assert alike["cmmd"] == pytest.approx(0, abs=1e-6)
+    distance = (embed_image(clip, RED) - embed_image(clip, BLUE)).square().sum().item()
+    # two points, each twice: 1000 · 2 · (1 − exp(−d² / 200))
+    assert different["cmmd"] == pytest.approx(
+        2000 * (1 - torch.exp(torch.tensor(-distance / 200)).item()), rel=1e-2
+    )
