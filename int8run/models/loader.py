@@ -46,6 +46,9 @@ PART_CLASSES = (
     transformers.FeatureExtractionMixin,
     diffusers.ModelMixin,
 )
+VAE = "vae"
+# components that one of `model.parts` takes the place of, where the folder has its own
+REPLACED_PARTS = (VAE,)
 # where the classes of a pipeline's components come from; diffusers imports whatever library a folder names
 COMPONENT_LIBRARIES = ("diffusers", "transformers")
 
@@ -94,7 +97,7 @@ def check_gpu(name: str, device: torch.device) -> None:
 
 
 def load_parts(folder: Path, parts: Mapping[str, Sequence[str]], dtype: torch.dtype) -> dict[str, Any]:
-    """Load components that a pipeline's folder lacks; one that the folder has is skipped.
+    """Load components that a pipeline's folder lacks; one that the folder has is skipped, unless it is a VAE.
 
     Args:
         folder: of the pipeline.
@@ -109,7 +112,7 @@ def load_parts(folder: Path, parts: Mapping[str, Sequence[str]], dtype: torch.dt
     loaded: dict[str, Any] = {}
     for name, (class_name, location) in parts.items():
         is_in_index = None not in (index.get(name) or [None])
-        if is_in_index and (folder / name).is_dir():
+        if is_in_index and (folder / name).is_dir() and name not in REPLACED_PARTS:
             continue
         loaded[name] = load_part(name, class_name, location, dtype)
         log.info("%s comes from %s", name, location)

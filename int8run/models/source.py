@@ -67,26 +67,40 @@ class ResolvedDenoiser:
         Raises:
             FileError: when the class does not take the config.
         """
-        from accelerate import init_empty_weights
-
         cls = get_denoiser_class(self.class_name)
-        try:
-            with init_empty_weights(include_buffers=False):
-                model = cls.from_config(dict(self.config))
-        except (TypeError, ValueError, KeyError) as error:
-            reason = shorten_error(error)
-            raise FileError(
-                f"the config of {self.component} does not fit {self.class_name}: {reason}; "
-                "take the one of its checkpoint"
-            ) from error
-        # diffusers' loader does the same
-        in_float32 = getattr(cls, "_keep_in_fp32_modules", None) or ()
-        in_float32 = {in_float32} if isinstance(in_float32, str) else set(in_float32)
-        for name, parameter in model.named_parameters():
-            if not in_float32 & set(name.split(".")):
-                parameter.data = parameter.data.to(dtype)
-        skeleton: nn.Module = model.eval()
-        return skeleton.requires_grad_(requires_grad=False)
+        return build_empty_model(cls, self.config, self.component, dtype)
+
+
+def build_empty_model(cls: Any, config: Mapping[str, Any], component: str, dtype: torch.dtype) -> nn.Module:
+    """Return a module of diffusers whose parameters have shapes and no values (meta tensors).
+
+    Args:
+        cls: its class.
+        config: of it.
+        component: its name in the pipeline, for messages.
+        dtype: of the parameters, but those that diffusers keeps in float32.
+
+    Raises:
+        FileError: when the class does not take the config.
+    """
+    from accelerate import init_empty_weights
+
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = cls.from_config(dict(config))
+    except (TypeError, ValueError, KeyError) as error:
+        reason = shorten_error(error)
+        raise FileError(
+            f"the config of {component} does not fit {cls.__name__}: {reason}; take the one of its checkpoint"
+        ) from error
+    # diffusers' loader does the same
+    in_float32 = getattr(cls, "_keep_in_fp32_modules", None) or ()
+    in_float32 = {in_float32} if isinstance(in_float32, str) else set(in_float32)
+    for name, parameter in model.named_parameters():
+        if not in_float32 & set(name.split(".")):
+            parameter.data = parameter.data.to(dtype)
+    skeleton: nn.Module = model.eval()
+    return skeleton.requires_grad_(requires_grad=False)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from int8run.pipeline.layer_selection import select_int8_plans
 from int8run.pipeline.loaded_model import LoadedModel
 from int8run.pipeline.lora_steps import measure_overhead
 from int8run.pipeline.prequantized import PrequantizedLayers
-from int8run.pipeline.provenance import build_provenance
+from int8run.pipeline.provenance import build_provenance, build_vae_provenance
 from int8run.pipeline.quantize_attention import ModelAttentions
 from int8run.pipeline.quantize_denoiser import (
     QuantizedDenoiser,
@@ -31,9 +31,9 @@ from int8run.pipeline.quantize_denoiser import (
     quantize_denoiser,
 )
 from int8run.pipeline.step_settings import select_origin, select_quantization_settings
-from int8run.pipeline.store_layers import cache_layers, save_layers
+from int8run.pipeline.store_layers import cache_layers, save_layers, save_vae
 from int8run.pipeline.trace_layers import trace_layers
-from int8run.pipeline.vae import QuantizedVae, count_latent_pixels, quantize_vae
+from int8run.pipeline.vae import QuantizedVae, count_latent_pixels, quantize_vae, select_vae_rounding
 from int8run.ptq.layer_costs import BranchCosts
 from int8run.report.console import Progress
 
@@ -139,7 +139,7 @@ def add_int8_controlnets(
 
 
 def add_int8_vae(spec: RunSpec, loaded: LoadedModel, progress: Progress) -> QuantizedVae:
-    """Quantize the VAE.
+    """Quantize the VAE, and write it where `save=` asks for files.
 
     Args:
         spec: the settings of the run.
@@ -147,7 +147,12 @@ def add_int8_vae(spec: RunSpec, loaded: LoadedModel, progress: Progress) -> Quan
         progress: of the layers.
     """
     rows = count_latent_pixels(loaded.pipe, spec.sampling)
-    return quantize_vae(loaded, select_quantization_settings(spec), rows, progress)
+    settings = select_quantization_settings(spec)
+    vae = quantize_vae(loaded, settings, rows, progress)
+    if spec.save is not None:
+        rounding = select_vae_rounding(settings).name
+        save_vae(spec.save, vae, build_vae_provenance(loaded, vae, spec.model, rounding))
+    return vae
 
 
 def store_quantized(

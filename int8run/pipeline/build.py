@@ -56,6 +56,7 @@ from int8run.pipeline.step_settings import (
     select_load_settings,
     select_origin,
 )
+from int8run.pipeline.store_layers import get_vae_folder
 from int8run.pipeline.text_encoders import QuantizedEncoders, build_encoders
 from int8run.report.columns import SAME_FILE_LIMITS
 from int8run.report.console import Progress
@@ -133,6 +134,7 @@ def load_float_model(spec: RunSpec, entries: Sequence[Entry], progress: Progress
     """
     loaded = load_model(select_load_settings(spec), progress, partial(check_given_files, spec, entries))
     warn_dequantized_baseline(spec, loaded)
+    report_vae_file(spec, loaded)
     text_encoders = find_text_encoders(loaded.pipe.components)
     loras = LoraStack(loaded.denoiser, text_encoders, spec.lora.mode, strict=spec.lora.strict, seed=spec.seed)
     matches = loras.match_entries(entries)
@@ -216,18 +218,15 @@ def check_given_files(
 def prepare_save(spec: RunSpec) -> None:
     """Check that `save=` can be written, before the work whose result it is for.
 
-    Logs what the file will not hold: quantized text encoders, the INT8 VAE and ControlNet, LoRAs that are
-    not baked in.
+    Logs what the file will not hold: quantized text encoders, the INT8 ControlNet, LoRAs that are not baked
+    in.
     """
     if spec.save is None:
         return
     if spec.clip.is_quantized:
         log.info("save= writes the denoiser; task=quantize task.component=text_encoder writes a text encoder")
     if spec.int8.vae == INT8:
-        log.info(
-            "save= writes the denoiser; the INT8 VAE is not in %s: a run makes it again with int8.vae=int8",
-            spec.save,
-        )
+        prepare_output_path(get_vae_folder(spec.save))
     if CONTROLNET in spec.model.parts and spec.int8.controlnet == INT8:
         log.info(
             "save= writes the denoiser; the INT8 ControlNet is not in %s: a run makes it again", spec.save
@@ -247,6 +246,23 @@ def warn_dequantized_baseline(spec: RunSpec, loaded: LoadedModel) -> None:
         count_noun(loaded.num_dequantized_layers, "layer"),
         SAME_FILE_LIMITS,
     )
+
+
+def report_vae_file(spec: RunSpec, loaded: LoadedModel) -> None:
+    """Log what becomes of a VAE whose files hold quantized weights."""
+    file = loaded.vae
+    if file is None:
+        return
+    layers = count_noun(len(file.layers), "INT8 layer")
+    if spec.int8.vae == FLOAT:
+        log.info("%s is dequantized; int8.vae=int8 uses its %s as they are", file.location, layers)
+    elif spec.metrics.baseline != "none":
+        log.warning(
+            "The float VAE has the quantized numbers of %s: vae/psnr_db does not see what its %s lost when "
+            "they were made",
+            file.location,
+            layers,
+        )
 
 
 def find_layer_sources(

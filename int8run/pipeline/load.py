@@ -33,6 +33,8 @@ from int8run.models.family import (
     read_model_options,
 )
 from int8run.models.loader import (
+    REPLACED_PARTS,
+    VAE,
     list_block_prefixes,
     load_parts,
     load_pipeline,
@@ -52,6 +54,7 @@ from int8run.pipeline.loaded_model import LoadedModel
 from int8run.pipeline.model_files import check_float_components, has_quantized_weights
 from int8run.pipeline.offload import check_offload, find_offload_device
 from int8run.pipeline.text_encoders import OpenedEncoder, open_encoders
+from int8run.pipeline.vae_file import open_vae_file
 from int8run.ptq.quantize import check_backend
 from int8run.report.console import Progress
 from int8run.text_encoders.base import TextEncoders
@@ -124,7 +127,12 @@ def load_model(
         skeletons, checkpoint = open_skeletons(source, settings)
         parts = {**source.list_parts_elsewhere(), **settings.model.parts}
         encoders = open_encoders(settings.clip, source.folder, parts, settings.dtype)
-        pipe = load_float_parts(source, settings, skeletons=skeletons, encoders=encoders, device=device)
+        place = find_offload_device(settings.offload, device)
+        vae = open_vae_file(source.folder, parts, settings.dtype, place)
+        given = dict(skeletons)
+        if vae is not None:
+            given[VAE] = vae.module
+        pipe = load_float_parts(source, settings, given=given, encoders=encoders, device=device)
 
         denoisers = prepare_denoisers(pipe, source, settings.attention)
         check_sampling(pipe, settings.sampling, settings.model.sampling)
@@ -144,6 +152,7 @@ def load_model(
             source=source,
             checkpoint=checkpoint,
             encoders=encoders,
+            vae=vae,
             offload=settings.offload,
         )
         if settings.needs_float_denoiser and checkpoint is not None:
@@ -247,35 +256,35 @@ def load_float_parts(
     source: ResolvedModel,
     settings: LoadSettings,
     *,
-    skeletons: Mapping[str, nn.Module],
+    given: Mapping[str, nn.Module],
     encoders: Mapping[str, OpenedEncoder],
     device: torch.device,
 ) -> DiffusionPipeline:
-    """Load the pipeline with everything in float that is not a skeleton.
+    """Load the pipeline with everything in float that is not there already.
 
     Args:
         source: where its parts are.
         settings: how it is loaded.
-        skeletons: denoisers whose weights are not read here.
+        given: components whose weights are not read here: skeletons of denoisers, a VAE that was quantized.
         encoders: text encoders that are quantized later.
         device: of the model; with offloading, parts wait in memory until they are moved there.
     """
-    empty_modules = dict(skeletons)
-    parts = dict(settings.model.parts)
+    given_modules = dict(given)
+    parts = {name: part for name, part in settings.model.parts.items() if name not in given}
     if not settings.needs_float_encoders:
         for name, opened in encoders.items():
-            empty_modules[name] = opened.skeleton
+            given_modules[name] = opened.skeleton
             parts.pop(name, None)
-    check_float_components(source.folder, without=empty_modules)
+    replaced = [name for name in REPLACED_PARTS if name in parts]
+    check_float_components(source.folder, without=[*given_modules, *replaced])
     loaded_parts = load_parts(source.folder, parts, settings.dtype)
     place = find_offload_device(settings.offload, device)
     if is_modular(source.pipeline_class):
-        given = {**loaded_parts, **empty_modules}
-        pipe = load_modular_pipeline(source, given, settings.dtype)
-        place_components(pipe, place, without=empty_modules)
+        pipe = load_modular_pipeline(source, {**loaded_parts, **given_modules}, settings.dtype)
+        place_components(pipe, place, without=given_modules)
         return pipe
     return load_pipeline(
-        source.folder, empty_modules, settings.dtype, place, loaded_parts, source.pipeline_class
+        source.folder, given_modules, settings.dtype, place, loaded_parts, source.pipeline_class
     )
 
 

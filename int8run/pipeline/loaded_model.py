@@ -24,6 +24,7 @@ from int8run.models.source import ResolvedModel
 from int8run.pipeline.checkpoint_weights import DenoiserWeights
 from int8run.pipeline.offload import find_offload_device
 from int8run.pipeline.text_encoders import OpenedEncoder
+from int8run.pipeline.vae_file import VaeFile
 
 
 @dataclass
@@ -36,6 +37,7 @@ class LoadedModel:
         scheduler: as the checkpoint has it; a sampling may name another.
         checkpoint: the denoiser's weights; None where diffusers has read them.
         encoders: the text encoders that `clip=` changes, opened.
+        vae: where its files hold quantized weights; None: diffusers has read it.
         offload: diffusers' offloading, see `set_offload`.
         seconds: that loading took.
     """
@@ -50,6 +52,7 @@ class LoadedModel:
     source: ResolvedModel
     checkpoint: DenoiserWeights | None
     encoders: Mapping[str, OpenedEncoder]
+    vae: VaeFile | None = None
     offload: str = "none"
     seconds: float = 0.0
 

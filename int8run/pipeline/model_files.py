@@ -8,7 +8,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from int8run.checkpoints.detect import list_quantized_weights, read_layers
-from int8run.checkpoints.layer import FLOAT
+from int8run.checkpoints.layer import FLOAT, CheckpointLayer
 from int8run.checkpoints.reader import TensorFiles
 from int8run.checkpoints.unsupported import read_quant_config
 from int8run.errors import FileError
@@ -60,6 +60,21 @@ def has_quantized_weights(path: Path) -> bool:
         return bool(list_quantized_weights(files))
 
 
+def find_scaled_layers(folder: Path) -> list[CheckpointLayer]:
+    """The weights of a component that diffusers and transformers would use without their scales.
+
+    Args:
+        folder: of the component; where its config names a method, the library of that method reads it.
+    """
+    if not has_quantized_weights(folder):
+        return []
+    with TensorFiles.open(folder) as files:
+        if read_quant_config(files):
+            return []
+        layers = read_layers(files)
+    return [layer for layer in layers.values() if layer.storage_dtype != FLOAT and layer.granularity]
+
+
 def check_float_components(folder: Path, without: Collection[str]) -> None:
     """Check that diffusers and transformers read the right numbers in the components of a pipeline.
 
@@ -74,13 +89,9 @@ def check_float_components(folder: Path, without: Collection[str]) -> None:
         FileError: naming the component and what reads it.
     """
     for part in sorted(folder.iterdir()):
-        if not part.is_dir() or part.name in without or not has_quantized_weights(part):
+        if not part.is_dir() or part.name in without:
             continue
-        with TensorFiles.open(part) as files:
-            if read_quant_config(files):
-                continue
-            layers = read_layers(files)
-        quantized = [layer for layer in layers.values() if layer.storage_dtype != FLOAT and layer.granularity]
+        quantized = find_scaled_layers(part)
         if not quantized:
             continue
         how = "take a pipeline with its float weights"

@@ -16,11 +16,14 @@ from int8run.layers.plan import FLOAT, LayerPlan
 from int8run.lora.config import LoraSettings
 from int8run.lora.entries import Entry
 from int8run.models.family import ModelSource
+from int8run.models.loader import VAE
+from int8run.outlier.base import NONE
 from int8run.pipeline.layer_selection import select_int8_plans
 from int8run.pipeline.loaded_model import LoadedModel
 from int8run.pipeline.model_files import hash_model_files, list_safetensors
 from int8run.pipeline.prequantized import BakedLoras, PrequantizedLayers
 from int8run.pipeline.quantization_settings import QuantizationSettings
+from int8run.pipeline.vae import QuantizedVae
 from int8run.utils.disk_cache import DiskCache, hash_parts
 
 
@@ -197,6 +200,32 @@ def build_provenance(
         "kept_float": {plan.name: plan.skip_reason for plan in plans if plan.skip_reason is not None},
         "layers": {plan.name: describe_layer(plan) for plan in int8_plans},
         **describe_attention(settings),
+    }
+
+
+def build_vae_provenance(
+    loaded: LoadedModel, vae: QuantizedVae, model: ModelSource, rounding: str
+) -> dict[str, Any]:
+    """How the layers of an INT8 VAE were made, for the header of its file.
+
+    Args:
+        loaded: the model.
+        vae: after the quantization.
+        model: where the float model is.
+        rounding: of the weights.
+    """
+    file = loaded.vae
+    plans = [plan for plan in vae.plans if plan.name in vae.layers]
+    return {
+        "int8run": __version__,
+        "model": str(model.location),
+        "revision": model.revision,
+        VAE: type(vae.float_vae).__name__,
+        "outlier": NONE,
+        "rounding": rounding,
+        "checkpoint": None if file is None or not file.layers else file.location,
+        "kept_float": {plan.name: plan.skip_reason for plan in vae.plans if plan.name not in vae.layers},
+        "layers": {plan.name: dict(plan.measured) for plan in plans},
     }
 
 

@@ -1,8 +1,9 @@
-"""Keep INT8 layers: in the cache for the next run, and in the file or folder of `save=`.
+"""Keep INT8 layers: in the cache for the next run, and in the file or folder of `save=`, with the INT8 VAE.
 
 build.py calls it with the layers that were made and their provenance.
 """
 
+import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,8 +14,10 @@ from torch import nn
 from int8run.export.save_denoiser import keep_own_names, save_denoiser, write_tensors
 from int8run.layers.int8_conv import Int8Layer
 from int8run.models.dual_denoisers import split_denoiser
+from int8run.models.loader import VAE
 from int8run.models.resolve_weights import WEIGHTS_NAME
 from int8run.pipeline.loaded_model import LoadedModel
+from int8run.pipeline.vae import QuantizedVae
 from int8run.utils.disk_cache import DiskCache
 from int8run.utils.paths import SAFETENSORS, expand_path
 from int8run.utils.plurals import count_noun
@@ -87,6 +90,32 @@ def list_saved_files(save: str, denoiser: nn.Module) -> list[Path]:
         path = expand_path(get_save_location(save, prefix.removesuffix("."))).absolute()
         files.append(path if path.suffix == SAFETENSORS else path / WEIGHTS_NAME)
     return files
+
+
+def save_vae(save: str, vae: QuantizedVae, provenance: Mapping[str, Any]) -> None:
+    """Write the INT8 VAE beside the denoiser, as the folder of a VAE in a diffusers pipeline.
+
+    Args:
+        save: of the denoiser.
+        vae: the INT8 one.
+        provenance: how it was made.
+    """
+    float_vae: Any = vae.float_vae
+    path = save_denoiser(
+        get_vae_folder(save), float_vae, vae.layers, provenance, json.loads(float_vae.to_json_string())
+    )
+    log.info(
+        "Saved the VAE with %s to %s; 'model.parts.vae=[%s, %s]' int8.vae=int8 uses it",
+        count_noun(len(vae.layers), "INT8 layer"),
+        path.parent,
+        type(float_vae).__name__,
+        path.parent,
+    )
+
+
+def get_vae_folder(save: str) -> str:
+    """Where the INT8 VAE is written: `x_vae` beside `x.safetensors`, `vae` in a folder."""
+    return get_save_location(save, VAE).removesuffix(Path(save).suffix)
 
 
 def get_save_location(save: str, component: str) -> str:

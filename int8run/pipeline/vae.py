@@ -8,6 +8,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -19,19 +20,20 @@ from int8run.layers.int8_conv import CONV_CLASSES, Int8Layer, is_convolution
 from int8run.layers.int8_linear import Int8Linear
 from int8run.layers.padding_conv import put_inside
 from int8run.layers.plan import INT8, LayerPlan, plan_convolution
+from int8run.models.loader import VAE
 from int8run.models.sampling import Sampling
 from int8run.models.vae_layers import VaeLayers, load_vae_layers
 from int8run.pipeline.layer_selection import describe_skip_reasons, select_int8_plans
 from int8run.pipeline.loaded_model import LoadedModel
 from int8run.pipeline.offload import has_group_offloading
 from int8run.pipeline.quantization_settings import QuantizationSettings
+from int8run.pipeline.vae_file import VaeFile
 from int8run.ptq.convolutions import ConvolutionBinder
 from int8run.ptq.quantize import build_int8_layers, check_backend, keep_faster_layers, quantize_layers
-from int8run.quant.rounding import AbsMax
+from int8run.quant.rounding import AbsMax, Rounding
 from int8run.report.console import Progress
 
 log = logging.getLogger(__name__)
-VAE = "vae"  # the component of a pipeline
 DEFAULT_SCALE = 8  # pixels of an image for one of its latents, where the pipeline does not say
 DEFAULT_SIDE = 1024  # pixels of an image, where its size is left to the pipeline
 
@@ -51,12 +53,14 @@ class QuantizedVae:
         float_vae: as the pipeline has it.
         int8_vae: a copy that shares every float tensor.
         plans: what happened to each layer.
+        layers: those whose weights are integers, by name; with `backend=float` some compute in float.
         latents: what the INT8 one was asked to decode first, once it was.
     """
 
     float_vae: nn.Module
     int8_vae: nn.Module
     plans: list[LayerPlan]
+    layers: dict[str, Int8Layer]
     latents: list[Tensor] = field(default_factory=list)
 
     def by_denoiser(self, candidate: str) -> dict[str, dict[str, nn.Module]]:
@@ -129,6 +133,8 @@ def quantize_vae(
         )
     known = load_vae_layers()
     plans = plan_vae(vae, known)
+    if loaded.vae is not None:
+        loaded.vae.apply_to_plans(plans, known.padding_convolutions)
     chosen = select_int8_plans(plans)
     if not chosen:
         raise ConfigError(
@@ -137,9 +143,18 @@ def quantize_vae(
         )
     check_backend(settings.backend, loaded.device, chosen)
     layers = quantize_chosen(loaded, vae, chosen, settings, rows=rows, progress=progress)
-    int8_vae = assemble_vae(vae, layers)
-    log.info("%d of %d layers of %s are INT8", len(layers), len(plans), type(vae).__name__)
-    return QuantizedVae(vae, int8_vae, plans)
+    # with backend=float its Linears compute in float: the convolutions alone are INT8 then
+    computing = keep_faster_layers(chosen, layers)
+    int8_vae = assemble_vae(vae, computing)
+    log.info("%d of %d layers of %s are INT8", len(computing), len(plans), type(vae).__name__)
+    return QuantizedVae(vae, int8_vae, plans, layers)
+
+
+def select_vae_rounding(settings: QuantizationSettings) -> Rounding:
+    """The rounding of the settings, or `absmax` for one that is fitted to the denoiser's calibration."""
+    if settings.rounding.needs_calibration:
+        return AbsMax()
+    return settings.rounding
 
 
 def count_latent_pixels(pipe: Any, sampling: Sampling) -> int:
@@ -181,19 +196,17 @@ def quantize_chosen(
     rows: int,
     progress: Progress,
 ) -> dict[str, Int8Layer]:
-    """Quantize layers of a VAE.
+    """Quantize layers of a VAE, or take them out of its file.
 
     Args:
-        loaded: says where they run.
+        loaded: says where they run, and has the file.
         vae: the float one.
         plans: of the layers.
         settings: backend and rounding.
         rows: that its Linears see.
         progress: of the layers.
     """
-    rounding = settings.rounding
-    if rounding.needs_calibration:
-        rounding = AbsMax()
+    rounding = select_vae_rounding(settings)
     # asked for as INT8, whatever is faster: `int8.vae` has no `auto`
     int8 = replace(settings.int8, only_if_faster=False, convolutions=INT8)
     binder = ConvolutionBinder(settings.backend, loaded.device, int8, inputs={})
@@ -203,25 +216,40 @@ def quantize_chosen(
             layer.to(loaded.offload_device)
             advance(1)
 
+        existing, new = split_existing(loaded.vae, plans)
         quantized = quantize_layers(
             vae,
-            plans,
+            new,
             methods={},
             rounding=rounding,
             statistics={},
             read=lambda name: vae.get_submodule(name).weight.detach().to(loaded.device),  # type: ignore[operator]
         )
+        read = loaded.vae.read_layers(existing, loaded.device) if loaded.vae is not None else ()
         linears = build_int8_layers(
             vae,
-            binder.take_convolutions(vae, quantized, finish_layer),
+            binder.take_convolutions(vae, chain(read, quantized), finish_layer),
             backend=settings.backend,
             settings=int8,
             rows=dict.fromkeys((plan.name for plan in plans), rows),
             on_layer=finish_layer,
             device=loaded.device,
         )
-    # with backend=float its Linears stay float: the convolutions alone are INT8 then
-    return keep_faster_layers(plans, {**linears, **binder.made})
+    return {**linears, **binder.made}
+
+
+def split_existing(file: VaeFile | None, plans: list[LayerPlan]) -> tuple[list[LayerPlan], list[LayerPlan]]:
+    """The plans of layers that a file has in INT8, and of those to quantize.
+
+    Args:
+        file: of the VAE, where it holds quantized weights.
+        plans: of all layers that become INT8.
+    """
+    if file is None:
+        return [], plans
+    existing = [plan for plan in plans if plan.name in file.layers]
+    new = [plan for plan in plans if plan.name not in file.layers]
+    return existing, new
 
 
 def assemble_vae(vae: nn.Module, layers: dict[str, Int8Layer]) -> nn.Module:

@@ -72,3 +72,12 @@ def format_setting(name: str, value: object) -> str:
     if PLAIN_VALUE.fullmatch(text):
         return f"{name}={text}"
     return shlex.quote(f"{name}={quote_text(text)}")
+
+
+def format_list_setting(name: str, values: Iterable[object]) -> str:
+    """`'name=[a, b]'` as one types it; see `format_setting`."""
+    texts = []
+    for value in map(str, values):
+        is_plain = PLAIN_VALUE.fullmatch(value) is not None
+        texts.append(value if is_plain else quote_text(value))
+    return shlex.quote(f"{name}=[{', '.join(texts)}]")

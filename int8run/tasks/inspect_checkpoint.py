@@ -19,8 +19,9 @@ from int8run.lora.key_parsing import parse_key
 from int8run.lora.unread_types import describe_unread_types, list_unread_types
 from int8run.models.detect_family import detect_denoiser, find_model_without_class
 from int8run.models.family import load_families
+from int8run.models.loader import VAE
 from int8run.models.state_dict_adapter import find_denoiser_keys, find_prefix
-from int8run.tasks.file_description import Row, format_setting
+from int8run.tasks.file_description import Row, format_list_setting, format_setting
 from int8run.text_encoders.detect import DetectedEncoder, detect_encoder
 from int8run.utils.plurals import count_noun
 
@@ -46,8 +47,11 @@ def describe_checkpoint(files: TensorFiles, declared: DeclaredFormat) -> Iterato
     except (ConfigError, FileError) as error:
         yield "cannot be read", str(error)
         return
+    vae = find_vae_class(files)
     if encoder is not None:
         yield "text encoder", f"{encoder.encoder.name} ({' or '.join(encoder.encoder.classes)})"
+    elif vae:
+        yield "VAE", vae
     else:
         yield "family", describe_family(files, prefix, layers)
     yield from describe_layers(layers)
@@ -66,6 +70,11 @@ def find_text_encoder(files: TensorFiles) -> DetectedEncoder | None:
         return detect_encoder(shapes)
     except (ConfigError, FileError):
         return None
+
+
+def find_vae_class(files: TensorFiles) -> str:
+    """The class of the VAE in a file that int8run made; empty for other files."""
+    return str(read_provenance(files.path, files.metadata).get(VAE, ""))
 
 
 def describe_family(files: TensorFiles, prefix: str, layers: Mapping[str, CheckpointLayer]) -> str:
@@ -150,8 +159,13 @@ def describe_data(files: TensorFiles) -> str:
     return "as int8run wrote them, by their hash"
 
 
-def list_encoder_commands(files: TensorFiles) -> list[Row]:
-    """The words that use a file as a text encoder; none for other files."""
+def list_component_commands(files: TensorFiles) -> list[Row]:
+    """The words that use a file as a text encoder or as a VAE; none for other files."""
+    vae = find_vae_class(files)
+    if vae:
+        folder = files.path if files.path.is_dir() else files.path.parent
+        setting = format_list_setting("model.parts.vae", [vae, folder])
+        return [("to use it", f"int8.vae=int8 {setting}")]
     if find_text_encoder(files) is None:
         return []
     return [("to use it", f"clip=auto {format_setting('clip.path', files.path)}")]

@@ -21,7 +21,7 @@ from int8run.tasks.file_description import (
     format_size,
     shorten_header_value,
 )
-from int8run.tasks.inspect_checkpoint import describe_checkpoint, list_encoder_commands
+from int8run.tasks.inspect_checkpoint import describe_checkpoint, list_component_commands
 from int8run.tasks.inspect_image import PNG, inspect_image
 from int8run.tasks.inspect_lora import ADAPTER_TYPES, Header, describe_lora
 from int8run.tasks.inspect_pipeline import inspect_pipeline, is_pipeline_folder
@@ -76,7 +76,7 @@ def inspect_folder(path: Path, declared: DeclaredFormat) -> FileDescription:
         num_tensors, num_files = count_noun(len(files), "tensor"), count_noun(len(files.files), "file")
         size: Row = ("size", f"{format_size(nbytes)}, {num_tensors} in {num_files}")
         rows = [size, *describe_checkpoint(files, declared)]
-        return FileDescription(str(path), rows, list_encoder_commands(files))
+        return FileDescription(str(path), rows, list_component_commands(files))
 
 
 def inspect_single_file(path: Path, declared: DeclaredFormat) -> FileDescription:
@@ -102,7 +102,7 @@ def inspect_single_file(path: Path, declared: DeclaredFormat) -> FileDescription
         return FileDescription(get_file_title(path), [*rows, *lora_rows, *describe_metadata(metadata, shown)])
     with TensorFiles.open(path) as files:
         rows += describe_checkpoint(files, declared)
-        commands = list_encoder_commands(files)
+        commands = list_component_commands(files)
     return FileDescription(path.name, [*rows, *describe_metadata(metadata)], commands)
 
 

@@ -13,7 +13,9 @@ from int8run.errors import ConfigError
 from int8run.layers.int8_conv import Int8Conv
 from int8run.layers.plan import Int8Settings
 from int8run.models.sampling import Sampling
+from int8run.pipeline.store_layers import get_vae_folder, save_vae
 from int8run.pipeline.vae import count_latent_pixels, decode_latents, quantize_vae
+from int8run.pipeline.vae_file import open_vae_file
 from int8run.quant.rounding import AbsMax
 from int8run.quant.weight import sqnr_db
 from int8run.report.console import Progress
@@ -76,8 +78,8 @@ VAES = {
 }
 
 
-def quantize(vae):
-    loaded = SimpleNamespace(pipe=SimpleNamespace(vae=vae), device=CPU, offload_device=CPU)
+def quantize(vae, file=None):
+    loaded = SimpleNamespace(pipe=SimpleNamespace(vae=vae), device=CPU, offload_device=CPU, vae=file)
     return quantize_vae(loaded, SETTINGS, 16, QUIET)
 
 
@@ -102,6 +104,31 @@ def test_an_int8_vae_decodes_what_the_float_one_does(build, shape):
     assert ends["decoder.conv_in"].skip_reason == "first convolution of the decoder"
     assert ends["decoder.conv_out"].skip_reason == "last convolution of the decoder"
     assert torch.equal(decode_latents(vae, latents), expected), "the float one is as it was"
+
+
+@pytest.mark.parametrize(("build", "shape"), [VAES["AutoencoderKL"], VAES["Wan"]], ids=["image", "causal"])
+@torch.no_grad()
+def test_a_saved_int8_vae_is_read_back_bit_for_bit(build, shape, tmp_path):
+    torch.manual_seed(0)
+    made = quantize(build().eval())
+    kept = {plan.name: plan.skip_reason for plan in made.plans if plan.skip_reason is not None}
+    save = tmp_path / "x.safetensors"
+    save_vae(str(save), made, {"rounding": "absmax", "kept_float": kept, "layers": {}})
+
+    parts = {"vae": [type(made.float_vae).__name__, get_vae_folder(str(save))]}
+    file = open_vae_file(tmp_path, parts, torch.float32, CPU)
+    read = quantize(file.module, file)
+
+    assert read.layers.keys() == made.layers.keys() == file.layers.keys()
+    for name, layer in made.layers.items():
+        assert torch.equal(read.layers[name].read_qdata(), layer.read_qdata()), name
+        assert torch.equal(read.layers[name].scale, layer.scale), name
+    assert [plan.skip_reason for plan in read.plans] == [plan.skip_reason for plan in made.plans]
+    latents = randn(*shape)
+    assert torch.equal(decode_latents(read.int8_vae, latents), decode_latents(made.int8_vae, latents))
+    # what the pipeline has in float is what the integers stand for
+    weight = file.module.get_submodule(name).weight
+    assert torch.equal(weight.flatten(1), layer.read_quantized_weight().dequantize())
 
 
 @torch.no_grad()
@@ -147,7 +174,7 @@ def test_a_vae_that_decoded_nothing_has_neither_quality_nor_time(caplog):
 
 
 def test_a_pipeline_without_a_vae_is_refused():
-    loaded = SimpleNamespace(pipe=SimpleNamespace(), device=CPU, offload_device=CPU)
+    loaded = SimpleNamespace(pipe=SimpleNamespace(), device=CPU, offload_device=CPU, vae=None)
 
     with pytest.raises(ConfigError, match=r"int8.vae=int8: SimpleNamespace has no VAE to quantize"):
         quantize_vae(loaded, SETTINGS, 16, QUIET)

@@ -1,6 +1,7 @@
 """Runs with INT8 convolutions and an INT8 VAE, on a random StableDiffusionPipeline."""
 
 import csv
+import shutil
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from int8run.config.compose import create_run_spec, get_plain_config
 from int8run.config.job import Job
 from int8run.errors import ConfigError, FileError
 from int8run.pipeline import process_cache
+from int8run.tasks.inspect_file import inspect_file
 from int8run.tasks.quantize_checkpoint import quantize_file
 
 FILE = "diffusion_pytorch_model.safetensors"
@@ -184,6 +186,31 @@ def test_the_vae_is_int8_with_a_loss_of_its_own(small, tmp_path):
     assert all(map(torch.equal, result.baseline.trajectories, without.baseline.trajectories))
     assert [image.tobytes() for image in result.baseline.images] == [
         image.tobytes() for image in without.baseline.images
+    ]
+
+
+@pytest.mark.slow
+def test_a_saved_vae_is_that_of_the_run_from_a_part_and_from_a_pipeline(small, model, tmp_path, capsys):
+    made = run_job([*small, "int8.vae=int8", f"save={tmp_path / 'x.safetensors'}"], tmp_path / "a")
+    vae = tmp_path / "x_vae"
+    pipeline = tmp_path / "pipeline"
+    shutil.copytree(model, pipeline)
+    shutil.rmtree(pipeline / "vae")
+    shutil.copytree(vae, pipeline / "vae")
+
+    for place in (f"model.parts.vae=[AutoencoderKL, {vae}]", f"model.location={pipeline}"):
+        process_cache.clear()
+        read = run_job([*small, place, "int8.vae=int8"], tmp_path / "b")
+        images = [image.tobytes() for image in read.candidate.images]
+        assert images == [image.tobytes() for image in made.candidate.images], place
+        assert read.metrics["vae/layers_int8"] == made.metrics["vae/layers_int8"]
+        assert read_rows(tmp_path / "b" / "vae.csv") == read_rows(tmp_path / "a" / "vae.csv")
+
+    rows = dict(inspect_file(str(vae)).rows)
+    assert rows["VAE"] == "AutoencoderKL"
+    assert rows["tensors"] == "as int8run wrote them, by their hash"
+    assert inspect_file(str(vae)).commands == [
+        ("to use it", f"int8.vae=int8 'model.parts.vae=[AutoencoderKL, {vae}]'")
     ]
 
 
