@@ -127,6 +127,9 @@ class LayerPlan:
         shape: what the two numbers do not say, for people: kernel and stride, or number of heads.
         macs_share: share of all multiply-adds of the denoiser in one step; None: they were not counted.
         taps: of a convolution the size of its kernel; else 1.
+        lora: how the INT8 layer gets its LoRAs: `dynamic`, `bake`, `stochastic`; empty without any, and where
+            they were baked before it was quantized.
+        lora_reason: why it is not dynamic, where that was a choice.
     """
 
     name: str
@@ -148,6 +151,8 @@ class LayerPlan:
     shape: str = ""
     macs_share: float | None = None
     taps: int = 1
+    lora: str = ""
+    lora_reason: str = ""
 
     @property
     def is_linear(self) -> bool:

@@ -34,6 +34,7 @@ class Int8LayerMaker:
         rounding: of baked weights, as asked for; None: absmax.
         seed: of the stochastic rounding.
         reasons: why layers do not get their LoRAs as was asked for -> how many; filled by `make`.
+        choices: how each layer gets its LoRAs, by name; filled by `make`.
     """
 
     chooser: ModeChooser
@@ -41,6 +42,7 @@ class Int8LayerMaker:
     rounding: Rounding | None
     seed: int
     reasons: Counter[str] = field(default_factory=Counter)
+    choices: dict[str, ModeChoice] = field(default_factory=dict)
 
     def make(
         self, name: str, layer: Int8Layer, changes: IndexedChanges, read_weight: Callable[[], Tensor]
@@ -58,6 +60,7 @@ class Int8LayerMaker:
         """
         choice = self.chooser.choose(name, layer, changes, read_weight)
         self.count_reasons(choice)
+        self.choices[name] = ModeChoice(choice.mode, choice.reason)
         if choice.mode == "dynamic":
             with name_module(name):
                 return DynamicLayer(layer, changes, choice.branches)

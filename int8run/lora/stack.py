@@ -33,7 +33,7 @@ from int8run.lora.joined_norms import read_joined_norms
 from int8run.lora.key_parsing import DENOISER
 from int8run.lora.load import read_lora
 from int8run.lora.match import Matches, MatchRequest, match_loras
-from int8run.lora.modes import ModeChooser, Overhead
+from int8run.lora.modes import ModeChoice, ModeChooser, Overhead
 from int8run.lora.module_names import find_target
 from int8run.lora.weight_reader import WeightReader
 from int8run.models.given_model import GivenModel, take_denoiser, take_text_encoders, unwrap_text_encoders
@@ -89,6 +89,7 @@ class LoraStack:
         self.matches = Matches({}, ())
         self.installed = InstalledLoras()
         self.sizes = ChangeSizes()
+        self.choices: dict[str, ModeChoice] = {}  # how each INT8 layer gets its LoRAs, by name
 
     @staticmethod
     def of(denoiser: GivenModel) -> "LoraStack | None":
@@ -360,7 +361,7 @@ class LoraStack:
             if float_weights:  # reading integers back only for a log line would take long
                 self.sizes.record(layer, changes, read_weight)
             layers[name] = maker.make(name, layer, changes, read_weight)
-        self.installed.layers = layers
+        self.installed.layers, self.choices = layers, maker.choices
         for lora_layer in layers.values():
             lora_layer.attach()
         for reason, count in maker.reasons.items():

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from int8run.errors import ConfigError, check_range
-from int8run.outlier.base import LayerStatistics, OutlierMethod, OutlierTransform
+from int8run.kernels.int8_conv.reference import quantize_pixels
+from int8run.outlier.base import (
+    LayerStatistics,
+    OutlierMethod,
+    OutlierTransform,
+    find_channel_obstacle,
+    fit_convolution,
+)
 from int8run.quant.weight import quantize_weight, sqnr_db
 
 
@@ -74,6 +81,33 @@ class AutoOutlier:
             if self.max_cost is not None and cost(method.fit(weight, statistics)) > 1 + self.max_cost:
                 continue
             scores[name] = measure_output_sqnr_db(weight, method, folds)
+        return scores
+
+    def score_conv_candidates(
+        self,
+        weight: Tensor,
+        statistics: LayerStatistics,
+        *,
+        taps: int,
+        cost: Callable[[OutlierTransform], float],
+    ) -> dict[str, float]:
+        """The same of a convolution, whose candidates only rotate channels.
+
+        Args:
+            weight: [N, K], channel after channel.
+            statistics: its sample holds patches, [S, T, groups * K].
+            taps: size of the kernel.
+            cost: time of the layer with a transform over its time without.
+        """
+        scores = {}
+        for name, method in self.candidates.items():
+            if find_channel_obstacle(method, weight.shape[1] // taps) is not None:
+                continue
+            transform = fit_convolution(method, weight, taps).to(weight.device)
+            if self.max_cost is not None and cost(transform) > 1 + self.max_cost:
+                continue
+            exact, rounded = compute_conv_outputs(weight, transform, statistics.sample)
+            scores[name] = sqnr_db(exact, rounded)
         return scores
 
     def choose_methods(
@@ -145,6 +179,31 @@ def measure_output_sqnr_db(weight: Tensor, method: OutlierMethod, folds: Sequenc
         exact.append(exact_output)
         rounded.append(rounded_output)
     return sqnr_db(torch.cat(exact), torch.cat(rounded))
+
+
+def compute_conv_outputs(
+    weight: Tensor, transform: OutlierTransform, sample: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Outputs of a convolution, and the same with weight and pixels transformed and rounded.
+
+    Args:
+        weight: [N, K], channel after channel.
+        transform: of both sides.
+        sample: [S, T, groups * K], patches of the input.
+
+    Returns:
+        Two float32 [S * T, N].
+    """
+    weight = weight.detach().float()
+    rounded_weight = quantize_weight(transform.transform_weight(weight)).dequantize()
+    patches = sample.flatten(0, 1).to(weight.device).float().unflatten(1, (-1, weight.shape[1]))
+    # each tap of a patch is one pixel, whose channels are rounded together
+    pixels = quantize_pixels(patches.flatten(0, 1).unflatten(1, (-1, transform.taps)), transform.rotation)
+    rounded = (pixels.q * pixels.scale + pixels.center).flatten(1).view_as(patches)
+    groups = patches.shape[1]
+    exact_output = torch.einsum("mgk,gnk->mgn", patches, weight.unflatten(0, (groups, -1)))
+    rounded_output = torch.einsum("mgk,gnk->mgn", rounded, rounded_weight.unflatten(0, (groups, -1)))
+    return exact_output.flatten(1), rounded_output.flatten(1)
 
 
 def compute_output_products(

@@ -7,7 +7,6 @@ BuiltModel that it is given; what is worth keeping, to the cache of layers and t
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from int8run.pipeline.built_model import BuiltModel
 from int8run.pipeline.controlnets import BuiltControlnet, quantize_controlnets
 from int8run.pipeline.layer_selection import select_int8_plans
 from int8run.pipeline.loaded_model import LoadedModel
-from int8run.pipeline.lora_steps import measure_overhead
+from int8run.pipeline.lora_steps import BranchOverhead, note_lora_modes
 from int8run.pipeline.prequantized import PrequantizedLayers
 from int8run.pipeline.provenance import build_provenance, build_vae_provenance
 from int8run.pipeline.quantize_attention import ModelAttentions
@@ -32,8 +31,9 @@ from int8run.pipeline.quantize_denoiser import (
 )
 from int8run.pipeline.step_settings import select_origin, select_quantization_settings
 from int8run.pipeline.store_layers import cache_layers, save_layers, save_vae
-from int8run.pipeline.trace_layers import trace_layers
+from int8run.pipeline.trace_layers import TracedLayers, trace_layers
 from int8run.pipeline.vae import QuantizedVae, count_latent_pixels, quantize_vae, select_vae_rounding
+from int8run.ptq.conv_costs import ConvCosts
 from int8run.ptq.layer_costs import BranchCosts
 from int8run.report.console import Progress
 
@@ -115,7 +115,7 @@ def add_int8_denoiser(
     built.denoisers["int8"] = quantized.denoiser
     built.mixed_precision = quantized.mixed_precision
     if built.loras.entries and not spec.lora.is_baked:
-        attach_loras(built, spec, traced.rows)
+        attach_loras(built, spec, traced)
 
 
 def add_int8_controlnets(
@@ -179,18 +179,23 @@ def store_quantized(
         save_layers(spec.save, loaded, quantized.layers, provenance)
 
 
-def attach_loras(built: BuiltModel, spec: RunSpec, rows: Mapping[str, int]) -> None:
+def attach_loras(built: BuiltModel, spec: RunSpec, traced: TracedLayers) -> None:
     """Bring the LoRAs to the INT8 layers, each by the mode that it can have.
 
     Args:
         built: has the INT8 denoiser and the stack.
         spec: the settings of the run.
-        rows: that each layer sees in one step, by name.
+        traced: what each layer gets in one step.
     """
     overhead: Overhead | None = None
     if spec.lora.mode == "auto" and not spec.lora.is_scheduled:
-        costs = BranchCosts(spec.backend, built.device, getattr(torch, spec.model.dtype))
-        overhead = partial(measure_overhead, costs, rows)
+        dtype = getattr(torch, spec.model.dtype)
+        overhead = BranchOverhead(
+            BranchCosts(spec.backend, built.device, dtype),
+            ConvCosts(spec.backend, built.device, dtype),
+            traced.rows,
+            traced.conv_inputs,
+        ).measure
     # weights of int8.checkpoint were not made from the float ones in memory
     has_own_float_weights = "float" in built.denoisers and spec.int8.checkpoint is None
     built.loras.attach(
@@ -202,5 +207,6 @@ def attach_loras(built: BuiltModel, spec: RunSpec, rows: Mapping[str, int]) -> N
         max_overhead=spec.lora.max_overhead,
     )
     loras = built.loras
+    note_lora_modes(built.plans, loras)
     for warning in loras.sizes.list_large_changes(loras.names, spec.lora.largest_strengths):
         log.warning("%s", warning)

@@ -6,7 +6,8 @@ quantize_denoiser.py works on this selection; build.py and api.py use the parts 
 import logging
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from int8run.errors import ConfigError
 from int8run.layers.fusion import group_by_shared_input
@@ -26,6 +27,7 @@ class SelectedLayers:
         new: plans of those that are quantized here.
         existing: plans of those whose integers exist already.
         rows: that each layer sees in one step, by name.
+        conv_inputs: shape [B, C, *size] of what each convolution gets in it.
         groups: names of the new layers that read the same tensor; each stands in one group.
     """
 
@@ -34,11 +36,17 @@ class SelectedLayers:
     existing: Sequence[LayerPlan]
     rows: Mapping[str, int]
     groups: Sequence[Sequence[str]]
+    conv_inputs: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def new_linears(self) -> list[LayerPlan]:
-        """Plans of the Linears that are quantized here: calibrations are about those."""
+        """Plans of the Linears that are quantized here: most calibrations are about those."""
         return [plan for plan in self.new if plan.is_linear]
+
+    @property
+    def new_convolutions(self) -> list[LayerPlan]:
+        """Plans of the convolutions that are quantized here."""
+        return [plan for plan in self.new if plan.kind == CONV]
 
 
 def select_layers(
@@ -46,6 +54,7 @@ def select_layers(
     plans: Sequence[LayerPlan],
     *,
     rows: Mapping[str, int],
+    conv_inputs: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
     prequantized: PrequantizedLayers | None,
 ) -> SelectedLayers:
     """The layers that become INT8: those that exist already, and those to quantize.
@@ -54,6 +63,7 @@ def select_layers(
         loaded: the model.
         plans: of every Linear.
         rows: that each layer which becomes INT8 sees in one step, by name.
+        conv_inputs: shape of what each convolution gets in it.
         prequantized: layers that exist already.
 
     Raises:
@@ -74,6 +84,7 @@ def select_layers(
         new=new,
         existing=[plan for plan in chosen if plan.name in existing_names],
         rows=rows,
+        conv_inputs=conv_inputs,
         groups=group_by_shared_input([plan.name for plan in new if plan.is_linear], loaded.family.same_input),
     )
 

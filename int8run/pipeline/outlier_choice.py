@@ -10,13 +10,15 @@ from functools import partial
 from torch import nn
 
 from int8run.export.save_denoiser import find_fused_layers
-from int8run.layers.plan import CONV, LayerPlan
+from int8run.layers.int8_conv import get_layer
+from int8run.layers.plan import LayerPlan
 from int8run.models.dual_denoisers import split_denoiser
 from int8run.outlier.auto import AutoOutlier
-from int8run.outlier.base import LayerStatistics, OutlierMethod, describe_linear_method
+from int8run.outlier.base import LayerStatistics, OutlierMethod
 from int8run.pipeline.layer_selection import SelectedLayers
 from int8run.pipeline.loaded_model import LoadedModel
 from int8run.pipeline.quantization_settings import QuantizationSettings
+from int8run.ptq.conv_costs import ConvCosts
 from int8run.ptq.layer_costs import TransformCosts
 from int8run.ptq.quantize import check_outlier_method
 from int8run.report.console import Progress
@@ -40,11 +42,6 @@ def choose_methods(
         progress: of the comparison of methods.
     """
     if isinstance(settings.outlier, AutoOutlier):
-        for plan in layers.new:
-            if plan.kind == CONV:
-                plan.outlier_skip_reason = describe_linear_method(settings.outlier.name)
-        if not layers.new_linears:
-            return {}
         return choose_methods_by_error(loaded, layers, settings, statistics=statistics, progress=progress)
     return assign_method(layers.new, settings.outlier)
 
@@ -85,9 +82,11 @@ def choose_methods_by_error(
     assert isinstance(auto, AutoOutlier)
     scores = score_layers(loaded, layers, settings, auto, statistics=statistics, progress=progress)
     fused = list_fused_layers(loaded.denoiser) if settings.has_fused_layers else []
-    chosen = auto.choose_methods(scores, select_names(layers.groups, scores), select_names(fused, scores))
+    # a convolution shares nothing with other layers
+    groups = [*layers.groups, *([plan.name] for plan in layers.new_convolutions)]
+    chosen = auto.choose_methods(scores, select_names(groups, scores), select_names(fused, scores))
     methods = {}
-    for plan in layers.new_linears:
+    for plan in layers.new:
         candidate = chosen.get(plan.name)
         if candidate is not None:
             methods[plan.name] = auto.candidates[candidate]
@@ -118,18 +117,50 @@ def score_layers(
         progress: of the comparison.
     """
     costs = TransformCosts(settings.backend, loaded.device, settings.dtype)
+    conv_costs = ConvCosts(settings.backend, loaded.device, settings.dtype)
     # layers that read the same tensor share the time of its transform
     num_sharing = {name: len(group) for group in layers.groups for name in group}
     scores: dict[str, dict[str, float]] = {}
-    with progress.track_loop("Comparing outlier methods", len(layers.new_linears)) as advance:
-        for plan in layers.new_linears:
-            if plan.name in statistics:
+    with progress.track_loop("Comparing outlier methods", len(layers.new)) as advance:
+        for plan in layers.new:
+            seen = statistics.get(plan.name)
+            if seen is not None and plan.is_linear:
                 shape = (layers.rows[plan.name], plan.in_features, plan.out_features)  # M, K, N
                 cost = partial(costs.get_ratio, shape=shape, sharing=num_sharing[plan.name])
                 weight = loaded.read_weight(plan.name)  # [N, K]
-                scores[plan.name] = auto.score_candidates(weight, statistics[plan.name], cost)
+                scores[plan.name] = auto.score_candidates(weight, seen, cost)
+            elif seen is not None and plan.name in layers.conv_inputs:
+                scores[plan.name] = score_convolution(
+                    loaded, plan, auto, statistics=seen, costs=conv_costs, layers=layers
+                )
             advance(1)
     return scores
+
+
+def score_convolution(
+    loaded: LoadedModel,
+    plan: LayerPlan,
+    auto: AutoOutlier,
+    *,
+    statistics: LayerStatistics,
+    costs: ConvCosts,
+    layers: SelectedLayers,
+) -> dict[str, float]:
+    """Output SQNR in dB of every affordable candidate of a convolution.
+
+    Args:
+        loaded: the float model.
+        plan: of the convolution.
+        auto: has the candidates.
+        statistics: patches that the calibration saw.
+        costs: what a rotation costs.
+        layers: the shape of what it gets in one step.
+    """
+    conv = get_layer(loaded.denoiser, plan.name)
+    assert not isinstance(conv, nn.Linear)
+    cost = partial(costs.get_transform_ratio, conv=conv, input_shape=layers.conv_inputs[plan.name])
+    weight = loaded.read_weight(plan.name).flatten(1)  # [N, K]
+    return auto.score_conv_candidates(weight, statistics, taps=plan.taps, cost=cost)
 
 
 def list_fused_layers(denoiser: nn.Module) -> list[list[str]]:

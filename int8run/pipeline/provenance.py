@@ -76,7 +76,7 @@ def build_cache_key(
     for denoiser in loaded.source.denoisers:
         configs.append((denoiser.class_name, sorted(denoiser.config.items(), key=itemgetter(0))))
     # what differs from the default alone, so that the keys of other runs stay
-    convolutions = [] if settings.int8.convolutions == FLOAT else ["convolutions with methods"]
+    convolutions = [] if settings.int8.convolutions == FLOAT else ["convolutions with methods by error"]
     return hash_parts(
         [
             *convolutions,

@@ -97,7 +97,9 @@ def quantize_denoiser(
         BackendError: when the backend cannot run here or cannot take a layer.
         FileError: when a layer of `prequantized` does not fit.
     """
-    layers = select_layers(loaded, plans, rows=traced.rows, prequantized=prequantized)
+    layers = select_layers(
+        loaded, plans, rows=traced.rows, conv_inputs=traced.conv_inputs, prequantized=prequantized
+    )
     check_settings(loaded, layers, settings)
 
     needs_search = settings.quality_db is not None and not is_from_cache(prequantized)
@@ -118,7 +120,6 @@ def quantize_denoiser(
         layers,
         settings,
         quantized=quantized,
-        conv_inputs=traced.conv_inputs,
         progress=progress,
     )
 
@@ -204,8 +205,8 @@ def calibrate(
     Returns:
         Nothing in it where nothing needs it.
     """
-    needs_statistics = bool(layers.new_linears) and settings.is_fitted
-    if not needs_statistics and not needs_search:
+    watched = select_watched_layers(layers, settings)
+    if not watched and not needs_search:
         return CalibrationData()
     calls = capture_calibration_calls(
         loaded.pipe,
@@ -215,16 +216,24 @@ def calibrate(
         sampling=loaded.sampling,
         progress=progress,
     )
-    if not needs_statistics:
+    if not watched:
         return CalibrationData(calls)
     statistics = collect_layer_statistics(
         loaded.denoiser,
-        layers.new_linears,
-        groups=layers.groups,
+        watched,
+        groups=[*layers.groups, *([plan.name] for plan in watched if not plan.is_linear)],
         calls=calls,
         calibration=settings.calibration,
     )
     return CalibrationData(calls, statistics)
+
+
+def select_watched_layers(layers: SelectedLayers, settings: QuantizationSettings) -> list[LayerPlan]:
+    """The layers that are fitted to activations: of convolutions `outlier=auto` alone compares methods."""
+    if not settings.is_fitted:
+        return []
+    convolutions = layers.new_convolutions if isinstance(settings.outlier, AutoOutlier) else []
+    return [*layers.new_linears, *convolutions]
 
 
 def read_merged_weight(loaded: LoadedModel, loras: LoraStack, name: str) -> Tensor:
@@ -274,7 +283,6 @@ def bind_layers(
     settings: QuantizationSettings,
     *,
     quantized: Iterable[tuple[LayerPlan, QuantizedLayer]],
-    conv_inputs: Mapping[str, Sequence[int]],
     progress: Progress,
 ) -> dict[str, Int8Layer]:
     """Give each quantized layer its backend.
@@ -284,7 +292,6 @@ def bind_layers(
         layers: all that `quantized` yields.
         settings: how layers become INT8.
         quantized: the layers, one at a time.
-        conv_inputs: shape of what each convolution gets, by name.
         progress: of the layers.
     """
     label = "Quantizing layers" if layers.new else "Loading INT8 layers"
@@ -294,7 +301,7 @@ def bind_layers(
             layer.to(loaded.offload_device)  # so that with offload= the GPU never holds them all
             advance(1)
 
-        binder = ConvolutionBinder(settings.backend, loaded.device, settings.int8, conv_inputs)
+        binder = ConvolutionBinder(settings.backend, loaded.device, settings.int8, layers.conv_inputs)
         linears = build_int8_layers(
             loaded.denoiser,
             binder.take_convolutions(loaded.denoiser, quantized, finish_layer),

@@ -8,16 +8,19 @@ import logging
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from int8run.backends.convolution import ConvGeometry, read_geometry
 from int8run.generate.calibration_settings import CalibrationSettings
 from int8run.generate.capture import capture_calls, capture_layers, check_finite
 from int8run.generate.prompts import split_batches
-from int8run.layers.int8_linear import get_linear
+from int8run.layers.int8_conv import get_layer
 from int8run.layers.plan import LayerPlan
 from int8run.models.sampling import Sampling
 from int8run.outlier.base import LayerStatistics
@@ -93,6 +96,59 @@ class InputRecord:
         return picked.sort().values
 
 
+@dataclass
+class PatchRecord(InputRecord):
+    """What was seen of a convolution's input: the patches that some of its output pixels are computed from.
+
+    Args:
+        geometry: of the convolution.
+    """
+
+    geometry: ConvGeometry | None = None
+
+    def add_input(self, x: Tensor, max_tokens: int) -> None:
+        """Take note of one call's input. x: [B, C, *size]; a patch counts as its pixels."""
+        assert self.geometry is not None
+        most = max(1, max_tokens // prod(self.geometry.kernel))
+        inputs = self._pick_indices(x.shape[0], most)
+        num_outputs = prod(self.geometry.compute_output_size(x.shape[2:]))
+        kept = self._pick_indices(num_outputs, most // len(inputs))
+        patches = extract_patches(x[inputs.to(x.device)], self.geometry, kept.to(x.device)).cpu()
+        absmax = patches.flatten(0, 1).abs().amax(0).float()
+        self.absmax = absmax if self.absmax is None else torch.maximum(self.absmax, absmax)
+        self.pieces.append(patches)
+
+
+def extract_patches(x: Tensor, geometry: ConvGeometry, positions: Tensor) -> Tensor:
+    """What some output pixels of a convolution are computed from, zeros beyond the edge included.
+
+    Args:
+        x: [B, C, *size].
+        geometry: of the convolution, which is not dilated.
+        positions: int64 [T], indices of output pixels, row after row.
+
+    Returns:
+        [B, T, C * taps], channel after channel as in a row of the weight.
+    """
+    padding = [number for size in reversed(geometry.padding) for number in (size, size)]
+    patches = F.pad(x, padding)
+    for dimension, (kernel, stride) in enumerate(zip(geometry.kernel, geometry.stride, strict=True), start=2):
+        patches = patches.unfold(dimension, kernel, stride)  # a view: [B, C, *output sizes, *kernel]
+    indices = torch.unravel_index(positions, geometry.compute_output_size(x.shape[2:]))
+    chosen = patches[(slice(None), slice(None), *indices)]  # [B, C, T, *kernel]
+    return chosen.flatten(3).transpose(1, 2).flatten(2)
+
+
+def make_record(denoiser: nn.Module, plan: LayerPlan, seed: int) -> InputRecord:
+    """An empty record of one layer's input."""
+    generator = make_generator(seed, plan.name)
+    if plan.is_linear:
+        return InputRecord(generator)
+    conv = get_layer(denoiser, plan.name)
+    assert not isinstance(conv, nn.Linear)
+    return PatchRecord(generator, geometry=read_geometry(conv))
+
+
 def collect_layer_statistics(
     denoiser: nn.Module,
     plans: Sequence[LayerPlan],
@@ -105,7 +161,7 @@ def collect_layer_statistics(
 
     Args:
         denoiser: the float model.
-        plans: the layers to watch.
+        plans: the layers to watch; of a convolution the sample holds patches, `[S, T, C * taps]`.
         groups: layers that read the same tensor; each planned layer stands in one group.
         calls: arguments of the denoiser, from `capture_calibration_calls`.
         calibration: seed, and how many tokens are kept of each layer.
@@ -113,7 +169,7 @@ def collect_layer_statistics(
     Raises:
         ConfigError: when a layer's input has NaN or infinity.
     """
-    records = {plan.name: InputRecord(make_generator(calibration.seed, plan.name)) for plan in plans}
+    records = {plan.name: make_record(denoiser, plan, calibration.seed) for plan in plans}
 
     def record_input(name: str, x: Tensor, y: Tensor) -> None:
         if x.numel():
@@ -123,7 +179,9 @@ def collect_layer_statistics(
     for call in calls:
         capture_layers(denoiser, call, list(records), record_input)
     statistics = summarize_records(denoiser, groups, records)
-    warn_constant_channels(statistics)
+    # the numbers beyond the edges of an image are always zeros
+    linears = {plan.name for plan in plans if plan.is_linear}
+    warn_constant_channels({name: layer for name, layer in statistics.items() if name in linears})
     return statistics
 
 
@@ -133,7 +191,8 @@ def summarize_records(
     """Statistics of each layer that a call reached; layers of a group share the maxima of their weights."""
     statistics = {}
     for group in groups:
-        maxima = [get_linear(denoiser, name).weight.detach().abs().amax(0).float() for name in group]
+        weights = [get_layer(denoiser, name).weight.detach().flatten(1) for name in group]
+        maxima = [weight.abs().amax(0).float() for weight in weights]
         weight_absmax = torch.stack(maxima).amax(0).cpu()  # [layers, K] -> [K]
         for name in group:
             record = records[name]

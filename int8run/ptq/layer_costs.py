@@ -15,6 +15,7 @@ from int8run.backends.auto import AutoBackend, BackendChooser
 from int8run.backends.autotune_cache import open_cache_of, parse_ratio
 from int8run.backends.base import Backend, describe_settings
 from int8run.backends.run_errors import find_run_failure
+from int8run.layers.int8_conv import Int8Layer
 from int8run.layers.int8_linear import Int8Linear, QuantizedLayer
 from int8run.layers.low_rank_branch import LowRankBranch
 from int8run.outlier.base import OutlierTransform
@@ -50,8 +51,12 @@ class LayerCosts:
         generator = torch.Generator(self.device).manual_seed(0)
         return torch.randn(shape, generator=generator, device=self.device)
 
+    def random_rows(self, rows: int, in_features: int) -> Tensor:
+        """The input of a Linear, [1, M, K], in the dtype of the float model."""
+        return self.random_tensor(1, rows, in_features).to(self.dtype)
+
     @torch.no_grad()
-    def measure_ratio(self, key: str, plain: Int8Linear, changed: Int8Linear, rows: int) -> float:
+    def measure_ratio(self, key: str, plain: Int8Layer, changed: Int8Layer, x: Tensor) -> float:
         """The ratio of the shortest times, of calls that take turns.
 
         Not the ratio of medians: other work on the machine adds to the medians and would double the ratio.
@@ -62,9 +67,8 @@ class LayerCosts:
             key: of the ratio in the cache.
             plain: the layer without the change.
             changed: the layer with it.
-            rows: of the input.
+            x: what both compute.
         """
-        x = self.random_tensor(1, rows, plain.in_features).to(self.dtype)
         failure = find_run_failure(partial(changed, x), self.device)
         if failure is not None:
             log.warning("%s: left out, because it cannot run here: %s", key, failure)
@@ -127,7 +131,7 @@ class TransformCosts(LayerCosts):
             key,
             Int8Linear(plain, backend, self.dtype),
             Int8Linear(changed, backend, self.dtype),
-            rows=rows,
+            self.random_rows(rows, in_features),
         )
 
 
@@ -153,7 +157,7 @@ class BranchCosts(LayerCosts):
         plain = Int8Linear(quantized, layer.backend, self.dtype)
         changed = Int8Linear(quantized, layer.backend, self.dtype)
         changed.adapter = self._make_branch(layer, rank)
-        return self.measure_ratio(key, plain, changed, rows=rows)
+        return self.measure_ratio(key, plain, changed, self.random_rows(rows, layer.in_features))
 
     def _make_branch(self, layer: Int8Linear, rank: int) -> LowRankBranch:
         lora_A = self.random_tensor(rank, layer.in_features)

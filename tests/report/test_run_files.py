@@ -44,6 +44,8 @@ def test_an_int8_layer_has_a_value_in_every_column(tmp_path):
         measured={"weight_sqnr_db": 41.23456789, "output_sqnr_db": math.inf, "saturated_share": 0.015625},
         shape="3x3 stride 2",
         macs_share=0.25,
+        lora="bake",
+        lora_reason="a branch of rank 64 would be more work than the layer",
     )
 
     write_layers_csv([plan], tmp_path / "layers.csv")
@@ -62,6 +64,8 @@ def test_an_int8_layer_has_a_value_in_every_column(tmp_path):
         "outlier": "convrot group_size=64",
         "outlier_why_not": "",
         "rounding": "gptq",
+        "lora": "bake",
+        "lora_why": "a branch of rank 64 would be more work than the layer",
         "backend_asked": "auto",
         "backend_used": "onednn",
         "backends_left_out": "triton: RuntimeError: Failed to find C compiler",

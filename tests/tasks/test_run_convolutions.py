@@ -122,6 +122,19 @@ def test_convolutions_are_rotated_and_their_rows_name_the_method(small, tmp_path
 
 
 @pytest.mark.slow
+def test_auto_chooses_for_each_convolution_by_its_error(small, tmp_path):
+    auto = ["outlier=auto", "outlier.max_cost=null", "calibration.prompts=[b]"]
+
+    result = run_job([*small, "int8.convolutions=int8", *auto], tmp_path)
+
+    rows = [row for row in read_rows(tmp_path / "layers.csv").values() if row["kind"] == "conv"]
+    chosen = {row["outlier"].split()[0] for row in rows if row["quantized"] == "true"}
+    assert chosen == {"none", "convrot"}
+    assert {row["outlier_why_not"] for row in rows} == {""}
+    assert result.metrics["quality/psnr_db"] > 30
+
+
+@pytest.mark.slow
 def test_convolutions_have_no_method_that_is_for_linears_and_say_so(small, tmp_path):
     run_job([*small, "int8.convolutions=int8", "outlier=smoothquant"], tmp_path)
 
@@ -167,6 +180,11 @@ def test_a_locon_reaches_int8_convolutions_by_every_mode(small, tmp_path, mode, 
         assert sum(layers.values()) == 2 and layers.get(mode, 2) == 2
     # the float model has the LoCon in its weights: with it left out of INT8, they would be far apart
     assert result.metrics["quality/latent_rel_err"] < 0.05
+    rows = read_rows(tmp_path / "out" / "layers.csv")
+    named = {name for name, row in rows.items() if row["lora"]}
+    assert len(named) == sum(layers.values())
+    if mode in ("dynamic", "stochastic"):
+        assert {rows[name]["lora"] for name in named} == {mode}
 
 
 @pytest.mark.slow
