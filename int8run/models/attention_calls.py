@@ -10,14 +10,39 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch.nn.functional as F
+from diffusers.models import attention_dispatch
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from torch import Tensor, nn
 
+from int8run.errors import suggest_similar
 from int8run.utils.attention_call import AttentionCall
+from int8run.utils.text import shorten_error
 
 ATTENTION_FUNCTION = F.scaled_dot_product_attention
 # where diffusers keeps the backend of one module's dispatch: on its processor, or on the module itself
 DISPATCH_ATTRIBUTE = "_attention_backend"
+
+
+def find_attention_obstacle(name: str) -> str | None:
+    """Why diffusers has no attention of a name on this machine; None: it has, or its own check will tell.
+
+    Nothing is downloaded.
+
+    Args:
+        name: `attention=` of the config.
+    """
+    known = [backend.value for backend in AttentionBackendName]
+    if name.lower() not in known:
+        return f"{suggest_similar(name, known)}diffusers has {', '.join(sorted(known))}"
+    # diffusers' own, which it calls when a model gets the backend
+    check = getattr(attention_dispatch, "_check_attention_backend_requirements", None)
+    if check is None:
+        return None
+    try:
+        check(AttentionBackendName(name.lower()))
+    except RuntimeError as error:
+        return shorten_error(error)
+    return None
 
 
 def list_dispatch_owners(module: nn.Module) -> list[Any]:

@@ -23,6 +23,7 @@ from int8run.checkpoints.declared_format import DeclaredFormat
 from int8run.errors import ConfigError
 from int8run.generate.pipeline_call import find_unknown_arguments
 from int8run.layers.int8_conv import is_convolution
+from int8run.models.attention_calls import find_attention_obstacle
 from int8run.models.denoiser_classes import OWN_DENOISERS, get_denoiser_class
 from int8run.models.dual_denoisers import DualDenoiser
 from int8run.models.family import (
@@ -191,14 +192,18 @@ def open_skeletons(
 
 
 def check_device(settings: LoadSettings, device: torch.device) -> None:
-    """Check that backend and offloading can run on a device, before anything is loaded.
+    """Check that backend and offloading can run on a device, and the attention here, before anything is loaded.
 
     Raises:
         BackendError: when they cannot.
+        ConfigError: for an attention that diffusers does not have here.
     """
     if settings.backend is not None:
         check_backend(settings.backend, device, ())
     check_offload(settings.offload, device)
+    obstacle = find_attention_obstacle(settings.attention)
+    if obstacle is not None:
+        raise ConfigError(f"attention={settings.attention} cannot be used here: {obstacle}")
 
 
 def open_denoiser_weights(

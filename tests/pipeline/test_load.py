@@ -11,6 +11,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from diffusers.models import attention_dispatch
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import load_file, save_file
 from support.helpers import CPU
@@ -387,8 +388,18 @@ def test_every_change_of_the_denoiser_is_told_to_the_offloading(
 
 
 def test_an_unknown_attention_backend_is_refused_for_a_skeleton_too(folder: Path) -> None:
-    with pytest.raises(ConfigError, match=r"^attention=nope cannot be used with FluxTransformer2DModel: "):
+    with pytest.raises(ConfigError, match=r"^attention=nope cannot be used here: .*diffusers has .*native"):
         loaded(folder, "attention=nope")
+
+
+def test_an_attention_whose_library_is_missing_is_refused_before_anything_is_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention_dispatch, "_CAN_USE_FLASH_ATTN", False)
+    monkeypatch.setattr(module, "resolve_model", lambda source: pytest.fail("looked for the model"))
+
+    with pytest.raises(ConfigError, match=r"^attention=flash cannot be used here: .*install `flash-attn"):
+        loaded(folder, "attention=flash")
 
 
 def test_a_model_of_another_family_is_refused_before_it_is_read(folder: Path) -> None:

@@ -326,7 +326,7 @@ def test_a_baseline_that_comes_from_the_checked_file_is_said(
 
 
 def test_unknown_attention_backend(small: list[str], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="attention=nope cannot be used with FluxTransformer2DModel"):
+    with pytest.raises(ConfigError, match="attention=nope cannot be used here"):
         run_job([*small, "attention=nope"], tmp_path)
 
 
