@@ -192,7 +192,7 @@ def open_skeletons(
 
 
 def check_device(settings: LoadSettings, device: torch.device) -> None:
-    """Check that backend and offloading can run on a device, and the attention here, before anything is loaded.
+    """Check that backend, offloading and attention can run here, before anything is loaded.
 
     Raises:
         BackendError: when they cannot.
