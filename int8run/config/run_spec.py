@@ -17,7 +17,7 @@ from int8run.config.run_modes import OFFLOAD_MODES, REDUCE_OVERHEAD
 from int8run.errors import ConfigError, check_bool, check_choice, check_range
 from int8run.generate.calibration_settings import CalibrationSettings
 from int8run.generate.prompts import PromptSet
-from int8run.layers.plan import FLOAT, Int8Settings
+from int8run.layers.plan import AUTO, FLOAT, Int8Settings
 from int8run.lora.config import LoraSettings
 from int8run.metrics.settings import MetricsSettings
 from int8run.models.family import AutoFamily, ModelFamily, ModelSource, list_family_names
@@ -173,6 +173,10 @@ class RunSpec:
         resolved = self.lora.resolve_for_base(self.model.lora_base, self.sampler.steps)
         object.__setattr__(self, "lora", resolved)  # the class is frozen
         self.lora.find_preset(self.model.lora_base)  # raises where two LoRAs bring one
+        if self.int8.attention is None:
+            # a budget weighs what attention costs; without one a run would lose quality that nobody weighs
+            chosen = FLOAT if self.quality_db is None else AUTO
+            object.__setattr__(self, "int8", replace(self.int8, attention=chosen))
         self.check_output_type()
 
     # -- settings that do not go together ----------------------------------------------------------
@@ -222,7 +226,7 @@ class RunSpec:
             )
         for part, described in INT8_PARTS.items():
             choice = getattr(self.int8, part)
-            if choice != FLOAT:
+            if choice not in (FLOAT, None):
                 raise ConfigError(
                     f"int8.enable=false and int8.{part}={choice} contradict each other; for {described} "
                     "alone set backend=float"

@@ -22,6 +22,7 @@ from int8run.models.dual_denoisers import set_denoiser, split_denoiser
 from int8run.models.sampling import Sampling, drop_schedule
 
 CAPTURED_STEPS = 2
+SPREAD_STEPS = 3
 Call = Mapping[str, Any]  # the arguments of one call of a denoiser, by name
 
 
@@ -41,6 +42,30 @@ def capture_step(
     calls = capture_calls(pipe, component, denoiser, batch, replace(drop_schedule(sampling), steps=steps))
     last_calls = {call.get("expert"): call for call in calls}
     return list(last_calls.values())
+
+
+def capture_spread_calls(
+    pipe: DiffusionPipeline, component: str, denoiser: nn.Module, batch: Sequence[Sample], sampling: Sampling
+) -> list[Call]:
+    """Generate with few steps and capture the denoiser's first, middle and last call; of two experts of each.
+
+    Args:
+        pipe: the pipeline to run.
+        component: name of the pipeline's denoiser component.
+        denoiser: takes that component's place.
+        batch: what to generate.
+        sampling: how, apart from the number of steps.
+    """
+    steps = count_asked_steps(pipe, batch, sampling, SPREAD_STEPS)
+    calls = capture_calls(pipe, component, denoiser, batch, replace(drop_schedule(sampling), steps=steps))
+    by_expert: dict[object, list[Call]] = {}
+    for call in calls:
+        by_expert.setdefault(call.get("expert"), []).append(call)
+    chosen = []
+    for own_calls in by_expert.values():
+        last = len(own_calls) - 1
+        chosen += [own_calls[index] for index in dict.fromkeys((0, (last + 1) // 2, last))]
+    return chosen
 
 
 @torch.no_grad()

@@ -51,7 +51,8 @@ class Int8Settings:
         checkpoint: file or folder of INT8 layers, by component where there are two denoisers; the layers are
             used as they are. None: quantize.
         attention: which attentions of the INT8 model are INT8: none (`float`), all that can be (`int8`), or
-            those that are exact and fast enough (`auto`).
+            those that are exact and fast enough (`auto`); None: `auto` where a run has a quality budget, else
+            `float`.
         attention_min_sqnr_db: with `auto`, the least SQNR of an attention's output.
     """
 
@@ -64,7 +65,7 @@ class Int8Settings:
     controlnet: str = INT8
     vae: str = FLOAT
     checkpoint: str | Mapping[str, str] | None = None
-    attention: str = FLOAT
+    attention: str | None = FLOAT
     attention_min_sqnr_db: float = 35.0
 
     def __post_init__(self) -> None:
@@ -73,7 +74,8 @@ class Int8Settings:
         check_choice("int8.controlnet", self.controlnet, CONTROLNET_CHOICES)
         check_choice("int8.vae", self.vae, VAE_CHOICES)
         check_bool("int8.enable", self.enable)
-        check_choice("int8.attention", self.attention, ATTENTION_MODES)
+        if self.attention is not None:
+            check_choice("int8.attention", self.attention, ATTENTION_MODES)
         check_range("int8.attention_min_sqnr_db", self.attention_min_sqnr_db, 0, 200)
         check_bool("int8.only_if_faster", self.only_if_faster)
         if self.max_rows is not None:

@@ -96,7 +96,7 @@ def add_int8_denoiser(
     settings = select_quantization_settings(spec)
     attentions.choose_on_float_model(loaded, step.denoiser)
     if attentions.is_chosen:
-        settings = replace(settings, attentions=attentions.layers)
+        settings = replace(settings, attentions=attentions.planned)
     quantized = quantize_denoiser(
         loaded,
         sources.plans,

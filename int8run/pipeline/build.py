@@ -105,7 +105,7 @@ def build_model(
     loaded = model.loaded
     step = trace_step(spec, loaded, probe, progress)
     macs, traced = count_step(step.denoiser, step.calls)
-    attentions = plan_attentions(loaded, traced, select_attention_settings(spec), step.calls)
+    attentions = plan_attentions(loaded, traced, select_attention_settings(spec), probe)
     built = begin_built_model(spec, model, macs=macs, attention_plans=attentions.plans)
 
     started = time.perf_counter()

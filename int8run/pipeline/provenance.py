@@ -244,7 +244,7 @@ def describe_attention(settings: QuantizationSettings) -> dict[str, str]:
     """What the provenance says of attention, which has no weights: the setting; nothing where it is float."""
     if settings.int8.attention == FLOAT:
         return {}
-    return {"attention": settings.int8.attention}
+    return {"attention": str(settings.int8.attention)}
 
 
 def describe_calibration(calibration: CalibrationSettings) -> dict[str, Any]:

@@ -4,8 +4,8 @@ build.py makes it from the settings of a run; the modules that quantize, choose 
 read it.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -15,6 +15,7 @@ from int8run.layers.int8_attention import Int8Attention
 from int8run.layers.plan import Int8Settings
 from int8run.outlier.auto import AutoOutlier
 from int8run.outlier.base import OutlierMethod
+from int8run.ptq.attention import PlannedAttention, list_int8_attentions
 from int8run.quant.rounding import Rounding
 
 
@@ -34,7 +35,7 @@ class QuantizationSettings:
         needs_calibration: whether the float model generates the calibration images.
         has_fused_layers: whether the layers will be saved under their original names, which have some of them
             as one layer. These get one outlier method.
-        attentions: what computes attention in INT8, by the name of its module; it was chosen before.
+        attentions: of the denoiser, chosen before; a quality budget may keep some of them float.
     """
 
     outlier: OutlierMethod | AutoOutlier
@@ -46,7 +47,12 @@ class QuantizationSettings:
     dtype: torch.dtype
     needs_calibration: bool
     has_fused_layers: bool
-    attentions: Mapping[str, Int8Attention] = field(default_factory=dict)
+    attentions: Sequence[PlannedAttention] = ()
+
+    @property
+    def attention_layers(self) -> dict[str, Int8Attention]:
+        """What computes attention in INT8, by the name of its module."""
+        return list_int8_attentions(self.attentions)
 
     @property
     def is_fitted(self) -> bool:

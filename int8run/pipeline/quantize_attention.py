@@ -17,7 +17,9 @@ from int8run.backends.attention import AttentionBackend, ReferenceAttention, lis
 from int8run.backends.autotune_cache import open_cache_of
 from int8run.backends.base import Backend
 from int8run.errors import BackendError
+from int8run.generate.capture import capture_spread_calls
 from int8run.generate.capture_attention import watch_attention
+from int8run.generate.prompts import Sample
 from int8run.layers.assemble import copy_sharing_tensors
 from int8run.layers.int8_attention import Int8Attention, install_attention
 from int8run.layers.plan import AUTO, FLOAT, Int8Settings, LayerPlan
@@ -30,6 +32,7 @@ from int8run.ptq.attention import (
     TracedAttentions,
     give_backend,
     leave_inexact_float,
+    list_int8_attentions,
     measure_attentions,
     plan_traced,
 )
@@ -85,7 +88,7 @@ def count_step(denoiser: nn.Module, calls: Calls) -> tuple[dict[str, int], Trace
 
 
 def plan_attentions(
-    loaded: LoadedModel, traced: TracedAttentions, settings: AttentionSettings, calls: Calls
+    loaded: LoadedModel, traced: TracedAttentions, settings: AttentionSettings, probe: Sequence[Sample]
 ) -> "ModelAttentions":
     """A plan for every attention of a model, with its backend where it can be INT8.
 
@@ -93,13 +96,13 @@ def plan_attentions(
         loaded: the model.
         traced: what one step showed.
         settings: which attentions become INT8.
-        calls: arguments of the denoiser in that step.
+        probe: samples of one batch, on which INT8 attention is measured.
 
     Raises:
         BackendError: when no INT8 attention runs on the device.
     """
     planned = plan_traced(traced, make_skip_rule(loaded.family, loaded.denoiser))
-    attentions = ModelAttentions(planned, settings, calls)
+    attentions = ModelAttentions(planned, settings, probe)
     if settings.is_off:
         leave_all_float(planned, "int8.attention=float")
         return attentions
@@ -180,13 +183,13 @@ class ModelAttentions:
     Args:
         planned: changed by each step.
         settings: which of them become INT8.
-        calls: arguments of the denoiser in one step.
+        probe: samples of one batch, on which they are measured.
         is_chosen: whether they were measured.
     """
 
     planned: Sequence[PlannedAttention]
     settings: AttentionSettings
-    calls: Calls
+    probe: Sequence[Sample]
     is_chosen: bool = False
 
     @property
@@ -197,11 +200,7 @@ class ModelAttentions:
     @property
     def layers(self) -> dict[str, Int8Attention]:
         """What computes those in INT8, by the name of the module."""
-        layers = {}
-        for attention in self.planned:
-            if attention.layer is not None:
-                layers[attention.plan.name] = attention.layer
-        return layers
+        return list_int8_attentions(self.planned)
 
     def choose_on_float_model(self, loaded: LoadedModel, denoiser: nn.Module) -> None:
         """Choose on the activations of the float model, where its weights are in memory.
@@ -247,7 +246,9 @@ class ModelAttentions:
         if not self.layers:
             return
         settings = self.settings
-        measure_attentions(denoiser, self.calls, self.planned)
+        # one step may be kinder to a softmax than another: at first there is noise alone
+        calls = capture_spread_calls(loaded.pipe, loaded.component, denoiser, self.probe, loaded.sampling)
+        measure_attentions(denoiser, calls, self.planned)
         if not settings.is_auto:
             return
         leave_inexact_float(self.planned, settings.int8.attention_min_sqnr_db)

@@ -127,10 +127,13 @@ def quantize_denoiser(
         return search_mixed_precision(
             loaded, layers, settings, int8_layers=int8_layers, calls=calibration.calls, progress=progress
         )
+    mixed_precision = read_mixed_precision(prequantized)
+    if mixed_precision is not None:
+        note_kept_attentions(settings, mixed_precision)
     return QuantizedDenoiser(
-        denoiser=assemble_int8_model(loaded.denoiser, int8_layers, loaded.family, settings.attentions),
+        denoiser=assemble_int8_model(loaded.denoiser, int8_layers, loaded.family, settings.attention_layers),
         layers=int8_layers,
-        mixed_precision=read_mixed_precision(prequantized),
+        mixed_precision=mixed_precision,
     )
 
 
@@ -159,7 +162,7 @@ def leave_slow_layers_float(
     loaded.fill_weights(except_for=layers)
     loras.merge_late_weights()
     return QuantizedDenoiser(
-        denoiser=assemble_int8_model(loaded.denoiser, layers, loaded.family, settings.attentions),
+        denoiser=assemble_int8_model(loaded.denoiser, layers, loaded.family, settings.attention_layers),
         layers=layers,
         mixed_precision=quantized.mixed_precision,
     )
@@ -324,7 +327,7 @@ def search_mixed_precision(
     calls: Sequence[Mapping[str, Any]],
     progress: Progress,
 ) -> QuantizedDenoiser:
-    """Keep the most sensitive layers float until `quality_db` is met.
+    """Keep the most sensitive layers and attentions float until `quality_db` is met.
 
     Args:
         loaded: the float model.
@@ -338,16 +341,19 @@ def search_mixed_precision(
         ConfigError: when only the float model meets it.
     """
 
-    def assemble(names: Sequence[str]) -> nn.Module:
-        kept_int8 = {name: int8_layers[name] for name in names}
-        return assemble_int8_model(loaded.denoiser, kept_int8, loaded.family, settings.attentions)
+    attentions = settings.attention_layers
 
-    macs = {}
+    def assemble(names: Sequence[str]) -> nn.Module:
+        kept_int8 = {name: int8_layers[name] for name in names if name in int8_layers}
+        kept_attentions = {name: attentions[name] for name in names if name in attentions}
+        return assemble_int8_model(loaded.denoiser, kept_int8, loaded.family, kept_attentions)
+
+    macs = {attention.plan.name: attention.macs for attention in settings.attentions}
     for plan in layers.plans:
         macs[plan.name] = layers.rows[plan.name] * plan.in_features * plan.out_features
     search = MixedPrecisionSearch(
         float_denoiser=loaded.denoiser,
-        layers=int8_layers,
+        layers={**int8_layers, **attentions},
         macs=macs,
         assemble=assemble,
         pipe=loaded.pipe,
@@ -362,10 +368,27 @@ def search_mixed_precision(
     denoiser, result = search.run()
     for plan in layers.plans:
         if plan.name in result.kept:
-            share = result.kept[plan.name]
-            plan.skip(f"quality budget: alone it makes {share:.1%} of all layers' error")
+            plan.skip(describe_budget(result.kept[plan.name]))
+    note_kept_attentions(settings, result)
     still_int8 = {plan.name: int8_layers[plan.name] for plan in select_int8_plans(layers.plans)}
     return QuantizedDenoiser(denoiser, still_int8, result)
+
+
+def describe_budget(share: float) -> str:
+    """Why a quality budget keeps a layer float.
+
+    Args:
+        share: of the layer in the sum of all layers' errors, each alone.
+    """
+    return f"quality budget: alone it makes {share:.1%} of all layers' error"
+
+
+def note_kept_attentions(settings: QuantizationSettings, result: MixedPrecisionResult) -> None:
+    """Keep the attentions float that a quality budget has found to be too sensitive."""
+    for attention in settings.attentions:
+        share = result.kept.get(attention.plan.name)
+        if share is not None and attention.layer is not None:
+            attention.leave_float(describe_budget(share))
 
 
 def is_from_cache(prequantized: PrequantizedLayers | None) -> bool:

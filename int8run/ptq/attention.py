@@ -164,12 +164,14 @@ class PlannedAttention:
     Args:
         plan: its row in `layers.csv`.
         shapes: of its calls, those with the most multiply-adds first.
+        macs: multiply-adds of all its calls in one step.
         layer: what computes it in INT8; None: it stays float.
     """
 
     plan: LayerPlan
     shapes: Sequence[AttentionShape]
     layer: Int8Attention | None
+    macs: int = 0
 
     def leave_float(self, reason: str, *, is_choice: bool = False) -> None:
         """Keep it float after all.
@@ -183,6 +185,15 @@ class PlannedAttention:
         self.plan.measured.update(measured)  # what was measured is the reason
         self.plan.is_float_by_choice = is_choice
         self.layer = None
+
+
+def list_int8_attentions(planned: Sequence[PlannedAttention]) -> dict[str, Int8Attention]:
+    """What computes those in INT8, by the name of the module."""
+    layers = {}
+    for attention in planned:
+        if attention.layer is not None:
+            layers[attention.plan.name] = attention.layer
+    return layers
 
 
 def plan_traced(
@@ -211,7 +222,7 @@ def plan_traced(
             kind=ATTENTION,
             shape="; ".join(map(str, shapes)),
         )
-        planned.append(PlannedAttention(plan, shapes, layer=None))
+        planned.append(PlannedAttention(plan, shapes, layer=None, macs=trace.macs))
     return planned
 
 
@@ -268,16 +279,19 @@ def measure_attentions(
 ) -> None:
     """Note the SQNR of each INT8 attention's output in its plan: both get the same queries, keys and values.
 
+    Of several calls it is that of the worst.
+
     Args:
         denoiser: whose activations they are; its own attention is float.
-        calls: its arguments, by name.
+        calls: its arguments at different steps, by name.
         planned: of its attentions; those that stay float are not measured.
 
     Raises:
         ConfigError: where INT8 computes NaN or infinity and float does not.
     """
     layers = {attention.plan.name: attention.layer for attention in planned}
-    sums: dict[str, SignalAndNoise] = {}
+    sums: dict[str, SignalAndNoise] = {}  # of one call
+    least: dict[str, float] = {}
 
     def measure(name: str, call: AttentionCall, expected: Tensor) -> None:
         layer = layers.get(name)
@@ -287,16 +301,26 @@ def measure_attentions(
         if torch.isfinite(expected).all() and not torch.isfinite(output).all():
             raise ConfigError(
                 f"{name}: the INT8 attention computes NaN or infinity where the float one does not, in the "
-                "first step; set int8.attention=float, or choose another backend="
+                "first steps; set int8.attention=float, or choose another backend="
             )
         sums.setdefault(name, SignalAndNoise()).add(expected, output)
 
     with watch_attention(denoiser, measure):
         for call in calls:
+            sums.clear()
             denoiser(**call)
+            for name, added in sums.items():
+                least[name] = choose_worse(least.get(name, math.inf), added.sqnr_db)
     for attention in planned:
-        if attention.plan.name in sums:
-            attention.plan.measured["output_sqnr_db"] = sums[attention.plan.name].sqnr_db
+        if attention.plan.name in least:
+            attention.plan.measured["output_sqnr_db"] = least[attention.plan.name]
+
+
+def choose_worse(first: float, second: float) -> float:
+    """The lower of two ratios; NaN is the worst."""
+    if math.isnan(first) or math.isnan(second):
+        return math.nan
+    return min(first, second)
 
 
 def leave_inexact_float(planned: Sequence[PlannedAttention], limit_db: float) -> None:

@@ -7,7 +7,8 @@ calibration images with trial denoisers, so every quality it reports is measured
 import logging
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
@@ -21,9 +22,11 @@ from int8run.generate.generate import Generation, generate
 from int8run.generate.pipeline_call import get_execution_device
 from int8run.generate.prompts import Sample
 from int8run.layers.assemble import copy_sharing_tensors
+from int8run.layers.int8_attention import Int8Attention, computed_in_int8
 from int8run.layers.int8_conv import Int8Layer
 from int8run.metrics.layers import count_module_bytes
 from int8run.metrics.quality import compute_relative_error
+from int8run.models.attention_calls import native_attention
 from int8run.models.dual_denoisers import set_denoiser
 from int8run.models.sampling import Sampling
 from int8run.report.console import Progress
@@ -88,8 +91,8 @@ class MixedPrecisionSearch:
 
     Args:
         float_denoiser: the float model.
-        layers: the INT8 layers, by name.
-        macs: multiply-adds of each layer in one call of the denoiser.
+        layers: the INT8 layers and attentions, by name.
+        macs: multiply-adds of each in one call of the denoiser.
         assemble: gives the denoiser in which the named layers are INT8 and the others float.
         pipe: generates the images.
         component: the denoiser's name in the pipe.
@@ -102,7 +105,7 @@ class MixedPrecisionSearch:
     """
 
     float_denoiser: nn.Module
-    layers: Mapping[str, Int8Layer]
+    layers: Mapping[str, Int8Layer | Int8Attention]
     macs: Mapping[str, int]
     assemble: Callable[[Sequence[str]], nn.Module]
     pipe: DiffusionPipeline
@@ -230,7 +233,7 @@ def measure_latents_db(made: Generation, exact: Generation) -> float:
 @torch.no_grad()
 def measure_layer_sensitivities(
     denoiser: nn.Module,
-    layers: Mapping[str, Int8Layer],
+    layers: Mapping[str, Int8Layer | Int8Attention],
     calls: Sequence[Mapping[str, Any]],
     *,
     on_layer: Callable[[], None],
@@ -239,7 +242,7 @@ def measure_layer_sensitivities(
 
     Args:
         denoiser: the float model.
-        layers: the INT8 layers, by name.
+        layers: the INT8 layers and attentions, by name.
         calls: arguments of the denoiser.
         on_layer: called after each layer, for progress.
     """
@@ -247,14 +250,31 @@ def measure_layer_sensitivities(
     sensitivities = {}
     for name, layer in layers.items():
         squares = []
-        hook = make_replacement_hook(copy_sharing_tensors(layer))
-        with denoiser.get_submodule(name).register_forward_hook(hook):
+        with computed_by(denoiser, name, layer):
             for call, exact_output in zip(calls, exact, strict=True):
                 output = get_output_tensor(denoiser(**call))
                 squares.append(compute_relative_error(output, exact_output) ** 2)
         sensitivities[name] = statistics.mean(squares)
         on_layer()
     return sensitivities
+
+
+@contextmanager
+def computed_by(denoiser: nn.Module, name: str, layer: Int8Layer | Int8Attention) -> Iterator[None]:
+    """Let one layer or attention of the float model be computed in INT8 meanwhile.
+
+    Args:
+        denoiser: the float model.
+        name: of the module.
+        layer: computes it.
+    """
+    module = denoiser.get_submodule(name)
+    if isinstance(layer, Int8Attention):
+        with native_attention(denoiser), computed_in_int8(module, layer):
+            yield
+        return
+    with module.register_forward_hook(make_replacement_hook(copy_sharing_tensors(layer))):
+        yield
 
 
 def make_replacement_hook(layer: nn.Module) -> Callable[..., Tensor]:

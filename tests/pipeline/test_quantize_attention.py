@@ -35,7 +35,7 @@ def plan(monkeypatch, mode, *found):
     traced = TracedAttentions()
     traced.note_call("attn", AttentionCall(*(randn(1, 2, 4, 8) for _ in range(3))), randn(1, 2, 4, 8))
     loaded = SimpleNamespace(family=None, denoiser=None, device=CPU)
-    return plan_attentions(loaded, traced, settings(mode), calls=[])
+    return plan_attentions(loaded, traced, settings(mode), probe=[])
 
 
 def settings(mode):
@@ -67,7 +67,7 @@ def test_the_slow_definition_is_said_or_left_out(mode, monkeypatch, caplog):
 
 
 def test_a_denoiser_without_attention_is_said(caplog):
-    ModelAttentions([], settings("auto"), calls=[]).report()
+    ModelAttentions([], settings("auto"), probe=[]).report()
 
     assert caplog.messages == ["int8.attention=auto: no attention was seen in a step of this denoiser"]
 

@@ -141,6 +141,20 @@ def test_an_output_below_the_limit_leaves_it_float():
     assert planned[0].plan.measured["output_sqnr_db"] == measured, "the table shows what it would have had"
 
 
+def test_of_several_steps_the_worst_counts():
+    model = nn.Sequential(Heads(2))
+    kind, cruel = randn(1, 6, 32), randn(1, 6, 32, seed=1)
+    cruel[:, 0] *= 300  # one token whose values leave the others few steps of int8
+    ratios = []
+    for calls in ([kind], [cruel], [kind, cruel], [cruel, kind]):
+        planned, _ = plan(model)
+        measure_attentions(model, [{"input": x} for x in calls], planned)
+        ratios.append(planned[0].plan.measured["output_sqnr_db"])
+
+    assert ratios[1] < ratios[0] - 3
+    assert ratios[2:] == [ratios[1]] * 2
+
+
 def test_nan_of_int8_alone_is_an_error():
     model = nn.Sequential(Heads(2))
     planned, _ = plan(model)

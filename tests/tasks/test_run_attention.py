@@ -141,6 +141,35 @@ def test_a_setting_that_is_none_is_refused(small: list[str], setting: str) -> No
         make_spec([*small, setting])
 
 
+def test_with_a_quality_budget_attention_takes_part_and_else_stays_float(small: list[str]) -> None:
+    budget = ["model_type.mixed_precision=auto", "quality_db=40"]
+
+    assert make_spec(small).int8.attention == "float"
+    assert make_spec([*small, *budget]).int8.attention == "auto"
+    assert make_spec([*small, *budget, "int8.attention=float"]).int8.attention == "float"
+
+
+@pytest.mark.slow
+def test_a_budget_that_only_float_attention_meets_keeps_it_float_now_and_out_of_the_cache(
+    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = ["cache.limit_gb=1", f"cache.folder={tmp_path / 'cache'}"]
+    budget = ["model_type.mixed_precision=auto", "quality_db=60", "calibration.prompts=[b]"]
+    words = [*small, *cache, *budget, "int8.attention=int8", "metrics.baseline=run"]
+
+    made = run_job(words, tmp_path / "made")
+    process_cache.clear()
+    read = run_job(words, tmp_path / "read")
+
+    rows = read_attentions(tmp_path / "made")
+    kept = [row["why_not"] for row in rows if row["quantized"] == "false"]
+    assert kept and all("quality budget: alone it makes" in reason for reason in kept)
+    assert made.metrics["budget/reached_db"] >= 60
+    assert [row["why_not"] for row in read_attentions(tmp_path / "read")] == [row["why_not"] for row in rows]
+    assert read_images(tmp_path / "made") == read_images(tmp_path / "read")
+    assert read.metrics["budget/layers_kept"] == made.metrics["budget/layers_kept"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("baseline", ["none", "run"])
 def test_both_of_two_denoisers_get_it(baseline: str, tmp_path: Path) -> None:
