@@ -13,7 +13,8 @@ import torch
 from diffusers.hooks import group_offloading
 from safetensors.torch import save_file
 from support.helpers import CPU, randn
-from support.small_model import build_small_model, generate_latents
+from support.small_model import build_small_model, generate_latents, generate_sample
+from support.tiny_unet_pipeline import save_unet_pipeline
 from torch import Tensor, nn
 
 from int8run.config.run_modes import GROUP_STREAM, OFFLOAD_MODES
@@ -23,6 +24,7 @@ from int8run.layers.int8_linear import Int8Linear
 from int8run.pipeline import load as load_module
 from int8run.pipeline import offload as module
 from int8run.pipeline.offload import check_offload, set_offload
+from int8run.tasks.vae_metrics import measure_vae
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 METHODS = {
@@ -32,6 +34,15 @@ METHODS = {
     "gptq": ["rounding=gptq"],
     "mixed precision": ["model_type.mixed_precision=auto", "quality_db=45"],
     "quantized encoders": ["clip=int8_rowwise"],
+    "attention": ["int8.attention=int8"],
+    "attention in the search": ["model_type.mixed_precision=auto", "quality_db=45", "int8.attention=int8"],
+}
+# of a UNet, and of its VAE
+PARTS = {
+    "convolutions": ["int8.convolutions=int8"],
+    "rotated convolutions": ["int8.convolutions=int8", "outlier=auto", "outlier.max_cost=null"],
+    "vae": ["int8.vae=int8"],
+    "all parts": ["int8.convolutions=int8", "int8.vae=int8", "int8.attention=int8"],
 }
 OFFLOADED = [mode for mode in OFFLOAD_MODES if mode != "none"]
 TARGET = "transformer_blocks.0.attn.to_q"
@@ -99,6 +110,30 @@ def test_offloading_changes_no_number(folder: Path, method: str) -> None:
     for mode in OFFLOADED:
         made = generate_latents(build_small_model(folder, *METHODS[method], f"offload={mode}"))
         assert torch.equal(made, expected), mode
+
+
+@pytest.fixture(scope="module")
+def unet_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_unet_pipeline(tmp_path_factory.mktemp("unet"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.usefixtures("cpu_as_gpu")
+def test_offloading_changes_no_image_whatever_part_is_int8(unet_folder: Path, part: str) -> None:
+    words = ["model.dtype=float32", *PARTS[part]]
+    plain = generate_sample(build_small_model(unet_folder, *words))
+    for mode in OFFLOADED:
+        built = build_small_model(unet_folder, *words, f"offload={mode}")
+        made = generate_sample(built)
+        assert torch.equal(made.trajectories[0], plain.trajectories[0]), mode
+        assert made.images[0].tobytes() == plain.images[0].tobytes(), mode
+        # a second time, when everything waits where the first left it
+        assert generate_sample(built).images[0].tobytes() == plain.images[0].tobytes(), mode
+        if built.vae is not None:
+            with built.vae.recording():
+                generate_sample(built)
+            assert measure_vae(built.vae, built.device)["vae/psnr_db"] > 25, mode
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ from pathlib import Path
 from support.run_job import make_spec
 from torch import Tensor
 
-from int8run.generate.generate import generate
+from int8run.generate.generate import Generation, generate
 from int8run.generate.prompts import build_samples
 from int8run.pipeline.build import build_model
 from int8run.pipeline.built_model import BuiltModel
@@ -34,7 +34,11 @@ def build_small_model(folder: Path, *overrides: str) -> BuiltModel:
 
 def generate_latents(built: BuiltModel) -> Tensor:
     """What the last step of the INT8 denoiser gives."""
+    return generate_sample(built).trajectories[0]
+
+
+def generate_sample(built: BuiltModel) -> Generation:
+    """The image of the INT8 model, and what its denoiser gave on the way."""
     sampling = make_spec(SMALL).sampling
     sampling = sampling.with_defaults(sampling)
-    made = generate(built.pipe, built.component, {"": built.denoisers["int8"]}, SAMPLES, sampling)
-    return made[""].trajectories[0]
+    return generate(built.pipe, built.component, {"": built.denoisers["int8"]}, SAMPLES, sampling)[""]
