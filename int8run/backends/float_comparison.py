@@ -28,11 +28,20 @@ class FloatComparison:
         speedup: time of float over that of INT8; None: it was not measured, or the machine was busy.
         is_clear: whether float, where it seems to be faster, is so by more than the times scatter.
         failure: why INT8 cannot run here; None: it can.
+        float_failure: why float cannot be timed here, so that nothing was measured; None: it can.
     """
 
     speedup: float | None = None
     is_clear: bool = True
     failure: str | None = None
+    float_failure: str | None = None
+
+    @property
+    def not_measured(self) -> str:
+        """Why there is nothing to compare with, for people; empty: there is."""
+        if self.float_failure is None:
+            return ""
+        return f"float was not measured: {self.float_failure}"
 
     @property
     def is_float_faster(self) -> bool:
@@ -124,6 +133,10 @@ class FloatComparer:
         failure = find_run_failure(int8, self.device)
         if failure is not None:
             self.found[key] = FloatComparison(failure=failure)
+            return self.found[key]
+        float_failure = find_run_failure(in_float, self.device)
+        if float_failure is not None:
+            self.found[key] = FloatComparison(float_failure=float_failure)
             return self.found[key]
         float_seconds, int8_seconds = time_in_turns([in_float, int8], self.device, self.rounds)
         if not is_steady(float_seconds) or not is_steady(int8_seconds):

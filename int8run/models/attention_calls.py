@@ -14,7 +14,7 @@ from diffusers.models import attention_dispatch
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from torch import Tensor, nn
 
-from int8run.errors import suggest_similar
+from int8run.errors import BackendError, suggest_similar
 from int8run.utils.attention_call import AttentionCall
 from int8run.utils.text import shorten_error
 
@@ -90,17 +90,23 @@ def compute_float_attention(call: AttentionCall, backend: str = "native") -> Ten
 
     Returns:
         [B, Hq, Lq, Dv]
+
+    Raises:
+        BackendError: where that backend does not take such a call.
     """
     if backend == AttentionBackendName.NATIVE.value:
         return ATTENTION_FUNCTION(**call._asdict())
-    result: Tensor = dispatch_attention_fn(
-        call.query.transpose(1, 2),  # the dispatch has tokens before heads
-        call.key.transpose(1, 2),
-        call.value.transpose(1, 2),
-        attn_mask=call.attn_mask,
-        is_causal=call.is_causal,
-        scale=call.scale,
-        enable_gqa=call.enable_gqa,
-        backend=AttentionBackendName(backend),
-    )
+    try:
+        result: Tensor = dispatch_attention_fn(
+            call.query.transpose(1, 2),  # the dispatch has tokens before heads
+            call.key.transpose(1, 2),
+            call.value.transpose(1, 2),
+            attn_mask=call.attn_mask,
+            is_causal=call.is_causal,
+            scale=call.scale,
+            enable_gqa=call.enable_gqa,
+            backend=AttentionBackendName(backend.lower()),
+        )
+    except ValueError as error:  # a mask, a dtype or a head width that it does not have
+        raise BackendError(f"attention={backend}: {shorten_error(error)}") from error
     return result.transpose(1, 2)

@@ -39,6 +39,7 @@ class AttentionShape(NamedTuple):
         value_width: of a head of values.
         mask: dtype of the mask; empty: there is none.
         is_causal: whether row i attends to keys 0 .. i only.
+        mask_shape: of the mask, broadcast to [B, Hq, Lq, Lk]; empty: there is none.
     """
 
     batch: int
@@ -50,6 +51,7 @@ class AttentionShape(NamedTuple):
     value_width: int
     mask: str = ""
     is_causal: bool = False
+    mask_shape: tuple[int, ...] = ()
 
     @property
     def macs(self) -> int:
@@ -78,6 +80,7 @@ def read_shape(call: AttentionCall) -> AttentionShape:
         value_width=call.value.shape[3],
         mask=mask,
         is_causal=call.is_causal,
+        mask_shape=() if call.attn_mask is None else tuple(call.attn_mask.shape),
     )
 
 

@@ -50,7 +50,7 @@ class AttentionSpeed:
             return found
         if not self.comparer.found:
             log.info("timing INT8 attention on this machine, once for each shape")
-        call = self.draw_call(shape)
+        call = draw_attention_call(shape, self.device, self.dtype)
         found = self.comparer.measure(
             key,
             int8=partial(layer.attend, call),
@@ -58,6 +58,8 @@ class AttentionSpeed:
         )
         if found.failure is not None:
             log.warning("INT8 attention of %s: %s", shape, found.failure)
+        if found.not_measured:
+            log.warning("INT8 attention of %s: %s", shape, found.not_measured)
         return found
 
     def build_key(self, shape: AttentionShape, layer: Int8Attention) -> str:
@@ -68,33 +70,43 @@ class AttentionSpeed:
             layer: computes it in INT8.
         """
         sizes = "x".join(str(int(size)) for size in shape[:7])
+        mask = shape.mask or "none"
+        if shape.mask_shape:
+            mask += f" {'x'.join(map(str, shape.mask_shape))}"
         return (
-            f"attention | {layer.backend!r} {layer.method.label} | {sizes} mask {shape.mask or 'none'} "
+            f"attention | {layer.backend!r} {layer.method.label} | {sizes} mask {mask} "
             f"causal {shape.is_causal} | {self.float_attention}"
         )
 
-    def draw_call(self, shape: AttentionShape) -> AttentionCall:
-        """Normal numbers of a shape, drawn on the device, the same ones at each call."""
-        generator = torch.Generator(self.device).manual_seed(0)
 
-        def draw(heads: int, tokens: int, width: int) -> Tensor:
-            # tokens before heads, as the Linears before an attention leave them
-            size = (shape.batch, tokens, heads, width)
-            return torch.randn(size, generator=generator, device=self.device).to(self.dtype).transpose(1, 2)
+def draw_attention_call(shape: AttentionShape, device: torch.device, dtype: torch.dtype) -> AttentionCall:
+    """Normal numbers of a shape, the same ones at each call, and a mask of the shape that was seen.
 
-        mask = None
-        if shape.mask:
-            mask = torch.ones(shape.batch, 1, 1, shape.keys, dtype=torch.bool, device=self.device)
-            if shape.mask != "bool":
-                mask = torch.zeros_like(mask, dtype=self.dtype)
-        return AttentionCall(
-            query=draw(shape.heads, shape.queries, shape.width),
-            key=draw(shape.kv_heads, shape.keys, shape.width),
-            value=draw(shape.kv_heads, shape.keys, shape.value_width),
-            attn_mask=mask,
-            is_causal=shape.is_causal,
-            enable_gqa=shape.heads != shape.kv_heads,
-        )
+    Args:
+        shape: of the call.
+        device: where the numbers are drawn.
+        dtype: of queries, keys and values, and of a mask that is added.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(heads: int, tokens: int, width: int) -> Tensor:
+        # tokens before heads, as the Linears before an attention leave them
+        size = (shape.batch, tokens, heads, width)
+        return torch.randn(size, generator=generator, device=device).to(dtype).transpose(1, 2)
+
+    mask = None
+    if shape.mask == "bool":
+        mask = torch.ones(shape.mask_shape, dtype=torch.bool, device=device)
+    elif shape.mask:
+        mask = torch.zeros(shape.mask_shape, dtype=dtype, device=device)
+    return AttentionCall(
+        query=draw(shape.heads, shape.queries, shape.width),
+        key=draw(shape.kv_heads, shape.keys, shape.width),
+        value=draw(shape.kv_heads, shape.keys, shape.value_width),
+        attn_mask=mask,
+        is_causal=shape.is_causal,
+        enable_gqa=shape.heads != shape.kv_heads,
+    )
 
 
 def leave_slow_float(planned: Sequence[PlannedAttention], speed: AttentionSpeed) -> None:
@@ -110,6 +122,7 @@ def leave_slow_float(planned: Sequence[PlannedAttention], speed: AttentionSpeed)
         shape = attention.shapes[0]
         found = speed.compare(shape, attention.layer)
         attention.plan.speedup = found.speedup
+        attention.plan.backends_left_out = found.not_measured
         place = f"at {shape.queries} x {shape.keys} tokens"
         reason = found.explain_float(attention.layer.backend.name, place)
         if reason:

@@ -119,11 +119,14 @@ class ConvolutionBinder:
             in_float = make_float_call(conv, layer, x)
             found = comparer.measure(key, int8=partial(layer, x), in_float=in_float)
         plan.speedup = found.speedup
+        plan.backends_left_out = found.not_measured
         reason = found.explain_float(plan.backend_used, f"for {list(input_shape)}")
         if reason:
             plan.float_reason = reason
         if found.failure is not None:
             log.warning("the INT8 convolution %s stays float: %s", plan.name, plan.float_reason)
+        if found.not_measured:
+            log.warning("the INT8 convolution %s: %s", plan.name, found.not_measured)
 
     def get_comparer(self, dtype: torch.dtype) -> FloatComparer:
         """What compares with float convolutions in some dtype."""

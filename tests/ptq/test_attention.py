@@ -23,6 +23,8 @@ from int8run.errors import ConfigError
 from int8run.generate.capture_attention import watch_attention
 from int8run.kernels.int8_attention.tile import choose_attention_tile
 from int8run.layers.int8_attention import Int8Attention
+from int8run.models import attention_calls
+from int8run.models.attention_calls import compute_float_attention
 from int8run.ptq.attention import (
     OWN_PRODUCTS,
     TracedAttentions,
@@ -30,9 +32,10 @@ from int8run.ptq.attention import (
     leave_inexact_float,
     measure_attentions,
     plan_traced,
+    read_shape,
 )
 from int8run.ptq.attention_check import find_attention_fault
-from int8run.ptq.attention_speed import AttentionSpeed, leave_slow_float
+from int8run.ptq.attention_speed import AttentionSpeed, draw_attention_call, leave_slow_float
 from int8run.utils.attention_call import AttentionCall
 
 
@@ -201,6 +204,47 @@ def test_a_ratio_is_measured_once(tmp_path, monkeypatch):
 
     assert len(timed) == 1
     assert [one.plan.speedup for one in planned] == [2.0, 2.0]
+
+
+def test_a_float_attention_that_cannot_run_is_not_measured_and_int8_stays(tmp_path, monkeypatch, caplog):
+    def refuse(*args, **options):
+        raise ValueError("`attn_mask` is not supported for flash-attn 2.")
+
+    monkeypatch.setattr(attention_calls, "dispatch_attention_fn", refuse)
+    planned, _ = plan(nn.Sequential(Heads(2)))
+    cache = AutotuneCache(tmp_path / "choices.json", CPU, torch.float32)
+
+    leave_slow_float(planned, AttentionSpeed(cache, CPU, torch.float32, "flash"))
+
+    (attention,) = planned
+    reason = "float was not measured: attention=flash: `attn_mask` is not supported for flash-attn 2."
+    assert attention.layer is not None and attention.plan.speedup is None
+    assert attention.plan.backends_left_out == reason
+    assert reason in caplog.text
+    assert not (tmp_path / "choices.json").exists()
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [None, torch.ones(1, 1, 6, 6, dtype=torch.bool), torch.zeros(2, 6), torch.zeros(1, 1, 1, 6)],
+    ids=["none", "rows", "two dimensions", "keys"],
+)
+def test_what_is_timed_has_a_mask_of_the_shape_that_was_seen(mask):
+    query = randn(1, 2, 6, 8)
+    if mask is not None and mask.dim() == 2:
+        query, mask = randn(1, 2, 2, 8), mask
+    seen = AttentionCall(query, randn(1, 2, 6, 8), randn(1, 2, 6, 4), mask)
+
+    drawn = draw_attention_call(read_shape(seen), CPU, torch.float32)
+
+    assert [tensor.shape for tensor in drawn[:3]] == [tensor.shape for tensor in seen[:3]]
+    if mask is None:
+        assert drawn.attn_mask is None
+    else:
+        assert (drawn.attn_mask.shape, drawn.attn_mask.dtype) == (mask.shape, mask.dtype)
+        assert torch.equal(
+            compute_float_attention(drawn), compute_float_attention(drawn._replace(attn_mask=None))
+        )
 
 
 # -- backends ------------------------------------------------------------------------------------------
