@@ -110,7 +110,14 @@ class LayerTimer:
         """
         self.n_measured += 1
         layer = draw_layer(shape, self.device)
-        attempts = {name: self.prepare(backend, layer) for name, backend in backends.items()}
+        return self.time_attempts({name: self.prepare(backend, layer) for name, backend in backends.items()})
+
+    def time_attempts(self, attempts: Mapping[str, Attempt]) -> LayerTimes:
+        """Time calls that take turns; one that is hopelessly slow is called once.
+
+        Args:
+            attempts: each was called once; by the name that it has in the result.
+        """
         seconds = self.time_first_calls(attempts)
         limit = max(HOPELESS * min(seconds.values(), default=0.0), MIN_HOPELESS_SECONDS)
         rivals = {name: attempts[name] for name in seconds if seconds[name] <= limit}

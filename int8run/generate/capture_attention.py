@@ -4,7 +4,7 @@
 class; see `models.attention_calls`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from int8run.models.attention_calls import ATTENTION_FUNCTION, native_attention
+from int8run.models.attention_calls import ATTENTION_FUNCTION, entered_while_running, native_attention
 from int8run.utils.attention_call import AttentionCall
 
 # what an attention calls that multiplies its matrices itself
@@ -49,6 +49,36 @@ class AttentionWatch(TorchFunctionMode):
         elif func in SOFTMAX_FUNCTIONS and result.dim() >= MIN_SCORE_DIMS:
             self.on_softmax(self.running[-1])
         return result
+
+
+class ZeroAttention(TorchFunctionMode):
+    """Answers attention by zeros, for who wants shapes alone."""
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Zeros [B, Hq, Lq, Dv] for an attention; anything else as torch does."""
+        kwargs = kwargs or {}
+        if func is not ATTENTION_FUNCTION:
+            return func(*args, **kwargs)
+        call = AttentionCall(*args, **kwargs)
+        return call.query.new_zeros(*call.query.shape[:-1], call.value.shape[-1])
+
+
+@contextmanager
+def answered_by_zeros(models: Iterable[nn.Module]) -> Iterator[None]:
+    """Let the attentions of models be zeros meanwhile: those of a large one take minutes on a CPU.
+
+    Args:
+        models: other models that run between them, such as text encoders, compute theirs.
+    """
+    zeros = ZeroAttention()
+    with ExitStack() as stack:
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        for model in models:
+            stack.enter_context(native_attention(model))
+            stack.enter_context(entered_while_running(model, zeros))
+        yield
 
 
 @contextmanager

@@ -6,8 +6,7 @@ processor and its layers; the call itself is answered here while that forward ru
 the float model, whose modules are other objects, is not changed.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -67,30 +66,6 @@ def answer_attention(own_forward: Forward) -> Forward:
             return own_forward(self, *args, **kwargs)
 
     return forward
-
-
-@contextmanager
-def computed_in_int8(module: nn.Module, attention: Int8Attention) -> Iterator[None]:
-    """Let one module compute its attention in INT8 meanwhile; its class stays as it is.
-
-    Args:
-        module: calls torch's own attention (`native_attention`).
-        attention: answers it.
-    """
-
-    def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
-        attention.__enter__()
-
-    def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        attention.__exit__(None, None, None)
-
-    before = module.register_forward_pre_hook(enter)
-    after = module.register_forward_hook(leave, always_call=True)
-    try:
-        yield
-    finally:
-        before.remove()
-        after.remove()
 
 
 def install_attention(model: nn.Module, attentions: Mapping[str, Int8Attention]) -> None:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from diffusers.models import attention_dispatch
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from int8run.errors import BackendError, suggest_similar
 from int8run.utils.attention_call import AttentionCall
@@ -79,6 +80,30 @@ def native_attention(model: nn.Module) -> Iterator[None]:
         # the first that is noted of an owner is what it had, where two modules share it
         for owner, before in reversed(changed):
             setattr(owner, DISPATCH_ATTRIBUTE, before)
+
+
+@contextmanager
+def entered_while_running(module: nn.Module, mode: TorchFunctionMode) -> Iterator[None]:
+    """Enter a mode whenever the forward of a module runs.
+
+    Args:
+        module: does not run inside itself.
+        mode: is left when the forward ends, by an error as well.
+    """
+
+    def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
+        mode.__enter__()
+
+    def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        mode.__exit__(None, None, None)
+
+    before = module.register_forward_pre_hook(enter)
+    after = module.register_forward_hook(leave, always_call=True)
+    try:
+        yield
+    finally:
+        before.remove()
+        after.remove()
 
 
 def compute_float_attention(call: AttentionCall, backend: str = "native") -> Tensor:

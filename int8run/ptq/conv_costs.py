@@ -16,7 +16,7 @@ from int8run.layers.assemble import copy_sharing_tensors
 from int8run.layers.int8_conv import Int8Conv
 from int8run.layers.int8_linear import QuantizedLayer
 from int8run.outlier.base import OutlierTransform
-from int8run.ptq.layer_costs import LayerCosts, describe_transform
+from int8run.ptq.layer_costs import LayerCosts, describe_convolution, describe_transform
 from int8run.quant.weight import quantize_weight
 
 
@@ -53,7 +53,7 @@ class ConvCosts(LayerCosts):
         weight = quantize_weight(self.random_tensor(conv.out_channels, num_inputs))
         plain = QuantizedLayer(weight, OutlierTransform(), bias=None)
         plain_conv = Int8Conv(plain, self.conv_backend, conv, self.dtype).to(self.device)
-        key = f"cost of {steps} | {describe_call(plain_conv, input_shape)}"
+        key = f"cost of {steps} | {describe_convolution(plain_conv, input_shape)}"
         known = self.look_up(key)
         if known is not None:
             return known
@@ -70,10 +70,7 @@ class ConvCosts(LayerCosts):
             rank: of all LoRAs together.
             input_shape: [B, C, *size].
         """
-        key = f"cost of a branch of rank {rank} | {describe_call(layer, input_shape)}"
-        steps = describe_transform(layer.transform)
-        if steps:
-            key += f" | {steps}"
+        key = f"cost of a branch of rank {rank} | {describe_convolution(layer, input_shape)}"
         known = self.look_up(key)
         if known is not None:
             return known
@@ -86,10 +83,3 @@ class ConvCosts(LayerCosts):
         changed.set_adapter(branch)
         x = self.random_tensor(*input_shape).to(self.dtype)
         return self.measure_ratio(key, plain, changed, x)
-
-
-def describe_call(layer: Int8Conv, input_shape: Sequence[int]) -> str:
-    """What the time of a convolution depends on: its geometry, the shapes, and what computes it."""
-    sizes = "x".join(map(str, input_shape))
-    geometry = f"convolution {layer.geometry.label} padding {layer.geometry.padding}"
-    return f"{geometry} | {sizes} -> {layer.out_features} | {layer.backend!r}"

@@ -18,7 +18,7 @@ from int8run.backends.float_comparison import ROUNDS, FloatComparer
 from int8run.layers.int8_conv import Int8Conv, get_layer
 from int8run.layers.int8_linear import QuantizedLayer
 from int8run.layers.plan import AUTO, Int8Settings, LayerPlan
-from int8run.ptq.layer_costs import describe_transform
+from int8run.ptq.layer_costs import describe_convolution
 from int8run.ptq.quantize import share_matrix
 
 log = logging.getLogger(__name__)
@@ -111,12 +111,12 @@ class ConvolutionBinder:
             conv: the float one; its weight need not be in memory.
             input_shape: [B, C, *size].
         """
-        key = self.build_key(layer, input_shape)
+        key = describe_convolution(layer, input_shape)
         comparer = self.get_comparer(layer.dtype)
         found = comparer.look_up(key)
         if found is None:
             x = draw_tensor(input_shape, self.device, layer.dtype)
-            in_float = make_float_call(conv, layer, x)
+            in_float = make_float_call(conv, layer.weight_shape, x)
             found = comparer.measure(key, int8=partial(layer, x), in_float=in_float)
         plan.speedup = found.speedup
         plan.backends_left_out = found.not_measured
@@ -135,19 +135,6 @@ class ConvolutionBinder:
             self.comparers[dtype] = FloatComparer(cache, self.device, self.rounds)
         return self.comparers[dtype]
 
-    def build_key(self, layer: Int8Conv, input_shape: tuple[int, ...]) -> str:
-        """The key of a convolution in the file of measured choices.
-
-        Args:
-            layer: the INT8 one.
-            input_shape: [B, C, *size].
-        """
-        sizes = "x".join(map(str, input_shape))
-        key = f"convolution {layer.geometry.label} padding {layer.geometry.padding} | {sizes} -> "
-        key += f"{layer.out_features} | {layer.backend!r}"
-        steps = describe_transform(layer.transform)
-        return f"{key} | {steps}" if steps else key
-
 
 def draw_tensor(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
     """Normal numbers of a shape, the same ones at each call."""
@@ -155,18 +142,20 @@ def draw_tensor(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
     return torch.randn(shape, generator=generator).to(device, dtype)
 
 
-def make_float_call(conv: nn.Conv2d | nn.Conv3d, layer: Int8Conv, x: Tensor) -> Callable[[], Tensor]:
+def make_float_call(
+    conv: nn.Conv2d | nn.Conv3d, weight_shape: tuple[int, ...], x: Tensor
+) -> Callable[[], Tensor]:
     """One call of the float convolution, with random weights, as its own may not be in memory.
 
     Args:
         conv: its class decides what is computed.
-        layer: has the sizes.
+        weight_shape: [N, C / groups, *kernel].
         x: its input.
     """
     convolve = nn.functional.conv2d if isinstance(conv, nn.Conv2d) else nn.functional.conv3d
     geometry = read_geometry(conv)
-    weight = draw_tensor(tuple(layer.weight_shape), x.device, x.dtype)
-    bias = None if conv.bias is None else torch.zeros(layer.out_features, device=x.device, dtype=x.dtype)
+    weight = draw_tensor(weight_shape, x.device, x.dtype)
+    bias = None if conv.bias is None else torch.zeros(weight_shape[0], device=x.device, dtype=x.dtype)
 
     def run() -> Tensor:
         return convolve(

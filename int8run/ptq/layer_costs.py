@@ -6,6 +6,7 @@ A cost is a ratio: the time of the changed layer over that of the plain one.
 
 import logging
 import math
+from collections.abc import Sequence
 from functools import cached_property, partial
 
 import torch
@@ -15,7 +16,7 @@ from int8run.backends.auto import AutoBackend, BackendChooser
 from int8run.backends.autotune_cache import open_cache_of, parse_ratio
 from int8run.backends.base import Backend, describe_settings
 from int8run.backends.run_errors import find_run_failure
-from int8run.layers.int8_conv import Int8Layer
+from int8run.layers.int8_conv import Int8Conv, Int8Layer
 from int8run.layers.int8_linear import Int8Linear, QuantizedLayer
 from int8run.layers.low_rank_branch import LowRankBranch
 from int8run.outlier.base import OutlierTransform
@@ -166,6 +167,20 @@ class BranchCosts(LayerCosts):
         branch.fuse_into_backend(layer.backend, OutlierTransform())
         branch.set_strengths([1.0])
         return branch
+
+
+def describe_convolution(layer: Int8Conv, input_shape: Sequence[int]) -> str:
+    """What the time of a convolution depends on: its geometry, the shapes, and what computes it.
+
+    Args:
+        layer: the INT8 one.
+        input_shape: [B, C, *size].
+    """
+    sizes = "x".join(map(str, input_shape))
+    key = f"convolution {layer.geometry.label} padding {layer.geometry.padding} | {sizes} -> "
+    key += f"{layer.out_features} | {layer.backend!r}"
+    steps = describe_transform(layer.transform)
+    return f"{key} | {steps}" if steps else key
 
 
 def describe_transform(transform: OutlierTransform) -> str:

@@ -22,11 +22,11 @@ from int8run.generate.generate import Generation, generate
 from int8run.generate.pipeline_call import get_execution_device
 from int8run.generate.prompts import Sample
 from int8run.layers.assemble import copy_sharing_tensors
-from int8run.layers.int8_attention import Int8Attention, computed_in_int8
+from int8run.layers.int8_attention import Int8Attention
 from int8run.layers.int8_conv import Int8Layer
 from int8run.metrics.layers import count_module_bytes
 from int8run.metrics.quality import compute_relative_error
-from int8run.models.attention_calls import native_attention
+from int8run.models.attention_calls import entered_while_running, native_attention
 from int8run.models.dual_denoisers import set_denoiser
 from int8run.models.sampling import Sampling
 from int8run.report.console import Progress
@@ -270,7 +270,7 @@ def computed_by(denoiser: nn.Module, name: str, layer: Int8Layer | Int8Attention
     """
     module = denoiser.get_submodule(name)
     if isinstance(layer, Int8Attention):
-        with native_attention(denoiser), computed_in_int8(module, layer):
+        with native_attention(denoiser), entered_while_running(module, layer):
             yield
         return
     with module.register_forward_hook(make_replacement_hook(copy_sharing_tensors(layer))):

@@ -1,4 +1,4 @@
-"""`task=bench`: time every backend and the float layer in every dtype on the layer shapes of a model.
+"""`task=bench`: time every backend, and float in every dtype, on the layers and attentions of a model.
 
 The fastest backend of each shape is kept where `backend=auto` looks for it, with its ratio to float. Also
 finds the number of rows up to which float layers are faster, for `int8.small_batch_fallback`.
@@ -13,28 +13,34 @@ import torch
 from torch import nn
 
 from int8run.backends.auto import AutoBackend, BackendChooser, compare_with_float
-from int8run.backends.base import Backend, LayerTimes, Shape, Tunable
+from int8run.backends.base import Backend, LayerTimes, Shape, Tunable, find_instruction_set
 from int8run.backends.float import Float, TimedFloat
 from int8run.backends.registry import make_backend
 from int8run.config.job import Job
 from int8run.config.run_spec import RunSpec
 from int8run.errors import ConfigError, check_range
-from int8run.generate.capture import capture_step
 from int8run.generate.input_files import read_samples
-from int8run.generate.prompts import Sample, split_batches
-from int8run.layers.plan import LayerPlan, plan_layers
+from int8run.layers.plan import CONV, INT8, LayerPlan, plan_layers
 from int8run.models.config_source import resolve_configs
 from int8run.models.dual_denoisers import DualDenoiser
 from int8run.models.loader import pick_device
 from int8run.pipeline.denoiser_variants import choose_classes_of_configs
+from int8run.pipeline.layer_selection import select_int8_plans
 from int8run.pipeline.load import build_skeletons, load_model, resolve_family
-from int8run.pipeline.loaded_model import LoadedModel, make_skip_rule, replace_missing_layers
+from int8run.pipeline.loaded_model import make_skip_rule
 from int8run.pipeline.step_settings import select_load_settings
-from int8run.pipeline.trace_layers import trace_layers
 from int8run.ptq.quantize import check_backend
 from int8run.report.console import Progress, print_lines
 from int8run.report.run_files import write_json
-from int8run.tasks.benchmark_table import BenchmarkResult, build_result_table, format_shape, make_record
+from int8run.tasks.benchmark_parts import PartTimer
+from int8run.tasks.benchmark_shapes import StepShapes, trace_shapes
+from int8run.tasks.benchmark_table import (
+    BenchmarkResult,
+    build_result_table,
+    format_shape,
+    list_instructions,
+    make_record,
+)
 from int8run.utils.dtypes import FLOAT_DTYPES
 from int8run.utils.hardware import describe_instructions, get_device_name
 
@@ -58,33 +64,62 @@ def run_benchmark(spec: RunSpec, job: Job, *, rounds: int, rows: int | None) -> 
     check_range("task.rounds", rounds, 1, 1000, whole=True)
     progress = Progress(enabled=spec.progress)
     device = pick_device(spec.device)
-    if rows is None:
-        layers = trace_layer_shapes(spec, job, progress)
-    else:
-        plans = plan_from_configs(spec)
-        layers = Counter((rows, plan.in_features, plan.out_features) for plan in plans)
+    shapes = find_shapes(spec, job, progress, rows)
     auto = replace(make_auto_backend(spec.backend), rounds=rounds)
     chooser = auto.make_chooser(device, getattr(torch, spec.model.dtype), times_float=True)
+    parts = PartTimer(spec.backend, chooser.timer, chooser.cache, spec.attention)
 
-    result = measure_layers(chooser, layers, progress)
+    result = measure_layers(chooser, shapes.linears, progress)
+    result = replace(
+        result,
+        parts=parts.measure(shapes, progress),
+        instructions={backend.name: find_instruction_set(backend) for backend in chooser.candidates},
+    )
 
     model = job.choices.get("model", "model")
     machine = f"{get_device_name(device)} ({describe_instructions(device)})"
     print_lines("", build_result_table(f"{model} on {machine}; the model is {spec.model.dtype}", result))
     print_unsupported(auto, device)
-    for name, reason in chooser.left_out.items():
+    left_out = {**chooser.left_out, **parts.left_out}
+    for name, reason in left_out.items():
         print_lines(f"cannot run: {name}: {reason}")
-    if result.num_unsteady:
-        log.warning(
-            "%d of %d shapes scatter by more than twice: other work runs here; their choices are not kept",
-            result.num_unsteady,
-            len(layers),
-        )
+    if rows is not None:
+        print_lines("not timed: convolutions and attention, whose sizes a step shows; leave out task.rows")
+    warn_unsteady(result)
+    for title, instructions in list_instructions(result).items():
+        built = ", ".join(f"{name} {text}" for name, text in instructions.items())
+        print_lines(f"kernels of {title}:  {built}")
     float_rows = ", ".join(f"{format_shape(size)}: {rows}" for size, rows in result.float_rows.items())
     print_lines(f"float is faster up to this many rows (int8.small_batch_fallback): {float_rows}")
     file = job.output_dir / "bench.json"
-    write_json(make_record(result, chooser.cache.environment, chooser.left_out), file)
+    write_json(make_record(result, chooser.cache.environment, left_out), file)
     print_lines(f"numbers:  {file}", f"choices:  {chooser.cache.path}")
+
+
+def find_shapes(spec: RunSpec, job: Job, progress: Progress, rows: int | None) -> StepShapes:
+    """The shapes to time.
+
+    Args:
+        spec: the settings.
+        job: inputs of the samples are found beside it.
+        progress: of the loading.
+        rows: that every Linear sees; None: a step of the model shows what everything sees.
+    """
+    if rows is None:
+        return trace_model_shapes(spec, job, progress)
+    plans = plan_from_configs(spec)
+    return StepShapes(Counter((rows, plan.in_features, plan.out_features) for plan in plans))
+
+
+def warn_unsteady(result: BenchmarkResult) -> None:
+    """Warn of shapes whose times say more about other work on the machine."""
+    num_unsteady = result.num_unsteady + sum(len(part.unsteady) for part in result.parts)
+    if num_unsteady:
+        log.warning(
+            "%d of %d shapes scatter by more than twice: other work runs here; their choices are not kept",
+            num_unsteady,
+            len(result.layers) + sum(len(part.seconds) for part in result.parts),
+        )
 
 
 def select_plans(spec: RunSpec, denoiser: nn.Module, plans: Sequence[LayerPlan]) -> list[LayerPlan]:
@@ -117,8 +152,8 @@ def plan_from_configs(spec: RunSpec) -> list[LayerPlan]:
     return select_plans(spec, denoiser, plan_layers(denoiser, make_skip_rule(family, denoiser)))
 
 
-def trace_layer_shapes(spec: RunSpec, job: Job, progress: Progress) -> dict[Shape, int]:
-    """Count the layers of each shape in one step of the model.
+def trace_model_shapes(spec: RunSpec, job: Job, progress: Progress) -> StepShapes:
+    """Count the shapes in one step of the model.
 
     Args:
         spec: the settings.
@@ -128,8 +163,10 @@ def trace_layer_shapes(spec: RunSpec, job: Job, progress: Progress) -> dict[Shap
     samples = read_samples(spec.prompts, spec.seed, job.output_dir, spec.sampling.input_size)
     # the shapes of the layers are enough: of the denoiser only what never becomes INT8 is read
     loaded = load_model(select_load_settings(spec, needs_float_denoiser=False), progress)
-    plans = select_plans(spec, loaded.denoiser, loaded.plan_layers())
-    return count_layer_shapes(samples, loaded, plans)
+    plans = loaded.plan_layers(convolutions=INT8)
+    linears = select_plans(spec, loaded.denoiser, [plan for plan in plans if plan.is_linear])
+    convolutions = [plan for plan in select_int8_plans(plans) if plan.kind == CONV]
+    return trace_shapes(samples, loaded, [*linears, *convolutions])
 
 
 def make_auto_backend(backend: Backend) -> AutoBackend:
@@ -150,24 +187,6 @@ def print_unsupported(auto: AutoBackend, device: torch.device) -> None:
         reasons = candidate.limits.unsupported_reasons(device)
         if reasons:
             print_lines(f"not here: {candidate.name} {'; '.join(reasons)}")
-
-
-def count_layer_shapes(
-    samples: Sequence[Sample], loaded: LoadedModel, plans: list[LayerPlan]
-) -> dict[Shape, int]:
-    """Count the layers of each shape in one step of the denoiser.
-
-    Args:
-        samples: what a run would generate; its first batch decides the number of rows.
-        loaded: the model; the weights of these layers may be missing.
-        plans: of the layers that become INT8.
-    """
-    loaded.fill_weights(except_for=[plan.name for plan in plans])
-    denoiser = replace_missing_layers(loaded.denoiser)
-    batch = split_batches(samples, loaded.sampling.batch)[0]
-    calls = capture_step(loaded.pipe, loaded.component, denoiser, batch, loaded.sampling)
-    rows = trace_layers(denoiser, plans, calls).rows
-    return Counter((rows[plan.name], plan.in_features, plan.out_features) for plan in plans)
 
 
 def measure_layers(

@@ -4,19 +4,48 @@
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from int8run.backends.base import Shape
+from int8run.backends.base import LayerTimes, Shape
 from int8run.utils.dtypes import FLOAT_DTYPES
 
 MILLISECONDS = 1000
 SHORT_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 LayerSize = tuple[int, int]  # in_features, out_features
 Seconds = Mapping[str, float]  # by dtype or backend
+# seconds of one call by shape, and how often each shape is called in a step
+Group = tuple[Mapping[Any, Seconds], Mapping[Any, int]]
+
+
+@dataclass(frozen=True)
+class TimedParts:
+    """Times of the convolutions or of the attentions of a step.
+
+    Args:
+        title: what they are.
+        seconds: of one call, by shape; in float by dtype, in INT8 by backend.
+        counts: calls of each shape.
+        instructions: what the kernels of each INT8 backend are built for; empty where for nothing.
+        unsteady: shapes whose times scatter too much to be kept.
+    """
+
+    title: str
+    seconds: dict[str, Seconds] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    instructions: dict[str, str] = field(default_factory=dict)
+    unsteady: list[str] = field(default_factory=list)
+
+    def add(self, shape: str, count: int, times: LayerTimes) -> None:
+        """Add the times of a shape; those of shapes that look alike count as one."""
+        self.seconds.setdefault(shape, times.seconds)
+        self.counts[shape] = self.counts.get(shape, 0) + count
+        if not times.is_steady:
+            self.unsteady.append(shape)
 
 
 @dataclass(frozen=True)
@@ -27,32 +56,54 @@ class BenchmarkResult:
         seconds: of one call, by shape; the float layer's by dtype, the others' by backend.
         layers: number of layers of each shape.
         float_rows: the largest number of rows at which the float layer is faster, by layer size.
-        num_unsteady: shapes whose times scatter too much to be kept.
+        num_unsteady: shapes of Linears whose times scatter too much to be kept.
+        parts: what was timed beside Linears.
+        instructions: what the kernels of each backend are built for; empty where for nothing.
     """
 
     seconds: Mapping[Shape, Seconds]
     layers: Mapping[Shape, int]
     float_rows: Mapping[LayerSize, int]
     num_unsteady: int
+    parts: Sequence[TimedParts] = ()
+    instructions: Mapping[str, str] = field(default_factory=dict)
 
     def sum_seconds(self) -> dict[str, float]:
-        """Seconds of all layers of one step, by dtype and backend, the fastest first.
+        """Seconds of all Linears of one step; see `sum_step`."""
+        return sum_step([(self.seconds, self.layers)])
 
-        One that cannot run every shape has no sum.
-        """
-        totals: dict[str, float] = {}
-        names = dict.fromkeys(name for seconds in self.seconds.values() for name in seconds)
-        for name in names:
-            if all(name in seconds for seconds in self.seconds.values()):
-                totals[name] = sum(count * self.seconds[shape][name] for shape, count in self.layers.items())
-        return dict(sorted(totals.items(), key=lambda item: item[1]))
+    @property
+    def groups(self) -> list[Group]:
+        """Times and counts of the Linears, and of each other part."""
+        return [(self.seconds, self.layers), *((part.seconds, part.counts) for part in self.parts)]
 
     @property
     def names(self) -> list[str]:
-        """Every dtype and backend, the fastest first; those that cannot run every shape come last."""
+        """Every dtype and backend, the fastest with Linears first; those that cannot run all come last."""
         totals = self.sum_seconds()
-        others = {name for seconds in self.seconds.values() for name in seconds} - totals.keys()
-        return [*totals, *sorted(others)]
+        others = {name for seconds, _ in self.groups for times in seconds.values() for name in times}
+        return [*totals, *sorted(others - totals.keys())]
+
+
+def sum_step(groups: Sequence[Group]) -> dict[str, float]:
+    """Seconds of everything in these groups, by dtype and backend, the fastest first.
+
+    One that cannot run every shape has no sum.
+
+    Args:
+        groups: times of each shape, and how often it is called.
+    """
+    names = dict.fromkeys(name for seconds, _ in groups for times in seconds.values() for name in times)
+    totals: dict[str, float] = {}
+    for name in names:
+        total = 0.0
+        for seconds, counts in groups:
+            if not all(name in times for times in seconds.values()):
+                break
+            total += sum(count * seconds[shape][name] for shape, count in counts.items())
+        else:
+            totals[name] = total
+    return dict(sorted(totals.items(), key=lambda item: item[1]))
 
 
 def find_fastest_float(seconds: Seconds) -> str | None:
@@ -86,7 +137,8 @@ def build_result_table(title: str, result: BenchmarkResult) -> Table:
         padding=(0, 1, 0, 0),
     )
     labels = {shape: format_label(shape) for shape in result.seconds}
-    longest_label = max(map(len, labels.values()), default=0)
+    other_labels = [shape for part in result.parts for shape in part.seconds]
+    longest_label = max(map(len, [*labels.values(), *other_labels]), default=0)
     table.add_column("rows×in→out", no_wrap=True, min_width=longest_label)
     for heading in (Text("layers"), *map(make_heading, names), Text("ratio")):
         widest_line = max(map(len, heading.plain.splitlines()))
@@ -94,10 +146,31 @@ def build_result_table(title: str, result: BenchmarkResult) -> Table:
     for shape, seconds in result.seconds.items():
         times = format_times(seconds, names)
         table.add_row(labels[shape], str(result.layers[shape]), *times, compare_fastest(seconds))
-    times = format_times(result.sum_seconds(), names)
     table.add_section()
-    table.add_row("all layers", str(sum(result.layers.values())), *times, compare_all(result))
+    add_sum(table, "all layers", result.groups[:1], names)
+    for part, group in zip(result.parts, result.groups[1:], strict=True):
+        table.add_section()
+        for label, seconds in part.seconds.items():
+            times = format_times(seconds, names)
+            table.add_row(label, str(part.counts[label]), *times, compare_fastest(seconds))
+        add_sum(table, f"all {part.title}", [group], names)
+    if result.parts:
+        table.add_section()
+        add_sum(table, "all of these", result.groups, names)
     return table
+
+
+def add_sum(table: Table, label: str, groups: Sequence[Group], names: Sequence[str]) -> None:
+    """Add a row for all calls of a step.
+
+    Args:
+        table: gets the row.
+        label: of the row.
+        groups: that are summed.
+        names: of the columns.
+    """
+    count = sum(sum(counts.values()) for _, counts in groups)
+    table.add_row(label, str(count), *format_times(sum_step(groups), names), compare_all(groups))
 
 
 def format_label(shape: Shape) -> str:
@@ -136,19 +209,37 @@ def compare_fastest(seconds: Seconds) -> str:
     return f"{seconds[best_float] / seconds[int8]:.2f}×"
 
 
-def compare_all(result: BenchmarkResult) -> str:
-    """`1.84×`: all layers, each on its fastest backend, against the one fastest float dtype."""
-    totals = result.sum_seconds()
+def compare_all(groups: Sequence[Group]) -> str:
+    """`1.84×`: all calls, each on its fastest backend, against the one fastest float dtype."""
+    totals = sum_step(groups)
     best_float = find_fastest_float(totals)
-    if best_float is None:
+    int8_total = sum_fastest_int8(groups)
+    if best_float is None or int8_total is None:
         return "–"
-    int8_total = 0.0
-    for shape, count in result.layers.items():
-        int8 = find_fastest_int8(result.seconds[shape])
-        if int8 is None:
-            return "–"
-        int8_total += count * result.seconds[shape][int8]
     return f"{totals[best_float] / int8_total:.2f}×"
+
+
+def sum_fastest_int8(groups: Sequence[Group]) -> float | None:
+    """Seconds of all calls, each on its fastest INT8 backend; None where one has none."""
+    total = 0.0
+    for seconds, counts in groups:
+        for shape, count in counts.items():
+            int8 = find_fastest_int8(seconds[shape])
+            if int8 is None:
+                return None
+            total += count * seconds[shape][int8]
+    return total
+
+
+def list_instructions(result: BenchmarkResult) -> dict[str, dict[str, str]]:
+    """What the kernels of each backend are built for, by what they compute; without those for nothing."""
+    by_title = {"Linears": result.instructions, **{part.title: part.instructions for part in result.parts}}
+    listed = {}
+    for title, instructions in by_title.items():
+        built = {name: text for name, text in instructions.items() if text}
+        if built:
+            listed[title] = built
+    return listed
 
 
 def make_record(
@@ -165,6 +256,10 @@ def make_record(
     for shape, seconds in result.seconds.items():
         milliseconds[format_shape(shape)] = {name: MILLISECONDS * time for name, time in seconds.items()}
     totals = result.sum_seconds()
+    whole_step = {name: MILLISECONDS * time for name, time in sum_step(result.groups).items()}
+    fastest_int8 = sum_fastest_int8(result.groups)
+    if fastest_int8 is not None:
+        whole_step["int8"] = MILLISECONDS * fastest_int8
     return {
         "device": environment,
         "milliseconds": milliseconds,
@@ -172,7 +267,20 @@ def make_record(
         "step_milliseconds": {name: MILLISECONDS * time for name, time in totals.items()},
         "float_rows": {format_shape(size): rows for size, rows in result.float_rows.items()},
         "cannot_run": dict(left_out),
+        "instructions": list_instructions(result),
+        **{part.title: make_part_record(part) for part in result.parts},
+        # Linears and these; INT8 on the fastest backend of each shape
+        "all_milliseconds": whole_step,
     }
+
+
+def make_part_record(part: TimedParts) -> dict[str, object]:
+    """Times and number of calls of each shape, by its name in the table."""
+    record: dict[str, object] = {}
+    for shape, seconds in part.seconds.items():
+        milliseconds = {name: MILLISECONDS * time for name, time in seconds.items()}
+        record[shape] = {"calls": part.counts[shape], "milliseconds": milliseconds}
+    return record
 
 
 def format_shape(numbers: tuple[int, ...]) -> str:

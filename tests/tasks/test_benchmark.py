@@ -89,6 +89,10 @@ def test_every_int8_layer_is_timed_on_its_shape(command: Command, model: str) ->
     assert timed_sizes <= sizes
     assert record["float_rows"].keys() == timed_sizes
     assert "choices:  choices.json" in outcome.out
+    attentions = record["attention"]
+    assert attentions and all(entry["calls"] > 0 for entry in attentions.values())
+    assert all(set(FLOAT_DTYPES) <= entry["milliseconds"].keys() for entry in attentions.values())
+    assert "convolutions" not in record, "FLUX has none"
 
 
 def test_no_weight_of_a_layer_that_is_timed_is_read(
@@ -124,6 +128,7 @@ def test_configs_are_enough_for_a_number_of_rows(
     (file,) = command.folder.rglob("bench.json")
     layers = json.loads(file.read_text())["layers"]
     assert layers and all(shape.startswith("24x") for shape in layers)
+    assert "not timed: convolutions and attention" in outcome.out
 
 
 @pytest.mark.parametrize("rows", ["0", "1.5"])
