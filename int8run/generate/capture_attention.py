@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from int8run.models.attention_calls import ATTENTION_FUNCTION, entered_while_running, native_attention
+from int8run.models.attention_calls import ATTENTION_FUNCTION, native_attention
 from int8run.utils.attention_call import AttentionCall
 
 # what an attention calls that multiplies its matrices itself
@@ -52,14 +52,21 @@ class AttentionWatch(TorchFunctionMode):
 
 
 class ZeroAttention(TorchFunctionMode):
-    """Answers attention by zeros, for who wants shapes alone."""
+    """Answers attention by zeros while a model runs, for who wants shapes alone.
+
+    A watch that is entered later sees the calls.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.running: list[str] = []  # models that run
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Zeros [B, Hq, Lq, Dv] for an attention; anything else as torch does."""
         kwargs = kwargs or {}
-        if func is not ATTENTION_FUNCTION:
+        if func is not ATTENTION_FUNCTION or not self.running:
             return func(*args, **kwargs)
         call = AttentionCall(*args, **kwargs)
         return call.query.new_zeros(*call.query.shape[:-1], call.value.shape[-1])
@@ -77,7 +84,8 @@ def answered_by_zeros(models: Iterable[nn.Module]) -> Iterator[None]:
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         for model in models:
             stack.enter_context(native_attention(model))
-            stack.enter_context(entered_while_running(model, zeros))
+            stack.enter_context(noted_while_running(model, "", zeros.running))
+        stack.enter_context(zeros)
         yield
 
 

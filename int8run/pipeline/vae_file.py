@@ -121,8 +121,7 @@ def find_vae_place(folder: Path, parts: Mapping[str, Sequence[str]]) -> tuple[st
         class_name, location = parts[VAE]
         return class_name, resolve_part_folder(VAE, location)
     entry = read_model_index(folder, str(folder)).get(VAE)
-    is_pair = isinstance(entry, list) and len(entry) == 2 and None not in entry
-    if not is_pair or not (folder / VAE).is_dir():
+    if not isinstance(entry, list) or len(entry) != 2 or None in entry or not (folder / VAE).is_dir():
         return None
     return str(entry[1]), folder / VAE
 

@@ -135,7 +135,9 @@ def extract_patches(x: Tensor, geometry: ConvGeometry, positions: Tensor) -> Ten
     for dimension, (kernel, stride) in enumerate(zip(geometry.kernel, geometry.stride, strict=True), start=2):
         patches = patches.unfold(dimension, kernel, stride)  # a view: [B, C, *output sizes, *kernel]
     indices = torch.unravel_index(positions, geometry.compute_output_size(x.shape[2:]))
-    chosen = patches[(slice(None), slice(None), *indices)]  # [B, C, T, *kernel]
+    every = slice(None)
+    places: tuple[Any, ...] = (every, every, *indices)
+    chosen = patches[places]  # [B, C, T, *kernel]
     return chosen.flatten(3).transpose(1, 2).flatten(2)
 
 

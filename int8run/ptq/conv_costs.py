@@ -5,6 +5,7 @@ file.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -74,7 +75,8 @@ class ConvCosts(LayerCosts):
         known = self.look_up(key)
         if known is not None:
             return known
-        plain, changed = (copy_sharing_tensors(layer).to(self.device) for _ in range(2))
+        plain: Any = copy_sharing_tensors(layer).to(self.device)
+        changed: Any = copy_sharing_tensors(layer).to(self.device)
         lora_A = self.random_tensor(rank, layer.in_features)
         lora_B = self.random_tensor(layer.out_features, rank)
         branch = changed.make_branch([(lora_A, lora_B)])

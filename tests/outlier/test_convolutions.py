@@ -160,12 +160,15 @@ def score(x, conv, auto=AUTO, cost=lambda transform: 1.0):
 
 
 def test_auto_rotates_a_convolution_where_channels_differ_and_no_other():
-    conv = nn.Conv2d(16, 6, 3, padding=1)
     flat = torch.rand(2, 16, 6, 6, generator=torch.Generator().manual_seed(0))
     spiked = flat.clone()
     spiked[:, 3] *= 60
+    weight = randn(6, 16, 3, 3)
+    weight[:, 3] /= 60  # so that the channel counts like the others
 
     for x, best in ((flat, "plain"), (spiked, "rotated")):
+        conv = nn.Conv2d(16, 6, 3, padding=1)
+        conv.weight.data = weight if best == "rotated" else randn(6, 16, 3, 3)
         scores = score(x, conv)
         assert scores.keys() == {"plain", "rotated"}, "smoothquant is for Linears alone"
         assert AUTO.choose_methods({"conv": scores}, [["conv"]]) == {"conv": best}
