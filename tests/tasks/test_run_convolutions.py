@@ -8,7 +8,7 @@ import torch
 from hydra import compose, initialize_config_module
 from safetensors.torch import load_file, save_file
 from support.run_job import run_job
-from support.tiny_unet_pipeline import build_unet, save_unet_pipeline
+from support.tiny_unet_pipeline import build_unet, random_unet_pipeline, save_unet_pipeline
 
 from int8run.config.compose import create_run_spec, get_plain_config
 from int8run.config.job import Job
@@ -123,9 +123,16 @@ def test_convolutions_are_rotated_and_their_rows_name_the_method(small, tmp_path
 
 @pytest.mark.slow
 def test_auto_chooses_for_each_convolution_by_its_error(small, tmp_path):
+    pipe = random_unet_pipeline()
+    generator = torch.Generator().manual_seed(0)
+    for module in pipe.unet.modules():
+        if isinstance(module, torch.nn.GroupNorm):  # channels that differ are what rotations are for
+            module.weight.data *= torch.randn(module.num_channels, generator=generator).mul(2).exp()
+    pipe.save_pretrained(tmp_path / "model")
     auto = ["outlier=auto", "outlier.max_cost=null", "calibration.prompts=[b]"]
+    words = [*small, f"model.location={tmp_path / 'model'}", "int8.convolutions=int8"]
 
-    result = run_job([*small, "int8.convolutions=int8", *auto], tmp_path)
+    result = run_job([*words, *auto], tmp_path)
 
     rows = [row for row in read_rows(tmp_path / "layers.csv").values() if row["kind"] == "conv"]
     chosen = {row["outlier"].split()[0] for row in rows if row["quantized"] == "true"}
