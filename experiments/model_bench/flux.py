@@ -20,8 +20,9 @@ from int8run.models.family import IgnoreRule, ModelFamily
 from int8run.models.sampling import Sampling
 from int8run.models.source import ResolvedModel
 from int8run.pipeline.loaded_model import LoadedModel
+from int8run.pipeline.quantize_attention import count_step, plan_attentions
 from int8run.pipeline.quantize_denoiser import quantize_denoiser
-from int8run.pipeline.step_settings import select_quantization_settings
+from int8run.pipeline.step_settings import select_attention_settings, select_quantization_settings
 from int8run.pipeline.trace_layers import trace_layers
 from int8run.report.console import Progress
 
@@ -220,10 +221,13 @@ def quantize_with_int8run(
         checkpoint=None,
         encoders={},
     )
+    spec = make_spec(backend, outlier, *overrides)
+    _, traced_attentions = count_step(model, [call])
+    attentions = plan_attentions(loaded, traced_attentions, select_attention_settings(spec), [call])
     quantized = quantize_denoiser(
         loaded,
         plans,
-        select_quantization_settings(make_spec(backend, outlier, *overrides)),
+        replace(select_quantization_settings(spec), attentions=attentions.layers),
         traced=trace_layers(model, int8_plans, [call]),
         prequantized=None,
         loras=LoraStack(model),

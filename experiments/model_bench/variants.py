@@ -24,6 +24,7 @@ from toolkit import GROUP, ToolkitLinear
 from int8run.kernels.cpu.instructions import INSTRUCTION_SETS
 
 BACKENDS = ("reference", "torch_int_mm", "onednn", "cpu", "auto")
+WITH_ATTENTION = "int8run cpu, attention too"
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,11 @@ def quantize_with_kernels(
     return quantize_with_int8run(model, call, layers, "cpu", "none", override)
 
 
+def quantize_attention_too(model: nn.Module, call: Mapping[str, Any], layers: str) -> nn.Module:
+    """int8run's own kernels for the Linears and for every attention."""
+    return quantize_with_int8run(model, call, layers, "cpu", "none", "int8.attention=int8")
+
+
 def add_modes(builds: Mapping[str, Callable[..., nn.Module]], **settings: Any) -> dict[str, Variant]:
     """Each of these as it is and compiled; `settings` are those of a `Variant`."""
     variants = {}
@@ -126,6 +132,7 @@ def list_own_builds() -> dict[str, Callable[..., nn.Module]]:
     for title, fact in {"no sharing": "same_input", "no moved GELU": "deferred_gelu"}.items():
         build = partial(quantize_with_int8run, backend="cpu", without=[fact])
         builds[f"int8run cpu, {title}"] = build
+    builds[WITH_ATTENTION] = quantize_attention_too
     return builds
 
 
@@ -152,5 +159,12 @@ VARIANTS = {**FLOATS, **PEERS, **add_modes(list_own_builds()), **SETS, **IN_BF16
 TABLES = {
     "all": list(VARIANTS),
     "instructions": [*FLOATS, *SETS, *IN_BF16],
-    "peers": [*FLOATS, *PEERS, "int8run cpu eager", "int8run cpu compiled"],
+    "peers": [
+        *FLOATS,
+        *PEERS,
+        "int8run cpu eager",
+        "int8run cpu compiled",
+        f"{WITH_ATTENTION} eager",
+        f"{WITH_ATTENTION} compiled",
+    ],
 }
