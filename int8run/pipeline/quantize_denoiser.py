@@ -115,13 +115,7 @@ def quantize_denoiser(
         prequantized=prequantized,
         loras=loras,
     )
-    int8_layers = bind_layers(
-        loaded,
-        layers,
-        settings,
-        quantized=quantized,
-        progress=progress,
-    )
+    int8_layers = bind_layers(loaded, layers, settings, quantized=quantized, progress=progress)
 
     if needs_search:
         return search_mixed_precision(
