@@ -12,7 +12,7 @@ from int8run.checkpoints.layer import CheckpointLayer
 from int8run.kernels.cpu.rows import RowSums, quantize_weight_rows
 from int8run.kernels.quantize_rowwise.reference import INT8_MAX, TINY
 from int8run.outlier.base import OutlierTransform
-from int8run.quant.formats import compute_block_absmax
+from int8run.quant.block_encoding import compute_block_absmax
 from int8run.quant.rounding import Mse
 
 EXACT_SCALE, COARSE_SCALE = 1e-6, 4e-3  # relative, of scales in float32 and in fewer bits

@@ -125,25 +125,47 @@ def write_outputs(
     write_layer_tables(spec, built, output_dir)
     environment = collect_environment(built.device, read_library_versions())
     write_json(environment, output_dir / "environment.json")
-    generated = read_generated_sampling(spec.sampling, comparison.candidate)
-    # the last file, so that a folder that has it is complete
-    write_json(
-        {
-            "schema": RESULTS_SCHEMA,
-            # what others need to compare the numbers with theirs, in this one file
-            "int8run": __version__,
-            "model": name_model(str(spec.model.location)),
-            "recipe": describe_model(spec, spec.candidate),
-            "environment": environment,
-            "metrics": metrics,
-            "series": collect_series(comparison),
-            # as it was generated, which may not be what was asked
-            "sampling": asdict(generated),
-            "rounded": collect_rounded(spec, built, comparison, generated),
-            "images": entries,
-        },
-        output_dir / RESULTS,
+    results = collect_results(
+        spec, built, comparison, metrics=metrics, environment=environment, images=entries
     )
+    # the last file, so that a folder that has it is complete
+    write_json(results, output_dir / RESULTS)
+
+
+def collect_results(
+    spec: RunSpec,
+    built: BuiltModel,
+    comparison: RunComparison,
+    *,
+    metrics: Mapping[str, float],
+    environment: Mapping[str, object],
+    images: Sequence[Mapping[str, object]],
+) -> dict[str, object]:
+    """What stands in metrics.json.
+
+    Args:
+        spec: the settings.
+        built: the model that ran.
+        comparison: what it generated.
+        metrics: by their public names.
+        environment: the machine and the versions of libraries.
+        images: what is recorded of each sample.
+    """
+    # as it was generated, which may not be what was asked
+    generated = read_generated_sampling(spec.sampling, comparison.candidate)
+    return {
+        "schema": RESULTS_SCHEMA,
+        # what others need to compare the numbers with theirs, in this one file
+        "int8run": __version__,
+        "model": name_model(str(spec.model.location)),
+        "recipe": describe_model(spec, spec.candidate),
+        "environment": environment,
+        "metrics": metrics,
+        "series": collect_series(comparison),
+        "sampling": asdict(generated),
+        "rounded": collect_rounded(spec, built, comparison, generated),
+        "images": images,
+    }
 
 
 def write_layer_tables(spec: RunSpec, built: BuiltModel, output_dir: Path) -> None:
