@@ -55,6 +55,8 @@ class Limits:
         amd_architectures: AMD GPUs that it runs on, by the compiler's names; empty: all.
         max_in_features: the widest layer whose 32-bit sums cannot overflow; None: any width.
         fuses_gelu: whether `quantize` computes a GELU on the way, at next to no cost.
+        fuses_silu: whether a convolution computes a SiLU where it quantizes its input.
+        fuses_norm: whether it also computes the GroupNorm before that.
         is_optional: whether `backend=auto` says nothing where this backend is missing, because few have it.
     """
 
@@ -68,6 +70,8 @@ class Limits:
     amd_architectures: tuple[str, ...] = ()
     max_in_features: int | None = None
     fuses_gelu: bool = False
+    fuses_silu: bool = False
+    fuses_norm: bool = False
     is_optional: bool = False
 
     def unsupported_reasons(self, device: torch.device) -> list[str]:
@@ -280,6 +284,26 @@ class ComputesNorms(Protocol):
             x: float [..., K], contiguous.
             weight: [K] in x's dtype.
             eps: added to the mean.
+        """
+        ...
+
+
+@runtime_checkable
+class RotatesPositions(Protocol):
+    """A backend with a kernel for the rotary embedding of queries and keys."""
+
+    def can_rotate(self, x: Tensor, cos: Tensor, sin: Tensor, *, tokens_first: bool) -> bool:
+        """Whether the kernel takes these tensors as they are; shapes as for `rotate_positions`."""
+        ...
+
+    def rotate_positions(self, x: Tensor, cos: Tensor, sin: Tensor, *, tokens_first: bool) -> Tensor:
+        """Rotate each pair of neighboring channels by the angle of its token.
+
+        Args:
+            x: float [B, tokens, heads, D] or [B, heads, tokens, D].
+            cos: float32 [tokens, D], of the angles.
+            sin: as `cos`.
+            tokens_first: whether tokens come before heads.
         """
         ...
 

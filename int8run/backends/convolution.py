@@ -21,7 +21,7 @@ from int8run.kernels.cpu import conv
 from int8run.kernels.cpu.instructions import AUTO, INSTRUCTION_SETS
 from int8run.kernels.cpu.library import BuildError, load_conv_library
 from int8run.kernels.hadamard.reference import Rotation
-from int8run.kernels.int8_conv.reference import int8_conv
+from int8run.kernels.int8_conv.reference import GroupNorm, int8_conv
 from int8run.kernels.int8_conv.tile import choose_conv_tile
 from int8run.kernels.int8_linear.tile import AMD_ARCHITECTURES
 from int8run.quant.weight import QuantizedWeight
@@ -111,6 +111,8 @@ class ConvCall(NamedTuple):
         bias: float32 [N].
         geometry: of the convolution.
         rotation: of the channels of a group before they are rounded.
+        norm: comes first; only where the backend's limits say that it computes one.
+        silu: whether SiLU comes before the rotation.
     """
 
     x: Tensor
@@ -119,6 +121,8 @@ class ConvCall(NamedTuple):
     bias: Tensor | None
     geometry: ConvGeometry
     rotation: Rotation | None = None
+    norm: GroupNorm | None = None
+    silu: bool = False
 
 
 class ConvBackend(Protocol):
@@ -178,6 +182,8 @@ class ReferenceConv:
             dilation=geometry.dilation,
             groups=geometry.groups,
             rotation=call.rotation,
+            norm=call.norm,
+            silu=call.silu,
         )
 
 
@@ -192,7 +198,11 @@ class CpuConv:
     instructions: str = AUTO
     name: ClassVar[str] = "cpu"
     limits: ClassVar[Limits] = Limits(
-        devices=("cpu",), kernel_instructions=tuple(INSTRUCTION_SETS), needs_compiler=True
+        devices=("cpu",),
+        kernel_instructions=tuple(INSTRUCTION_SETS),
+        needs_compiler=True,
+        fuses_silu=True,
+        fuses_norm=True,
     )
 
     @property
@@ -229,6 +239,8 @@ class CpuConv:
             padding=geometry.padding,
             rotation=0 if rotation is None else rotation.group,
             sylvester=rotation is not None and rotation.sylvester,
+            norm=call.norm,
+            silu=call.silu,
             instructions=self.instructions,
         )
 
@@ -251,6 +263,7 @@ class TritonConv:
         cuda_capability=(8, 0),
         amd_architectures=AMD_ARCHITECTURES,
         python_packages=("triton",),
+        fuses_silu=True,
     )
 
     def pack_weight(self, weight: QuantizedWeight, kernel_shape: Sizes, groups: int) -> Tensor:
@@ -278,6 +291,7 @@ class TritonConv:
             padding=geometry.padding,
             groups=geometry.groups,
             rotation=call.rotation,
+            silu=call.silu,
             tile=choose_conv_tile(get_gpu_architecture(x.device), pixels),
         )
         return y

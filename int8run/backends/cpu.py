@@ -11,7 +11,7 @@ from torch import Tensor
 
 from int8run.backends.base import MAX_SIGNED_PRODUCTS, NO_GELU, FusedBranch, Limits, QuantizedInput
 from int8run.errors import BackendError, check_bool, check_choice
-from int8run.kernels.cpu import linear, norm
+from int8run.kernels.cpu import linear, norm, rotary
 from int8run.kernels.cpu.instructions import AUTO, INSTRUCTION_SETS
 from int8run.kernels.cpu.library import BuildError, load_linear_library
 from int8run.kernels.hadamard.reference import Rotation
@@ -141,6 +141,15 @@ class Cpu:
     def normalize(self, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         """RMSNorm over the last dimension. x: [..., K], weight: [K] -> [..., K]."""
         return norm.rms_norm(x, weight, eps, self.instructions)
+
+    def can_rotate(self, x: Tensor, cos: Tensor, sin: Tensor, *, tokens_first: bool) -> bool:
+        """Whether the kernel takes these tensors as they are."""
+        is_here = x.device.type == cos.device.type == sin.device.type == "cpu"
+        return is_here and rotary.can_rotate(x, cos, sin, tokens_first=tokens_first)
+
+    def rotate_positions(self, x: Tensor, cos: Tensor, sin: Tensor, *, tokens_first: bool) -> Tensor:
+        """Rotary embedding. x: [B, tokens, heads, D] or [B, heads, tokens, D], cos and sin: [tokens, D]."""
+        return rotary.rotate_positions(x, cos, sin, tokens_first=tokens_first, instructions=self.instructions)
 
     def fuse_branch(self, lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> FusedBranch | None:
         """Both factors in int8 with a scale per row: the branch uses the quantized x and the same

@@ -12,7 +12,9 @@ from typing import Any
 
 from torch import nn
 
+from int8run.layers.fused_group_norm import defer_norms
 from int8run.layers.fused_norm import install_norms
+from int8run.layers.fused_rotary import install_rotary
 from int8run.layers.fusion import defer_gelu, share_inputs
 from int8run.layers.int8_attention import Int8Attention, install_attention
 from int8run.layers.int8_conv import Int8Layer
@@ -31,7 +33,8 @@ def assemble_int8_model(
     """An INT8 model: a copy of the module tree with these layers in it, sharing every tensor with both.
 
     As the family allows, layers that read the same tensor share its quantization, and a GELU before an INT8
-    layer moves into that layer's quantization. RMSNorms are computed by the layers' backend, where it can.
+    layer moves into that layer's quantization, as do GroupNorm and SiLU before a convolution. RMSNorms and
+    rotary embeddings are computed by the layers' backend, where it can.
 
     Args:
         model: the float model.
@@ -45,14 +48,18 @@ def assemble_int8_model(
         setattr(target.get_submodule(parent), child, copy_sharing_tensors(layer))
     n_saved = share_inputs(target, family.same_input)
     n_moved = sum(defer_gelu(target, gelu) for gelu in family.deferred_gelu)
+    n_deferred = defer_norms(target, family.deferred_norms)
     install_attention(target, attentions or {})
     n_norms = install_norms(target)
+    n_rotary = install_rotary(target)
     log.debug(
         "layers with the same input share a quantization: %d fewer per step; %d GELUs moved into one; "
-        "%d norms in one pass",
+        "%d SiLUs moved into a convolution; %d norms and %d rotary embeddings in one pass",
         n_saved,
         n_moved,
+        n_deferred,
         n_norms,
+        n_rotary,
     )
     return target
 

@@ -5,6 +5,7 @@ Like `Int8Linear`, it holds what computes it and no model or config, and stays v
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from int8run.backends.convolution import ConvBackend, ConvCall, describe_sizes, read_geometry
+from int8run.kernels.int8_conv.reference import GroupNorm
 from int8run.layers.int8_linear import (
     DTYPE_MARKER,
     BackendLayer,
@@ -127,11 +129,37 @@ class ConvBranch(BranchStrengths):
         return convolve(hidden, self.lora_B, groups=geometry.groups)
 
 
+@dataclass(frozen=True)
+class DeferredSteps:
+    """What a convolution computes on its way to bytes, because the modules before it hand their input on.
+
+    Args:
+        norm: which keeps its tensors and its place in the model; None: the norm is computed before.
+        silu: whether SiLU follows.
+    """
+
+    norm: nn.GroupNorm | None
+    silu: bool
+
+    def read_norm(self) -> GroupNorm | None:
+        """The norm as kernels take it."""
+        if self.norm is None:
+            return None
+        return GroupNorm(self.norm.num_groups, self.norm.weight, self.norm.bias, self.norm.eps)
+
+    def apply(self, x: Tensor) -> Tensor:
+        """The same in float; x: [B, C, *size]."""
+        norm = self.norm
+        if norm is not None:
+            x = F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+        return F.silu(x) if self.silu else x
+
+
 class Int8Conv(BackendLayer):
     """`nn.Conv2d` or `nn.Conv3d` in W8A8: a scale for each output channel, the input quantized as the kernel
     says.
 
-    The adapter is set from outside, by LoRAs.
+    The adapter is set from outside, by LoRAs, and what is deferred to it by `layers.fused_group_norm`.
 
     Args:
         layer: quantized weight [N, K] and bias, K the channels of a group times the size of the kernel.
@@ -159,6 +187,7 @@ class Int8Conv(BackendLayer):
         self.transform = layer.transform
         self.dtype = dtype
         self.adapter: ConvBranch | None = None
+        self.deferred: DeferredSteps | None = None
         self.register_buffer(DTYPE_MARKER, torch.empty(0, dtype=dtype), persistent=False)
         packed = backend.pack_weight(layer.weight, self.kernel_shape, conv.groups)
         self.register_buffer("packed", packed, persistent=False)
@@ -198,8 +227,19 @@ class Int8Conv(BackendLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, C, *size], or without B -> [B, N, *size], in x's dtype."""
+        return self._forward(x, self.deferred)
+
+    def forward_isolated(self, x: Tensor) -> Tensor:
+        """`forward` of this layer alone, for measurements: norm and activation ran before it."""
+        return self._forward(x, deferred=None)
+
+    def _forward(self, x: Tensor, deferred: DeferredSteps | None) -> Tensor:
         has_batch = x.dim() == len(self.kernel_shape)
         batch = x if has_batch else x[None]
+        branch = self._active_branch()
+        if branch is not None and deferred is not None:
+            # the branch reads what the convolution reads
+            batch, deferred = deferred.apply(batch), None
         _, rotation = self.transform.get_input_steps()
         call = ConvCall(
             x=batch,
@@ -208,16 +248,13 @@ class Int8Conv(BackendLayer):
             bias=self.bias,
             geometry=self.geometry,
             rotation=rotation,
+            norm=None if deferred is None else deferred.read_norm(),
+            silu=deferred is not None and deferred.silu,
         )
         y = self.backend.convolve(call)
-        branch = self._active_branch()
         if branch is not None:
             y = y + branch(batch).to(y.dtype)
         return y if has_batch else y[0]
-
-    def forward_isolated(self, x: Tensor) -> Tensor:
-        """The same; a convolution shares nothing with other layers."""
-        return self.forward(x)
 
     def _active_branch(self) -> ConvBranch | None:
         # not read in compiled code: torch.compile would recompile whenever it changes

@@ -12,6 +12,7 @@ from typing import Any
 import torch.nn.functional as F
 from diffusers.models import attention_dispatch
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -22,6 +23,8 @@ from int8run.utils.text import shorten_error
 ATTENTION_FUNCTION = F.scaled_dot_product_attention
 # where diffusers keeps the backend of one module's dispatch: on its processor, or on the module itself
 DISPATCH_ATTRIBUTE = "_attention_backend"
+# what processors call to rotate queries and keys by the angles of their tokens
+ROTARY_FUNCTION = apply_rotary_emb
 
 
 def find_attention_obstacle(name: str) -> str | None:

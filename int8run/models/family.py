@@ -57,10 +57,30 @@ class DeferredGelu:
     into: str
 
 
+@dataclass(frozen=True)
+class DeferredNorm:
+    """A GroupNorm and its SiLU that a convolution can compute where it quantizes its input.
+
+    Names are relative to a block.
+
+    Args:
+        norm: the GroupNorm.
+        activation: the SiLU, which may serve several norms of the block.
+        into: the convolution that reads the result.
+        where: attributes of the block and their values, without which something comes between.
+    """
+
+    norm: str
+    activation: str
+    into: str
+    where: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+
+
 # fields of a family that are lists of these; YAML has their items as mappings
 ITEM_TYPES: Mapping[str, type] = {
     "ignore": IgnoreRule,
     "deferred_gelu": DeferredGelu,
+    "deferred_norms": DeferredNorm,
     "fingerprints": Fingerprint,
 }
 
@@ -80,6 +100,7 @@ class ModelFamily:
         same_input: groups of Linears, relative to a block, that read the same tensor: it is quantized once
             for all of them.
         deferred_gelu: activations that move into the quantization of the next layer's input.
+        deferred_norms: GroupNorms and SiLUs that move into the quantization of a convolution's input.
         inputs: in_features of Linears by fnmatch pattern, where families share a class: each pattern matches
             some Linear, and all that it matches are this wide.
         fingerprints: files whose weights belong to the family.
@@ -95,6 +116,7 @@ class ModelFamily:
     ignore: Sequence[IgnoreRule] = ()
     same_input: Sequence[Sequence[str]] = ()
     deferred_gelu: Sequence[DeferredGelu] = ()
+    deferred_norms: Sequence[DeferredNorm] = ()
     inputs: Mapping[str, int] = field(default_factory=dict)
     fingerprints: Sequence[Fingerprint] = ()
     blocks: Sequence[str] = ()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from int8run.models.family import IgnoreRule
+from int8run.models.family import DeferredNorm, IgnoreRule
 
 VAE_LAYERS_FILE = Path(__file__).with_name("vae_layers.yaml")
 
@@ -23,10 +23,12 @@ class VaeLayers:
     Args:
         ignore: rules for layers that stay float; the first that matches counts.
         padding_convolutions: subclasses of convolutions that change their input and nothing else.
+        deferred_norms: norms and activations that convolutions can compute.
     """
 
     ignore: Sequence[IgnoreRule]
     padding_convolutions: Sequence[str]
+    deferred_norms: Sequence[DeferredNorm]
 
     def find_skip_reason(self, layer: str) -> str | None:
         """Why a layer stays float; None: it becomes INT8."""
@@ -43,4 +45,5 @@ def load_vae_layers() -> VaeLayers:
     return VaeLayers(
         ignore=tuple(IgnoreRule(**rule) for rule in facts["ignore"]),
         padding_convolutions=tuple(facts["padding_convolutions"]),
+        deferred_norms=tuple(DeferredNorm(**rule) for rule in facts["deferred_norms"]),
     )

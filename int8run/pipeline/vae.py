@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from int8run.errors import ConfigError
 from int8run.layers.assemble import copy_sharing_tensors
+from int8run.layers.fused_group_norm import defer_norms
 from int8run.layers.int8_conv import CONV_CLASSES, Int8Layer, is_convolution
 from int8run.layers.int8_linear import Int8Linear
 from int8run.layers.padding_conv import put_inside
@@ -145,7 +146,7 @@ def quantize_vae(
     layers = quantize_chosen(loaded, vae, chosen, settings, rows=rows, progress=progress)
     # with backend=float its Linears compute in float: the convolutions alone are INT8 then
     computing = keep_faster_layers(chosen, layers)
-    int8_vae = assemble_vae(vae, computing)
+    int8_vae = assemble_vae(vae, computing, known)
     log.info("%d of %d layers of %s are INT8", len(computing), len(plans), type(vae).__name__)
     return QuantizedVae(vae, int8_vae, plans, layers)
 
@@ -252,12 +253,13 @@ def split_existing(file: VaeFile | None, plans: list[LayerPlan]) -> tuple[list[L
     return existing, new
 
 
-def assemble_vae(vae: nn.Module, layers: dict[str, Int8Layer]) -> nn.Module:
+def assemble_vae(vae: nn.Module, layers: dict[str, Int8Layer], known: VaeLayers) -> nn.Module:
     """A copy of a VAE with these layers in it, sharing every float tensor.
 
     Args:
         vae: the float one.
         layers: by the name of the layer whose place they take.
+        known: which norms and activations the layers can compute.
     """
     target = copy_sharing_tensors(vae)
     for name, layer in layers.items():
@@ -268,6 +270,7 @@ def assemble_vae(vae: nn.Module, layers: dict[str, Int8Layer]) -> nn.Module:
         if is_subclass and not isinstance(layer, Int8Linear):
             replacement = put_inside(float_layer, layer)
         setattr(target.get_submodule(parent), child, replacement)
+    defer_norms(target, known.deferred_norms)
     return target
 
 

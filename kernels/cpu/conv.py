@@ -6,6 +6,7 @@ are.
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -21,7 +22,8 @@ from int8run.kernels.cpu.linear import (
     pack_weight,
     unpack_weight,
 )
-from int8run.kernels.int8_conv.reference import Sizes, as_sizes, measure_output
+from int8run.kernels.cpu.pixels import PixelSteps, measure_norm, quantize_pixels
+from int8run.kernels.int8_conv.reference import GroupNorm, Sizes, as_sizes, measure_output
 
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by the number of dimensions
 MOST_DIMENSIONS = 3  # of a video: time, height, width
@@ -30,7 +32,8 @@ MOST_CHANNELS = 132_104  # of a group: 32-bit sums of 128 * 127, see linear.h
 ops = torch.library.Library("int8run", "FRAGMENT")
 ops.define(
     "cpu_conv(Tensor x, Tensor packed, Tensor w_scale, Tensor? bias, int[] kernel, int[] stride, "
-    "int[] padding, int rotation, bool sylvester, bool silu, str instructions) -> Tensor"
+    "int[] padding, int rotation, bool sylvester, int norm_groups, Tensor? norm_weight, Tensor? norm_bias, "
+    "float norm_eps, bool silu, str instructions) -> Tensor"
 )
 
 
@@ -80,6 +83,7 @@ def int8_conv(
     padding: Sizes = 0,
     rotation: int = 0,
     sylvester: bool = False,
+    norm: GroupNorm | None = None,
     silu: bool = False,
     instructions: str = AUTO,
 ) -> Tensor:
@@ -98,57 +102,14 @@ def int8_conv(
         MemoryError: no memory for what threads keep.
     """
     steps, zeros = as_sizes(stride, x), as_sizes(padding, x)
+    norm_steps = (0, None, None, 0.0) if norm is None else norm
     op = torch.ops.int8run.cpu_conv.default
-    y: Tensor = op(x, packed, w_scale, bias, kernel, steps, zeros, rotation, sylvester, silu, instructions)
-    return y
-
-
-def quantize_pixels(
-    x: Tensor,
-    rotation: int = 0,
-    *,
-    sylvester: bool = False,
-    silu: bool = False,
-    instructions: str = AUTO,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantize pixels to unsigned bytes, each by itself: `x ~ (q - 128) * scale + center`.
-
-    Args:
-        x: float [B, C, pixels]; one that is neither NCHW nor channels-last is copied first.
-        rotation: as for `int8_conv`, like the others.
-        sylvester: by Sylvester's matrix.
-        silu: whether SiLU comes first.
-        instructions: name of an instruction set, or `auto`.
-
-    Returns:
-        q: uint8 [B * pixels, C rounded up to 4], scale and center: float32 [B * pixels].
-
-    Raises:
-        MemoryError: no memory for a few pixels' numbers.
-    """
-    images, channels, plane = x.shape
-    if plane > 1 and 1 not in (x.stride(1), x.stride(2)):
-        x = x.contiguous()
-    pixels = images * plane
-    q = x.new_empty((pixels, -(-channels // 4) * 4), dtype=torch.uint8)
-    scale, center = x.new_empty((2, pixels), dtype=FLOAT32).unbind()
-    status = load_conv_library(instructions).functions.int8run_quantize_pixels(
-        x.data_ptr(),
-        DTYPES[x.dtype],
-        images,
-        channels,
-        plane,
-        *x.stride(),
-        rotation,
-        sylvester,
-        silu,
-        q.data_ptr(),
-        scale.data_ptr(),
-        center.data_ptr(),
-        torch.get_num_threads(),
+    y: Tensor = op(
+        *(x, packed, w_scale, bias, kernel, steps, zeros, rotation, sylvester),
+        *norm_steps,
+        *(silu, instructions),
     )
-    check_status(status)
-    return q, scale, center
+    return y
 
 
 # -- what the operator does ------------------------------------------------------------------------
@@ -164,32 +125,50 @@ def _int8_conv_impl(
     padding: list[int],
     rotation: int,
     sylvester: bool,
+    norm_groups: int,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    norm_eps: float,
     silu: bool,
     instructions: str,
 ) -> Tensor:
-    if x.dtype not in DTYPES:
-        return _int8_conv_impl(
-            x.float(), packed, w_scale, bias, kernel, stride, padding, rotation, sylvester, silu, instructions
-        ).to(x.dtype)
+    dtype = x.dtype
+    if dtype not in DTYPES:
+        x = x.float()
     y = _make_output(x, packed, w_scale, kernel, stride, padding)
-    channels = x.shape[1] // packed.shape[0]
-    check_rotation(rotation, channels, sylvester=sylvester)
+    check_rotation(rotation, x.shape[1] // packed.shape[0], sylvester=sylvester)
     if bias is not None:
         bias = bias.to(FLOAT32).contiguous()
         if bias.shape != w_scale.shape:
             raise ValueError(f"bias must have {w_scale.shape[0]} numbers, not {list(bias.shape)}")
     if x.numel() == 0:
-        return y.copy_(_fill_with_bias(y, bias))
-    geometry = describe_geometry(x, y, kernel, stride, padding)
+        return y.copy_(_fill_with_bias(y, bias)).to(dtype)
     pixels = x.flatten(2)  # [B, C, pixels]
-    outputs = y.shape[1] // packed.shape[0]
+    factor = shift = None
+    if norm_groups:
+        norm = GroupNorm(norm_groups, norm_weight, norm_bias, norm_eps)
+        factor, shift = measure_norm(pixels, norm, instructions)
+    steps = PixelSteps(factor, shift, silu, rotation, sylvester, instructions)
+    geometry = describe_geometry(x, y, kernel, stride, padding)
+    _convolve_groups(pixels, packed, w_scale, bias, y, geometry, steps)
+    return y.to(dtype)
+
+
+def _convolve_groups(
+    pixels: Tensor,  # [B, C, pixels]
+    packed: Tensor,
+    w_scale: Tensor,
+    bias: Tensor | None,
+    y: Tensor,  # is written
+    geometry: ctypes.Array[ctypes.c_int64],
+    steps: PixelSteps,
+) -> None:
+    channels, outputs = pixels.shape[1] // packed.shape[0], y.shape[1] // packed.shape[0]
     for group, weight in enumerate(packed):
-        inputs = pixels[:, group * channels : (group + 1) * channels]
-        q, scale, center = quantize_pixels(
-            inputs, rotation, sylvester=sylvester, silu=silu, instructions=instructions
-        )
+        inputs = slice(group * channels, (group + 1) * channels)
+        q, scale, center = quantize_pixels(pixels[:, inputs], _select_channels(steps, inputs))
         first = group * outputs
-        status = load_conv_library(instructions).functions.int8run_conv(
+        status = load_conv_library(steps.instructions).functions.int8run_conv(
             geometry,
             q.data_ptr(),
             scale.data_ptr(),
@@ -205,7 +184,12 @@ def _int8_conv_impl(
             torch.get_num_threads(),
         )
         check_status(status)
-    return y
+
+
+def _select_channels(steps: PixelSteps, channels: slice) -> PixelSteps:
+    if steps.factor is None or steps.shift is None:
+        return steps
+    return replace(steps, factor=steps.factor[:, channels], shift=steps.shift[:, channels])
 
 
 def _make_output(
@@ -274,10 +258,7 @@ def _int8_conv_fake(
     kernel: list[int],
     stride: list[int],
     padding: list[int],
-    rotation: int,
-    sylvester: bool,
-    silu: bool,
-    instructions: str,
+    *steps: object,
 ) -> Tensor:
     return _make_output(x, packed, w_scale, kernel, stride, padding)
 

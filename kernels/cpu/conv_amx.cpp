@@ -1,6 +1,8 @@
-// The convolution for CPUs with AMX, by their AVX512-VNNI. Tiles of AMX hold 64 inputs and pass their sums through
-// memory; here that would be at every tap, since each pixel has its own scale.
+// The convolution for CPUs with AMX: tdpbusd on tiles of 16 x 16 sums; all else is AVX512.
 
-#include "set_avx512_vnni.h"
+#include "amx_unit.h"
+#include "operands_amx.h"
+#include "vectors_avx512.h"
 
+#include "amx_conv_tiles.h"
 #include "conv.h"

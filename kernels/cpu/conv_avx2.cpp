@@ -2,4 +2,5 @@
 
 #include "set_avx2.h"
 
+#include "conv_tiles.h"
 #include "conv.h"

@@ -2,4 +2,5 @@
 
 #include "set_avx_vnni.h"
 
+#include "conv_tiles.h"
 #include "conv.h"

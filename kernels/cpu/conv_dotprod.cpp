@@ -2,4 +2,5 @@
 
 #include "set_dotprod.h"
 
+#include "conv_tiles.h"
 #include "conv.h"

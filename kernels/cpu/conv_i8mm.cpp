@@ -2,4 +2,5 @@
 
 #include "set_i8mm.h"
 
+#include "conv_tiles.h"
 #include "conv.h"

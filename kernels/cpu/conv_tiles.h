@@ -1,4 +1,5 @@
-// A tile of a convolution: some output pixels by some columns of a panel, one tap of the kernel after the other.
+// A block of a convolution by tiles that stay in vector registers: some output pixels by some columns of a panel, one tap
+// of the kernel after the other. amx_conv_tiles.h has the same for AMX.
 //
 // The input pixels that a tap meets are rows of bytes, anywhere in the input, so that each row of a tile has its own
 // pointer and nothing is copied. Each of them has a scale, too; so the sums of a tap are scaled before those of the
@@ -6,22 +7,22 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 
-#include "quantize.h"
+#include "conv_product.h"
 #include "register_products.h"
 
 namespace {
 
-constexpr int64_t PIXEL_BLOCK = 192;  // output pixels that share a pass over the weights
 static_assert(PIXEL_BLOCK % TILE_ROWS == 0);
 static_assert(TILE_ROWS <= 6, "compute_tiles has no code for larger tiles");
+constexpr int64_t MOST_PANELS = INT64_MAX;  // of a task
 
-// What a tap meets from each pixel of a block: a row of the input, its scale and its center. Beyond the input's
-// edge it is any row, with 0 for both. Centers are divided by 128, since compensations are 128 times the sums of weights
-// that they are multiplied by.
-struct TapRows {
-  const uint8_t* rows[PIXEL_BLOCK];
-  float scale[PIXEL_BLOCK], center_128th[PIXEL_BLOCK];
+// What a thread keeps while it works
+struct ConvWorkspace {
+  PixelBlock block;
+  Buffer weights;
+  std::unique_ptr<float[]> sums;
 };
 
 // What a block of output pixels by one panel is made of
@@ -50,7 +51,7 @@ INLINE Ints begin_at_compensation(const int8_t* compensation) {
   return subtract(fill_ints(0), load(reinterpret_cast<const int32_t*>(compensation)));
 }
 
-// sums + scale * (q . w) + center * (sum of w), for MR pixels from `start` on, to the next tap or to the output
+// The sums of MR pixels from `start` on, after this tap, to the next one or to the output
 template <int MR, class Y, bool IS_FIRST, bool IS_LAST>
 INLINE void scale_tap(const PanelBlock& b, const Tap& tap, const Sums<MR>& c, int64_t start, int64_t column) {
   float* sums = b.sums + start * PANEL + column;
@@ -64,8 +65,7 @@ INLINE void scale_tap(const PanelBlock& b, const Tap& tap, const Sums<MR>& c, in
     const Floats bias = IS_LAST && b.bias ? load(b.bias + column + 16 * j, m) : fill(0.0f);
     unroll<MR>([&](auto i) INLINED {
       const Floats before = IS_FIRST ? fill(0.0f) : load(sums + i * PANEL + 16 * j);
-      Floats v = multiply_add(to_floats(c[i][j]), fill(scale[i]), before);
-      v = multiply_add(w_sum_128, fill(center_128th[i]), v);
+      const Floats v = add_tap(before, c[i][j], w_sum_128, scale[i], center_128th[i]);
       if constexpr (IS_LAST)
         Y::store(y + i * b.y_stride + 16 * j, m, multiply_add(v, w_scale, bias));
       else
@@ -111,6 +111,36 @@ void compute_tap(const PanelBlock& b, const Tap& tap) {
         case 2: compute_tile<2, Y>(b, tap, start, part); break;
         default: compute_tile<1, Y>(b, tap, start, part);
       }
+}
+
+// The block of the workspace by one panel, tap after tap
+template <class Y>
+void compute_panel(const Conv& p, int64_t panel, ConvWorkspace& space) {
+  const PixelBlock& pixels = space.block;
+  const int64_t column = panel * PANEL;
+  auto* y = static_cast<typename Y::T*>(p.y) + pixels.first * p.y_stride + column;
+  const PanelBlock block{pixels.end - pixels.first,
+                         std::min(PANEL, p.N - column),
+                         p.steps(),
+                         p.w_scale + column,
+                         p.bias ? p.bias + column : nullptr,
+                         y,
+                         p.y_stride,
+                         space.sums.get()};
+  for (const int64_t tap : pixels.taps) {
+    const int8_t* compensation = p.get_weights(panel, tap);
+    const Panel weights = prepare_weights(compensation + 4 * PANEL, block.steps, space.weights);
+    const bool is_first = tap == pixels.taps.front(), is_last = tap == pixels.taps.back();
+    compute_tap<Y>(block, {&pixels.met[tap], compensation, weights, is_first, is_last});
+  }
+}
+
+// The block of the workspace by the panels from `first` to `last`: the weights of a tap come from memory once for the
+// block, and the pixels around it stay in L2
+template <class Y>
+void compute_panels(const Conv& p, int64_t first, int64_t last, ConvWorkspace& space) {
+  if (!space.sums) space.sums.reset(new float[PIXEL_BLOCK * PANEL]);
+  for (int64_t panel = first; panel < last; panel++) compute_panel<Y>(p, panel, space);
 }
 
 }  // namespace

@@ -12,7 +12,7 @@
 //     product.h            the parts of a product
 //     *_tiles.h            a block of the product
 //     quantize.h           rows to bytes
-//     norm.h               the norm of rows
+//     norm.h, rotary.h     the norm of rows, and their rotary embedding
 //     linear.h             the layout, the loop over blocks, the C interface
 //
 // Shapes: M rows (tokens), K input columns, N output columns.
@@ -71,6 +71,7 @@
 #include "norm.h"
 #include "product.h"
 #include "quantize.h"
+#include "rotary.h"
 
 namespace {
 

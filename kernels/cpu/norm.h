@@ -27,10 +27,10 @@ INLINE float sum_lanes(Floats v) {
 template <class X>
 INLINE float sum_squares(const typename X::T* row, int64_t K) {
   Floats sums = fill(0.0f);
-  for (int64_t k = 0; k < K; k += 16) {
-    const Floats v = X::load(row + k, first_lanes(K - k));
+  for_each_16(K, [&](int64_t k, Mask inside) INLINED {
+    const Floats v = X::load(row + k, inside);
     sums = multiply_add(v, v, sums);
-  }
+  });
   return sum_lanes(sums);
 }
 
@@ -43,12 +43,11 @@ void normalize_rows(const NormInput& in, void* y, int threads) {
     const T* row = static_cast<const T*>(in.x) + i * in.K;
     T* to = static_cast<T*>(y) + i * in.K;
     const Floats scale = fill(1.0f / std::sqrt(sum_squares<X>(row, in.K) / in.K + in.eps));
-    for (int64_t k = 0; k < in.K; k += 16) {
-      const Mask inside = first_lanes(in.K - k);
+    for_each_16(in.K, [&](int64_t k, Mask inside) INLINED {
       Floats v = multiply(X::load(row + k, inside), scale);
       if (weight) v = multiply(v, X::load(weight + k, inside));
       X::store(to + k, inside, v);
-    }
+    });
   }
 }
 

@@ -38,18 +38,27 @@ struct Buffer {
   }
 };
 
-Rows prepare_rows(const uint8_t* q, int64_t stride, int64_t rows, int64_t columns, Buffer& buffer) {
+// Rows of `columns` bytes as tiles; get_row(i): where row i begins
+template <class GetRow>
+Rows copy_rows(GetRow get_row, int64_t rows, int64_t columns, Buffer& buffer) {
   const int64_t k_tiles = ceil_div(columns, 64), tile_rows = round_up(rows, PAIR);
   uint8_t* tiles = buffer.make_room(tile_rows * k_tiles * 64);
-  for (int64_t i = 0; i < tile_rows; i++)
-    for (int64_t k = 0; k < k_tiles; k++) {
-      uint8_t* to = tiles + (i / TILE_ROWS * k_tiles + k) * TILE_BYTES + i % TILE_ROWS * 64;
-      const int64_t inside = i < rows ? std::min<int64_t>(64, columns - 64 * k) : 0;
-      if (inside) std::memcpy(to, q + i * stride + 64 * k, inside);
+  for (int64_t i = 0; i < tile_rows; i++) {
+    const uint8_t* row = i < rows ? get_row(i) : nullptr;
+    uint8_t* to = tiles + i / TILE_ROWS * k_tiles * TILE_BYTES + i % TILE_ROWS * 64;
+    for (int64_t k = 0; k < k_tiles; k++, to += TILE_BYTES) {
+      const int64_t inside = row ? std::min<int64_t>(64, columns - 64 * k) : 0;
+      if (inside) std::memcpy(to, row + 64 * k, inside);
       if (inside < 64) std::memset(to + inside, 0, 64 - inside);
     }
+  }
   return {tiles, k_tiles * TILE_BYTES};
 }
+Rows prepare_rows(const uint8_t* q, int64_t stride, int64_t rows, int64_t columns, Buffer& buffer) {
+  return copy_rows([&](int64_t i) { return q + i * stride; }, rows, columns, buffer);
+}
+// The input of a convolution, of which each block copies what its taps meet
+INLINE Rows prepare_input(const uint8_t* q, int64_t stride, int64_t, int, Buffer&) { return {q, stride}; }
 
 Panel prepare_weights(const int8_t* w, int64_t steps, Buffer& buffer) {
   const int64_t whole = steps / TILE_STEPS * TILE_STEPS, rest = steps - whole;

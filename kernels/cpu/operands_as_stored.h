@@ -25,6 +25,8 @@ struct Panel {
 struct Buffer {};
 
 INLINE Rows prepare_rows(const uint8_t* q, int64_t stride, int64_t, int64_t, Buffer&) { return {q, stride}; }
+// The input of a convolution
+INLINE Rows prepare_input(const uint8_t* q, int64_t stride, int64_t, int, Buffer&) { return {q, stride}; }
 INLINE Panel prepare_weights(const int8_t* w, int64_t, Buffer&) { return {w, 64}; }
 
 }  // namespace

@@ -14,9 +14,10 @@
 
 #include <immintrin.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <vector>
+#include <memory>
 
 #include "vectors_avx2.h"
 
@@ -34,11 +35,13 @@ struct Panel {
   int64_t part;
 };
 struct Buffer {
-  std::vector<int8_t> bytes;
-  // Room for n bytes and what a step may write beyond
+  std::unique_ptr<uint8_t[]> bytes;
+  int64_t size = 0;
+  // Room for n bytes and what a step may write beyond; what was there before is lost
   void* make_room(int64_t n) {
-    if (static_cast<int64_t>(bytes.size()) < n + 64) bytes.resize(n + 64);
-    return bytes.data();
+    if (size < n + 64) bytes.reset(new uint8_t[n + 64]);
+    size = std::max(size, n + 64);
+    return bytes.get();
   }
 };
 
@@ -49,22 +52,27 @@ INLINE void widen_16(const uint8_t* q, uint8_t* to) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_unpacklo_epi32(even, odd));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 16), _mm_unpackhi_epi32(even, odd));
 }
-// Rows of `columns` bytes, a multiple of four
+// A row of `columns` bytes, a multiple of four
+inline void widen_row(const uint8_t* from, int64_t columns, uint8_t* to) {
+  int64_t k = 0;
+  for (; k + 16 <= columns; k += 16) widen_16(from + k, to + 2 * k);
+  if (k == columns) return;
+  uint8_t last[16] = {}, last_widened[32];
+  std::memcpy(last, from + k, columns - k);
+  widen_16(last, last_widened);
+  std::memcpy(to + 2 * k, last_widened, 2 * (columns - k));
+}
 Rows prepare_rows(const uint8_t* q, int64_t stride, int64_t rows, int64_t columns, Buffer& buffer) {
   auto* widened = static_cast<uint8_t*>(buffer.make_room(2 * rows * columns));
-  for (int64_t i = 0; i < rows; i++) {
-    const uint8_t* from = q + i * stride;
-    uint8_t* to = widened + 2 * i * columns;
-    int64_t k = 0;
-    for (; k + 16 <= columns; k += 16) widen_16(from + k, to + 2 * k);
-    if (k < columns) {
-      uint8_t last[16] = {}, last_widened[32];
-      std::memcpy(last, from + k, columns - k);
-      widen_16(last, last_widened);
-      std::memcpy(to + 2 * k, last_widened, 2 * (columns - k));
-    }
-  }
+  for (int64_t i = 0; i < rows; i++) widen_row(q + i * stride, columns, widened + 2 * i * columns);
   return {widened, 2 * columns};
+}
+// The input of a convolution, all of it: each pixel is met by many taps
+Rows prepare_input(const uint8_t* q, int64_t stride, int64_t rows, int threads, Buffer& buffer) {
+  auto* widened = static_cast<uint8_t*>(buffer.make_room(2 * rows * stride));
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+  for (int64_t i = 0; i < rows; i++) widen_row(q + i * stride, stride, widened + 2 * i * stride);
+  return {widened, 2 * stride};
 }
 
 // `steps` rows of a panel, of 64 columns by four weights each

@@ -1,6 +1,6 @@
-// Pixels to unsigned bytes for convolutions: SiLU, rotation, and then rounding around the middle of what the pixel's
-// channels hold. The definition is `quantize_pixels` in kernels/int8_conv/reference.py. planes.h does the same where
-// channels do not lie side by side.
+// Pixels to unsigned bytes for convolutions: the factor and shift of each channel that group_norm.h finds, SiLU, rotation,
+// and then rounding around the middle of what the pixel's channels hold. The definition is `quantize_pixels` in
+// kernels/int8_conv/reference.py. planes.h does the same where channels do not lie side by side.
 #pragma once
 
 #include <algorithm>
@@ -12,14 +12,20 @@
 
 namespace {
 
-// Images whose pixels are quantized, and what happens to them first. Strides: numbers from one to the next.
+// Images whose pixels are quantized, and what happens to them first, in this order. Strides: numbers from one to the
+// next. pixels.py has the same fields.
 struct PixelsInput {
   const void* x;  // [images, C, plane]
+  int64_t dtype;
   int64_t images, C, plane;
   int64_t image_stride, channel_stride, pixel_stride;  // one of the last two is 1
-  int64_t rotation;  // channels of a group; 0: none
-  bool sylvester, silu;
+  const float *factor, *shift;  // of each image's channels, or null
+  int64_t step_stride;          // from the factors of an image to those of the next
+  int64_t silu;
+  int64_t rotation;   // channels of a group, which divide C; 0: none
+  int64_t sylvester;  // whether by Sylvester's Hadamard matrix (2, 4, 8, 16, ...), else by the regular one (4, 16, ...)
   int64_t pixels() const { return images * plane; }
+  bool has_steps() const { return factor || silu; }
   // What the numbers are multiplied by in the rotation
   float unit() const { return rotation ? std::sqrt(static_cast<float>(rotation)) : 1.0f; }
 };
@@ -86,10 +92,15 @@ INLINE Ints to_codes(Floats v, Floats middle, Floats divisor) {
 
 // --- one pixel whose channels lie side by side
 
-// SiLU on one pixel x [C], to float32 `row`
+// Factors, shifts and SiLU on one pixel x [C] of an image, to float32 `row`
 template <class X>
-void apply_silu(const typename X::T* x, float* row, int64_t C) {
-  for (int64_t c = 0; c < C; c += 16) store(row + c, silu(X::load(x + c, first_lanes(C - c))));
+void apply_steps(const PixelsInput& in, const typename X::T* x, int64_t image, float* row) {
+  const float *factor = in.factor + image * in.step_stride, *shift = in.shift + image * in.step_stride;
+  for_each_16(in.C, [&](int64_t c, Mask inside) INLINED {
+    Floats v = X::load(x + c, inside);
+    if (in.factor) v = multiply_add(v, load(factor + c, inside), load(shift + c, inside));
+    store(row + c, in.silu ? silu(v) : v);
+  });
 }
 
 // One pixel x [C], which is `unit` times too large, to place i of the output. Bytes from C to a multiple of 4 are
@@ -121,10 +132,11 @@ template <class X>
 void quantize_pixel_of(const PixelsInput& in, int64_t i, float* row, const PixelsOutput& out) {
   const int64_t image = i / in.plane, in_plane = i % in.plane;
   const auto* x = static_cast<const typename X::T*>(in.x) + image * in.image_stride + in_plane * in.pixel_stride;
-  if (!in.silu && !in.rotation) return quantize_pixel<X>(x, in.C, in.unit(), i, out);
-  if (in.silu) apply_silu<X>(x, row, in.C);
-  if (in.silu && in.rotation) rotate_pixel<Float32>(in, row, row);
-  if (!in.silu && in.rotation) rotate_pixel<X>(in, x, row);
+  const bool has_steps = in.has_steps();
+  if (!has_steps && !in.rotation) return quantize_pixel<X>(x, in.C, in.unit(), i, out);
+  if (has_steps) apply_steps<X>(in, x, image, row);
+  if (has_steps && in.rotation) rotate_pixel<Float32>(in, row, row);
+  if (!has_steps && in.rotation) rotate_pixel<X>(in, x, row);
   quantize_pixel<Float32>(row, in.C, in.unit(), i, out);
 }
 
@@ -134,7 +146,7 @@ void quantize_rows_of_pixels(const PixelsInput& in, const PixelsOutput& out, int
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     std::vector<float> row;
-    memory.run([&] { row.resize(in.silu || in.rotation ? round_up(in.C, 16) : 0); });
+    memory.run([&] { row.resize(in.has_steps() || in.rotation ? round_up(in.C, 16) : 0); });
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < in.pixels(); i++)
       if (!memory.has_failed()) quantize_pixel_of<X>(in, i, row.data(), out);

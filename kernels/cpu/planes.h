@@ -22,9 +22,11 @@ struct StripSpace {
 };
 
 template <class X>
-void load_strip(const PixelsInput& in, const typename X::T* x, Mask inside, float* numbers) {
+INLINE void load_strip(const PixelsInput& in, const typename X::T* x, int64_t image, Mask inside, float* numbers) {
   for (int64_t c = 0; c < in.C; c++) {
-    const Floats v = X::load(x + c * in.channel_stride, inside);
+    const int64_t at = image * in.step_stride + c;
+    Floats v = X::load(x + c * in.channel_stride, inside);
+    if (in.factor) v = multiply_add(v, fill(in.factor[at]), fill(in.shift[at]));
     store(numbers + c * STRIP, in.silu ? silu(v) : v);
   }
 }
@@ -81,12 +83,17 @@ inline void pack_words(const float* numbers, int64_t C, const StripSteps& steps,
   }
 }
 
-// `pixels` of a strip, whose first is pixel i of the output
+// The pixels of an image from `first` on, a strip or what is left of one
 template <class X>
-void quantize_strip(const PixelsInput& in, const typename X::T* x, int64_t pixels, int64_t i, StripSpace& space,
-                    const PixelsOutput& out) {
+void quantize_strip(const PixelsInput& in, int64_t image, int64_t first, StripSpace& space, const PixelsOutput& out) {
+  const auto* x = static_cast<const typename X::T*>(in.x) + image * in.image_stride + first;
+  const int64_t pixels = std::min(STRIP, in.plane - first), i = image * in.plane + first;
   float* numbers = space.numbers.data();
-  load_strip<X>(in, x, first_lanes(pixels), numbers);
+  // code of its own for a whole strip, see for_each_16
+  if (pixels == STRIP)
+    load_strip<X>(in, x, image, ALL, numbers);
+  else
+    load_strip<X>(in, x, image, first_lanes(pixels), numbers);
   if (in.rotation && in.sylvester) rotate_strip<Sylvester>(numbers, in.C, in.rotation);
   if (in.rotation && !in.sylvester) rotate_strip<Regular>(numbers, in.C, in.rotation);
   const StripSteps steps = choose_steps(numbers, in.C, in.unit());
@@ -102,7 +109,6 @@ void quantize_strip(const PixelsInput& in, const typename X::T* x, int64_t pixel
 
 template <class X>
 void quantize_planes(const PixelsInput& in, const PixelsOutput& out, int threads) {
-  const auto* x = static_cast<const typename X::T*>(in.x);
   const int64_t strips = ceil_div(in.plane, STRIP);  // of an image
   MemoryGuard memory;
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -112,9 +118,7 @@ void quantize_planes(const PixelsInput& in, const PixelsOutput& out, int threads
 #pragma omp for schedule(static)
     for (int64_t strip = 0; strip < in.images * strips; strip++) {
       if (memory.has_failed()) continue;
-      const int64_t image = strip / strips, first = strip % strips * STRIP;
-      const auto* from = x + image * in.image_stride + first;
-      quantize_strip<X>(in, from, std::min(STRIP, in.plane - first), image * in.plane + first, *space, out);
+      quantize_strip<X>(in, strip / strips, strip % strips * STRIP, *space, out);
     }
   }
   memory.rethrow();
@@ -125,8 +129,8 @@ void quantize_pixels(const PixelsInput& in, const PixelsOutput& out, int threads
   in.channel_stride == 1 ? quantize_rows_of_pixels<X>(in, out, threads) : quantize_planes<X>(in, out, threads);
 }
 
-void quantize_pixels(const PixelsInput& in, int dtype, const PixelsOutput& out, int threads) {
-  switch (dtype) {
+void quantize_pixels(const PixelsInput& in, const PixelsOutput& out, int threads) {
+  switch (in.dtype) {
     case BF16: return quantize_pixels<BFloat16>(in, out, threads);
     case F16: return quantize_pixels<Float16>(in, out, threads);
     default: return quantize_pixels<Float32>(in, out, threads);

@@ -39,15 +39,21 @@ def declare_linear_functions(functions: ctypes.CDLL) -> None:
         *(POINTER, POINTER, INT, INT64, INT64, FLOAT),  # x, weight, dtype, M, K, eps
         *(POINTER, INT),  # y, threads
     ]
-    functions.int8run_rms_norm.restype = None
+    functions.int8run_rotary.argtypes = [
+        *(POINTER, POINTER, POINTER, INT, INT64, INT64, INT64, INT64),  # x, cos, sin, dtype, and four sizes
+        *(POINTER, INT),  # y, threads
+    ]
+    functions.int8run_rms_norm.restype = functions.int8run_rotary.restype = None
 
 
 def declare_conv_functions(functions: ctypes.CDLL) -> None:
     """Tell ctypes the signatures of conv.h."""
+    functions.int8run_group_norm.argtypes = [
+        *(POINTER, POINTER),  # a PixelsInput and a NormStruct of pixels.py
+        *(POINTER, POINTER, INT),  # factor, shift, threads
+    ]
     functions.int8run_quantize_pixels.argtypes = [
-        *(POINTER, INT, INT64, INT64, INT64),  # x, dtype, images, C, plane
-        *(INT64, INT64, INT64),  # image_stride, channel_stride, pixel_stride
-        *(INT64, INT, INT),  # rotation, sylvester, silu
+        POINTER,  # a PixelsInput
         *(POINTER, POINTER, POINTER, INT),  # q, scale, center, threads
     ]
     functions.int8run_conv.argtypes = [
@@ -55,7 +61,8 @@ def declare_conv_functions(functions: ctypes.CDLL) -> None:
         *(POINTER, POINTER, POINTER),  # packed, w_scale, bias
         *(POINTER, INT64, INT, INT),  # y, y_stride, dtype, threads
     ]
-    functions.int8run_quantize_pixels.restype = functions.int8run_conv.restype = INT
+    for function in ("int8run_group_norm", "int8run_quantize_pixels", "int8run_conv"):
+        getattr(functions, function).restype = INT
 
 
 def declare_attention_functions(functions: ctypes.CDLL) -> None:

@@ -25,6 +25,44 @@ class Pixels(NamedTuple):
     center: Tensor  # float32 [B, 1, (T,) H, W], the middle of what the pixel's channels hold
 
 
+class GroupNorm(NamedTuple):
+    """A normalization before a convolution, as `F.group_norm` defines it."""
+
+    groups: int  # a divisor of the channels
+    weight: Tensor | None  # [C], any float dtype
+    bias: Tensor | None
+    eps: float
+
+
+def measure_norm(x: Tensor, norm: GroupNorm) -> tuple[Tensor, Tensor]:
+    """The normalization of a image as a factor and a shift of each channel: `x * factor + shift`.
+
+    Args:
+        x: [B, C, (T,) H, W], any float dtype; the arithmetic is float64.
+        norm: whose groups divide C.
+
+    Returns:
+        factor and shift, float32 [B, C].
+    """
+    batch, channels = x.shape[:2]
+    grouped = x.double().reshape(batch, norm.groups, -1)
+    variance, mean = torch.var_mean(grouped, dim=2, correction=0)  # [B, groups]
+    width = channels // norm.groups
+    factor = (variance + norm.eps).rsqrt().repeat_interleave(width, dim=1)
+    if norm.weight is not None:
+        factor = factor * norm.weight.double()
+    shift = -mean.repeat_interleave(width, dim=1) * factor
+    if norm.bias is not None:
+        shift = shift + norm.bias.double()
+    return factor.float(), shift.float()
+
+
+def normalize(x: Tensor, norm: GroupNorm) -> Tensor:
+    """`x * factor + shift` in float32; x: [B, C, (T,) H, W]."""
+    factor, shift = (each.view(*x.shape[:2], *[1] * (x.dim() - 2)) for each in measure_norm(x, norm))
+    return x.float() * factor + shift
+
+
 def quantize_pixels(x: Tensor, rotation: Rotation | None = None, *, silu: bool = False) -> Pixels:
     """Round the channels of each pixel to int8, around the middle of their range.
 
@@ -61,6 +99,7 @@ def int8_conv(
     dilation: Sizes = 1,
     groups: int = 1,
     rotation: Rotation | None = None,
+    norm: GroupNorm | None = None,
     silu: bool = False,
 ) -> Tensor:
     """A convolution (`F.conv2d`, `F.conv3d`) of pixels that are quantized each by itself.
@@ -85,7 +124,8 @@ def int8_conv(
         dilation: 1.
         groups: a divisor of C and O.
         rotation: of the channels of a group of the convolution before they are rounded; or None.
-        silu: whether SiLU comes before that.
+        norm: what comes first; or None.
+        silu: whether SiLU comes between the two.
 
     Returns:
         [B, O, (oT,) oH, oW] in x's dtype.
@@ -95,9 +135,10 @@ def int8_conv(
     """
     check_conv(x, qdata, stride=stride, padding=padding, dilation=dilation, groups=groups)
     convolve = F.conv2d if x.dim() == 4 else F.conv3d
+    normed = x if norm is None else normalize(x, norm)
     outputs = []
     weights = qdata.double().chunk(groups)
-    for inputs, weight in zip(x.chunk(groups, dim=1), weights, strict=True):
+    for inputs, weight in zip(normed.chunk(groups, dim=1), weights, strict=True):
         pixels = quantize_pixels(inputs, rotation, silu=silu)
         rounded = pixels.q.double() * pixels.scale + pixels.center
         outputs.append(convolve(rounded, weight, stride=as_sizes(stride, x), padding=as_sizes(padding, x)))

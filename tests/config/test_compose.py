@@ -199,6 +199,7 @@ def uncommented(text):
             explained = {
                 "ignore",
                 "deferred_gelu",
+                "deferred_norms",
                 "fingerprints",
                 "adapters",
                 "sampling",

@@ -3,11 +3,12 @@
 
 #include <cstdint>
 #include <cstdio>
+#include <cstring>
 #include <vector>
 
 extern "C" {
-int int8run_quantize_pixels(const void*, int, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int, int,
-                            uint8_t*, float*, float*, int);
+int int8run_group_norm(const int64_t*, const int64_t*, float*, float*, int);
+int int8run_quantize_pixels(const int64_t*, uint8_t*, float*, float*, int);
 int int8run_conv(const int64_t*, const uint8_t*, const float*, const float*, int64_t, int64_t, const int8_t*,
                  const float*, const float*, void*, int64_t, int, int);
 }
@@ -15,7 +16,7 @@ int int8run_conv(const int64_t*, const uint8_t*, const float*, const float*, int
 // As the test writes it; images as they lie in x are first
 struct Header {
   int64_t dtype, images, C, plane, image_stride, channel_stride, pixel_stride, rotation, sylvester, silu;
-  int64_t N, output_pixels;
+  int64_t norm_groups, N, output_pixels;
   int64_t geometry[16];
 };
 
@@ -26,6 +27,8 @@ std::vector<char> read_field(std::FILE* file) {
   if (size && std::fread(bytes.data(), size, 1, file) != 1) return {};
   return bytes;
 }
+
+int64_t address(const void* p) { return reinterpret_cast<int64_t>(p); }
 
 int main(int, char** arguments) {
   std::FILE* in = std::fopen(arguments[1], "rb");
@@ -39,9 +42,21 @@ int main(int, char** arguments) {
     const int64_t pixels = h.images * h.plane;
     std::vector<uint8_t> q(pixels * ((h.C + 3) / 4 * 4)), y(h.output_pixels * h.N * (h.dtype ? 2 : 4));
     std::vector<float> scale(pixels), center(pixels);
-    int status = int8run_quantize_pixels(x.data(), h.dtype, h.images, h.C, h.plane, h.image_stride, h.channel_stride,
-                                         h.pixel_stride, h.rotation, h.sylvester, h.silu, q.data(), scale.data(),
-                                         center.data(), 1);
+    std::vector<float> factor(h.images * h.C), shift(h.images * h.C);
+    // a PixelsInput and a GroupNorm without weights
+    int64_t pixels_in[] = {address(x.data()), h.dtype, h.images, h.C, h.plane, h.image_stride, h.channel_stride,
+                           h.pixel_stride, 0, 0, h.C, h.silu, h.rotation, h.sylvester};
+    int64_t norm[] = {h.norm_groups, 0, 0, 0};
+    const double eps = 1e-5;
+    std::memcpy(norm + 3, &eps, sizeof eps);
+    int status = 0;
+    if (h.norm_groups) {
+      status = int8run_group_norm(pixels_in, norm, factor.data(), shift.data(), 1);
+      pixels_in[8] = address(factor.data());
+      pixels_in[9] = address(shift.data());
+    }
+    if (status) return 1;
+    status = int8run_quantize_pixels(pixels_in, q.data(), scale.data(), center.data(), 1);
     if (status) return 1;
     const auto* biases = bias.empty() ? nullptr : reinterpret_cast<const float*>(bias.data());
     status = int8run_conv(h.geometry, q.data(), scale.data(), center.data(), h.C, h.N,

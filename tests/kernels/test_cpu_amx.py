@@ -11,8 +11,8 @@ import torch
 from support.helpers import CPU, full_range, randn
 
 from int8run.backends.cpu import Cpu
+from int8run.kernels.cpu import conv, library, linear
 from int8run.kernels.cpu import instructions as module
-from int8run.kernels.cpu import library, linear
 from int8run.kernels.cpu.instructions import (
     AUTO,
     AVX2_FEATURES,
@@ -79,6 +79,41 @@ def test_tiles_give_the_same_bits_on_any_number_of_threads(emulated):
     for count in (1, 3):
         torch.set_num_threads(count)
         assert torch.equal(linear.int8_linear(*arguments, instructions=emulated), expected), count
+    torch.set_num_threads(before)
+
+
+# channels, outputs, kernel, stride, image: tails of 4, 16, 32 and 64, more pixels than a block and more
+# panels than a task has
+CONVOLUTIONS = [
+    (1, 1, (1, 1), 1, (1, 1)),
+    (5, 33, (3, 3), 1, (3, 2)),
+    (70, 130, (3, 3), 2, (31, 29)),
+    (64, 64, (1, 1), 1, (16, 16)),
+    (130, 530, (3, 3), 1, (5, 5)),
+    (16, 20, (3, 3, 3), (1, 2, 1), (3, 5, 6)),
+]
+
+
+@needs_avx2
+@pytest.mark.slow
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("dtype", linear.DTYPES, ids=str)
+def test_tiles_give_convolutions_the_same_bits(emulated, dtype):
+    before = torch.get_num_threads()
+    for channels, outputs, kernel, stride, image in CONVOLUTIONS:
+        x = randn(2, channels, *image, dtype=dtype)
+        qdata = full_range(outputs, channels, *kernel, seed=1)
+        qdata.view(-1)[0] = -128
+        bias = randn(outputs, seed=2) if outputs % 2 else None
+        arguments = (x, conv.pack_conv_weight(qdata), randn(outputs, seed=3), bias)
+        padding = [size // 2 for size in kernel]
+        options = {"kernel": kernel, "stride": stride, "padding": padding, "silu": True}
+
+        expected = conv.int8_conv(*arguments, **options)
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            y = conv.int8_conv(*arguments, **options, instructions=emulated)
+            assert torch.equal(y, expected), (channels, outputs, kernel, count)
     torch.set_num_threads(before)
 
 

@@ -9,11 +9,18 @@ import torch.nn.functional as F
 from support.helpers import CPU, full_range, randn
 
 from int8run.backends.cpu import Cpu
-from int8run.kernels.cpu import conv
+from int8run.kernels.cpu import conv, pixels
 from int8run.kernels.cpu.instructions import find_unusable_reason, list_instruction_sets
 from int8run.kernels.cpu.library import OUT_OF_MEMORY
+from int8run.kernels.cpu.pixels import PixelSteps
 from int8run.kernels.hadamard.reference import Rotation, regular_hadamard, sylvester_hadamard
-from int8run.kernels.int8_conv.reference import int8_conv, quantize_pixels
+from int8run.kernels.int8_conv.reference import (
+    GroupNorm,
+    int8_conv,
+    measure_norm,
+    normalize,
+    quantize_pixels,
+)
 
 REFUSED = Cpu().limits.unsupported_reasons(CPU)
 pytestmark = [
@@ -116,7 +123,7 @@ def test_pixels_have_the_bits_of_the_definition(instructions, dtype):
         x[3, -1] = -torch.finfo(dtype).max
         expected = quantize_pixels(x[..., None, None])
         for layout, image in lay_out(x).items():
-            q, scale, center = conv.quantize_pixels(image, instructions=instructions)
+            q, scale, center = pixels.quantize_pixels(image, PixelSteps(instructions=instructions))
 
             assert torch.equal(scale, expected.scale.flatten()), (channels, layout)
             assert torch.equal(center, expected.center.flatten()), (channels, layout)
@@ -136,7 +143,9 @@ def test_silu_and_rotation_come_first(rotation, sylvester, silu):
         by = Rotation((sylvester_hadamard if sylvester else regular_hadamard)(rotation), sylvester)
     expected = quantize_pixels(x[..., None, None].double(), by, silu=silu)
     results = [
-        conv.quantize_pixels(image, rotation, sylvester=sylvester, silu=silu, instructions=name)
+        pixels.quantize_pixels(
+            image, PixelSteps(rotation=rotation, sylvester=sylvester, silu=silu, instructions=name)
+        )
         for name, image in itertools.product(FOUND, images)
     ]
     q, scale, center = results[0]
@@ -147,6 +156,59 @@ def test_silu_and_rotation_come_first(rotation, sylvester, silu):
     # a rounding of the range or of a number near a tie
     assert ((q.short() - 128 - expected.q[..., 0, 0].short()).abs() <= 1).all()
     assert (q.short() - 128 != expected.q[..., 0, 0].short()).float().mean() < 0.01
+
+
+# shape of the image, groups; one, some and more than a chunk of pixels
+NORMS = [((2, 5, 1, 1), 5), ((2, 13, 9, 7), 1), ((1, 96, 20, 20), 32), ((1, 40, 3, 11, 13), 8)]
+
+
+def make_norm(channels, groups):
+    return GroupNorm(groups, 1 + randn(channels, seed=8), randn(channels, seed=9), 1e-5)
+
+
+@pytest.mark.parametrize(("shape", "groups"), NORMS, ids=str)
+def test_a_norm_is_torchs(shape, groups):
+    # a mean far from 0, in some channels farther
+    x = 3 * randn(*shape) + 20 * randn(1, shape[1], *[1] * (len(shape) - 2), seed=1)
+    norm = make_norm(shape[1], groups)
+    expected = F.group_norm(x.double(), groups, norm.weight.double(), norm.bias.double(), norm.eps)
+    expected_steps = measure_norm(x, norm)
+    of_layout = {}
+    for name, last in itertools.product(FOUND, (False, True)):
+        laid_out = x.flatten(2)
+        if last:
+            laid_out = laid_out.transpose(1, 2).contiguous().transpose(1, 2)
+        steps = pixels.measure_norm(laid_out, norm, name)
+
+        assert all(map(torch.equal, steps, of_layout.setdefault(last, steps)))
+        for found, exact in zip(steps, expected_steps, strict=True):
+            torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-4)
+        made = laid_out.double() * steps[0][..., None] + steps[1][..., None]
+        torch.testing.assert_close(made, expected.flatten(2), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("instructions", FOUND)
+def test_norm_and_silu_come_before_the_pixels_are_rounded(instructions):
+    for case, dtype in itertools.product([CASES[2], CASES[8], CASES[10]], DTYPES):
+        x, qdata, w_scale, bias, options = make_case(case, dtype)
+        norm = make_norm(x.shape[1], 1)
+        for silu in (False, True):
+            y = run(x, qdata, w_scale, bias, options, norm=norm, silu=silu, instructions=instructions)
+            best = run(x, qdata, w_scale, bias, options, norm=norm, silu=silu)
+            prepared = normalize(x, norm)
+            expected = int8_conv(prepared, qdata, w_scale, bias, silu=silu, **options)
+
+            assert torch.equal(y, best)
+            # a number near a tie may be rounded otherwise
+            assert measure_difference(y, expected) < 0.01
+
+
+def test_a_norm_that_does_not_fit_is_refused():
+    x, qdata, w_scale, bias, options = make_case(CASES[2])
+
+    for norm in (make_norm(13, 2), make_norm(12, 1)):
+        with pytest.raises(ValueError, match="must fit 13 channels"):
+            run(x, qdata, w_scale, bias, options, norm=norm)
 
 
 def test_any_layout_of_the_image_gives_the_same_bits():
@@ -181,7 +243,7 @@ def test_any_number_of_threads_gives_the_same_bits(instructions):
     results = []
     for count in (1, 3):
         torch.set_num_threads(count)
-        results.append(run(*arguments, instructions=instructions))
+        results.append(run(*arguments, norm=make_norm(40, 8), instructions=instructions))
     torch.set_num_threads(before)
 
     assert torch.equal(*results)
@@ -211,20 +273,18 @@ def test_an_empty_batch_and_an_empty_image_give_what_padding_gives(batch):
 
 def test_a_kernel_without_memory_raises(monkeypatch):
     x, qdata, w_scale, bias, options = make_case(CASES[2])
-    working = conv.load_conv_library().functions
-    quantize, convolve = working.int8run_quantize_pixels, working.int8run_conv
+    working = vars(conv.load_conv_library().functions)
+    names = ("int8run_group_norm", "int8run_quantize_pixels", "int8run_conv")
 
     def fail(*arguments):
         return OUT_OF_MEMORY
 
-    for functions in (
-        SimpleNamespace(int8run_quantize_pixels=fail, int8run_conv=convolve),
-        SimpleNamespace(int8run_quantize_pixels=quantize, int8run_conv=fail),
-    ):
-        library = SimpleNamespace(functions=functions)
-        monkeypatch.setattr(conv, "load_conv_library", lambda name, library=library: library)
+    for failing in names:
+        library = SimpleNamespace(functions=SimpleNamespace(**{**working, failing: fail}))
+        for module in (conv, pixels):
+            monkeypatch.setattr(module, "load_conv_library", lambda name, library=library: library)
         with pytest.raises(MemoryError, match="the CPU kernels ran out of memory"):
-            run(x, qdata, w_scale, bias, options)
+            run(x, qdata, w_scale, bias, options, norm=GroupNorm(1, None, None, 1e-5))
 
 
 def test_packed_weights_come_back():
@@ -253,10 +313,9 @@ def test_the_operator_keeps_its_promises_to_torch_compile():
         [3, 3],
         [2, 2],
         [1, 1],
-        0,
-        False,
-        True,
-        "auto",
+        *(0, False),
+        *(4, randn(40, seed=4), randn(40, seed=5), 1e-5),
+        *(True, "auto"),
     )
 
     torch.library.opcheck(

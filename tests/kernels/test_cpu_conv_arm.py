@@ -14,7 +14,7 @@ from torch import Tensor
 from int8run.backends.cpu import Cpu
 from int8run.kernels.cpu import conv
 from int8run.kernels.cpu.instructions import INSTRUCTION_SETS
-from int8run.kernels.int8_conv.reference import as_sizes
+from int8run.kernels.int8_conv.reference import GroupNorm, as_sizes
 
 COMPILER, EMULATOR = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
 REFUSED = Cpu().limits.unsupported_reasons(CPU)
@@ -35,8 +35,14 @@ SHAPES = [
     ((1, 64, 15, 15), 64, (1, 1), 1, 0),
     ((1, 16, 3, 5, 6), 10, (3, 3, 3), (1, 2, 1), 1),
 ]
-# rotation, sylvester, silu
-STEPS = [(0, False, False), (0, False, True), (4, False, True), (16, False, False), (8, True, False)]
+# rotation, sylvester, silu, whether every channel is normalized
+STEPS = [
+    (0, False, False, False),
+    (0, False, True, True),
+    (4, False, True, False),
+    (16, False, False, True),
+    (8, True, False, False),
+]
 
 
 def list_cases():
@@ -60,7 +66,8 @@ def as_field(tensor: Tensor | None) -> bytes:
 def describe_case(x, shape, steps):
     """What the driver reads, and the bytes that it must write."""
     _, outputs, kernel, stride, padding = shape
-    rotation, sylvester, silu = steps
+    rotation, sylvester, silu, has_norm = steps
+    norm_groups = x.shape[1] if has_norm else 0
     packed = conv.pack_conv_weight(full_range(outputs, x.shape[1], *kernel, seed=1))
     w_scale, bias = 0.01 * randn(outputs, seed=2).abs(), randn(outputs, seed=3) if outputs % 2 else None
     options = {
@@ -68,16 +75,18 @@ def describe_case(x, shape, steps):
         "padding": padding,
         "rotation": rotation,
         "sylvester": sylvester,
+        "norm": GroupNorm(norm_groups, None, None, 1e-5) if has_norm else None,
         "silu": silu,
     }
     y = conv.int8_conv(x, packed, w_scale, bias, kernel=kernel, **options)
 
     pixels, in_rows = x.flatten(2), x.stride(1) == 1
     geometry = conv.describe_geometry(x, y, kernel, as_sizes(stride, x), as_sizes(padding, x))
-    header = (conv.DTYPES[x.dtype], *pixels.shape, *pixels.stride(), rotation, sylvester, silu, outputs)
+    header = (conv.DTYPES[x.dtype], *pixels.shape, *pixels.stride(), rotation, sylvester, silu)
+    header = (*header, norm_groups, outputs)
     stored = pixels.transpose(1, 2) if in_rows else pixels
     fields = [as_field(each) for each in (stored, packed, w_scale, bias)]
-    data = struct.pack("<12q", *header, y.numel() // outputs) + bytes(geometry) + b"".join(fields)
+    data = struct.pack("<13q", *header, y.numel() // outputs) + bytes(geometry) + b"".join(fields)
     return data, as_field(y.movedim(1, -1))[8:]
 
 

@@ -58,9 +58,7 @@ def list_blocks(operator: str, instruction_set: InstructionSet, folder) -> list[
 @pytest.mark.parametrize("operator", ["linear", "attention", "conv"])
 @pytest.mark.parametrize("instruction_set", X86_SETS, ids=lambda each: each.name)
 def test_the_inner_loop_keeps_its_sums_in_registers(instruction_set, operator, tmp_path):
-    # convolutions do not use AMX's tiles
-    uses_vectors = instruction_set.has_tiles and operator == "conv"
-    name, count = PRODUCTS["avx512_vnni" if uses_vectors else instruction_set.name]
+    name, count = PRODUCTS[instruction_set.name]
     loops = []
     for block in list_blocks(operator, instruction_set, tmp_path):
         products = [i for i, line in enumerate(block) if line.startswith(f"{name} ")]

@@ -419,7 +419,7 @@ class FakeFunctions:
 
     def __init__(self):
         self.int8run_quantize, self.int8run_linear = SimpleNamespace(), SimpleNamespace()
-        self.int8run_rms_norm = SimpleNamespace()
+        self.int8run_rms_norm, self.int8run_rotary = SimpleNamespace(), SimpleNamespace()
 
 
 def test_an_instruction_set_that_is_asked_for_is_not_replaced(compiler_path, tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from support.helpers import full_range, randn
 
 from int8run.kernels.hadamard.reference import Rotation, regular_hadamard, rotate_groups
-from int8run.kernels.int8_conv.reference import int8_conv, quantize_pixels
+from int8run.kernels.int8_conv.reference import GroupNorm, int8_conv, normalize, quantize_pixels
 from int8run.kernels.quantize_rowwise.reference import quantize_rowwise
 
 
@@ -93,6 +93,25 @@ def test_silu_and_rotation_come_before_rounding():
     y = int8_conv(x, *quantize_outputs(rotated), None, padding=1, rotation=rotation, silu=True)
 
     assert measure_sqnr(F.conv2d(F.silu(x), weight, padding=1), y) > 35
+
+
+@pytest.mark.parametrize("shape", [(2, 12, 5, 4), (2, 12, 3, 2, 2)], ids=str)
+def test_a_norm_is_torchs(shape):
+    x, weight, bias = 3 * randn(*shape) + 100, randn(12, seed=1), randn(12, seed=2)
+
+    for given in ((weight, bias), (None, None)):
+        expected = F.group_norm(x.double(), 3, *(None if each is None else each.double() for each in given))
+        made = normalize(x, GroupNorm(3, *given, 1e-5))
+        torch.testing.assert_close(made.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_norm_and_silu_come_before_rounding():
+    x, weight = 2 * randn(1, 32, 5, 5) + 1, randn(8, 32, 3, 3, seed=1)
+    norm = GroupNorm(4, 1 + randn(32, seed=2), randn(32, seed=3), 1e-5)
+    y = int8_conv(x, *quantize_outputs(weight), None, padding=1, norm=norm, silu=True)
+
+    normed = F.group_norm(x, 4, norm.weight, norm.bias)
+    assert measure_sqnr(F.conv2d(F.silu(normed), weight, padding=1), y) > 35
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)

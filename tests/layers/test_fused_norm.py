@@ -40,7 +40,7 @@ def make_model(backend: Backend, dtype: torch.dtype = torch.float32) -> nn.Modul
     }
     for norm in norms.values():
         if norm.weight is not None:
-            nn.init.normal_(norm.weight)
+            norm.weight.data = randn(*norm.weight.shape, seed=1)
     return nn.ModuleDict({"int8": Int8Linear(layer, backend, dtype), **norms}).to(dtype).requires_grad_(False)
 
 
@@ -66,7 +66,7 @@ def test_norms_of_a_known_formula_are_the_backends(
     x = randn(2, 3, WIDTH, dtype=dtype)
     for name in list_fused(model):
         assert isinstance(model[name], type(plain[name]))
-        assert_close(name, model[name](x), plain[name](x).double(), 3e-3 if dtype == torch.bfloat16 else 3e-7)
+        assert_close(name, model[name](x), plain[name](x).double(), 6e-3 if dtype == torch.bfloat16 else 3e-7)
     assert len(calls) == 3
     assert torch.equal(model["torch"](x.transpose(0, 1)), plain["torch"](x.transpose(0, 1)))
     assert len(calls) == 3, "an input that is not contiguous stays torch's"

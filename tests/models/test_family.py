@@ -11,6 +11,7 @@ from int8run.errors import ConfigError
 from int8run.models.family import (
     AutoFamily,
     DeferredGelu,
+    DeferredNorm,
     IgnoreRule,
     ModelFamily,
     ModelSource,
@@ -150,6 +151,11 @@ def test_items_of_lists_may_be_mappings():
             "model_type.deferred_gelu.1 is {'activation': 'a'}; it needs activation, source, into",
         ),
         (
+            "deferred_norms",
+            {"norm": "a"},
+            "model_type.deferred_norms.1 is {'norm': 'a'}; it needs norm, activation, into, where",
+        ),
+        (
             "fingerprints",
             {"all": ["a"]},
             "model_type.fingerprints.1 is {'all': ['a']}; it needs denoiser, all, none",
@@ -160,6 +166,7 @@ def test_malformed_item_is_an_error(table, row, message):
     good = {
         "ignore": IgnoreRule("a", "b"),
         "deferred_gelu": DeferredGelu("a", "b", "c"),
+        "deferred_norms": DeferredNorm("a", "b", "c"),
         "fingerprints": Fingerprint("C", ["a"]),
     }
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
