@@ -31,6 +31,7 @@ NESTED_CLASSES = {
     "calibration": ("int8run.generate.calibration_settings.CalibrationSettings",),
     "cache": ("int8run.utils.disk_cache.DiskCache",),
     "prompts.hub": ("int8run.generate.prompt_sources.HubPrompts",),
+    "metrics.intervals": ("int8run.metrics.interval_settings.IntervalSettings",),
     "lora.adapters.*": ("int8run.lora.config.Adapter",),
     "backend.tile": ("int8run.backends.triton.parse_tile",),
     "backend.candidates.*.tile": ("int8run.backends.triton.parse_tile",),

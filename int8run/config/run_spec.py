@@ -329,7 +329,7 @@ class RunSpec:
             save=None,
             quality_db=None,
             model_type=replace(self.model_type, mixed_precision="none"),
-            metrics=replace(self.metrics, baseline="none", perceptual=(), measures={}),
+            metrics=replace(self.metrics, baseline="none", perceptual=(), measures={}, noise_floor=False),
         )
 
     @property

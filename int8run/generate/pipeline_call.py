@@ -85,7 +85,7 @@ def call_pipeline(
     try:
         with kept_random_state(device):
             # Not the seed itself: it gives the noise that the image begins with.
-            torch.manual_seed(random.Random(f"noise between steps {batch[0].seed}").getrandbits(63))
+            torch.manual_seed(choose_noise_seed(batch[0]))
             with observe_steps(pipe, on_step_end) as callback:
                 return pipe(**arguments, **callback, generator=generator)
     except (ValueError, TypeError) as error:
@@ -94,6 +94,11 @@ def call_pipeline(
     except (ImportError, NameError) as error:
         raise_if_library_is_missing(type(pipe).__name__, error)
         raise
+
+
+def choose_noise_seed(first: Sample) -> int:
+    """The seed of the noise that a scheduler adds between the steps of a call, by its first sample."""
+    return random.Random(f"noise between steps {first.seed}").getrandbits(63)
 
 
 def unwrap_prompts(arguments: Mapping[str, Any]) -> dict[str, Any]:

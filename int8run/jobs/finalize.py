@@ -11,8 +11,11 @@ from int8run.errors import TrackingError
 from int8run.jobs.execute import build_sync_command, explain_file_error, upload_record
 from int8run.jobs.manifest import SweepManifest
 from int8run.report.console import print_lines
+from int8run.report.difference_table import describe_tables
 from int8run.report.html_page import write_report
+from int8run.report.runs import name_runs, select_measured
 from int8run.report.sweep_table import build_sweep_table, count_warnings
+from int8run.report.verdict import recommend
 from int8run.tracking.base import Tracker
 from int8run.tracking.run_record import Record
 
@@ -35,6 +38,7 @@ def finalize_sweep(
     for line in count_warnings(records):
         log.warning("%s", line)
     print_lines(build_sweep_table(records, manifest.varying))
+    print_lines(*describe_verdict(records))
     page = folder / REPORT_FILE
     write_page(records, page, manifest)
     for tracker in dict.fromkeys(trackers.values()):
@@ -44,6 +48,15 @@ def finalize_sweep(
         view_hint = share_dashboard(tracker, manifest, uploaded, page)
         if view_hint:
             print_lines(f"runs:     {view_hint}")
+
+
+def describe_verdict(records: Sequence[Record]) -> list[str]:
+    """Which differences between the jobs are real, and what follows; nothing of fewer than two."""
+    runs = name_runs(records)
+    if len(select_measured(runs)) < 2:
+        return []
+    found = recommend(runs)
+    return [*describe_tables(found.differences), found.verdict]
 
 
 def write_page(records: Sequence[Record], page: Path, manifest: SweepManifest) -> None:

@@ -5,10 +5,24 @@ best job by their directions. What `metrics.perceptual` can add describes itself
 new numbers get their lines here. Tests compare the names with what runs measure.
 """
 
+import re
 from collections.abc import Mapping
+from dataclasses import replace
 
-from int8run.metrics.base import LESS, MORE, NEITHER, Metric
+from int8run.metrics.base import LESS, MORE, NEITHER, Metric, Scope
 from int8run.metrics.catalog import describe_measured, load_measure_classes
+
+SAMPLES = "quality/samples"
+NOISE_FLOOR, DTYPE_FLOOR = "quality/noise_floor_db", "quality/dtype_floor_db"
+# endings of the names of what a metric has besides its mean: the limits of the interval, and the median
+LOW, HIGH, MEDIAN = "_low", "_high", "_median"
+# of a run as a whole; other numbers of this group are means over its samples
+OF_A_RUN = re.compile(
+    r"quality/(half_error_step|float_layers_from_same_file|measures_left_out|samples|.+_gap_db|.+_p)"
+)
+SPEED_RATIO = "speed/ratio_vs_float"
+# series of metrics.json: step times of each stretch in which both models took turns
+BLOCK_STEP_MS, FLOAT_BLOCK_STEP_MS = "series/block_step_ms", "series/float_block_step_ms"
 
 # what runs have without being asked
 RUN_METRICS: Mapping[str, Metric] = {
@@ -59,6 +73,9 @@ RUN_METRICS: Mapping[str, Metric] = {
     "memory/peak_bytes": Metric(LESS, "largest memory while the model generated"),
     "memory/text_encoder_bytes": Metric(LESS, "memory of the text encoders' weights"),
     "memory/text_encoder_ratio": Metric(MORE, "the float text encoders' memory over it"),
+    "quality/dtype_floor_db": Metric(NEITHER, "PSNR of the float model in another dtype to itself"),
+    "quality/dtype_floor_gap_db": Metric(MORE, "PSNR of INT8 less that of the float model in another dtype"),
+    "quality/dtype_floor_p": Metric(NEITHER, "p-value that the gap is within `metrics.margin_db`"),
     "quality/drift": Metric(NEITHER, "how far a video's frames are from the image that it begins with"),
     "quality/flicker_err": Metric(LESS, "how much of INT8's error moves from frame to frame of a video"),
     "quality/float_layers_from_same_file": Metric(NEITHER, "float layers that come from the checked file"),
@@ -67,7 +84,11 @@ RUN_METRICS: Mapping[str, Metric] = {
     "quality/latent_rel_err": Metric(LESS, "relative error of the last latents"),
     "quality/masked_psnr_db": Metric(MORE, "PSNR inside the mask of an edit"),
     "quality/masked_share": Metric(NEITHER, "share of the pixels that is inside the mask of an edit"),
+    "quality/noise_floor_db": Metric(NEITHER, "PSNR of the float model, computed otherwise, to itself"),
+    "quality/noise_floor_gap_db": Metric(MORE, "PSNR of INT8 less that of the float model to itself"),
+    "quality/noise_floor_p": Metric(NEITHER, "p-value that the gap is within `metrics.margin_db`"),
     "quality/psnr_db": Metric(MORE, "peak signal-to-noise ratio to the float model's images"),
+    "quality/samples": Metric(NEITHER, "images or videos that were compared"),
     "quality/ssim": Metric(MORE, "structural similarity to the float model's images"),
     "quality/measures_left_out": Metric(LESS, "metrics that were asked for and could not be computed"),
     "quality/unmasked_psnr_db": Metric(MORE, "PSNR outside the mask of an edit"),
@@ -102,6 +123,34 @@ RUN_METRICS: Mapping[str, Metric] = {
     "vae/weight_sqnr_db_min": Metric(MORE, "SQNR of the worst of its weights"),
 }
 
-METRICS: Mapping[str, Metric] = {**RUN_METRICS, **describe_measured(load_measure_classes())}
+
+def name_statistics(metrics: Mapping[str, Metric]) -> dict[str, Metric]:
+    """The names of limits and medians, by those of the metrics that have them."""
+    added = {}
+    for name, metric in metrics.items():
+        added[f"{name}{LOW}"] = replace(metric, description=f"lower limit of the interval of {name}")
+        added[f"{name}{HIGH}"] = replace(metric, description=f"upper limit of the interval of {name}")
+        added[f"{name}{MEDIAN}"] = replace(metric, description=f"median of {name} over the samples")
+    return added
+
+
+def select_means(metrics: Mapping[str, Metric]) -> dict[str, Metric]:
+    """Those of the metrics without being asked that are means over samples."""
+    means = {}
+    for name, metric in metrics.items():
+        is_of_images = name.startswith("quality/") or name == "float/drift"
+        if is_of_images and not OF_A_RUN.fullmatch(name):
+            means[name] = metric
+    return means
+
+
+# what runs measure, without limits and medians
+MEASURED: Mapping[str, Metric] = {**RUN_METRICS, **describe_measured(load_measure_classes())}
+OF_SAMPLES = {
+    name: measure for name, measure in load_measure_classes().items() if measure.scope is not Scope.SET
+}
+MEANS = {**select_means(RUN_METRICS), **describe_measured(OF_SAMPLES)}
+SPEED_LIMITS = {f"{SPEED_RATIO}{end}": RUN_METRICS[SPEED_RATIO] for end in (LOW, HIGH)}
+METRICS: Mapping[str, Metric] = {**MEASURED, **name_statistics(MEANS), **SPEED_LIMITS}
 
 UNKNOWN = Metric(NEITHER, "metrics.objective")  # of a run by another version

@@ -8,6 +8,7 @@ from itertools import zip_longest
 
 import numpy as np
 import torch
+from PIL.Image import Image
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
@@ -160,6 +161,14 @@ def compute_psnr(x: Tensor, y: Tensor) -> float:
     return psnr.item()
 
 
+def compute_sample_psnr(frames: Sequence[Image], float_frames: Sequence[Image]) -> float:
+    """PSNR of a sample in dB: of a video the mean over its frames, as `compare_generations` has it."""
+    psnrs = []
+    for frame, float_frame in zip(frames, float_frames, strict=True):
+        psnrs.append(compute_psnr(image_to_tensor(frame), image_to_tensor(float_frame)))
+    return compute_mean(psnrs)
+
+
 def compute_ssim(x: Tensor, y: Tensor) -> float:
     """SSIM of two images [1, 3, H, W] in 0..1."""
     ssim = structural_similarity_index_measure(x, y, data_range=1.0, gaussian_kernel=True, sigma=1.5)
@@ -170,12 +179,15 @@ def compute_ssim(x: Tensor, y: Tensor) -> float:
 def average_quality(samples: Sequence[SampleQuality]) -> dict[str, float]:
     """The mean of each metric over the samples that have it, under its public name; `float/…` is one already.
 
-    What tells how an edit or a video is kept is a matter of samples with such inputs.
+    What tells how an edit or a video is kept is a matter of samples with such inputs. A value that is not a
+    number is left out where others are finite; `sample_statistics` says so.
     """
     means = {}
     for name in list_metrics([sample.values for sample in samples]):
         measured = [sample.values[name] for sample in samples if name in sample.values]
-        means[make_public(name)] = compute_mean(measured)
+        known = [value for value in measured if not math.isnan(value)]
+        has_finite = any(map(math.isfinite, known))
+        means[make_public(name)] = compute_mean(known if has_finite else measured)
     return means
 
 

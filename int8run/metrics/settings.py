@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from int8run.errors import ConfigError, check_bool, check_choice, check_range
 from int8run.metrics.base import Measure
 from int8run.metrics.catalog import build_measure, describe_measured
+from int8run.metrics.interval_settings import IntervalSettings
 from int8run.metrics.measures.ms_ssim import MsSsim
 from int8run.metrics.metric_files import read_metric_files
 from int8run.metrics.names import METRICS
@@ -26,6 +27,10 @@ class MetricsSettings:
             `measures`.
         objective: the metric that a sweeper gets, and that the best job of a sweep is chosen by; one of
             `names.METRICS`, or one that `measures` adds.
+        noise_floor: whether the float model generates once more, computed otherwise, and once in another
+            dtype: what it differs from itself by.
+        margin_db: INT8 counts as exact as that where both PSNRs differ by less, in dB.
+        intervals: how sure a mean over samples is.
         system_s: seconds between samples of the machine's load in system.csv; 0: none.
         measures: the metrics of `perceptual` by name; one that ships and is not here has its defaults.
     """
@@ -34,6 +39,9 @@ class MetricsSettings:
     layers: bool = True
     perceptual: Sequence[str] = ()
     objective: str = "quality/psnr_db"
+    noise_floor: bool = False
+    margin_db: float = 1.0
+    intervals: IntervalSettings = field(default_factory=IntervalSettings)
     system_s: float = 10
     measures: Mapping[str, Measure] = field(default_factory=dict)
 
@@ -42,6 +50,7 @@ class MetricsSettings:
         check_bool("metrics.layers", self.layers)
         check_range("metrics.system_s", self.system_s, 0, 3600)
         self._check_perceptual()
+        self._check_statistics()
         if self.perceptual and self.baseline == "none":
             raise ConfigError(
                 f"metrics.perceptual={list(self.perceptual)} compares with the float model's images, which "
@@ -71,6 +80,20 @@ class MetricsSettings:
                 "metrics.perceptual, or leave its settings out"
             )
         object.__setattr__(self, "measures", measures)
+
+    def _check_statistics(self) -> None:
+        """Raise ConfigError for an interval, a margin or a noise floor that cannot be computed."""
+        if not isinstance(self.intervals, IntervalSettings):
+            raise ConfigError(
+                f"metrics.intervals is {self.intervals!r}; it takes names and values, such as {{level: 0.9}}"
+            )
+        check_range("metrics.margin_db", self.margin_db, 0.01, 100)
+        check_bool("metrics.noise_floor", self.noise_floor)
+        if self.noise_floor and self.baseline == "none":
+            raise ConfigError(
+                "metrics.noise_floor=true compares the float model with itself, and metrics.baseline=none "
+                "has no float model; set metrics.baseline=run or cached, or metrics.noise_floor=false"
+            )
 
     def _check_objective(self) -> None:
         """Check that runs with these settings can have it; its model and LoRAs decide whether one has it."""

@@ -1,11 +1,17 @@
 """Speed of a generation, from step times that were taken with the device synchronized."""
 
+import math
 import statistics
 from collections.abc import Sequence
 
 import numpy as np
 
 from int8run.generate.generate import Generation
+from int8run.metrics.interval_settings import IntervalSettings
+from int8run.metrics.intervals import compute_interval
+from int8run.metrics.names import HIGH, LOW, SPEED_RATIO
+
+BLOCK_STEPS = 4  # steps that count as one measurement where a run has few batches
 
 
 def list_step_times(generation: Generation) -> list[float]:
@@ -44,6 +50,75 @@ def compute_speed(candidate: Generation, baseline: Generation | None) -> dict[st
         float_median = statistics.median(list_step_times(baseline))
         metrics["speed/ratio_vs_float"] = float_median / metrics["speed/step_ms_p50"]
     return metrics
+
+
+def pair_blocks(
+    candidate: Generation, baseline: Generation, least_batches: int
+) -> tuple[list[float], list[float]]:
+    """The step times of both models in milliseconds, one for each stretch in which they took turns.
+
+    A stretch is a batch, whose median counts. Steps of one batch share what else the machine did, so they are
+    no measurements of their own; only where there are few batches each is split into blocks of BLOCK_STEPS.
+
+    Args:
+        candidate: of the INT8 model.
+        baseline: of the float model, generated in turn with it.
+        least_batches: fewer than these are split.
+
+    Returns:
+        Of the candidate and of the float model, as many.
+    """
+    candidate_blocks: list[float] = []
+    float_blocks: list[float] = []
+    is_split = len(candidate.step_seconds) < least_batches
+    for batch, float_batch in zip(candidate.step_seconds, baseline.step_seconds, strict=False):
+        blocks = split_into_blocks(batch, is_split=is_split)
+        float_blocks_of_batch = split_into_blocks(float_batch, is_split=is_split)
+        # a float model that is only timed makes fewer steps
+        for block, float_block in zip(blocks, float_blocks_of_batch, strict=False):
+            candidate_blocks.append(1000 * statistics.median(block))
+            float_blocks.append(1000 * statistics.median(float_block))
+    return candidate_blocks, float_blocks
+
+
+def split_into_blocks(step_seconds: Sequence[float], *, is_split: bool) -> list[list[float]]:
+    """The timed steps of a batch in blocks of BLOCK_STEPS; what is left over belongs to the last block.
+
+    Args:
+        step_seconds: of all steps.
+        is_split: False: the whole batch is one block.
+    """
+    timed = list(step_seconds[1:] or step_seconds)
+    num_blocks = max(1, len(timed) // BLOCK_STEPS) if is_split else 1
+    starts = [BLOCK_STEPS * number for number in range(num_blocks)]
+    return [timed[start:end] for start, end in zip(starts, [*starts[1:], len(timed)], strict=True)]
+
+
+def bound_speed_ratio(
+    step_ms: Sequence[float], float_step_ms: Sequence[float], ratio: float, settings: IntervalSettings
+) -> dict[str, float]:
+    """The interval of a ratio to float, from the ratios of the stretches in which both took turns.
+
+    It is that of the mean logarithm, as wide as these ratios scatter, around the ratio of the medians.
+
+    Args:
+        step_ms: of the candidate, by stretch.
+        float_step_ms: of the float model.
+        ratio: `speed/ratio_vs_float`.
+        settings: of the interval.
+
+    Returns:
+        `speed/ratio_vs_float_low` and `_high`; nothing for a single stretch.
+    """
+    ratios = np.log(np.asarray(float_step_ms) / np.asarray(step_ms))
+    interval = compute_interval(ratios, settings)
+    if interval is None:
+        return {}
+    middle = float(ratios.mean())
+    return {
+        f"{SPEED_RATIO}{LOW}": ratio * math.exp(interval.low - middle),
+        f"{SPEED_RATIO}{HIGH}": ratio * math.exp(interval.high - middle),
+    }
 
 
 def compute_percentile(values: Sequence[float], share: float) -> float:

@@ -102,5 +102,5 @@ def read_cached_baseline(cache: DiskCache, key: str) -> Generation | None:
     except FileError as error:
         cache.remove(path, error)
         return None
-    log.info("Float images of an earlier run: %s; its speed was that of another time and is left out", path)
+    log.info("Float images of an earlier run: %s", path)
     return generation

@@ -14,6 +14,7 @@ from int8run.checkpoints.unsupported import read_quant_config
 from int8run.errors import FileError
 from int8run.models.source import ResolvedModel
 from int8run.utils.disk_cache import DiskCache
+from int8run.utils.paths import SAFETENSORS
 from int8run.utils.plurals import count_noun
 
 # files of a diffusers folder that decide what a model computes
@@ -27,6 +28,17 @@ def hash_model_files(source: ResolvedModel, cache: DiskCache) -> list[tuple[str,
         source: where the model is.
         cache: remembers hashes of files that did not change.
     """
+    return [(name, cache.hash_file(path)) for name, path in sorted(find_model_files(source).items())]
+
+
+def count_weight_bytes(source: ResolvedModel) -> int:
+    """The size of all files with weights of a model."""
+    files = find_model_files(source).values()
+    return sum(path.stat().st_size for path in files if path.suffix == SAFETENSORS)
+
+
+def find_model_files(source: ResolvedModel) -> dict[str, Path]:
+    """Every file that decides what a model generates, by its name."""
     files = find_hashed_files(source.folder)
     for component, folder in source.elsewhere.items():
         for name, path in find_hashed_files(folder).items():
@@ -35,7 +47,7 @@ def hash_model_files(source: ResolvedModel, cache: DiskCache) -> list[tuple[str,
         for denoiser in source.denoisers:
             for path in list_safetensors(denoiser.weights):
                 files[f"{denoiser.component}: {path.name}"] = path
-    return [(name, cache.hash_file(path)) for name, path in sorted(files.items())]
+    return files
 
 
 def find_hashed_files(folder: Path) -> dict[str, Path]:

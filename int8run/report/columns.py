@@ -7,6 +7,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from int8run.metrics.names import DTYPE_FLOOR, NOISE_FLOOR
+
 STEP_MS = "speed/step_ms_p50"
 SPEED_RATIO = "speed/ratio_vs_float"
 PSNR_DB = "quality/psnr_db"
@@ -87,6 +89,22 @@ class MetricColumn:
             return f">{self.ceiling - smallest_step:.{decimals}f}{self.suffix}"
         return f"{shown:.{decimals}f}{self.suffix}"
 
+    def format_spread(self, low: float | None, high: float | None, decimals: int) -> str:
+        """Half of the width of the interval of a value, as text: `±0.6`; empty where it has none.
+
+        Args:
+            low: lower limit of the interval.
+            high: upper limit.
+            decimals: of the value.
+        """
+        if low is None or high is None or not math.isfinite(high - low):
+            return ""
+        half_width = self.scale * (high - low) / 2
+        smallest_step = 10.0**-decimals
+        if 0 < half_width < smallest_step / 2:
+            return f"±<{smallest_step:.{decimals}f}"
+        return f"±{half_width:.{decimals}f}"
+
 
 METRIC_COLUMNS = (
     MetricColumn(STEP_MS, "step\nms", "median time of a denoising step", direction=-1),
@@ -144,6 +162,20 @@ METRIC_COLUMNS = (
         "PSNR\ndB",
         "peak signal-to-noise ratio to the float model's images; identical images have no noise",
         direction=1,
+        decimals=1,
+    ),
+    MetricColumn(
+        NOISE_FLOOR,
+        "float to\nitself, dB",
+        "PSNR of the float model to itself, with another batch, attention kernel and number of threads",
+        direction=0,
+        decimals=1,
+    ),
+    MetricColumn(
+        DTYPE_FLOOR,
+        "float, other\ndtype, dB",
+        "PSNR of the float model in another dtype to itself",
+        direction=0,
         decimals=1,
     ),
     MetricColumn(

@@ -7,7 +7,14 @@ reasons why a comparison is not made.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from int8run.metrics.interval_settings import IntervalSettings
 from int8run.report.columns import DENOISER_BYTES, PSNR_DB, STEP_MS
+from int8run.report.differences import (
+    Standing,
+    compare_quality,
+    compare_speed,
+    read_interval_settings,
+)
 from int8run.report.ranking import (
     IMAGE_SETTINGS,
     Candidate,
@@ -40,6 +47,9 @@ class SweepComparison:
         fastest, closest, smallest: the candidates that share the best speed, PSNR and denoiser memory.
         speed_problems: why speeds cannot be compared.
         scattered_tags: runs whose step times vary too much.
+        intervals: how sure a difference has to be.
+        quality_standings: each other candidate with a PSNR, beside the first of `closest`.
+        speed_standings: each other candidate that was timed, beside the first of `fastest`.
     """
 
     runs: Sequence[Run]
@@ -52,6 +62,29 @@ class SweepComparison:
     smallest: list[Candidate]
     speed_problems: list[str]
     scattered_tags: list[str]
+    intervals: IntervalSettings
+    quality_standings: list[Standing]
+    speed_standings: list[Standing]
+
+    @property
+    def tied_closest(self) -> list[Candidate]:
+        """The candidates that may be the closest to float, as far as the samples tell."""
+        return list_tied(self.candidates, self.closest, self.quality_standings)
+
+    @property
+    def tied_fastest(self) -> list[Candidate]:
+        """The candidates that may be the fastest, as far as the timed stretches tell."""
+        return list_tied(self.candidates, self.fastest, self.speed_standings)
+
+    @property
+    def is_fastest_sure(self) -> bool:
+        """Whether the fastest are surely faster than all others, but for those with the very same speed."""
+        return all(candidate in self.fastest for candidate in self.tied_fastest)
+
+    @property
+    def is_closest_sure(self) -> bool:
+        """Whether the closest are surely closer to float than others, but for those of equal PSNR."""
+        return all(candidate in self.closest for candidate in self.tied_closest)
 
     @property
     def has_comparable_speeds(self) -> bool:
@@ -79,6 +112,15 @@ def compare_runs(runs: Sequence[Run]) -> SweepComparison:
     ranked_by_quality = [
         candidate for candidate in candidates if not any(is_own_baseline(run) for run in candidate.runs)
     ]
+    closest = find_best(ranked_by_quality, PSNR_DB, direction=1)
+    intervals = read_interval_settings(runs)
+    quality_standings, speed_standings = [], []
+    if closest:
+        others = select_others(ranked_by_quality, closest[0], PSNR_DB)
+        quality_standings = compare_quality(closest[0], others, intervals)
+    if fastest and speed_metric is not None:
+        others = select_others(candidates, fastest[0], speed_metric)
+        speed_standings = compare_speed(fastest[0], others, speed_metric, intervals)
     timed = select_timed(runs)
     return SweepComparison(
         runs=runs,
@@ -87,11 +129,39 @@ def compare_runs(runs: Sequence[Run]) -> SweepComparison:
         content_keys=groups.content_keys,
         speed_metric=speed_metric,
         fastest=fastest,
-        closest=find_best(ranked_by_quality, PSNR_DB, direction=1),
+        closest=closest,
         smallest=find_best(candidates, DENOISER_BYTES, direction=-1),
         speed_problems=explain_incomparable_speeds(runs),
         scattered_tags=[run.tag for run in timed if has_scattered_times(run.record.metrics)],
+        intervals=intervals,
+        quality_standings=quality_standings,
+        speed_standings=speed_standings,
     )
+
+
+def select_others(candidates: Sequence[Candidate], best: Candidate, metric: str) -> list[Candidate]:
+    """The candidates besides the best one that have a metric."""
+    others = []
+    for candidate in candidates:
+        if candidate is not best and candidate.get_metric(metric) is not None:
+            others.append(candidate)
+    return others
+
+
+def list_tied(
+    candidates: Sequence[Candidate], best: Sequence[Candidate], standings: Sequence[Standing]
+) -> list[Candidate]:
+    """The best candidate and those that are not told from it, in the order of all; empty without a best one.
+
+    Args:
+        candidates: all of them.
+        best: of a metric, the first one is what others are compared with.
+        standings: of the others.
+    """
+    if not best:
+        return []
+    tied = [best[0], *(standing.candidate for standing in standings if standing.is_tied)]
+    return [candidate for candidate in candidates if candidate in tied]
 
 
 def select_timed(runs: Sequence[Run]) -> list[Run]:

@@ -109,6 +109,8 @@ def make_literal(table: Table) -> None:
     """Turn every string of a table into text without markup, in place."""
     if isinstance(table.title, str):
         table.title = Text(make_visible(table.title), style="table.title")
+    if isinstance(table.caption, str):
+        table.caption = Text(make_lines_visible(table.caption), style="table.caption")
     for column in table.columns:
         if isinstance(column.header, str):
             column.header = make_plain(column.header)

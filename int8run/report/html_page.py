@@ -31,6 +31,7 @@ from int8run.report.runs_table import build_runs_table
 from int8run.report.strength_curves import build_strength_curves
 from int8run.report.verdict import recommend
 from int8run.report.votes import Tally, count_votes, drop_repeated_sessions, read_vote_file
+from int8run.report.worst_samples import list_worst_samples
 from int8run.tracking.run_record import FINISHED, Record
 from int8run.tracking.setting_names import shorten_value
 from int8run.utils.paths import check_replaceable
@@ -142,6 +143,7 @@ def render_page(
         runs=runs,
         facts=list_facts(runs),
         recommendation=recommend(runs),
+        worst_samples=list_worst_samples(runs, gallery, page_folder),
         has_incomparable_speeds=bool(explain_incomparable_speeds(runs)),
         table=build_runs_table(runs),
         varied_keys=list(runs[0].varied_settings),

@@ -67,6 +67,7 @@ class GalleryRow:
     """The images of one sample.
 
     Args:
+        key: of the sample.
         caption: above them.
         cells: one for each run.
         inputs: what the samples began with; empty for a prompt alone.
@@ -74,6 +75,7 @@ class GalleryRow:
         compared_input: id of the input that results are laid over; None where there is none.
     """
 
+    key: SampleKey
     caption: str
     cells: list[GalleryCell]
     inputs: list[GalleryInput] = field(default_factory=list)
@@ -200,6 +202,7 @@ def build_row(
     inputs, compared_input = build_inputs(runs, files, images)
     input_names = next((sample.input_names for sample in files if sample is not None), "")
     return GalleryRow(
+        key=key,
         caption=format_caption(key, files),
         cells=build_cells(runs, files, images, max_bytes),
         inputs=inputs,

@@ -6,7 +6,7 @@ Shown where its cell is empty, in the table of the report and in that of the ter
 from collections.abc import Mapping
 
 from int8run.layers.plan import FLOAT
-from int8run.metrics.names import METRICS, UNKNOWN
+from int8run.metrics.names import DTYPE_FLOOR, METRICS, NOISE_FLOOR, UNKNOWN
 from int8run.report.columns import (
     ATTENTION_SQNR_DB,
     MACS_INT8_SHARE,
@@ -84,6 +84,8 @@ def explain_by_settings(metric: str, params: Mapping[str, str]) -> str:
         metric: that is missing.
         params: the settings of the run, flat.
     """
+    if metric in (NOISE_FLOOR, DTYPE_FLOOR) and params.get("metrics.noise_floor") != "True":
+        return "metrics.noise_floor=false"
     if metric in REASONS_OF_IMAGES:
         return REASONS_OF_IMAGES[metric]
     measure = METRICS.get(metric, UNKNOWN).measure

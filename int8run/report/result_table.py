@@ -3,16 +3,19 @@
 Builds a rich table from metrics; printing is the caller's. `sweep_table` has that of a sweep.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from rich.table import Table
 
-from int8run.metrics.names import METRICS
+from int8run.metrics.names import DTYPE_FLOOR, HIGH, LOW, MEASURED, NOISE_FLOOR, SAMPLES
 from int8run.report.columns import (
     MISSING,
     SAME_FILE_LAYERS,
     SAME_FILE_LIMITS,
+    SPEED_RATIO,
+    STEP_MS,
 )
 from int8run.report.formatting import format_decibels, format_megabytes
 
@@ -20,6 +23,7 @@ SAME_FILE_NOTE = f"float has numbers of the same quantized file: PSNR to it {SAM
 
 # metrics of `metrics.perceptual` with rows that are written out below
 OWN_ROWS = ("quality/ms_ssim", "quality/lpips", "quality/effnet_distance", "quality/clip_score")
+UNIT = re.compile(r"[^0-9]+$")  # behind a number
 
 Format = Callable[[float], str]
 Ratio = Callable[[float, float], float]
@@ -33,6 +37,7 @@ def build_result_table(
     has_both_models: bool = True,
     best_float: str = "",
     num_steps: int = 0,
+    level: float = 0.95,
 ) -> Table:
     """The float model beside the candidate with their ratio, then quality and layers.
 
@@ -45,6 +50,7 @@ def build_result_table(
         has_both_models: whether both were in memory at once, which the peak memory of each includes.
         best_float: the fastest float dtype of this machine, where it is known.
         num_steps: whose latents were compared.
+        level: of the intervals.
     """
     table = Table(title=title, title_justify="left", caption_justify="left")
     table.add_column("", style="bold")
@@ -60,6 +66,7 @@ def build_result_table(
     rows.add_controlnets()
     rows.add_vae()
     rows.add_loras()
+    rows.explain_intervals(level)
     return table
 
 
@@ -118,9 +125,11 @@ class ResultRows:
             return
         self.table.add_section()
         self.add_value("PSNR to float", "quality/psnr_db", format_decibels)
+        self.add_value("float to itself, PSNR", NOISE_FLOOR, format_decibels)
+        self.add_value("float in another dtype, PSNR", DTYPE_FLOOR, format_decibels)
         if SAME_FILE_LAYERS in self.metrics:
             self.add_value("float layers of the same file", SAME_FILE_LAYERS, "{:.0f}".format)
-            self.table.caption = SAME_FILE_NOTE
+            self.add_note(SAME_FILE_NOTE)
         self.add_value("SSIM to float", "quality/ssim", "{:.4f}".format)
         self.add_value("MS-SSIM to float", "quality/ms_ssim", "{:.4f}".format)
         self.add_value("LPIPS to float", "quality/lpips", "{:.4f}".format)
@@ -132,10 +141,11 @@ class ResultRows:
             form = f"{{:.0f}} of {self.num_steps}".format
             self.add_value("half of the error by step", "quality/half_error_step", form)
         self.add_edits()
+        self.add_value("samples", SAMPLES, "{:.0f}".format)
 
     def add_measured(self) -> None:
         """The other metrics of `metrics.perceptual`, each with the float model's where it has a number."""
-        for name, metric in METRICS.items():
+        for name, metric in MEASURED.items():
             is_asked = metric.measure is not None and name.startswith("quality/")
             if not is_asked or name in OWN_ROWS:
                 continue
@@ -228,12 +238,40 @@ class ResultRows:
         ratio_text = ""
         if ratio is not None and float_value and value:
             ratio_text = f"{ratio(float_value, value):.2f}×"
+        if metric == STEP_MS:
+            ratio_text += self.format_interval(SPEED_RATIO, "{:.2f}".format)
         self.table.add_row(label, form(float_value), form(value), ratio_text)
 
     def add_value(self, label: str, metric: str, form: Format) -> None:
-        """A metric that only the candidate has; no row where it is missing."""
+        """A metric that only the candidate has, with its interval; no row where it is missing."""
         if metric in self.metrics:
-            self.add_row(label, form(self.metrics[metric]))
+            self.add_row(label, form(self.metrics[metric]) + self.format_interval(metric, form))
+
+    def format_interval(self, metric: str, form: Format) -> str:
+        """The interval of a metric, without its unit: ` [54.3, 55.5]`; empty where it has none.
+
+        Args:
+            metric: that may have one.
+            form: how its value is shown.
+        """
+        limits = [self.metrics.get(f"{metric}{LOW}"), self.metrics.get(f"{metric}{HIGH}")]
+        numbers = [UNIT.sub("", form(limit)) for limit in limits if limit is not None]
+        return f" [{', '.join(numbers)}]" if len(numbers) == len(limits) else ""
+
+    def explain_intervals(self, level: float) -> None:
+        """Say below the table what is in brackets, or why nothing is."""
+        num_samples = self.metrics.get(SAMPLES)
+        if num_samples is None:
+            return
+        if num_samples == 1:
+            self.add_note("one sample: no intervals")
+            return
+        self.add_note(f"[low, high]: {100 * level:g} % intervals of means over {num_samples:.0f} samples")
+
+    def add_note(self, text: str) -> None:
+        """A line below the table."""
+        lines = [str(self.table.caption), text] if self.table.caption else [text]
+        self.table.caption = "\n".join(lines)
 
     def add_count(self, label: str, metric: str) -> None:
         """A number of layers; no row where there are none."""

@@ -6,7 +6,7 @@ Called by `html_page`, whose template lays it out. Knows nothing of HTML.
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
-from int8run.metrics.names import METRICS, UNKNOWN
+from int8run.metrics.names import HIGH, LOW, METRICS, UNKNOWN
 from int8run.report.columns import METRIC_COLUMNS, VAE_PSNR_DB, MetricColumn
 from int8run.report.missing_metrics import explain_missing
 from int8run.report.ranking import find_fronts, group_comparable
@@ -25,12 +25,16 @@ class TableCell:
         value: to sort by; None where it is missing.
         is_best: whether it is the best of a column whose values differ and can be compared.
         missing_reason: why there is no value.
+        spread: half of the width of its interval, `±0.6`; empty without one.
+        interval: both limits, `[54.3, 55.5]`.
     """
 
     text: str
     value: float | None
     is_best: bool
     missing_reason: str = ""
+    spread: str = ""
+    interval: str = ""
 
 
 @dataclass(frozen=True)
@@ -122,10 +126,28 @@ def build_column_cells(column: MetricColumn, runs: Sequence[Run]) -> list[TableC
             value=value,
             is_best=index in best,
         )
+        cell = add_interval(cell, run, column, decimals)
         if value is None:
             cell = replace(cell, missing_reason=explain_missing(run.record, column.metric))
         cells.append(cell)
     return cells
+
+
+def add_interval(cell: TableCell, run: Run, column: MetricColumn, decimals: int) -> TableCell:
+    """A cell with the interval of its value, where the run has one.
+
+    Args:
+        cell: of the value.
+        run: its row.
+        column: of the metric.
+        decimals: of the numbers.
+    """
+    low, high = run.get_metric(f"{column.metric}{LOW}"), run.get_metric(f"{column.metric}{HIGH}")
+    spread = column.format_spread(low, high, decimals)
+    if not spread:
+        return cell
+    interval = f"[{column.format(low, decimals)}, {column.format(high, decimals)}]"
+    return replace(cell, spread=spread, interval=interval)
 
 
 def rank_runs(column: MetricColumn, runs: Sequence[Run]) -> Collection[int]:

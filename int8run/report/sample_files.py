@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from int8run.report.runs import Run
 from int8run.report.sample_entry import (
@@ -75,22 +75,14 @@ class SampleFiles:
 def find_sample_files(run: Run) -> dict[SampleKey, SampleFiles]:
     """The files of each image of a run; of a video those of its stills."""
     folder = run.record.folder
-    num_seen: Counter[SampleKey] = Counter()
     found = {}
-    for sample in run.record.images:
+    for key, sample in zip(list_sample_keys(run.record.images), run.record.images, strict=True):
         entries = read_input_entries(sample)
-        key = SampleKey(
-            prompt=str(sample.get("prompt", "")),
-            seed=int(sample.get("seed", 0)),
-            inputs=tuple((entry.column, entry.sha256) for entry in entries),
-        )
-        num_seen[key] += 1
         names = sample.get("stills") or [sample["file"]]
         float_names = sample.get("float_stills") or [sample.get("float")]
         for position, name in enumerate(names):
             float_name = float_names[position] if position < len(float_names) else None
-            key_of_still = key._replace(repeat=num_seen[key], frame=name_frame(sample, name))
-            found[key_of_still] = SampleFiles(
+            found[key._replace(frame=name_frame(sample, name))] = SampleFiles(
                 image=folder / name,
                 float_image=folder / float_name if float_name else None,
                 psnr=sample.get("psnr_db"),
@@ -99,6 +91,25 @@ def find_sample_files(run: Run) -> dict[SampleKey, SampleFiles]:
                 arguments=list_arguments(sample),
             )
     return found
+
+
+def list_sample_keys(samples: Sequence[Mapping[str, Any]]) -> list[SampleKey]:
+    """The key of each sample: equal in two runs where both generated the same thing.
+
+    Args:
+        samples: entries of metrics.json.
+    """
+    num_seen: Counter[SampleKey] = Counter()
+    keys = []
+    for sample in samples:
+        key = SampleKey(
+            prompt=str(sample.get("prompt", "")),
+            seed=int(sample.get("seed", 0)),
+            inputs=tuple((entry.column, entry.sha256) for entry in read_input_entries(sample)),
+        )
+        num_seen[key] += 1
+        keys.append(key._replace(repeat=num_seen[key]))
+    return keys
 
 
 def list_input_images(entries: Sequence[InputEntry], still: int, folder: Path) -> list[InputImageFile]:

@@ -13,6 +13,7 @@ from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
+from int8run.metrics.names import DTYPE_FLOOR, HIGH, LOW, NOISE_FLOOR
 from int8run.report.columns import (
     ATTENTION_SQNR_DB,
     DENOISER_BYTES,
@@ -24,6 +25,7 @@ from int8run.report.columns import (
     STEP_MS,
     VAE_DECODE_RATIO,
     VAE_PSNR_DB,
+    MetricColumn,
     find_column,
 )
 from int8run.report.console import make_plain
@@ -38,7 +40,9 @@ SWEEP_METRICS = (
     PSNR_DB,
     SPEED_RATIO,
     STEP_MS,
-    # jobs have these where they ask for an INT8 VAE or INT8 attention
+    # jobs have these where they ask for a noise floor, an INT8 VAE or INT8 attention
+    NOISE_FLOOR,
+    DTYPE_FLOOR,
     VAE_PSNR_DB,
     VAE_DECODE_RATIO,
     ATTENTION_SQNR_DB,
@@ -92,10 +96,12 @@ def build_sweep_table(records: Sequence[Record], varying: Sequence[str]) -> Tabl
     width = get_console().width
     number = TextColumn("job", [str(record.number) for record in records], is_number=True)
     states = list_states(records)
-    metrics = build_metric_columns(records)
+    metrics = build_metric_columns(records, has_spread=True)
     settings = build_setting_columns(records, varying)
 
     fixed = [number, *states]
+    if measure_columns([*fixed, *settings, *metrics]) > width:
+        metrics = build_metric_columns(records, has_spread=False)
     while len(metrics) > 1 and measure_columns([*fixed, *settings, *metrics]) > width:
         metrics.pop()
     room = width - measure_columns([*fixed, *metrics])
@@ -104,16 +110,37 @@ def build_sweep_table(records: Sequence[Record], varying: Sequence[str]) -> Tabl
     return build_text_table([number, *shown, *metrics, *states], caption="\n".join(notes))
 
 
-def build_metric_columns(records: Sequence[Record]) -> list[TextColumn]:
-    """A column for each metric that a job has, headed and written as in the report."""
+def build_metric_columns(records: Sequence[Record], *, has_spread: bool) -> list[TextColumn]:
+    """A column for each metric that a job has, headed and written as in the report.
+
+    Args:
+        records: of the jobs.
+        has_spread: whether numbers have half of the width of their intervals behind them: `54.9 ±0.6`.
+    """
     columns = []
     for metric in list_shared_metrics(records):
         values = [get_number(record, metric) for record in records]
         column = find_column(metric)
         decimals = column.choose_decimals([value for value in values if value is not None])
         cells = [column.format(value, decimals) for value in values]
+        if has_spread:
+            spreads = [format_spread(record, column, decimals) for record in records]
+            cells = [f"{cell} {spread}".rstrip() for cell, spread in zip(cells, spreads, strict=True)]
         columns.append(TextColumn(column.heading, cells, is_number=True))
     return columns
+
+
+def format_spread(record: Record, column: MetricColumn, decimals: int) -> str:
+    """Half of the width of the interval that a job's metric has, as text; empty without one.
+
+    Args:
+        record: of the job.
+        column: of the metric.
+        decimals: of the numbers.
+    """
+    low = get_number(record, f"{column.metric}{LOW}")
+    high = get_number(record, f"{column.metric}{HIGH}")
+    return column.format_spread(low, high, decimals)
 
 
 def get_number(record: Record, metric: str) -> float | None:

@@ -7,6 +7,7 @@ nothing.
 import math
 from collections.abc import Sequence
 
+from int8run.metrics.names import HIGH, LOW
 from int8run.report.columns import (
     DENOISER_BYTES,
     DENOISER_RATIO,
@@ -14,9 +15,11 @@ from int8run.report.columns import (
     PSNR_DB,
     SPEED_RATIO,
     STEP_MS,
+    MetricColumn,
     find_column,
 )
 from int8run.report.comparison import SweepComparison
+from int8run.report.noise_floor_text import describe_noise_floors
 from int8run.report.ranking import Candidate, find_fronts, find_pareto_front, format_names, list_speed_quality
 from int8run.report.runs import Run, format_tags
 from int8run.utils.plurals import count_noun
@@ -46,6 +49,7 @@ def list_single_facts(comparison: SweepComparison) -> list[tuple[str, str]]:
         facts.append(("Speed", describe_metrics(only, SPEED_METRICS)))
     if only.get_metric(PSNR_DB) is not None:
         facts.append(("Quality", describe_metrics(only, QUALITY_METRICS)))
+    facts += list_noise_facts([only])
     if comparison.smallest:
         facts.append(("Denoiser", describe_metrics(only, MEMORY_METRICS)))
     if comparison.content_keys:
@@ -57,6 +61,7 @@ def list_facts(comparison: SweepComparison) -> list[tuple[str, str]]:
     """The best candidates with their numbers, those between them, and the Pareto front."""
     return [
         *list_extreme_facts(comparison),
+        *list_noise_facts(comparison.closest),
         *list_between_facts(comparison),
         *list_memory_facts(comparison),
         *list_median_facts(comparison),
@@ -68,10 +73,22 @@ def list_extreme_facts(comparison: SweepComparison) -> list[tuple[str, str]]:
     """The fastest candidates and those that are the closest to float."""
     facts = []
     if comparison.fastest:
-        term = "Fastest" if comparison.has_comparable_speeds else "Fastest as measured"
+        is_sure = comparison.is_fastest_sure and comparison.has_comparable_speeds
+        term = "Fastest" if is_sure else "Fastest as measured"
         facts.append((term, describe_best(comparison.fastest, comparison, SPEED_METRICS)))
     if comparison.closest:
-        facts.append(("Closest to float", describe_best(comparison.closest, comparison, QUALITY_METRICS)))
+        term = "Closest to float" if comparison.is_closest_sure else "Closest as measured"
+        facts.append((term, describe_best(comparison.closest, comparison, QUALITY_METRICS)))
+    return facts
+
+
+def list_noise_facts(closest: Sequence[Candidate]) -> list[tuple[str, str]]:
+    """What the float model differs from itself by, beside the closest setting; empty where nobody asked."""
+    facts = []
+    for candidate in closest[:1]:
+        record = candidate.runs[0].record
+        for line in describe_noise_floors(record.noise_floor, record.metrics):
+            facts.append(("Noise floor", line))
     return facts
 
 
@@ -159,9 +176,25 @@ def describe_metric(candidate: Candidate, metric: str) -> str:
     if value is None:
         return ""
     column = find_column(metric)
-    number = column.format(value, column.choose_decimals([value]))
+    decimals = column.choose_decimals([value])
+    number = column.format(value, decimals)
     unit = UNITS.get(metric, "") if math.isfinite(value) else ""
-    return PHRASES[metric].format(number + unit)
+    return PHRASES[metric].format(number + unit) + describe_interval(candidate, column, decimals)
+
+
+def describe_interval(candidate: Candidate, column: MetricColumn, decimals: int) -> str:
+    """The interval of a metric of a single run: ` [49.1, 50.8]`; empty of several runs, and without one.
+
+    Args:
+        candidate: of one run or several.
+        column: of the metric.
+        decimals: of its numbers.
+    """
+    low = candidate.get_metric(f"{column.metric}{LOW}")
+    high = candidate.get_metric(f"{column.metric}{HIGH}")
+    if len(candidate.runs) > 1 or low is None or high is None:
+        return ""
+    return f" [{column.format(low, decimals)}, {column.format(high, decimals)}]"
 
 
 def describe_medians(comparison: SweepComparison, count: str) -> str:

@@ -21,13 +21,14 @@ from int8run.generate.generate import Generation
 from int8run.generate.input_files import read_samples
 from int8run.generate.prompts import Sample
 from int8run.lora.header_info import add_trigger_words
+from int8run.metrics.equivalence import Equivalence
 from int8run.metrics.quality import (
-    average_quality,
     compare_generations,
     compare_sets,
     compute_trajectory_error,
     load_measures_for,
 )
+from int8run.metrics.sample_statistics import summarize_samples
 from int8run.models.schedulers import set_scheduler
 from int8run.pipeline import process_cache
 from int8run.pipeline.build import build_model
@@ -38,6 +39,12 @@ from int8run.report.console import Progress
 from int8run.tasks.build_description import name_candidate
 from int8run.tasks.image_writer import ImageWriter
 from int8run.tasks.input_metrics import measure_edits_and_videos
+from int8run.tasks.noise_floor import NoiseFloor, draw_noise_floor
+from int8run.tasks.noise_floor_metrics import (
+    add_noise_floor,
+    compare_with_noise_floor,
+    flatten_equivalences,
+)
 from int8run.tasks.run_generation import FLOAT_TIMING, generate_all
 from int8run.tasks.run_inputs import RunInputs, read_headers
 from int8run.tasks.run_logs import (
@@ -119,6 +126,7 @@ def generate_and_measure(spec: RunSpec, job: Job, inputs: RunInputs) -> RunResul
     """
     is_alone = job.sweep is None
     cached_baseline, is_float_timed = get_cached_baseline(spec, inputs)
+    noise_floor = draw_noise_floor(spec, inputs)
     built, is_reused = process_cache.get_or_build(
         spec.build_key,
         lambda: build_model(spec, inputs.get_first_batch(spec), inputs.headers, inputs.progress),
@@ -142,14 +150,15 @@ def generate_and_measure(spec: RunSpec, job: Job, inputs: RunInputs) -> RunResul
         metrics["lora/change_ms"] = 1000 * change_seconds
     # after the peak of the memory was read: perceptual metrics load networks of their own
     if baseline is not None:
-        comparison = measure_quality(spec, comparison, baseline)
-        metrics |= {**average_quality(comparison.quality), **comparison.set_quality}
+        comparison = measure_quality(spec, comparison, baseline, noise_floor)
+        metrics |= {**comparison.statistics.flatten(), **comparison.set_quality}
+        metrics |= flatten_equivalences(comparison.equivalences)
 
     write_outputs(spec, built, comparison, metrics, inputs.writer)
     write_run_card(spec, job, built, metrics, num_samples=len(inputs.samples))
     warn_scattered_times(metrics)
     if is_alone:
-        print_result(spec, job, built, metrics, num_steps=len(comparison.latent_errors))
+        print_result(spec, job, built, comparison, metrics)
     return RunResult(metrics, comparison.candidate, baseline, job.output_dir)
 
 
@@ -210,11 +219,21 @@ def make_comparison(
         baseline=baseline,
         timed_float=timed_float,
         latent_errors=latent_errors,
+        is_interleaved=spec.runs_both_models,
     )
 
 
-def measure_quality(spec: RunSpec, comparison: RunComparison, baseline: Generation) -> RunComparison:
-    """The comparison, completed with each sample's quality against the float model's image, and all's."""
+def measure_quality(
+    spec: RunSpec, comparison: RunComparison, baseline: Generation, noise_floor: NoiseFloor | None
+) -> RunComparison:
+    """The comparison, completed with each sample's quality against the float model's image, and all's.
+
+    Args:
+        spec: the settings.
+        comparison: what was generated.
+        baseline: what the float model generated.
+        noise_floor: the same, computed otherwise, where that was asked for.
+    """
     prompts = [sample.prompt for sample in comparison.samples]
     candidate = comparison.candidate
     loaded = load_measures_for(candidate, baseline, spec.metrics.measures.values())
@@ -223,7 +242,20 @@ def measure_quality(spec: RunSpec, comparison: RunComparison, baseline: Generati
     set_quality = compare_sets(candidate, baseline, prompts, loaded)
     if spec.metrics.perceptual:
         set_quality["quality/measures_left_out"] = len(loaded.left_out)
-    return replace(comparison, quality=quality, set_quality=set_quality)
+    equivalences: Mapping[str, Equivalence] = {}
+    if noise_floor is not None:
+        quality = add_noise_floor(quality, baseline, noise_floor)
+        if spec.has_comparison:
+            equivalences = compare_with_noise_floor(quality, candidate, noise_floor, spec.metrics)
+    keys = [sample.key for sample in comparison.samples]
+    return replace(
+        comparison,
+        quality=quality,
+        set_quality=set_quality,
+        statistics=summarize_samples(quality, keys, spec.metrics.intervals),
+        noise_floor=noise_floor,
+        equivalences=equivalences,
+    )
 
 
 def get_cached_baseline(spec: RunSpec, inputs: RunInputs) -> tuple[Generation | None, bool]:
@@ -253,6 +285,8 @@ def get_cached_baseline(spec: RunSpec, inputs: RunInputs) -> tuple[Generation | 
     baseline, is_fresh = get_float_baseline(origin, spec.cache, generate)
     if is_fresh:
         log.info("the float model ran before, not in turn with INT8: their speed ratio compares two moments")
+    else:
+        log.info("the float model's speed was that of another time and is left out")
     return baseline, is_fresh
 
 

@@ -26,9 +26,12 @@ from int8run.lora.header_info import LoraHeader, list_few_step_warnings
 from int8run.pipeline.built_model import BuiltModel
 from int8run.report.console import print_lines
 from int8run.report.formatting import format_pairs
+from int8run.report.noise_floor_text import describe_noise_floors
 from int8run.report.result_table import build_result_table
 from int8run.report.step_times import has_scattered_times
 from int8run.tasks.build_description import describe_build, name_candidate
+from int8run.tasks.noise_floor_metrics import describe_noise_floor
+from int8run.tasks.run_metrics import RunComparison
 from int8run.utils.hardware import get_device_name
 
 log = logging.getLogger(__name__)
@@ -101,7 +104,7 @@ def print_build(spec: RunSpec, built: BuiltModel, *, is_reused: bool) -> None:
 
 
 def print_result(
-    spec: RunSpec, job: Job, built: BuiltModel, metrics: Mapping[str, float], *, num_steps: int
+    spec: RunSpec, job: Job, built: BuiltModel, comparison: RunComparison, metrics: Mapping[str, float]
 ) -> None:
     """Print the table of results and where the files are.
 
@@ -109,8 +112,8 @@ def print_result(
         spec: the settings.
         job: where they came from, and where the files are.
         built: the model.
+        comparison: what was generated.
         metrics: by their public names.
-        num_steps: whose latents were compared.
     """
     model = job.choices.get("model", "model")
     title = f"{model} on {get_device_name(built.device)}; float is {spec.model.dtype}"
@@ -120,9 +123,13 @@ def print_result(
         name_candidate(spec),
         has_both_models=spec.runs_both_models,
         best_float="" if built.best_float is None else built.best_float.dtype,
-        num_steps=num_steps,
+        num_steps=len(comparison.latent_errors),
+        level=spec.metrics.intervals.level,
     )
     print_lines("", table)
+    if comparison.noise_floor is not None:
+        noise_floor = describe_noise_floor(comparison.noise_floor, comparison.equivalences)
+        print_lines(*describe_noise_floors(noise_floor, metrics))
     for name, file in list_result_files(spec).items():
         print_lines(f"{name + ':':<10}{job.output_dir / file}")
 

@@ -19,6 +19,7 @@ from int8run.generate.prompts import Sample
 from int8run.layers.plan import ATTENTION, FLOAT, LINEAR
 from int8run.metrics.embeddings import compute_encoder_metrics
 from int8run.metrics.energy import compute_energy
+from int8run.metrics.equivalence import Equivalence
 from int8run.metrics.layers import (
     compute_attention_metrics,
     compute_int8_shares,
@@ -26,18 +27,27 @@ from int8run.metrics.layers import (
     count_module_bytes,
     measure_layer_outputs,
 )
+from int8run.metrics.names import BLOCK_STEP_MS, FLOAT_BLOCK_STEP_MS, SPEED_RATIO
 from int8run.metrics.quality import SampleQuality, average_frames, find_half_error_step
-from int8run.metrics.speed import compute_speed, list_step_times
+from int8run.metrics.sample_statistics import SampleStatistics
+from int8run.metrics.speed import (
+    bound_speed_ratio,
+    compute_speed,
+    list_step_times,
+    pair_blocks,
+)
 from int8run.metrics.videos import DRIFT, FLOAT_DRIFT
 from int8run.models.given_model import find_text_encoders
 from int8run.pipeline.built_model import BuiltModel, measure_lora_overhead
 from int8run.report.columns import SAME_FILE_LAYERS
 from int8run.tasks.controlnet_metrics import measure_controlnets
+from int8run.tasks.noise_floor import NoiseFloor
 from int8run.tasks.vae_metrics import measure_vae
 from int8run.utils.paths import expand_path
 
 log = logging.getLogger(__name__)
 MAX_EMBEDDING_ERROR = 0.4  # twice that of nvfp4, the coarsest format
+LEAST_BATCHES = 6  # that are paired as they are; steps of fewer are split into blocks
 # the denoiser's keyword arguments in one step, as `generate.capture` records them
 DenoiserCalls = Sequence[Mapping[str, Any]]
 
@@ -54,8 +64,12 @@ class RunComparison:
             where the images of `baseline` are those of an earlier job of this process. None where no float
             model ran in this run: speeds of different runs are not compared.
         latent_errors: relative error of the latents after each step; empty without a baseline.
+        is_interleaved: whether both models took turns, so that their times can be paired.
         quality: one per sample; empty without a baseline, and until it is measured.
         set_quality: what is said of all samples at once, by public names; as empty.
+        statistics: of the quality of all samples.
+        noise_floor: what the float model generated, computed otherwise, where that was asked for.
+        equivalences: INT8's distance to float against those of the float model to itself.
     """
 
     samples: Sequence[Sample]
@@ -63,8 +77,19 @@ class RunComparison:
     baseline: Generation | None
     timed_float: Generation | None
     latent_errors: Sequence[float]
+    is_interleaved: bool = False
     quality: Sequence[SampleQuality] = ()
     set_quality: Mapping[str, float] = field(default_factory=dict)
+    statistics: SampleStatistics = SampleStatistics()  # noqa: RUF009  # frozen
+    noise_floor: NoiseFloor | None = None
+    equivalences: Mapping[str, Equivalence] = field(default_factory=dict)
+
+    @property
+    def paired_times(self) -> tuple[list[float], list[float]] | None:
+        """Step times of the candidate and of float for each stretch in which they took turns, in ms."""
+        if not self.is_interleaved or self.timed_float is None:
+            return None
+        return pair_blocks(self.candidate, self.timed_float, LEAST_BATCHES)
 
 
 def measure_run(
@@ -83,9 +108,7 @@ def measure_run(
         Metrics by their public names.
     """
     comparable = comparison.timed_float
-    metrics = compute_speed(comparison.candidate, comparable)
-    if comparable is not None:
-        metrics |= compare_with_best_float(spec, built, calls, metrics["speed/ratio_vs_float"])
+    metrics = measure_speed(spec, built, comparison, calls)
     metrics |= compute_energy(comparison.candidate, comparable)
     metrics["memory/peak_bytes"] = comparison.candidate.peak_bytes
     if comparable is not None and comparable.peak_bytes:  # those that an earlier job generated have none
@@ -112,6 +135,27 @@ def measure_run(
     if spec.lora.adapters:
         metrics |= measure_loras(spec, built, calls)
     return metrics
+
+
+def measure_speed(
+    spec: RunSpec, built: BuiltModel, comparison: RunComparison, calls: DenoiserCalls
+) -> dict[str, float]:
+    """Step times and rates of the compared model, and its ratios to float with their interval.
+
+    Args:
+        spec: the settings.
+        built: the model that ran.
+        comparison: what it generated.
+        calls: of the denoiser in one step.
+    """
+    metrics = compute_speed(comparison.candidate, comparison.timed_float)
+    if comparison.timed_float is None:
+        return metrics
+    ratio = metrics[SPEED_RATIO]
+    if comparison.paired_times is not None:
+        step_ms, float_step_ms = comparison.paired_times
+        metrics |= bound_speed_ratio(step_ms, float_step_ms, ratio, spec.metrics.intervals)
+    return metrics | compare_with_best_float(spec, built, calls, ratio)
 
 
 def compare_with_best_float(
@@ -258,6 +302,10 @@ def collect_series(comparison: RunComparison) -> dict[str, list[float]]:
     series = {"series/step_ms": list_step_times(candidate)}
     if comparison.timed_float is not None:
         series["series/float_step_ms"] = list_step_times(comparison.timed_float)
+    if comparison.paired_times is not None:
+        series[BLOCK_STEP_MS], series[FLOAT_BLOCK_STEP_MS] = comparison.paired_times
+    else:
+        series[BLOCK_STEP_MS], _ = pair_blocks(candidate, candidate, LEAST_BATCHES)
     if comparison.baseline is None:
         return series
     series["series/latent_rel_err"] = list(comparison.latent_errors)

@@ -28,6 +28,7 @@ from int8run.tasks.image_writer import IMAGES, ImageWriter
 from int8run.tasks.input_images import InputImages, open_input_images
 from int8run.tasks.model_card import write_card
 from int8run.tasks.model_facts import describe_model, name_model
+from int8run.tasks.noise_floor_metrics import describe_noise_floor
 from int8run.tasks.result_grid import make_grid_rows, name_grid_columns
 from int8run.tasks.run_metrics import RunComparison, collect_series
 from int8run.tracking.run_record import RESULTS, RESULTS_SCHEMA
@@ -153,7 +154,7 @@ def collect_results(
     """
     # as it was generated, which may not be what was asked
     generated = read_generated_sampling(spec.sampling, comparison.candidate)
-    return {
+    results = {
         "schema": RESULTS_SCHEMA,
         # what others need to compare the numbers with theirs, in this one file
         "int8run": __version__,
@@ -161,11 +162,15 @@ def collect_results(
         "recipe": describe_model(spec, spec.candidate),
         "environment": environment,
         "metrics": metrics,
+        "statistics": comparison.statistics.to_json(),
         "series": collect_series(comparison),
         "sampling": asdict(generated),
         "rounded": collect_rounded(spec, built, comparison, generated),
         "images": images,
     }
+    if comparison.noise_floor is not None:
+        results["noise_floor"] = describe_noise_floor(comparison.noise_floor, comparison.equivalences)
+    return results
 
 
 def write_layer_tables(spec: RunSpec, built: BuiltModel, output_dir: Path) -> None:

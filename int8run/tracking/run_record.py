@@ -169,6 +169,19 @@ class Record:
         return metrics
 
     @property
+    def statistics(self) -> dict[str, dict[str, Any]]:
+        """What the samples say of each metric: interval, median, worst samples; empty of earlier versions."""
+        statistics: dict[str, Any] = self._measured.get("statistics", {})
+        by_metric: dict[str, dict[str, Any]] = statistics.get("metrics", {})
+        return by_metric
+
+    @property
+    def noise_floor(self) -> dict[str, Any]:
+        """What the float model was compared with itself by, and the tests; empty where it was not."""
+        noise_floor: dict[str, Any] = self._measured.get("noise_floor", {})
+        return noise_floor
+
+    @property
     def series(self) -> dict[str, list[float]]:
         """One value per step or frame, by name."""
         series: dict[str, list[float]] = self._measured.get("series", {})

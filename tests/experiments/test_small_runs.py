@@ -11,6 +11,7 @@ import diffusers
 import pytest
 import torch
 import yaml
+from report.run_folders import make_metrics, write_run
 from safetensors.torch import save_file
 from support.cli_process import command_in
 from support.experiment_script import EXPERIMENTS, find_exit_code, run_script
@@ -185,6 +186,21 @@ def test_a_drafted_family_finds_what_the_shipped_one_says(tmp_path: Path, capsys
     assert set(draft.deferred_gelu) < set(flux.deferred_gelu), "all but the one that joins attention and MLP"
     assert draft.fingerprints[0].matches(set(model.state_dict()))
     assert "#   patchify.weight [16x64]: x_embedder.weight" in page
+
+
+def test_verdicts_counts_the_prompts_that_each_pair_needs(tmp_path: Path, capsys: Capture) -> None:
+    further = {"quality/psnr_db_median": 50.0, "quality/latent_rel_err": 0.01}
+    for number, psnr in enumerate((50.0, 50.01, 45.0)):
+        metrics = make_metrics(psnr=psnr, **further)
+        write_run(tmp_path, number, [f"outlier={number}"], metrics=metrics, num_samples=12)
+
+    run_script("verdicts/verdicts.py", tmp_path, "--draws", "20", "--out", tmp_path / "results")
+
+    pairs = read_table(tmp_path / "results" / "pairs.csv")
+    assert len(read_table(tmp_path / "results" / "methods.csv")) == 3
+    assert [row["told apart"] for row in pairs] == ["no", *["yes, the first is closer"] * 2]
+    assert pairs[1]["prompts by drawing"] == "2" and int(pairs[1]["unpaired"]) > 2
+    assert "| outlier=0 | outlier=1 |" in capsys.readouterr().out
 
 
 def test_fidelity_compares_methods_on_planted_layers(tmp_path: Path, capsys: Capture) -> None:

@@ -98,21 +98,58 @@ def write_run(
     layers: Sequence[Mapping[str, Any]] = (),
     environment: Mapping[str, Any] | None = MACHINE,
     state: str = "FINISHED",
+    num_samples: int = 0,
     **status: Any,
 ) -> Record:
-    """The record of an output folder as a run writes it; `metrics=None`: it ended before it measured."""
+    """The record of an output folder as a run writes it; `metrics=None`: it ended before it measured.
+
+    With `num_samples` there are as many samples and timings, which scatter by little around the metrics.
+    """
     run_folder = folder / str(number)
     run_folder.mkdir(parents=True, exist_ok=True)
     all_status = make_status(number, overrides, params or {}) | {"state": state} | status
     write_json(run_folder / "status.json", all_status)
     if metrics is not None:
         texts = {name: spell_non_finite(value) for name, value in metrics.items()}
-        write_json(run_folder / "metrics.json", {"metrics": texts, "series": {}, "images": list(images)})
+        entries = [*images, *make_sample_entries(metrics, number, num_samples)]
+        series = make_series(metrics, number, num_samples)
+        write_json(run_folder / "metrics.json", {"metrics": texts, "series": series, "images": entries})
     if environment:
         write_json(run_folder / "environment.json", environment)
     if layers:
         write_layers(run_folder / "layers.csv", layers)
     return read_record(run_folder)
+
+
+def make_sample_entries(metrics: Mapping[str, float], number: int, count: int) -> list[dict[str, Any]]:
+    """Samples whose PSNRs differ much from each other, and from those of another run as the metrics do."""
+    psnr = metrics.get(PSNR_DB)
+    if psnr is None or math.isnan(psnr):
+        return []
+    entries = []
+    for index, jitter in enumerate(make_jitter(number, count)):
+        scatter = 3.0 * (index % 3 - 1) + 0.05 * jitter
+        entry = {"key": f"s{index}", "prompt": f"p{index}", "seed": 0, "file": f"images/{index}.png"}
+        entries.append({**entry, "width": 64, "height": 64, "psnr_db": spell_non_finite(psnr + scatter)})
+    return entries
+
+
+def make_series(metrics: Mapping[str, float], number: int, count: int) -> dict[str, list[float]]:
+    """Timings of a run that scatter by one in a thousand."""
+    step, ratio = metrics.get(STEP_MS), metrics.get(SPEED_RATIO)
+    if step is None or not count:
+        return {}
+    step_ms = [step * (1 + 0.001 * jitter) for jitter in make_jitter(number, count)]
+    series = {"series/block_step_ms": step_ms}
+    if ratio is not None:
+        series["series/float_block_step_ms"] = [step * ratio] * count
+    return series
+
+
+def make_jitter(number: int, count: int) -> list[float]:
+    """Numbers around a mean of zero, other ones in each run."""
+    numbers = np.random.default_rng(number).normal(size=count)
+    return [float(one) for one in numbers - numbers.mean()] if count > 1 else [0.0] * count
 
 
 def spell_non_finite(value: float) -> float | str:
@@ -125,17 +162,21 @@ def write_runs(
     metrics: Sequence[Mapping[str, float]],
     options: Sequence[str] = ("none", "convrot"),
     key: str = "outlier",
+    num_samples: int = 0,
 ) -> list[Run]:
     """A named run for each option of a setting."""
     records = [
-        write_run(folder, number, [f"{key}={option}"], metrics=values)
+        write_run(folder, number, [f"{key}={option}"], metrics=values, num_samples=num_samples)
         for number, (option, values) in enumerate(zip(options, metrics, strict=True))
     ]
     return name_runs(records)
 
 
 def write_strengths_by_outlier(
-    folder: Path, psnr: Callable[[float, str], float], left_out: Sequence[int] = ()
+    folder: Path,
+    psnr: Callable[[float, str], float],
+    left_out: Sequence[int] = (),
+    num_samples: int = 0,
 ) -> list[Run]:
     """Named runs of three strengths times two outlier methods; psnr(strength, outlier)."""
     for number, (strength, outlier) in enumerate(itertools.product((0, 0.5, 1), ("none", "convrot"))):
@@ -143,7 +184,8 @@ def write_strengths_by_outlier(
             continue
         is_rotated = outlier != "none"
         metrics = make_metrics(10 + is_rotated, 2 - is_rotated, psnr(strength, outlier))
-        write_run(folder, number, [f"lora.strength={strength}", f"outlier={outlier}"], metrics=metrics)
+        overrides = [f"lora.strength={strength}", f"outlier={outlier}"]
+        write_run(folder, number, overrides, metrics=metrics, num_samples=num_samples)
     return name_runs(find_records(folder))
 
 

@@ -2,20 +2,25 @@
 
 import itertools
 import math
+from functools import partial
 
 import pytest
 from report.run_folders import (
     MACHINE,
     make_metrics,
-    write_run,
-    write_runs,
     write_strengths_by_outlier,
 )
+from report.run_folders import write_run as write_run_without_samples
+from report.run_folders import write_runs as write_runs_without_samples
 
 from int8run.report.runs import name_runs
 from int8run.report.step_times import has_scattered_times
 from int8run.report.verdict import recommend
 from int8run.tracking.run_record import find_records
+
+# with this many samples and timings, every difference below is told apart
+write_run = partial(write_run_without_samples, num_samples=8)
+write_runs = partial(write_runs_without_samples, num_samples=8)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +182,7 @@ def test_scattered_step_times_are_a_warning(tmp_path):
 def test_a_strength_is_not_recommended_for_its_quality(tmp_path):
     # Strength 0 is closest to float with every method, and nobody would choose it for that.
     runs = write_strengths_by_outlier(
-        tmp_path, lambda strength, outlier: 60 - 10 * strength + 2 * (outlier == "convrot")
+        tmp_path, lambda strength, outlier: 60 - 10 * strength + 2 * (outlier == "convrot"), num_samples=8
     )
 
     found = recommend(runs)
@@ -325,3 +330,64 @@ def test_a_run_that_is_its_own_baseline_is_not_the_closest_to_float(tmp_path):
         "INT8 and float have the same numbers in #1, so quality is not compared with that of other runs."
     )
     assert dict(found.facts)["Pareto front"].startswith("#0:")
+
+
+# -- what is told apart --------------------------------------------------------------------------------------
+
+
+def test_settings_whose_interval_holds_zero_are_not_ranked(tmp_path):
+    metrics = [make_metrics(10, 2.0, 50.0), make_metrics(10, 1.9999, 50.01)]
+
+    found = recommend(write_runs(tmp_path, metrics))
+
+    assert found.verdict.startswith("These settings cannot be told apart, in speed (8 timings do not tell;")
+    assert "or in quality (8 samples do not tell;" in found.verdict
+    assert "Closest as measured" in dict(found.facts) and "Fastest as measured" in dict(found.facts)
+
+
+def test_a_surely_faster_setting_is_used_where_quality_is_not_told_apart(tmp_path):
+    metrics = [make_metrics(10, 2.0, 50.0), make_metrics(20, 1.0, 50.01)]
+
+    found = recommend(write_runs(tmp_path, metrics))
+
+    assert found.verdict.startswith(
+        "Use #0 outlier=none: the fastest, and none is surely closer to float (8 "
+    )
+
+
+def test_a_surely_closer_setting_is_used_where_speed_is_not_told_apart(tmp_path):
+    metrics = [make_metrics(10, 2.0, 40.0), make_metrics(10.0001, 1.99999, 50.0)]
+
+    found = recommend(write_runs(tmp_path, metrics))
+
+    assert found.verdict.startswith(
+        "Use #1 outlier=convrot: the closest to float, and none is surely faster (8 timings do not tell"
+    )
+
+
+@pytest.mark.parametrize(
+    ("num_samples", "reason"),
+    [
+        (0, "they have no timings that can be compared"),
+        (1, "one timing has no interval; more prompts or seeds give one"),
+    ],
+)
+def test_a_few_steps_rank_nothing(tmp_path, num_samples, reason):
+    """Two to four steps of one image are one timing."""
+    metrics = [make_metrics(10, 2.0, 40), make_metrics(20, 1.0, 50)]
+
+    found = recommend(write_runs_without_samples(tmp_path, metrics, num_samples=num_samples))
+
+    assert found.verdict.startswith(
+        f"These settings cannot be told apart, in speed ({reason}) or in quality ("
+    )
+    assert "the fastest" not in found.verdict
+
+
+def test_of_settings_that_are_surely_behind_those_ahead_are_left(tmp_path):
+    metrics = [make_metrics(10, 2.0, 50.0), make_metrics(10, 1.9999, 50.01), make_metrics(20, 1.0, 30.0)]
+
+    found = recommend(write_runs(tmp_path, metrics, "abc"))
+
+    assert found.verdict.startswith("#0 outlier=a and #1 outlier=b cannot be told apart, in speed (")
+    assert found.verdict.endswith("the others are surely slower or further from float.")

@@ -105,8 +105,8 @@ def test_a_run_leaves_everything(small: list[str], tmp_path: Path) -> None:
 
     assert saved["metrics"]["quality/psnr_db"] == metrics["quality/psnr_db"]
     assert len(saved["images"]) == 2
-    # of two drawings the times of three steps but the first, and the error after each step
-    assert [len(values) for values in saved["series"].values()] == [4, 4, 3]
+    # of two drawings the times of three steps but the first, their medians, and the error after each step
+    assert [len(values) for values in saved["series"].values()] == [4, 4, 2, 2, 3]
     assert [(i["key"], i["file"], i["float"]) for i in saved["images"]] == [
         (f"00{n}_{word}_s0", f"images/00{n}_{word}_s0.png", f"images/00{n}_{word}_s0_float.png")
         for n, word in enumerate("ab")
