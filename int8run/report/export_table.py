@@ -198,8 +198,14 @@ def render_latex(table: ExportTable) -> str:
 
 
 def join_latex_row(texts: Sequence[str]) -> str:
-    """A line of a LaTeX table. The empty group keeps a `[` that follows from being read as an argument."""
-    return f"{' & '.join(texts)} \\\\{{}}"
+    """A line of a LaTeX table.
+
+    An empty group keeps a `[` or a star at its beginning from being read as an argument of the line before.
+    """
+    line = " & ".join(texts)
+    if line.startswith(("[", "*")):
+        line = f"{{}}{line}"
+    return rf"{line} \\"
 
 
 def escape_latex(text: str) -> str:

@@ -5,6 +5,7 @@ environment.json beside it, as a run leaves them.
 """
 
 import hashlib
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -141,7 +142,7 @@ def find_result_files(paths: Sequence[Path]) -> list[Path]:
 
 
 def read_content(path: Path) -> tuple[Mapping[str, Any], str]:
-    """The JSON object of a file, and a hash of its bytes.
+    """The JSON object of a file, and a hash of what it says, however it is written.
 
     Raises:
         UnusableResultError: it is no such file.
@@ -149,15 +150,15 @@ def read_content(path: Path) -> tuple[Mapping[str, Any], str]:
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise UnusableResultError(f"it is larger than {MAX_FILE_BYTES / 1e6:g} MB")
-        data = path.read_bytes()
-        content = restore_numbers(parse_untrusted_json(data))
+        content = restore_numbers(parse_untrusted_json(path.read_bytes()))
     except OSError as error:
         raise UnusableResultError(f"it cannot be read: {error.strerror or error}") from error
     except ValueError as error:
         raise UnusableResultError(f"it {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("metrics"), dict):
         raise UnusableResultError("it is no metrics.json of int8run")
-    return content, hashlib.sha256(data).hexdigest()
+    text = json.dumps(content, sort_keys=True)
+    return content, hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_result(path: Path, content: Mapping[str, Any]) -> tuple[SharedResult, list[Doubt]]:

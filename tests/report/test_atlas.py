@@ -125,7 +125,8 @@ def test_a_damaged_file_is_named(tmp_path):
 
 def test_a_copy_counts_once(tmp_path):
     write_result(tmp_path / "a" / "metrics.json")
-    write_result(tmp_path / "b" / "metrics.json")
+    copy = write_result(tmp_path / "b" / "metrics.json")
+    copy.write_text(json.dumps(json.loads(copy.read_text()), indent=4))
 
     collection = collect_results([tmp_path])
 

@@ -43,7 +43,7 @@ def test_latex_has_as_many_cells_in_each_row_as_columns(runs):
     text = render_table(runs, "a sweep", "latex")
 
     (columns,) = re.findall(r"\\begin\{tabular\}\{([lr]+)\}", text)
-    rows = [line for line in text.splitlines() if line.endswith(r"\\{}")]
+    rows = [line for line in text.splitlines() if line.endswith(r" \\")]
     assert {line.count(" & ") + 1 for line in rows} == {len(columns)}
     assert "50.0 [48.0, 52.5]" in text and r"\textbf{equal}" in text and r"2.50$\times$" in text
 
