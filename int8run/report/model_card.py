@@ -21,8 +21,8 @@ FLOAT_METRICS: Mapping[str, str] = {
     "energy/joules_per_image": "float/joules_per_image",
 }
 NOT_MEASURED = (
-    "Nothing was measured: the file was written from the weights alone. `task=run model.location=FILE` "
-    "compares it with the float model."
+    "Nothing was measured: the file was written from the weights alone. A run with it, as below, compares it "
+    "with the float model."
 )
 
 

@@ -287,7 +287,7 @@ def read_card(
         num_samples=0,
         machine="",
         grid=None,
-        usage=[f"int8run model.location={weights[0].name}"],
+        usage=[f"int8run model=NAME model.location={weights[0].name}"],
     )
     return render_card(facts)
 

@@ -164,7 +164,8 @@ def test_a_folder_keeps_the_names_of_diffusers(tmp_path, tiny):
     metrics = run(tmp_path, f"save={tmp_path}/made/here")
     made = tmp_path / "made" / "here"
 
-    assert sorted(p.name for p in made.iterdir()) == ["config.json", "diffusion_pytorch_model.safetensors"]
+    names = ["card.md", "config.json", "diffusion_pytorch_model.safetensors"]
+    assert sorted(p.name for p in made.iterdir()) == names
     assert json.loads((made / "config.json").read_text()) == json.loads((TINY / "config.json").read_text())
 
     found = load_file(made / "diffusion_pytorch_model.safetensors")
@@ -245,7 +246,8 @@ def test_a_file_without_convolutions_that_are_asked_for_is_warned_of(tmp_path, c
 def test_a_file_is_a_file_whatever_its_name(tmp_path):
     run(tmp_path, f"save={tmp_path}/a/diffusion_pytorch_model.safetensors")
 
-    assert [p.name for p in (tmp_path / "a").iterdir()] == ["diffusion_pytorch_model.safetensors"]
+    names = ["diffusion_pytorch_model.card.md", "diffusion_pytorch_model.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == names
 
 
 def test_a_file_of_diffusers_names_gets_its_authors(tmp_path, tiny):

@@ -145,7 +145,8 @@ def test_another_reader_reads_the_same(
 def test_what_is_written_beside(model: Path, quantize: Quantize, tmp_path: Path) -> None:
     quantize(model, "nvfp4", tmp_path / "folder", component="text_encoder_2")
 
-    assert sorted(p.name for p in (tmp_path / "folder").iterdir()) == ["config.json", "model.safetensors"]
+    names = ["card.md", "config.json", "model.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "folder").iterdir()) == names
 
     own = json.loads((model / "text_encoder_2" / "config.json").read_text())
 

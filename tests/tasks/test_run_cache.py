@@ -542,7 +542,11 @@ def test_two_experts_go_into_a_folder_and_come_back(
 ) -> None:
     made = job(experts, *WAN, f"save={tmp_path / 'saved'}", "cache.limit_gb=0")
 
-    assert sorted(p.name for p in (tmp_path / "saved").iterdir()) == ["transformer", "transformer_2"]
+    assert sorted(p.name for p in (tmp_path / "saved").iterdir()) == [
+        "card.md",
+        "transformer",
+        "transformer_2",
+    ]
 
     quantized.clear()
     read = job(experts, *WAN, f"int8.checkpoint={tmp_path / 'saved'}", "cache.limit_gb=0")
