@@ -4,13 +4,14 @@ Pipelines round: a size to a multiple of their patches, a number of frames to wh
 schedulers take more steps than asked. What is recorded of a run is what came out.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from int8run.generate.generate import Generation
 from int8run.models.sampling import NUM_FRAMES, Sampling
 
 BATCH, STEPS = "sampler.batch", "sampler.steps"
+TILES = "tiles_"  # begin of an argument of pipelines that work on tiles
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,23 @@ def list_rounded(asked: Sampling, generated: Sampling) -> list[Rounded]:
 def is_skipped(change: Rounded, strength: float) -> bool:
     """Whether fewer steps are what a strength asks for: it leaves out the first ones."""
     return change.name == STEPS and strength < 1 and change.generated < change.asked
+
+
+def is_tiled(change: Rounded, parameters: Iterable[str]) -> bool:
+    """Whether more steps are those of several tiles, of which each has as many as were asked for.
+
+    Args:
+        change: of a setting.
+        parameters: names of the arguments of the pipeline's call.
+    """
+    is_multiple = change.name == STEPS and change.generated % change.asked == 0
+    return is_multiple and any(name.startswith(TILES) for name in parameters)
+
+
+def describe_tiled(change: Rounded, pipeline: str) -> str:
+    """One line: `Kandinsky6SRPipeline takes sampler.steps=2 for each of 4 tiles`."""
+    num_tiles = change.generated // change.asked
+    return f"{pipeline} takes {STEPS}={change.asked} for each of {num_tiles} tiles"
 
 
 def describe_skipped(change: Rounded, pipeline: str, strength: float) -> str:

@@ -13,7 +13,9 @@ from int8run.generate.generate import Generation
 from int8run.generate.generated_sampling import (
     describe_rounded,
     describe_skipped,
+    describe_tiled,
     is_skipped,
+    is_tiled,
     list_rounded,
     read_generated_sampling,
 )
@@ -49,11 +51,14 @@ def log_rounded(spec: RunSpec, built: BuiltModel, samples: Sequence[Sample], gen
         generation: of them.
     """
     pipeline = type(built.pipe).__name__
-    strength = get_strength(read_call_inputs(type(built.pipe)), samples, spec.sampling)
+    call = read_call_inputs(type(built.pipe))
+    strength = get_strength(call, samples, spec.sampling)
     unasked = []
     for change in list_rounded(spec.sampling, read_generated_sampling(spec.sampling, generation)):
         if is_skipped(change, strength):
             log.info("%s", describe_skipped(change, pipeline, strength))
+        elif is_tiled(change, call.parameters):
+            log.info("%s", describe_tiled(change, pipeline))
         else:
             unasked.append(change)
     if unasked:

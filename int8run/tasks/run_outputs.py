@@ -13,7 +13,7 @@ from int8run import __version__
 from int8run.config.job import Job
 from int8run.config.run_spec import RunSpec
 from int8run.generate.call_inputs import read_call_inputs
-from int8run.generate.generated_sampling import is_skipped, list_rounded, read_generated_sampling
+from int8run.generate.generated_sampling import is_skipped, is_tiled, list_rounded, read_generated_sampling
 from int8run.generate.prompts import Sample
 from int8run.generate.step_count import get_strength
 from int8run.metrics.quality import SampleQuality
@@ -190,7 +190,7 @@ def collect_rounded(
 ) -> dict[str, dict[str, int]]:
     """What a pipeline did not take as it was asked, by setting; empty where it took all.
 
-    Steps that a strength leaves out are what was asked for.
+    Steps that a strength leaves out, and those of further tiles, are what was asked for.
 
     Args:
         spec: the settings.
@@ -198,10 +198,11 @@ def collect_rounded(
         comparison: of all samples.
         generated: as it came out.
     """
-    strength = get_strength(read_call_inputs(type(built.pipe)), comparison.samples, spec.sampling)
+    call = read_call_inputs(type(built.pipe))
+    strength = get_strength(call, comparison.samples, spec.sampling)
     rounded = {}
     for change in list_rounded(spec.sampling, generated):
-        if not is_skipped(change, strength):
+        if not is_skipped(change, strength) and not is_tiled(change, call.parameters):
             rounded[change.name] = {"asked": change.asked, "generated": change.generated}
     return rounded
 

@@ -4,7 +4,14 @@ import torch
 from PIL import Image
 
 from int8run.generate.generate import Generation
-from int8run.generate.generated_sampling import describe_rounded, list_rounded, read_generated_sampling
+from int8run.generate.generated_sampling import (
+    Rounded,
+    describe_rounded,
+    describe_tiled,
+    is_tiled,
+    list_rounded,
+    read_generated_sampling,
+)
 from int8run.models.sampling import Sampling
 
 
@@ -35,6 +42,18 @@ def test_what_was_not_asked_is_filled_in_and_not_rounded() -> None:
 
     assert generated == Sampling(steps=4, width=64, height=32)
     assert list_rounded(Sampling(), generated) == []
+
+
+def test_steps_of_several_tiles_are_those_that_were_asked_for() -> None:
+    tiled, scheduler = Rounded("sampler.steps", 2, 8), Rounded("sampler.steps", 10, 19)
+    arguments = ["video", "tiles_batch_size"]
+
+    assert is_tiled(tiled, arguments)
+    assert not is_tiled(tiled, ["video"])
+    assert not is_tiled(scheduler, arguments)
+    assert describe_tiled(tiled, "Kandinsky6SRPipeline") == (
+        "Kandinsky6SRPipeline takes sampler.steps=2 for each of 4 tiles"
+    )
 
 
 def test_latents_alone_have_no_size() -> None:
