@@ -1,5 +1,7 @@
 """Metrics on CLIP's features, with random networks of the real classes: formulas, and weights that fail."""
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,7 @@ from int8run.metrics.images import image_to_tensor
 from int8run.metrics.measures.aesthetic_score import AestheticScore, load_head
 from int8run.metrics.measures.clip_iqa import ClipIqa
 from int8run.metrics.measures.cmmd import Cmmd
+from int8run.metrics.measures.hps_v2 import HpsV2
 from int8run.metrics.measures.pick_score import PickScore
 
 RED, BLUE = Image.new("RGB", (32, 32), (250, 40, 10)), Image.new("RGB", (32, 32), (10, 60, 240))
@@ -116,3 +119,42 @@ def test_cmmd_is_0_for_one_set_twice_and_sees_another_one(clip):
     assert different["cmmd"] == pytest.approx(
         2000 * (1 - torch.exp(torch.tensor(-distance / 200)).item()), rel=1e-2
     )
+
+
+TINY_OPEN_CLIP = {
+    "embed_dim": 8,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1},
+}
+
+
+class TestHpsV2:
+    """A random network of open_clip's own classes, where it is installed."""
+
+    @pytest.fixture
+    def open_clip(self, tmp_path):
+        library = pytest.importorskip("open_clip")
+        (tmp_path / "tiny_for_tests.json").write_text(json.dumps(TINY_OPEN_CLIP))
+        library.add_model_config(tmp_path / "tiny_for_tests.json")
+        return library
+
+    def test_it_is_the_cosine_of_image_and_prompt(self, open_clip, tmp_path):
+        model, _, prepare = open_clip.create_model_and_transforms("tiny_for_tests")
+        model.eval()
+        torch.save({"state_dict": model.state_dict()}, tmp_path / "hps.pt")
+
+        measure = HpsV2(str(tmp_path / "hps.pt"), "tiny_for_tests").load()
+        values = measure(image_to_tensor(RED), image_to_tensor(BLUE), "a red apple")
+
+        text = model.encode_text(open_clip.get_tokenizer("tiny_for_tests")(["a red apple"]))
+        expected = [
+            F.cosine_similarity(model.encode_image(prepare(image)[None]), text).item()
+            for image in (RED, BLUE)
+        ]
+        assert [values["hps_v2"], values["float/hps_v2"]] == pytest.approx(expected, abs=1e-5)
+
+    def test_weights_of_another_network_leave_it_out(self, open_clip, tmp_path):
+        torch.save({"state_dict": {}}, tmp_path / "hps.pt")
+
+        with pytest.raises(UnavailableError, match=r"hps\.pt has no weights of this network \(RuntimeE"):
+            HpsV2(str(tmp_path / "hps.pt"), "tiny_for_tests").load()
