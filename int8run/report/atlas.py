@@ -10,10 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from int8run.metrics.names import HIGH, LOW
 from int8run.report.columns import DENOISER_RATIO, PSNR_DB, SPEED_RATIO, MetricColumn, find_column
 from int8run.report.export_table import (
-    HIGH,
-    LOW,
     escape_latex,
     escape_markdown,
     format_plain,

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from int8run.metrics.names import HIGH, LOW
 from int8run.report.columns import MetricColumn
 from int8run.report.runs import Run
 from int8run.report.runs_table import RunsTable, TableCell, build_runs_table
@@ -17,8 +18,6 @@ from int8run.tracking.run_record import FINISHED
 from int8run.tracking.setting_names import shorten_keys, shorten_value
 from int8run.utils.text import make_visible
 
-# of a metric's name: the two ends of its interval, where it was measured with one
-LOW, HIGH = "_low", "_high"
 INTERVAL_NOTE = "In brackets: the interval of the mean over the run's samples."
 MARKDOWN_SPECIAL = "\\`*_{}[]<>#|~!"
 LATEX_TEXTS: Mapping[str, str] = {
@@ -110,8 +109,7 @@ def build_export_table(runs: Sequence[Run], table: RunsTable, title: str) -> Exp
         cells += [ExportCell(shorten_value(value)) for value in row.run.varied_settings.values()]
         if has_states:
             cells.append(ExportCell(row.run.record.state.lower()))
-        for column, cell in zip(table.columns, row.cells, strict=True):
-            cells.append(export_cell(row.run, column, cell))
+        cells += [export_cell(cell) for cell in row.cells]
         rows.append(cells)
     return ExportTable(
         title=title,
@@ -119,18 +117,13 @@ def build_export_table(runs: Sequence[Run], table: RunsTable, title: str) -> Exp
         headings=[*text_headings, *metric_headings],
         num_text_columns=len(text_headings),
         rows=rows,
-        has_intervals=any(get_interval(run, column.metric) for run in runs for column in table.columns),
+        has_intervals=any(cell.interval for row in table.rows for cell in row.cells),
     )
 
 
-def export_cell(run: Run, column: MetricColumn, cell: TableCell) -> ExportCell:
+def export_cell(cell: TableCell) -> ExportCell:
     """A number with its interval: `54.1 [53.2, 55.0]`."""
-    interval = get_interval(run, column.metric)
-    if cell.value is None or interval is None:
-        return ExportCell(cell.text, cell.is_best)
-    decimals = column.choose_decimals([cell.value])
-    low, high = (column.format(end, decimals) for end in interval)
-    return ExportCell(f"{cell.text} [{low}, {high}]", cell.is_best)
+    return ExportCell(f"{cell.text} {cell.interval}".rstrip(), cell.is_best)
 
 
 def get_interval(run: Run, metric: str) -> tuple[float, float] | None:

@@ -5,10 +5,12 @@ same text below the front matter of a repository's README.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from int8run.report.columns import METRIC_COLUMNS, MISSING, MetricColumn
-from int8run.report.export_table import HIGH, LOW, escape_markdown
+from int8run.metrics.names import DTYPE_FLOOR, HIGH, LOW, NOISE_FLOOR
+from int8run.report.columns import MISSING, PSNR_DB, MetricColumn, find_column
+from int8run.report.export_table import escape_markdown
+from int8run.report.runs_table import list_columns
 from int8run.utils.plurals import count_noun
 from int8run.utils.text import make_lines_visible, make_visible
 
@@ -93,7 +95,7 @@ def render_card(facts: CardFacts) -> str:
 
 def render_measured(facts: CardFacts) -> list[str]:
     """The section of the numbers, each with its interval where it has one, and the grid."""
-    rows = [row for column in METRIC_COLUMNS for row in build_metric_row(column, facts.metrics)]
+    rows = [row for column in list_card_columns() for row in build_metric_row(column, facts.metrics)]
     if not rows:
         return [NOT_MEASURED]
     images = count_noun(facts.num_samples, "prompt")
@@ -112,6 +114,17 @@ def render_measured(facts: CardFacts) -> list[str]:
     if facts.grid is not None:
         lines += ["", f"![float, INT8 and their difference]({escape_link(facts.grid)})"]
     return lines
+
+
+def list_card_columns() -> list[MetricColumn]:
+    """All metrics of a report, and what the float model differs from itself by, as rows of a card."""
+    columns = list_columns()
+    psnr = find_column(PSNR_DB)
+    place = columns.index(psnr) + 1
+    floors = {NOISE_FLOOR: "of float, computed otherwise", DTYPE_FLOOR: "of float in another dtype"}
+    for metric, heading in floors.items():
+        columns.insert(place, replace(psnr, metric=metric, heading=f"{psnr.heading} {heading}"))
+    return columns
 
 
 def build_metric_row(column: MetricColumn, metrics: Mapping[str, float]) -> list[tuple[str, str, str, str]]:

@@ -8,8 +8,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from int8run.metrics.names import HIGH, LOW
 from int8run.report.columns import DENOISER_BYTES, DENOISER_RATIO, SPEED_RATIO, STEP_MS
-from int8run.report.export_table import HIGH, LOW
 
 FLOAT_STEP_MS, FLOAT_BYTES = "float/step_ms_p50", "float/denoiser_bytes"
 RATIO_TOLERANCE = 0.02  # of a ratio and the two numbers that it was computed from

@@ -3,7 +3,7 @@
 Called by `html_page`, whose template lays it out. Knows nothing of HTML.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from int8run.metrics.names import HIGH, LOW, METRICS, UNKNOWN
@@ -94,24 +94,31 @@ def build_runs_table(runs: Sequence[Run]) -> RunsTable:
 def choose_columns(runs: Sequence[Run]) -> list[MetricColumn]:
     """The columns that the values of the runs need; what was asked for and is not among them comes last."""
     objectives = dict.fromkeys(run.record.objective for run in runs)
-    asked = [name for name, metric in METRICS.items() if metric.measure and name.startswith("quality/")]
-    columns = []
-    for column in METRIC_COLUMNS:
-        is_objective = column.metric in objectives
-        columns.append(replace(column, needs_difference=column.needs_difference and not is_objective))
-    known = {column.metric for column in columns}
-    for name in dict.fromkeys([*objectives, *asked]):
-        if name not in known:
-            metric = METRICS.get(name, UNKNOWN)
-            heading = ", ".join(filter(None, [metric.label or name, metric.unit]))
-            columns.append(MetricColumn(name, heading, metric.description, metric.direction))
-
     needed = []
-    for column in columns:
+    for column in list_columns(objectives):
+        is_objective = column.metric in objectives
+        column = replace(column, needs_difference=column.needs_difference and not is_objective)
         values = [run.get_metric(column.metric) for run in runs]
         if column.is_needed_for(values):
             needed.append(column)
     return needed
+
+
+def list_columns(names: Iterable[str] = ()) -> list[MetricColumn]:
+    """Every column that there is: METRIC_COLUMNS, further ones, and what `metrics.perceptual` adds.
+
+    Args:
+        names: of metrics that have a column in any case.
+    """
+    asked = [name for name, metric in METRICS.items() if metric.measure and name.startswith("quality/")]
+    columns = list(METRIC_COLUMNS)
+    known = {column.metric for column in columns}
+    for name in dict.fromkeys([*names, *asked]):
+        if name not in known:
+            metric = METRICS.get(name, UNKNOWN)
+            heading = ", ".join(filter(None, [metric.label or name, metric.unit]))
+            columns.append(MetricColumn(name, heading, metric.description, metric.direction))
+    return columns
 
 
 def build_column_cells(column: MetricColumn, runs: Sequence[Run]) -> list[TableCell]:

@@ -47,6 +47,15 @@ def test_numbers_stand_beside_those_of_float_with_their_interval():
     assert "No interval" not in text
 
 
+def test_what_float_differs_from_itself_by_stands_below_the_psnr():
+    text = render_card(replace(FACTS, metrics=FACTS.metrics | {"quality/noise_floor_db": 61.25}))
+
+    lines = text.splitlines()
+    line = find_line(text, "| PSNR dB of float, computed otherwise |")
+    assert line.split("|")[3].strip() == "61.2"
+    assert lines.index(line) == lines.index(find_line(text, "| PSNR dB |")) + 1
+
+
 def test_numbers_without_an_interval_are_called_observations():
     text = render_card(replace(FACTS, metrics=make_metrics()))
 
