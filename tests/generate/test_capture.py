@@ -10,7 +10,7 @@ from diffusers.models.transformers.transformer_wan_animate_2 import WanAnimate2K
 from support.helpers import CPU
 from torch import Tensor, nn
 
-from int8run.generate.capture import capture_calls, capture_step, clone_tensors
+from int8run.generate.capture import capture_calls, capture_spread_calls, capture_step, clone_tensors
 from int8run.generate.generate import StepClock
 from int8run.generate.pipeline_call import call_pipeline
 from int8run.generate.prompts import Sample
@@ -62,6 +62,13 @@ def test_the_captured_step_is_the_second_of_two_and_the_hook_is_removed() -> Non
     assert [
         made["time"] for made in capture_step(Pipe(), "denoiser", denoiser, BATCH, Sampling(steps=9))
     ] == [1]
+    assert not denoiser._forward_pre_hooks
+
+
+def test_first_middle_and_last_step_of_a_short_schedule_are_captured() -> None:
+    denoiser = Denoiser()
+    made = capture_spread_calls(Pipe(), "denoiser", denoiser, BATCH, Sampling(steps=9))
+    assert [call["time"] for call in made] == [0, 1, 2]
     assert not denoiser._forward_pre_hooks
 
 
