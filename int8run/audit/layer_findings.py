@@ -138,7 +138,7 @@ def describe_low_rank(layers: Sequence[LayerAudit]) -> str:
 
 def describe_correlation(layers: Sequence[LayerAudit]) -> str:
     """How unlike the base numbers are."""
-    found = [layer.correlation or 0 for layer in layers]
+    found = [max(0.0, layer.correlation or 0) for layer in layers]
     return f"correlation with the base {format_range(found, '{:.2f}')}, of a rounded weight 1.00"
 
 

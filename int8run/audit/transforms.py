@@ -88,10 +88,13 @@ def iterate_others(layer: CheckpointLayer, declared: OutlierTransform) -> Iterat
     for group_size, is_sylvester in select_rotations(channels):
         if (group_size, is_sylvester) == (declared.group_size, declared.sylvester):
             continue
-        rotation = None
-        if group_size:
-            rotation = Rotation(get_hadamard(group_size, is_sylvester=is_sylvester), is_sylvester)
-        yield OutlierTransform(factor=declared.factor, rotation=rotation, taps=declared.taps)
+        if not group_size:
+            yield OutlierTransform(factor=declared.factor, taps=declared.taps)
+            continue
+        rotation = Rotation(get_hadamard(group_size, is_sylvester=is_sylvester), is_sylvester)
+        method = "quarot" if is_sylvester else "convrot"
+        settings = {"group_size": group_size}
+        yield OutlierTransform(method, settings, declared.factor, rotation, taps=declared.taps)
 
 
 def select_rotations(channels: int) -> Sequence[tuple[int, bool]]:
