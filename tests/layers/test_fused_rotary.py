@@ -78,6 +78,22 @@ def test_what_the_kernel_does_not_compute_stays_diffusers(monkeypatch: pytest.Mo
     assert calls == []
 
 
+@pytest.mark.slow
+@torch.no_grad()
+def test_compiled_code_computes_diffusers_in_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(Cpu())
+    install_rotary(model)
+    angles = randn(TOKENS, 8)
+    inputs = {"hidden_states": randn(1, TOKENS, WIDTH), "image_rotary_emb": (angles.cos(), angles.sin())}
+    expected = model["flux"](**inputs)
+    calls = count_calls(monkeypatch)
+
+    compiled = torch.compile(model["flux"], fullgraph=True, backend="eager")
+
+    assert torch.equal(compiled(**inputs), expected)
+    assert calls == []
+
+
 def test_other_backends_leave_processors_alone() -> None:
     model = make_model(Reference())
 
