@@ -86,7 +86,7 @@ def quantize_controlnets(
         BackendError: when the backend cannot take a layer.
     """
     # attentions were chosen for the denoiser's modules, and its search is over
-    settings = replace(settings, attentions={})
+    settings = replace(settings, attentions=())
     built = []
     for controlnet in list_float_controlnets(loaded):
         controlnet.calls = calls.get(controlnet.component, ())
