@@ -98,10 +98,11 @@ def render_measured(facts: CardFacts) -> list[str]:
     rows = [row for column in list_card_columns() for row in build_metric_row(column, facts.metrics)]
     if not rows:
         return [NOT_MEASURED]
-    images = count_noun(facts.num_samples, "prompt")
+    images = count_noun(facts.num_samples, "image")
+    machine = facts.machine or "a machine that is not known"
     lines = [
-        f"Against the float model with the same {images}, seeds and settings, on "
-        f"{escape_markdown(facts.machine or 'a machine that is not known')}.",
+        f"Against the float model with the same prompts, seeds and settings: {images}, on "
+        f"{escape_markdown(machine)}.",
         "",
         "| | float | INT8 | interval |",
         "|---|---:|---:|---:|",

@@ -42,7 +42,7 @@ def test_numbers_stand_beside_those_of_float_with_their_interval():
 
     assert find_line(text, "| PSNR") == "| PSNR dB |  | 50.0 | 48.0 to 52.0 |"
     assert find_line(text, "| step ms") == "| step ms | 20.0 | 10.0 |  |"
-    assert "6 prompts" in text and "EPYC, 2 threads" in text
+    assert "6 images" in text and "EPYC, 2 threads" in text
     assert "![float, INT8 and their difference](fox.grid.png)" in text
     assert "No interval" not in text
 

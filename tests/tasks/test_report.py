@@ -9,9 +9,12 @@ from pathlib import Path
 
 import mlflow
 import pytest
+from report.run_folders import make_metrics, write_run
 from support.cli_process import Command
 
+from int8run.errors import ConfigError
 from int8run.jobs.manifest import SweepManifest, write_manifest
+from int8run.tasks.options import Report
 from int8run.tasks.report import sync_runs
 from int8run.tracking import retry
 from int8run.tracking.base import NoTracker
@@ -216,3 +219,34 @@ def test_what_cannot_be_reported_is_named(command: Command, words: list[str], co
 
     assert outcome.code == code and re.match(said, outcome.message), outcome.message
     assert [name for name in command.made() if not name.startswith("ml")] == []
+
+
+@pytest.mark.slow
+def test_tables_and_the_atlas_by_the_command(command: Command) -> None:
+    folder = command.folder / "runs"
+    write_run(folder, 0, ["outlier=none"], {"rounding": "absmax"}, metrics=make_metrics())
+
+    table = command("task=report", "task.path=runs", "task.format=csv")
+    atlas = command("task=report", "task.atlas=[runs]", "task.path=here")
+    no_votes = command("task=report", "task.path=runs", "task.votes=[missing.json]")
+
+    assert table.code == 0 and (folder / "report.csv").read_text().startswith("run,")
+    assert atlas.code == 0 and "1 result" in atlas.out
+    assert "EPYC" in (command.folder / "here" / "atlas.html").read_text()
+    assert no_votes.code == 2
+    assert no_votes.message.startswith("task.votes: the runs have no two images to compare")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"format": "pdf"}, "task.format is 'pdf'; choose from csv, html, latex, markdown"),
+        ({"votes": "a.json"}, r"task.votes is 'a.json'; give a list of texts, such as \[votes.json\]"),
+        ({"votes": ["a.json"], "format": "csv"}, "task.format=csv has no place for task.votes"),
+        ({"atlas": [1]}, r"task.atlas is \[1\]; give a list of texts"),
+        ({"atlas": ["a"], "sweep": "s"}, "task.atlas shows results of several people"),
+    ],
+)
+def test_settings_of_a_report_that_do_not_go_together(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Report(**settings)
