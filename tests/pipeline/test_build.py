@@ -1,7 +1,6 @@
 """The steps of a build: what each takes from the settings of a run, and what it leaves out."""
 
 import ast
-import logging
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +9,7 @@ import pytest
 import torch
 from support.run_job import make_spec
 
+from int8run.errors import FileError
 from int8run.layers.plan import LayerPlan
 from int8run.lora.match import Matches
 from int8run.pipeline import build as module
@@ -91,18 +91,13 @@ def test_only_a_file_has_fused_layers(save: str, is_fused: bool) -> None:
     assert select_quantization_settings(make_spec([f"save={save}"])).has_fused_layers == is_fused
 
 
-def test_a_saved_file_holds_no_int8_vae(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
+def test_the_folder_of_an_int8_vae_is_checked_before_the_work(tmp_path: Path) -> None:
     saved = f"save={tmp_path / 'a.safetensors'}"
+    (tmp_path / "a_vae").write_text("in the way")
 
     prepare_save(make_spec([saved]))
-    assert "VAE" not in caplog.text
-    prepare_save(make_spec([saved, "int8.vae=int8"]))
-
-    assert (
-        f"the INT8 VAE is not in {tmp_path / 'a.safetensors'}: a run makes it again with int8.vae=int8"
-        in caplog.text
-    )
+    with pytest.raises(FileError, match="a_vae"):
+        prepare_save(make_spec([saved, "int8.vae=int8"]))
 
 
 def test_float_denoisers_by_what_generates_with_them() -> None:
