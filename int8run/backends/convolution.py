@@ -15,7 +15,7 @@ from typing import ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from int8run.backends.base import Limits, find_instruction_set
+from int8run.backends.base import Backend, Limits, find_instruction_set
 from int8run.errors import BackendError
 from int8run.kernels.cpu import conv
 from int8run.kernels.cpu.instructions import AUTO, INSTRUCTION_SETS
@@ -321,3 +321,13 @@ def choose_conv_backend(device: torch.device, asked: str, instructions: str = AU
     reasons = "; ".join(missing) or "there are no kernels for it"
     log.warning("INT8 convolutions have none but the slow definition on %s: %s", device, reasons)
     return definition
+
+
+def is_stopgap(backend: ConvBackend, asked: Backend) -> bool:
+    """Whether the slow definition stands in for kernels: of real sizes, its times take hours.
+
+    Args:
+        backend: that computes the convolutions.
+        asked: `backend=` of the config, which may ask for the definition.
+    """
+    return isinstance(backend, ReferenceConv) and asked.name != backend.name

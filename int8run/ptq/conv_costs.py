@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from int8run.backends.base import Backend
-from int8run.backends.convolution import ConvBackend, choose_conv_backend
+from int8run.backends.convolution import ConvBackend, choose_conv_backend, is_stopgap
 from int8run.kernels.cpu.instructions import AUTO
 from int8run.layers.assemble import copy_sharing_tensors
 from int8run.layers.int8_conv import Int8Conv
@@ -50,6 +50,8 @@ class ConvCosts(LayerCosts):
         if self.conv_backend is None:
             instructions = getattr(self.backend, "instructions", AUTO)
             self.conv_backend = choose_conv_backend(self.device, self.backend.name, instructions)
+        if is_stopgap(self.conv_backend, self.backend):
+            return 1.0
         num_inputs = conv.weight[0].numel()
         weight = quantize_weight(self.random_tensor(conv.out_channels, num_inputs))
         plain = QuantizedLayer(weight, OutlierTransform(), bias=None)
@@ -71,6 +73,8 @@ class ConvCosts(LayerCosts):
             rank: of all LoRAs together.
             input_shape: [B, C, *size].
         """
+        if is_stopgap(layer.backend, self.backend):
+            return 1.0
         key = f"cost of a branch of rank {rank} | {describe_convolution(layer, input_shape)}"
         known = self.look_up(key)
         if known is not None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from int8run.backends.autotune_cache import open_cache_of
 from int8run.backends.base import Backend, find_instruction_set
-from int8run.backends.convolution import ConvBackend, choose_conv_backend, read_geometry
+from int8run.backends.convolution import ConvBackend, choose_conv_backend, is_stopgap, read_geometry
 from int8run.backends.float_comparison import ROUNDS, FloatComparer
 from int8run.layers.int8_conv import Int8Conv, get_layer
 from int8run.layers.int8_linear import QuantizedLayer
@@ -96,7 +96,9 @@ class ConvolutionBinder:
         if self.asked.name not in ("auto", self.backend.name):
             # a backend of Linears has no convolutions; this is what stands for it
             plan.backend_asked = "auto"
-        if self.is_timed and input_shape is not None:
+        if self.is_timed and is_stopgap(self.backend, self.asked):
+            plan.float_reason = f"only the slow definition computes INT8 convolutions on {self.device.type}"
+        elif self.is_timed and input_shape is not None:
             self.compare_with_float(plan, made, conv, tuple(input_shape))
         return made
 

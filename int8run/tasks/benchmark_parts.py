@@ -18,7 +18,7 @@ from int8run.backends.attention import (
 )
 from int8run.backends.autotune_cache import AutotuneCache
 from int8run.backends.base import Backend, LayerTimes, find_instruction_set
-from int8run.backends.convolution import ConvBackend, ReferenceConv, choose_conv_backend
+from int8run.backends.convolution import ConvBackend, choose_conv_backend, is_stopgap
 from int8run.backends.float_comparison import compare_times
 from int8run.backends.layer_timer import Attempt, LayerTimer
 from int8run.backends.run_errors import find_run_failure
@@ -102,7 +102,7 @@ class PartTimer:
         """What computes INT8 convolutions here; None: only the definition, and nobody asked for it."""
         instructions = getattr(self.asked, "instructions", AUTO)
         chosen = choose_conv_backend(self.device, self.asked.name, instructions)
-        if isinstance(chosen, ReferenceConv) and self.asked.name != chosen.name:
+        if is_stopgap(chosen, self.asked):
             self.left_out["INT8 convolutions"] = f"only the slow definition computes them on {self.device}"
             return None
         return chosen

@@ -67,6 +67,17 @@ def test_a_rotation_is_measured_once_and_kept_for_later_runs(table, timed):
     assert costs.get_transform_ratio(OutlierTransform(), CONV, INPUT) == 1.0, "nothing costs nothing"
 
 
+def test_where_the_definition_stands_in_for_kernels_nothing_is_timed(table, timed):
+    backend = WithTable(str(table))
+    backend.name = "auto"
+    costs = ConvCosts(backend, CPU, torch.float32)
+    costs.conv_backend = ReferenceConv()
+
+    assert costs.get_transform_ratio(ROTATED, CONV, INPUT) == 1.0
+    assert costs.get_branch_ratio(build_layer(), 2, INPUT) == 1.0
+    assert timed == []
+
+
 def test_a_branch_is_measured_beside_a_copy_and_the_layer_stays_as_it_is(table, timed):
     layer = build_layer()
     expected = layer(randn(*INPUT))

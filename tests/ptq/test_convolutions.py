@@ -12,6 +12,7 @@ from int8run.errors import BackendError
 from int8run.layers.int8_linear import QuantizedLayer
 from int8run.layers.plan import CONV, Int8Settings, LayerPlan
 from int8run.outlier.none import NoOutlier
+from int8run.ptq import convolutions
 from int8run.ptq.convolutions import ConvolutionBinder
 from int8run.quant.weight import quantize_weight
 
@@ -59,6 +60,14 @@ def test_a_convolution_stays_float_where_steady_times_say_so(
     plan = bind(tmp_path)
 
     assert (plan.speedup, plan.float_reason) == (speedup, reason)
+
+
+def test_where_the_definition_stands_in_for_kernels_convolutions_stay_float_untimed(tmp_path, monkeypatch):
+    monkeypatch.setattr(float_comparison, "time_in_turns", lambda *_: pytest.fail("timed"))
+    monkeypatch.setattr(NamedAuto, "name", "auto")
+    monkeypatch.setattr(convolutions, "choose_conv_backend", lambda *_: ReferenceConv())
+
+    assert bind(tmp_path).float_reason == "only the slow definition computes INT8 convolutions on cpu"
 
 
 def test_what_was_measured_is_not_measured_again(tmp_path, monkeypatch):
