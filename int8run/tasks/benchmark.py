@@ -37,7 +37,7 @@ from int8run.tasks.benchmark_shapes import StepShapes, trace_shapes
 from int8run.tasks.benchmark_table import (
     BenchmarkResult,
     build_result_table,
-    format_shape,
+    describe_float_rows,
     list_instructions,
     make_record,
 )
@@ -89,8 +89,7 @@ def run_benchmark(spec: RunSpec, job: Job, *, rounds: int, rows: int | None) -> 
     for title, instructions in list_instructions(result).items():
         built = ", ".join(f"{name} {text}" for name, text in instructions.items())
         print_lines(f"kernels of {title}:  {built}")
-    float_rows = ", ".join(f"{format_shape(size)}: {rows}" for size, rows in result.float_rows.items())
-    print_lines(f"float is faster up to this many rows (int8.small_batch_fallback): {float_rows}")
+    print_lines(describe_float_rows(result.float_rows))
     file = job.output_dir / "bench.json"
     write_json(make_record(result, chooser.cache.environment, left_out), file)
     print_lines(f"numbers:  {file}", f"choices:  {chooser.cache.path}")
@@ -113,10 +112,10 @@ def find_shapes(spec: RunSpec, job: Job, progress: Progress, rows: int | None) -
 
 def warn_unsteady(result: BenchmarkResult) -> None:
     """Warn of shapes whose times say more about other work on the machine."""
-    num_unsteady = result.num_unsteady + sum(len(part.unsteady) for part in result.parts)
+    num_unsteady = sum(len(group.unsteady) for group in result.groups)
     if num_unsteady:
         log.warning(
-            "%d of %d shapes scatter by more than twice: other work runs here; their choices are not kept",
+            "%d of %d shapes scatter by more than twice: other work runs here; none is compared or kept",
             num_unsteady,
             len(result.layers) + sum(len(part.seconds) for part in result.parts),
         )
@@ -200,19 +199,18 @@ def measure_layers(
         progress: shows the shapes.
     """
     seconds = {}
-    num_unsteady = 0
+    unsteady = set()
     with progress.track_loop("Timing layer shapes", len(layers)) as advance:
         for shape in sorted(layers):
             times = measure_shape(chooser, shape)
             seconds[shape] = times.seconds
             if not times.is_steady:
-                num_unsteady += 1
+                unsteady.add(shape)
             advance(1)
     float_rows = {}
     for in_features, out_features in sorted({shape[1:] for shape in layers}):
-        rows = measure_float_rows(chooser, in_features, out_features)
-        float_rows[in_features, out_features] = rows
-    return BenchmarkResult(seconds, layers, float_rows, num_unsteady)
+        float_rows[in_features, out_features] = measure_float_rows(chooser, in_features, out_features)
+    return BenchmarkResult(seconds, layers, float_rows, unsteady)
 
 
 def measure_shape(chooser: BackendChooser, shape: Shape) -> LayerTimes:
@@ -238,11 +236,12 @@ def measure_shape(chooser: BackendChooser, shape: Shape) -> LayerTimes:
     return times
 
 
-def measure_float_rows(chooser: BackendChooser, in_features: int, out_features: int) -> int:
+def measure_float_rows(chooser: BackendChooser, in_features: int, out_features: int) -> int | None:
     """Find the number of rows up to which the float layer is faster than every backend.
 
     Returns:
         The largest of SMALL_ROW_COUNTS for which this is so, and for all smaller ones; 0 when it never is.
+        None where times scatter.
     """
     supported = chooser.supported_backends(in_features, out_features)
     contestants: dict[str, Backend] = {Float.name: chooser.float_layer}
@@ -256,6 +255,7 @@ def measure_float_rows(chooser: BackendChooser, in_features: int, out_features: 
         if fastest != Float.name:
             break
         largest = rows
-    if is_steady:
-        chooser.cache.put(f"float_rows | {in_features}x{out_features}", str(largest))
+    if not is_steady:
+        return None
+    chooser.cache.put(f"float_rows | {in_features}x{out_features}", str(largest))
     return largest

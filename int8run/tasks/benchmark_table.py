@@ -3,9 +3,9 @@
 `benchmark.py` measures. Nothing here knows a backend but by its name.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich import box
 from rich.table import Table
@@ -15,11 +15,28 @@ from int8run.backends.base import LayerTimes, Shape
 from int8run.utils.dtypes import FLOAT_DTYPES
 
 MILLISECONDS = 1000
+SCATTERED = "?"  # in the place of a ratio of times that scatter
 SHORT_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 LayerSize = tuple[int, int]  # in_features, out_features
 Seconds = Mapping[str, float]  # by dtype or backend
-# seconds of one call by shape, and how often each shape is called in a step
-Group = tuple[Mapping[Any, Seconds], Mapping[Any, int]]
+
+
+class Group(NamedTuple):
+    """Times of what is summed in one row.
+
+    Args:
+        seconds: of one call, by shape.
+        counts: how often each shape is called in a step.
+        unsteady: shapes whose times scatter too much to be compared.
+    """
+
+    seconds: Mapping[Any, Seconds]
+    counts: Mapping[Any, int]
+    unsteady: Collection[Any] = ()
+
+    def sum_fastest(self, shapes: Collection[Any]) -> float:
+        """Seconds of all calls of some shapes, each in its fastest dtype or on its fastest backend."""
+        return sum(self.counts[shape] * min(self.seconds[shape].values(), default=0.0) for shape in shapes)
 
 
 @dataclass(frozen=True)
@@ -55,34 +72,61 @@ class BenchmarkResult:
     Args:
         seconds: of one call, by shape; the float layer's by dtype, the others' by backend.
         layers: number of layers of each shape.
-        float_rows: the largest number of rows at which the float layer is faster, by layer size.
-        num_unsteady: shapes of Linears whose times scatter too much to be kept.
+        float_rows: the largest number of rows at which the float layer is faster, by layer size; None where
+            times scatter.
+        unsteady: shapes of Linears whose times scatter too much to be compared or kept.
         parts: what was timed beside Linears.
         instructions: what the kernels of each backend are built for; empty where for nothing.
     """
 
     seconds: Mapping[Shape, Seconds]
     layers: Mapping[Shape, int]
-    float_rows: Mapping[LayerSize, int]
-    num_unsteady: int
+    float_rows: Mapping[LayerSize, int | None]
+    unsteady: Collection[Shape] = ()
     parts: Sequence[TimedParts] = ()
     instructions: Mapping[str, str] = field(default_factory=dict)
 
     def sum_seconds(self) -> dict[str, float]:
         """Seconds of all Linears of one step; see `sum_step`."""
-        return sum_step([(self.seconds, self.layers)])
+        return sum_step(self.groups[:1])
 
     @property
     def groups(self) -> list[Group]:
         """Times and counts of the Linears, and of each other part."""
-        return [(self.seconds, self.layers), *((part.seconds, part.counts) for part in self.parts)]
+        linears = Group(self.seconds, self.layers, self.unsteady)
+        return [linears, *(Group(part.seconds, part.counts, part.unsteady) for part in self.parts)]
 
     @property
     def names(self) -> list[str]:
-        """Every dtype and backend, the fastest with Linears first; those that cannot run all come last."""
+        """Every dtype and backend, the fastest with Linears first; those that cannot run all come last.
+
+        Where the times of the Linears scatter, none is called the fastest: they come in the order in which
+        they were timed.
+        """
+        timed = list_timed(self.groups)
+        if not is_steady(self.groups[:1]):
+            return timed
         totals = self.sum_seconds()
-        others = {name for seconds, _ in self.groups for times in seconds.values() for name in times}
-        return [*totals, *sorted(others - totals.keys())]
+        return [*totals, *sorted(name for name in timed if name not in totals)]
+
+
+def list_timed(groups: Sequence[Group]) -> list[str]:
+    """Every dtype and backend that was timed, in order."""
+    names: dict[str, None] = {}
+    for group in groups:
+        for times in group.seconds.values():
+            names |= dict.fromkeys(times)
+    return list(names)
+
+
+def is_steady(groups: Sequence[Group]) -> bool:
+    """Whether these times can be compared: what does not scatter takes the larger part of a step."""
+    steady = unsteady = 0.0
+    for group in groups:
+        scattered = [shape for shape in group.seconds if shape in group.unsteady]
+        unsteady += group.sum_fastest(scattered)
+        steady += group.sum_fastest([shape for shape in group.seconds if shape not in group.unsteady])
+    return unsteady == 0 or steady > unsteady
 
 
 def sum_step(groups: Sequence[Group]) -> dict[str, float]:
@@ -93,11 +137,10 @@ def sum_step(groups: Sequence[Group]) -> dict[str, float]:
     Args:
         groups: times of each shape, and how often it is called.
     """
-    names = dict.fromkeys(name for seconds, _ in groups for times in seconds.values() for name in times)
     totals: dict[str, float] = {}
-    for name in names:
+    for name in list_timed(groups):
         total = 0.0
-        for seconds, counts in groups:
+        for seconds, counts, _ in groups:
             if not all(name in times for times in seconds.values()):
                 break
             total += sum(count * seconds[shape][name] for shape, count in counts.items())
@@ -128,6 +171,8 @@ def build_result_table(title: str, result: BenchmarkResult) -> Table:
     """
     names = result.names
     caption = "ms of a call; ratio: time of the fastest float dtype over that of the fastest INT8 backend"
+    if any(group.unsteady for group in result.groups):
+        caption += f"; {SCATTERED}: times scatter"
     table = Table(
         title=title,
         title_justify="left",
@@ -145,14 +190,16 @@ def build_result_table(title: str, result: BenchmarkResult) -> Table:
         table.add_column(heading, justify="right", no_wrap=True, min_width=widest_line)
     for shape, seconds in result.seconds.items():
         times = format_times(seconds, names)
-        table.add_row(labels[shape], str(result.layers[shape]), *times, compare_fastest(seconds))
+        ratio = compare_fastest(seconds, is_steady=shape not in result.unsteady)
+        table.add_row(labels[shape], str(result.layers[shape]), *times, ratio)
     table.add_section()
     add_sum(table, "all layers", result.groups[:1], names)
     for part, group in zip(result.parts, result.groups[1:], strict=True):
         table.add_section()
         for label, seconds in part.seconds.items():
             times = format_times(seconds, names)
-            table.add_row(label, str(part.counts[label]), *times, compare_fastest(seconds))
+            ratio = compare_fastest(seconds, is_steady=label not in part.unsteady)
+            table.add_row(label, str(part.counts[label]), *times, ratio)
         add_sum(table, f"all {part.title}", [group], names)
     if result.parts:
         table.add_section()
@@ -169,7 +216,7 @@ def add_sum(table: Table, label: str, groups: Sequence[Group], names: Sequence[s
         groups: that are summed.
         names: of the columns.
     """
-    count = sum(sum(counts.values()) for _, counts in groups)
+    count = sum(sum(group.counts.values()) for group in groups)
     table.add_row(label, str(count), *format_times(sum_step(groups), names), compare_all(groups))
 
 
@@ -201,8 +248,15 @@ def format_milliseconds(seconds: float) -> str:
     return f"{milliseconds:.0f}"
 
 
-def compare_fastest(seconds: Seconds) -> str:
-    """`1.84×`: how many times as fast as the fastest float dtype the fastest backend is."""
+def compare_fastest(seconds: Seconds, *, is_steady: bool = True) -> str:
+    """`1.84×`: how many times as fast as the fastest float dtype the fastest backend is.
+
+    Args:
+        seconds: of one call.
+        is_steady: whether these times can be compared.
+    """
+    if not is_steady:
+        return SCATTERED
     int8, best_float = find_fastest_int8(seconds), find_fastest_float(seconds)
     if int8 is None or best_float is None:
         return "–"
@@ -211,6 +265,8 @@ def compare_fastest(seconds: Seconds) -> str:
 
 def compare_all(groups: Sequence[Group]) -> str:
     """`1.84×`: all calls, each on its fastest backend, against the one fastest float dtype."""
+    if not is_steady(groups):
+        return SCATTERED
     totals = sum_step(groups)
     best_float = find_fastest_float(totals)
     int8_total = sum_fastest_int8(groups)
@@ -222,7 +278,7 @@ def compare_all(groups: Sequence[Group]) -> str:
 def sum_fastest_int8(groups: Sequence[Group]) -> float | None:
     """Seconds of all calls, each on its fastest INT8 backend; None where one has none."""
     total = 0.0
-    for seconds, counts in groups:
+    for seconds, counts, _ in groups:
         for shape, count in counts.items():
             int8 = find_fastest_int8(seconds[shape])
             if int8 is None:
@@ -271,7 +327,26 @@ def make_record(
         **{part.title: make_part_record(part) for part in result.parts},
         # Linears and these; INT8 on the fastest backend of each shape
         "all_milliseconds": whole_step,
+        # of all of these, shapes whose times scatter
+        "unsteady": list_unsteady(result),
     }
+
+
+def list_unsteady(result: BenchmarkResult) -> list[str]:
+    """The names of all shapes whose times scatter, as the other parts of `bench.json` have them."""
+    names = [format_shape(shape) for shape in sorted(result.unsteady)]
+    for part in result.parts:
+        names += part.unsteady
+    return names
+
+
+def describe_float_rows(float_rows: Mapping[LayerSize, int | None]) -> str:
+    """Up to how many rows float is faster, by layer size; `?` where times scatter."""
+    texts = []
+    for size, rows in float_rows.items():
+        shown = SCATTERED if rows is None else str(rows)
+        texts.append(f"{format_shape(size)}: {shown}")
+    return f"float is faster up to this many rows (int8.small_batch_fallback): {', '.join(texts)}"
 
 
 def make_part_record(part: TimedParts) -> dict[str, object]:

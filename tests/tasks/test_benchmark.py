@@ -21,6 +21,7 @@ from int8run.tasks.benchmark import make_auto_backend, measure_float_rows, measu
 from int8run.tasks.benchmark_table import (
     BenchmarkResult,
     build_result_table,
+    describe_float_rows,
     format_milliseconds,
     make_record,
 )
@@ -172,7 +173,7 @@ SECONDS = {
     (8, 64, 32): {"float32": 0.004, "bfloat16": 0.0015, "a": 0.002, "b_c": 0.001},
     (8, 32, 64): {"float32": 0.002, "bfloat16": 0.003},
 }
-RESULT = BenchmarkResult(SECONDS, {(8, 64, 32): 3, (8, 32, 64): 1}, {}, 0)
+RESULT = BenchmarkResult(SECONDS, {(8, 64, 32): 3, (8, 32, 64): 1}, {})
 
 
 def test_the_table_is_sorted_and_weighs_each_shape_by_its_layers() -> None:
@@ -210,7 +211,7 @@ def test_a_time_has_three_digits(seconds: float, text: str) -> None:
 
 def test_all_layers_are_compared_with_one_float_dtype() -> None:
     seconds = {**SECONDS, (8, 32, 64): {"float32": 0.002, "bfloat16": 0.003, "b_c": 0.0045}}
-    result = BenchmarkResult(seconds, RESULT.layers, {}, 0)
+    result = BenchmarkResult(seconds, RESULT.layers, {})
 
     # bfloat16 takes 3 x 1.5 + 3, INT8 3 x 1 + 4.5
     assert list(build_result_table("t", result).columns[-1].cells)[-1] == "1.00×"
@@ -239,3 +240,30 @@ def test_one_backend_is_timed_alone_and_float_beside_all_of_them() -> None:
     assert {"cpu", "triton"} <= make_auto_backend(Float()).candidates.keys()
     auto = AutoBackend({})
     assert make_auto_backend(auto) is auto
+
+
+def read_ratios(result: BenchmarkResult) -> tuple[list[str], list[str]]:
+    """The heads of a result's columns, and the ratio of each row."""
+    table = build_result_table("", result)
+    return [str(column.header) for column in table.columns], [str(cell) for cell in table.columns[-1].cells]
+
+
+def test_times_that_scatter_are_not_compared() -> None:
+    """One shape takes nearly all of a step."""
+    seconds = {(8, 64, 32): {"cpu": 1.0, "float32": 4.0}, (8, 32, 64): {"cpu": 0.1, "float32": 0.2}}
+    layers = {(8, 64, 32): 1, (8, 32, 64): 1}
+
+    heads, ratios = read_ratios(BenchmarkResult(seconds, layers, {}, [(8, 64, 32)]))
+    _, small_ratios = read_ratios(BenchmarkResult(seconds, layers, {}, [(8, 32, 64)]))
+
+    assert ratios == ["?", "2.00×", "?"] and small_ratios == ["4.00×", "?", "3.82×"]
+    assert heads[2:4] == ["cpu", "fp32"]
+
+
+def test_where_times_scatter_no_backend_is_first() -> None:
+    seconds = {(8, 64, 32): {"float32": 4.0, "cpu": 1.0}}
+    result = BenchmarkResult(seconds, {(8, 64, 32): 1}, {(64, 32): None}, [(8, 64, 32)])
+
+    assert result.names == ["float32", "cpu"]
+    assert make_record(result, "here", {})["unsteady"] == ["8x64x32"]
+    assert describe_float_rows(result.float_rows).endswith(": 64x32: ?")
