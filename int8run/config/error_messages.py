@@ -134,7 +134,10 @@ def explain_missing_option(file: str, known: Sequence[str]) -> str:
     group, _, option = file.rpartition("/")
     if not known:
         return f"there is no group called {group!r}; `int8run --help` lists the groups"
+    from int8run.config.plugins import suggest_plugin
+
     message = f"no {group} called {option!r}; {suggest_similar(option, known)}choose from {', '.join(known)}"
+    message += suggest_plugin(group, option)
     if group == "lora":
         message += f"; one LoRA, by its name or file: lora=file lora.adapters.0.path={option}"
     return message

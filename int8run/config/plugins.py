@@ -224,6 +224,19 @@ def iter_installed_plugins() -> Iterator[Plugin]:
             yield Plugin(entry_point.name, entry_point.module.partition(".")[0], folder)
 
 
+def suggest_plugin(group: str, option: str) -> str:
+    """`; the installed plug-in example has it: plugins=[example]` for an option of one; else nothing.
+
+    Args:
+        group: of the option.
+        option: that was not found.
+    """
+    for plugin in iter_installed_plugins():
+        if option in plugin.list_group(group):
+            return f"; the installed plug-in {plugin.name} has it: plugins=[{plugin.name}]"
+    return ""
+
+
 def check_option(plugin: Plugin, group: str, file: Path) -> None:
     """Raise ConfigError for an option of a group that no plug-in may have, and for a taken name.
 

@@ -7,11 +7,13 @@ import sys
 
 import pytest
 from hydra import compose, initialize_config_module
+from hydra.errors import MissingConfigException
 from omegaconf import OmegaConf
 from support.plugins import EXAMPLE, install_package, installed_in
 
 from int8run.config.compose import create_run_spec, int8run_options
 from int8run.config.config_safety import check_targets
+from int8run.config.error_messages import explain_error
 from int8run.config.help import render_help
 from int8run.config.plugins import (
     add_plugin_options,
@@ -124,9 +126,15 @@ def test_help_lists_what_is_installed_without_importing_it(example):
 # -- a config still cannot run code ------------------------------------------------------------------
 
 
-def test_without_its_name_a_plugin_is_not_there(example):
-    with pytest.raises(Exception, match="sign_flip"):
+def test_without_its_name_a_plugin_is_not_there_and_the_error_says_how_it_is_named(example):
+    with pytest.raises(MissingConfigException) as error:
         compose_with("outlier=sign_flip")
+
+    message, exit_code = explain_error(error.value)
+
+    assert message.startswith("no outlier called 'sign_flip'; ")
+    assert message.endswith("; the installed plug-in example has it: plugins=[example]")
+    assert exit_code == 2
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from int8run.generate.generate import Generation
 from int8run.metrics.base import SamplePair, UnavailableError
@@ -16,7 +17,9 @@ from int8run.metrics.images import image_to_tensor
 from int8run.metrics.loading import load_measures
 from int8run.metrics.measures.cmmd import compute_mmd
 from int8run.metrics.measures.cvvdp import Cvvdp
+from int8run.metrics.measures.fid import Fid
 from int8run.metrics.measures.flip import Flip
+from int8run.metrics.measures.kid import Kid
 from int8run.metrics.measures.ocr import compute_nearest_distance, list_asked_texts, rate_reading
 from int8run.metrics.measures.subject_consistency import rate_consistency
 from int8run.metrics.measures.temporal_flicker import TemporalFlicker
@@ -309,3 +312,64 @@ def test_a_damaged_image_of_a_reference_is_named(tmp_path):
 
     with pytest.raises(UnavailableError, match=r"a\.png of its reference cannot be read"):
         open_reference(str(tmp_path))[0]
+
+
+class MeanColors(nn.Module):
+    """Stands for Inception: three features of an image, its mean colors."""
+
+    num_features = 3
+
+    def forward(self, images):
+        return images.float().mean((2, 3)) / 255
+
+
+@pytest.fixture
+def mean_colors(monkeypatch):
+    for name in ("fid", "kid"):
+        monkeypatch.setattr(f"int8run.metrics.measures.{name}.load_inception", lambda weights: MeanColors())
+
+
+def make_colors(seed, count=6):
+    """Flat images of random colors, and the colors in 0..1."""
+    colors = np.random.default_rng(seed).integers(0, 256, (count, 3))
+    images = [Image.new("RGB", (8, 8), tuple(int(value) for value in color)) for color in colors]
+    return images, colors / 255
+
+
+def pair_images(images, float_images):
+    return [SamplePair([own], [other], "") for own, other in zip(images, float_images, strict=True)]
+
+
+def test_fid_is_the_distance_of_two_normal_distributions(mean_colors):
+    (own, a), (floats, b) = make_colors(0), make_colors(1)
+
+    values = Fid().load()(pair_images(own, floats))
+
+    covariances = np.cov(a.T), np.cov(b.T)
+    root_trace = np.sqrt(np.linalg.eigvals(covariances[0] @ covariances[1]).real).sum()
+    means = ((a.mean(0) - b.mean(0)) ** 2).sum()
+    expected = means + np.trace(covariances[0]) + np.trace(covariances[1]) - 2 * root_trace
+    assert values == {"fid": pytest.approx(expected, rel=1e-4)}
+
+
+def test_kid_is_the_unbiased_distance_in_the_cubic_kernels_space(mean_colors):
+    (own, a), (floats, b) = make_colors(0), make_colors(1)
+
+    values = Kid(subsets=1, subset_size=1000).load()(pair_images(own, floats))
+
+    def kernel(x, y):
+        return (x @ y.T / 3 + 1) ** 3
+
+    def average_others(x):
+        products = kernel(x, x)
+        return (products.sum() - np.trace(products)) / (len(x) * (len(x) - 1))
+
+    expected = average_others(a) + average_others(b) - 2 * kernel(a, b).mean()
+    assert values == {"kid": pytest.approx(expected, rel=1e-3)}
+
+
+def test_kid_draws_the_same_subsets_each_time(mean_colors):
+    pairs = pair_images(make_colors(0)[0], make_colors(1)[0])
+    measure = Kid(subsets=3, subset_size=4).load()
+
+    assert measure(pairs) == measure(pairs)
