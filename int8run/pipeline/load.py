@@ -9,7 +9,6 @@ import logging
 import os
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from int8run.backends.base import Backend
 from int8run.checkpoints.declared_format import DeclaredFormat
 from int8run.errors import ConfigError
 from int8run.generate.pipeline_call import find_unknown_arguments
@@ -51,6 +49,7 @@ from int8run.models.schedulers import set_scheduler
 from int8run.models.source import ResolvedModel, resolve_model
 from int8run.pipeline.checkpoint_weights import DenoiserWeights, FileWeights
 from int8run.pipeline.denoiser_variants import choose_denoiser_classes
+from int8run.pipeline.load_settings import LoadSettings
 from int8run.pipeline.loaded_model import LoadedModel
 from int8run.pipeline.model_files import check_float_components, has_quantized_weights
 from int8run.pipeline.offload import check_offload, find_offload_device
@@ -58,48 +57,12 @@ from int8run.pipeline.text_encoders import OpenedEncoder, open_encoders
 from int8run.pipeline.vae_file import open_vae_file
 from int8run.ptq.quantize import check_backend
 from int8run.report.console import Progress
-from int8run.text_encoders.base import TextEncoders
 from int8run.utils.paths import to_local_path
 from int8run.utils.text import shorten_error
 
 log = logging.getLogger(__name__)
 # is given a function that builds the skeletons of the denoisers, by component
 CheckFiles = Callable[[Callable[[], Mapping[str, nn.Module]]], None]
-
-
-@dataclass(frozen=True)
-class LoadSettings:
-    """What decides how a model is loaded.
-
-    Args:
-        model: where it is.
-        model_type: its family, or `auto`.
-        sampling: with all defaults filled in.
-        clip: which text encoders are to be quantized.
-        device: `auto`, `cpu`, `cuda`, `cuda:N`, `xpu`, `xpu:N`, `mps`.
-        attention: diffusers' attention backend.
-        offload: diffusers' offloading, see `set_offload`.
-        backend: of the INT8 layers; None where there will be none.
-        needs_float_denoiser: read all weights of the denoiser; else it is a skeleton, to be filled as needed.
-        needs_float_encoders: read the text encoders that `clip` changes, too.
-    """
-
-    model: ModelSource
-    model_type: ModelFamily | AutoFamily
-    sampling: Sampling
-    clip: TextEncoders
-    device: str
-    attention: str
-    offload: str
-    backend: Backend | None
-    needs_float_denoiser: bool
-    needs_float_encoders: bool
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the float model."""
-        dtype: torch.dtype = getattr(torch, self.model.dtype)
-        return dtype
 
 
 def load_model(

@@ -9,7 +9,7 @@ import torch
 
 from int8run.checkpoints.declared_format import AUTO
 from int8run.config.run_spec import RunSpec
-from int8run.pipeline.load import LoadSettings
+from int8run.pipeline.load_settings import LoadSettings
 from int8run.pipeline.provenance import QuantizationOrigin
 from int8run.pipeline.quantization_settings import QuantizationSettings
 from int8run.pipeline.quantize_attention import AttentionSettings

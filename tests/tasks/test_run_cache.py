@@ -18,7 +18,7 @@ from support.tiers import slow_except
 from support.tiny_pipeline import random_pipeline, save_random_pipeline
 
 from int8run.pipeline import build, process_cache, quantize_denoiser
-from int8run.pipeline.load import LoadSettings
+from int8run.pipeline.load_settings import LoadSettings
 from int8run.pipeline.loaded_model import LoadedModel
 from int8run.tasks.run import RunResult
 from int8run.utils.content_hash import get_hash_path, hash_content
