@@ -168,7 +168,7 @@ def explain_unknown_setting(key: str, parent: Any) -> str:
 
     owners = find_options_with(key)
     if owners:
-        return f"no setting called {key!r} in this config; {' and '.join(owners)} has it"
+        return f"no setting called {key!r} in this config; {' or '.join(owners)} has it"
     left_out = find_adapter_field(key) if ADAPTER_SETTING.fullmatch(key) else None
     if left_out:
         plain_key = key.replace("[", ".").replace("]", "")
