@@ -6,7 +6,7 @@ Each file says what it was made with; see `generate.image_parameters`.
 import dataclasses
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,15 +126,25 @@ class ImageWriter:
             **mask_secret_settings(collect_input_facts(sample.inputs)),
             "sampling": mask_secret_settings(describe_sampling(sampling, scheduler)),
         }
-        for label, value in details.items():
-            facts[label.lower().replace(" ", "_")] = value
-        if model == "int8":
-            facts |= list_methods(self.spec)
-            facts["outlier_candidates"] = list_candidates(self.spec)
-        facts["settings"] = mask_secret_settings(list_other_settings(self.spec, is_int8=model == "int8"))
+        facts |= self.list_model_facts(model, details)
         known = {key: value for key, value in facts.items() if value is not None}
         own = json.dumps(known, ensure_ascii=False, default=str)
         return {PARAMETERS_CHUNK: parameters, OWN_CHUNK: own}
+
+    def list_model_facts(self, model: str, details: Mapping[str, str]) -> dict[str, Any]:
+        """What the image says of the model: how it was made, and every other setting of its pixels.
+
+        Args:
+            model: `float`, `int8` or `clip`.
+            details: of the model, as other programs read them.
+        """
+        facts: dict[str, Any] = {label.lower().replace(" ", "_"): value for label, value in details.items()}
+        is_int8 = model == "int8"
+        if is_int8:
+            facts |= list_methods(self.spec)
+            facts["outlier_candidates"] = list_candidates(self.spec)
+        facts["settings"] = mask_secret_settings(list_other_settings(self.spec, is_int8=is_int8))
+        return facts
 
     def report_kept(self) -> None:
         """Log which images are kept, where a run does not come to its end."""

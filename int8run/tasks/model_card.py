@@ -58,19 +58,19 @@ def write_card(
     card = get_card_path(str(spec.save))
     location = str(spec.model.location)
     found = find_base_license(location, spec.model.revision)
-    machine = "" if environment is None else describe_environment(environment)
+    is_measured = environment is not None
     facts = CardFacts(
-        title=f"{card.parent.name if card.name == CARD_NAME else Path(str(spec.save)).stem}, INT8",
+        title=f"{name_checkpoint(card)}, INT8",
         version=__version__,
         base=name_base(location),
         license_name=found.name,
         license_origin=found.origin,
         files=[CardFile(name_saved(path, card), path.stat().st_size) for path in saved],
-        made=describe_making(spec, metrics, is_run=environment is not None),
+        made=describe_making(spec, metrics, is_run=is_measured),
         command=format_command(job),
-        metrics=metrics if environment is not None else {},
+        metrics=metrics if is_measured else {},
         num_samples=num_samples,
-        machine=machine,
+        machine=describe_environment(environment or {}),
         grid=copy_grid(job.output_dir / GRID_NAME, card),
         usage=list_usage(job, saved, card, is_encoder=is_text_encoder(metrics)),
     )
@@ -85,6 +85,11 @@ def get_card_path(save: str) -> Path:
     if path.suffix != SAFETENSORS:
         return path / CARD_NAME
     return path.with_name(f"{path.stem}.{CARD_NAME}")
+
+
+def name_checkpoint(card: Path) -> str:
+    """What a card is about: its folder, or the file beside it."""
+    return card.parent.name if card.name == CARD_NAME else card.name.removesuffix(f".{CARD_NAME}")
 
 
 def name_saved(path: Path, card: Path) -> str:

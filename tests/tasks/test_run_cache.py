@@ -544,6 +544,7 @@ def test_two_experts_go_into_a_folder_and_come_back(
 
     assert sorted(p.name for p in (tmp_path / "saved").iterdir()) == [
         "card.md",
+        "grid.png",
         "transformer",
         "transformer_2",
     ]
@@ -560,6 +561,8 @@ def test_two_experts_go_into_a_folder_and_come_back(
     job(experts, *WAN, f"save={tmp_path / 'one.safetensors'}", "cache.limit_gb=0")
 
     assert sorted(p.name for p in tmp_path.glob("one*")) == [
+        "one.card.md",
+        "one.grid.png",
         "one_transformer.safetensors",
         "one_transformer_2.safetensors",
     ]
