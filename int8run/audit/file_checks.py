@@ -14,13 +14,13 @@ from int8run.audit.layer_findings import join_counts, shorten_name
 from int8run.checkpoints.data_hash import check_data
 from int8run.checkpoints.format_names import name_granularity, promised_granularities
 from int8run.checkpoints.int8_transform import is_transformed_by_tensors
-from int8run.checkpoints.layer import INT8, CheckpointLayer
+from int8run.checkpoints.layer import FLOAT, INT8, CheckpointLayer
 from int8run.checkpoints.quant_metadata import Marker
 from int8run.checkpoints.reader import TensorFiles
 from int8run.errors import FileError
 from int8run.utils.plurals import count_noun
 
-WEIGHT = ".weight"
+WEIGHT, BIAS = ".weight", ".bias"
 ABSMAX = "absmax"
 
 
@@ -74,7 +74,7 @@ def list_file_findings(
     if known.base is None:
         yield from check_hash(files)
         return
-    yield from check_floats(changed)
+    yield from check_floats(known, changed)
     yield from check_completeness(known, layers)
 
 
@@ -143,15 +143,30 @@ def check_hash(files: TensorFiles) -> Iterator[Finding]:
         yield Finding("changed_tensors", (), str(error))
 
 
-def check_floats(changed: Mapping[str, float]) -> Iterator[Finding]:
-    """Float tensors that are not the base's."""
+def check_floats(known: KnownFile, changed: Mapping[str, float]) -> Iterator[Finding]:
+    """Float tensors that are not the base's; a bias beside a quantized weight may be corrected for it.
+
+    Args:
+        known: of the file, from headers.
+        changed: float tensor -> how far it is from the base's.
+    """
     limit = load_grades().limits.max_float_error
-    found = {key: change for key, change in changed.items() if change > limit}
-    if not found:
-        return
-    places = join_counts(Counter(shorten_name(key) for key in found))
-    detail = f"by up to {100 * max(found.values()):.0f} %: {places}"
-    yield Finding("changed_float", tuple(found), detail, len(changed))
+    by_code: dict[str, dict[str, float]] = {"changed_float": {}, "corrected_bias": {}}
+    for key, change in changed.items():
+        if change > limit:
+            code = "corrected_bias" if is_quantized_bias(known, key) else "changed_float"
+            by_code[code][key] = change
+    for code, found in by_code.items():
+        if found:
+            places = join_counts(Counter(shorten_name(key) for key in found))
+            detail = f"by up to {100 * max(found.values()):.0f} %: {places}"
+            yield Finding(code, tuple(found), detail, len(changed))
+
+
+def is_quantized_bias(known: KnownFile, key: str) -> bool:
+    """Whether a tensor is the bias of a quantized layer."""
+    layer = known.layers.get(key.removesuffix(BIAS))
+    return key.endswith(BIAS) and layer is not None and layer.storage_dtype != FLOAT
 
 
 def check_completeness(known: KnownFile, layers: Sequence[LayerAudit]) -> Iterator[Finding]:

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from audit.audit_files import (
+    COLUMNS,
     NAMES,
     encode_marker,
     make_base,
@@ -192,7 +193,17 @@ def test_a_fine_tune(audit: Audit) -> None:
     assert (found.grade, list_codes(found)) == ("D", ["changed_weight"])
 
 
-def test_biases_that_were_changed(audit: Audit) -> None:
+def test_a_norm_that_was_trained(audit: Audit) -> None:
+    base = {**make_base(), "norm.weight": torch.ones(COLUMNS)}
+    tensors = {**make_int8(base), "norm.weight": torch.full((COLUMNS,), 1.1)}
+
+    found = audit(tensors, base)
+
+    (finding,) = found.findings
+    assert (found.grade, finding.code, finding.names) == ("D", "changed_float", ("norm.weight",))
+
+
+def test_biases_that_were_corrected(audit: Audit) -> None:
     base = make_base()
     tensors = make_int8(base)
     tensors[f"{FIRST}.bias"] = tensors[f"{FIRST}.bias"] * 1.5
@@ -200,7 +211,7 @@ def test_biases_that_were_changed(audit: Audit) -> None:
     found = audit(tensors, base)
 
     (finding,) = found.findings
-    assert (finding.code, finding.names) == ("changed_float", (f"{FIRST}.bias",))
+    assert (found.grade, finding.code, finding.names) == ("C", "corrected_bias", (f"{FIRST}.bias",))
     assert finding.detail == "by up to 50 %: 1 × blocks.*.attn.to_q.bias"
 
 
