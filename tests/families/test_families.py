@@ -200,7 +200,7 @@ INT8_LAYERS = {
     "chroma": f"{FLUX_DOUBLE}|{FLUX_SINGLE}",
     "flux2": DOUBLE.format(ff="ff", context="ff_context", net=r"\.linear_(in|out)")
     + r"|single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)",
-    "z_image": r"layers\.[12]\.(attention\.(to_[qkv]|to_out\.0)|feed_forward\.w[123])",
+    "z_image": r"(layers\.[12]|noise_refiner\.\d+)\.(attention\.(to_[qkv]|to_out\.0)|feed_forward\.w[123])",
     "qwen_image": DOUBLE.format(ff="img_mlp", context="txt_mlp", net=r"\.net\.(0\.proj|2)")
     + r"|transformer_blocks\.\d+\.((img|txt)_mod\.1|img_mlp\.(proj|gate_layer|out))",
     "ernie_image": r"layers\.\d+\.(self_attention\.(to_[qkv]|to_out\.0)|mlp\.(gate_proj|up_proj|linear_fc2))",
