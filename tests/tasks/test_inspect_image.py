@@ -106,6 +106,7 @@ INT8_VALUES = {
     "only_if_faster": False,
     "convolutions": "auto",
     "vae": "int8",
+    "controlnet": "float",
     "attention": "auto",
     "attention_min_sqnr_db": 12.5,
 }
