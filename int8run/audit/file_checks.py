@@ -3,8 +3,9 @@
 `file_audit` calls `list_file_findings`. Numbers of weights are not read here.
 """
 
+import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from int8run.audit.base_weight import BaseFiles, BaseTensor
@@ -159,8 +160,20 @@ def check_floats(known: KnownFile, changed: Mapping[str, float]) -> Iterator[Fin
     for code, found in by_code.items():
         if found:
             places = join_counts(Counter(shorten_name(key) for key in found))
-            detail = f"by up to {100 * max(found.values()):.0f} %: {places}"
+            detail = f"{describe_changes(found.values())}: {places}"
             yield Finding(code, tuple(found), detail, len(changed))
+
+
+def describe_changes(changes: Collection[float]) -> str:
+    """By how much float tensors differ at most, and how many are beyond any share of the base's."""
+    finite = [change for change in changes if math.isfinite(change)]
+    texts = []
+    if finite:
+        texts.append(f"by up to {100 * max(finite):.0f} %")
+    num_others = len(changes) - len(finite)
+    if num_others:
+        texts.append(f"{num_others} from zeros, or by NaN or infinity")
+    return ", ".join(texts)
 
 
 def is_quantized_bias(known: KnownFile, key: str) -> bool:

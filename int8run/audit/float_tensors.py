@@ -4,6 +4,7 @@
 trained or corrected them.
 """
 
+import math
 from math import prod
 
 import torch
@@ -17,6 +18,8 @@ FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 
 def measure_change(files: TensorFiles, key: str, base: BaseTensor) -> float:
     """How far a float tensor of a file is from the base's, as a share of its size; 0: equal.
+
+    Infinite where no share can say it: NaN or infinity in the file, or zeros in the base.
 
     Args:
         files: the file.
@@ -42,5 +45,7 @@ def measure_change(files: TensorFiles, key: str, base: BaseTensor) -> float:
         signal += float(other.double().square().sum())
     if difference == 0:
         return 0.0
-    relative: float = (difference / max(signal, 1e-300)) ** 0.5
+    if signal == 0 or not math.isfinite(difference):
+        return math.inf
+    relative: float = (difference / signal) ** 0.5
     return relative

@@ -39,7 +39,7 @@ class Limits:
     max_row_gain_error: float
     min_low_rank_share: float
     max_excess_db: float
-    max_saturated_share: float
+    max_cut_off_share: float
     max_unused_share: float
     max_tie_share: float
     max_float_error: float

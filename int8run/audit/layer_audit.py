@@ -25,6 +25,7 @@ class LayerAudit:
         declared_rotation: that the file says, in words.
         found_rotation: that its numbers prove, or without a base suggest; empty: neither.
         saturated_share: of its numbers, at the end of the range.
+        cut_off_share: of its numbers, at the end of the range beside the largest one of their scale.
         unused_share: of its scales, whose numbers all stay below half of the range.
         scale_spread: largest scale over the median one.
         is_compared: whether the base has it, in the same shape.
@@ -53,6 +54,7 @@ class LayerAudit:
     declared_rotation: str = ""
     found_rotation: str = ""
     saturated_share: float | None = None
+    cut_off_share: float | None = None
     unused_share: float | None = None
     scale_spread: float | None = None
     is_compared: bool = False
@@ -100,7 +102,7 @@ def judge_layer(layer: LayerAudit, limits: Limits) -> list[str]:
         limits: from where on something is wrong.
     """
     codes = judge_numbers(layer, limits)
-    if is_above(layer.saturated_share, limits.max_saturated_share) and layer.storage_dtype == "int8":
+    if is_above(layer.cut_off_share, limits.max_cut_off_share) and layer.storage_dtype == "int8":
         codes.append("saturated")
     if is_above(layer.unused_share, limits.max_unused_share):
         codes.append("unused_range")

@@ -156,8 +156,8 @@ def describe_sqnr(layers: Sequence[LayerAudit]) -> str:
 
 def describe_saturation(layers: Sequence[LayerAudit]) -> str:
     """How many numbers are at the end of the range."""
-    found = [100 * (layer.saturated_share or 0) for layer in layers]
-    return f"{format_range(found, '{:.1f}')} % of a layer's numbers"
+    found = [100 * (layer.cut_off_share or 0) for layer in layers]
+    return f"{format_range(found, '{:.1f}')} % of a layer's numbers, beside the largest one of each scale"
 
 
 def describe_unused(layers: Sequence[LayerAudit]) -> str:

@@ -52,7 +52,7 @@ class RangeCounts:
     """How the integers of a weight fill their range."""
 
     def __init__(self) -> None:
-        self.total = self.saturated = 0
+        self.total = self.saturated = self.cut_off = 0
         self.groups = self.unused = 0
 
     def add(self, q: Tensor, group_columns: int) -> None:
@@ -64,9 +64,12 @@ class RangeCounts:
         """
         magnitude = q.to(torch.int16).abs()
         self.total += q.numel()
-        self.saturated += int((magnitude >= INT8_MAX).sum())
         is_divided = group_columns > 0 and q.shape[1] % group_columns == 0
         groups = magnitude.reshape(-1, group_columns) if is_divided else magnitude
+        saturated = (groups >= INT8_MAX).sum(1)
+        self.saturated += int(saturated.sum())
+        # the largest number of those that share a scale is there by right; of a scale of all, of each row
+        self.cut_off += int((saturated - 1).clamp_(min=0).sum())
         largest = groups.amax(1)
         self.groups += len(largest)
         # numbers that are all 0 have no range to use
@@ -75,6 +78,7 @@ class RangeCounts:
     def fill(self, audit: LayerAudit, granularity: str) -> None:
         """Write the shares into what is said of a layer."""
         audit.saturated_share = self.saturated / max(1, self.total)
+        audit.cut_off_share = self.cut_off / max(1, self.total)
         # where what was counted together has a scale of its own
         if granularity in ("row", "group", "block3d"):
             audit.unused_share = self.unused / max(1, self.groups)

@@ -37,7 +37,7 @@ class Generation:
         image_seconds: of each image or video, text encoding and decoding included.
         has_sound: whether the pipeline also generated sound, which is not kept.
         peak_bytes: largest memory while it generated, where the caller measures it; else 0.
-        joules: energy that it took, where the caller measures it; else 0.
+        joules: energy that it took, where the caller measures it; else 0; NaN where a batch was not measured.
     """
 
     frames: list[list[Image]] = field(default_factory=list)

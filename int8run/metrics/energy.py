@@ -6,6 +6,7 @@ and, where they have a counter of their own, the memory modules.
 """
 
 import logging
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -88,9 +89,12 @@ class EnergyMeter:
             self.is_broken = True
 
     def stop(self) -> float:
-        """Joules since `start`; 0 where they could not be measured to the end."""
+        """Joules since `start`; NaN where they could not be measured to the end, 0 without a counter.
+
+        NaN stays in a sum over batches: one that was not measured must not look as if it had cost nothing.
+        """
         self.update()
-        return 0.0 if self.is_broken else self.joules
+        return math.nan if self.is_broken else self.joules
 
     def describe(self) -> str:
         """What is counted, such as `package-0, dram`."""

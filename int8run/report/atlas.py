@@ -5,12 +5,12 @@
 
 import csv
 import io
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from int8run.metrics.names import HIGH, LOW
+from int8run.metrics.sample_statistics import compute_median
 from int8run.report.columns import DENOISER_RATIO, PSNR_DB, SPEED_RATIO, MetricColumn, find_column
 from int8run.report.export_table import (
     escape_latex,
@@ -28,6 +28,7 @@ ENERGY = "energy/joules_per_image"
 # what a cell shows, in this order
 SHOWN_METRICS = (SPEED_RATIO, PSNR_DB, DENOISER_RATIO, ENERGY)
 NOT_MEASURED = "not measured"
+FORMULA_STARTS = ("=", "+", "-", "@")  # of a cell
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def build_cell(results: Sequence[SharedResult]) -> AtlasCell:
 def format_number(column: MetricColumn, values: Sequence[float], results: Sequence[SharedResult]) -> str:
     """The median of some values, with their range; of one value with its interval."""
     decimals = column.choose_decimals(values)
-    text = column.format(statistics.median_low(values), decimals)
+    text = column.format(compute_median(values), decimals)
     ends = (min(values), max(values))
     if len(values) == 1:
         (metrics,) = [result.metrics for result in results if column.metric in result.metrics]
@@ -204,9 +205,15 @@ def render_csv(atlas: Atlas) -> str:
     names = sorted({name for result in results for name in result.metrics})
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["model", "recipe", "device", "images", "int8run", *names])
+    writer.writerow(["model", "recipe", "device", "images", "int8run", *map(show_in_spreadsheet, names)])
     for result in results:
         texts = [result.model, result.recipe, result.device, str(result.num_samples), result.version]
         numbers = [format_plain(result.metrics.get(name)) for name in names]
-        writer.writerow([*map(make_visible, texts), *numbers])
+        writer.writerow([*map(show_in_spreadsheet, texts), *numbers])
     return buffer.getvalue()
+
+
+def show_in_spreadsheet(text: str) -> str:
+    """A text of somebody else in one line; a quote before it where a spreadsheet would compute it."""
+    shown = make_visible(text)
+    return f"'{shown}" if shown.startswith(FORMULA_STARTS) else shown

@@ -36,7 +36,7 @@ def format_decibel_difference(difference: Difference) -> str:
 
 
 def format_speed_difference(difference: Difference) -> str:
-    """By how many percent, with the interval where there is one: `12.0 % [9.1, 15.2]`.
+    """By how many percent less speed, with the interval where there is one: `12.0 % [9.1, 15.2]`.
 
     Args:
         difference: of logarithms of speeds.
@@ -51,8 +51,8 @@ def format_speed_difference(difference: Difference) -> str:
 
 
 def to_percent(log_ratio: float) -> float:
-    """How much faster in percent, from the logarithm of a ratio."""
-    return 100 * math.expm1(log_ratio)
+    """How much less speed in percent, from the logarithm by which another one is ahead: 50 at half of it."""
+    return -100 * math.expm1(-log_ratio)
 
 
 def explain_tie(difference: Difference, noun: str) -> str:

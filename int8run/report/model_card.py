@@ -22,6 +22,7 @@ FLOAT_METRICS: Mapping[str, str] = {
     "memory/denoiser_bytes": "float/denoiser_bytes",
     "energy/joules_per_image": "float/joules_per_image",
 }
+LICENSE_ROW = "license of the base"
 NOT_MEASURED = (
     "Nothing was measured: the file was written from the weights alone. A run with it, as below, compares it "
     "with the float model."
@@ -82,15 +83,42 @@ def render_card(facts: CardFacts) -> str:
     base = escape_markdown(facts.base)
     lines.append(f"INT8 version of {base}, made with int8run {escape_markdown(facts.version)}.")
     lines += ["", "| | |", "|---|---|"]
-    license_text = f"{facts.license_name} ({facts.license_origin})"
-    rows = [("base", facts.base), ("license of the base", license_text)]
-    rows += [("file", f"{file.name}, {file.nbytes / 1e6:.1f} MB") for file in facts.files]
-    for name, text in [*rows, *facts.made]:
-        lines.append(f"| {escape_markdown(name)} | {escape_markdown(text)} |")
+    lines += [
+        render_fact("base", facts.base),
+        render_license(facts.license_name, facts.license_origin),
+    ]
+    lines += [render_fact("file", f"{file.name}, {file.nbytes / 1e6:.1f} MB") for file in facts.files]
+    lines += [render_fact(name, text) for name, text in facts.made]
     lines += ["", "## Measured", "", *render_measured(facts)]
     lines += ["", "## How it was made", "", *render_code([facts.command])]
     lines += ["", "## How to use it", "", *render_code(facts.usage)]
     return "\n".join(lines) + "\n"
+
+
+def render_fact(name: str, text: str) -> str:
+    """A row of the table at the top."""
+    return f"| {escape_markdown(name)} | {escape_markdown(text)} |"
+
+
+def render_license(name: str, origin: str) -> str:
+    """The row of the license of the base."""
+    return render_fact(LICENSE_ROW, f"{name} ({origin})")
+
+
+def replace_license(card: str, name: str, origin: str) -> str:
+    """A card with another license of the base, as one that was not known when it was written.
+
+    Args:
+        card: as Markdown.
+        name: of the license.
+        origin: where that is said.
+    """
+    lines = card.split("\n")
+    for place, line in enumerate(lines):
+        if line.startswith(f"| {LICENSE_ROW} |"):
+            lines[place] = render_license(name, origin)
+            break
+    return "\n".join(lines)
 
 
 def render_measured(facts: CardFacts) -> list[str]:

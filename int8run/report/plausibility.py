@@ -5,6 +5,7 @@
 
 import fnmatch
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from int8run.metrics.names import HIGH, LOW
 from int8run.report.columns import DENOISER_BYTES, DENOISER_RATIO, SPEED_RATIO, STEP_MS
 
 FLOAT_STEP_MS, FLOAT_BYTES = "float/step_ms_p50", "float/denoiser_bytes"
+LARGEST_FLOAT = sys.float_info.max  # JSON can hold whole numbers beyond it, which no float can be made of
 RATIO_TOLERANCE = 0.02  # of a ratio and the two numbers that it was computed from
 
 
@@ -45,6 +47,10 @@ BOUNDS: Mapping[str, Bounds] = {
     "quality/lpips*": Bounds(0, 100),
     "*_bytes": Bounds(1, 1e15),
 }
+
+
+# Student's interval of two samples reaches far beyond what the metric itself can be
+INTERVAL_END = Bounds(-LARGEST_FLOAT, LARGEST_FLOAT, takes_infinity=True)
 
 
 @dataclass(frozen=True)
@@ -84,9 +90,11 @@ def explain_impossible(name: str, value: object) -> str | None:
     """Why a metric cannot have a value; None where it can."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return "it is no number"
+    if isinstance(value, int) and abs(value) > LARGEST_FLOAT:
+        return "it is too large for a number"
     if math.isnan(value):
         return "it is not a number"
-    bounds = find_bounds(name)
+    bounds = INTERVAL_END if name.endswith((LOW, HIGH)) else find_bounds(name)
     if bounds is None:
         return None
     if math.isinf(value):

@@ -110,7 +110,7 @@ def collect_results(paths: Sequence[Path]) -> ResultCollection:
             continue
         results.append(result)
         for doubt in doubts:
-            left_out.append(LeftOut(file, f"{doubt.metric}={str(doubt.value)[:40]}", doubt.reason))
+            left_out.append(LeftOut(file, f"{shorten(doubt.metric)}={str(doubt.value)[:40]}", doubt.reason))
     for item in left_out:
         log.warning("%s %s is left out: %s", item.path, item.metric or "(the whole file)", item.reason)
     if not results:

@@ -15,11 +15,13 @@ from typing import Any
 from int8run.errors import FileError
 from int8run.report.blind_pairs import BlindComparison, BlindSample
 from int8run.utils.plurals import count_noun
+from int8run.utils.text import make_visible
 from int8run.utils.untrusted_json import parse_untrusted_json
 
 FORMAT_KEY = "int8run_votes"
 FORMAT_VERSION = 1
 MAX_FILE_BYTES = 20_000_000
+MAX_SHOWN_LENGTH = 120  # of what a file says, in an error
 LEFT, RIGHT, EQUAL = "left", "right", "equal"
 LEVEL = 0.95  # of the interval of a win rate
 
@@ -203,8 +205,9 @@ def read_vote_file(path: Path, comparison: BlindComparison) -> VoteFile:
             "save them again from a report of this version"
         )
     if content.get("report") != comparison.report_id:
+        title, other_id = (str(content.get(key))[:MAX_SHOWN_LENGTH] for key in ("title", "report"))
         raise FileError(
-            f"{path} has votes of another report, {content.get('title')!r} (id {content.get('report')}), and "
+            f"{path} has votes of another report, {title!r} (id {make_visible(other_id)}), and "
             f"this one has the id {comparison.report_id}; task.path= names the folder with the runs that "
             "were voted on, or leave the file out of task.votes"
         )
@@ -280,7 +283,9 @@ def check_no_repeats(path: Path, votes: Sequence[Vote]) -> None:
 
 def make_unknown_vote_error(path: Path, entry: object) -> FileError:
     """The error for a vote on something that the page has not."""
-    return make_damaged_error(path, f"the vote {str(entry)[:120]} is not about images of this report")
+    return make_damaged_error(
+        path, f"the vote {str(entry)[:MAX_SHOWN_LENGTH]} is not about images of this report"
+    )
 
 
 def make_damaged_error(path: Path, reason: str) -> FileError:

@@ -28,7 +28,7 @@ from int8run.errors import ConfigError, FileError
 from int8run.models.hub import describe_reason, list_hub_errors
 from int8run.models.resolve_weights import CONFIG_NAME
 from int8run.report.console import print_lines
-from int8run.report.model_card import CardFacts, CardFile, render_card
+from int8run.report.model_card import CardFacts, CardFile, render_card, replace_license
 from int8run.tasks.base_license import README, UNKNOWN, BaseLicense, find_base_license
 from int8run.tasks.model_card import CARD_NAME, GRID_NAME, get_card_path, name_base
 from int8run.utils.paths import SAFETENSORS, check_readable, expand_path
@@ -232,7 +232,11 @@ def link_checkpoint(source: Path, weights: Sequence[Path], folder: Path) -> list
         Their names.
     """
     card = get_card_path(str(source))
-    wanted = [*weights, card.with_name(f"{card.name.removesuffix(CARD_NAME)}{GRID_NAME}")]
+    grid = card.with_name(f"{card.name.removesuffix(CARD_NAME)}{GRID_NAME}")
+    wanted = list(weights)
+    # a card without it was written later than the grid, of a checkpoint that had this name before
+    if card.is_file() and grid.name in card.read_text(encoding="utf-8"):
+        wanted.append(grid)
     if source.is_dir():
         wanted.append(source / CONFIG_NAME)
     names = []
@@ -261,7 +265,7 @@ def write_provenance(provenance: Mapping[str, Any], path: Path) -> None:
 def read_card(
     source: Path, weights: Sequence[Path], provenance: Mapping[str, Any], found: BaseLicense
 ) -> str:
-    """The card beside the checkpoint; of one without a card what its header says.
+    """The card beside the checkpoint, with the license as it is known now; without one what the header says.
 
     Args:
         source: the checkpoint.
@@ -271,7 +275,7 @@ def read_card(
     """
     card = get_card_path(str(source))
     if card.is_file():
-        return card.read_text(encoding="utf-8")
+        return replace_license(card.read_text(encoding="utf-8"), found.name, found.origin)
     log.warning("%s is missing: the README says what the header says, without numbers", card)
     made = [(name, str(provenance[name])) for name in ("outlier", "rounding") if provenance.get(name)]
     facts = CardFacts(

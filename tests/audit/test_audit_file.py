@@ -272,6 +272,29 @@ def test_scales_that_are_too_small_cut_numbers_off(audit: Audit) -> None:
     assert "saturated" in list_codes(found)
 
 
+def test_the_largest_number_of_each_scale_is_not_cut_off(audit: Audit) -> None:
+    base = make_base(columns=64)  # 1 of 64 is more than the share that is allowed
+    tensors = make_int8(base)
+
+    found = audit(tensors, base)
+
+    assert (found.grade, found.findings) == ("A", [])
+    assert min(layer.saturated_share or 0 for layer in found.layers) >= 1 / 64
+
+
+@pytest.mark.parametrize(("value", "of_base"), [(math.nan, 1.0), (1.0, 0.0)])
+def test_floats_that_no_share_can_measure_are_changed(audit: Audit, value: float, of_base: float) -> None:
+    base = make_base()
+    base["norm.bias"] = torch.full((8,), of_base)
+    tensors = make_int8(base) | {"norm.bias": torch.full((8,), value)}
+
+    found = audit(tensors, base)
+
+    (finding,) = found.findings
+    assert (finding.code, finding.names) == ("changed_float", ("norm.bias",))
+    assert finding.detail == "1 from zeros, or by NaN or infinity: 1 × norm.bias"
+
+
 # -- without a base --------------------------------------------------------------------------------
 
 

@@ -1,5 +1,6 @@
 """Energy by the counters of the hardware, from folders and modules that answer as the kernel and NVML do."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -103,7 +104,7 @@ def test_a_counter_that_is_lost_ends_the_measurement_alone(powercap, caplog):
     meter.update()
     meter.update()
 
-    assert meter.stop() == 0
+    assert math.isnan(meter.stop())
     assert caplog.text.count("energy is not measured from here on") == 1
 
 
@@ -143,6 +144,19 @@ def test_a_gpu_is_counted_by_its_uuid_in_millijoules(gpu):
     meter.update()
 
     assert meter.stop() == pytest.approx(1.0)
+
+
+def test_batches_after_a_lost_counter_do_not_look_as_if_they_cost_nothing(powercap):
+    meter = open_energy_meter(CPU, powercap)
+    generation = Generation(frames=[[], []])
+    meter.start()
+    set_energy(powercap, "intel-rapl:0", 300_100)
+    generation.joules += meter.stop()
+    (powercap / "intel-rapl:0" / "energy_uj").unlink()
+    meter.start()
+    generation.joules += meter.stop()
+
+    assert compute_energy(generation, None) == {}
 
 
 def test_a_gpu_that_does_not_say_it_is_one_line(gpu, caplog):

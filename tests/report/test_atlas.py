@@ -77,6 +77,26 @@ def test_several_results_are_their_median_and_range(tmp_path):
     assert cell.note == "3 results, 6 images"
 
 
+def test_the_median_of_two_results_is_between_them(tmp_path):
+    for number, ratio in enumerate((1.0, 2.0)):
+        write_result(tmp_path / str(number) / "metrics.json", make_metrics(ratio=ratio))
+
+    (_, (cell,)) = build_atlas(collect_results([tmp_path])).models[0].rows[0]
+
+    assert cell.numbers[0].text == "1.50× [1.00×, 2.00×]"
+
+
+def test_a_spreadsheet_computes_nothing_of_others(tmp_path):
+    metrics = make_metrics() | {"=1+1": 1.0, "half \ud800": 2.0}
+    write_result(tmp_path / "metrics.json", metrics, model='=HYPERLINK("http://x")')
+
+    text = render_csv(build_atlas(collect_results([tmp_path])))
+
+    header, row = csv.reader(io.StringIO(text))
+    assert row[0] == '\'=HYPERLINK("http://x")' and "'=1+1" in header
+    assert r"half \ud800" in header and text.encode()
+
+
 def test_impossible_numbers_are_left_out_and_listed(tmp_path):
     write_result(tmp_path / "a" / "metrics.json", make_metrics(psnr=-5.0))
 

@@ -21,6 +21,17 @@ def test_an_honest_result_has_no_doubts():
     assert find_doubts(metrics) == []
 
 
+def test_the_interval_of_two_samples_reaches_beyond_its_metric():
+    two_samples = {
+        "quality/ssim_low": 0.2,
+        "quality/ssim_high": 1.6,
+        f"{PSNR_DB}_low": -23.5,
+        f"{PSNR_DB}_high": 103.5,
+    }
+
+    assert find_doubts(two_samples) == []
+
+
 @pytest.mark.parametrize(
     ("name", "value", "reason"),
     [
@@ -36,6 +47,8 @@ def test_an_honest_result_has_no_doubts():
         ("quant/macs_int8_share", 1.01, "outside 0 … 1"),
         ("energy/joules_per_image", -2.0, "outside"),
         ("memory/denoiser_bytes", 0, "outside 1"),
+        ("a/metric_of_a_later_version", 10**400, "too large for a number"),
+        (f"{PSNR_DB}_low", -math.inf, "it is infinite"),
     ],
 )
 def test_what_cannot_be_is_named(name, value, reason):

@@ -83,6 +83,15 @@ def test_two_files_of_one_person_count_once(tmp_path):
     assert len(notes) == 1 and "early.json" in notes[0]
 
 
+def test_a_long_title_of_somebody_else_is_shortened(tmp_path):
+    path = write_votes(tmp_path / "a.json", [make_vote()], report="\x1b[2J", title="x" * 100_000)
+
+    with pytest.raises(FileError) as error:
+        read_vote_file(path, COMPARISON)
+
+    assert len(str(error.value)) < 1000 and r"(id \x1b[2J)" in str(error.value)
+
+
 def test_votes_of_another_report_are_refused_by_name(tmp_path):
     path = write_votes(tmp_path / "a.json", [make_vote()], report="0" * 16, title="another sweep")
 

@@ -18,7 +18,10 @@ from int8run.tasks.publish import Publication, hide_local_paths, publish
 from int8run.tasks.quantize_common import merge_metadata
 
 COMMAND = "int8run model.location=/home/anna/models/fox.safetensors save=fox.safetensors"
-CARD = f"# fox, INT8\n\n```bash\n{COMMAND}\n```\n"
+CARD = (
+    "# fox, INT8\n\n| license of the base | unknown (nobody says it) |\n\n"
+    f"![grid](fox.grid.png)\n\n```bash\n{COMMAND}\n```\n"
+)
 
 
 def write_checkpoint(path, model="shipped:tiny"):
@@ -127,13 +130,23 @@ def test_an_upload_needs_a_license(publication, tmp_path, hub):
     assert hub.created == {}
 
     publish(replace(publication, upload=True, license="mit"))
-    assert "license: mit" in (tmp_path / "hub" / "README.md").read_text()
+    readme = (tmp_path / "hub" / "README.md").read_text()
+    assert "license: mit" in readme and "| license of the base | mit (as task.license says) |" in readme
+    assert "unknown" not in readme, "the card was written before anybody said it"
 
 
 @pytest.mark.parametrize("repo", ["fox", "a/b/c", "anna/fox int8", "anna/..", "", "anna/fox;rm"])
 def test_what_no_repository_can_be_called_is_refused(publication, repo):
     with pytest.raises(ConfigError, match="is no name of a repository; it is owner/name"):
         publish(replace(publication, repo=repo))
+
+
+def test_a_grid_that_the_card_does_not_show_stays_here(publication, tmp_path):
+    (tmp_path / "fox.card.md").write_text("# fox, INT8\n")
+
+    files = publish(publication)
+
+    assert "fox.grid.png" not in [file.name for file in files]
 
 
 def test_a_file_of_another_program_is_refused(publication, tmp_path):
