@@ -17,7 +17,7 @@ from int8run.checkpoints.reader import TensorFiles
 from int8run.checkpoints.rotation_evidence import find_rotation, is_comparable, measure_tails
 from int8run.kernels.quantize_rowwise.reference import INT8_MAX
 
-CHUNK_ELEMENTS = 2**22  # numbers that are looked at at a time
+CHUNK_ELEMENTS = 2**20  # numbers that are looked at at a time
 HALF_RANGE = INT8_MAX // 2
 SMALL_GROUP = 16  # of columns: the smallest that shows whether there are enough numbers
 
