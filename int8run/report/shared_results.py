@@ -19,14 +19,15 @@ from int8run.tracking.run_record import (
     EARLIER_ATTEMPTS,
     RESULTS,
     RESULTS_SCHEMA,
+    STATUS,
     describe_other_schema,
     restore_numbers,
-    try_read_record,
 )
 from int8run.utils.plurals import count_noun
 from int8run.utils.untrusted_json import parse_untrusted_json
 
 log = logging.getLogger(__name__)
+ENVIRONMENT = "environment.json"
 MAX_FILE_BYTES = 100_000_000
 MAX_TEXT_LENGTH = 200
 UNKNOWN_DEVICE = "unknown device"
@@ -142,23 +143,36 @@ def find_result_files(paths: Sequence[Path]) -> list[Path]:
 
 
 def read_content(path: Path) -> tuple[Mapping[str, Any], str]:
-    """The JSON object of a file, and a hash of what it says, however it is written.
+    """The JSON object of a metrics.json, and a hash of what it says, however it is written.
 
     Raises:
         UnusableResultError: it is no such file.
     """
-    try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise UnusableResultError(f"it is larger than {MAX_FILE_BYTES / 1e6:g} MB")
-        content = restore_numbers(parse_untrusted_json(path.read_bytes()))
-    except OSError as error:
-        raise UnusableResultError(f"it cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
-        raise UnusableResultError(f"it {error}") from error
+    content = read_json(path, "it")
     if not isinstance(content, dict) or not isinstance(content.get("metrics"), dict):
         raise UnusableResultError("it is no metrics.json of int8run")
     text = json.dumps(content, sort_keys=True)
     return content, hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_json(path: Path, name: str) -> Any:
+    """What a JSON file of somebody else holds.
+
+    Args:
+        path: of the file.
+        name: what an error calls it.
+
+    Raises:
+        UnusableResultError: it cannot be read, is too large, or is no JSON.
+    """
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise UnusableResultError(f"{name} is larger than {MAX_FILE_BYTES / 1e6:g} MB")
+        return restore_numbers(parse_untrusted_json(path.read_bytes()))
+    except OSError as error:
+        raise UnusableResultError(f"{name} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise UnusableResultError(f"{name} {error}") from error
 
 
 def read_result(path: Path, content: Mapping[str, Any]) -> tuple[SharedResult, list[Doubt]]:
@@ -196,17 +210,18 @@ def read_earlier_facts(path: Path) -> dict[str, Any]:
     Raises:
         UnusableResultError: they are not there.
     """
-    record = try_read_record(path.parent)
-    if record is None or record.status.get("task") != "run":
+    status_path, environment_path = path.with_name(STATUS), path.with_name(ENVIRONMENT)
+    status = read_json(status_path, STATUS) if status_path.is_file() else {}
+    params = status.get("params") if isinstance(status, dict) else None
+    if not isinstance(params, dict) or status.get("task") != "run":
         raise UnusableResultError(
-            "it is of an earlier version, which wrote model and recipe into status.json: keep it in the "
-            "folder of its run"
+            f"it is of an earlier version, which wrote model and recipe into {STATUS}: keep it in the folder "
+            "of its run"
         )
-    recipe = {name: record.params[name] for name in RECIPE_PARAMS if name in record.params}
     return {
-        "model": record.params.get("model", "unknown model"),
-        "recipe": recipe,
-        "environment": record.environment,
+        "model": params.get("model", "unknown model"),
+        "recipe": {name: params[name] for name in RECIPE_PARAMS if name in params},
+        "environment": read_json(environment_path, ENVIRONMENT) if environment_path.is_file() else {},
     }
 
 

@@ -162,6 +162,27 @@ def test_a_run_of_an_earlier_version_is_read_with_the_files_beside_it(tmp_path):
     assert result.device == "EPYC, 2 threads" and result.version == "an earlier version"
 
 
+@pytest.mark.parametrize(
+    ("file", "text", "reason"),
+    [
+        ("status.json", "{", "status.json is not JSON"),
+        ("status.json", '{"task": "run", "params": "convrot"}', "it is of an earlier version"),
+        ("status.json", "[]", "it is of an earlier version"),
+        ("environment.json", "{", "environment.json is not JSON"),
+        ("environment.json", "[" * 100_000, "is nested in more than"),
+        ("environment.json", '["EPYC"]', "it does not say its model"),
+    ],
+)
+def test_damaged_files_beside_a_result_are_named(tmp_path, file, text, reason):
+    write_result(tmp_path / "good" / "metrics.json")
+    record = write_run(tmp_path, 0, ["outlier=convrot"], metrics=make_metrics())
+    (record.folder / file).write_text(text)
+
+    (left_out,) = collect_results([tmp_path]).left_out
+
+    assert reason in left_out.reason
+
+
 @pytest.mark.parametrize("name", ["missing", "empty"])
 def test_nothing_to_show_is_an_error(tmp_path, name):
     (tmp_path / "empty").mkdir()
