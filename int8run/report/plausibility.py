@@ -14,6 +14,7 @@ from int8run.report.columns import DENOISER_BYTES, DENOISER_RATIO, SPEED_RATIO, 
 
 FLOAT_STEP_MS, FLOAT_BYTES = "float/step_ms_p50", "float/denoiser_bytes"
 LARGEST_FLOAT = sys.float_info.max  # JSON can hold whole numbers beyond it, which no float can be made of
+ROUNDING = 1e-6  # relative: a cosine in float32 can be 1.0000001
 RATIO_TOLERANCE = 0.02  # of a ratio and the two numbers that it was computed from
 
 
@@ -45,7 +46,8 @@ BOUNDS: Mapping[str, Bounds] = {
     "*_db*": Bounds(-400, 400, takes_infinity=True),
     "*_err": Bounds(0, 1e6),
     "quality/lpips*": Bounds(0, 100),
-    "*_bytes": Bounds(1, 1e15),
+    "*/denoiser_bytes": Bounds(1, 1e15),
+    "*_bytes": Bounds(0, 1e15),
 }
 
 
@@ -100,7 +102,8 @@ def explain_impossible(name: str, value: object) -> str | None:
     if math.isinf(value):
         is_possible = bounds.takes_infinity and value > 0
         return None if is_possible else "it is infinite"
-    if bounds.low <= value <= bounds.high:
+    low_slack, high_slack = ROUNDING * abs(bounds.low), ROUNDING * abs(bounds.high)
+    if bounds.low - low_slack <= value <= bounds.high + high_slack:
         return None
     return f"it is outside {bounds.low:g} … {bounds.high:g}"
 

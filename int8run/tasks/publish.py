@@ -56,8 +56,10 @@ HUB_LICENSES = frozenset(
         "bsd-3-clause",
     }
 )
-# a path of this machine with at least one folder before its name
-LOCAL_PATH = re.compile(r"(?<![\w/:.~-])~?/(?:[^/\s,\]}'\"`|\\]+/)+(?P<name>[^/\s,\]}'\"`|\\]+)")
+# a path of this machine with at least one folder before its name; backslashes of Windows are doubled in JSON
+LOCAL_PATH = re.compile(
+    r"(?<![\w/:.~-])(?:~?/|[A-Za-z]:[/\\]+)(?:[^/\s,\]}'\"`|\\]+[/\\]+)+(?P<name>[^/\s,\]}'\"`|\\]+)"
+)
 
 
 @dataclass(frozen=True)
@@ -237,14 +239,22 @@ def link_checkpoint(source: Path, weights: Sequence[Path], folder: Path) -> list
     # a card without it was written later than the grid, of a checkpoint that had this name before
     if card.is_file() and grid.name in card.read_text(encoding="utf-8"):
         wanted.append(grid)
-    if source.is_dir():
-        wanted.append(source / CONFIG_NAME)
     names = []
+    config = source / CONFIG_NAME
+    if config.is_file():
+        copy_config(config, folder / CONFIG_NAME)
+        names.append(CONFIG_NAME)
     for path in wanted:
         if path.is_file():
             link_file(path, folder / path.name)
             names.append(path.name)
     return names
+
+
+def copy_config(path: Path, target: Path) -> None:
+    """Bring a config to a place without this machine's folders, which diffusers notes as `_name_or_path`."""
+    target.unlink(missing_ok=True)  # it may be a link to the one that is copied
+    target.write_text(hide_local_paths(path.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def link_file(path: Path, target: Path) -> None:

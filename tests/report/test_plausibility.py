@@ -15,6 +15,8 @@ def test_an_honest_result_has_no_doubts():
         "quality/psnr_db_low": 40.0,
         "quality/psnr_db_high": math.inf,
         "quant/macs_int8_share": 1.0,
+        "memory/text_encoder_bytes": 0,
+        "clip/cosine_mean": 1.0 + 2**-23,
         "a/metric_of_a_later_version": -5.0,
     }
 

@@ -1,6 +1,7 @@
 """`task=publish`: what the hub folder holds, and that nothing else leaves this machine."""
 
 import hashlib
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -87,6 +88,22 @@ def test_the_readme_is_the_card_below_its_front_matter(publication, tmp_path):
     assert "base_model" not in metadata, "the shipped model has no name on the hub"
     assert text.strip().startswith("# fox, INT8")
     assert "/home/anna" not in text and "model.location=fox.safetensors" in text
+
+
+def test_the_config_of_a_folder_goes_without_the_folders_of_this_machine(publication, tmp_path):
+    source, hub_config = tmp_path / "fox", tmp_path / "hub" / "config.json"
+    source.mkdir()
+    write_checkpoint(source / "model.safetensors")
+    config = json.dumps({"_name_or_path": "/home/anna/models/fox", "layers": 2})
+    (source / "config.json").write_text(config)
+    hub_config.parent.mkdir()
+    hub_config.hardlink_to(source / "config.json")
+
+    files = publish(replace(publication, path=str(source)))
+
+    assert "config.json" in [file.name for file in files]
+    assert json.loads(hub_config.read_text()) == {"_name_or_path": "fox", "layers": 2}
+    assert (source / "config.json").read_text() == config, "the checkpoint's own stays as it is"
 
 
 def test_a_base_of_the_hub_is_named_with_its_license(publication, tmp_path):
@@ -200,6 +217,9 @@ def test_a_refusal_of_the_hub_says_what_to_do(publication, hub):
         ("save=/home/anna/a b", "save=a b"),
         ("model.location=~/models/fox.safetensors", "model.location=fox.safetensors"),
         ("[/data/a.png,/data/b.png]", "[a.png,b.png]"),
+        (r"save=C:\Users\anna\fox.safetensors", "save=fox.safetensors"),
+        (r'{"a": "D:\\models\\fox", "b": "C:/x/y"}', '{"a": "fox", "b": "y"}'),
+        (r"| base | /home/anna\_b/fox |", "| base | fox |"),
         ("model=org/fox https://hub/org/fox ./here/a 1/2", "model=org/fox https://hub/org/fox ./here/a 1/2"),
     ],
 )
