@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from int8run.metrics.weights import load_from_hub
+from int8run.metrics.weights import check_complete, load_from_hub
 
 
 class ClipFeatures:
@@ -56,14 +56,19 @@ def load_clip(location: str, size: str, processor_location: str | None = None) -
         processor_location: where its processor is; None: there, too.
 
     Raises:
-        UnavailableError: where it cannot be loaded.
+        UnavailableError: where it cannot be loaded, and where that is no CLIP.
     """
     from transformers import CLIPModel, CLIPProcessor
 
     def load(*, is_local: bool) -> tuple[Any, Any]:
-        model = CLIPModel.from_pretrained(
-            location, local_files_only=is_local, use_safetensors=True, dtype=torch.float32
+        model, loaded = CLIPModel.from_pretrained(
+            location,
+            local_files_only=is_local,
+            use_safetensors=True,
+            dtype=torch.float32,
+            output_loading_info=True,
         )
+        check_complete(location, loaded)
         return model.eval(), CLIPProcessor.from_pretrained(
             processor_location or location, local_files_only=is_local
         )

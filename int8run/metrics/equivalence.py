@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from int8run.metrics.interval_settings import IntervalSettings
-from int8run.metrics.intervals import Interval, bound_by_student, count_more_samples
+from int8run.metrics.intervals import MAX_SAMPLES, POWER, Interval, bound_by_student, count_more_samples
 
 Numbers = NDArray[np.float64]
 
@@ -93,10 +93,8 @@ def compare_with_margin(
     outcome = decide_outcome(interval, margin_db)
     more_samples = None
     if outcome == UNDECIDED:
-        # to the nearer of both margins
-        distance = abs(abs(mean) - margin_db)
         deviation = float(finite.std(ddof=1))
-        more_samples = count_more_samples(distance, deviation, num_samples, level)
+        more_samples = count_more_to_decide(mean, deviation, num_samples, margin_db=margin_db, level=level)
     return Equivalence(
         outcome=outcome,
         margin_db=margin_db,
@@ -106,6 +104,35 @@ def compare_with_margin(
         p_value=float(compute_tost_p_values(finite, margin_db)),
         more_samples=more_samples,
     )
+
+
+def count_more_to_decide(
+    mean: float, deviation: float, num_samples: int, *, margin_db: float, level: float
+) -> int | None:
+    """How many more samples would decide, if mean and variance stay as they are, by the normal approximation.
+
+    With so many, POWER of all tests decide. Within the margin both one-sided tests have to reject, which in
+    its middle takes more samples than one of them does.
+
+    Args:
+        mean: of the differences, in dB.
+        deviation: of one of them.
+        num_samples: that there are already.
+        margin_db: two distances that differ by less count as the same.
+        level: of the interval that belongs to both tests.
+
+    Returns:
+        At least 1; None beyond MAX_SAMPLES.
+    """
+    if abs(mean) >= margin_db:
+        return count_more_samples(abs(mean) - margin_db, deviation, num_samples, level)
+    numbers = np.arange(num_samples + 1, MAX_SAMPLES + 1)
+    errors = deviation / np.sqrt(numbers)
+    reach = stats.norm.ppf((1 + level) / 2)
+    rejects_above = stats.norm.cdf((margin_db - mean) / errors - reach)
+    rejects_below = stats.norm.cdf((margin_db + mean) / errors - reach)
+    enough = numbers[rejects_above + rejects_below - 1 >= POWER]
+    return int(enough[0]) - num_samples if len(enough) else None
 
 
 def decide_outcome(interval: Interval, margin_db: float) -> str:

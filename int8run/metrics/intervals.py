@@ -118,7 +118,7 @@ def bound_means(values: Numbers, settings: IntervalSettings) -> tuple[Numbers, N
     method = "BCa" if settings.method == BCA else "percentile"
     num_rows = max(1, values.size // num_samples)
     with warnings.catch_warnings():
-        # rows of equal values, which have no distribution; they get their own limits below
+        # rows of equal values, which have no distribution; they get Student's limits below
         warnings.simplefilter("ignore", category=stats.DegenerateDataWarning)
         warnings.simplefilter("ignore", category=RuntimeWarning)
         result = stats.bootstrap(
@@ -133,10 +133,10 @@ def bound_means(values: Numbers, settings: IntervalSettings) -> tuple[Numbers, N
             rng=np.random.default_rng(settings.seed),
         )
     limits = result.confidence_interval
-    means = values.mean(axis=-1)
-    is_constant = np.ptp(values, axis=-1) == 0
-    low = np.where(is_constant, means, limits.low)
-    return low, np.where(is_constant, means, limits.high)
+    # of values that are equal, or equal but for rounding, BCa has no limits; Student's are as narrow as those
+    low, high = bound_by_student(values, settings.level)
+    has_limits = np.isfinite(limits.low) & np.isfinite(limits.high) & (np.ptp(values, axis=-1) > 0)
+    return np.where(has_limits, limits.low, low), np.where(has_limits, limits.high, high)
 
 
 def expand_level(level: float, num_samples: int) -> float:

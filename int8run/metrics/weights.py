@@ -4,14 +4,15 @@ Called by the files in `metrics.measures`. Weights that cannot be had are an Una
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TypeVar
+from typing import Any, TypeVar
 from urllib.request import Request, urlopen
 
+from int8run.errors import ConfigError
 from int8run.metrics.base import UnavailableError
 
 log = logging.getLogger(__name__)
@@ -19,6 +20,33 @@ CONNECT_TIMEOUT_S = 10  # a server that takes longer counts as unreachable
 # What downloading or reading weights raises: no network, a broken transfer, a wrong checksum, a damaged file.
 LOADING_ERRORS = (OSError, HTTPException, RuntimeError, UnpicklingError, EOFError, LookupError)
 Loaded = TypeVar("Loaded")
+
+
+def check_location(setting: str, value: object) -> None:
+    """Raise ConfigError for a setting that names no weights, before anything is generated."""
+    if not isinstance(value, str) or not value:
+        raise ConfigError(f"{setting} is {value!r}; it takes a file, a folder or an id on the hub, as text")
+
+
+def check_complete(location: str, loaded: Mapping[str, Any], ignored: str | None = None) -> None:
+    """Check that a network has all its weights from a file: transformers draws missing ones at random.
+
+    Args:
+        location: a folder, or an id on the hub.
+        loaded: what transformers says beside the network, with `output_loading_info`.
+        ignored: how the names of weights begin that nothing here uses; None: all are used.
+
+    Raises:
+        UnavailableError: with the first name that is missing.
+    """
+    missing = sorted(loaded["missing_keys"])
+    if ignored is not None:
+        missing = [name for name in missing if not name.startswith(ignored)]
+    if missing:
+        raise UnavailableError(
+            f"{location} has other weights than this metric needs (no {missing[0]}); name the right ones in "
+            "its settings, or leave them at their defaults"
+        )
 
 
 def check_reachable(url: str) -> None:
@@ -79,7 +107,8 @@ def load_from_hub(
         check_reachable(hf_hub_url(location, probe))
         log.info("Downloading %s (%s)", location, size)
         return load(is_local=False)
-    except (*LOADING_ERRORS, HTTPError, HFValidationError, SafetensorError) as error:
+    # a ValueError is what transformers raises for a network that it does not know, and for one with own code
+    except (*LOADING_ERRORS, ValueError, HTTPError, HFValidationError, SafetensorError) as error:
         remedy = f"run once with a network connection ({size}), or put {location} into the hub's cache"
         raise UnavailableError(f"{location} could not be loaded ({format_error(error)}); {remedy}") from error
 

@@ -1,21 +1,31 @@
 """Metrics on CLIP's features, with random networks of the real classes: formulas, and weights that fail."""
 
 import json
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from support.tiny_clip import save_tiny_clip
 from torch import nn
 
+from int8run.errors import ConfigError
 from int8run.metrics.base import SamplePair, UnavailableError
 from int8run.metrics.images import image_to_tensor
 from int8run.metrics.measures.aesthetic_score import AestheticScore, load_head
 from int8run.metrics.measures.clip_iqa import ClipIqa
+from int8run.metrics.measures.clip_score import ClipScore
 from int8run.metrics.measures.cmmd import Cmmd
+from int8run.metrics.measures.fid import Fid
 from int8run.metrics.measures.hps_v2 import HpsV2
+from int8run.metrics.measures.image_reward import ImageReward
+from int8run.metrics.measures.kid import Kid
 from int8run.metrics.measures.pick_score import PickScore
+from int8run.metrics.measures.subject_consistency import SubjectConsistency
+from int8run.metrics.weights import check_complete
 
 RED, BLUE = Image.new("RGB", (32, 32), (250, 40, 10)), Image.new("RGB", (32, 32), (10, 60, 240))
 
@@ -128,6 +138,57 @@ TINY_OPEN_CLIP = {
 }
 
 
+def test_a_network_whose_weights_are_not_all_there_leaves_the_metric_out(tmp_path):
+    _, _, folder = save_tiny_clip(tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    del weights["visual_projection.weight"]
+    save_file(weights, file, metadata={"format": "pt"})
+
+    with pytest.raises(UnavailableError, match=r"has other weights than .* \(no visual_projection\."):
+        ClipIqa(folder).load()
+
+
+def test_weights_that_nothing_reads_may_be_missing():
+    check_complete("dino", {"missing_keys": {"pooler.dense.weight"}}, ignored="pooler.")
+    with pytest.raises(UnavailableError, match=r"^dino has other weights .* \(no encoder\.a\)"):
+        check_complete("dino", {"missing_keys": {"pooler.dense.weight", "encoder.a"}}, ignored="pooler.")
+
+
+def test_code_beside_weights_does_not_run(tmp_path):
+    config = {"model_type": "own_network", "auto_map": {"AutoConfig": "own.Own", "AutoModel": "own.Own"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "own.py").write_text("raise SystemExit('own code ran')")
+
+    with pytest.raises(UnavailableError, match="could not be loaded"):
+        SubjectConsistency(str(tmp_path)).load()
+
+
+@pytest.mark.parametrize(
+    ("measure", "key"),
+    [
+        (AestheticScore, "weights"),
+        (AestheticScore, "head"),
+        (ClipIqa, "weights"),
+        (ClipScore, "weights"),
+        (Cmmd, "weights"),
+        (Fid, "weights"),
+        (HpsV2, "weights"),
+        (ImageReward, "weights"),
+        (ImageReward, "tokenizer"),
+        (Kid, "weights"),
+        (PickScore, "weights"),
+        (PickScore, "processor"),
+        (SubjectConsistency, "weights"),
+    ],
+)
+def test_weights_that_are_no_text_are_refused_before_anything_is_generated(measure, key):
+    with pytest.raises(
+        ConfigError, match=rf"^metrics\.measures\.{measure.name}\.{key} is 5; it takes a file"
+    ):
+        measure(**{key: 5})
+
+
 class TestHpsV2:
     """A random network of open_clip's own classes, where it is installed."""
 
@@ -152,6 +213,14 @@ class TestHpsV2:
             for image in (RED, BLUE)
         ]
         assert [values["hps_v2"], values["float/hps_v2"]] == pytest.approx(expected, abs=1e-5)
+
+    @pytest.mark.parametrize("name", ["hf-hub:somebody/clip", "ViT-H-41"])
+    def test_it_takes_no_network_but_those_of_the_library(self, monkeypatch, name):
+        library = SimpleNamespace(list_models=lambda: ["ViT-H-14"])
+        monkeypatch.setitem(sys.modules, "open_clip", library)
+
+        with pytest.raises(UnavailableError, match=rf"architecture={name} is none of open_clip's"):
+            HpsV2(architecture=name).load()
 
     def test_weights_of_another_network_leave_it_out(self, open_clip, tmp_path):
         torch.save({"state_dict": {}}, tmp_path / "hps.pt")

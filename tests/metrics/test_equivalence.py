@@ -12,8 +12,10 @@ from int8run.metrics.equivalence import (
     UNDECIDED,
     compare_with_margin,
     compute_tost_p_values,
+    count_more_to_decide,
 )
 from int8run.metrics.interval_settings import IntervalSettings
+from int8run.metrics.intervals import POWER, bound_by_student
 from int8run.metrics.psnr_limit import limit_psnr
 
 SETTINGS = IntervalSettings()
@@ -55,6 +57,24 @@ def test_an_outcome_is_that_of_both_tests(mean, outcome):
     assert (found.p_value < 0.05) == (outcome == EQUIVALENT)
     assert found.interval.low < found.mean_db < found.interval.high
     assert (found.more_samples is not None) == (outcome == UNDECIDED)
+
+
+@pytest.mark.parametrize("mean", [0.0, 0.5, -0.5, 1.6])
+def test_as_many_samples_decide_as_often_as_promised(mean):
+    deviation = 3.0
+    needed = 10 + count_more_to_decide(mean, deviation, 10, margin_db=MARGIN, level=0.9)
+    values = np.random.default_rng(4).normal(mean, deviation, size=(RUNS, needed))
+
+    low, high = bound_by_student(values, 0.9)
+
+    decided = (low > MARGIN) if mean > MARGIN else (low > -MARGIN) & (high < MARGIN)
+    assert decided.mean() == pytest.approx(POWER, abs=0.03)
+
+
+def test_no_practical_number_of_samples_decides_what_is_on_the_margin():
+    assert count_more_to_decide(MARGIN, 1.0, 10, margin_db=MARGIN, level=0.9) is None
+    assert count_more_to_decide(0.999 * MARGIN, 1.0, 10, margin_db=MARGIN, level=0.9) is None
+    assert count_more_to_decide(0.0, 1e-9, 2, margin_db=MARGIN, level=0.9) == 1
 
 
 def test_the_interval_is_that_of_twice_the_error_rate():

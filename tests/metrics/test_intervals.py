@@ -100,6 +100,16 @@ def test_samples_that_are_all_the_same_leave_no_doubt():
     assert (interval.low, interval.high) == (3.0, 3.0)
 
 
+def test_samples_that_differ_by_rounding_alone_have_an_interval():
+    """BCa has none for them."""
+    values = [0.1 + 0.2] * 5 + [0.3]
+
+    interval = compute_interval(values, IntervalSettings())
+
+    assert interval.low < 0.3 + 1e-15 and interval.high > 0.3 - 1e-15
+    assert interval.half_width < 1e-15
+
+
 @pytest.mark.parametrize("values", [[], [50.0]])
 def test_one_sample_has_no_interval(values):
     assert compute_interval(values, IntervalSettings()) is None

@@ -682,6 +682,7 @@ class TestBudget:
         return [
             *least,
             "model_type.mixed_precision=auto",
+            "int8.attention=float",  # else auto with a quality alone; test_run_attention has it
             "sampler.steps=2",
             "prompts.prompts=[b]",
             "seed=1000",

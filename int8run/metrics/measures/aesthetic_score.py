@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from int8run.metrics.base import MORE, FrameFunction, Metric, Needs, Scope, UnavailableError
 from int8run.metrics.clip import load_clip
-from int8run.metrics.weights import LOADING_ERRORS, download_file, format_error
+from int8run.metrics.weights import LOADING_ERRORS, check_location, download_file, format_error
 
 CLIP, SIZE = "openai/clip-vit-large-patch14", "1.7 GB"
 HEAD, HEAD_FILE = "trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth"
@@ -37,6 +37,10 @@ class AestheticScore:
     }
     needs: ClassVar[Needs] = Needs(weights="CLIP ViT-L/14, 1.7 GB, and 4 MB, downloaded once")
     scope: ClassVar[Scope] = Scope.KEY_FRAMES
+
+    def __post_init__(self) -> None:
+        check_location("metrics.measures.aesthetic_score.weights", self.weights)
+        check_location("metrics.measures.aesthetic_score.head", self.head)
 
     def load(self) -> FrameFunction:
         """Load both networks, once."""

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from int8run.metrics.base import MORE, FrameFunction, Metric, Needs, Scope
 from int8run.metrics.clip import load_clip
+from int8run.metrics.weights import check_location
 
 CLIP, SIZE = "openai/clip-vit-large-patch14", "1.7 GB"
 ANCHORS = ("Good photo.", "Bad photo.")  # the paper's pair for quality
@@ -35,6 +36,9 @@ class ClipIqa:
     }
     needs: ClassVar[Needs] = Needs(weights="CLIP ViT-L/14, 1.7 GB, downloaded once; clip_score has the same")
     scope: ClassVar[Scope] = Scope.KEY_FRAMES
+
+    def __post_init__(self) -> None:
+        check_location("metrics.measures.clip_iqa.weights", self.weights)
 
     def load(self) -> FrameFunction:
         """Load CLIP, once."""

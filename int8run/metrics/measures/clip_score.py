@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from int8run.metrics.base import MORE, FrameFunction, Metric, Needs, Scope
 from int8run.metrics.clip import load_clip, unwrap_features
+from int8run.metrics.weights import check_location
 
 CLIP = "openai/clip-vit-large-patch14"
 SIZE = "1.7 GB"
@@ -32,6 +33,9 @@ class ClipScore:
     }
     needs: ClassVar[Needs] = Needs(weights="CLIP ViT-L/14, 1.7 GB, downloaded once", prompts=True)
     scope: ClassVar[Scope] = Scope.KEY_FRAMES
+
+    def __post_init__(self) -> None:
+        check_location("metrics.measures.clip_score.weights", self.weights)
 
     def load(self) -> FrameFunction:
         """Load CLIP, once."""

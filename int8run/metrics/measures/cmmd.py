@@ -10,6 +10,7 @@ from torch import Tensor
 from int8run.metrics.base import LESS, Metric, Needs, Scope, SetFunction
 from int8run.metrics.clip import ClipFeatures, load_clip
 from int8run.metrics.image_sets import check_reference, make_set_function, open_reference
+from int8run.metrics.weights import check_location
 
 CLIP, SIZE = "openai/clip-vit-large-patch14-336", "1.7 GB"
 SIGMA, SCALE = 10.0, 1000.0
@@ -42,6 +43,7 @@ class Cmmd:
 
     def __post_init__(self) -> None:
         check_reference("metrics.measures.cmmd.reference", self.reference)
+        check_location("metrics.measures.cmmd.weights", self.weights)
 
     def load(self) -> SetFunction:
         """Load CLIP, once."""

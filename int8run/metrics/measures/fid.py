@@ -10,6 +10,7 @@ from torch import Tensor
 from int8run.metrics.base import LESS, Metric, Needs, Scope, SetFunction
 from int8run.metrics.image_sets import check_reference, make_set_function, open_reference
 from int8run.metrics.inception import EXTRA, NUM_FEATURES, PACKAGES, load_inception
+from int8run.metrics.weights import check_location
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +44,8 @@ class Fid:
 
     def __post_init__(self) -> None:
         check_reference("metrics.measures.fid.reference", self.reference)
+        if self.weights is not None:
+            check_location("metrics.measures.fid.weights", self.weights)
 
     def load(self) -> SetFunction:
         """Load Inception, once."""

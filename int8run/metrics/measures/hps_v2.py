@@ -12,7 +12,13 @@ from torch import Tensor
 
 from int8run.metrics.base import MORE, FrameFunction, Metric, Needs, Scope, UnavailableError
 from int8run.metrics.clip import to_pixels
-from int8run.metrics.weights import LOADING_ERRORS, download_file, format_error, needs_packages
+from int8run.metrics.weights import (
+    LOADING_ERRORS,
+    check_location,
+    download_file,
+    format_error,
+    needs_packages,
+)
 
 PACKAGE, ARCHITECTURE = "open-clip-torch", "ViT-H-14"
 WEIGHTS, WEIGHTS_FILE = "xswu/HPSv2", "HPS_v2.1_compressed.pt"
@@ -44,10 +50,19 @@ class HpsV2:
     )
     scope: ClassVar[Scope] = Scope.KEY_FRAMES
 
+    def __post_init__(self) -> None:
+        check_location("metrics.measures.hps_v2.weights", self.weights)
+
     def load(self) -> FrameFunction:
         """Load its CLIP, once."""
         with needs_packages(PACKAGE, "preference"):
             import open_clip
+        # open_clip would take an id on the hub, too, and whatever settings and weights stand there
+        if self.architecture not in open_clip.list_models():
+            raise UnavailableError(
+                f"metrics.measures.hps_v2.architecture={self.architecture} is none of open_clip's; "
+                f"HPS v2.1 has {ARCHITECTURE}"
+            )
         file = Path(self.weights)
         if not file.is_file():
             file = download_file(self.weights, WEIGHTS_FILE, size="2.0 GB")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from int8run.metrics.base import MORE, FrameFunction, Metric, Needs, Scope, UnavailableError
 from int8run.metrics.clip import to_pixels
-from int8run.metrics.weights import LOADING_ERRORS, download_file, format_error, load_from_hub
+from int8run.metrics.weights import LOADING_ERRORS, check_location, download_file, format_error, load_from_hub
 
 WEIGHTS, WEIGHTS_FILE, SIZE = "THUDM/ImageReward", "ImageReward.pt", "1.8 GB"
 TOKENIZER = "google-bert/bert-base-uncased"
@@ -62,12 +62,18 @@ class ImageReward:
     needs: ClassVar[Needs] = Needs(weights="ImageReward v1.0, 1.8 GB, downloaded once", prompts=True)
     scope: ClassVar[Scope] = Scope.KEY_FRAMES
 
+    def __post_init__(self) -> None:
+        check_location("metrics.measures.image_reward.weights", self.weights)
+        check_location("metrics.measures.image_reward.tokenizer", self.tokenizer)
+
     def load(self) -> FrameFunction:
         """Load its network, once."""
         from transformers import AutoTokenizer, CLIPImageProcessor
 
         def load_tokenizer(*, is_local: bool) -> Any:
-            return AutoTokenizer.from_pretrained(self.tokenizer, local_files_only=is_local)
+            return AutoTokenizer.from_pretrained(
+                self.tokenizer, local_files_only=is_local, trust_remote_code=False
+            )
 
         tokenizer = load_from_hub(self.tokenizer, load_tokenizer, size="1 MB")
         file = Path(self.weights)

@@ -12,6 +12,7 @@ from int8run.metrics.base import LESS, Metric, Needs, Scope, SetFunction
 from int8run.metrics.image_sets import check_reference, make_set_function, open_reference
 from int8run.metrics.inception import EXTRA, PACKAGES, load_inception
 from int8run.metrics.measures.fid import add_images
+from int8run.metrics.weights import check_location
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class Kid:
 
     def __post_init__(self) -> None:
         check_reference("metrics.measures.kid.reference", self.reference)
+        if self.weights is not None:
+            check_location("metrics.measures.kid.weights", self.weights)
         check_range("metrics.measures.kid.subsets", self.subsets, 1, 10_000, whole=True)
         check_range("metrics.measures.kid.subset_size", self.subset_size, 2, 100_000, whole=True)
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from int8run.metrics.base import MORE, FrameFunction, Metric, Needs, Scope
 from int8run.metrics.clip import load_clip
+from int8run.metrics.weights import check_location
 
 WEIGHTS, PROCESSOR, SIZE = "yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "3.9 GB"
 
@@ -32,6 +33,10 @@ class PickScore:
     }
     needs: ClassVar[Needs] = Needs(weights="PickScore v1, 3.9 GB, downloaded once", prompts=True)
     scope: ClassVar[Scope] = Scope.KEY_FRAMES
+
+    def __post_init__(self) -> None:
+        check_location("metrics.measures.pick_score.weights", self.weights)
+        check_location("metrics.measures.pick_score.processor", self.processor)
 
     def load(self) -> FrameFunction:
         """Load its CLIP, once."""

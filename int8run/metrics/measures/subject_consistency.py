@@ -12,7 +12,7 @@ from torch import Tensor
 from int8run.metrics.base import MORE, Metric, Needs, SampleFunction, SamplePair, Scope
 from int8run.metrics.images import image_to_tensor
 from int8run.metrics.measures.effnet_distance import PACKAGES, compute_effnet_features, load_effnet
-from int8run.metrics.weights import load_from_hub
+from int8run.metrics.weights import check_complete, check_location, load_from_hub
 
 PACKAGED = "effnet"
 SIZE = "343 MB"
@@ -42,6 +42,9 @@ class SubjectConsistency:
         packages=PACKAGES, extra="perceptual", weights="none; with facebook/dino-vitb16 343 MB"
     )
     scope: ClassVar[Scope] = Scope.SAMPLE
+
+    def __post_init__(self) -> None:
+        check_location("metrics.measures.subject_consistency.weights", self.weights)
 
     def load(self) -> SampleFunction:
         """Load the network, once."""
@@ -73,8 +76,18 @@ def load_features(weights: str) -> Callable[[Image], Tensor]:
     from transformers import AutoImageProcessor, AutoModel
 
     def load(*, is_local: bool) -> tuple[Any, Any]:
-        model = AutoModel.from_pretrained(weights, local_files_only=is_local, dtype=torch.float32).eval()
-        return model, AutoImageProcessor.from_pretrained(weights, local_files_only=is_local, use_fast=False)
+        model, loaded = AutoModel.from_pretrained(
+            weights,
+            local_files_only=is_local,
+            trust_remote_code=False,
+            dtype=torch.float32,
+            output_loading_info=True,
+        )
+        check_complete(weights, loaded, ignored="pooler.")
+        processor = AutoImageProcessor.from_pretrained(
+            weights, local_files_only=is_local, trust_remote_code=False, use_fast=False
+        )
+        return model.eval(), processor
 
     model, processor = load_from_hub(weights, load, size=SIZE)
 
