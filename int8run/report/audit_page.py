@@ -5,13 +5,11 @@
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from int8run.report.html_page import load_template, read_asset
-from int8run.utils.paths import check_replaceable
+from int8run.report.html_page import load_template, read_asset, write_text_file
 
 MAX_NAMES = 400  # of layers that a finding lists
 HIGH_SQNR_DB = 200.0  # above it two weights are equal but for the last bit
@@ -27,11 +25,7 @@ def write_audit_page(audit: Mapping[str, Any], path: Path) -> None:
     Raises:
         OSError: something else than a file is there.
     """
-    check_replaceable(path)
-    html = render_audit_page(audit)
-    unfinished = path.with_name(f"{path.name}.tmp")
-    unfinished.write_text(html, encoding="utf-8")
-    os.replace(unfinished, path)
+    write_text_file(path, render_audit_page(audit))
 
 
 def render_audit_page(audit: Mapping[str, Any]) -> str:

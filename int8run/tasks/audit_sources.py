@@ -30,7 +30,6 @@ from int8run.tasks.denoiser_checkpoint import DenoiserCheckpoint, has_original_n
 from int8run.utils.plurals import count_noun
 
 log = logging.getLogger(__name__)
-WEIGHT = ".weight"
 MIN_SHARED_NAMES = 0.5  # of a file's tensors; a base with fewer has other names for them
 UNKNOWN_FAMILY = "unknown"
 Matches = dict[str, tuple[TensorPart, ...]]

@@ -11,6 +11,7 @@ from typing import Any
 from int8run.audit.file_audit import AuditedFile, FileAudit
 from int8run.audit.grades import Finding, load_grades
 from int8run.audit.layer_audit import LayerAudit
+from int8run.audit.layer_findings import join_counts
 from int8run.tasks.audit_sources import ReadFile
 from int8run.tasks.quantize_common import hash_checkpoint
 
@@ -155,9 +156,3 @@ def describe_source(provenance: Mapping[str, Any], base: ReadFile) -> str:
     if source["sha256"] == hash_checkpoint(base.files):
         return "the base is the file that its note names, by the hash"
     return "the base is not the file that its note names, by the hash"
-
-
-def join_counts(counts: Mapping[str, int]) -> str:
-    """Texts and how often each is, the most frequent first."""
-    ordered = sorted(counts.items(), key=lambda item: -item[1])
-    return "; ".join(f"{count} × {text}" for text, count in ordered)

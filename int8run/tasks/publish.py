@@ -29,7 +29,7 @@ from int8run.models.hub import describe_reason, list_hub_errors
 from int8run.models.resolve_weights import CONFIG_NAME
 from int8run.report.console import print_lines
 from int8run.report.model_card import CardFacts, CardFile, render_card, replace_license
-from int8run.tasks.base_license import README, UNKNOWN, BaseLicense, find_base_license
+from int8run.tasks.base_license import README, UNKNOWN, BaseLicense, clean_license, find_base_license
 from int8run.tasks.model_card import CARD_NAME, GRID_NAME, get_card_path, name_base
 from int8run.utils.paths import SAFETENSORS, check_readable, expand_path
 from int8run.utils.plurals import count_noun
@@ -192,9 +192,11 @@ def choose_license(publication: Publication, base: str, revision: str | None) ->
     Raises:
         ConfigError: for an upload, where nobody says it.
     """
-    if publication.license is not None:
-        return BaseLicense(publication.license, "as task.license says")
-    found = find_base_license(base, revision)
+    stated = None if publication.license is None else clean_license(str(publication.license))
+    if stated is not None:
+        found = BaseLicense(stated, "as task.license says")
+    else:
+        found = find_base_license(base, revision)
     if publication.upload and not found.is_known:
         raise ConfigError(
             f"the license of the base {base} is not known ({found.origin}); look it up and say it, such as "

@@ -152,6 +152,15 @@ def test_an_upload_needs_a_license(publication, tmp_path, hub):
     assert "unknown" not in readme, "the card was written before anybody said it"
 
 
+@pytest.mark.parametrize("license_name", ["unknown", " "])
+def test_an_upload_needs_a_license_that_says_something(publication, tmp_path, hub, license_name):
+    write_checkpoint(tmp_path / "fox.safetensors", model=str(tmp_path))
+
+    with pytest.raises(ConfigError, match="is not known"):
+        publish(replace(publication, upload=True, license=license_name))
+    assert hub.created == {}
+
+
 @pytest.mark.parametrize("repo", ["fox", "a/b/c", "anna/fox int8", "anna/..", "", "anna/fox;rm"])
 def test_what_no_repository_can_be_called_is_refused(publication, repo):
     with pytest.raises(ConfigError, match="is no name of a repository; it is owner/name"):
