@@ -7,6 +7,7 @@ layer at a time is in memory.
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 from int8run.audit.base_weight import BaseFiles, BaseTensor
@@ -121,6 +122,9 @@ def audit_file(audited: AuditedFile, on_bytes: Callable[[int], None] = lambda co
         *list_layer_findings(layers),
         *list_file_findings(audited.files, audited, layers, changed),
     ]
+    misfits = list_misfits(audited)
+    if misfits:
+        findings.append(Finding("other_shape", tuple(misfits), "", len(audited.list_float_keys())))
     order = list(load_grades().grades)
     findings.sort(key=lambda finding: -order.index(finding.kind.grade))
     quantized = [layer for layer in layers if layer.is_quantized]
@@ -194,6 +198,18 @@ def fits_base(layer: CheckpointLayer, shape: tuple[int, ...] | None) -> bool:
     if len(layer.shape) != 2:
         return layer.shape == shape
     return layer.fits_shape(shape)
+
+
+def list_misfits(audited: AuditedFile) -> list[str]:
+    """The float tensors that the base has with another number of elements, and which cannot be compared."""
+    misfits = []
+    for key in audited.list_float_keys():
+        match = audited.matches.get(key)
+        if match is None or match.shape is None:
+            continue
+        if prod(match.shape) != prod(audited.files[key].shape):
+            misfits.append(key)
+    return misfits
 
 
 def compare_floats(audited: AuditedFile, on_bytes: Callable[[int], None]) -> dict[str, float]:

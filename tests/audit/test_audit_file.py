@@ -282,6 +282,17 @@ def test_the_largest_number_of_each_scale_is_not_cut_off(audit: Audit) -> None:
     assert min(layer.saturated_share or 0 for layer in found.layers) >= 1 / 64
 
 
+def test_a_float_tensor_of_another_size(audit: Audit) -> None:
+    base = make_base()
+    tensors = make_int8(base)
+    tensors[f"{FIRST}.bias"] = tensors[f"{FIRST}.bias"][:-1]
+
+    found = audit(tensors, base)
+
+    (finding,) = found.findings
+    assert (found.grade, finding.code, finding.names) == ("F", "other_shape", (f"{FIRST}.bias",))
+
+
 @pytest.mark.parametrize(("value", "of_base"), [(math.nan, 1.0), (1.0, 0.0)])
 def test_floats_that_no_share_can_measure_are_changed(audit: Audit, value: float, of_base: float) -> None:
     base = make_base()
