@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from int8run.audit.base_weight import BaseFiles, BaseTensor
+from int8run.audit.float_tensors import holds_nan
 from int8run.audit.grades import Finding, load_grades
 from int8run.audit.layer_audit import LayerAudit
 from int8run.audit.layer_findings import join_counts, shorten_name
@@ -58,6 +59,10 @@ class KnownFile(Protocol):
         """Before the base's keys of the model."""
         ...
 
+    def list_float_keys(self) -> list[str]:
+        """The float tensors of the model, but what belongs to quantized layers."""
+        ...
+
 
 def list_file_findings(
     files: TensorFiles, known: KnownFile, layers: Sequence[LayerAudit], changed: Mapping[str, float]
@@ -74,6 +79,7 @@ def list_file_findings(
     yield from check_provenance(known, layers)
     if known.base is None:
         yield from check_hash(files)
+        yield from check_numbers(files, known)
         return
     yield from check_floats(known, changed)
     yield from check_completeness(known, layers)
@@ -142,6 +148,15 @@ def check_hash(files: TensorFiles) -> Iterator[Finding]:
         check_data(files)
     except FileError as error:
         yield Finding("changed_tensors", (), str(error))
+
+
+def check_numbers(files: TensorFiles, known: KnownFile) -> Iterator[Finding]:
+    """Float tensors with NaN; beside a base, which has none, they are among those that differ."""
+    keys = known.list_float_keys()
+    broken = [key for key in keys if holds_nan(files, key)]
+    if broken:
+        places = join_counts(Counter(map(shorten_name, broken)))
+        yield Finding("not_a_number", tuple(broken), places, len(keys))
 
 
 def check_floats(known: KnownFile, changed: Mapping[str, float]) -> Iterator[Finding]:

@@ -49,3 +49,24 @@ def measure_change(files: TensorFiles, key: str, base: BaseTensor) -> float:
         return math.inf
     relative: float = (difference / signal) ** 0.5
     return relative
+
+
+def holds_nan(files: TensorFiles, key: str) -> bool:
+    """Whether a float tensor has numbers that are none. Infinity is allowed: masks are made of it.
+
+    Args:
+        files: the file.
+        key: of the tensor.
+
+    Raises:
+        FileError: when it cannot be read.
+    """
+    shape = files[key].shape
+    if not shape:
+        return bool(files.read(key).isnan())
+    for span in iterate_spans(shape[0], prod(shape[1:])):
+        has_nan = bool(files.read(key, span.rows).isnan().any())
+        files.drop_from_page_cache(key, span.rows)
+        if has_nan:
+            return True
+    return False

@@ -335,6 +335,16 @@ def test_without_a_base_an_unused_range_shows(audit: Audit) -> None:
     assert (finding.code, finding.names) == ("unused_range", (FIRST,))
 
 
+def test_without_a_base_nan_in_a_float_tensor_shows(audit: Audit) -> None:
+    tensors = make_int8(make_base())
+    tensors["norm.weight"], tensors["mask"] = torch.full((8,), math.nan), torch.full((8,), -math.inf)
+
+    found = audit(tensors)
+
+    (finding,) = found.findings
+    assert (found.grade, finding.code, finding.names) == ("F", "not_a_number", ("norm.weight",))
+
+
 # -- the table of grades ---------------------------------------------------------------------------
 
 
