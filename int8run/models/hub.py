@@ -180,10 +180,9 @@ def download_dataset_file(repository: str, file: str, revision: str, licence: st
         FileError: when it is not here and cannot be downloaded, with the command that fetches it.
     """
     from huggingface_hub import HfApi, hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
-    network_errors = cast(tuple[type[Exception], ...], HfHubHTTPError.__bases__)
-    errors: tuple[type[Exception], ...] = (OSError, HFValidationError, *network_errors)
+    errors = list_hub_errors()
     download = partial(hf_hub_download, repository, file, revision=revision, repo_type="dataset")
     try:
         try:

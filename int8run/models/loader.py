@@ -13,7 +13,7 @@ import diffusers
 import torch
 import transformers
 from diffusers import DiffusionPipeline
-from torch import nn
+from torch import Tensor, nn
 
 from int8run import __version__
 from int8run.errors import BackendError, ConfigError, FileError, suggest_similar
@@ -237,7 +237,20 @@ def place_components(pipeline: Any, device: torch.device, without: Collection[st
     pipeline.set_progress_bar_config(disable=True)
     for name, module in pipeline.components.items():
         if isinstance(module, nn.Module) and name not in without:
-            module.to(device)
+            move_module(module, device)
+
+
+def move_module(module: nn.Module, device: torch.device) -> None:
+    """Move a module; what has no numbers yet stays: a ControlNet may share layers of a skeleton."""
+    is_whole = not any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers()))
+    if is_whole:
+        module.to(device)
+        return
+
+    def move(tensor: Tensor) -> Tensor:
+        return tensor if tensor.is_meta else tensor.to(device)
+
+    module._apply(move)
 
 
 def check_component_libraries(folder: Path) -> None:

@@ -19,6 +19,7 @@ from int8run.layers.int8_linear import DTYPE_MARKER
 from int8run.layers.plan import FLOAT, LayerPlan, plan_layers
 from int8run.models.dual_denoisers import split_denoiser
 from int8run.models.family import ModelFamily
+from int8run.models.given_model import find_controlnets
 from int8run.models.sampling import Sampling
 from int8run.models.source import ResolvedModel
 from int8run.pipeline.checkpoint_weights import DenoiserWeights
@@ -105,6 +106,13 @@ class LoadedModel:
         assert self.checkpoint is not None
         return self.checkpoint.read_tensor(f"{name}.weight").to(self.device, weight.dtype)
 
+    def list_shared_layers(self) -> list[str]:
+        """Names of what a ControlNet of the pipeline computes with, too: that of Z-Image has such layers."""
+        elsewhere: set[nn.Module] = set()
+        for controlnet in find_controlnets(self.pipe.components).values():
+            elsewhere |= set(controlnet.modules())
+        return [name for name, module in self.denoiser.named_modules() if module in elsewhere]
+
     def fill_weights(self, except_for: Iterable[str] = ()) -> None:
         """Read what the skeleton lacks, except for the weights of some layers.
 
@@ -117,9 +125,28 @@ class LoadedModel:
             if tensor.is_meta and name not in left_out:
                 missing.append(name)
         if self.checkpoint is not None:
+            before = {parameter: name for name, parameter in self.denoiser.named_parameters()}
             self.checkpoint.fill_parameters(self.denoiser, missing, self.offload_device)
+            share_parameters(self.denoiser, find_controlnets(self.pipe.components).values(), before)
         # buffers that no checkpoint holds have their numbers already
         move_buffers(self.denoiser, self.offload_device)
+
+
+def share_parameters(
+    denoiser: nn.Module, controlnets: Iterable[nn.Module], before: Mapping[nn.Parameter, str]
+) -> None:
+    """Give ControlNets a denoiser's parameters where they have those that it had before.
+
+    Args:
+        denoiser: with new parameters.
+        controlnets: are changed.
+        before: its parameters of before, and their names.
+    """
+    for controlnet in controlnets:
+        for module in controlnet.modules():
+            for child, old in list(module._parameters.items()):
+                if old is not None and old in before:
+                    module._parameters[child] = denoiser.get_parameter(before[old])
 
 
 def move_buffers(module: nn.Module, device: torch.device) -> None:

@@ -15,10 +15,12 @@ from int8run.generate.calibration_settings import CalibrationSettings
 from int8run.layers.int8_conv import Int8Layer
 from int8run.layers.plan import Int8Settings
 from int8run.models.family import UNKNOWN_FAMILY, ModelFamily, load_families
+from int8run.models.loader import place_components
 from int8run.models.sampling import Sampling
 from int8run.outlier.convrot import ConvRot
 from int8run.outlier.none import NoOutlier
 from int8run.outlier.smoothquant import SmoothQuant
+from int8run.pipeline.checkpoint_weights import DenoiserWeights
 from int8run.pipeline.controlnets import quantize_controlnets
 from int8run.pipeline.loaded_model import LoadedModel
 from int8run.pipeline.quantization_settings import QuantizationSettings
@@ -260,3 +262,41 @@ def test_metrics_count_layers_and_memory_and_name_the_worst_output():
     assert metrics["controlnet/layers_int8"] + metrics["controlnet/layers_float"] == len(built.plans)
     assert metrics["memory/controlnet_ratio"] > 1.2
     assert 25 < metrics["controlnet/output_sqnr_db_min"] < 60
+
+
+class Blocks(nn.Module):
+    """A layer of its own, and one with a token that a ControlNet may take over, as that of Z-Image does."""
+
+    def __init__(self, *, other: "Blocks | None" = None) -> None:
+        super().__init__()
+        self.own = nn.Linear(2, 2)
+        self.refiner = nn.Linear(2, 2) if other is None else other.refiner
+        self.pad_token = nn.Parameter(torch.ones(2)) if other is None else other.pad_token
+
+
+def test_what_a_controlnet_takes_of_a_skeleton_is_read_into_both():
+    with torch.device("meta"):
+        skeleton = Blocks()
+    controlnet = Blocks(other=skeleton)
+    place_components(
+        SimpleNamespace(
+            components={"controlnet": controlnet, "transformer": skeleton},
+            set_progress_bar_config=lambda **options: None,
+        ),
+        CPU,
+        without=["transformer"],
+    )
+    loaded = load(controlnet, "flux")
+    loaded.denoiser = skeleton
+    file = {name: randn(*tensor.shape) for name, tensor in skeleton.state_dict().items()}
+    weights = DenoiserWeights({})
+    weights.read_tensor, weights.locate = file.__getitem__, lambda name: [SimpleNamespace(path="a file")]
+    loaded.checkpoint = weights
+
+    int8_layers = {"own", "refiner"}
+    loaded.fill_weights(except_for=int8_layers.difference(loaded.list_shared_layers()))
+
+    assert skeleton.own.weight.is_meta, "INT8 layers read it when they are made"
+    assert torch.equal(controlnet.refiner.weight, file["refiner.weight"])
+    assert controlnet.pad_token is skeleton.pad_token
+    assert torch.equal(controlnet.pad_token, file["pad_token"])

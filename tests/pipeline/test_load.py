@@ -241,7 +241,8 @@ def test_modules_that_diffusers_keeps_in_float32_are_kept(dtype: torch.dtype, tm
     diffusers.WanTransformer3DModel(**WAN).save_pretrained(tmp_path)
     expected = diffusers.WanTransformer3DModel.from_pretrained(tmp_path, torch_dtype=dtype)
     made = ResolvedDenoiser("transformer", "WanTransformer3DModel", WAN, tmp_path).build_skeleton(dtype)
-    stand_in: Any = SimpleNamespace(denoiser=made, checkpoint=None, offload_device=CPU)
+    pipe = SimpleNamespace(components={})
+    stand_in: Any = SimpleNamespace(denoiser=made, pipe=pipe, checkpoint=None, offload_device=CPU)
     files = DenoiserWeights({"": FileWeights(tmp_path, made)})
     stand_in.checkpoint = files
     LoadedModel.fill_weights(stand_in)

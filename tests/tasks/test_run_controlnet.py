@@ -5,7 +5,8 @@ import logging
 
 import pytest
 import torch
-from diffusers import ControlNetModel
+from diffusers import ControlNetModel, ZImageControlNetModel
+from families.instances import z_image
 from PIL import Image
 from support.run_job import run_job
 from support.tiny_unet_pipeline import build_unet, save_unet_pipeline
@@ -14,6 +15,14 @@ from torch import nn
 from int8run.pipeline import process_cache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+SETTINGS = [
+    "model.dtype=float32",
+    "sampler.steps=2",
+    "prompts.prompts=[a]",
+    "tracker=none",
+    "backend=reference",
+    "int8.small_batch_fallback=never",
+]
 
 
 @pytest.fixture(scope="module")
@@ -32,14 +41,9 @@ def overrides(tmp_path_factory):
         f"model.parts.controlnet=[ControlNetModel,{home / 'control'}]",
         "model.mode=control",
         f"prompts.control_image={home / 'edges.png'}",
-        "model.dtype=float32",
         "sampler.height=16",
         "sampler.width=16",
-        "sampler.steps=2",
-        "prompts.prompts=[a]",
-        "tracker=none",
-        "backend=reference",
-        "int8.small_batch_fallback=never",
+        *SETTINGS,
     ]
 
 
@@ -66,3 +70,36 @@ def test_controlnet_is_int8_in_the_compared_model_alone(overrides, tmp_path, cap
     assert {row["quantized"] for row in rows} == {"true", "false"}
     assert all(row["why_not"] or float(row["output_sqnr_db"]) > 20 for row in rows)
     assert {row["why_not"] for row in read_controlnet_rows(tmp_path / "float")} == {"int8.controlnet=float"}
+
+
+@pytest.mark.slow
+def test_controlnet_that_shares_layers_with_the_denoiser_runs_without_the_float_one(tmp_path):
+    pipe = z_image()
+    pipe.save_pretrained(tmp_path / "base")
+    sizes = {name: pipe.transformer.config[name] for name in ("dim", "n_heads", "n_kv_heads")}
+    controlnet = ZImageControlNetModel(
+        control_layers_places=[0],
+        control_refiner_layers_places=[0],
+        control_in_dim=pipe.transformer.config.in_channels,
+        n_refiner_layers=1,
+        **sizes,
+    )
+    controlnet.save_pretrained(tmp_path / "control")
+    Image.linear_gradient("L").resize((32, 32)).convert("RGB").save(tmp_path / "edges.png")
+    words = [
+        *SETTINGS,
+        f"model.location={tmp_path / 'base'}",
+        "model.pipeline=ZImageControlNetPipeline",
+        f"model.parts.controlnet=[ZImageControlNetModel,{tmp_path / 'control'}]",
+        f"prompts.control_image={tmp_path / 'edges.png'}",
+        "sampler.height=32",
+        "sampler.width=32",
+    ]
+
+    process_cache.clear()
+    alone = run_job([*words, "metrics.baseline=none"], tmp_path / "alone")
+    process_cache.clear()
+    beside = run_job(words, tmp_path / "beside")
+
+    assert alone.candidate.images[0].tobytes() == beside.candidate.images[0].tobytes()
+    assert alone.metrics["controlnet/layers_int8"] > 5
