@@ -39,10 +39,10 @@ def measure_change(files: TensorFiles, key: str, base: BaseTensor) -> float:
         files.drop_from_page_cache(key, rows)
         own = own.reshape(span.stop - span.start, -1)
         other = base.read_rows(span.start, span.stop)
+        signal += float(other.float().square().sum(dtype=torch.float64))
         if torch.equal(own, other.to(own.dtype)):
             continue
         difference += float((own.double() - other.double()).square().sum())
-        signal += float(other.double().square().sum())
     if difference == 0:
         return 0.0
     if signal == 0 or not math.isfinite(difference):

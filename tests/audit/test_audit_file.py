@@ -15,6 +15,7 @@ from audit.audit_files import (
 )
 from audit.conftest import Audit
 
+from int8run.audit import stored_numbers
 from int8run.audit.file_audit import FileAudit
 from int8run.audit.grades import load_grades
 
@@ -291,6 +292,18 @@ def test_a_float_tensor_of_another_size(audit: Audit) -> None:
 
     (finding,) = found.findings
     assert (found.grade, finding.code, finding.names) == ("F", "other_shape", (f"{FIRST}.bias",))
+
+
+def test_a_change_is_a_share_of_the_whole_tensor(audit: Audit, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = make_base()
+    base["embedding"] = torch.ones(4, 256)
+    tensors = make_int8(base)
+    tensors["embedding"] = base["embedding"] * torch.tensor([[2.0], [1], [1], [1]])
+    monkeypatch.setattr(stored_numbers, "CHUNK_ELEMENTS", 256)  # a row at a time
+
+    found = audit(tensors, base)
+
+    assert found.changed_floats == {"embedding": 0.5}, "a row of four: its energy is a quarter"
 
 
 @pytest.mark.parametrize(("value", "of_base"), [(math.nan, 1.0), (1.0, 0.0)])
