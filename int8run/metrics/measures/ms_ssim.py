@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
-from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
 
 from int8run.metrics.base import MORE, FrameFunction, Metric, Needs, Scope
 
@@ -33,4 +32,7 @@ class MsSsim:
 
 def compute_ms_ssim(a: Tensor, b: Tensor, prompt: str) -> dict[str, float]:
     """MS-SSIM of two images [1, 3, H, W] in 0..1."""
+    # not at the top: every command reads the settings that name this class, and torchmetrics takes seconds
+    from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
+
     return {"ms_ssim": multiscale_structural_similarity_index_measure(a, b, data_range=1.0).item()}
