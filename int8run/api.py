@@ -27,17 +27,13 @@ from int8run.errors import ConfigError, check_range
 from int8run.layers.assemble import assemble_int8_model
 from int8run.layers.int8_conv import Int8Layer, get_layer
 from int8run.layers.plan import FLOAT, LayerPlan, plan_layers
+from int8run.layers.plan_summary import describe_skip_reasons, select_int8_plans, warn_without_convolutions
 from int8run.lora.installed import find_marks, format_names
 from int8run.lora.stack import LoraStack
 from int8run.models.dual_denoisers import split_denoiser
 from int8run.models.given_model import GivenModel, take_denoiser
 from int8run.models.loader import pick_device
 from int8run.outlier.base import OutlierMethod
-from int8run.pipeline.layer_selection import (
-    describe_skip_reasons,
-    select_int8_plans,
-    warn_without_convolutions,
-)
 from int8run.pipeline.load import resolve_family
 from int8run.pipeline.loaded_model import make_skip_rule
 from int8run.pipeline.offload import has_group_offloading

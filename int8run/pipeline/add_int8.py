@@ -15,10 +15,10 @@ from torch import nn
 from int8run.config.run_spec import RunSpec
 from int8run.generate.capture import Call
 from int8run.layers.plan import LayerPlan
+from int8run.layers.plan_summary import select_int8_plans
 from int8run.lora.modes import Overhead
 from int8run.pipeline.built_model import BuiltModel
 from int8run.pipeline.controlnets import BuiltControlnet, quantize_controlnets
-from int8run.pipeline.layer_selection import select_int8_plans
 from int8run.pipeline.loaded_model import LoadedModel
 from int8run.pipeline.lora_steps import BranchOverhead, note_lora_modes
 from int8run.pipeline.prequantized import PrequantizedLayers

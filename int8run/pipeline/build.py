@@ -20,6 +20,7 @@ from int8run.generate.capture import capture_step, record_calls
 from int8run.generate.generate import set_components, set_text_encoders
 from int8run.generate.prompts import Sample
 from int8run.layers.plan import FLOAT, INT8, LayerPlan
+from int8run.layers.plan_summary import select_int8_plans, warn_without_convolutions
 from int8run.lora.entries import Entry
 from int8run.lora.header_info import LoraHeader
 from int8run.lora.match import Matches
@@ -39,7 +40,6 @@ from int8run.pipeline.built_model import BuiltModel
 from int8run.pipeline.compile import compile_denoisers
 from int8run.pipeline.controlnets import list_float_controlnets
 from int8run.pipeline.given_files import check_checkpoint_fits, check_loras_fit
-from int8run.pipeline.layer_selection import select_int8_plans, warn_without_convolutions
 from int8run.pipeline.load import load_model
 from int8run.pipeline.loaded_model import LoadedModel, replace_missing_layers
 from int8run.pipeline.lora_steps import bake_loras, read_entries, report_loras

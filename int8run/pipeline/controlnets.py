@@ -14,13 +14,13 @@ from torch import nn
 from int8run.generate.capture import Call
 from int8run.layers.int8_conv import is_convolution
 from int8run.layers.plan import FLOAT, LayerPlan
+from int8run.layers.plan_summary import select_int8_plans
 from int8run.lora.stack import LoraStack
 from int8run.metrics.layers import count_macs, count_module_bytes, note_macs_shares
 from int8run.models.controlnet_layers import add_controlnet_rules, load_controlnet_rules
 from int8run.models.family import UNKNOWN_FAMILY, ModelFamily, build_conservative_family
 from int8run.models.given_model import find_controlnets
 from int8run.models.loader import list_block_prefixes
-from int8run.pipeline.layer_selection import select_int8_plans
 from int8run.pipeline.loaded_model import LoadedModel
 from int8run.pipeline.quantization_settings import QuantizationSettings
 from int8run.pipeline.quantize_denoiser import leave_slow_layers_float, quantize_denoiser

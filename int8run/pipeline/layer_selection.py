@@ -3,19 +3,16 @@
 quantize_denoiser.py works on this selection; build.py and api.py use the parts of it.
 """
 
-import logging
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from int8run.errors import ConfigError
 from int8run.layers.fusion import group_by_shared_input
-from int8run.layers.plan import CONV, FLOAT, LayerPlan
+from int8run.layers.plan import CONV, LayerPlan
+from int8run.layers.plan_summary import describe_skip_reasons, select_int8_plans
 from int8run.pipeline.loaded_model import LoadedModel
 from int8run.pipeline.prequantized import PrequantizedLayers
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -87,31 +84,3 @@ def select_layers(
         conv_inputs=conv_inputs,
         groups=group_by_shared_input([plan.name for plan in new if plan.is_linear], loaded.family.same_input),
     )
-
-
-def select_int8_plans(plans: Sequence[LayerPlan]) -> list[LayerPlan]:
-    """The layers that become INT8."""
-    return [plan for plan in plans if plan.skip_reason is None]
-
-
-def warn_without_convolutions(plans: Sequence[LayerPlan], choice: str) -> None:
-    """Warn where INT8 convolutions are asked for and the denoiser has none that can be INT8.
-
-    Args:
-        plans: of every layer, before any is timed.
-        choice: `int8.convolutions` of the config.
-    """
-    if choice == FLOAT or any(plan.kind == CONV for plan in select_int8_plans(plans)):
-        return
-    log.warning(
-        "int8.convolutions=%s: the denoiser has no convolutions that can be INT8; int8.vae=int8 is for "
-        "the VAE's",
-        choice,
-    )
-
-
-def describe_skip_reasons(plans: Sequence[LayerPlan]) -> str:
-    """Why the layers of a denoiser stay float, with the number of layers for each reason."""
-    reasons = Counter(plan.skip_reason for plan in plans if plan.skip_reason is not None)
-    counts = "; ".join(f"{count} × {reason}" for reason, count in reasons.items())
-    return counts or "it has no Linear at all"

@@ -13,12 +13,12 @@ from typing import Any
 from int8run import __version__
 from int8run.generate.calibration_settings import CalibrationSettings
 from int8run.layers.plan import FLOAT, LayerPlan
+from int8run.layers.plan_summary import select_int8_plans
 from int8run.lora.config import LoraSettings
 from int8run.lora.entries import Entry
 from int8run.models.family import ModelSource
 from int8run.models.loader import VAE
 from int8run.outlier.base import NONE
-from int8run.pipeline.layer_selection import select_int8_plans
 from int8run.pipeline.loaded_model import LoadedModel
 from int8run.pipeline.model_files import hash_model_files, list_safetensors
 from int8run.pipeline.prequantized import BakedLoras, PrequantizedLayers

@@ -16,10 +16,11 @@ from int8run.layers.assemble import assemble_int8_model
 from int8run.layers.int8_conv import Int8Layer
 from int8run.layers.int8_linear import QuantizedLayer
 from int8run.layers.plan import LayerPlan
+from int8run.layers.plan_summary import select_int8_plans
 from int8run.lora.stack import LoraStack
 from int8run.outlier.auto import AutoOutlier
 from int8run.outlier.base import LayerStatistics, OutlierMethod
-from int8run.pipeline.layer_selection import SelectedLayers, select_int8_plans, select_layers
+from int8run.pipeline.layer_selection import SelectedLayers, select_layers
 from int8run.pipeline.loaded_model import LoadedModel
 from int8run.pipeline.offload import set_offload
 from int8run.pipeline.outlier_choice import choose_methods

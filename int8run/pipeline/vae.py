@@ -21,10 +21,10 @@ from int8run.layers.int8_conv import CONV_CLASSES, Int8Layer, is_convolution
 from int8run.layers.int8_linear import Int8Linear
 from int8run.layers.padding_conv import put_inside
 from int8run.layers.plan import INT8, LayerPlan, plan_convolution
+from int8run.layers.plan_summary import describe_skip_reasons, select_int8_plans
 from int8run.models.loader import VAE
 from int8run.models.sampling import Sampling
 from int8run.models.vae_layers import VaeLayers, load_vae_layers
-from int8run.pipeline.layer_selection import describe_skip_reasons, select_int8_plans
 from int8run.pipeline.loaded_model import LoadedModel
 from int8run.pipeline.offload import has_group_offloading
 from int8run.pipeline.quantization_settings import QuantizationSettings

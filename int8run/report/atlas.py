@@ -12,15 +12,10 @@ from pathlib import Path
 from int8run.metrics.names import HIGH, LOW
 from int8run.metrics.sample_statistics import compute_median
 from int8run.report.columns import DENOISER_RATIO, PSNR_DB, SPEED_RATIO, MetricColumn, find_column
-from int8run.report.export_table import (
-    escape_latex,
-    escape_markdown,
-    format_plain,
-    join_latex_row,
-    join_markdown_row,
-)
-from int8run.report.html_page import load_template, read_asset, write_text_file
+from int8run.report.export_table import escape_latex, format_plain, join_latex_row
+from int8run.report.markdown import escape_markdown, join_markdown_row
 from int8run.report.shared_results import ResultCollection, SharedResult
+from int8run.report.templates import load_template, read_asset, write_text_file
 from int8run.utils.plurals import count_noun
 from int8run.utils.text import make_visible
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from int8run.report.html_page import load_template, read_asset, write_text_file
+from int8run.report.templates import load_template, read_asset, write_text_file
 
 MAX_NAMES = 400  # of layers that a finding lists
 HIGH_SQNR_DB = 200.0  # above it two weights are equal but for the last bit

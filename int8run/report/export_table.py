@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from int8run.metrics.names import HIGH, LOW
 from int8run.report.columns import MetricColumn
+from int8run.report.markdown import escape_markdown, join_markdown_row
 from int8run.report.runs import Run
 from int8run.report.runs_table import RunsTable, TableCell, build_runs_table
 from int8run.report.verdict import recommend
@@ -19,7 +20,6 @@ from int8run.tracking.setting_names import shorten_keys, shorten_value
 from int8run.utils.text import make_visible
 
 INTERVAL_NOTE = "In brackets: the interval of the mean over the run's samples."
-MARKDOWN_SPECIAL = "\\`*_{}[]<>#|~!"
 LATEX_TEXTS: Mapping[str, str] = {
     "\\": r"\textbackslash{}",
     "{": r"\{",
@@ -152,17 +152,6 @@ def render_markdown(table: ExportTable) -> str:
     if table.has_intervals:
         lines += ["", INTERVAL_NOTE]
     return "\n".join(lines) + "\n"
-
-
-def join_markdown_row(texts: Sequence[str]) -> str:
-    """A line of a Markdown table."""
-    return f"| {' | '.join(texts)} |"
-
-
-def escape_markdown(text: str) -> str:
-    """A text in one line that Markdown shows as it is."""
-    shown = make_visible(text)
-    return "".join(f"\\{letter}" if letter in MARKDOWN_SPECIAL else letter for letter in shown)
 
 
 def render_latex(table: ExportTable) -> str:

@@ -5,11 +5,8 @@ file: the style, the script, the plots and the images are inside.
 """
 
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from int8run.errors import ConfigError
 from int8run.report.blind_pairs import BlindComparison, build_blind_comparison
@@ -29,16 +26,15 @@ from int8run.report.page_sections import (
 from int8run.report.runs import Run, name_runs
 from int8run.report.runs_table import build_runs_table
 from int8run.report.strength_curves import build_strength_curves
+from int8run.report.templates import load_template, read_asset, write_text_file
 from int8run.report.verdict import recommend
 from int8run.report.votes import Tally, count_votes, drop_repeated_sessions, read_vote_file
 from int8run.report.worst_samples import list_worst_samples
 from int8run.tracking.run_record import FINISHED, Record
 from int8run.tracking.setting_names import shorten_value
 from int8run.utils.paths import check_replaceable
-from int8run.utils.text import make_lines_visible
 
 log = logging.getLogger(__name__)
-TEMPLATE_FOLDER = Path(__file__).parent
 MAX_LEADING_SETTINGS = 4  # before the numbers in the table of runs; more stand behind them
 
 
@@ -74,19 +70,6 @@ def write_report(
     html = render_page(runs, gallery, blind, page_folder=path.parent, title=title, tallies=tallies)
     write_text_file(path, html)
     return tallies
-
-
-def write_text_file(path: Path, text: str) -> None:
-    """Write a page or a table whole or not at all; its folder is made where it is missing.
-
-    Raises:
-        OSError: something else than a file is there.
-    """
-    check_replaceable(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.tmp")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
 
 
 def tally_votes(paths: Sequence[Path], blind: BlindComparison | None) -> list[Tally]:
@@ -164,31 +147,3 @@ def render_page(
         environment=compare_environments(runs),
         commands=list_commands(runs, page_folder),
     )
-
-
-def load_template(name: str) -> Template:
-    """A template beside this file: text is escaped, an unknown name is an error."""
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATE_FOLDER),
-        autoescape=True,
-        finalize=show_text,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template(name)
-
-
-def show_text(value: object) -> object:
-    """What an expression of the template prints: what a page would obey in a text of a user is shown.
-
-    Marks that turn the direction of writing reach beyond their own cell. What the template marks as safe
-    stays as it is: plots and images.
-    """
-    is_text = isinstance(value, str) and not hasattr(value, "__html__")
-    return make_lines_visible(str(value)) if is_text else value
-
-
-def read_asset(name: str) -> str:
-    """The text of a file beside this one."""
-    return (TEMPLATE_FOLDER / name).read_text(encoding="utf-8")

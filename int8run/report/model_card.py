@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from int8run.metrics.names import DTYPE_FLOOR, HIGH, LOW, NOISE_FLOOR
 from int8run.report.columns import MISSING, PSNR_DB, MetricColumn, find_column
-from int8run.report.export_table import escape_markdown
+from int8run.report.markdown import escape_markdown
 from int8run.report.runs_table import list_columns
 from int8run.utils.plurals import count_noun
 from int8run.utils.text import make_lines_visible, make_visible

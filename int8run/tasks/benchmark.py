@@ -21,11 +21,11 @@ from int8run.config.run_spec import RunSpec
 from int8run.errors import ConfigError, check_range
 from int8run.generate.input_files import read_samples
 from int8run.layers.plan import CONV, INT8, LayerPlan, plan_layers
+from int8run.layers.plan_summary import select_int8_plans
 from int8run.models.config_source import resolve_configs
 from int8run.models.dual_denoisers import DualDenoiser
 from int8run.models.loader import pick_device
 from int8run.pipeline.denoiser_variants import choose_classes_of_configs
-from int8run.pipeline.layer_selection import select_int8_plans
 from int8run.pipeline.load import build_skeletons, load_model, resolve_family
 from int8run.pipeline.loaded_model import make_skip_rule
 from int8run.pipeline.step_settings import select_load_settings

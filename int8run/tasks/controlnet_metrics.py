@@ -5,9 +5,9 @@
 
 from collections.abc import Sequence
 
+from int8run.layers.plan_summary import select_int8_plans
 from int8run.metrics.layers import count_module_bytes, measure_layer_outputs
 from int8run.pipeline.controlnets import BuiltControlnet
-from int8run.pipeline.layer_selection import select_int8_plans
 
 
 def measure_controlnets(controlnets: Sequence[BuiltControlnet], *, with_outputs: bool) -> dict[str, float]:

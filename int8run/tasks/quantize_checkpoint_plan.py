@@ -30,12 +30,12 @@ from int8run.export.stream_plan import (
     plan_targets,
 )
 from int8run.layers.plan import FLOAT, LayerPlan
+from int8run.layers.plan_summary import warn_without_convolutions
 from int8run.models.original_names import to_original
 from int8run.models.resolve_weights import CONFIG_NAME, WEIGHTS_NAME, ResolvedWeights
 from int8run.models.state_dict_adapter import find_prefix
 from int8run.models.tensor_part import Shape, TensorPart
 from int8run.outlier.base import OutlierMethod
-from int8run.pipeline.layer_selection import warn_without_convolutions
 from int8run.ptq.quantize import check_outlier_method
 from int8run.tasks.denoiser_checkpoint import DenoiserCheckpoint, recognize_checkpoint
 from int8run.tasks.quantize_common import count_skip_reasons, is_folder, log_kept_dtype, resolve_new_file

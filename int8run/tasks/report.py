@@ -13,9 +13,10 @@ from int8run.jobs.resume import find_sweeps
 from int8run.report.atlas import write_atlas
 from int8run.report.console import print_lines
 from int8run.report.export_table import render_table
-from int8run.report.html_page import write_report, write_text_file
+from int8run.report.html_page import write_report
 from int8run.report.runs import name_runs
 from int8run.report.shared_results import collect_results
+from int8run.report.templates import write_text_file
 from int8run.tracking.base import Tracker
 from int8run.tracking.run_record import FINISHED, RUNNING, Record, find_records
 from int8run.utils.paths import expand_path

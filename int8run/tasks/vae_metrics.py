@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from int8run.layers.plan import LayerPlan
+from int8run.layers.plan_summary import select_int8_plans
 from int8run.metrics.layers import count_module_bytes
 from int8run.metrics.quality import compute_psnr
-from int8run.pipeline.layer_selection import select_int8_plans
 from int8run.pipeline.vae import QuantizedVae, decode_latents
 from int8run.utils.timing import time_medians
 

@@ -1,6 +1,8 @@
 """Who may import whom: imports point down the list, and each library lives in the place named for it."""
 
 import ast
+import subprocess
+import sys
 
 import pytest
 from support.source_files import (
@@ -377,3 +379,16 @@ def test_conf_is_a_package():
 def test_the_links_for_editable_installs_are_there(link):
     path = ROOT / "int8run" / link
     assert path.is_symlink() and path.resolve() == ROOT / link
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "module", ["config.compose", "tasks.quantize_checkpoint", "tasks.audit"], ids=lambda name: name
+)
+def test_what_works_on_files_imports_no_pipelines(module: str) -> None:
+    heavy = {"diffusers", "transformers", "matplotlib", "mlflow", "scipy", "torchmetrics"}
+    script = f"import sys, int8run.{module}; print(sorted({heavy} & set(sys.modules)))"
+
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+
+    assert result.stdout.strip() == "[]", result.stderr

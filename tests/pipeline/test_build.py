@@ -11,10 +11,10 @@ from support.run_job import make_spec
 
 from int8run.errors import FileError
 from int8run.layers.plan import LayerPlan
+from int8run.layers.plan_summary import warn_without_convolutions
 from int8run.lora.match import Matches
 from int8run.pipeline import build as module
 from int8run.pipeline.build import find_layer_sources, prepare_save, select_float_denoisers
-from int8run.pipeline.layer_selection import warn_without_convolutions
 from int8run.pipeline.step_settings import select_load_settings, select_quantization_settings
 
 ROOT = Path(__file__).parents[2] / "int8run"
