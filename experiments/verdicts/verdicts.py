@@ -15,7 +15,7 @@ import numpy as np
 from scipy import stats
 
 from int8run.metrics.interval_settings import IntervalSettings
-from int8run.metrics.intervals import Difference, Interval, bound_means, compare_pairs
+from int8run.metrics.intervals import POWER, Difference, Interval, bound_means, compare_pairs
 from int8run.report.differences import collect_sample_psnrs
 from int8run.report.noise_floor_text import describe_noise_floors
 from int8run.report.ranking import Candidate
@@ -23,7 +23,6 @@ from int8run.report.runs import Run, name_runs
 from int8run.tracking.run_record import FINISHED, find_records
 
 SETTINGS = IntervalSettings()
-POWER = 0.8  # a number of prompts is enough where so many of its draws tell two methods apart
 DRAWS = 500
 SIZES = (2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30, 40, 50, 60, 80, 100)
 PSNR = "quality/psnr_db"

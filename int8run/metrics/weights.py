@@ -19,6 +19,8 @@ log = logging.getLogger(__name__)
 CONNECT_TIMEOUT_S = 10  # a server that takes longer counts as unreachable
 # What downloading or reading weights raises: no network, a broken transfer, a wrong checksum, a damaged file.
 LOADING_ERRORS = (OSError, HTTPException, RuntimeError, UnpicklingError, EOFError, LookupError)
+# And what a file raises in which something else is found than the weights that are looked for.
+READING_ERRORS = (*LOADING_ERRORS, AttributeError, TypeError, ValueError)
 Loaded = TypeVar("Loaded")
 
 
@@ -113,20 +115,23 @@ def load_from_hub(
         raise UnavailableError(f"{location} could not be loaded ({format_error(error)}); {remedy}") from error
 
 
-def download_file(repository: str, name: str, *, size: str) -> Path:
-    """A file of a model on the hub, from the hub's cache where it is there.
+def find_file(location: str, name: str, *, size: str) -> Path:
+    """A file of weights, or that of a model on the hub, from the hub's cache where it is there.
 
     Args:
-        repository: `organization/name`.
-        name: of the file.
+        location: the file, or `organization/name` on the hub.
+        name: of the file there.
         size: of the download.
 
     Raises:
         UnavailableError: where it is not here and cannot be downloaded.
     """
+    file = Path(location).expanduser()
+    if file.is_file():
+        return file
     from huggingface_hub import hf_hub_download
 
     def load(*, is_local: bool) -> Path:
-        return Path(hf_hub_download(repository, name, local_files_only=is_local))
+        return Path(hf_hub_download(location, name, local_files_only=is_local))
 
-    return load_from_hub(repository, load, size=size, probe=name)
+    return load_from_hub(location, load, size=size, probe=name)

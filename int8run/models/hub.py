@@ -182,7 +182,8 @@ def download_dataset_file(repository: str, file: str, revision: str, licence: st
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    errors = list_hub_errors()
+    # a ValueError: a file outside of the repository
+    errors: tuple[type[Exception], ...] = (*list_hub_errors(), ValueError)
     download = partial(hf_hub_download, repository, file, revision=revision, repo_type="dataset")
     try:
         try:

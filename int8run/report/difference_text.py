@@ -66,6 +66,8 @@ def explain_tie(difference: Difference, noun: str) -> str:
         return f"they have no {noun}s that can be compared"
     if difference.interval is None:
         return f"one {noun} has no interval; more prompts or seeds give one"
+    if difference.sign < 0:
+        return f"one is ahead as a whole, the other {noun} by {noun}"
     counted = count_noun(difference.num_samples, noun)
     verb = "does" if difference.num_samples == 1 else "do"
     if difference.more_samples is None:

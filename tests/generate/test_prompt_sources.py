@@ -118,6 +118,13 @@ def test_without_network_the_error_has_the_command_that_fetches_the_file(monkeyp
         PromptSet(hub=make_hub_prompts()).read_rows()
 
 
+def test_a_file_outside_of_its_repository_is_an_error():
+    hub = make_hub_prompts(file="../../../../secret.json", revision=40 * "a")
+
+    with pytest.raises(FileError, match=r"could not be downloaded \(ValueError: Invalid "):
+        hub.read(None)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -20,12 +20,12 @@ from int8run.metrics.measures.clip_iqa import ClipIqa
 from int8run.metrics.measures.clip_score import ClipScore
 from int8run.metrics.measures.cmmd import Cmmd
 from int8run.metrics.measures.fid import Fid
-from int8run.metrics.measures.hps_v2 import HpsV2
+from int8run.metrics.measures.hps_v2 import HpsV2, load_weights
 from int8run.metrics.measures.image_reward import ImageReward
 from int8run.metrics.measures.kid import Kid
 from int8run.metrics.measures.pick_score import PickScore
 from int8run.metrics.measures.subject_consistency import SubjectConsistency
-from int8run.metrics.weights import check_complete
+from int8run.metrics.weights import check_complete, find_file
 
 RED, BLUE = Image.new("RGB", (32, 32), (250, 40, 10)), Image.new("RGB", (32, 32), (10, 60, 240))
 
@@ -107,6 +107,23 @@ def test_a_head_of_another_clip_leaves_the_aesthetic_score_out(tmp_path):
 
     with pytest.raises(UnavailableError, match=r"head\.pth is no aesthetic predictor \(RuntimeError: "):
         load_head(str(tmp_path / "head.pth"), 8)
+
+
+@pytest.mark.parametrize("content", [[1.0], 3, torch.zeros(2)], ids=["list", "number", "tensor"])
+def test_a_file_with_something_else_leaves_the_metric_out(tmp_path, content):
+    torch.save(content, tmp_path / "file.pth")
+
+    with pytest.raises(UnavailableError, match=r"file\.pth is no aesthetic predictor"):
+        load_head(str(tmp_path / "file.pth"), 8)
+    with pytest.raises(UnavailableError, match=r"file\.pth has no weights of this network"):
+        load_weights(torch.nn.Identity(), tmp_path / "file.pth")
+
+
+def test_a_file_in_the_home_folder_is_found(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "head.pth").write_bytes(b"")
+
+    assert find_file("~/head.pth", "aesthetic-model.pth", size="4 MB") == tmp_path / "head.pth"
 
 
 def test_a_head_cannot_run_code(tmp_path):

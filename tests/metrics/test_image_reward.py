@@ -7,12 +7,12 @@ from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVi
 
 from int8run.metrics.base import UnavailableError
 from int8run.metrics.measures.image_reward import (
-    HEAD_NUMBERS,
     REWARD_MEAN,
     REWARD_STD,
     read_network,
     rename_image_weight,
 )
+from int8run.metrics.rating_head import LAYER_NUMBERS
 
 # transformers' names -> those of the published file
 PUBLISHED = (
@@ -73,7 +73,7 @@ def state(networks):
     image, text, head = networks
     found = {publish(name): value for name, value in image.state_dict().items()}
     found |= {f"blip.text_encoder.{name}": value for name, value in text.state_dict().items()}
-    for number, layer in zip(HEAD_NUMBERS, head, strict=True):
+    for number, layer in zip(LAYER_NUMBERS, head, strict=True):
         for part in ("weight", "bias"):
             found[f"mlp.layers.{number}.{part}"] = getattr(layer, part).detach()
     return found

@@ -1,5 +1,6 @@
 """The tables of differences: what is told apart, by how much, and how many more samples would tell."""
 
+import json
 import math
 
 import pytest
@@ -52,6 +53,22 @@ def test_images_that_equal_floats_count_as_almost_equal(tmp_path):
     one_step = 20 * math.log10(255) + 10 * math.log10(3 * 64 * 64)
     assert list(limited.values()) == pytest.approx([one_step] * 8)
     assert row.conclusion == "further from float"
+
+
+def test_a_setting_with_identical_images_is_not_said_to_need_more_samples(tmp_path):
+    """Its mean is over the other images, so that it is behind as a whole and ahead in each pair."""
+    metrics = [make_metrics(10, 2.0, 50.0), make_metrics(10, 2.0, math.inf)]
+    write_runs(tmp_path, metrics, num_samples=8)
+    of_second = tmp_path / "1" / "metrics.json"
+    written = json.loads(of_second.read_text())
+    written["metrics"]["quality/psnr_db"] = 45.0
+    of_second.write_text(json.dumps(written))
+
+    found = recommend(name_runs(find_records(tmp_path)))
+
+    assert found.differences[0].rows[0].conclusion == "closer to float, sample by sample"
+    reason = "none is surely closer to float (one is ahead as a whole, the other sample by sample)"
+    assert reason in found.verdict
 
 
 def test_strengths_of_a_sample_are_one_sample(tmp_path):

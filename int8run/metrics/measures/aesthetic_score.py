@@ -2,8 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
-from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -11,7 +9,8 @@ from torch import Tensor, nn
 
 from int8run.metrics.base import MORE, FrameFunction, Metric, Needs, Scope, UnavailableError
 from int8run.metrics.clip import load_clip
-from int8run.metrics.weights import LOADING_ERRORS, check_location, download_file, format_error
+from int8run.metrics.rating_head import build_head
+from int8run.metrics.weights import READING_ERRORS, check_location, find_file, format_error
 
 CLIP, SIZE = "openai/clip-vit-large-patch14", "1.7 GB"
 HEAD, HEAD_FILE = "trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth"
@@ -55,7 +54,7 @@ class AestheticScore:
 
 
 def load_head(location: str, width: int) -> nn.Module:
-    """The layers on CLIP's features, without the dropout between them.
+    """The layers on CLIP's features.
 
     Args:
         location: a file, or an id on the hub.
@@ -64,20 +63,11 @@ def load_head(location: str, width: int) -> nn.Module:
     Raises:
         UnavailableError: where they cannot be loaded.
     """
-    file = Path(location)
-    if not file.is_file():
-        file = download_file(location, HEAD_FILE, size="4 MB")
-    widths = [width, 1024, 128, 64, 16, 1]
-    # the published file has dropout between them, which has no weights: these are the numbers of its layers
-    numbers = (0, 2, 4, 6, 7)
-    layers = [nn.Linear(*sizes) for sizes in pairwise(widths)]
+    file = find_file(location, HEAD_FILE, size="4 MB")
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-        for number, layer in zip(numbers, layers, strict=True):
-            layer.load_state_dict({part: state[f"layers.{number}.{part}"] for part in ("weight", "bias")})
-    except LOADING_ERRORS as error:
+        return build_head(torch.load(file, map_location="cpu", weights_only=True), "layers.", width)
+    except READING_ERRORS as error:
         raise UnavailableError(
             f"{file} is no aesthetic predictor ({format_error(error)}); name LAION's file with "
             "metrics.measures.aesthetic_score.head"
         ) from error
-    return nn.Sequential(*layers).eval()

@@ -13,9 +13,9 @@ from torch import Tensor
 from int8run.metrics.base import MORE, FrameFunction, Metric, Needs, Scope, UnavailableError
 from int8run.metrics.clip import to_pixels
 from int8run.metrics.weights import (
-    LOADING_ERRORS,
+    READING_ERRORS,
     check_location,
-    download_file,
+    find_file,
     format_error,
     needs_packages,
 )
@@ -63,9 +63,7 @@ class HpsV2:
                 f"metrics.measures.hps_v2.architecture={self.architecture} is none of open_clip's; "
                 f"HPS v2.1 has {ARCHITECTURE}"
             )
-        file = Path(self.weights)
-        if not file.is_file():
-            file = download_file(self.weights, WEIGHTS_FILE, size="2.0 GB")
+        file = find_file(self.weights, WEIGHTS_FILE, size="2.0 GB")
         model, _, prepare = open_clip.create_model_and_transforms(
             self.architecture, pretrained=None, precision="fp32"
         )
@@ -95,7 +93,7 @@ def load_weights(model: Any, file: Path) -> None:
     """
     try:
         model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True)["state_dict"])
-    except LOADING_ERRORS as error:
+    except READING_ERRORS as error:
         raise UnavailableError(
             f"{file} has no weights of this network ({format_error(error)}); name HPS v2.1's file with "
             "metrics.measures.hps_v2.weights"

@@ -7,7 +7,6 @@ at the image, and five linear layers on the first token; their weights are given
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,7 +15,8 @@ from torch import Tensor, nn
 
 from int8run.metrics.base import MORE, FrameFunction, Metric, Needs, Scope, UnavailableError
 from int8run.metrics.clip import to_pixels
-from int8run.metrics.weights import LOADING_ERRORS, check_location, download_file, format_error, load_from_hub
+from int8run.metrics.rating_head import build_head
+from int8run.metrics.weights import READING_ERRORS, check_location, find_file, format_error, load_from_hub
 
 WEIGHTS, WEIGHTS_FILE, SIZE = "THUDM/ImageReward", "ImageReward.pt", "1.8 GB"
 TOKENIZER = "google-bert/bert-base-uncased"
@@ -24,7 +24,6 @@ MAX_TOKENS = 35
 IMAGE_SIDE = 224
 # of the rewards in the publisher's data
 REWARD_MEAN, REWARD_STD = 0.16717362830052426, 1.0333394966054072
-HEAD_NUMBERS = (0, 2, 4, 6, 7)  # of the linear layers, between which there is dropout
 # names in the published file -> in transformers
 IMAGE_NAMES = (
     (r"^visual_encoder\.cls_token$", "embeddings.class_embedding"),
@@ -76,9 +75,7 @@ class ImageReward:
             )
 
         tokenizer = load_from_hub(self.tokenizer, load_tokenizer, size="1 MB")
-        file = Path(self.weights)
-        if not file.is_file():
-            file = download_file(self.weights, WEIGHTS_FILE, size=SIZE)
+        file = find_file(self.weights, WEIGHTS_FILE, size=SIZE)
         network = read_network(file)
         side = network.image_encoder.config.image_size
         prepare = CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
@@ -143,7 +140,7 @@ def read_network(file: Path) -> RewardNetwork:
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
         return build_network(state)
-    except (*LOADING_ERRORS, AttributeError, TypeError, ValueError) as error:
+    except READING_ERRORS as error:
         raise UnavailableError(
             f"{file} has no weights of ImageReward ({format_error(error)}); name its file with "
             "metrics.measures.image_reward.weights"
@@ -192,7 +189,7 @@ def build_network(state: Mapping[str, Tensor]) -> RewardNetwork:
     load_renamed(image_encoder, {rename_image_weight(name): value for name, value in blip.items()})
     text_names = {name.removeprefix(TEXT_PREFIX): value for name, value in blip.items()}
     load_renamed(text_encoder, text_names)
-    return RewardNetwork(image_encoder, text_encoder, build_head(state, words.shape[1])).eval()
+    return RewardNetwork(image_encoder, text_encoder, build_head(state, HEAD_PREFIX, words.shape[1])).eval()
 
 
 def count_layers(state: Mapping[str, Tensor], pattern: str) -> int:
@@ -226,17 +223,3 @@ def load_renamed(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     if missing:
         raise LookupError(f"it has no {missing[0]}")
     model.load_state_dict({name: state.get(name, value) for name, value in own.items()})
-
-
-def build_head(state: Mapping[str, Tensor], width: int) -> nn.Module:
-    """The layers on the first token, without the dropout between them.
-
-    Args:
-        state: of the whole network.
-        width: of the token.
-    """
-    layers = [nn.Linear(*sizes) for sizes in pairwise([width, 1024, 128, 64, 16, 1])]
-    for number, layer in zip(HEAD_NUMBERS, layers, strict=True):
-        names = {part: state[f"{HEAD_PREFIX}{number}.{part}"] for part in ("weight", "bias")}
-        layer.load_state_dict(names)
-    return nn.Sequential(*layers)
