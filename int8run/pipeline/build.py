@@ -143,8 +143,7 @@ def load_float_model(spec: RunSpec, entries: Sequence[Entry], progress: Progress
     sources = find_layer_sources(spec, loaded, entries, matches)
     with progress.track_step("Loading float layers"):
         # nothing is missing where `load_model` has read the whole float model, as with int8 off
-        int8_layers = {plan.name for plan in select_int8_plans(sources.plans)}
-        loaded.fill_weights(except_for=int8_layers.difference(loaded.list_shared_layers()))
+        loaded.fill_weights(except_for=[plan.name for plan in select_int8_plans(sources.plans)])
     load_seconds = loaded.seconds + time.perf_counter() - started
 
     loras.install(entries, matches, except_for=loaded.skeleton_encoders)

@@ -106,20 +106,15 @@ class LoadedModel:
         assert self.checkpoint is not None
         return self.checkpoint.read_tensor(f"{name}.weight").to(self.device, weight.dtype)
 
-    def list_shared_layers(self) -> list[str]:
-        """Names of what a ControlNet of the pipeline computes with, too: that of Z-Image has such layers."""
-        elsewhere: set[nn.Module] = set()
-        for controlnet in find_controlnets(self.pipe.components).values():
-            elsewhere |= set(controlnet.modules())
-        return [name for name, module in self.denoiser.named_modules() if module in elsewhere]
-
     def fill_weights(self, except_for: Iterable[str] = ()) -> None:
         """Read what the skeleton lacks, except for the weights of some layers.
 
         Args:
-            except_for: names of the layers.
+            except_for: names of the layers; one that a ControlNet computes with, too, is read all the same.
         """
-        left_out = {f"{name}.weight" for name in except_for}
+        controlnets = find_controlnets(self.pipe.components).values()
+        own_layers = set(except_for).difference(list_shared_layers(self.denoiser, controlnets))
+        left_out = {f"{name}.weight" for name in own_layers}
         missing = []
         for name, tensor in self.denoiser.state_dict().items():
             if tensor.is_meta and name not in left_out:
@@ -127,9 +122,22 @@ class LoadedModel:
         if self.checkpoint is not None:
             before = {parameter: name for name, parameter in self.denoiser.named_parameters()}
             self.checkpoint.fill_parameters(self.denoiser, missing, self.offload_device)
-            share_parameters(self.denoiser, find_controlnets(self.pipe.components).values(), before)
+            share_parameters(self.denoiser, controlnets, before)
         # buffers that no checkpoint holds have their numbers already
         move_buffers(self.denoiser, self.offload_device)
+
+
+def list_shared_layers(denoiser: nn.Module, controlnets: Iterable[nn.Module]) -> list[str]:
+    """Names of a denoiser's modules that ControlNets compute with, too: that of Z-Image has such.
+
+    Args:
+        denoiser: of a pipeline.
+        controlnets: of the same.
+    """
+    elsewhere: set[nn.Module] = set()
+    for controlnet in controlnets:
+        elsewhere |= set(controlnet.modules())
+    return [name for name, module in denoiser.named_modules() if module in elsewhere]
 
 
 def share_parameters(

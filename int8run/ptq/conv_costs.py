@@ -11,13 +11,18 @@ import torch
 from torch import nn
 
 from int8run.backends.base import Backend
-from int8run.backends.convolution import ConvBackend, choose_conv_backend, is_stopgap
+from int8run.backends.convolution import ConvBackend, choose_conv_backend, is_stopgap, read_geometry
 from int8run.kernels.cpu.instructions import AUTO
 from int8run.layers.assemble import copy_sharing_tensors
 from int8run.layers.int8_conv import Int8Conv
 from int8run.layers.int8_linear import QuantizedLayer
 from int8run.outlier.base import OutlierTransform
-from int8run.ptq.layer_costs import LayerCosts, describe_convolution, describe_transform
+from int8run.ptq.layer_costs import (
+    LayerCosts,
+    describe_convolution,
+    describe_plain_convolution,
+    describe_transform,
+)
 from int8run.quant.weight import quantize_weight
 
 
@@ -52,14 +57,17 @@ class ConvCosts(LayerCosts):
             self.conv_backend = choose_conv_backend(self.device, self.backend.name, instructions)
         if is_stopgap(self.conv_backend, self.backend):
             return 1.0
+        shape = describe_plain_convolution(
+            read_geometry(conv), conv.out_channels, input_shape, self.conv_backend
+        )
+        key = f"cost of {steps} | {shape}"
+        known = self.look_up(key)
+        if known is not None:
+            return known
         num_inputs = conv.weight[0].numel()
         weight = quantize_weight(self.random_tensor(conv.out_channels, num_inputs))
         plain = QuantizedLayer(weight, OutlierTransform(), bias=None)
         plain_conv = Int8Conv(plain, self.conv_backend, conv, self.dtype).to(self.device)
-        key = f"cost of {steps} | {describe_convolution(plain_conv, input_shape)}"
-        known = self.look_up(key)
-        if known is not None:
-            return known
         changed = QuantizedLayer(weight, transform.to(self.device), bias=None)
         changed_conv = Int8Conv(changed, self.conv_backend, conv, self.dtype).to(self.device)
         x = self.random_tensor(*input_shape).to(self.dtype)

@@ -15,6 +15,7 @@ from torch import Tensor
 from int8run.backends.auto import AutoBackend, BackendChooser
 from int8run.backends.autotune_cache import open_cache_of, parse_ratio
 from int8run.backends.base import Backend, describe_settings
+from int8run.backends.convolution import ConvBackend, ConvGeometry
 from int8run.backends.run_errors import find_run_failure
 from int8run.layers.int8_conv import Int8Conv, Int8Layer
 from int8run.layers.int8_linear import Int8Linear, QuantizedLayer
@@ -176,11 +177,24 @@ def describe_convolution(layer: Int8Conv, input_shape: Sequence[int]) -> str:
         layer: the INT8 one.
         input_shape: [B, C, *size].
     """
-    sizes = "x".join(map(str, input_shape))
-    key = f"convolution {layer.geometry.label} padding {layer.geometry.padding} | {sizes} -> "
-    key += f"{layer.out_features} | {layer.backend!r}"
+    key = describe_plain_convolution(layer.geometry, layer.out_features, input_shape, layer.backend)
     steps = describe_transform(layer.transform)
     return f"{key} | {steps}" if steps else key
+
+
+def describe_plain_convolution(
+    geometry: ConvGeometry, outputs: int, input_shape: Sequence[int], backend: ConvBackend
+) -> str:
+    """The same of one without an outlier method, before there is a layer.
+
+    Args:
+        geometry: of the convolution.
+        outputs: its output channels.
+        input_shape: [B, C, *size].
+        backend: computes it.
+    """
+    sizes = "x".join(map(str, input_shape))
+    return f"convolution {geometry.label} padding {geometry.padding} | {sizes} -> {outputs} | {backend!r}"
 
 
 def describe_transform(transform: OutlierTransform) -> str:

@@ -12,7 +12,7 @@ from int8run.layers.int8_conv import Int8Conv
 from int8run.layers.int8_linear import QuantizedLayer
 from int8run.outlier.base import OutlierTransform, fit_convolution
 from int8run.outlier.convrot import ConvRot
-from int8run.ptq import layer_costs
+from int8run.ptq import conv_costs, layer_costs
 from int8run.ptq.conv_costs import ConvCosts
 from int8run.quant.weight import quantize_weight
 
@@ -56,12 +56,19 @@ def build_layer():
     return Int8Conv(quantized, ReferenceConv(), CONV, torch.float32)
 
 
-def test_a_rotation_is_measured_once_and_kept_for_later_runs(table, timed):
+def test_a_rotation_is_measured_once_and_kept_for_later_runs(table, timed, monkeypatch):
+    quantized = []
+
+    def count(weight):
+        quantized.append(weight.shape)
+        return quantize_weight(weight)
+
+    monkeypatch.setattr(conv_costs, "quantize_weight", count)
     for _ in range(2):
         costs = ConvCosts(WithTable(str(table)), CPU, torch.float32)
         assert costs.get_transform_ratio(ROTATED, CONV, INPUT) == 1.5
 
-    assert len(timed) == 1
+    assert len(timed) == len(quantized) == 1
     (key,) = read_entries(table)
     assert "cost of regular rotation of 16 | convolution 3x3 stride 1 padding (1, 1) | 1x16x5x5 -> 6" in key
     assert costs.get_transform_ratio(OutlierTransform(), CONV, INPUT) == 1.0, "nothing costs nothing"
