@@ -141,6 +141,16 @@ class DeferredSteps:
     norm: nn.GroupNorm | None
     silu: bool
 
+    @property
+    def label(self) -> str:
+        """`GroupNorm, SiLU`, or one of the two."""
+        steps = []
+        if self.norm is not None:
+            steps.append("GroupNorm")
+        if self.silu:
+            steps.append("SiLU")
+        return ", ".join(steps)
+
     def read_norm(self) -> GroupNorm | None:
         """The norm as kernels take it."""
         if self.norm is None:

@@ -179,7 +179,11 @@ def describe_convolution(layer: Int8Conv, input_shape: Sequence[int]) -> str:
     """
     key = describe_plain_convolution(layer.geometry, layer.out_features, input_shape, layer.backend)
     steps = describe_transform(layer.transform)
-    return f"{key} | {steps}" if steps else key
+    if steps:
+        key += f" | {steps}"
+    if layer.deferred is not None:
+        key += f" | after {layer.deferred.label}"
+    return key
 
 
 def describe_plain_convolution(

@@ -8,7 +8,7 @@ from torch import nn
 from int8run.backends.autotune_cache import read_entries
 from int8run.backends.convolution import ReferenceConv
 from int8run.backends.reference import Reference
-from int8run.layers.int8_conv import Int8Conv
+from int8run.layers.int8_conv import DeferredSteps, Int8Conv
 from int8run.layers.int8_linear import QuantizedLayer
 from int8run.outlier.base import OutlierTransform, fit_convolution
 from int8run.outlier.convrot import ConvRot
@@ -95,3 +95,16 @@ def test_a_branch_is_measured_beside_a_copy_and_the_layer_stays_as_it_is(table, 
     assert ratios == [1.5] * 3 and len(timed) == 2
     assert layer.adapter is None and torch.equal(layer(randn(*INPUT)), expected)
     assert [changed.adapter.lora_A.shape[0] for _, changed in timed] == [2, 4]
+
+
+def test_a_layer_that_computes_the_norm_before_it_is_measured_by_itself(table, timed):
+    layer = build_layer()
+    costs = ConvCosts(WithTable(str(table)), CPU, torch.float32)
+    costs.get_branch_ratio(layer, 2, INPUT)
+    layer.deferred = DeferredSteps(nn.GroupNorm(4, 16), silu=True)
+
+    for _ in range(2):
+        costs.get_branch_ratio(layer, 2, INPUT)
+
+    assert len(timed) == 2
+    assert any(key.endswith("| after GroupNorm, SiLU") for key in read_entries(table))
