@@ -163,21 +163,18 @@ def bound_by_student(values: Numbers, level: float) -> tuple[Numbers, Numbers]:
 # -- two settings --------------------------------------------------------------------------------------------
 
 
-def compare_pairs(
-    first: Sequence[float], second: Sequence[float], settings: IntervalSettings, *, direction: int = 1
-) -> Difference:
+def compare_pairs(first: Sequence[float], second: Sequence[float], settings: IntervalSettings) -> Difference:
     """What two settings differ by on the same samples. A pair without two finite numbers is left out.
 
     Args:
-        first: a metric of each sample with the first setting.
+        first: a metric of each sample with the first setting, of which more is better.
         second: the same with the second one, in the same order.
         settings: of the interval.
-        direction: 1 where more of the metric is better, -1 where less is.
     """
     differences = []
     for one, other in zip(first, second, strict=True):
         if math.isfinite(one) and math.isfinite(other):
-            differences.append(direction * (one - other))
+            differences.append(one - other)
     interval = compute_interval(differences, settings)
     more_samples = None
     if interval is not None and not interval.excludes_zero:

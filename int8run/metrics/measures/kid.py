@@ -1,4 +1,4 @@
-"""KID by torchmetrics: the distance of two sets of images by a kernel; unlike FID it does not lean with n."""
+"""KID by torchmetrics: the distance of two sets of images by a kernel; unlike FID it is unbiased."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
