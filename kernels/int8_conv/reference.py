@@ -35,7 +35,7 @@ class GroupNorm(NamedTuple):
 
 
 def measure_norm(x: Tensor, norm: GroupNorm) -> tuple[Tensor, Tensor]:
-    """The normalization of a image as a factor and a shift of each channel: `x * factor + shift`.
+    """The normalization of an image as a factor and a shift of each channel: `x * factor + shift`.
 
     Args:
         x: [B, C, (T,) H, W], any float dtype; the arithmetic is float64.

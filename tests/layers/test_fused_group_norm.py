@@ -8,11 +8,11 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.resnet import ResnetBlock2D
-from support.helpers import randn
+from support.helpers import CPU, randn
 from torch import nn
 
 from int8run.backends.base import Limits
-from int8run.backends.convolution import ConvBackend, ReferenceConv, choose_conv_backend
+from int8run.backends.convolution import ConvBackend, CpuConv, ReferenceConv
 from int8run.layers.fused_group_norm import DeferredGroupNorm, NormWithSilu, SiluOfVectors, defer_norms
 from int8run.layers.int8_conv import Int8Conv
 from int8run.layers.int8_linear import QuantizedLayer
@@ -39,8 +39,16 @@ class WithNorm(ReferenceConv):
     limits: ClassVar[Limits] = Limits(fuses_silu=True, fuses_norm=True)
 
 
-CPU = choose_conv_backend(torch.device("cpu"), "auto")
-BACKENDS = {"a SiLU": WithSilu(), "both": WithNorm(), "the CPU's": CPU}
+REFUSED = CpuConv.limits.unsupported_reasons(CPU)
+BACKENDS = [
+    pytest.param(WithSilu(), id="a SiLU"),
+    pytest.param(WithNorm(), id="both"),
+    pytest.param(
+        CpuConv(),
+        id="the CPU's",
+        marks=pytest.mark.skipif(bool(REFUSED), reason=f"the CPU kernels: {'; '.join(REFUSED)}"),
+    ),
+]
 
 
 def make_int8(conv: nn.Conv2d, backend: ConvBackend) -> Int8Conv:
@@ -64,7 +72,7 @@ def make_block(backend: ConvBackend, names=("conv1", "conv2"), **options) -> Res
 
 
 def call(block: ResnetBlock2D) -> torch.Tensor:
-    # a image and an embedding of the time, which go through the same activation
+    # an image and an embedding of the time, which go through the same activation
     return block(2 * randn(2, 8, 6, 5) + 1, randn(2, 6, seed=1))
 
 
@@ -73,7 +81,7 @@ def wrap(block: nn.Module) -> nn.ModuleDict:
 
 
 @pytest.mark.parametrize("names", [("conv1", "conv2"), ("conv1",), ("conv2",)], ids=" ".join)
-@pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @torch.no_grad()
 def test_a_block_computes_what_it_did(backend, names):
     block = make_block(backend, names)
