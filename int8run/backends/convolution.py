@@ -268,6 +268,9 @@ class TritonConv:
 
     def pack_weight(self, weight: QuantizedWeight, kernel_shape: Sizes, groups: int) -> Tensor:
         """Rows of taps, each with the sums of its taps."""
+        # compiled code cannot ask a driver, so it takes what `convolve` asks as a constant; said here and not
+        # where the function stands, because saying it imports torch's compiler: 150 MB that few commands need
+        torch.compiler.assume_constant_result(get_gpu_architecture)
         packed: Tensor = load_triton_kernel().pack_weight(weight.qdata.reshape(kernel_shape))
         return packed
 

@@ -84,7 +84,6 @@ def describe_instructions(device: torch.device) -> str:
     return ", ".join(found) or "no instructions for matrices"
 
 
-@torch.compiler.assume_constant_result  # compiled code holds the name: it cannot ask a driver
 def get_gpu_architecture(device: torch.device) -> str:
     """For which processor code is compiled: `sm_90` for an H100, `gfx942` for an MI300."""
     if torch.version.hip:
