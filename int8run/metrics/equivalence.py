@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from int8run.metrics.clusters import SAMPLE, Clusters, gather_clusters
 from int8run.metrics.interval_settings import IntervalSettings
 from int8run.metrics.intervals import MAX_SAMPLES, POWER, Interval, bound_by_student, count_more_samples
 
@@ -31,12 +32,13 @@ class Equivalence:
     Args:
         outcome: EQUIVALENT, CLOSER, FURTHER or UNDECIDED.
         margin_db: two distances that differ by less count as the same.
-        num_samples: pairs with both numbers.
+        num_samples: independent pairs with both numbers: seeds of a prompt are one.
         mean_db: mean of the differences; more than zero where INT8 is closer. NaN without any.
         interval: of that mean, at the level that belongs to two one-sided tests: 0.90 for 0.95.
         p_value: the larger one of both tests; None for fewer than two pairs.
         more_samples: so many more would decide, by the normal approximation; None where none are needed, or
             no practical number would do.
+        unit: what is independent: `prompt`, `input` or `sample`.
     """
 
     outcome: str
@@ -46,6 +48,7 @@ class Equivalence:
     interval: Interval | None = None
     p_value: float | None = None
     more_samples: int | None = None
+    unit: str = SAMPLE
 
     def to_json(self) -> dict[str, Any]:
         """Return the entry of metrics.json."""
@@ -71,7 +74,10 @@ def compute_tost_p_values(differences: Numbers, margin: float) -> Numbers:
 
 
 def compare_with_margin(
-    differences: Sequence[float], margin_db: float, settings: IntervalSettings
+    differences: Sequence[float],
+    margin_db: float,
+    settings: IntervalSettings,
+    clusters: Clusters | None = None,
 ) -> Equivalence:
     """Test whether INT8's PSNR to float, less that of the float model to itself, is within a margin.
 
@@ -80,12 +86,15 @@ def compare_with_margin(
             left out.
         margin_db: two distances that differ by less count as the same.
         settings: its level gives the error rate of the tests: 0.95 one of 0.05.
+        clusters: what is independent; None: each sample is.
     """
-    finite = np.asarray([value for value in differences if math.isfinite(value)], dtype=np.float64)
+    if clusters is None:
+        clusters = Clusters(range(len(differences)))
+    finite = np.asarray(gather_clusters(differences, clusters.labels), dtype=np.float64)
     num_samples = len(finite)
     if num_samples < 2:
         mean = float(finite.mean()) if num_samples else math.nan
-        return Equivalence(UNDECIDED, margin_db, num_samples, mean)
+        return Equivalence(UNDECIDED, margin_db, num_samples, mean, unit=clusters.unit)
     level = 2 * settings.level - 1  # of the interval that belongs to two one-sided tests
     low, high = bound_by_student(finite, level)
     interval = Interval(low=float(low), high=float(high))
@@ -103,6 +112,7 @@ def compare_with_margin(
         interval=interval,
         p_value=float(compute_tost_p_values(finite, margin_db)),
         more_samples=more_samples,
+        unit=clusters.unit,
     )
 
 

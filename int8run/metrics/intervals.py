@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from int8run.metrics.clusters import SAMPLE, Clusters, gather_clusters
 from int8run.metrics.interval_settings import BCA, IntervalSettings
 
 Numbers = NDArray[np.float64]
@@ -21,6 +22,7 @@ Numbers = NDArray[np.float64]
 POWER = 0.8  # with `more_samples` a difference of the observed size is found this often
 MAX_SAMPLES = 10_000  # more than this many are nobody's plan
 BOOTSTRAP, STUDENT = "bootstrap", "student"
+MIN_TAIL_DRAWS = 4  # resampled means beyond a limit; of fewer the limit is chance
 BATCH_NUMBERS = 20_000_000  # numbers that scipy holds at once while it resamples
 
 
@@ -48,9 +50,11 @@ class Difference:
 
     Args:
         num_samples: pairs of samples that were compared; of times, the smaller of both numbers.
+        num_units: how many of them are independent: fewer where a prompt has several seeds.
+        unit: what is independent: `prompt`, `input` or `sample`.
         mean: NaN without a pair.
         interval: of the mean; None for fewer than two pairs.
-        more_samples: so many more would tell the two apart, if mean and scatter stay (see
+        more_samples: so many more units would tell the two apart, if mean and scatter stay (see
             `count_more_samples`). None where they are told apart, or where no practical number would do.
     """
 
@@ -58,6 +62,8 @@ class Difference:
     mean: float
     interval: Interval | None
     more_samples: int | None = None
+    num_units: int = 0
+    unit: str = SAMPLE
 
     @property
     def sign(self) -> int:
@@ -80,8 +86,11 @@ def count_least_samples(level: float) -> int:
 
 
 def name_interval_method(num_samples: int, settings: IntervalSettings) -> str:
-    """`bca`, `percentile`, or `student` for samples that are too few to be resampled."""
+    """`bca`, `percentile`, or `student` for samples, or draws of them, that are too few for the level."""
     if num_samples < count_least_samples(settings.level):
+        return STUDENT
+    tail = (1 - expand_level(settings.level, num_samples)) / 2
+    if tail * settings.resamples < MIN_TAIL_DRAWS:
         return STUDENT
     return settings.method
 
@@ -103,7 +112,8 @@ def bound_means(values: Numbers, settings: IntervalSettings) -> tuple[Numbers, N
     """The limits of the means along the last axis.
 
     From `count_least_samples` on by scipy's bootstrap, whose percentiles are widened for few samples
-    (`expand_level`); of fewer samples Student's interval, which takes them for normally distributed.
+    (`expand_level`). Of fewer samples, and of levels so high that hardly a draw lies beyond the limits, it is
+    Student's interval, which takes the samples for normally distributed.
 
     Args:
         values: [..., n], finite, n at least 2. Equal seeds draw the same samples in each row.
@@ -163,29 +173,41 @@ def bound_by_student(values: Numbers, level: float) -> tuple[Numbers, Numbers]:
 # -- two settings --------------------------------------------------------------------------------------------
 
 
-def compare_pairs(first: Sequence[float], second: Sequence[float], settings: IntervalSettings) -> Difference:
+def compare_pairs(
+    first: Sequence[float],
+    second: Sequence[float],
+    settings: IntervalSettings,
+    clusters: Clusters | None = None,
+) -> Difference:
     """What two settings differ by on the same samples. A pair without two finite numbers is left out.
 
     Args:
         first: a metric of each sample with the first setting, of which more is better.
         second: the same with the second one, in the same order.
         settings: of the interval.
+        clusters: what is independent; None: each sample is.
     """
-    differences = []
-    for one, other in zip(first, second, strict=True):
+    if clusters is None:
+        clusters = Clusters(range(len(first)))
+    differences, labels = [], []
+    for one, other, label in zip(first, second, clusters.labels, strict=True):
         if math.isfinite(one) and math.isfinite(other):
             differences.append(one - other)
-    interval = compute_interval(differences, settings)
+            labels.append(label)
+    gathered = gather_clusters(differences, labels)
+    interval = compute_interval(gathered, settings)
     more_samples = None
     if interval is not None and not interval.excludes_zero:
-        deviation = float(np.std(differences, ddof=1))
-        distance = float(np.mean(differences))
-        more_samples = count_more_samples(distance, deviation, len(differences), settings.level)
+        deviation = float(np.std(gathered, ddof=1))
+        distance = float(np.mean(gathered))
+        more_samples = count_more_samples(distance, deviation, len(gathered), settings.level)
     return Difference(
         num_samples=len(differences),
         mean=float(np.mean(differences)) if differences else math.nan,
         interval=interval,
         more_samples=more_samples,
+        num_units=len(gathered),
+        unit=clusters.unit,
     )
 
 
@@ -228,13 +250,21 @@ def compare_independent(
         return Difference(num_samples=0, mean=math.nan, interval=None)
     mean = float(np.mean(first) - np.mean(second))
     if num_samples < 2:
-        return Difference(num_samples=num_samples, mean=mean, interval=None)
+        return Difference(num_samples=num_samples, num_units=num_samples, mean=mean, interval=None)
     deviation = math.hypot(float(np.std(first, ddof=1)), float(np.std(second, ddof=1)))
     if deviation == 0:
-        return Difference(num_samples=num_samples, mean=mean, interval=Interval(low=mean, high=mean))
+        return Difference(
+            num_samples=num_samples, num_units=num_samples, mean=mean, interval=Interval(low=mean, high=mean)
+        )
     limits: Any = stats.ttest_ind(first, second, equal_var=False).confidence_interval(settings.level)
     interval = Interval(low=float(limits.low), high=float(limits.high))
     more_samples = None
     if not interval.excludes_zero:
         more_samples = count_more_samples(mean, deviation, num_samples, settings.level)
-    return Difference(num_samples=num_samples, mean=mean, interval=interval, more_samples=more_samples)
+    return Difference(
+        num_samples=num_samples,
+        mean=mean,
+        interval=interval,
+        more_samples=more_samples,
+        num_units=num_samples,
+    )

@@ -12,13 +12,13 @@ from dataclasses import replace
 from int8run.metrics.base import LESS, MORE, NEITHER, Metric, Scope
 from int8run.metrics.catalog import describe_measured, load_measure_classes
 
-SAMPLES = "quality/samples"
+SAMPLES, INDEPENDENT = "quality/samples", "quality/independent_samples"
 NOISE_FLOOR, DTYPE_FLOOR = "quality/noise_floor_db", "quality/dtype_floor_db"
 # endings of the names of what a metric has besides its mean: the limits of the interval, and the median
 LOW, HIGH, MEDIAN = "_low", "_high", "_median"
 # of a run as a whole; other numbers of this group are means over its samples
 OF_A_RUN = re.compile(
-    r"quality/(half_error_step|float_layers_from_same_file|measures_left_out|samples|.+_gap_db|.+_p)"
+    r"quality/(half_error_step|float_layers_from_same_file|independent_samples|measures_left_out|samples|.+_gap_db|.+_p)"
 )
 SPEED_RATIO = "speed/ratio_vs_float"
 # series of metrics.json: step times of each stretch in which both models took turns
@@ -89,6 +89,7 @@ RUN_METRICS: Mapping[str, Metric] = {
     "quality/noise_floor_p": Metric(NEITHER, "p-value that the gap is within `metrics.margin_db`"),
     "quality/psnr_db": Metric(MORE, "peak signal-to-noise ratio to the float model's images"),
     "quality/samples": Metric(NEITHER, "images or videos that were compared"),
+    "quality/independent_samples": Metric(NEITHER, "prompts of these, where one has several seeds"),
     "quality/ssim": Metric(MORE, "structural similarity to the float model's images"),
     "quality/measures_left_out": Metric(LESS, "metrics that were asked for and could not be computed"),
     "quality/unmasked_psnr_db": Metric(MORE, "PSNR outside the mask of an edit"),

@@ -7,14 +7,15 @@ interval is computed is known to `intervals`.
 import logging
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from int8run.metrics.base import NEITHER
+from int8run.metrics.clusters import Clusters, gather_clusters
 from int8run.metrics.interval_settings import IntervalSettings
 from int8run.metrics.intervals import Interval, compute_interval, name_interval_method
-from int8run.metrics.names import HIGH, LOW, MEDIAN, METRICS, SAMPLES, UNKNOWN
+from int8run.metrics.names import HIGH, INDEPENDENT, LOW, MEDIAN, METRICS, SAMPLES, UNKNOWN
 from int8run.metrics.quality import SampleQuality, average_quality, list_metrics, make_public
 
 log = logging.getLogger(__name__)
@@ -31,7 +32,8 @@ class MetricStatistics:
         median: of all values, infinite ones included.
         interval: of the mean; None for fewer than two finite values.
         method: how the interval was computed; empty without one.
-        num_samples: samples with a finite value, which the interval rests on.
+        num_samples: samples with a finite value.
+        num_units: how many of them are independent, which the interval rests on; see `clusters`.
         num_infinite: samples whose value is infinite: the PSNR of identical images.
         num_undefined: samples whose value is not a number; they are left out of everything.
         worst: keys of the worst samples, the worst first; empty where neither more nor less is better.
@@ -42,6 +44,7 @@ class MetricStatistics:
     interval: Interval | None
     method: str
     num_samples: int
+    num_units: int
     num_infinite: int
     num_undefined: int
     worst: Sequence[str]
@@ -52,6 +55,7 @@ class MetricStatistics:
             "mean": self.mean,
             "median": self.median,
             "samples": self.num_samples,
+            "independent": self.num_units,
             "infinite": self.num_infinite,
             "undefined": self.num_undefined,
             "worst": list(self.worst),
@@ -68,11 +72,13 @@ class SampleStatistics:
     Args:
         by_metric: the statistics.
         num_samples: images or videos that were compared.
+        num_units: how many of them are independent.
         level: of the intervals.
     """
 
     by_metric: Mapping[str, MetricStatistics] = field(default_factory=dict)
     num_samples: int = 0
+    num_units: int = 0
     level: float = 0.95
 
     def flatten(self) -> dict[str, float]:
@@ -86,6 +92,8 @@ class SampleStatistics:
             metrics[f"{name}{MEDIAN}"] = found.median
         if self.by_metric:
             metrics[SAMPLES] = self.num_samples
+        if self.by_metric and self.num_units < self.num_samples:
+            metrics[INDEPENDENT] = self.num_units
         return metrics
 
     def to_json(self) -> dict[str, Any]:
@@ -95,7 +103,10 @@ class SampleStatistics:
 
 
 def summarize_samples(
-    samples: Sequence[SampleQuality], keys: Sequence[str], settings: IntervalSettings
+    samples: Sequence[SampleQuality],
+    keys: Sequence[str],
+    settings: IntervalSettings,
+    clusters: Clusters | None = None,
 ) -> SampleStatistics:
     """Summarize each metric over the samples that have it, and log what an interval lacks.
 
@@ -103,7 +114,11 @@ def summarize_samples(
         samples: of a run.
         keys: what each sample is called.
         settings: of the intervals.
+        clusters: which samples are independent; None: all.
     """
+    if clusters is None:
+        clusters = Clusters(keys)
+    label_by_key = dict(zip(keys, clusters.labels, strict=True))
     means = average_quality(samples)
     by_metric: dict[str, MetricStatistics] = {}
     for name in list_metrics([sample.values for sample in samples]):
@@ -113,14 +128,23 @@ def summarize_samples(
                 values[key] = sample.values[name]
         public_name = make_public(name)
         mean = means[public_name]
-        by_metric[public_name] = summarize_metric(public_name, values, mean=mean, settings=settings)
+        by_metric[public_name] = summarize_metric(
+            public_name, values, mean=mean, settings=settings, labels=[label_by_key[key] for key in values]
+        )
     if len(samples) == 1:
         log.info("one sample has no interval; more prompts, or prompts.seeds_per_prompt, give one")
-    return SampleStatistics(by_metric=by_metric, num_samples=len(samples), level=settings.level)
+    return SampleStatistics(
+        by_metric=by_metric, num_samples=len(samples), num_units=clusters.count, level=settings.level
+    )
 
 
 def summarize_metric(
-    name: str, values: Mapping[str, float], *, mean: float, settings: IntervalSettings
+    name: str,
+    values: Mapping[str, float],
+    *,
+    mean: float,
+    settings: IntervalSettings,
+    labels: Sequence[Hashable],
 ) -> MetricStatistics:
     """One metric over the samples that have it.
 
@@ -129,17 +153,20 @@ def summarize_metric(
         values: by sample.
         mean: of them.
         settings: of the interval.
+        labels: the cluster of each value.
     """
     known = {key: value for key, value in values.items() if not math.isnan(value)}
     finite = [value for value in known.values() if math.isfinite(value)]
+    gathered = gather_clusters(list(values.values()), labels)
     warn_of_undefined(name, [key for key in values if key not in known], num_samples=len(values))
-    interval = compute_interval(finite, settings)
+    interval = compute_interval(gathered, settings)
     return MetricStatistics(
         mean=mean,
         median=compute_median(list(known.values())),
         interval=interval,
-        method=name_interval_method(len(finite), settings) if interval is not None else "",
+        method=name_interval_method(len(gathered), settings) if interval is not None else "",
         num_samples=len(finite),
+        num_units=len(gathered),
         num_infinite=len(known) - len(finite),
         num_undefined=len(values) - len(known),
         worst=find_worst(name, known),

@@ -13,6 +13,7 @@ from int8run.report.differences import (
     Standing,
     compare_quality,
     compare_speed,
+    find_closest,
     read_interval_settings,
 )
 from int8run.report.ranking import (
@@ -44,7 +45,8 @@ class SweepComparison:
         ranked_by_quality: those of them that are not their own baseline.
         content_keys: the settings over which the candidates' metrics are medians.
         speed_metric: what speeds are compared by; None where no run was timed.
-        fastest, closest, smallest: the candidates that share the best speed, PSNR and denoiser memory.
+        fastest, closest, smallest: the candidates that share the best speed, PSNR and denoiser memory; PSNR
+            over the samples that all have, identical images as almost identical ones.
         speed_problems: why speeds cannot be compared.
         scattered_tags: runs whose step times vary too much.
         intervals: how sure a difference has to be.
@@ -112,7 +114,7 @@ def compare_runs(runs: Sequence[Run]) -> SweepComparison:
     ranked_by_quality = [
         candidate for candidate in candidates if not any(is_own_baseline(run) for run in candidate.runs)
     ]
-    closest = find_best(ranked_by_quality, PSNR_DB, direction=1)
+    closest = find_closest(ranked_by_quality)
     intervals = read_interval_settings(runs)
     quality_standings, speed_standings = [], []
     if closest:

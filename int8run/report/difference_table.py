@@ -7,11 +7,12 @@ Knows nothing of HTML.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from int8run.metrics.clusters import SAMPLE
 from int8run.metrics.intervals import Difference
 from int8run.report.comparison import SweepComparison
 from int8run.report.difference_text import (
-    SAMPLE,
     TIMING,
+    count_compared,
     explain_tie,
     format_decibel_difference,
     format_speed_difference,
@@ -120,7 +121,7 @@ def build_row(standing: Standing, difference: str, noun: str, conclusion: str) -
     return DifferenceRow(
         name=standing.candidate.name,
         difference=difference,
-        count=count_noun(standing.difference.num_samples, noun),
+        count=count_compared(standing.difference, noun),
         conclusion=conclusion,
         is_told_apart=standing.difference.sign != 0,
     )

@@ -6,12 +6,13 @@
 import math
 from collections.abc import Sequence
 
+from int8run.metrics.clusters import SAMPLE
 from int8run.metrics.intervals import MAX_SAMPLES, Difference
 from int8run.report.columns import MISSING
 from int8run.report.differences import Standing
 from int8run.utils.plurals import count_noun
 
-SAMPLE, TIMING = "sample", "timing"
+TIMING = "timing"
 MINUS = "−"
 
 
@@ -64,15 +65,30 @@ def explain_tie(difference: Difference, noun: str) -> str:
     """
     if difference.num_samples == 0:
         return f"they have no {noun}s that can be compared"
+    if noun == SAMPLE:
+        noun = difference.unit
     if difference.interval is None:
         return f"one {noun} has no interval; more prompts or seeds give one"
     if difference.sign < 0:
         return f"one is ahead as a whole, the other {noun} by {noun}"
-    counted = count_noun(difference.num_samples, noun)
-    verb = "does" if difference.num_samples == 1 else "do"
+    counted = count_noun(difference.num_units, noun)
+    verb = "does" if difference.num_units == 1 else "do"
     if difference.more_samples is None:
         return f"{counted} {verb} not tell, and {MAX_SAMPLES:,} would not either"
     return f"{counted} {verb} not tell; {difference.more_samples:,} more would"
+
+
+def count_compared(difference: Difference, noun: str) -> str:
+    """What was compared: `8 samples`; where prompts have several seeds `6 prompts, 12 samples`.
+
+    Args:
+        difference: of two settings.
+        noun: a sample or a timing.
+    """
+    counted = count_noun(difference.num_samples, noun)
+    if noun == SAMPLE and difference.unit != SAMPLE:
+        counted = f"{count_noun(difference.num_units, difference.unit)}, {counted}"
+    return counted
 
 
 def explain_ties(standings: Sequence[Standing], noun: str) -> str:
@@ -88,6 +104,6 @@ def explain_ties(standings: Sequence[Standing], noun: str) -> str:
 def rank_certainty(difference: Difference) -> tuple[int, float]:
     """A number that is less where less is known, or more samples are needed."""
     if difference.interval is None:
-        return difference.num_samples - 2, 0.0
+        return difference.num_units - 2, 0.0
     needed = math.inf if difference.more_samples is None else difference.more_samples
     return 0, -needed

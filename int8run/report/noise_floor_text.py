@@ -42,8 +42,9 @@ def conclude_test(test: Mapping[str, Any]) -> str:
     """
     margin = f"{test['margin_db']:g} dB"
     outcome, interval = test["outcome"], test["interval"]
+    unit = test.get("unit", "sample")  # earlier versions have none
     if interval is None:
-        counted = count_noun(test["num_samples"], "sample")
+        counted = count_noun(test["num_samples"], unit)
         return f"{counted} cannot say whether these are the same within {margin}"
     limits = format_interval(interval["low"], interval["high"], 1)
     gap = f"{format_signed(test['mean_db'], 1)} dB {limits}"
@@ -57,5 +58,5 @@ def conclude_test(test: Mapping[str, Any]) -> str:
         more = f"and {MAX_SAMPLES:,} would not either"
     else:
         more = f"{test['more_samples']:,} more would"
-    samples = count_noun(test["num_samples"], "sample")
+    samples = count_noun(test["num_samples"], unit)
     return f"{samples} do not tell whether these are the same within {margin} ({gap}); {more}"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
-from int8run.metrics.names import DTYPE_FLOOR, HIGH, LOW, MEASURED, NOISE_FLOOR, SAMPLES
+from int8run.metrics.names import DTYPE_FLOOR, HIGH, INDEPENDENT, LOW, MEASURED, NOISE_FLOOR, SAMPLES
 from int8run.report.columns import (
     MISSING,
     SAME_FILE_LAYERS,
@@ -266,7 +266,11 @@ class ResultRows:
         if num_samples == 1:
             self.add_note("one sample: no intervals")
             return
-        self.add_note(f"[low, high]: {100 * level:g} % intervals of means over {num_samples:.0f} samples")
+        counted = f"{num_samples:.0f} samples"
+        num_independent = self.metrics.get(INDEPENDENT)
+        if num_independent is not None:
+            counted += f" of {num_independent:.0f} prompts or inputs"
+        self.add_note(f"[low, high]: {100 * level:g} % intervals of means over {counted}")
 
     def add_note(self, text: str) -> None:
         """A line below the table."""

@@ -9,10 +9,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from int8run.metrics.clusters import SAMPLE
 from int8run.report.columns import DENOISER_RATIO, PSNR_DB, SPEED_RATIO, STEP_MS
 from int8run.report.comparison import SweepComparison, compare_runs, explain_incomparable_quality
 from int8run.report.difference_table import DifferenceTable, build_difference_tables
-from int8run.report.difference_text import SAMPLE, TIMING, explain_ties
+from int8run.report.difference_text import TIMING, explain_ties
+from int8run.report.differences import find_closest
 from int8run.report.ranking import Candidate, find_best, format_names
 from int8run.report.runs import Run
 from int8run.report.verdict_facts import list_facts, list_fronts_by_images, list_single_facts
@@ -239,7 +241,7 @@ def pick_fastest(candidates: Sequence[Candidate], metric: str | None) -> Candida
 
 def pick_closest(candidates: Sequence[Candidate]) -> Candidate:
     """The closest to float of candidates that are equally fast; the first one without PSNRs."""
-    measured = find_best(candidates, PSNR_DB, direction=1)
+    measured = find_closest(candidates)
     return measured[0] if measured else candidates[0]
 
 
@@ -262,10 +264,11 @@ def compute_speed_loss(comparison: SweepComparison) -> float | None:
 
 
 def compute_psnr_gain(comparison: SweepComparison) -> float | None:
-    """How many dB the closest candidate is ahead of the fastest.
+    """How many dB the closest candidate is ahead of the fastest, over the samples that both have.
 
     Returns:
-        None where the fastest has no PSNR, or one that may not be compared.
+        Infinite where all images of the closest equal float's. None where the fastest has no PSNR, or one
+        that may not be compared.
     """
     fastest, closest = pick_closest(comparison.tied_fastest), comparison.closest[0]
     psnr_of_fastest = fastest.get_metric(PSNR_DB)
@@ -273,6 +276,10 @@ def compute_psnr_gain(comparison: SweepComparison) -> float | None:
     assert psnr_of_closest is not None  # it is the closest by its PSNR
     if psnr_of_fastest is None or fastest not in comparison.ranked_by_quality:
         return None
-    if psnr_of_closest == psnr_of_fastest:
+    if psnr_of_closest == psnr_of_fastest or fastest is closest:
         return 0.0  # where both are infinite, too
+    if math.isfinite(psnr_of_closest):
+        for standing in comparison.quality_standings:
+            if standing.candidate is fastest and not math.isnan(standing.difference.mean):
+                return standing.difference.mean
     return psnr_of_closest - psnr_of_fastest

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from int8run.generate.generate import Generation
+from int8run.metrics.clusters import Clusters
 from int8run.metrics.equivalence import Equivalence, compare_with_margin
 from int8run.metrics.psnr_limit import limit_psnr
 from int8run.metrics.quality import SampleQuality, compute_sample_psnr
@@ -44,6 +45,7 @@ def compare_with_noise_floor(
     candidate: Generation,
     noise_floor: NoiseFloor,
     settings: MetricsSettings,
+    clusters: Clusters | None = None,
 ) -> dict[str, Equivalence]:
     """Test INT8's distance to float against each distance of the float model to itself.
 
@@ -52,6 +54,7 @@ def compare_with_noise_floor(
         candidate: what INT8 generated.
         noise_floor: what the float model generated, computed otherwise.
         settings: margin and level.
+        clusters: which samples are independent; None: all.
 
     Returns:
         By the metric of each variation.
@@ -64,7 +67,7 @@ def compare_with_noise_floor(
         for sample, size in zip(quality, sizes, strict=True):
             int8, itself = limit_psnr(sample.values[PSNR], size), limit_psnr(sample.values[name], size)
             differences.append(int8 - itself)
-        found[metric] = compare_with_margin(differences, settings.margin_db, settings.intervals)
+        found[metric] = compare_with_margin(differences, settings.margin_db, settings.intervals, clusters)
     return found
 
 

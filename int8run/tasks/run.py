@@ -21,6 +21,7 @@ from int8run.generate.generate import Generation
 from int8run.generate.input_files import read_samples
 from int8run.generate.prompts import Sample
 from int8run.lora.header_info import add_trigger_words
+from int8run.metrics.clusters import choose_clusters
 from int8run.metrics.equivalence import Equivalence
 from int8run.metrics.quality import (
     compare_generations,
@@ -235,6 +236,7 @@ def measure_quality(
         noise_floor: the same, computed otherwise, where that was asked for.
     """
     prompts = [sample.prompt for sample in comparison.samples]
+    clusters = choose_clusters(prompts, [repr(sample.inputs) for sample in comparison.samples])
     candidate = comparison.candidate
     loaded = load_measures_for(candidate, baseline, spec.metrics.measures.values())
     quality = compare_generations(candidate, baseline, prompts, loaded)
@@ -246,13 +248,13 @@ def measure_quality(
     if noise_floor is not None:
         quality = add_noise_floor(quality, baseline, noise_floor)
         if spec.has_comparison:
-            equivalences = compare_with_noise_floor(quality, candidate, noise_floor, spec.metrics)
+            equivalences = compare_with_noise_floor(quality, candidate, noise_floor, spec.metrics, clusters)
     keys = [sample.key for sample in comparison.samples]
     return replace(
         comparison,
         quality=quality,
         set_quality=set_quality,
-        statistics=summarize_samples(quality, keys, spec.metrics.intervals),
+        statistics=summarize_samples(quality, keys, spec.metrics.intervals, clusters),
         noise_floor=noise_floor,
         equivalences=equivalences,
     )

@@ -7,10 +7,12 @@ import pytest
 from scipy import stats
 
 from int8run.errors import ConfigError
+from int8run.metrics.clusters import Clusters, choose_clusters, gather_clusters
 from int8run.metrics.interval_settings import IntervalSettings
 from int8run.metrics.intervals import (
     MAX_SAMPLES,
     POWER,
+    bound_by_student,
     bound_means,
     compare_independent,
     compare_pairs,
@@ -20,6 +22,7 @@ from int8run.metrics.intervals import (
     expand_level,
     name_interval_method,
 )
+from int8run.report.differences import count_pairs
 
 # few resamples: a simulation has many intervals
 QUICK = {method: IntervalSettings(method=method, resamples=999) for method in ("bca", "percentile")}
@@ -195,6 +198,82 @@ def test_groups_of_one_are_not_told_apart(first, second):
 
 def test_times_without_scatter_are_told_apart():
     assert compare_independent([2.0, 2.0], [1.0, 1.0], IntervalSettings()).sign == 1
+
+
+def test_of_ten_equal_settings_none_is_called_worse_than_the_best():
+    """The best is chosen on the same samples; of a thousand such tables one in twenty may be wrong."""
+    num_settings, num_samples, num_tables = 10, 12, 1000
+    values = np.random.default_rng(8).normal(size=(num_tables, num_settings, num_samples))
+    best = values.mean(axis=-1).argmax(axis=-1)
+    gaps = values[np.arange(num_tables), best][:, None] - values
+
+    def count_wrong(settings):
+        low, _ = bound_means(gaps, settings)
+        return float((low > 0).any(axis=-1).mean())
+
+    shared = QUICK["bca"].share_among(count_pairs(num_settings))
+    assert shared.level == pytest.approx(1 - 0.05 / 45)
+    assert count_wrong(shared) <= 0.05 + 3 * 0.007
+    low, _ = bound_by_student(gaps, 0.95)
+    assert (low > 0).any(axis=-1).mean() > 0.3, "each at the level for itself"
+
+
+def test_a_level_that_few_draws_reach_is_students():
+    assert name_interval_method(20, QUICK["bca"]) == "bca"
+    assert name_interval_method(20, QUICK["bca"].share_among(45)) == "student"
+    assert name_interval_method(40, IntervalSettings().share_among(3)) == "bca"
+
+
+def test_a_share_of_the_error_rate_has_limits():
+    assert IntervalSettings(level=0.9).share_among(10).level == pytest.approx(0.99)
+    assert IntervalSettings().share_among(0) == IntervalSettings().share_among(1) == IntervalSettings()
+    assert IntervalSettings().share_among(10**9).level < 1
+
+
+# -- clusters ------------------------------------------------------------------------------------------------
+
+
+def test_seeds_of_one_prompt_do_not_narrow_an_interval():
+    """Of 8 prompts with 6 seeds that hardly differ, an interval is that of 8 numbers."""
+    rng = np.random.default_rng(4)
+    runs = rng.normal(0, 1, size=(400, 8, 1)) + rng.normal(0, 0.1, size=(400, 8, 6))
+    labels = [number // 6 for number in range(48)]
+
+    gathered = np.array([gather_clusters(list(run.ravel()), labels) for run in runs])
+    low, high = bound_by_student(gathered, 0.95)
+    naive_low, naive_high = bound_by_student(runs.reshape(400, 48), 0.95)
+
+    assert ((low <= 0) & (high >= 0)).mean() == pytest.approx(0.95, abs=0.035)
+    assert ((naive_low <= 0) & (naive_high >= 0)).mean() < 0.7
+    clusters = Clusters(labels, "prompt")
+    difference = compare_pairs(list(runs[0].ravel()), [0.0] * 48, IntervalSettings(), clusters)
+    assert (difference.num_samples, difference.num_units, difference.unit) == (48, 8, "prompt")
+
+
+def test_unequal_clusters_keep_the_mean_of_all():
+    values, labels = [1.0, 2.0, 3.0, 10.0, math.nan], ["a", "a", "a", "b", "c"]
+
+    gathered = gather_clusters(values, labels)
+
+    # the residuals of the ratio 16 / 4, 6 - 3 * 4 and 10 - 1 * 4, over the mean size 2
+    assert gathered == pytest.approx([4 - 6 / 2, 4 + 6 / 2])
+
+
+@pytest.mark.parametrize(
+    ("prompts", "inputs", "unit", "count"),
+    [
+        (["a", "a", "b"], ["", "", ""], "prompt", 2),
+        (["a", "b", "c"], ["", "", ""], "sample", 3),
+        (["", "", ""], ["x", "y", "x"], "input", 2),
+        (["", "", ""], ["x", "y", "z"], "sample", 3),
+        (["a", "a", "a"], ["", "", ""], "sample", 3),
+        ([], [], "sample", 0),
+    ],
+)
+def test_what_is_independent_are_prompts_else_inputs(prompts, inputs, unit, count):
+    clusters = choose_clusters(prompts, inputs)
+
+    assert (clusters.unit, clusters.count) == (unit, count)
 
 
 @pytest.mark.parametrize(

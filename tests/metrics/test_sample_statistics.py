@@ -6,7 +6,9 @@ import math
 import pytest
 
 from int8run.generate.generate import Generation
+from int8run.metrics.clusters import Clusters
 from int8run.metrics.interval_settings import IntervalSettings
+from int8run.metrics.intervals import compute_interval
 from int8run.metrics.names import METRICS
 from int8run.metrics.quality import SampleQuality
 from int8run.metrics.sample_statistics import summarize_samples
@@ -54,6 +56,21 @@ def test_identical_images_are_counted_and_left_out_of_the_interval():
     assert (found.mean, found.median) == (51, 52)
     assert (found.num_samples, found.num_infinite) == (2, 2)
     assert found.interval.low < 51 < found.interval.high and found.method == "student"
+
+
+def test_an_interval_is_over_prompts_where_they_have_several_seeds():
+    values = [50.0, 50.1, 52.0, 52.1, 54.0, 54.1]
+    samples = [SampleQuality({"psnr_db": value}, []) for value in values]
+    clusters = Clusters(["a", "a", "b", "b", "c", "c"], "prompt")
+
+    found = summarize_samples(samples, list("uvwxyz"), SETTINGS, clusters)
+
+    entry = found.by_metric["quality/psnr_db"]
+    expected = compute_interval([50.05, 52.05, 54.05], SETTINGS)
+    assert (entry.num_samples, entry.num_units, entry.method) == (6, 3, "student")
+    assert (entry.interval.low, entry.interval.high) == pytest.approx((expected.low, expected.high))
+    assert found.flatten()["quality/independent_samples"] == 3
+    assert "quality/independent_samples" not in summarize("psnr_db", values).flatten()
 
 
 def test_images_that_are_all_identical_have_no_interval():

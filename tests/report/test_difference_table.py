@@ -3,10 +3,12 @@
 import json
 import math
 
+import numpy as np
 import pytest
 from report.run_folders import make_metrics, write_run, write_runs
 
 from int8run.metrics.interval_settings import IntervalSettings
+from int8run.metrics.intervals import bound_by_student
 from int8run.report.comparison import compare_runs
 from int8run.report.difference_table import build_difference_tables, describe_tables
 from int8run.report.differences import collect_sample_psnrs, read_interval_settings
@@ -55,20 +57,49 @@ def test_images_that_equal_floats_count_as_almost_equal(tmp_path):
     assert row.conclusion == "further from float"
 
 
-def test_a_setting_with_identical_images_is_not_said_to_need_more_samples(tmp_path):
-    """Its mean is over the other images, so that it is behind as a whole and ahead in each pair."""
-    metrics = [make_metrics(10, 2.0, 50.0), make_metrics(10, 2.0, math.inf)]
+def test_the_closest_is_the_one_that_is_ahead_sample_by_sample(tmp_path):
+    """A mean without identical images says less good of a setting that has some."""
+    metrics = [make_metrics(10, 2.0, 50.0), make_metrics(20, 1.0, math.inf)]
     write_runs(tmp_path, metrics, num_samples=8)
     of_second = tmp_path / "1" / "metrics.json"
     written = json.loads(of_second.read_text())
     written["metrics"]["quality/psnr_db"] = 45.0
     of_second.write_text(json.dumps(written))
 
-    found = recommend(name_runs(find_records(tmp_path)))
+    runs = name_runs(find_records(tmp_path))
+    found = recommend(runs)
 
-    assert found.differences[0].rows[0].conclusion == "closer to float, sample by sample"
-    reason = "none is surely closer to float (one is ahead as a whole, the other sample by sample)"
-    assert reason in found.verdict
+    assert found.differences[0].heading == "Quality beside #1 outlier=convrot"
+    assert found.differences[0].rows[0].conclusion == "further from float"
+    one_step = 20 * math.log10(255) + 10 * math.log10(3 * 64 * 64)
+    mean_of_first = np.mean([sample["psnr_db"] for sample in runs[0].record.images])
+    assert f"#1 outlier=convrot is {one_step - mean_of_first:.1f} dB closer to float" in found.verdict
+
+
+def test_of_many_settings_every_pair_shares_the_level(tmp_path):
+    metrics = [make_metrics(psnr=50.0 + number) for number in range(5)]
+
+    comparison = compare_runs(write_runs(tmp_path, metrics, "abcde", num_samples=8))
+
+    first, *_, best = (list(collect_sample_psnrs(candidate).values()) for candidate in comparison.candidates)
+    low, high = bound_by_student(np.subtract(best, first), 1 - 0.05 / 10)
+    interval = comparison.quality_standings[0].difference.interval
+    assert (interval.low, interval.high) == pytest.approx((low, high))
+
+
+def test_seeds_of_a_prompt_count_as_one(tmp_path):
+    metrics = [make_metrics(psnr=50.0), make_metrics(psnr=50.01)]
+    for run in write_runs(tmp_path, metrics, num_samples=12):
+        path = run.record.folder / "metrics.json"
+        written = json.loads(path.read_text())
+        for number, entry in enumerate(written["images"]):
+            entry |= {"prompt": f"p{number // 2}", "seed": number % 2}
+        path.write_text(json.dumps(written))
+
+    (row,) = recommend(name_runs(find_records(tmp_path))).differences[0].rows
+
+    assert row.count == "6 prompts, 12 samples"
+    assert row.conclusion.startswith("not told apart: 6 prompts do not tell")
 
 
 def test_strengths_of_a_sample_are_one_sample(tmp_path):
