@@ -4,10 +4,12 @@ load.py checks them before diffusers reads them. The hashes are part of the keys
 provenance of what is written.
 """
 
+import math
 from collections.abc import Collection
 from pathlib import Path
 
 from int8run.checkpoints.detect import list_quantized_weights, read_layers
+from int8run.checkpoints.header import read_header
 from int8run.checkpoints.layer import FLOAT, CheckpointLayer
 from int8run.checkpoints.reader import TensorFiles
 from int8run.checkpoints.unsupported import read_quant_config
@@ -31,10 +33,14 @@ def hash_model_files(source: ResolvedModel, cache: DiskCache) -> list[tuple[str,
     return [(name, cache.hash_file(path)) for name, path in sorted(find_model_files(source).items())]
 
 
-def count_weight_bytes(source: ResolvedModel) -> int:
-    """The size of all files with weights of a model."""
-    files = find_model_files(source).values()
-    return sum(path.stat().st_size for path in files if path.suffix == SAFETENSORS)
+def count_weight_numbers(source: ResolvedModel) -> int:
+    """How many numbers the files with weights of a model hold, whatever their dtypes, by their headers."""
+    num_numbers = 0
+    for path in find_model_files(source).values():
+        if path.suffix == SAFETENSORS:
+            tensors, _ = read_header(path)
+            num_numbers += sum(math.prod(tensor["shape"]) for tensor in tensors.values())
+    return num_numbers
 
 
 def find_model_files(source: ResolvedModel) -> dict[str, Path]:

@@ -1,4 +1,4 @@
-"""What a sweep shows while it runs: a line for every job that ends, the time left and the best so far."""
+"""What a sweep shows while it runs: a line for every job that ends, the time left and the highest so far."""
 
 import logging
 import math
@@ -8,9 +8,10 @@ from collections.abc import Sequence
 
 from rich.text import Text
 
-from int8run.metrics.base import NEITHER
-from int8run.metrics.names import METRICS, UNKNOWN
+from int8run.metrics.base import MORE, NEITHER
+from int8run.metrics.names import HIGH, LOW, METRICS, UNKNOWN
 from int8run.report.console import is_interactive, make_bold, make_plain, print_lines
+from int8run.report.difference_text import format_interval
 from int8run.report.formatting import format_decibels, format_duration
 from int8run.tracking.run_record import FINISHED, Record
 from int8run.tracking.setting_names import shorten_value
@@ -49,7 +50,7 @@ class SweepProgress:
             print_lines(Text.assemble(make_bold(f"Job {number}"), make_plain(f" {shorten_value(name)} …")))
 
     def report_end(self, record: Record) -> None:
-        """Tell how a job ended, how much is left, and which job is the best so far."""
+        """Tell how a job ended, how much is left, and which job has the best number so far."""
         self.num_ran += 1
         self.num_ended += 1
         self.best = choose_better(self.best, record, self.objective)
@@ -75,12 +76,16 @@ class SweepProgress:
         return text
 
     def describe_best(self) -> list[str]:
-        """The best job so far, once there are two to choose from."""
+        """The highest number so far and whose it is, once there are two jobs.
+
+        It is no verdict: whether samples tell the jobs apart is said at the end of the sweep.
+        """
         if self.best is None or self.objective is None or self.num_ended < 2:
             return []
         name = METRIC_NAMES.get(self.objective, self.objective)
         value = format_metric(self.best, self.objective)
-        return [f"best {name} so far {value}: {shorten_value(self.best.label)}"]
+        extreme = "highest" if METRICS[self.objective].direction == MORE else "lowest"
+        return [f"{extreme} {name} so far {value}: {shorten_value(self.best.label)}"]
 
 
 def describe_outcome(record: Record) -> str:
@@ -99,11 +104,16 @@ def describe_outcome(record: Record) -> str:
 
 
 def format_metric(record: Record, name: str) -> str:
-    """One metric of a job as text."""
+    """One metric of a job as text, with its interval where it has one: `55.1 dB [54.0, 56.2]`."""
     value = record.metrics[name]
-    if name.endswith("_db"):
-        return format_decibels(value)
-    return f"{value:.4g}"
+    low, high = record.metrics.get(f"{name}{LOW}"), record.metrics.get(f"{name}{HIGH}")
+    is_decibel = name.endswith("_db")
+    text = format_decibels(value) if is_decibel else f"{value:.4g}"
+    if low is None or high is None:
+        return text
+    if is_decibel:
+        return f"{text} {format_interval(low, high, 1)}"
+    return f"{text} [{low:.4g}, {high:.4g}]"
 
 
 def choose_better(best: Record | None, record: Record, objective: str | None) -> Record | None:

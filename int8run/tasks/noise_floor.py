@@ -27,14 +27,14 @@ from int8run.models.source import resolve_model
 from int8run.pipeline import process_cache
 from int8run.pipeline.build import build_model
 from int8run.pipeline.float_baseline import BaselineOrigin, get_float_baseline
-from int8run.pipeline.model_files import count_weight_bytes
+from int8run.pipeline.model_files import count_weight_numbers
 from int8run.tasks.run_inputs import RunInputs
 from int8run.utils.disk_cache import DiskCache
 from int8run.utils.hardware import count_free_bytes
 
 log = logging.getLogger(__name__)
 BATCH = "batch"  # how its change begins
-HALF_TO_FLOAT32 = 2  # times the memory
+FLOAT32_BYTES = 4
 # what a float model is computed in besides its own dtype: the next exact one, else the usual narrow one
 OTHER_DTYPES = {"float32": "bfloat16", "bfloat16": "float32", "float16": "float32"}
 # attention of these devices without the kernel that torch takes first
@@ -364,8 +364,8 @@ def generate_variation(variation: FloatVariation, inputs: RunInputs) -> Generati
 
 
 def check_room(spec: RunSpec) -> None:
-    """Raise NoFitError where a float32 copy of a model in half precision needs more memory than is free."""
-    needed = HALF_TO_FLOAT32 * count_weight_bytes(resolve_model(spec.model))
+    """Raise NoFitError where a float32 copy of a model needs more memory than is free."""
+    needed = FLOAT32_BYTES * count_weight_numbers(resolve_model(spec.model))
     free = count_free_bytes(pick_device(spec.device))
     if 0 < free < needed:
         raise NoFitError

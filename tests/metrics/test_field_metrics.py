@@ -10,7 +10,7 @@ from PIL import Image
 from torch import nn
 
 from int8run.generate.generate import Generation
-from int8run.metrics.base import SamplePair, UnavailableError
+from int8run.metrics.base import NEITHER, SamplePair, UnavailableError
 from int8run.metrics.catalog import build_measure
 from int8run.metrics.image_sets import ImageFolder, make_set_function, open_reference
 from int8run.metrics.images import image_to_tensor
@@ -216,6 +216,8 @@ def test_flickering_is_the_mean_change_between_frames():
     values = TemporalFlicker().load()(pair)
 
     assert values == {"temporal_flickering": pytest.approx(0.8), "float/temporal_flickering": 1.0}
+    directions = {metric.direction for metric in TemporalFlicker.metrics.values()}
+    assert directions == {NEITHER}, "a video that stands still has the largest number"
 
 
 def test_an_image_has_no_flickering():

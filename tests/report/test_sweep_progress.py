@@ -1,4 +1,4 @@
-"""What a sweep shows while it runs: how each job ended, and which is the best so far."""
+"""What a sweep shows while it runs: how each job ended, and whose number is the best so far."""
 
 import io
 import math
@@ -83,9 +83,9 @@ def test_a_terminal_shows_a_line_for_every_job(tmp_path, monkeypatch):
     assert [line.rstrip() for line in terminal.file.getvalue().splitlines()] == [
         "Job 1 outlier=[none] …",
         "Job 1 (outlier=none): PSNR 55.1 dB, 2.40× float's speed, 7.1 ms per step"
-        " · 2 of 4 done, 1:00 elapsed, about 2:00 left · best PSNR so far 55.1 dB: outlier=none",
+        " · 2 of 4 done, 1:00 elapsed, about 2:00 left · highest PSNR so far 55.1 dB: outlier=none",
         "Job 2 (outlier=quarot): FAILED: broken on purpose"
-        " · 3 of 4 done, 1:30 elapsed, about 0:45 left · best PSNR so far 55.1 dB: outlier=none",
+        " · 3 of 4 done, 1:30 elapsed, about 0:45 left · highest PSNR so far 55.1 dB: outlier=none",
     ]
 
 
@@ -95,7 +95,25 @@ def test_a_job_that_an_earlier_sweep_finished_may_be_the_best(tmp_path):
 
     progress.report_end(write_job(tmp_path, 1, "outlier=none", **JOB_METRICS))
 
-    assert progress.describe_best() == ["best PSNR so far 60.0 dB: outlier=convrot"]
+    assert progress.describe_best() == ["highest PSNR so far 60.0 dB: outlier=convrot"]
+
+
+@pytest.mark.parametrize(
+    ("objective", "text"),
+    [
+        ("quality/psnr_db", "highest PSNR so far 60.0 dB [58.0, 62.0]: outlier=convrot"),
+        ("quality/lpips", "lowest quality/lpips so far 0.1 [0.05, 0.15]: outlier=convrot"),
+    ],
+)
+def test_the_best_number_so_far_has_its_interval_and_is_no_verdict(tmp_path, objective, text):
+    metrics = {"quality/psnr_db": 60.0, "quality/psnr_db_low": 58.0, "quality/psnr_db_high": 62.0}
+    metrics |= {"quality/lpips": 0.1, "quality/lpips_low": 0.05, "quality/lpips_high": 0.15}
+    earlier = write_job(tmp_path, 0, "outlier=convrot", **(JOB_METRICS | metrics))
+    progress = SweepProgress(2, [earlier], objective, enabled=False)
+
+    progress.report_end(write_job(tmp_path, 1, "outlier=none", **(JOB_METRICS | {"quality/lpips": 0.2})))
+
+    assert progress.describe_best() == [text]
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from support.run_job import make_spec, run_job
 from support.tiny_pipeline import save_random_pipeline
 
@@ -19,6 +20,7 @@ from int8run.generate.prompts import build_samples
 from int8run.metrics.quality import SampleQuality
 from int8run.metrics.settings import MetricsSettings
 from int8run.pipeline import process_cache
+from int8run.pipeline.model_files import count_weight_numbers
 from int8run.report.noise_floor_text import describe_noise_floors
 from int8run.tasks import noise_floor
 from int8run.tasks.noise_floor import (
@@ -104,7 +106,7 @@ def test_noise_between_steps_is_noticed():
 @pytest.mark.parametrize(("free", "fits"), [(10, False), (100, True), (0, True)])
 def test_a_float32_copy_is_drawn_only_where_it_fits(spec, monkeypatch, free, fits):
     monkeypatch.setattr(noise_floor, "count_free_bytes", lambda device: free)
-    monkeypatch.setattr(noise_floor, "count_weight_bytes", lambda source: 20)
+    monkeypatch.setattr(noise_floor, "count_weight_numbers", lambda source: 10)
     monkeypatch.setattr(noise_floor, "resolve_model", lambda source: None)
 
     if fits:
@@ -112,6 +114,20 @@ def test_a_float32_copy_is_drawn_only_where_it_fits(spec, monkeypatch, free, fit
     else:
         with pytest.raises(noise_floor.NoFitError):
             noise_floor.check_room(spec)
+
+
+def test_the_memory_of_a_float32_copy_is_counted_in_numbers_not_bytes(tmp_path):
+    """A file in float32 needs what it has, one in fp8 four times as much."""
+    weights = {
+        "a": torch.zeros(3, 4, dtype=torch.float32),
+        "b": torch.zeros(5, dtype=torch.bfloat16),
+        "c": torch.zeros(2, 2, dtype=torch.float8_e4m3fn),
+        "d": torch.tensor(1.0),
+    }
+    save_file(weights, tmp_path / "model.safetensors")
+    source = SimpleNamespace(folder=tmp_path, elsewhere={}, has_single_files=False)
+
+    assert count_weight_numbers(source) == 12 + 5 + 4 + 1
 
 
 def test_a_noise_floor_without_a_float_model_is_refused():

@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 from PIL.Image import Image
 
-from int8run.metrics.base import MORE, NEITHER, Metric, Needs, SampleFunction, SamplePair, Scope
+from int8run.metrics.base import NEITHER, Metric, Needs, SampleFunction, SamplePair, Scope
 from int8run.metrics.edits import read_pixels, subtract_pixels
 
 
@@ -16,14 +16,14 @@ from int8run.metrics.edits import read_pixels, subtract_pixels
 class TemporalFlicker:
     """VBench's temporal flickering (arXiv:2311.17982): (255 − mean |x[t+1] − x[t]|) / 255 over all neighbors.
 
-    1 is a video that stands still, so it says something beside the float model's alone. VBench asks for
-    prompts of still scenes.
+    1 is a video that stands still, so neither more nor less is better: it says something beside the float
+    model's alone, and only with prompts of still scenes, which VBench asks for, is more of it calmer.
     """
 
     name: ClassVar[str] = "temporal_flicker"
     metrics: ClassVar[Mapping[str, Metric]] = {
         "quality/temporal_flickering": Metric(
-            MORE, "VBench's temporal flickering of the videos, 1 is still", label="temporal flickering"
+            NEITHER, "VBench's temporal flickering of the videos, 1 is still", label="temporal flickering"
         ),
         "float/temporal_flickering": Metric(NEITHER, "the same of the float model's videos"),
     }
