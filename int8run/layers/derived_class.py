@@ -2,6 +2,9 @@
 
 `fused_norm` and `int8_attention` do so with modules of an INT8 model. The module keeps its tensors and its
 attributes, the class that it had is not changed, and so neither are modules of the float model.
+
+A derived class is in no module of Python, by whose name pickle would find it. `make_picklable`, for those
+that `fused_rotary` and `padding_conv` make as well, has it made again on loading.
 """
 
 from collections.abc import Callable
@@ -42,4 +45,33 @@ def derive_class(
     forward = wraps(own_forward)(make_forward(own_forward))
     members = {"forward": forward, "__module__": module_class.__module__, "__doc__": module_class.__doc__}
     derived: type[nn.Module] = type(module_class.__name__, (base, module_class), members)
+    make_picklable(derived, derive_class, module_class, base, make_forward)
     return derived
+
+
+def make_picklable(derived: Any, make_class: Callable[..., type], *arguments: Any) -> None:
+    """Let objects of a derived class be pickled: what is written says how to make the class.
+
+    Args:
+        derived: is changed.
+        make_class: a function of a module, which made the class.
+        arguments: that it was given.
+    """
+
+    def reduce_object(self: Any, protocol: Any) -> tuple[Any, ...]:
+        # protocols below 2, which nothing uses by default, write the class itself
+        _, _, *state = object.__reduce_ex__(self, max(2, protocol))
+        return (create_empty, (make_class, *arguments), *state)
+
+    derived.__reduce_ex__ = reduce_object
+
+
+def create_empty(make_class: Callable[..., type], *arguments: Any) -> Any:
+    """An object of a derived class, which pickle gives its attributes.
+
+    Args:
+        make_class: makes the class.
+        arguments: of that function.
+    """
+    derived: Any = make_class(*arguments)
+    return derived.__new__(derived)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from int8run.backends.base import RotatesPositions
+from int8run.layers.derived_class import make_picklable
 from int8run.layers.int8_linear import Int8Linear
 from int8run.models.attention_calls import ROTARY_FUNCTION
 
@@ -78,7 +79,9 @@ def make_fused_class(processor_class: type, backend: RotatesPositions) -> type:
     fused.__kwdefaults__ = call.__kwdefaults__
     fused.__annotations__ = call.__annotations__
     members = {"__call__": fused, "__module__": processor_class.__module__}
-    return type(processor_class.__name__, (processor_class,), members)
+    derived = type(processor_class.__name__, (processor_class,), members)
+    make_picklable(derived, make_fused_class, processor_class, backend)
+    return derived
 
 
 def make_rotary_function(backend: RotatesPositions) -> Any:

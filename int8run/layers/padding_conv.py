@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from int8run.layers.derived_class import make_picklable
 from int8run.layers.int8_conv import Int8Conv
 
 INNER = "int8"  # the name of the INT8 layer in the module
@@ -33,7 +34,9 @@ def make_class(base: Any) -> type[nn.Module]:
     Args:
         base: the class of the convolution.
     """
-    return type(base.__name__, (ConvolvesInside, base), {"__module__": base.__module__})
+    derived = type(base.__name__, (ConvolvesInside, base), {"__module__": base.__module__})
+    make_picklable(derived, make_class, base)
+    return derived
 
 
 def put_inside(conv: nn.Module, layer: Int8Conv) -> nn.Module:

@@ -1,7 +1,7 @@
 """Metrics of layers: each INT8 layer's output beside the float layer's, and how much is INT8."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -158,5 +158,20 @@ def is_fallback(plan: LayerPlan) -> bool:
 
 def count_module_bytes(module: nn.Module) -> int:
     """Bytes of parameters and buffers, each tensor once; opaque packed weights count their logical size."""
+    return count_tensor_bytes({*module.parameters(), *module.buffers()})
+
+
+def count_own_bytes(module: nn.Module, other: nn.Module) -> int:
+    """Bytes of the parameters and buffers that a module has and another has not.
+
+    Args:
+        module: whose tensors are counted.
+        other: may share some of them, which are counted as its own.
+    """
     tensors = {*module.parameters(), *module.buffers()}
+    return count_tensor_bytes(tensors.difference(other.parameters(), other.buffers()))
+
+
+def count_tensor_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of tensors; opaque packed weights count their logical size."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

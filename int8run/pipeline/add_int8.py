@@ -29,6 +29,7 @@ from int8run.pipeline.quantize_denoiser import (
     leave_slow_layers_float,
     quantize_denoiser,
 )
+from int8run.pipeline.shared_layers import Int8Denoiser
 from int8run.pipeline.step_settings import select_origin, select_quantization_settings
 from int8run.pipeline.store_layers import cache_layers, save_layers, save_vae
 from int8run.pipeline.trace_layers import TracedLayers, trace_layers
@@ -119,11 +120,12 @@ def add_int8_denoiser(
 
 
 def add_int8_controlnets(
-    spec: RunSpec, loaded: LoadedModel, step: TracedStep, progress: Progress
+    built: BuiltModel, spec: RunSpec, loaded: LoadedModel, step: TracedStep, progress: Progress
 ) -> list[BuiltControlnet]:
     """Quantize the ControlNets, after the denoiser.
 
     Args:
+        built: has the INT8 denoiser, whose layers they may share.
         spec: the settings of the run.
         loaded: the float model.
         step: has what they were given.
@@ -133,6 +135,7 @@ def add_int8_controlnets(
         loaded,
         step.controlnet_calls,
         select_quantization_settings(spec),
+        denoiser=Int8Denoiser(built.denoisers["int8"], built.plans),
         keeps_float=spec.needs_float_denoiser,
         progress=progress,
     )

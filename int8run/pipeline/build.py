@@ -113,7 +113,7 @@ def build_model(
         add_int8_denoiser(
             built, spec, loaded, sources=model.sources, step=step, attentions=attentions, progress=progress
         )
-        built.controlnets = add_int8_controlnets(spec, loaded, step, progress)
+        built.controlnets = add_int8_controlnets(built, spec, loaded, step, progress)
         if spec.int8.vae == INT8:
             built.vae = add_int8_vae(spec, loaded, progress)
     else:

@@ -12,11 +12,12 @@ from dataclasses import dataclass, field, replace
 from torch import nn
 
 from int8run.generate.capture import Call
+from int8run.layers.assemble import copy_sharing_tensors
 from int8run.layers.int8_conv import is_convolution
 from int8run.layers.plan import FLOAT, LayerPlan
 from int8run.layers.plan_summary import select_int8_plans
 from int8run.lora.stack import LoraStack
-from int8run.metrics.layers import count_macs, count_module_bytes, note_macs_shares
+from int8run.metrics.layers import count_macs, count_own_bytes, note_macs_shares
 from int8run.models.controlnet_layers import add_controlnet_rules, load_controlnet_rules
 from int8run.models.family import UNKNOWN_FAMILY, ModelFamily, build_conservative_family
 from int8run.models.given_model import find_controlnets
@@ -24,6 +25,12 @@ from int8run.models.loader import list_block_prefixes
 from int8run.pipeline.loaded_model import LoadedModel
 from int8run.pipeline.quantization_settings import QuantizationSettings
 from int8run.pipeline.quantize_denoiser import leave_slow_layers_float, quantize_denoiser
+from int8run.pipeline.shared_layers import (
+    Int8Denoiser,
+    find_shared_modules,
+    put_shared_modules,
+    take_plans,
+)
 from int8run.pipeline.trace_layers import trace_layers
 from int8run.report.console import Progress
 
@@ -38,7 +45,7 @@ class BuiltControlnet:
         component: its name in the pipeline.
         module: that the INT8 model generates with; the float one where no layer of it is INT8.
         float_module: as the pipeline had it; None where no float model generates beside the INT8 one.
-        float_bytes: size of the float one.
+        float_bytes: size of the float one, without what it shares with the denoiser.
         plans: of its layers; none where the run has no INT8 model.
         calls: its arguments in the traced step.
     """
@@ -60,7 +67,7 @@ def list_float_controlnets(loaded: LoadedModel) -> list[BuiltControlnet]:
     """The ControlNets of a pipeline as they are, for a run without an INT8 model."""
     built = []
     for component, module in find_controlnets(loaded.pipe.components).items():
-        built.append(BuiltControlnet(component, module, module, count_module_bytes(module)))
+        built.append(BuiltControlnet(component, module, module, count_own_bytes(module, loaded.denoiser)))
     return built
 
 
@@ -69,6 +76,7 @@ def quantize_controlnets(
     calls: Mapping[str, Sequence[Call]],
     settings: QuantizationSettings,
     *,
+    denoiser: Int8Denoiser,
     keeps_float: bool,
     progress: Progress,
 ) -> list[BuiltControlnet]:
@@ -78,6 +86,7 @@ def quantize_controlnets(
         loaded: the model, whose ControlNets stay as they are.
         calls: arguments of each ControlNet in the traced step, by component.
         settings: how layers become INT8.
+        denoiser: the INT8 one, with its LoRAs.
         keeps_float: whether a float model generates, too.
         progress: of each step.
 
@@ -90,7 +99,7 @@ def quantize_controlnets(
     built = []
     for controlnet in list_float_controlnets(loaded):
         controlnet.calls = calls.get(controlnet.component, ())
-        quantize_controlnet(loaded, controlnet, settings, progress)
+        quantize_controlnet(loaded, controlnet, settings, denoiser=denoiser, progress=progress)
         if not keeps_float:
             controlnet.float_module = None
         built.append(controlnet)
@@ -98,7 +107,12 @@ def quantize_controlnets(
 
 
 def quantize_controlnet(
-    loaded: LoadedModel, controlnet: BuiltControlnet, settings: QuantizationSettings, progress: Progress
+    loaded: LoadedModel,
+    controlnet: BuiltControlnet,
+    settings: QuantizationSettings,
+    *,
+    denoiser: Int8Denoiser,
+    progress: Progress,
 ) -> None:
     """Make one ControlNet INT8.
 
@@ -106,6 +120,7 @@ def quantize_controlnet(
         loaded: the model that it belongs to.
         controlnet: gets its plans and its INT8 module.
         settings: how layers become INT8.
+        denoiser: the INT8 one, whose layers it may share.
         progress: of each step.
     """
     float_module = controlnet.module
@@ -117,30 +132,49 @@ def quantize_controlnet(
         family=adapt_family(loaded.family, float_module),
         checkpoint=None,
     )
-    controlnet.plans = view.plan_layers(settings.int8.convolutions)
+    shared = find_shared_modules(float_module, loaded.denoiser)
+    controlnet.plans = take_plans(view.plan_layers(settings.int8.convolutions), shared, denoiser.plans)
     obstacle = find_obstacle(controlnet, settings)
     if obstacle is not None:
         for plan in controlnet.plans:
             plan.skip(obstacle)
     if controlnet.calls:
         note_macs_shares(controlnet.plans, count_macs(float_module, controlnet.calls))
-    chosen = select_int8_plans(controlnet.plans)
-    if not chosen:
+    if not select_int8_plans(controlnet.plans):
         return
-    traced = trace_layers(float_module, chosen, controlnet.calls)
-    loras = LoraStack(float_module, {})  # LoRAs change the denoiser alone
+    own_plans = [plan for plan in controlnet.plans if plan.name not in shared]
+    module = quantize_own_layers(view, own_plans, settings, calls=controlnet.calls, progress=progress)
+    put_shared_modules(module, shared, denoiser.module)
+    if select_int8_plans(controlnet.plans):
+        controlnet.module = module
+
+
+def quantize_own_layers(
+    view: LoadedModel,
+    plans: Sequence[LayerPlan],
+    settings: QuantizationSettings,
+    *,
+    calls: Sequence[Call],
+    progress: Progress,
+) -> nn.Module:
+    """A copy of a ControlNet in which the layers that it does not share are INT8, as their plans say.
+
+    Args:
+        view: the model with the ControlNet in the denoiser's place.
+        plans: of those layers.
+        settings: how they become INT8.
+        calls: arguments of the ControlNet in the traced step.
+        progress: of each step.
+    """
+    chosen = select_int8_plans(plans)
+    if not chosen:
+        return copy_sharing_tensors(view.denoiser)
+    traced = trace_layers(view.denoiser, chosen, calls)
+    loras = LoraStack(view.denoiser, {})  # LoRAs change the denoiser alone
     quantized = quantize_denoiser(
-        view,
-        controlnet.plans,
-        settings,
-        traced=traced,
-        prequantized=None,
-        loras=loras,
-        progress=progress,
+        view, plans, settings, traced=traced, prequantized=None, loras=loras, progress=progress
     )
-    quantized = leave_slow_layers_float(view, controlnet.plans, settings, quantized=quantized, loras=loras)
-    if quantized.layers:
-        controlnet.module = quantized.denoiser
+    return leave_slow_layers_float(view, plans, settings, quantized=quantized, loras=loras).denoiser
 
 
 def adapt_family(family: ModelFamily, controlnet: nn.Module) -> ModelFamily:

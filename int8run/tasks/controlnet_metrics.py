@@ -5,22 +5,27 @@
 
 from collections.abc import Sequence
 
+from torch import nn
+
 from int8run.layers.plan_summary import select_int8_plans
-from int8run.metrics.layers import count_module_bytes, measure_layer_outputs
+from int8run.metrics.layers import count_own_bytes, measure_layer_outputs
 from int8run.pipeline.controlnets import BuiltControlnet
 
 
-def measure_controlnets(controlnets: Sequence[BuiltControlnet], *, with_outputs: bool) -> dict[str, float]:
+def measure_controlnets(
+    controlnets: Sequence[BuiltControlnet], denoiser: nn.Module, *, with_outputs: bool
+) -> dict[str, float]:
     """The memory of a pipeline's ControlNets, and how many of their layers are INT8 and how exact.
 
     Args:
         controlnets: of the pipeline, one at least; their plans get the error of each layer's output.
+        denoiser: that generates with them; what they share with it is not counted as theirs.
         with_outputs: whether those are measured; only where the float ControlNets are in memory.
 
     Returns:
         Metrics by their public names; without layers where the run has no INT8 model.
     """
-    num_bytes = sum(count_module_bytes(controlnet.module) for controlnet in controlnets)
+    num_bytes = sum(count_own_bytes(controlnet.module, denoiser) for controlnet in controlnets)
     metrics: dict[str, float] = {"memory/controlnet_bytes": num_bytes}
     plans = [plan for controlnet in controlnets for plan in controlnet.plans]
     if not plans:

@@ -115,7 +115,8 @@ def measure_run(
         metrics["float/peak_bytes"] = comparable.peak_bytes
     metrics |= measure_text_encoders(spec, built)
     if built.controlnets:
-        metrics |= measure_controlnets(built.controlnets, with_outputs=spec.metrics.layers)
+        denoiser = built.denoisers[spec.candidate]
+        metrics |= measure_controlnets(built.controlnets, denoiser, with_outputs=spec.metrics.layers)
     metrics |= measure_denoiser_size(built)
     # a reused model cost this run nothing
     metrics["build/load_s"] = 0.0 if is_reused else built.seconds["load"]

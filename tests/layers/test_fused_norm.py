@@ -1,6 +1,7 @@
 """RMSNorms of an INT8 model: which are computed by the backend, and that they stay what they were."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -70,6 +71,10 @@ def test_norms_of_a_known_formula_are_the_backends(
     assert len(calls) == 3
     assert torch.equal(model["torch"](x.transpose(0, 1)), plain["torch"](x.transpose(0, 1)))
     assert len(calls) == 3, "an input that is not contiguous stays torch's"
+
+    loaded = pickle.loads(pickle.dumps(model))
+    assert list_fused(loaded) == list_fused(model)
+    assert all(torch.equal(loaded[name](x), model[name](x)) for name in list_fused(model))
 
 
 def test_other_backends_leave_norms_alone() -> None:

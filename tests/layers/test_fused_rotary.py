@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import pickle
 
 import pytest
 import torch
@@ -60,6 +61,23 @@ def test_processors_that_call_diffusers_function_get_the_backends(monkeypatch: p
     inputs = {"hidden_states": randn(1, TOKENS, WIDTH), "image_rotary_emb": (angles.cos(), angles.sin())}
     assert torch.equal(model["flux"](**inputs), plain["flux"](**inputs))
     assert calls == [(1, TOKENS, HEADS, 8)] * 2, "queries and keys; those of the float model are diffusers'"
+
+
+@torch.no_grad()
+def test_a_model_is_pickled_with_its_processors_and_rotates_as_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = make_model(Cpu())
+    install_rotary(model)
+    loaded = pickle.loads(pickle.dumps(model))
+    calls = count_calls(monkeypatch)
+
+    processor = loaded["flux"].processor
+    assert type(processor) is type(model["flux"].processor) and processor is not model["flux"].processor
+    angles = randn(TOKENS, 8)
+    inputs = {"hidden_states": randn(1, TOKENS, WIDTH), "image_rotary_emb": (angles.cos(), angles.sin())}
+    assert torch.equal(loaded["flux"](**inputs), model["flux"](**inputs))
+    assert len(calls) == 4, "queries and keys of both"
 
 
 def test_what_the_kernel_does_not_compute_stays_diffusers(monkeypatch: pytest.MonkeyPatch) -> None:

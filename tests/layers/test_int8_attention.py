@@ -1,5 +1,7 @@
 """INT8 attention inside a model: the same module, the same float model, another product."""
 
+import io
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -66,6 +68,20 @@ def test_the_products_are_those_of_the_definition(model):
 
     torch.testing.assert_close(computed, int8_by_hand(model, x))
     assert not torch.equal(computed, model(x))
+
+
+def test_a_model_is_pickled_with_its_attention(model):
+    x = randn(2, 9, 32)
+    int8 = install(model)
+
+    buffer = io.BytesIO()
+    torch.save(int8, buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=False)
+
+    assert type(loaded.attn) is type(int8.attn) and loaded.attn.int8_attention is not int8.attn.int8_attention
+    assert loaded.state_dict().keys() == int8.state_dict().keys()
+    assert torch.equal(loaded(x), int8(x))
 
 
 def test_the_float_model_stays_as_it_was(model):

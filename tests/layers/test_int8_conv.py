@@ -1,5 +1,6 @@
 """INT8 convolutions: against torch's own, in every geometry that has one, with branches, and their limits."""
 
+import pickle
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -199,6 +200,10 @@ def test_a_subclass_that_pads_keeps_its_class_and_computes_inside():
     assert isinstance(inside, Padding) and list(inside.parameters()) == []
     assert sqnr_db(conv(x), inside(x)) > 32
     assert conv.weight is not None, "the float one stays as it is"
+
+    loaded = pickle.loads(pickle.dumps(inside))
+    assert type(loaded) is type(inside) and loaded.int8 is not inside.int8
+    assert torch.equal(loaded(x), inside(x))
 
 
 def test_a_layer_moves_and_keeps_its_numbers():

@@ -1,12 +1,19 @@
 """ControlNets in INT8: their own layers by data, the denoiser's by its family, and what keeps one float."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import ControlNetModel, FluxControlNetModel, UNet2DConditionModel
+from diffusers import (
+    ControlNetModel,
+    FluxControlNetModel,
+    UNet2DConditionModel,
+    ZImageControlNetModel,
+    ZImageTransformer2DModel,
+)
 from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
-from support.helpers import CPU, randn
+from support.helpers import CPU, on_int8, randn, to_int8
 from support.tiny_unet_pipeline import build_unet
 from torch import nn
 
@@ -14,6 +21,8 @@ from int8run.backends.reference import Reference
 from int8run.generate.calibration_settings import CalibrationSettings
 from int8run.layers.int8_conv import Int8Layer
 from int8run.layers.plan import Int8Settings
+from int8run.lora.adapters.change import LoraChange
+from int8run.lora.adapters.lora import LoRA
 from int8run.models.family import UNKNOWN_FAMILY, ModelFamily, load_families
 from int8run.models.loader import place_components
 from int8run.models.sampling import Sampling
@@ -21,9 +30,10 @@ from int8run.outlier.convrot import ConvRot
 from int8run.outlier.none import NoOutlier
 from int8run.outlier.smoothquant import SmoothQuant
 from int8run.pipeline.checkpoint_weights import DenoiserWeights
-from int8run.pipeline.controlnets import quantize_controlnets
+from int8run.pipeline.controlnets import list_float_controlnets, quantize_controlnets
 from int8run.pipeline.loaded_model import LoadedModel
 from int8run.pipeline.quantization_settings import QuantizationSettings
+from int8run.pipeline.shared_layers import Int8Denoiser
 from int8run.quant.rounding import AbsMax
 from int8run.quant.weight import sqnr_db
 from int8run.report.console import Progress
@@ -166,8 +176,10 @@ def make_settings(outlier=None, quality_db=None, **int8) -> QuantizationSettings
 
 def quantize(controlnet, family, call, settings):
     calls = {"controlnet": [] if call is None else [call]}
+    loaded = load(controlnet, family)
+    denoiser = Int8Denoiser(loaded.denoiser, [])
     (built,) = quantize_controlnets(
-        load(controlnet, family), calls, settings, keeps_float=True, progress=QUIET
+        loaded, calls, settings, denoiser=denoiser, keeps_float=True, progress=QUIET
     )
     return built
 
@@ -218,7 +230,7 @@ def test_controlnet_that_stays_float_has_rows_with_the_reason(settings, call, re
     built = quantize(controlnet, "flux", call, settings)
     assert built.module is controlnet
     assert built.plans and all(reason in plan.skip_reason for plan in built.plans)
-    metrics = measure_controlnets([built], with_outputs=True)
+    metrics = measure_controlnets([built], nn.Identity(), with_outputs=True)
     assert metrics["controlnet/layers_int8"] == 0 and metrics["memory/controlnet_ratio"] == 1
 
 
@@ -256,7 +268,7 @@ def test_of_an_unknown_denoiser_only_middle_blocks_become_int8():
 
 def test_metrics_count_layers_and_memory_and_name_the_worst_output():
     built = quantize(build_flux_controlnet(), "flux", CALLS["flux"], make_settings())
-    metrics = measure_controlnets([built], with_outputs=True)
+    metrics = measure_controlnets([built], nn.Identity(), with_outputs=True)
     num_int8 = sum(plan.skip_reason is None for plan in built.plans)
     assert metrics["controlnet/layers_int8"] == num_int8 > 0
     assert metrics["controlnet/layers_int8"] + metrics["controlnet/layers_float"] == len(built.plans)
@@ -299,3 +311,75 @@ def test_what_a_controlnet_takes_of_a_skeleton_is_read_into_both():
     assert torch.equal(controlnet.refiner.weight, file["refiner.weight"])
     assert controlnet.pad_token is skeleton.pad_token
     assert torch.equal(controlnet.pad_token, file["pad_token"])
+
+
+SIZES_OF_Z_IMAGE = {"dim": 64, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2}
+
+
+@torch.no_grad()
+def test_layers_that_the_denoiser_shares_are_its_int8_layers_with_its_loras():
+    torch.manual_seed(0)
+    denoiser = randomize(
+        ZImageTransformer2DModel(
+            in_channels=4,
+            n_layers=1,
+            cap_feat_dim=16,
+            axes_dims=[8, 12, 12],
+            axes_lens=[256, 32, 32],
+            **SIZES_OF_Z_IMAGE,
+        )
+    )
+    controlnet = randomize(
+        ZImageControlNetModel(
+            control_layers_places=[0],
+            control_refiner_layers_places=[0],
+            control_in_dim=4,
+            **SIZES_OF_Z_IMAGE,
+        )
+    )
+    ZImageControlNetModel.from_transformer(controlnet, denoiser)
+    call = {
+        "x": [randn(4, 1, 8, 8)],
+        "t": torch.tensor([0.5]),
+        "cap_feats": [randn(8, 16, seed=1)],
+        "control_context": [randn(4, 1, 8, 8, seed=2)],
+    }
+    before = flatten(controlnet(**call).values())
+    other_layers = [name for name, _ in denoiser.named_modules() if not name.startswith("noise_refiner.")]
+    int8, plans = to_int8(denoiser, keep_float=tuple(other_layers))
+    loaded = replace(load(controlnet, "z_image"), denoiser=denoiser)
+    (built,) = quantize_controlnets(
+        loaded,
+        {"controlnet": [call]},
+        make_settings(),
+        denoiser=Int8Denoiser(int8, plans),
+        keeps_float=True,
+        progress=QUIET,
+    )
+
+    shared = "noise_refiner.0.feed_forward.w1"
+    rows = {plan.name: plan for plan in built.plans}
+    assert built.module.get_submodule(shared) is int8.get_submodule(shared)
+    assert isinstance(built.module.get_submodule(shared), Int8Layer)
+    assert rows[shared].skip_reason is None and rows[shared].macs_share > 0
+    # a LoRA of the denoiser changes both ControlNets alike
+    int8_before = flatten(built.module(**call).values())
+    assert sqnr_db(before, int8_before) > 25
+    layer = denoiser.get_submodule(shared)
+    change = LoraChange(LoRA(randn(4, layer.in_features, seed=3), randn(layer.out_features, 4, seed=4)))
+    on_int8(denoiser, int8, [{shared: change}]).set_strengths([2.0])
+    changed = flatten(controlnet(**call).values()) - before
+    int8_changed = flatten(built.module(**call).values()) - int8_before
+    assert sqnr_db(changed, int8_changed) > 15
+
+
+def test_size_of_a_controlnet_is_without_what_the_denoiser_holds():
+    denoiser = Blocks()
+    loaded = replace(load(Blocks(other=denoiser), "flux"), denoiser=denoiser)
+    (built,) = list_float_controlnets(loaded)
+    own_bytes = (2 * 2 + 2) * 4  # weight and bias of `own`
+    assert built.float_bytes == own_bytes
+    assert measure_controlnets([built], denoiser, with_outputs=False)["memory/controlnet_bytes"] == own_bytes
+    # beside a denoiser that does not hold them, they are memory of the ControlNet
+    whole = measure_controlnets([built], nn.Identity(), with_outputs=False)["memory/controlnet_bytes"]
+    assert whole == own_bytes * 2 + 2 * 4
