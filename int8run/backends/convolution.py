@@ -15,7 +15,7 @@ from typing import ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from int8run.backends.base import Backend, Limits, find_instruction_set
+from int8run.backends.base import Limits, find_instruction_set
 from int8run.errors import BackendError
 from int8run.kernels.cpu import conv
 from int8run.kernels.cpu.instructions import AUTO, INSTRUCTION_SETS
@@ -326,11 +326,11 @@ def choose_conv_backend(device: torch.device, asked: str, instructions: str = AU
     return definition
 
 
-def is_stopgap(backend: ConvBackend, asked: Backend) -> bool:
+def is_stopgap(backend: ConvBackend, asked: str) -> bool:
     """Whether the slow definition stands in for kernels: of real sizes, its times take hours.
 
     Args:
         backend: that computes the convolutions.
-        asked: `backend=` of the config, which may ask for the definition.
+        asked: name of the backend of the settings, which may be the definition.
     """
-    return isinstance(backend, ReferenceConv) and asked.name != backend.name
+    return isinstance(backend, ReferenceConv) and asked != backend.name

@@ -60,7 +60,8 @@ def make_picklable(derived: Any, make_class: Callable[..., type], *arguments: An
 
     def reduce_object(self: Any, protocol: Any) -> tuple[Any, ...]:
         # protocols below 2, which nothing uses by default, write the class itself
-        _, _, *state = object.__reduce_ex__(self, max(2, protocol))
+        reduced: Any = object.__reduce_ex__(self, max(2, protocol))
+        state = reduced[2:]
         return (create_empty, (make_class, *arguments), *state)
 
     derived.__reduce_ex__ = reduce_object

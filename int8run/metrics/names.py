@@ -27,11 +27,11 @@ BLOCK_STEP_MS, FLOAT_BLOCK_STEP_MS = "series/block_step_ms", "series/float_block
 # what runs have without being asked
 RUN_METRICS: Mapping[str, Metric] = {
     "budget/asked_db": Metric(NEITHER, "the quality that `quality_db` asks for"),
-    "budget/layers_kept": Metric(LESS, "layers that stay float for it"),
-    "budget/memory_ratio": Metric(LESS, "the denoiser's memory over that with every layer in INT8"),
+    "budget/layers_kept": Metric(LESS, "layers and attentions that stay float for it"),
+    "budget/memory_ratio": Metric(LESS, "the denoiser's memory over that with all in INT8"),
     "budget/reached_db": Metric(MORE, "the quality with them"),
-    "budget/step_ratio": Metric(LESS, "the time of a step over that with every layer in INT8"),
-    "budget/without_db": Metric(MORE, "the quality with every layer in INT8"),
+    "budget/step_ratio": Metric(LESS, "the time of a step over that with all in INT8"),
+    "budget/without_db": Metric(MORE, "the quality with all in INT8"),
     "build/load_s": Metric(LESS, "seconds to load the model; 0 when an earlier job did"),
     "build/quantize_s": Metric(LESS, "seconds to quantize it; 0 when an earlier job did"),
     "build/read_bytes": Metric(LESS, "what `task=quantize` read"),

@@ -37,7 +37,7 @@ from int8run.pipeline.add_int8 import (
     add_int8_vae,
 )
 from int8run.pipeline.built_model import BuiltModel
-from int8run.pipeline.compile import compile_denoisers
+from int8run.pipeline.compile import compile_denoisers, report_uncompiled
 from int8run.pipeline.controlnets import list_float_controlnets
 from int8run.pipeline.given_files import check_checkpoint_fits, check_loras_fit
 from int8run.pipeline.load import load_model
@@ -121,6 +121,7 @@ def build_model(
     install_candidate(built, spec)
     built.seconds = {"load": model.load_seconds, "quantize": time.perf_counter() - started}
     compile_denoisers(built.denoisers, spec.compile, has_hooks=spec.offload != "none")
+    report_uncompiled([controlnet.component for controlnet in built.controlnets], spec.compile)
     return built
 
 

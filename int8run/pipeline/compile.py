@@ -4,7 +4,8 @@ With CUDA graphs a step is recorded once and played back, with the tensors where
 changes between two steps is written into the tensors that are there: LoRA strengths, merged weights.
 """
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from torch.utils._pytree import tree_map
 
 from int8run.config.run_modes import REDUCE_OVERHEAD
 from int8run.models.dual_denoisers import split_denoiser
+
+log = logging.getLogger(__name__)
 
 
 def compile_denoisers(denoisers: Mapping[str, nn.Module], mode: str, *, has_hooks: bool) -> None:
@@ -31,6 +34,19 @@ def compile_denoisers(denoisers: Mapping[str, nn.Module], mode: str, *, has_hook
             part.compile(fullgraph=not has_hooks)
         elif mode == REDUCE_OVERHEAD:
             compile_to_cuda_graphs(part)
+
+
+def report_uncompiled(components: Iterable[str], mode: str) -> None:
+    """Log which components that run in each step are not compiled where the denoisers are.
+
+    Args:
+        components: of the ControlNets, float and INT8 alike.
+        mode: as for `compile_denoisers`.
+    """
+    if mode == "none":
+        return
+    for component in components:
+        log.info("compile=%s compiles the denoiser alone; %s runs uncompiled", mode, component)
 
 
 def compile_to_cuda_graphs(model: nn.Module) -> None:

@@ -335,7 +335,6 @@ def search_mixed_precision(
     Raises:
         ConfigError: when only the float model meets it.
     """
-
     attentions = settings.attention_layers
 
     def assemble(names: Sequence[str]) -> nn.Module:

@@ -54,6 +54,19 @@ class AttentionShape(NamedTuple):
     mask_shape: tuple[int, ...] = ()
 
     @property
+    def sizes(self) -> tuple[int, ...]:
+        """All numbers but those of the mask."""
+        return (
+            self.batch,
+            self.heads,
+            self.kv_heads,
+            self.queries,
+            self.keys,
+            self.width,
+            self.value_width,
+        )
+
+    @property
     def macs(self) -> int:
         """Multiply-adds of both products, masked ones included."""
         return self.batch * self.heads * self.queries * self.keys * (self.width + self.value_width)
@@ -110,6 +123,19 @@ class AttentionTrace:
 
     shapes: Counter[AttentionShape] = field(default_factory=Counter)
     reason: str | None = None
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """All numbers but those of the mask."""
+        return (
+            self.batch,
+            self.heads,
+            self.kv_heads,
+            self.queries,
+            self.keys,
+            self.width,
+            self.value_width,
+        )
 
     @property
     def macs(self) -> int:

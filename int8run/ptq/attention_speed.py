@@ -69,7 +69,7 @@ class AttentionSpeed:
             shape: of one call.
             layer: computes it in INT8.
         """
-        sizes = "x".join(str(int(size)) for size in shape[:7])
+        sizes = "x".join(str(int(size)) for size in shape.sizes)
         mask = shape.mask or "none"
         if shape.mask_shape:
             mask += f" {'x'.join(map(str, shape.mask_shape))}"

@@ -55,7 +55,7 @@ class ConvCosts(LayerCosts):
         if self.conv_backend is None:
             instructions = getattr(self.backend, "instructions", AUTO)
             self.conv_backend = choose_conv_backend(self.device, self.backend.name, instructions)
-        if is_stopgap(self.conv_backend, self.backend):
+        if is_stopgap(self.conv_backend, self.backend.name):
             return 1.0
         shape = describe_plain_convolution(
             read_geometry(conv), conv.out_channels, input_shape, self.conv_backend
@@ -81,7 +81,7 @@ class ConvCosts(LayerCosts):
             rank: of all LoRAs together.
             input_shape: [B, C, *size].
         """
-        if is_stopgap(layer.backend, self.backend):
+        if is_stopgap(layer.backend, self.backend.name):
             return 1.0
         key = f"cost of a branch of rank {rank} | {describe_convolution(layer, input_shape)}"
         known = self.look_up(key)

@@ -96,7 +96,7 @@ class ConvolutionBinder:
         if self.asked.name not in ("auto", self.backend.name):
             # a backend of Linears has no convolutions; this is what stands for it
             plan.backend_asked = "auto"
-        if self.is_timed and is_stopgap(self.backend, self.asked):
+        if self.is_timed and is_stopgap(self.backend, self.asked.name):
             plan.float_reason = f"only the slow definition computes INT8 convolutions on {self.device.type}"
         elif self.is_timed and input_shape is not None:
             self.compare_with_float(plan, made, conv, tuple(input_shape))

@@ -1,4 +1,6 @@
-"""`model_type.mixed_precision=auto`: the most sensitive layers stay float until a quality target is met.
+"""`model_type.mixed_precision=auto`: what is most sensitive stays float until a quality target is met.
+
+That may be layers and attentions.
 
 `int8run.pipeline.quantize_denoiser` runs the search after the layers are quantized. It generates the
 calibration images with trial denoisers, so every quality it reports is measured.
@@ -30,7 +32,6 @@ from int8run.models.attention_calls import entered_while_running, native_attenti
 from int8run.models.dual_denoisers import set_denoiser
 from int8run.models.sampling import Sampling
 from int8run.report.console import Progress
-from int8run.utils.plurals import count_noun
 from int8run.utils.timing import time_medians
 
 log = logging.getLogger(__name__)
@@ -48,10 +49,10 @@ class MixedPrecisionResult:
     Args:
         asked_db: the target, `quality_db`.
         reached_db: signal-to-error ratio of the last latents.
-        without_db: the same with every layer in INT8.
-        kept: the layers that stay float, each with its share of the sum of all sensitivities.
-        step_ratio: time of a step over its time with every layer in INT8.
-        memory_ratio: memory of the denoiser over its memory with every layer in INT8.
+        without_db: the same with all of them in INT8.
+        kept: the layers and attentions that stay float, each with its share of the sum of all sensitivities.
+        step_ratio: time of a step over its time with all of them in INT8.
+        memory_ratio: memory of the denoiser over its memory with all of them in INT8.
     """
 
     asked_db: float
@@ -76,18 +77,18 @@ class MixedPrecisionResult:
     def __str__(self) -> str:
         start = f"quality budget {self.asked_db:g} dB"
         if not self.kept:
-            return f"{start}: met at {self.reached_db:.1f} dB with no layer kept for it"
-        reached = f"{self.reached_db:.1f} dB with {count_noun(len(self.kept), 'layer')} kept float"
+            return f"{start}: met at {self.reached_db:.1f} dB with nothing kept for it"
+        reached = f"{self.reached_db:.1f} dB with {len(self.kept)} of the layers and attentions kept float"
         price = f"{self.step_ratio:.2f}× the time, the denoiser {self.memory_ratio:.2f}× the memory"
         return f"{start}: {reached}, {self.without_db:.1f} dB without; a step takes {price}"
 
 
 @dataclass(frozen=True)
 class MixedPrecisionSearch:
-    """Keeps as few layers float as a quality target needs, the most error per multiply-add first.
+    """Keeps as few layers and attentions float as a quality target needs.
 
-    How many layers that takes is found by bisection; each trial generates the calibration images and compares
-    their last latents with those of the float model.
+    Those with the most error per multiply-add come first. How many that takes is found by bisection; each
+    trial generates the calibration images and compares their last latents with those of the float model.
 
     Args:
         float_denoiser: the float model.
@@ -101,7 +102,7 @@ class MixedPrecisionSearch:
         sampling: steps and size of the images.
         calls: arguments of the denoiser at some of their timesteps.
         target_db: the least signal-to-error ratio of the last latents.
-        progress: counts layers and trials.
+        progress: counts layers, attentions and trials.
     """
 
     float_denoiser: nn.Module
@@ -130,7 +131,7 @@ class MixedPrecisionSearch:
         with self.progress.track_loop("Meeting the quality budget", len(self.layers) + n_trials) as advance:
             exact = self._generate_images(self.float_denoiser)
             all_int8 = self.assemble(list(self.layers))
-            # dB by the number of float layers
+            # dB by the number of float layers and attentions
             reached_db = {0: measure_latents_db(self._generate_images(all_int8), exact)}
             advance(1)
             if reached_db[0] >= self.target_db:
@@ -182,17 +183,16 @@ class MixedPrecisionSearch:
         reached_db: dict[int, float],
         on_trial: Callable[[], None],
     ) -> int:
-        """The least number of float layers, the first of the order, that meets the target; measured on the
-        way.
+        """How many of the order, the first ones, have to be float to meet the target; measured on the way.
 
-        All layers, the float model itself, always meet it.
+        All of them, the float model itself, always meet it.
         """
         too_few, enough = 0, len(order)
         while enough - too_few > 1:
             n_float = (too_few + enough) // 2
             trial = self.assemble(order[n_float:])
             reached_db[n_float] = measure_latents_db(self._generate_images(trial), exact)
-            log.debug("%d layers float: %.1f dB", n_float, reached_db[n_float])
+            log.debug("%d layers and attentions float: %.1f dB", n_float, reached_db[n_float])
             if reached_db[n_float] >= self.target_db:
                 enough = n_float
             else:
@@ -201,14 +201,14 @@ class MixedPrecisionSearch:
         return enough
 
     def _check_reachable(self, n_float: int, reached_db: Mapping[int, float]) -> None:
-        n_layers = len(self.layers)
-        if n_float < n_layers:
+        n_all = len(self.layers)
+        if n_float < n_all:
             return
         best = max(reached_db, key=reached_db.__getitem__)
         raise ConfigError(
             f"quality_db={self.target_db:g} is met by the float model alone: {reached_db[best]:.1f} dB is "
-            f"the most that was measured, with {best} of {n_layers} layers float; "
-            "ask for less, or try outlier=auto or rounding=gptq"
+            f"the most that was measured, with {best} of {n_all} layers and "
+            "attentions float; ask for less, or try outlier=auto or rounding=gptq"
         )
 
     @torch.no_grad()
@@ -238,7 +238,7 @@ def measure_layer_sensitivities(
     *,
     on_layer: Callable[[], None],
 ) -> dict[str, float]:
-    """Squared relative error of the denoiser's output when a single layer is INT8, mean over the calls.
+    """Squared relative error of the denoiser's output when one layer or attention is INT8, mean over calls.
 
     Args:
         denoiser: the float model.

@@ -102,7 +102,7 @@ class PartTimer:
         """What computes INT8 convolutions here; None: only the definition, and nobody asked for it."""
         instructions = getattr(self.asked, "instructions", AUTO)
         chosen = choose_conv_backend(self.device, self.asked.name, instructions)
-        if is_stopgap(chosen, self.asked):
+        if is_stopgap(chosen, self.asked.name):
             self.left_out["INT8 convolutions"] = f"only the slow definition computes them on {self.device}"
             return None
         return chosen

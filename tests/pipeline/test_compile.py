@@ -2,6 +2,7 @@
 that a recorded graph reads. The compiler of these tests counts, and runs the graphs as they are.
 """
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from int8run.pipeline import compile as module
 from int8run.pipeline.built_model import BuiltModel
-from int8run.pipeline.compile import compile_denoisers
+from int8run.pipeline.compile import compile_denoisers, report_uncompiled
 
 INT8_TARGET, FLOAT_TARGET = "transformer_blocks.0.attn.to_q", "proj_out"
 
@@ -125,3 +126,12 @@ def test_a_whole_graph_is_asked_for_where_no_hooks_part_it(has_hooks: bool) -> N
         compile_denoisers({"int8": Model()}, mode, has_hooks=has_hooks)
 
     assert asked == [("blocks", not has_hooks), ("full", not has_hooks)]
+
+
+@pytest.mark.parametrize(("mode", "count"), [("none", 0), ("blocks", 1)])
+def test_a_controlnet_that_runs_uncompiled_is_said(
+    mode: str, count: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        report_uncompiled(["controlnet"], mode)
+    assert caplog.text.count("compiles the denoiser alone; controlnet runs uncompiled") == count

@@ -630,7 +630,7 @@ def test_models_of_the_same_layers_share_their_memory() -> None:
 def test_a_budget_says_what_it_paid() -> None:
     budget = MixedPrecisionResult(45, 46.24, 31.06, {"a": 0.6, "b": 0.1}, 1.251, 1.1)
     assert str(budget) == (
-        "quality budget 45 dB: 46.2 dB with 2 layers kept float, 31.1 dB "
+        "quality budget 45 dB: 46.2 dB with 2 of the layers and attentions kept float, 31.1 dB "
         "without; a step takes 1.25× the time, the denoiser 1.10× the "
         "memory"
     )
@@ -644,7 +644,7 @@ def test_a_budget_says_what_it_paid() -> None:
     }
     assert (
         str(MixedPrecisionResult(30.5, 41, 41, {}, 1, 1))
-        == "quality budget 30.5 dB: met at 41.0 dB with no layer kept for it"
+        == "quality budget 30.5 dB: met at 41.0 dB with nothing kept for it"
     )
 
 
@@ -760,7 +760,7 @@ def test_a_budget_that_only_the_float_model_meets_names_the_best_that_was_measur
 ) -> None:
     message = (
         rf"^quality_db={asked:g} is met by the float model alone: 50\.0 dB "
-        rf"is the most that was measured, with 5 of 6 layers float; ask"
+        rf"is the most that was measured, with 5 of 6 layers and attentions float; ask"
     )
     with pytest.raises(ConfigError, match=message):
         counted_budget(asked, monkeypatch, dict.fromkeys(LINEARS, 1.0), dict.fromkeys(LINEARS, 1))
@@ -857,7 +857,7 @@ def test_a_low_budget_keeps_nothing_and_looks_at_no_layer(monkeypatch: pytest.Mo
 def test_a_budget_beyond_reach_is_a_setting_that_cannot_work() -> None:
     message = (
         r"^quality_db=200 is met by the float model alone: \d+\.\d dB is "
-        r"the most .*, with \d+ of 34 layers float; ask for less, or try"
+        r"the most .*, with \d+ of 34 layers and attentions float; ask for less, or try"
     )
     with pytest.raises(ConfigError, match=message):
         real_budget(200.0)
