@@ -125,19 +125,6 @@ class AttentionTrace:
     reason: str | None = None
 
     @property
-    def sizes(self) -> tuple[int, ...]:
-        """All numbers but those of the mask."""
-        return (
-            self.batch,
-            self.heads,
-            self.kv_heads,
-            self.queries,
-            self.keys,
-            self.width,
-            self.value_width,
-        )
-
-    @property
     def macs(self) -> int:
         """Multiply-adds of all calls."""
         return sum(shape.macs * count for shape, count in self.shapes.items())
