@@ -1,8 +1,9 @@
 // GroupNorm in front of a convolution: the statistics of each group, as a factor and a shift of each channel, which
 // pixels.h and planes.h apply on their way to bytes. The definition is `measure_norm` in kernels/int8_conv/reference.py.
 //
-// Numbers are summed in float32 for some pixels at a time, about the channel's first pixel, so that a mean far from 0
-// costs no digits; those sums in float64. One order for each layout, whatever the set and the number of threads.
+// Numbers are summed in float32 for some pixels at a time, about a number that the channel has, so that a mean far from 0
+// costs no digits; those sums in float64. It is the middle one of three pixels, so that none far from all others is it.
+// One order for each layout, whatever the set and the number of threads.
 #pragma once
 
 #include <algorithm>
@@ -30,7 +31,7 @@ struct ChannelSteps {
   float *factor, *shift;
 };
 
-// ChannelSums over chunks of pixels, about each channel's first pixel
+// ChannelSums over chunks of pixels, about a number of each channel
 struct ChannelSums {
   int64_t C, chunks;
   std::vector<float> origins;  // [images, C]
@@ -45,6 +46,14 @@ float read_number(const typename X::T* x) {
   float lanes[16];
   store(lanes, X::load(x, first_lanes(1)));
   return lanes[0];
+}
+
+// What the sums of a channel are about. The pixels lie where an image whose width is a power of 2 has no edge.
+template <class X>
+float choose_origin(const PixelsInput& in, const typename X::T* x) {
+  const auto read = [&](int64_t sevenths) { return read_number<X>(x + in.plane * sevenths / 7 * in.pixel_stride); };
+  const float a = read(1), b = read(3), c = read(5);
+  return std::max(std::min(a, b), std::min(std::max(a, b), c));
 }
 
 // COUNT pixels, whose channels lie side by side, on top of the sums of those before
@@ -122,7 +131,7 @@ void measure_norm(const PixelsInput& in, const GroupNorm& norm, const ChannelSte
   ChannelSums sums(in);
   for (int64_t image = 0; image < in.images; image++)
     for (int64_t c = 0; c < in.C; c++)
-      sums.origins[image * in.C + c] = read_number<X>(x + image * in.image_stride + c * in.channel_stride);
+      sums.origins[image * in.C + c] = choose_origin<X>(in, x + image * in.image_stride + c * in.channel_stride);
   MemoryGuard memory;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {

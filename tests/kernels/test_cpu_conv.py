@@ -187,6 +187,19 @@ def test_a_norm_is_torchs(shape, groups):
         torch.testing.assert_close(made, expected.flatten(2), rtol=1e-3, atol=1e-3)
 
 
+def test_a_pixel_far_from_all_others_costs_a_norm_no_digits():
+    x = randn(1, 4, 64, 64)
+    x[0, :2, 0, 0] = 1000.0
+    x[0, 2:, -1, -1] = -1000.0
+    norm = make_norm(4, 2)
+    expected = measure_norm(x, norm)
+    planes = x.flatten(2)
+    rows = planes.transpose(1, 2).contiguous().transpose(1, 2)
+    for name, laid_out in itertools.product(FOUND, (planes, rows)):
+        for found, exact in zip(pixels.measure_norm(laid_out, norm, name), expected, strict=True):
+            torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("instructions", FOUND)
 def test_norm_and_silu_come_before_the_pixels_are_rounded(instructions):
     for case, dtype in itertools.product([CASES[2], CASES[8], CASES[10]], DTYPES):
