@@ -17,6 +17,11 @@ from int8run.errors import FileError
 from int8run.models.tensor_part import TensorPart, join_shapes
 
 WEIGHT = ".weight"
+FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+
+
+class BaseReadError(FileError):
+    """The base cannot be read, which says nothing about the audited file."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,16 +47,33 @@ class BaseFiles:
             return None
         return layer
 
+    def list_float_keys(self, prefix: str) -> list[str]:
+        """The float tensors of the model but its weights, and what belongs to quantized ones.
+
+        Args:
+            prefix: before the keys of the model.
+        """
+        of_weights = {layer.key for layer in self.layers.values()}
+        of_weights |= {key for layer in self.layers.values() for key in layer.sibling_keys}
+        return [
+            key
+            for key, info in self.files.items()
+            if key.startswith(prefix) and key not in of_weights and info.dtype in FLOAT_DTYPES
+        ]
+
     def read(self, key: str, rows: slice | None) -> Tensor:
         """Some rows of a tensor, of a quantized weight as floats.
 
         Raises:
-            FileError: when it cannot be read.
+            BaseReadError: when it cannot be read.
         """
         layer = self.find_quantized(key)
-        if layer is not None:
-            return layer.read_weight(self.files, rows)
-        data = self.files.read(key, rows)
+        try:
+            if layer is not None:
+                return layer.read_weight(self.files, rows)
+            data = self.files.read(key, rows)
+        except FileError as error:
+            raise BaseReadError(str(error)) from error
         self.files.drop_from_page_cache(key, rows)
         return data
 
@@ -101,24 +123,29 @@ class BaseTensor:
             return len(self.whole)
         return sum(part.count_rows(self.base.shapes[part.key][0]) for part in self.parts)
 
-    def read_rows(self, start: int, stop: int) -> Tensor:
+    def read_rows(self, start: int, stop: int, *, allow_infinity: bool = False) -> Tensor:
         """Rows of the tensor as a matrix.
 
         Args:
             start: the first row.
             stop: the one after the last.
+            allow_infinity: of tensors that are no quantized weight: masks are made of it.
 
         Returns:
             [stop - start, K], in the base's dtype.
 
         Raises:
-            FileError: NaN or infinity in them, or a damaged base.
+            BaseReadError: NaN or infinity in them, or a damaged base.
         """
         found = self.read_plain_rows(start, stop) if self.is_plain else self.whole[start:stop]
         rows = found.reshape(stop - start, -1).contiguous()
         # a sum is finite if all numbers are, but for overflow
-        if not torch.isfinite(rows.sum(dtype=torch.float32)) and not rows.isfinite().all():
-            raise FileError(f"{self.base.files.path}: {self.parts[0].key} holds NaN or infinity")
+        if torch.isfinite(rows.sum(dtype=torch.float32)):
+            return rows
+        if rows.isnan().any():
+            raise BaseReadError(f"{self.base.files.path}: {self.parts[0].key} holds NaN")
+        if not allow_infinity and rows.isinf().any():
+            raise BaseReadError(f"{self.base.files.path}: {self.parts[0].key} holds infinity")
         return rows
 
     def read_plain_rows(self, start: int, stop: int) -> Tensor:

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
-from int8run.audit.base_weight import BaseFiles, BaseTensor
+from int8run.audit.base_weight import FLOAT_DTYPES, BaseFiles, BaseTensor
 from int8run.audit.compare_layer import compare_layer
 from int8run.audit.file_checks import list_file_findings
-from int8run.audit.float_tensors import FLOAT_DTYPES, measure_change
+from int8run.audit.float_tensors import measure_change
 from int8run.audit.grades import Finding, choose_grade, load_grades
 from int8run.audit.layer_audit import LayerAudit, judge_layer
 from int8run.audit.layer_findings import list_layer_findings

@@ -5,7 +5,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from int8run.audit.base_weight import BaseFiles, BaseTensor
@@ -198,18 +198,44 @@ def is_quantized_bias(known: KnownFile, key: str) -> bool:
 
 
 def check_completeness(known: KnownFile, layers: Sequence[LayerAudit]) -> Iterator[Finding]:
-    """Weights that only one of the two has."""
+    """Weights and other float tensors that only one of the two has."""
     assert known.base is not None
     used = {key for match in known.matches.values() for key in match.keys}
-    missing = [
-        name
-        for name, layer in known.base.layers.items()
-        if name.startswith(known.base_prefix) and layer.key not in used
-    ]
-    if missing:
-        places = join_counts(Counter(map(shorten_name, missing)))
-        yield Finding("missing_layer", tuple(missing), places, len(known.base.layers))
+    base_layers = {
+        name: layer for name, layer in known.base.layers.items() if name.startswith(known.base_prefix)
+    }
+    missing = [name for name, layer in base_layers.items() if layer.key not in used]
+    yield from make_finding("missing_layer", missing, len(base_layers))
+    base_floats = known.base.list_float_keys(known.base_prefix)
+    missing_floats = [key for key in base_floats if key not in used]
+    yield from make_finding("missing_float", leave_out_known(missing_floats, missing), len(base_floats))
+
     extra = [layer.name for layer in layers if f"{layer.name}{WEIGHT}" not in known.matches]
-    if extra:
-        places = join_counts(Counter(map(shorten_name, extra)))
-        yield Finding("extra_layer", tuple(extra), places, len(layers))
+    yield from make_finding("extra_layer", extra, len(layers))
+    weights = {layer.key for layer in known.layers.values()}
+    own_floats = [key for key in known.list_float_keys() if key not in weights]
+    extra_floats = [key for key in own_floats if key not in known.matches]
+    yield from make_finding("extra_float", leave_out_known(extra_floats, extra), len(own_floats))
+
+
+def leave_out_known(keys: Iterable[str], layers: Collection[str]) -> list[str]:
+    """Tensors but biases of layers that are a finding themselves, and what models compute.
+
+    Args:
+        keys: of the tensors.
+        layers: that are a finding.
+    """
+    table = load_grades()
+    return [key for key in keys if key.removesuffix(BIAS) not in layers and not table.is_computed(key)]
+
+
+def make_finding(code: str, names: Sequence[str], out_of: int) -> Iterator[Finding]:
+    """A finding about some layers or tensors, with the places where they are; none where there are none.
+
+    Args:
+        code: of `grades.yaml`.
+        names: of the layers or tensors.
+        out_of: how many could have been about.
+    """
+    if names:
+        yield Finding(code, tuple(names), join_counts(Counter(map(shorten_name, names))), out_of)

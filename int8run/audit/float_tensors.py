@@ -13,13 +13,12 @@ from int8run.audit.base_weight import BaseTensor
 from int8run.audit.stored_numbers import iterate_spans
 from int8run.checkpoints.reader import TensorFiles
 
-FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
-
 
 def measure_change(files: TensorFiles, key: str, base: BaseTensor) -> float:
     """How far a float tensor of a file is from the base's, as a share of its size; 0: equal.
 
-    Infinite where no share can say it: NaN or infinity in the file, or zeros in the base.
+    Infinite where no share can say it: NaN or infinity where the base has none, or zeros in the base.
+    Infinity that both have, as masks do, is equal.
 
     Args:
         files: the file.
@@ -38,11 +37,13 @@ def measure_change(files: TensorFiles, key: str, base: BaseTensor) -> float:
         own = files.read(key, rows)
         files.drop_from_page_cache(key, rows)
         own = own.reshape(span.stop - span.start, -1)
-        other = base.read_rows(span.start, span.stop)
-        signal += float(other.float().square().sum(dtype=torch.float64))
+        other = base.read_rows(span.start, span.stop, allow_infinity=True)
+        finite = torch.where(other.isinf(), 0, other)
+        signal += float(finite.float().square().sum(dtype=torch.float64))
         if torch.equal(own, other.to(own.dtype)):
             continue
-        difference += float((own.double() - other.double()).square().sum())
+        apart = torch.where(own == other, 0, own.double() - other.double())
+        difference += float(apart.square().sum())
     if difference == 0:
         return 0.0
     if signal == 0 or not math.isfinite(difference):

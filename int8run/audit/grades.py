@@ -3,8 +3,9 @@
 `file_audit` adds findings and asks for the grade. Nothing here knows a tensor.
 """
 
+import fnmatch
 import functools
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,11 +55,17 @@ class GradeTable:
         grades: letter -> meaning, the best first.
         findings: what can be found, by code.
         limits: from where on it is.
+        computed_tensors: patterns of tensors that a file may leave out or have.
     """
 
     grades: Mapping[str, str]
     findings: Mapping[str, FindingKind]
     limits: Limits
+    computed_tensors: Sequence[str]
+
+    def is_computed(self, key: str) -> bool:
+        """Whether models compute a tensor themselves, so that it need not be in a file."""
+        return any(fnmatch.fnmatchcase(key, pattern) for pattern in self.computed_tensors)
 
     def find_worst(self, grades: Iterable[str], best: str) -> str:
         """The worst of some grades, or `best` where all are better than it.
@@ -103,7 +110,12 @@ def load_grades() -> GradeTable:
     """What `grades.yaml` says."""
     data = yaml.safe_load(GRADES_FILE.read_text(encoding="utf-8"))
     kinds = {code: FindingKind(**fields) for code, fields in data["findings"].items()}
-    return GradeTable(grades=data["grades"], findings=kinds, limits=Limits(**data["limits"]))
+    return GradeTable(
+        grades=data["grades"],
+        findings=kinds,
+        limits=Limits(**data["limits"]),
+        computed_tensors=data["computed_tensors"],
+    )
 
 
 def choose_grade(findings: Collection[Finding], *, has_base: bool, is_reproduced: bool) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from int8run import __version__
+from int8run.audit.base_weight import BaseReadError
 from int8run.audit.file_audit import AuditedFile, FileAudit, audit_file
 from int8run.audit.grades import Finding, GradeTable, load_grades
 from int8run.checkpoints.declared_format import UNDECLARED, DeclaredFormat
@@ -82,7 +83,8 @@ def run_audit(spec: RunSpec, job: Job, request: AuditRequest) -> dict[str, Any]:
         check_is_quantized(read)
         base = open_base(spec, job, request, stack)
         audited = plan_audit(read, base, spec.model_type)
-        audit = audit_with_progress(audited, spec)
+        with graded_when_unreadable(job, files):
+            audit = audit_with_progress(audited, spec)
     summary = describe_audit(audit, audited, read, base)
     summary["reader_warnings"] = list(dict.fromkeys(warnings))
     summary["min_grade"] = request.min_grade
@@ -135,9 +137,11 @@ def find_named_model(spec: RunSpec, overrides: Sequence[str]) -> Any:
 
 @contextmanager
 def graded_when_unreadable(job: Job, files: TensorFiles) -> Iterator[None]:
-    """Write a grade for a file whose layers cannot be read, before the error goes on."""
+    """Write a grade for a file that cannot be read, before the error goes on; the base's errors grade none."""
     try:
         yield
+    except BaseReadError:
+        raise
     except FileError as error:
         write_results(job.output_dir, describe_unreadable(files.path, str(error)))
         raise

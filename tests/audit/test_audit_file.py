@@ -228,6 +228,44 @@ def test_a_layer_that_is_missing(audit: Audit) -> None:
     assert (found.grade, finding.code, finding.names) == ("F", "missing_layer", (FIRST,))
 
 
+def test_norms_and_biases_that_only_one_of_the_two_has(audit: Audit) -> None:
+    base = {**make_base(), "norm.weight": torch.ones(COLUMNS), "rope.inv_freq": torch.ones(8)}
+    tensors = make_int8(base) | {"other.scale": torch.ones(3)}
+    for key in ("norm.weight", "rope.inv_freq", f"{FIRST}.bias"):
+        del tensors[key]
+
+    found = audit(tensors, base)
+
+    missing, extra = found.findings
+    assert (found.grade, missing.code, missing.out_of) == ("F", "missing_float", 8)
+    assert set(missing.names) == {"norm.weight", f"{FIRST}.bias"}
+    assert (extra.code, extra.names, extra.out_of) == ("extra_float", ("other.scale",), 6)
+
+
+def test_layers_that_are_missing_are_counted_among_those_of_the_model(audit: Audit) -> None:
+    prefix = "model.diffusion_model."
+    base = {prefix + key: tensor for key, tensor in make_base().items()}
+    base["vae.decoder.weight"] = torch.ones(8, 8)
+    tensors = make_int8(make_base())
+    for key in [key for key in tensors if key.startswith(f"{FIRST}.")]:
+        del tensors[key]
+
+    found = audit(tensors, base)
+
+    (finding,) = found.findings
+    assert (finding.code, finding.names, finding.out_of) == ("missing_layer", (prefix + FIRST,), 6)
+
+
+def test_a_mask_of_infinity_is_equal_to_itself_alone(audit: Audit) -> None:
+    mask = torch.tensor([0.0, 1.0, -math.inf])
+    base = {**make_base(), "mask": mask, "other_mask": mask.clone()}
+    tensors = make_int8(base) | {"other_mask": torch.tensor([0.0, 1.5, -math.inf])}
+
+    found = audit(tensors, base)
+
+    assert found.changed_floats == {"other_mask": 0.5}
+
+
 def test_a_layer_of_another_shape(audit: Audit) -> None:
     base = make_base()
     tensors = make_int8(base)

@@ -1,6 +1,7 @@
 """`task=audit`: from the command line to the page, the exit code, and what is refused."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,14 @@ import torch
 from audit.audit_files import NAMES, make_base, make_int8, write_file
 from safetensors.torch import load_file, save_file
 from support.cli_process import Command
+from support.run_job import make_spec
 from torch import Tensor
 
+from int8run.checkpoints.reader import TensorFiles
+from int8run.config.job import Job
+from int8run.errors import FileError
+from int8run.tasks.audit import AuditRequest
+from int8run.tasks.audit import run_audit as run_task
 from int8run.utils.paths import ASSETS_FOLDER
 
 QUIET = ("tracker=none", "progress=false", "hydra.run.dir=out")
@@ -121,6 +128,35 @@ def test_scales_that_are_no_numbers_are_graded_f(command: Command, value: float)
     assert code == 3
     assert "1 of 192 numbers of blocks.0.attn.to_q.weight_scale are not finite and above 0" in err
     assert (found["grade"], found["findings"][0]["code"]) == ("F", "unreadable")
+
+
+def run_in_process(folder: Path, read: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Audit the pair of a folder, with tensors read by another function."""
+    monkeypatch.setattr(TensorFiles, "read", read)
+    names = {"path": str(folder / "file.safetensors"), "base": str(folder / "base.safetensors")}
+    run_task(make_spec([]), Job({}, {}, [], folder), AuditRequest(**names, component=None, min_grade="C"))
+
+
+@pytest.mark.parametrize(("damaged", "is_graded"), [("file", True), ("base", False)])
+def test_what_cannot_be_read_grades_the_file_and_not_its_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: str, is_graded: bool
+) -> None:
+    base = make_base()
+    write_pair(tmp_path, make_int8(base), base)
+    read = TensorFiles.read
+
+    def fail(files: TensorFiles, key: str, rows: slice | None = None) -> Tensor:
+        if files.path.stem == damaged and key == f"{NAMES[-1]}.weight":
+            raise FileError("a bad sector")
+        return read(files, key, rows)
+
+    with pytest.raises(FileError, match="a bad sector"):
+        run_in_process(tmp_path, fail, monkeypatch)
+
+    written = tmp_path / "audit.json"
+    assert written.exists() == is_graded
+    if is_graded:
+        assert json.loads(written.read_text())["findings"][0]["detail"] == "a bad sector"
 
 
 def test_a_base_with_other_names_is_another_model(command: Command) -> None:
