@@ -63,7 +63,7 @@ def list_usable_backends(device: torch.device) -> list[str]:
 
 def read_backend_option(name: str) -> Mapping[str, Any]:
     """The YAML file of one option."""
-    text = files("int8run.conf").joinpath("backend", f"{name}.yaml").read_text()
+    text = files("int8run.conf").joinpath("backend", f"{name}.yaml").read_text(encoding="utf-8")
     option: Mapping[str, Any] = yaml.safe_load(text)
     return option
 

@@ -115,7 +115,7 @@ def list_option_classes(group: str) -> tuple[str, ...]:
     options = sorted((Path(str(files("int8run.conf"))) / group).glob("*.yaml"))
     found = set()
     for file in options:
-        first = TARGET.search(file.read_text())
+        first = TARGET.search(file.read_text(encoding="utf-8"))
         if first is not None:
             found.add(first[1])
     return tuple(sorted(found))
@@ -126,5 +126,5 @@ def list_own_classes() -> frozenset[str]:
     """Every class that the shipped YAML names. A prefix would not do: `int8run.cli.os.system` has it too."""
     found: set[str] = set()
     for file in Path(str(files("int8run.conf"))).rglob("*.yaml"):
-        found.update(TARGET.findall(file.read_text()))
+        found.update(TARGET.findall(file.read_text(encoding="utf-8")))
     return frozenset(target for target in found if target.startswith("int8run."))

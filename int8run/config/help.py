@@ -272,7 +272,7 @@ def format_row(label: str, text: str, label_width: int) -> list[str]:
 
 def read_config() -> str:
     """The text of config.yaml."""
-    return files("int8run.conf").joinpath("config.yaml").read_text()
+    return files("int8run.conf").joinpath("config.yaml").read_text(encoding="utf-8")
 
 
 def read_own_settings() -> list[Setting]:

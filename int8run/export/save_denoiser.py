@@ -82,7 +82,7 @@ def save_denoiser(
         write_tensors(path, to_original(shapes, type(model).__name__), layers, state, note)
         return path
     write_tensors(path / WEIGHTS_NAME, keep_own_names(shapes), layers, state, note)
-    (path / CONFIG_NAME).write_text(json.dumps(dict(config), indent=2) + "\n")
+    (path / CONFIG_NAME).write_text(json.dumps(dict(config), indent=2) + "\n", encoding="utf-8")
     return path / WEIGHTS_NAME
 
 

@@ -255,7 +255,7 @@ class FolderClaim:
 
 def read_owner(lock: Path) -> str:
     """Say who has a lock, as far as its file tells."""
-    owner = lock.read_text().split() if lock.is_file() else []
+    owner = lock.read_text(encoding="utf-8").split() if lock.is_file() else []
     if len(owner) < 2:  # the process has not written it yet
         return "another process"
     process, host = owner[:2]

@@ -50,7 +50,7 @@ def read_manifest(folder: Path) -> SweepManifest | None:
     if not path.is_file():
         return None
     try:
-        return SweepManifest(**json.loads(path.read_text()))
+        return SweepManifest(**json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise FileError(f"{path} is damaged: {error}") from error
 

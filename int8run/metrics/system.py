@@ -61,7 +61,7 @@ class SystemSampler:
 
     def append(self, values: dict[str, object]) -> None:
         """Write one line, after the names of the columns where it is the first."""
-        with self.path.open("a", newline="") as file:
+        with self.path.open("a", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, COLUMNS)
             if file.tell() == 0:
                 writer.writeheader()

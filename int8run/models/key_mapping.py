@@ -225,7 +225,7 @@ def read_yaml(file: Path) -> Any:
         ConfigError: when it cannot be parsed, or gives a key twice.
     """
     try:
-        return yaml.load(file.read_text(), Loader=UniqueKeyLoader)
+        return yaml.load(file.read_text(encoding="utf-8"), Loader=UniqueKeyLoader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{file.name} is not readable YAML: {' '.join(str(error).split())}") from error
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from int8run.metrics.names import HIGH, LOW
 from int8run.metrics.sample_statistics import compute_median
 from int8run.report.columns import DENOISER_RATIO, PSNR_DB, SPEED_RATIO, MetricColumn, find_column
-from int8run.report.export_table import escape_latex, format_plain, join_latex_row
+from int8run.report.export_table import escape_latex, format_plain, join_latex_row, show_in_spreadsheet
 from int8run.report.markdown import escape_markdown, join_markdown_row
 from int8run.report.shared_results import ResultCollection, SharedResult
 from int8run.report.templates import load_template, read_asset, write_text_file
@@ -23,7 +23,6 @@ ENERGY = "energy/joules_per_image"
 # what a cell shows, in this order
 SHOWN_METRICS = (SPEED_RATIO, PSNR_DB, DENOISER_RATIO, ENERGY)
 NOT_MEASURED = "not measured"
-FORMULA_STARTS = ("=", "+", "-", "@")  # of a cell
 
 
 @dataclass(frozen=True)
@@ -206,9 +205,3 @@ def render_csv(atlas: Atlas) -> str:
         numbers = [format_plain(result.metrics.get(name)) for name in names]
         writer.writerow([*map(show_in_spreadsheet, texts), *numbers])
     return buffer.getvalue()
-
-
-def show_in_spreadsheet(text: str) -> str:
-    """A text of somebody else in one line; a quote before it where a spreadsheet would compute it."""
-    shown = make_visible(text)
-    return f"'{shown}" if shown.startswith(FORMULA_STARTS) else shown

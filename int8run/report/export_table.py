@@ -19,6 +19,7 @@ from int8run.tracking.run_record import FINISHED
 from int8run.tracking.setting_names import shorten_keys, shorten_value
 from int8run.utils.text import make_visible
 
+FORMULA_STARTS = ("=", "+", "-", "@")  # of a cell of a spreadsheet
 INTERVAL_NOTE = "In brackets: the interval of the mean over the run's samples."
 LATEX_TEXTS: Mapping[str, str] = {
     "\\": r"\textbackslash{}",
@@ -210,12 +211,29 @@ def render_csv(runs: Sequence[Run], columns: Sequence[MetricColumn]) -> str:
     keys = list(runs[0].varied_settings)
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["run", *keys, "state", *names])
+    writer.writerow(["run", *map(show_in_spreadsheet, keys), "state", *names])
     for run in runs:
-        settings = [make_visible(value) for value in run.varied_settings.values()]
+        settings = [show_in_spreadsheet(value) for value in run.varied_settings.values()]
         numbers = [format_plain(run.get_metric(name)) for name in names]
         writer.writerow([run.tag, *settings, run.record.state.lower(), *numbers])
     return buffer.getvalue()
+
+
+def show_in_spreadsheet(text: str) -> str:
+    """A text in one line, with a quote before it where a spreadsheet would compute it; numbers stay."""
+    shown = make_visible(text)
+    if not shown.startswith(FORMULA_STARTS) or is_number(shown):
+        return shown
+    return f"'{shown}"
+
+
+def is_number(text: str) -> bool:
+    """Whether a text is a plain number, such as a negative strength."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def format_plain(value: float | None) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from int8run.utils.text import make_visible
 
-MARKDOWN_SPECIAL = "\\`*_{}[]<>#|~!"
+MARKDOWN_SPECIAL = "\\`*_{}[]<>#|~!&$"  # GitHub sets formulas between dollars
 
 
 def escape_markdown(text: str) -> str:

@@ -56,10 +56,11 @@ class CardFacts:
         made: how it was made, as name and text.
         command: that makes it again.
         metrics: by their names; empty where nothing was measured.
-        num_samples: whose images were compared.
+        num_samples: that were compared.
         machine: that measured.
         grid: file name of the image grid beside the card; None: there is none.
         usage: lines of a shell that use the checkpoint.
+        sample_noun: what a sample is: image or video.
     """
 
     title: str
@@ -75,6 +76,7 @@ class CardFacts:
     machine: str
     grid: str | None
     usage: Sequence[str]
+    sample_noun: str = "image"
 
 
 def render_card(facts: CardFacts) -> str:
@@ -126,10 +128,10 @@ def render_measured(facts: CardFacts) -> list[str]:
     rows = [row for column in list_card_columns() for row in build_metric_row(column, facts.metrics)]
     if not rows:
         return [NOT_MEASURED]
-    images = count_noun(facts.num_samples, "image")
+    samples = count_noun(facts.num_samples, facts.sample_noun)
     machine = facts.machine or "a machine that is not known"
     lines = [
-        f"Against the float model with the same prompts, seeds and settings: {images}, on "
+        f"Against the float model with the same prompts, seeds and settings: {samples}, on "
         f"{escape_markdown(machine)}.",
         "",
         "| | float | INT8 | interval |",

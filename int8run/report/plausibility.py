@@ -51,8 +51,11 @@ BOUNDS: Mapping[str, Bounds] = {
 }
 
 
-# Student's interval of two samples reaches far beyond what the metric itself can be
-INTERVAL_END = Bounds(-LARGEST_FLOAT, LARGEST_FLOAT, takes_infinity=True)
+# Student's interval of two samples reaches far beyond what the metric itself can be: at a level of 99.9 %
+# to 320 times their distance
+INTERVAL_REACH = 1000  # in ranges of the metric
+UNKNOWN_END = Bounds(-1e30, 1e30, takes_infinity=True)  # of a metric without bounds
+INTERVAL_SLACK = 0.01  # of an interval's length: a skewed one may begin beside the mean
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ def explain_impossible(name: str, value: object) -> str | None:
         return "it is too large for a number"
     if math.isnan(value):
         return "it is not a number"
-    bounds = INTERVAL_END if name.endswith((LOW, HIGH)) else find_bounds(name)
+    bounds = find_end_bounds(name) if name.endswith((LOW, HIGH)) else find_bounds(name)
     if bounds is None:
         return None
     if math.isinf(value):
@@ -106,6 +109,15 @@ def explain_impossible(name: str, value: object) -> str | None:
     if bounds.low - low_slack <= value <= bounds.high + high_slack:
         return None
     return f"it is outside {bounds.low:g} … {bounds.high:g}"
+
+
+def find_end_bounds(name: str) -> Bounds:
+    """What the end of a metric's interval can be."""
+    own = find_bounds(name.removesuffix(LOW).removesuffix(HIGH))
+    if own is None:
+        return UNKNOWN_END
+    reach = INTERVAL_REACH * (own.high - own.low)
+    return Bounds(own.low - reach, own.high + reach, takes_infinity=True)
 
 
 def find_bounds(name: str) -> Bounds | None:
@@ -134,11 +146,36 @@ def check_ratio(numbers: Mapping[str, float], ratio: str, above: str, below: str
 
 
 def check_intervals(numbers: Mapping[str, float]) -> list[Doubt]:
-    """Doubt intervals whose ends are not on both sides of each other."""
+    """Doubt both ends of intervals that end before they begin, or are not around their metric."""
     doubts = []
     for name, low in numbers.items():
-        high = numbers.get(name.removesuffix(LOW) + HIGH) if name.endswith(LOW) else None
-        if high is not None and low > high:
-            reason = "the interval ends before it begins"
-            doubts += [Doubt(name, low, reason), Doubt(name.removesuffix(LOW) + HIGH, high, reason)]
+        if not name.endswith(LOW):
+            continue
+        metric = name.removesuffix(LOW)
+        high = numbers.get(metric + HIGH)
+        if high is None:
+            continue
+        reason = explain_wrong_interval(low, high, numbers.get(metric))
+        if reason is not None:
+            doubts += [Doubt(name, low, reason), Doubt(metric + HIGH, high, reason)]
     return doubts
+
+
+def explain_wrong_interval(low: float, high: float, value: float | None) -> str | None:
+    """Why an interval cannot be; None where it can.
+
+    Args:
+        low: its lower end.
+        high: its upper end.
+        value: of the metric; None: not known. An infinite one has none around it: it is of identical images.
+    """
+    if low > high:
+        return "the interval ends before it begins"
+    if value is None or math.isinf(value):
+        return None
+    slack = ROUNDING * abs(value)
+    if math.isfinite(high - low):
+        slack += INTERVAL_SLACK * (high - low)
+    if low - slack <= value <= high + slack:
+        return None
+    return f"the interval does not hold the value {value:g}"

@@ -42,7 +42,7 @@ LAYER_COLUMNS = (
 
 def write_layers_csv(plans: Sequence[LayerPlan], path: Path) -> None:
     """`layers.csv`: every layer that was planned, once: of the denoiser, then of its ControlNets."""
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, LAYER_COLUMNS)
         writer.writeheader()
         for plan in plans:
@@ -84,7 +84,7 @@ def write_json(data: object, path: Path) -> None:
     JSON has no number for infinity and NaN: they become the strings `inf`, `-inf` and `nan`.
     """
     unfinished = path.with_name(f"{path.name}.new")
-    unfinished.write_text(json.dumps(replace_non_finite(data), indent=2) + "\n")
+    unfinished.write_text(json.dumps(replace_non_finite(data), indent=2) + "\n", encoding="utf-8")
     unfinished.replace(path)
 
 
@@ -101,7 +101,7 @@ def replace_non_finite(value: object) -> object:
 
 def write_yaml(data: object, path: Path) -> None:
     """Write YAML in the order of the data."""
-    path.write_text(yaml.safe_dump(data, sort_keys=False, allow_unicode=True))
+    path.write_text(yaml.safe_dump(data, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 def collect_environment(device: torch.device, versions: Mapping[str, str]) -> dict[str, object]:

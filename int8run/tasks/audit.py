@@ -137,7 +137,7 @@ def find_named_model(spec: RunSpec, overrides: Sequence[str]) -> Any:
 
 @contextmanager
 def graded_when_unreadable(job: Job, files: TensorFiles) -> Iterator[None]:
-    """Write a grade for a file that cannot be read, before the error goes on; the base's errors grade none."""
+    """Write a grade for a file that cannot be read, before the error goes on; not for errors of the base."""
     try:
         yield
     except BaseReadError:

@@ -4,25 +4,26 @@ Asked in this order: the files of the model or the hub's copy on this machine, w
 repositories, the hub. Where none says it, it is `unknown`, with the reason; nothing is guessed.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import HfApi, metadata_load, try_to_load_from_cache
+from huggingface_hub import HfApi, ModelInfo, metadata_load, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from int8run.checkpoints.header import read_header
 from int8run.errors import FileError
 from int8run.models.hub import TIMEOUT_S, describe_reason, list_hub_errors, read_known_repositories
+from int8run.models.resolve_weights import is_local, split_hub_path
 from int8run.utils.paths import SAFETENSORS, to_local_path
 from int8run.utils.text import make_visible
 
 UNKNOWN = "unknown"
 README = "README.md"
 MAX_LICENSE_LENGTH = 200
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,10 @@ def find_base_license(location: str, revision: str | None) -> BaseLicense:
     path = to_local_path(location)
     if path.exists():
         return find_local_license(path)
-    match = HUB_ID.match(location)
-    if match is None:
+    repository, inner = split_hub_path(location)
+    if is_local(location) or not is_hub_id(repository):
         return BaseLicense(UNKNOWN, f"{location} is neither here nor a name of the hub")
-    return find_hub_license(match.group(), revision)
+    return find_hub_license(repository, inner, revision)
 
 
 def find_local_license(path: Path) -> BaseLicense:
@@ -75,11 +76,24 @@ def find_local_license(path: Path) -> BaseLicense:
     return BaseLicense(UNKNOWN, f"{path.name} does not say it")
 
 
-def find_hub_license(repository: str, revision: str | None) -> BaseLicense:
+def is_hub_id(text: str) -> bool:
+    """Whether a text can be `organization/name`."""
+    try:
+        validate_repo_id(text)
+    except HFValidationError:
+        return False
+    return text.count("/") == 1
+
+
+def find_hub_license(repository: str, inner: str, revision: str | None) -> BaseLicense:
     """The license of a repository of the hub.
+
+    A path here that is gone looks like a file on the hub: a repository that is not known counts only where it
+    has that file.
 
     Args:
         repository: `organization/name`.
+        inner: file or folder inside it; empty: the repository itself.
         revision: of it.
     """
     try:
@@ -89,13 +103,28 @@ def find_hub_license(repository: str, revision: str | None) -> BaseLicense:
         if stated is None and known is not None and known.license is not None:
             return BaseLicense(known.license, f"of {repository}, as int8run knows it")
         if stated is None:
-            card = HfApi().model_info(repository, revision=revision, timeout=TIMEOUT_S).card_data
+            found = HfApi().model_info(repository, revision=revision, timeout=TIMEOUT_S)
+            if inner and not has_on_hub(found, inner):
+                return BaseLicense(UNKNOWN, f"{repository}/{inner} is neither here nor on the hub")
+            card = found.card_data
             stated = select_license({} if card is None else card.to_dict())
     except list_hub_errors() as error:
         return BaseLicense(UNKNOWN, f"the hub did not say it: {describe_reason(error)}")
     if stated is None:
         return BaseLicense(UNKNOWN, f"{repository} does not say it")
     return BaseLicense(stated, f"of {repository} on the hub")
+
+
+def has_on_hub(found: ModelInfo, inner: str) -> bool:
+    """Whether a repository has a file or a folder.
+
+    Args:
+        found: what the hub says of it.
+        inner: path inside it.
+    """
+    names = [file.rfilename for file in found.siblings or []]
+    folder = f"{inner.rstrip('/')}/"
+    return any(name == inner or name.startswith(folder) for name in names)
 
 
 def read_readme_license(path: Path) -> str | None:

@@ -3,18 +3,22 @@
 `report.model_card` renders it, `tasks.publish` reads it again. Nothing is measured here.
 """
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 
 from PIL import Image
 
 from int8run import __version__
 from int8run.config.job import Job
 from int8run.config.run_spec import RunSpec
+from int8run.models.resolve_weights import CONFIG_NAME
 from int8run.report.model_card import CardFacts, CardFile, render_card
 from int8run.report.runs import describe_environment
 from int8run.tasks.base_license import find_base_license
+from int8run.tasks.file_description import format_list_setting
 from int8run.tasks.model_facts import describe_model, name_method, name_model
 from int8run.tracking.secrets import mask_secret_settings
 from int8run.utils.paths import SAFETENSORS, expand_path
@@ -33,14 +37,32 @@ LAYER_COUNTS = {
 }
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """What the numbers of a card come from.
+
+    Args:
+        environment: of the machine that measured.
+        num_samples: that were compared.
+        sample_noun: what one of them is: image or video.
+    """
+
+    environment: Mapping[str, object]
+    num_samples: int
+    sample_noun: str = "image"
+
+
+NOTHING_COMPARED = Comparison(environment={}, num_samples=0)
+
+
 def write_card(
     spec: RunSpec,
     job: Job,
     saved: Sequence[Path],
     metrics: Mapping[str, float],
     *,
-    environment: Mapping[str, object] | None = None,
-    num_samples: int = 0,
+    comparison: Comparison | None = None,
+    vae: Path | None = None,
 ) -> Path:
     """Write the card of a checkpoint beside it.
 
@@ -49,8 +71,8 @@ def write_card(
         job: where they came from; its folder may have a grid of images.
         saved: the files of weights.
         metrics: of the run, or of `task=quantize`.
-        environment: of the machine that measured; None: nothing was measured.
-        num_samples: whose images were compared.
+        comparison: what the metrics come from; None: nothing was measured.
+        vae: file of weights of the INT8 VAE; None: none was saved.
 
     Returns:
         The card.
@@ -58,21 +80,24 @@ def write_card(
     card = get_card_path(str(spec.save))
     location = str(spec.model.location)
     found = find_base_license(location, spec.model.revision)
-    is_measured = environment is not None
+    is_measured = comparison is not None
+    compared = comparison or NOTHING_COMPARED
+    files = [*saved] if vae is None else [*saved, vae]
     facts = CardFacts(
         title=f"{name_checkpoint(card)}, INT8",
         version=__version__,
         base=name_base(location),
         license_name=found.name,
         license_origin=found.origin,
-        files=[CardFile(name_saved(path, card), path.stat().st_size) for path in saved],
+        files=[CardFile(name_saved(path, card), path.stat().st_size) for path in files],
         made=describe_making(spec, metrics, is_run=is_measured),
         command=format_command(job),
         metrics=metrics if is_measured else {},
-        num_samples=num_samples,
-        machine=describe_environment(environment or {}),
+        num_samples=compared.num_samples,
+        sample_noun=compared.sample_noun,
+        machine=describe_environment(compared.environment),
         grid=copy_grid(job.output_dir / GRID_NAME, card),
-        usage=list_usage(job, saved, card, is_encoder=is_text_encoder(metrics)),
+        usage=list_usage(job, saved, card, vae=vae, is_encoder=is_text_encoder(metrics)),
     )
     card.write_text(render_card(facts), encoding="utf-8")
     log.info("Card:     %s (license of the base: %s, %s)", card, found.name, found.origin)
@@ -144,13 +169,16 @@ def format_command(job: Job) -> str:
     return " ".join(["int8run", *map(quote_for_shell, words)])
 
 
-def list_usage(job: Job, saved: Sequence[Path], card: Path, *, is_encoder: bool) -> list[str]:
+def list_usage(
+    job: Job, saved: Sequence[Path], card: Path, *, vae: Path | None, is_encoder: bool
+) -> list[str]:
     """Commands that use the checkpoint.
 
     Args:
         job: where its settings came from.
         saved: the files of weights.
         card: beside them.
+        vae: file of weights of the INT8 VAE; None: none was saved.
         is_encoder: whether it is a text encoder.
     """
     names = [name_saved(path, card) for path in saved]
@@ -160,8 +188,21 @@ def list_usage(job: Job, saved: Sequence[Path], card: Path, *, is_encoder: bool)
     if is_encoder:
         lines.append(f"int8run {model} clip=auto clip.path={quote_for_shell(location)}")
     elif len(names) == 1:
-        lines.append(f"int8run {model} model.location={quote_for_shell(location)}")
+        line = f"int8run {model} model.location={quote_for_shell(location)}"
+        lines.append(line if vae is None else f"{line} {format_vae_settings(vae, card)}")
     return lines
+
+
+def format_vae_settings(vae: Path, card: Path) -> str:
+    """The settings that use an INT8 VAE, from the folder of the card.
+
+    Args:
+        vae: its file of weights, beside a config that names its class.
+        card: of the checkpoint.
+    """
+    config = json.loads(vae.with_name(CONFIG_NAME).read_text(encoding="utf-8"))
+    folder = PurePosixPath(name_saved(vae, card)).parent
+    return f"int8.vae=int8 {format_list_setting('model.parts.vae', [config['_class_name'], folder])}"
 
 
 def copy_grid(grid: Path, card: Path) -> str | None:

@@ -4,18 +4,13 @@
 be public. What is uploaded is the list that was printed, and nothing else of the folder.
 """
 
-import hashlib
 import json
 import logging
-import os
-import re
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
@@ -26,40 +21,28 @@ from int8run.checkpoints.provenance import read_provenance
 from int8run.checkpoints.reader import TensorFiles
 from int8run.errors import ConfigError, FileError
 from int8run.models.hub import describe_reason, list_hub_errors
-from int8run.models.resolve_weights import CONFIG_NAME
+from int8run.pipeline.store_layers import get_vae_folder
 from int8run.report.console import print_lines
-from int8run.report.model_card import CardFacts, CardFile, render_card, replace_license
+from int8run.report.markdown import escape_markdown
 from int8run.tasks.base_license import README, UNKNOWN, BaseLicense, clean_license, find_base_license
-from int8run.tasks.model_card import CARD_NAME, GRID_NAME, get_card_path, name_base
+from int8run.tasks.model_card import get_card_path
+from int8run.tasks.publish_files import (
+    LOCAL_PATH,
+    HubFile,
+    describe_file,
+    link_checkpoint,
+    name_on_hub,
+    read_card,
+    write_hashes,
+    write_provenance,
+    write_readme,
+)
 from int8run.utils.paths import SAFETENSORS, check_readable, expand_path
 from int8run.utils.plurals import count_noun
 
 log = logging.getLogger(__name__)
 HASHES_NAME = "SHA256SUMS"
 PROVENANCE_NAME = "int8run.json"
-# identifiers that the hub knows; any other license is `other` with its name
-HUB_LICENSES = frozenset(
-    {
-        "apache-2.0",
-        "mit",
-        "openrail",
-        "openrail++",
-        "creativeml-openrail-m",
-        "bigscience-openrail-m",
-        "cc0-1.0",
-        "cc-by-4.0",
-        "cc-by-sa-4.0",
-        "cc-by-nc-4.0",
-        "cc-by-nc-sa-4.0",
-        "gpl-3.0",
-        "agpl-3.0",
-        "bsd-3-clause",
-    }
-)
-# a path of this machine with at least one folder before its name; backslashes of Windows are doubled in JSON
-LOCAL_PATH = re.compile(
-    r"(?<![\w/:.~-])(?:~?/|[A-Za-z]:[/\\]+)(?:[^/\s,\]}'\"`|\\]+[/\\]+)+(?P<name>[^/\s,\]}'\"`|\\]+)"
-)
 
 
 @dataclass(frozen=True)
@@ -83,23 +66,6 @@ class Publication:
     private: bool = True
 
 
-@dataclass(frozen=True)
-class HubFile:
-    """A file of the hub folder.
-
-    Args:
-        name: in the repository.
-        path: on this machine.
-        nbytes: its size.
-        sha256: of its content.
-    """
-
-    name: str
-    path: Path
-    nbytes: int
-    sha256: str
-
-
 def publish(publication: Publication) -> list[HubFile]:
     """Put the hub folder together, say what is in it, and upload it if asked.
 
@@ -113,13 +79,14 @@ def publish(publication: Publication) -> list[HubFile]:
     check_repository_name(publication.repo)
     source = expand_path(publication.path)
     check_readable("task.path", source)
-    weights = list_weights(source)
-    provenance = read_checked_provenance(weights)
+    weights = [*list_weights(source), *list_vae_weights(source)]
+    notes = read_checked_notes(source, weights)
+    provenance = next(iter(notes.values()))
     base = str(provenance.get("model", UNKNOWN))
     found = choose_license(publication, base, provenance.get("revision"))
     folder = choose_folder(publication, source)
     names = link_checkpoint(source, weights, folder)
-    write_provenance(provenance, folder / PROVENANCE_NAME)
+    write_provenance(notes, folder / PROVENANCE_NAME)
     card = read_card(source, weights, provenance, found)
     write_readme(card, base, found, folder / README)
     files = [describe_file(folder, name) for name in [*names, PROVENANCE_NAME, README]]
@@ -160,13 +127,29 @@ def list_weights(source: Path) -> list[Path]:
     return weights
 
 
-def read_checked_provenance(weights: Sequence[Path]) -> dict[str, Any]:
-    """How int8run made the checkpoint; its tensors are read and compared with the hash in the header.
+def list_vae_weights(source: Path) -> list[Path]:
+    """The files of the INT8 VAE that `save=` wrote beside a checkpoint; none where it wrote none."""
+    folder = Path(get_vae_folder(str(source)))
+    weights = sorted(folder.glob(f"*{SAFETENSORS}"))
+    card = get_card_path(str(source))
+    # a card without it was written later than the VAE, of a checkpoint that had this name before
+    if weights and card.is_file() and escape_markdown(folder.name) not in card.read_text(encoding="utf-8"):
+        log.warning("%s is not published: %s does not name it", folder, card)
+        return []
+    return weights
+
+
+def read_checked_notes(source: Path, weights: Sequence[Path]) -> dict[str, dict[str, Any]]:
+    """How int8run made each file, by its name; its tensors are read and compared with the hash in the header.
+
+    Args:
+        source: the checkpoint.
+        weights: its files of weights.
 
     Raises:
-        FileError: another program wrote it, or it is damaged.
+        FileError: another program wrote one, one is damaged, or they were made from different models.
     """
-    provenance: dict[str, Any] = {}
+    notes: dict[str, dict[str, Any]] = {}
     for path in weights:
         with TensorFiles.open(path) as files:
             own = read_provenance(path, files.metadata)
@@ -175,7 +158,7 @@ def read_checked_provenance(weights: Sequence[Path]) -> dict[str, Any]:
                     f"{path} was not written by int8run, so its card would have nothing to say; make it with "
                     "task=quantize or save="
                 )
-        provenance = provenance or own
+        notes[name_on_hub(path, source)] = own
         if LOCAL_PATH.search(json.dumps(own)):
             log.warning(
                 "the header of %s names folders of this machine, and goes with the weights: see int8run "
@@ -183,7 +166,13 @@ def read_checked_provenance(weights: Sequence[Path]) -> dict[str, Any]:
                 path.name,
                 path,
             )
-    return provenance
+    models = {str(note.get("model", UNKNOWN)) for note in notes.values()}
+    if len(models) > 1:
+        raise FileError(
+            f"task.path={source}: its files were made from different models ({', '.join(sorted(models))}), "
+            "which one license cannot cover; publish each from a folder of its own"
+        )
+    return notes
 
 
 def choose_license(publication: Publication, base: str, revision: str | None) -> BaseLicense:
@@ -221,148 +210,19 @@ def choose_folder(publication: Publication, source: Path) -> Path:
     return folder
 
 
-# -- the files -----------------------------------------------------------------------------------------------
-
-
-def link_checkpoint(source: Path, weights: Sequence[Path], folder: Path) -> list[str]:
-    """Bring the weights, a config and the grid of the card into the folder.
-
-    Args:
-        source: the checkpoint.
-        weights: its files of weights.
-        folder: for the hub.
-
-    Returns:
-        Their names.
-    """
-    card = get_card_path(str(source))
-    grid = card.with_name(f"{card.name.removesuffix(CARD_NAME)}{GRID_NAME}")
-    wanted = list(weights)
-    # a card without it was written later than the grid, of a checkpoint that had this name before
-    if card.is_file() and grid.name in card.read_text(encoding="utf-8"):
-        wanted.append(grid)
-    names = []
-    config = source / CONFIG_NAME
-    if config.is_file():
-        copy_config(config, folder / CONFIG_NAME)
-        names.append(CONFIG_NAME)
-    for path in wanted:
-        if path.is_file():
-            link_file(path, folder / path.name)
-            names.append(path.name)
-    return names
-
-
-def copy_config(path: Path, target: Path) -> None:
-    """Bring a config to a place without this machine's folders, which diffusers notes as `_name_or_path`."""
-    target.unlink(missing_ok=True)  # it may be a link to the one that is copied
-    target.write_text(hide_local_paths(path.read_text(encoding="utf-8")), encoding="utf-8")
-
-
-def link_file(path: Path, target: Path) -> None:
-    """Bring a file to a place without taking its room on the disk again, where the disk allows it."""
-    target.unlink(missing_ok=True)
-    try:
-        os.link(path.resolve(), target)
-    except OSError:  # another disk, or one without links
-        shutil.copyfile(path, target)
-
-
-def write_provenance(provenance: Mapping[str, Any], path: Path) -> None:
-    """Write how the checkpoint was made, as its header has it; of paths of this machine the names."""
-    text = json.dumps(provenance, indent=2, ensure_ascii=False)
-    path.write_text(hide_local_paths(text) + "\n", encoding="utf-8")
-
-
-def read_card(
-    source: Path, weights: Sequence[Path], provenance: Mapping[str, Any], found: BaseLicense
-) -> str:
-    """The card beside the checkpoint, with the license as it is known now; without one what the header says.
-
-    Args:
-        source: the checkpoint.
-        weights: its files of weights.
-        provenance: of its header.
-        found: the license of the base.
-    """
-    card = get_card_path(str(source))
-    if card.is_file():
-        return replace_license(card.read_text(encoding="utf-8"), found.name, found.origin)
-    log.warning("%s is missing: the README says what the header says, without numbers", card)
-    made = [(name, str(provenance[name])) for name in ("outlier", "rounding") if provenance.get(name)]
-    facts = CardFacts(
-        title=f"{source.stem}, INT8",
-        version=str(provenance.get("int8run", __version__)),
-        base=name_base(str(provenance.get("model", UNKNOWN))),
-        license_name=found.name,
-        license_origin=found.origin,
-        files=[CardFile(path.name, path.stat().st_size) for path in weights],
-        made=made,
-        command=f"int8run task=inspect task.path={weights[0].name}",
-        metrics={},
-        num_samples=0,
-        machine="",
-        grid=None,
-        usage=[f"int8run model=NAME model.location={weights[0].name}"],
-    )
-    return render_card(facts)
-
-
-def write_readme(card: str, base: str, found: BaseLicense, path: Path) -> None:
-    """Write the card below the front matter that the hub reads.
-
-    Args:
-        card: as Markdown.
-        base: as the header names it.
-        found: its license.
-        path: of the README.
-    """
-    front: dict[str, object] = {}
-    if found.name in HUB_LICENSES:
-        front["license"] = found.name
-    elif found.is_known:
-        front |= {"license": "other", "license_name": found.name}
-    name = name_base(base)
-    if "/" in name:  # a name of the hub
-        front |= {"base_model": name, "base_model_relation": "quantized"}
-    front |= {"library_name": "diffusers", "tags": ["int8", "w8a8", "int8run"]}
-    text = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
-    path.write_text(f"---\n{text}---\n\n{hide_local_paths(card)}", encoding="utf-8")
-
-
-def hide_local_paths(text: str) -> str:
-    """A text in which paths of this machine are their last part: nobody's folders become public."""
-    shown, count = LOCAL_PATH.subn(lambda match: match["name"], text)
-    if count:
-        log.info("%s of this machine shortened to the name", count_noun(count, "path"))
-    return shown
-
-
-def write_hashes(files: Sequence[HubFile], folder: Path) -> HubFile:
-    """Write the hashes of the files as `sha256sum -c` reads them."""
-    path = folder / HASHES_NAME
-    path.write_text("".join(f"{file.sha256}  {file.name}\n" for file in files), encoding="utf-8")
-    return describe_file(folder, HASHES_NAME)
-
-
-def describe_file(folder: Path, name: str) -> HubFile:
-    """The size and the hash of a file of the folder."""
-    path = folder / name
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return HubFile(name, path, path.stat().st_size, digest)
-
-
 # -- say and upload ------------------------------------------------------------------------------------------
 
 
-def print_files(files: Sequence[HubFile], publication: Publication, folder: Path, found: BaseLicense) -> None:
+def print_files(
+    files: Sequence[HubFile], publication: Publication, folder: Path, base_license: BaseLicense
+) -> None:
     """Say what is in the folder, what else is there and is not uploaded, and what happens to it."""
     for file in files:
         print_lines(f"{file.sha256[:12]}  {file.nbytes:>15,} bytes  {file.name}")
-    print_lines(f"license of the base: {found.name} ({found.origin})", f"folder:   {folder}")
+    print_lines(f"license of the base: {base_license.name} ({base_license.origin})", f"folder:   {folder}")
     names = {file.name for file in files}
-    others = sorted(path.name for path in folder.iterdir() if path.name not in names)
+    found = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()]
+    others = sorted(name for name in found if name not in names)
     if others:
         log.warning("not uploaded, because this command did not put it there: %s", ", ".join(others))
     if not publication.upload:

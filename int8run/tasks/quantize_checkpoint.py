@@ -241,6 +241,6 @@ def write_config(config: Mapping[str, Any] | None, path: Path) -> None:
         FileError: when it cannot be written.
     """
     try:
-        path.write_text(json.dumps(config, indent=2) + "\n")
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise make_write_error(path, error) from error

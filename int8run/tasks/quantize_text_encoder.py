@@ -219,7 +219,7 @@ def write_file(spec: RunSpec, weights: EncoderFile, plan: EncoderFilePlan) -> in
         bytes_written = writer.nbytes
     if is_folder(spec.save):
         config_text = json.dumps(plan.config, indent=2, default=str) + "\n"
-        plan.path.with_name(CONFIG_NAME).write_text(config_text)
+        plan.path.with_name(CONFIG_NAME).write_text(config_text, encoding="utf-8")
     return bytes_written
 
 

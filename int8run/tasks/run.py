@@ -156,7 +156,7 @@ def generate_and_measure(spec: RunSpec, job: Job, inputs: RunInputs) -> RunResul
         metrics |= flatten_equivalences(comparison.equivalences)
 
     write_outputs(spec, built, comparison, metrics, inputs.writer)
-    write_run_card(spec, job, built, metrics, num_samples=len(inputs.samples))
+    write_run_card(spec, job, built, metrics, comparison)
     warn_scattered_times(metrics)
     if is_alone:
         print_result(spec, job, built, comparison, metrics)

@@ -18,21 +18,23 @@ from int8run.generate.prompts import Sample
 from int8run.generate.step_count import get_strength
 from int8run.metrics.quality import SampleQuality
 from int8run.models.loader import read_library_versions
+from int8run.models.resolve_weights import WEIGHTS_NAME
 from int8run.models.sampling import Sampling
 from int8run.pipeline.built_model import BuiltModel
-from int8run.pipeline.store_layers import list_saved_files
+from int8run.pipeline.store_layers import get_vae_folder, list_saved_files
 from int8run.report.image_files import GridRow, make_image_grid
 from int8run.report.run_files import collect_environment, write_json, write_layers_csv
 from int8run.report.sample_entry import InputEntry
 from int8run.tasks.image_writer import IMAGES, ImageWriter
 from int8run.tasks.input_images import InputImages, open_input_images
-from int8run.tasks.model_card import write_card
+from int8run.tasks.model_card import Comparison, write_card
 from int8run.tasks.model_facts import describe_model, name_model
 from int8run.tasks.noise_floor_metrics import describe_noise_floor
 from int8run.tasks.result_grid import make_grid_rows, name_grid_columns
 from int8run.tasks.run_metrics import RunComparison, collect_series
 from int8run.tracking.run_record import RESULTS, RESULTS_SCHEMA
 from int8run.tracking.secrets import mask_secret_settings
+from int8run.utils.paths import expand_path
 
 log = logging.getLogger(__name__)
 
@@ -258,7 +260,7 @@ def save_input(input_images: InputImages, output_dir: Path) -> InputEntry:
 
 
 def write_run_card(
-    spec: RunSpec, job: Job, built: BuiltModel, metrics: Mapping[str, float], num_samples: int
+    spec: RunSpec, job: Job, built: BuiltModel, metrics: Mapping[str, float], comparison: RunComparison
 ) -> None:
     """Write the card of what `save=` holds, where the run saved anything.
 
@@ -267,10 +269,18 @@ def write_run_card(
         job: whose folder has the files of the run.
         built: the model that was saved.
         metrics: by their public names.
-        num_samples: whose images were compared.
+        comparison: of the samples.
     """
     if spec.save is None:
         return
     saved = list_saved_files(spec.save, built.denoisers["int8"])
     environment = collect_environment(built.device, read_library_versions())
-    write_card(spec, job, saved, metrics, environment=environment, num_samples=num_samples)
+    compared = Comparison(
+        environment=environment,
+        num_samples=len(comparison.samples),
+        sample_noun="video" if comparison.candidate.is_video else "image",
+    )
+    vae = None
+    if built.vae is not None:
+        vae = expand_path(get_vae_folder(spec.save)).absolute() / WEIGHTS_NAME
+    write_card(spec, job, saved, metrics, comparison=compared, vae=vae)

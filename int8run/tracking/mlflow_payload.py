@@ -209,7 +209,7 @@ def read_csv_rows(path: Path) -> list[dict[str, str]]:
     """The complete rows of a CSV file; none when there is no such file."""
     if not path.is_file():
         return []
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         # A process that was killed may have left a part of a line.
         return [row for row in csv.DictReader(file) if None not in row.values() and None not in row]
 

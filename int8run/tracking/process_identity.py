@@ -31,7 +31,7 @@ def describe_start(process: psutil.Process) -> str:
     The Unix time of a start moves when the clock is set, and a process that runs would seem to be another.
     """
     try:
-        boot = BOOT_ID_FILE.read_text().strip()
+        boot = BOOT_ID_FILE.read_text(encoding="utf-8").strip()
     except OSError:
         boot = "-"  # another system than Linux
     return f"{boot} {process.create_time() - psutil.boot_time():.2f}"

@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,14 +23,14 @@ from int8run.tracking.process_identity import describe_process, is_process_gone
 from int8run.tracking.setting_names import hash_text, shorten_overrides
 
 log = logging.getLogger(__name__)
-STATUS = "status.json"
-RESULTS = "metrics.json"
+STATUS, RESULTS = "status.json", "metrics.json"
 # of metrics.json: 1 since it says its own model, recipe and environment; files of earlier versions have none
 RESULTS_SCHEMA = 1
 EARLIER_ATTEMPTS = "earlier_attempts"  # of a sweep's jobs that ran again; a folder in that of the sweep
 RUNNING, FINISHED, FAILED, KILLED = "RUNNING", "FINISHED", "FAILED", "KILLED"
 KILLED_MESSAGE = "the process ended without an error message: killed, out of memory, or the machine went down"
 TEXT_KEYS = ("prompt", "negative_prompt", "key")  # of metrics.json: a prompt may be `nan` and is not a number
+OBJECTS = ("params", "tracking")  # of status.json: names with values
 # Settings that only decide how a job is shown and kept, and do not change its result.
 UNHASHED_SETTINGS = ("resume", "sync", "progress", "tracker", "cache")
 
@@ -151,53 +151,49 @@ class Record:
         path = self.folder / RESULTS
         if not path.is_file():
             return {}
-        try:
-            measured: dict[str, Any] = restore_numbers(json.loads(path.read_text()))
-        except ValueError as error:
-            log.warning("%s is damaged and is ignored: %s", path, error)
-            return {}
+        measured = read_object(path, json.loads)
         schema = measured.get("schema", 0)
         if schema not in range(RESULTS_SCHEMA + 1):
             log.warning("%s is ignored: %s", path, describe_other_schema(schema))
             return {}
-        return measured
+        return dict(restore_numbers(measured))
+
+    def _get_measured(self, name: str) -> dict[str, Any]:
+        """An object of metrics.json; empty where it is missing or none."""
+        found = self._measured.get(name)
+        return found if isinstance(found, dict) else {}
 
     @property
     def metrics(self) -> dict[str, float]:
         """Final values by name."""
-        metrics: dict[str, float] = self._measured.get("metrics", {})
-        return metrics
+        return self._get_measured("metrics")
 
     @property
     def statistics(self) -> dict[str, dict[str, Any]]:
         """What the samples say of each metric: interval, median, worst samples; empty of earlier versions."""
-        statistics: dict[str, Any] = self._measured.get("statistics", {})
-        by_metric: dict[str, dict[str, Any]] = statistics.get("metrics", {})
-        return by_metric
+        found = self._get_measured("statistics").get("metrics")
+        return found if isinstance(found, dict) else {}
 
     @property
     def noise_floor(self) -> dict[str, Any]:
         """What the float model was compared with itself by, and the tests; empty where it was not."""
-        noise_floor: dict[str, Any] = self._measured.get("noise_floor", {})
-        return noise_floor
+        return self._get_measured("noise_floor")
 
     @property
     def series(self) -> dict[str, list[float]]:
         """One value per step or frame, by name."""
-        series: dict[str, list[float]] = self._measured.get("series", {})
-        return series
+        return self._get_measured("series")
 
     @property
     def rounded(self) -> dict[str, dict[str, Any]]:
         """By setting: what was `asked`, and what the pipeline `generated` in its place."""
-        rounded: dict[str, dict[str, Any]] = self._measured.get("rounded", {})
-        return rounded
+        return self._get_measured("rounded")
 
     @property
     def images(self) -> list[dict[str, Any]]:
         """Prompt, seed, files and quality of every generated image or video."""
-        images: list[dict[str, Any]] = self._measured.get("images", [])
-        return images
+        images = self._measured.get("images")
+        return images if isinstance(images, list) else []
 
     @cached_property
     def layers(self) -> list[dict[str, str]]:
@@ -205,20 +201,38 @@ class Record:
         path = self.folder / "layers.csv"
         if not path.is_file():
             return []
-        with path.open(newline="") as file:
+        with path.open(newline="", encoding="utf-8") as file:
             return list(csv.DictReader(file))
 
     @cached_property
     def environment(self) -> dict[str, Any]:
         """Facts about the machine and the versions of libraries."""
         path = self.folder / "environment.json"
-        return json.loads(path.read_text()) if path.is_file() else {}
+        return read_object(path, json.loads) if path.is_file() else {}
 
     @cached_property
     def config(self) -> dict[str, Any]:
         """The resolved settings."""
         path = self.folder / "config.yaml"
-        return yaml.safe_load(path.read_text()) if path.is_file() else {}
+        return read_object(path, yaml.safe_load) if path.is_file() else {}
+
+
+def read_object(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+    """What a JSON or YAML file holds; empty, with a warning, when it is damaged or holds something else.
+
+    Args:
+        path: of the file.
+        parse: its text.
+    """
+    try:
+        found = parse(path.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError) as error:
+        log.warning("%s is damaged and is ignored: %s", path, " ".join(str(error).split()))
+        return {}
+    if not isinstance(found, dict):
+        log.warning("%s is damaged and is ignored: it holds no names with values", path)
+        return {}
+    return found
 
 
 def describe_other_schema(schema: object) -> str:
@@ -253,7 +267,8 @@ def read_record(folder: Path) -> Record:
     """
     path = folder / STATUS
     try:
-        status = json.loads(path.read_text())
+        status = json.loads(path.read_text(encoding="utf-8"))
+        check_objects(status)
         was_killed = status["state"] == RUNNING and is_writer_gone(status)
     except FileNotFoundError:
         raise FileError(f"{folder} holds no {STATUS}: no job of int8run wrote it") from None
@@ -264,6 +279,15 @@ def read_record(folder: Path) -> Record:
     if was_killed:
         status |= {"state": KILLED, "error": KILLED_MESSAGE}
     return Record(folder, status)
+
+
+def check_objects(status: object) -> None:
+    """Raise ValueError for a status.json with a list or a text where names with values belong."""
+    if not isinstance(status, dict):
+        raise ValueError("it holds no names with values")
+    for name in OBJECTS:
+        if not isinstance(status.get(name) or {}, dict):
+            raise ValueError(f"{name} holds no names with values")
 
 
 def is_writer_gone(status: Mapping[str, Any]) -> bool:
@@ -364,13 +388,13 @@ def write_status(record: Record) -> Record:
     text = json.dumps(record.status, indent=2) + "\n"
     unfinished = path.with_suffix(f".{os.getpid()}.new")
     try:
-        unfinished.write_text(text)
+        unfinished.write_text(text, encoding="utf-8")
         os.replace(unfinished, path)
     except OSError as error:
         if error.errno != errno.ENOSPC or not path.exists():
             raise
         unfinished.unlink(missing_ok=True)
-        with path.open("r+") as file:
+        with path.open("r+", encoding="utf-8") as file:
             file.write(text)
             file.truncate()
     return record

@@ -17,8 +17,9 @@ NAMES = (
     "password|passwd|pwd|token|secret|credentials?|api_?key|access_?key|secret_?key|private_?key|signature"
 )
 QUERY = re.compile(rf"([?&][\w-]*(?:{NAMES}|sig)=)[^\s&#,'\"]+", flags=re.IGNORECASE)
+QUOTED = r"(?<=')[^']+(?=')|(?<=\")[^\"]+(?=\")"  # all of it, spaces included
 # `…_token=x`; with a colon in capitals alone, as variables of the environment are: a prompt has `(token:1.2)`
-ASSIGNED = re.compile(rf"((?<![^\W_])(?:{NAMES})=['\"]?)[^\s,}}\]'\"&#]+", flags=re.IGNORECASE)
+ASSIGNED = re.compile(rf"((?<![^\W_])(?:{NAMES})=['\"]?)(?:{QUOTED}|[^\s,}}\]'\"&#]+)", flags=re.IGNORECASE)
 VARIABLE = re.compile(rf"((?<![^\W_])(?:{NAMES.upper()})['\"]?\s*[:=]\s*['\"]?)[^\s,}}\]'\"]+")
 SECRET_KEY = re.compile(rf"(?:.*[_.-])?(?:{NAMES})", flags=re.IGNORECASE)
 # tokens known by how they begin: of Hugging Face, GitHub, GitLab, OpenAI, Slack, Amazon, Databricks; JWT

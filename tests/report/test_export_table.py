@@ -10,6 +10,7 @@ from report.run_folders import make_metrics, write_run, write_runs
 
 from int8run.report.columns import PSNR_DB
 from int8run.report.export_table import escape_latex, render_table
+from int8run.report.markdown import escape_markdown
 from int8run.report.runs import name_runs
 from int8run.tracking.run_record import find_records
 
@@ -85,3 +86,18 @@ def test_every_special_letter_of_latex_is_escaped():
     escaped = escape_latex(r"\{}$&#^_~%")
 
     assert re.sub(r"\\(textbackslash|textasciicircum|textasciitilde)\{\}|\\[{}$&#_%]", "", escaped) == ""
+
+
+def test_a_setting_that_a_spreadsheet_would_compute_is_quoted_and_a_number_is_not(tmp_path):
+    values = ['=HYPERLINK("x")', "-0.5", "-x"]
+    for number, value in enumerate(values):
+        write_run(tmp_path, number, [f"prompts.prompts={value}"], metrics=make_metrics())
+
+    runs = name_runs(find_records(tmp_path))
+    rows = list(csv.DictReader(io.StringIO(render_table(runs, "a sweep", "csv"))))
+
+    assert [list(row.values())[1] for row in rows] == ['\'=HYPERLINK("x")', "-0.5", "'-x"]
+
+
+def test_markdown_shows_entities_and_formulas_as_they_are():
+    assert escape_markdown("a &lt; $x$") == r"a \&lt; \$x\$"

@@ -51,6 +51,8 @@ def test_the_interval_of_two_samples_reaches_beyond_its_metric():
         ("memory/denoiser_bytes", 0, "outside 1"),
         ("a/metric_of_a_later_version", 10**400, "too large for a number"),
         (f"{PSNR_DB}_low", -math.inf, "it is infinite"),
+        (f"{PSNR_DB}_high", 1e300, "outside -400000 … 400400"),
+        ("a/metric_of_a_later_version_high", 1e300, "outside -1e+30 … 1e+30"),
     ],
 )
 def test_what_cannot_be_is_named(name, value, reason):
@@ -64,6 +66,14 @@ def test_a_ratio_that_its_own_times_contradict_is_doubted():
 
     assert doubt.metric == SPEED_RATIO
     assert doubt.reason == "float/step_ms_p50 over speed/step_ms_p50 is 2"
+
+
+@pytest.mark.parametrize("value", [47.0, 53.0])
+def test_an_interval_that_does_not_hold_its_value_is_doubted(value):
+    doubts = find_doubts({PSNR_DB: value, f"{PSNR_DB}_low": 48.0, f"{PSNR_DB}_high": 52.0})
+
+    assert [doubt.metric for doubt in doubts] == [f"{PSNR_DB}_low", f"{PSNR_DB}_high"]
+    assert doubts[0].reason == f"the interval does not hold the value {value:g}"
 
 
 def test_an_interval_that_ends_before_it_begins_is_doubted():

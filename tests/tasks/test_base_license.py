@@ -20,14 +20,16 @@ def write_safetensors(path, metadata):
 class Hub:
     """Answers as the hub does."""
 
-    def __init__(self, card=None, error=None):
-        self.card, self.error = card, error
+    def __init__(self, card=None, error=None, files=()):
+        self.card, self.error, self.files = card, error, files
 
     def model_info(self, repository, **options):
         if self.error is not None:
             raise self.error
         data = None if self.card is None else SimpleNamespace(to_dict=lambda: self.card)
-        return SimpleNamespace(card_data=data)
+        return SimpleNamespace(
+            card_data=data, siblings=[SimpleNamespace(rfilename=name) for name in self.files]
+        )
 
 
 @pytest.fixture
@@ -78,9 +80,26 @@ def test_the_hub_says_the_license(answer):
 
 
 def test_a_file_of_a_repository_has_its_license(answer):
-    answer(card={"license": "mit"})
+    answer(card={"license": "mit"}, files=["README.md", "split_files/den.safetensors"])
 
     assert find_base_license("fox/den/split_files/den.safetensors", None).name == "mit"
+    assert find_base_license("fox/den/split_files", None).name == "mit"
+
+
+def test_a_path_that_is_gone_does_not_get_the_license_of_a_stranger(answer):
+    answer(card={"license": "mit"}, files=["y.safetensors"])
+
+    found = find_base_license("models/flux/x.safetensors", None)
+
+    assert found.name == "unknown"
+    assert found.origin == "models/flux/x.safetensors is neither here nor on the hub"
+
+
+@pytest.mark.parametrize("location", ["./fox/den", "../fox/den", "/gone/fox/den", "fox", "a b/c"])
+def test_what_can_be_no_name_of_the_hub_is_not_asked_of_it(answer, location):
+    answer(error=AssertionError("the hub is not asked"))
+
+    assert "neither here nor a name of the hub" in find_base_license(location, None).origin
 
 
 def test_what_is_known_of_a_repository_needs_no_hub(answer):

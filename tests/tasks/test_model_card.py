@@ -7,7 +7,7 @@ from PIL import Image
 from support.run_job import make_spec
 
 from int8run.config.job import Job
-from int8run.tasks.model_card import get_card_path, name_base, write_card
+from int8run.tasks.model_card import Comparison, format_command, get_card_path, name_base, write_card
 
 QUANTIZED = {"quant/layers_int8": 12.0, "quant/layers_float": 3.0}
 MEASURED = {**QUANTIZED, "quality/psnr_db": 50.0, "quality/psnr_db_low": 48.0, "quality/psnr_db_high": 52.0}
@@ -31,9 +31,9 @@ def write(folder, save, metrics, **options):
 
 
 def test_a_file_has_its_card_and_its_grid_beside_it(tmp_path):
-    environment = {"cpu": "EPYC", "threads": 2}
+    comparison = Comparison({"cpu": "EPYC", "threads": 2}, num_samples=6)
 
-    card = write(tmp_path, "fox.safetensors", MEASURED, environment=environment, num_samples=6)
+    card = write(tmp_path, "fox.safetensors", MEASURED, comparison=comparison)
 
     assert card == tmp_path / "fox.card.md"
     text = card.read_text()
@@ -44,6 +44,41 @@ def test_a_file_has_its_card_and_its_grid_beside_it(tmp_path):
     assert "outlier=convrot" in text and "secret" not in text
     with Image.open(tmp_path / "fox.grid.png") as grid:
         assert grid.size == (2048, 20)
+
+
+def test_the_card_of_a_video_model_says_video(tmp_path):
+    comparison = Comparison({}, num_samples=2, sample_noun="video")
+
+    text = write(tmp_path, "fox.safetensors", MEASURED, comparison=comparison).read_text()
+
+    assert "seeds and settings: 2 videos, on" in text and "image" not in text.partition("## How")[0].replace(
+        "fox.grid.png", ""
+    )
+
+
+def test_the_card_names_the_int8_vae_and_how_to_use_it(tmp_path):
+    vae = tmp_path / "fox_vae" / "model.safetensors"
+    vae.parent.mkdir()
+    vae.write_bytes(bytes(2000))
+    (vae.parent / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
+
+    text = write(tmp_path, "fox.safetensors", QUANTIZED, vae=vae).read_text()
+
+    assert r"| file | fox\_vae/model.safetensors, 0.0 MB |" in text
+    assert "model.location=fox.safetensors int8.vae=int8 'model.parts.vae=[AutoencoderKL, fox_vae]'" in text
+
+
+@pytest.mark.parametrize(
+    ("override", "shown"),
+    [
+        ("x.token=abc", "'x.token=***'"),
+        ("+tracker.api_key=abc", "'+tracker.api_key=***'"),
+        ("tracker.password='a b'", "\"tracker.password='***'\""),
+        ("prompts.prompts=[a token]", "'prompts.prompts=[a token]'"),
+    ],
+)
+def test_the_command_of_a_card_has_no_secrets(tmp_path, override, shown):
+    assert format_command(Job({}, {}, [override], tmp_path)) == f"int8run {shown}"
 
 
 def test_a_folder_has_its_card_inside(tmp_path):

@@ -15,7 +15,8 @@ from support.cli_process import Command
 from int8run.checkpoints.writer import StreamWriter, TensorEntry
 from int8run.errors import ConfigError, FileError
 from int8run.tasks import publish as module
-from int8run.tasks.publish import Publication, hide_local_paths, publish
+from int8run.tasks.publish import Publication, publish
+from int8run.tasks.publish_files import hide_local_paths
 from int8run.tasks.quantize_common import merge_metadata
 
 COMMAND = "int8run model.location=/home/anna/models/fox.safetensors save=fox.safetensors"
@@ -25,9 +26,9 @@ CARD = (
 )
 
 
-def write_checkpoint(path, model="shipped:tiny"):
+def write_checkpoint(path, model="shipped:tiny", rounding="absmax"):
     """A file as int8run writes one."""
-    metadata = merge_metadata({}, {"int8run": "1.0", "model": model, "outlier": "none", "rounding": "absmax"})
+    metadata = merge_metadata({}, {"int8run": "1.0", "model": model, "outlier": "none", "rounding": rounding})
     with StreamWriter(path, [TensorEntry("weight", "F32", (2, 2))], metadata) as writer:
         writer.write("weight", torch.ones(2, 2))
         writer.finish()
@@ -104,6 +105,51 @@ def test_the_config_of_a_folder_goes_without_the_folders_of_this_machine(publica
     assert "config.json" in [file.name for file in files]
     assert json.loads(hub_config.read_text()) == {"_name_or_path": "fox", "layers": 2}
     assert (source / "config.json").read_text() == config, "the checkpoint's own stays as it is"
+
+
+@pytest.fixture
+def vae(tmp_path):
+    """The folder of the INT8 VAE that the card of the publication names."""
+    folder = tmp_path / "fox_vae"
+    folder.mkdir()
+    write_checkpoint(folder / "diffusion_pytorch_model.safetensors", rounding="mse")
+    (folder / "config.json").write_text('{"_name_or_path": "/home/anna/fox"}')
+    (folder / "secret.txt").write_text("not for the hub")
+    (tmp_path / "fox.card.md").write_text(CARD + r"| VAE | fox\_vae/diffusion\_pytorch\_model.safetensors |")
+    return folder
+
+
+def test_the_int8_vae_goes_with_its_checkpoint(publication, tmp_path, vae, hub):
+    files = publish(replace(publication, upload=True))
+
+    names = [file.name for file in files]
+    weights = "fox_vae/diffusion_pytorch_model.safetensors"
+    assert {weights, "fox_vae/config.json"} <= set(names) and "fox_vae/secret.txt" not in names
+    assert list(hub.uploaded) == names
+    assert json.loads((tmp_path / "hub/fox_vae/config.json").read_text()) == {"_name_or_path": "fox"}
+    digest = hashlib.sha256((vae / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
+    assert f"{digest}  {weights}\n" in (tmp_path / "hub/SHA256SUMS").read_text()
+    notes = json.loads((tmp_path / "hub/int8run.json").read_text())
+    assert {name: note["rounding"] for name, note in notes.items()} == {
+        "fox.safetensors": "absmax",
+        weights: "mse",
+    }
+
+
+def test_a_vae_that_the_card_does_not_name_stays_here_and_is_said(publication, tmp_path, vae, caplog):
+    (tmp_path / "fox.card.md").write_text(CARD)
+
+    names = [file.name for file in publish(publication)]
+
+    assert not any(name.startswith("fox_vae") for name in names)
+    assert "fox_vae is not published" in caplog.text
+
+
+def test_files_of_different_models_are_refused(publication, vae):
+    write_checkpoint(vae / "diffusion_pytorch_model.safetensors", model="org/other")
+
+    with pytest.raises(FileError, match=r"made from different models \(org/other, shipped:tiny\)"):
+        publish(publication)
 
 
 def test_a_base_of_the_hub_is_named_with_its_license(publication, tmp_path):
@@ -227,6 +273,8 @@ def test_a_refusal_of_the_hub_says_what_to_do(publication, hub):
         ("model.location=~/models/fox.safetensors", "model.location=fox.safetensors"),
         ("[/data/a.png,/data/b.png]", "[a.png,b.png]"),
         (r"save=C:\Users\anna\fox.safetensors", "save=fox.safetensors"),
+        ("model.location=file:///home/anna/fox.safetensors", "model.location=fox.safetensors"),
+        ("file://localhost/data/a.png file:/data/b.png file:///C:/x/y", "a.png b.png y"),
         (r'{"a": "D:\\models\\fox", "b": "C:/x/y"}', '{"a": "fox", "b": "y"}'),
         (r"| base | /home/anna\_b/fox |", "| base | fox |"),
         ("model=org/fox https://hub/org/fox ./here/a 1/2", "model=org/fox https://hub/org/fox ./here/a 1/2"),

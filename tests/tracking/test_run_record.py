@@ -143,7 +143,9 @@ def find_free_pid() -> int:
     return next(pid for pid in range(400_000, 500_000) if not psutil.pid_exists(pid))
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"state": "RUNNING"}'])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", '{"state": "RUNNING"}', '{"state": "FINISHED", "tracking": [1]}']
+)
 def test_a_damaged_status_is_an_error(tmp_path: Path, text: str) -> None:
     (tmp_path / "status.json").write_text(text)
 
@@ -220,6 +222,33 @@ def test_the_end_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(KeyboardInterrupt):
         end_record(record, FINISHED)
     assert read_record(tmp_path).state == RUNNING
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "environment.json", "config.yaml"])
+def test_a_list_in_place_of_an_object_is_ignored_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    record = start_record(tmp_path, IDENTITY)
+    (tmp_path / name).write_text("[1, 2]")
+
+    assert (record.metrics, record.statistics, record.environment, record.config) == ({}, {}, {}, {})
+    assert f"{tmp_path / name} is damaged and is ignored: it holds no names with values" in caplog.text
+
+
+def test_parts_of_metrics_that_are_something_else_are_empty(tmp_path: Path) -> None:
+    record = start_record(tmp_path, IDENTITY)
+    (tmp_path / "metrics.json").write_text('{"metrics": [1], "statistics": {"metrics": 3}, "images": {}}')
+
+    assert (record.metrics, record.statistics, record.images) == ({}, {}, [])
+
+
+def test_files_are_utf_8_whatever_the_machine_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = start_record(tmp_path, IDENTITY)
+    (tmp_path / "config.yaml").write_text("prompt: Füchse, 狐\n", encoding="utf-8")
+    (tmp_path / "layers.csv").write_text("name\n狐\n", encoding="utf-8")
+    monkeypatch.setattr("io.text_encoding", lambda encoding, *levels: encoding or "ascii")
+
+    assert (record.config, record.layers) == ({"prompt": "Füchse, 狐"}, [{"name": "狐"}])
 
 
 def test_damaged_metrics_are_ignored_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
