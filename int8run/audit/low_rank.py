@@ -52,11 +52,14 @@ class LowRankSketch:
         self.column_energy = torch.zeros(columns, dtype=torch.float64)
         self.squared_row_energy = self.largest_row = 0.0
 
-    def add(self, difference: Tensor) -> None:
-        """Add some rows. difference: float32 [n, K]."""
-        squares = difference.square()
-        self.column_energy += squares.sum(0, dtype=torch.float64)
-        row_energy = squares.sum(1, dtype=torch.float64)
+    def add(self, difference: Tensor, row_energy: Tensor) -> None:
+        """Add some rows.
+
+        Args:
+            difference: float32 [n, K].
+            row_energy: sums of its squares, float64 [n].
+        """
+        self.column_energy += difference.square().sum(0)
         self.squared_row_energy += float(row_energy.square().sum())
         self.largest_row = max(self.largest_row, float(row_energy.max()))
         self.gram += difference.T @ (difference @ self.random)

@@ -7,10 +7,10 @@ energies nor ranks.
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from int8run.audit.low_rank import LowRank, LowRankSketch
+from int8run.audit.row_sums import sum_products
 
 # a row of other numbers than the base's has no factor
 MIN_ROW_CORRELATION = 0.995
@@ -62,16 +62,18 @@ class ResidueSums:
             expected_noise: sum of the squares that the nearest numbers would differ by; None: not known.
         """
         difference = stored - reference
-        row_signal = reference.square().sum(1, dtype=torch.float64)
-        row_stored = stored.square().sum(1, dtype=torch.float64)
-        row_cross = (stored * reference).sum(1, dtype=torch.float64)
+        row_noise = sum_products(difference, difference)
+        row_signal = sum_products(reference, reference)
+        row_overlap = sum_products(reference, difference)  # stored is reference + difference
+        row_cross = row_signal + row_overlap
+        row_stored = row_cross + row_overlap + row_noise
         self.wrong_rows += self.count_wrong_rows(row_signal, row_stored, row_cross)
         self.signal += float(row_signal.sum())
         self.cross += float(row_cross.sum())
         self.stored += float(row_stored.sum())
-        self.noise += float(difference.square().sum(dtype=torch.float64))
+        self.noise += float(row_noise.sum())
         self.add_expectation(expected_noise)
-        self.sketch.add(difference)
+        self.sketch.add(difference, row_noise)
 
     def count_wrong_rows(self, signal: Tensor, stored: Tensor, cross: Tensor) -> int:
         """Rows that are the base's times a factor which is not 1. All float64 [n], sums over each row."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from int8run.audit.row_sums import sum_products
 from int8run.checkpoints.layer import CheckpointLayer
 from int8run.kernels.cpu.rows import RowSums, quantize_weight_rows
 from int8run.kernels.quantize_rowwise.reference import INT8_MAX, TINY
@@ -72,12 +73,14 @@ class RoundingCheck:
     def add(self, rows: RoundedRows) -> float:
         """Compare some rows. Returns the squared error of the nearest integers at the file's scales."""
         nearest = (rows.reference / rows.steps).round_().clamp_(-INT8_MAX, INT8_MAX)
-        steps_apart = (nearest - rows.q).abs()
+        steps_apart = nearest - rows.q
+        lowest, highest = steps_apart.aminmax()
         self.total += rows.q.numel()
-        self.differing += int((steps_apart > 0).sum())
-        self.largest_step = max(self.largest_step, int(steps_apart.max()))
+        self.differing += int(steps_apart.count_nonzero())
+        self.largest_step = max(self.largest_step, int(highest), -int(lowest))
         self.check_scales(rows)
-        return float((nearest * rows.steps - rows.reference).square().sum(dtype=torch.float64))
+        error = nearest.mul_(rows.steps).sub_(rows.reference)
+        return float(sum_products(error, error).sum())
 
     def add_exact(self, count: int) -> None:
         """Count integers that are the recipe's to the bit."""

@@ -76,7 +76,7 @@ def name_on_hub(path: Path, source: Path) -> str:
         source: the checkpoint.
     """
     root = source if source.is_dir() else source.parent
-    return path.relative_to(root).as_posix()
+    return path.absolute().relative_to(root.absolute()).as_posix()
 
 
 def link_checkpoint(source: Path, weights: Sequence[Path], folder: Path) -> list[str]:

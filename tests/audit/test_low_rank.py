@@ -15,7 +15,7 @@ MIN_SHARE = load_grades().limits.min_low_rank_share
 def sketch(difference: Tensor, rows_at_a_time: int = 100) -> LowRank:
     sums = LowRankSketch(difference.shape[1])
     for rows in difference.split(rows_at_a_time):
-        sums.add(rows)
+        sums.add(rows, rows.double().square().sum(1))
     return sums.find_low_rank()
 
 

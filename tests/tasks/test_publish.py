@@ -80,6 +80,14 @@ def test_a_dry_run_puts_the_folder_together_and_uploads_nothing(publication, tmp
     assert "dry run: nothing was uploaded" in capsys.readouterr().out
 
 
+def test_a_checkpoint_may_be_named_from_its_folder(publication, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    files = publish(replace(publication, path="fox.safetensors", folder="hub"))
+
+    assert [file.name for file in files][:2] == ["fox.safetensors", "fox.grid.png"]
+
+
 def test_the_readme_is_the_card_below_its_front_matter(publication, tmp_path):
     publish(publication)
 
