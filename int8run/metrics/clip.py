@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from int8run.metrics.weights import check_complete, load_from_hub
+from int8run.metrics.weights import check_complete, choose_revision, load_from_hub
 
 
 class ClipFeatures:
@@ -47,33 +47,41 @@ class ClipFeatures:
         return F.normalize(features, dim=1)
 
 
-def load_clip(location: str, size: str, processor_location: str | None = None) -> ClipFeatures:
+def load_clip(
+    location: str, size: str, processor_location: str | None = None, *, revision: str | None = None
+) -> ClipFeatures:
     """A CLIP, from the hub's cache where it is there, without asking the network.
 
     Args:
         location: a folder, or an id on the hub.
         size: of the download.
         processor_location: where its processor is; None: there, too.
+        revision: of an id on the hub; None: the pinned one, else the newest.
 
     Raises:
         UnavailableError: where it cannot be loaded, and where that is no CLIP.
     """
     from transformers import CLIPModel, CLIPProcessor
 
-    def load(*, is_local: bool) -> tuple[Any, Any]:
+    def load(*, is_local: bool, revision: str) -> tuple[Any, Any]:
         model, loaded = CLIPModel.from_pretrained(
             location,
             local_files_only=is_local,
+            revision=revision,
             use_safetensors=True,
             dtype=torch.float32,
             output_loading_info=True,
         )
         check_complete(location, loaded)
-        return model.eval(), CLIPProcessor.from_pretrained(
-            processor_location or location, local_files_only=is_local
+        processor_revision = revision
+        if processor_location not in (None, location):
+            processor_revision = choose_revision(str(processor_location), None)
+        processor = CLIPProcessor.from_pretrained(
+            processor_location or location, local_files_only=is_local, revision=processor_revision
         )
+        return model.eval(), processor
 
-    return ClipFeatures(*load_from_hub(location, load, size=size))
+    return ClipFeatures(*load_from_hub(location, load, size=size, revision=revision))
 
 
 def unwrap_features(features: Any) -> Tensor:

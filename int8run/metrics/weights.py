@@ -22,12 +22,42 @@ LOADING_ERRORS = (OSError, HTTPException, RuntimeError, UnpicklingError, EOFErro
 # And what a file raises in which something else is found than the weights that are looked for.
 READING_ERRORS = (*LOADING_ERRORS, AttributeError, TypeError, ValueError)
 Loaded = TypeVar("Loaded")
+# The commits that metrics read by default, so that a number means the same next year. CLIP at 336 px has none,
+# as it is read as safetensors: where a repository has none, transformers converts its newest commit alone.
+PINNED_REVISIONS: Mapping[str, str] = {
+    "THUDM/ImageReward": "5736be03b2652728fb87788c9797b0570450ab72",
+    "facebook/dino-vitb16": "f205d5d8e640a89a2b8ef0369670dfc37cc07fc2",
+    "google-bert/bert-base-uncased": "86b5e0934494bd15c9632b12f734a8a67f723594",
+    "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": "1c2b8495b28150b8a4922ee1c8edee224c284c0c",
+    "openai/clip-vit-large-patch14": "32bd64288804d66eefd0ccbe215aa642df71cc41",
+    "trl-lib/ddpo-aesthetic-predictor": "cf4bd10345610935a80a5d3be9a3133c50f121e4",
+    "xswu/HPSv2": "697403c78157020a1ae59d23f111aa58ced35b0a",
+    "yuvalkirstain/PickScore_v1": "a4e4367c6dfa7288a00c550414478f865b875800",
+    "zai-org/ImageReward": "5736be03b2652728fb87788c9797b0570450ab72",
+}
+NEWEST = "main"
 
 
 def check_location(setting: str, value: object) -> None:
     """Raise ConfigError for a setting that names no weights, before anything is generated."""
     if not isinstance(value, str) or not value:
         raise ConfigError(f"{setting} is {value!r}; it takes a file, a folder or an id on the hub, as text")
+
+
+def check_revision(setting: str, value: object) -> None:
+    """Raise ConfigError for a setting that is neither a commit, branch or tag nor null."""
+    if value is not None and (not isinstance(value, str) or not value):
+        raise ConfigError(f"{setting} is {value!r}; it takes a commit, a branch or a tag, as text, or null")
+
+
+def choose_revision(location: str, revision: str | None) -> str:
+    """The commit, branch or tag of an id on the hub to read.
+
+    Args:
+        location: the id; a folder or a file has no revision, and what is chosen for it is not used.
+        revision: of the settings; None: the pinned one of the metrics' own ids, else the newest.
+    """
+    return revision or PINNED_REVISIONS.get(location, NEWEST)
 
 
 def check_complete(location: str, loaded: Mapping[str, Any], ignored: str | None = None) -> None:
@@ -80,7 +110,12 @@ def needs_packages(packages: str, extra: str = "") -> Iterator[None]:
 
 
 def load_from_hub(
-    location: str, load: Callable[..., Loaded], *, size: str, probe: str = "config.json"
+    location: str,
+    load: Callable[..., Loaded],
+    *,
+    size: str,
+    probe: str = "config.json",
+    revision: str | None = None,
 ) -> Loaded:
     """Load what a library takes from a folder or from the hub.
 
@@ -89,9 +124,11 @@ def load_from_hub(
 
     Args:
         location: a folder, or an id on the hub.
-        load: the library's function; called with `is_local`, whether only local files may be used.
+        load: the library's function; called with `is_local`, whether only local files may be used, and with
+            the `revision` to read.
         size: of the download, such as `1.7 GB`.
         probe: a file of the repository, whose address is tried.
+        revision: of the settings; None: see `choose_revision`.
 
     Raises:
         UnavailableError: where nothing can be loaded, with the reason.
@@ -100,28 +137,53 @@ def load_from_hub(
     from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined,unused-ignore]
     from safetensors import SafetensorError
 
+    chosen = choose_revision(location, revision)
     try:
         try:
-            return load(is_local=True)
+            loaded = load(is_local=True, revision=chosen)
         except OSError:
             if constants.HF_HUB_OFFLINE:
                 raise
-        check_reachable(hf_hub_url(location, probe))
-        log.info("Downloading %s (%s)", location, size)
-        return load(is_local=False)
+            check_reachable(hf_hub_url(location, probe, revision=chosen))
+            log.info("Downloading %s (%s)", location, size)
+            loaded = load(is_local=False, revision=chosen)
+        log_commit(location, probe, chosen)
+        return loaded
     # a ValueError is what transformers raises for a network that it does not know, and for one with own code
     except (*LOADING_ERRORS, ValueError, HTTPError, HFValidationError, SafetensorError) as error:
-        remedy = f"run once with a network connection ({size}), or put {location} into the hub's cache"
+        wanted = location if chosen == NEWEST else f"{location}@{chosen}"
+        remedy = f"run once with a network connection ({size}), or put {wanted} into the hub's cache"
         raise UnavailableError(f"{location} could not be loaded ({format_error(error)}); {remedy}") from error
 
 
-def find_file(location: str, name: str, *, size: str) -> Path:
+def log_commit(location: str, probe: str, revision: str) -> None:
+    """Log which commit was read where the revision is none, such as a branch; a folder has no commit.
+
+    Args:
+        location: a folder, or an id on the hub.
+        probe: a file of the repository.
+        revision: that was asked for.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(location).expanduser().exists():
+        return
+    file = try_to_load_from_cache(location, probe, revision=revision)
+    if not isinstance(file, str):
+        return
+    commit = Path(file).parent.name
+    if commit != revision:
+        log.info("%s: read at commit %s, the %s of now; revision= pins it", location, commit, revision)
+
+
+def find_file(location: str, name: str, *, size: str, revision: str | None = None) -> Path:
     """A file of weights, or that of a model on the hub, from the hub's cache where it is there.
 
     Args:
         location: the file, or `organization/name` on the hub.
         name: of the file there.
         size: of the download.
+        revision: of the settings; None: see `choose_revision`.
 
     Raises:
         UnavailableError: where it is not here and cannot be downloaded.
@@ -131,7 +193,7 @@ def find_file(location: str, name: str, *, size: str) -> Path:
         return file
     from huggingface_hub import hf_hub_download
 
-    def load(*, is_local: bool) -> Path:
-        return Path(hf_hub_download(location, name, local_files_only=is_local))
+    def load(*, is_local: bool, revision: str) -> Path:
+        return Path(hf_hub_download(location, name, local_files_only=is_local, revision=revision))
 
-    return load_from_hub(location, load, size=size, probe=name)
+    return load_from_hub(location, load, size=size, probe=name, revision=revision)

@@ -1,6 +1,7 @@
 """Metrics on CLIP's features, with random networks of the real classes: formulas, and weights that fail."""
 
 import json
+import re
 import sys
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from torch import nn
 
 from int8run.errors import ConfigError
 from int8run.metrics.base import SamplePair, UnavailableError
+from int8run.metrics.catalog import load_measure_classes
 from int8run.metrics.images import image_to_tensor
 from int8run.metrics.measures.aesthetic_score import AestheticScore, load_head
 from int8run.metrics.measures.clip_iqa import ClipIqa
@@ -25,7 +27,7 @@ from int8run.metrics.measures.image_reward import ImageReward
 from int8run.metrics.measures.kid import Kid
 from int8run.metrics.measures.pick_score import PickScore
 from int8run.metrics.measures.subject_consistency import SubjectConsistency
-from int8run.metrics.weights import check_complete, find_file
+from int8run.metrics.weights import PINNED_REVISIONS, check_complete, find_file, log_commit
 
 RED, BLUE = Image.new("RGB", (32, 32), (250, 40, 10)), Image.new("RGB", (32, 32), (10, 60, 240))
 
@@ -124,6 +126,50 @@ def test_a_file_in_the_home_folder_is_found(monkeypatch, tmp_path):
     (tmp_path / "head.pth").write_bytes(b"")
 
     assert find_file("~/head.pth", "aesthetic-model.pth", size="4 MB") == tmp_path / "head.pth"
+
+
+@pytest.mark.parametrize(
+    ("location", "revision", "read"),
+    [
+        ("xswu/HPSv2", None, PINNED_REVISIONS["xswu/HPSv2"]),
+        ("xswu/HPSv2", "main", "main"),
+        ("somebody/else", None, "main"),
+        ("somebody/else", "v2", "v2"),
+    ],
+)
+def test_a_default_network_is_read_at_its_pinned_commit(monkeypatch, location, revision, read):
+    asked = []
+
+    def download(repository, name, *, local_files_only, revision):
+        asked.append((repository, local_files_only, revision))
+        return name
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+
+    find_file(location, "w.pt", size="1 MB", revision=revision)
+
+    assert asked == [(location, True, read)]
+
+
+@pytest.mark.parametrize(("revision", "lines"), [("main", 1), ("c" * 40, 0)])
+def test_the_commit_of_a_branch_is_logged(monkeypatch, caplog, revision, lines):
+    snapshot = f"/cache/models--some--clip/snapshots/{'c' * 40}/config.json"
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *args, **kwargs: snapshot)
+
+    with caplog.at_level("INFO"):
+        log_commit("some/clip", "config.json", revision)
+
+    assert [record.getMessage() for record in caplog.records] == [
+        f"some/clip: read at commit {'c' * 40}, the main of now; revision= pins it"
+    ][:lines]
+
+
+def test_pinned_commits_are_whole_and_every_metric_takes_a_revision():
+    assert all(re.fullmatch("[0-9a-f]{40}", commit) for commit in PINNED_REVISIONS.values())
+    for name, measure in load_measure_classes().items():
+        if isinstance(getattr(measure, "weights", None), str):
+            with pytest.raises(ConfigError, match=rf"^metrics\.measures\.{name}\.revision is 3; "):
+                measure(revision=3)
 
 
 def test_a_head_cannot_run_code(tmp_path):

@@ -684,6 +684,9 @@ def test_clip_is_read_once_and_never_from_a_pickle(clip, monkeypatch):
     assert [(c["local_files_only"], c["use_safetensors"]) for c in calls] == [(True, True)]
 
 
+CLIP_COMMIT = weights.PINNED_REVISIONS["openai/clip-vit-large-patch14"]
+
+
 def load_nothing_from_cache(calls):
     """The hub's answer when it has nothing and may not ask."""
 
@@ -713,13 +716,14 @@ def test_without_network_and_cache_clip_score_is_left_out(asked, lines, monkeypa
     )
     assert line.endswith(
         "run once with a network connection (1.7 GB), "
-        "or put openai/clip-vit-large-patch14 into the hub's cache"
+        f"or put openai/clip-vit-large-patch14@{CLIP_COMMIT} into the hub's cache"
     )
     assert calls == [True], "the hub's client would ask for minutes"
 
     ((address, seconds),) = asked
 
-    assert address.endswith("/openai/clip-vit-large-patch14/resolve/main/config.json") and seconds == 10
+    assert address.endswith(f"/openai/clip-vit-large-patch14/resolve/{CLIP_COMMIT}/config.json")
+    assert seconds == 10
 
 
 def test_in_offline_mode_no_server_is_asked(asked, lines, monkeypatch):

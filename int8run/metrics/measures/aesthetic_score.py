@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from int8run.metrics.base import MORE, FrameFunction, Metric, Needs, Scope, UnavailableError
 from int8run.metrics.clip import load_clip
 from int8run.metrics.rating_head import build_head
-from int8run.metrics.weights import READING_ERRORS, check_location, find_file, format_error
+from int8run.metrics.weights import READING_ERRORS, check_location, check_revision, find_file, format_error
 
 CLIP, SIZE = "openai/clip-vit-large-patch14", "1.7 GB"
 HEAD, HEAD_FILE = "trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth"
@@ -23,10 +23,12 @@ class AestheticScore:
     Args:
         weights: of CLIP ViT-L/14, a folder or an id on the hub.
         head: of the layers on it, a file; or an id on the hub whose file is `aesthetic-model.pth`.
+        revision: commit, branch or tag of an id on the hub; None: the pinned one, else the newest.
     """
 
     weights: str = CLIP
     head: str = HEAD
+    revision: str | None = None
     name: ClassVar[str] = "aesthetic_score"
     metrics: ClassVar[Mapping[str, Metric]] = {
         "quality/aesthetic_score": Metric(
@@ -39,11 +41,12 @@ class AestheticScore:
 
     def __post_init__(self) -> None:
         check_location("metrics.measures.aesthetic_score.weights", self.weights)
+        check_revision("metrics.measures.aesthetic_score.revision", self.revision)
         check_location("metrics.measures.aesthetic_score.head", self.head)
 
     def load(self) -> FrameFunction:
         """Load both networks, once."""
-        clip = load_clip(self.weights, SIZE)
+        clip = load_clip(self.weights, SIZE, revision=self.revision)
         head = load_head(self.head, clip.model.config.projection_dim)
 
         def rate(image: Tensor) -> float:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from int8run.metrics.base import MORE, FrameFunction, Metric, Needs, Scope
 from int8run.metrics.clip import load_clip
-from int8run.metrics.weights import check_location
+from int8run.metrics.weights import check_location, check_revision
 
 CLIP, SIZE = "openai/clip-vit-large-patch14", "1.7 GB"
 ANCHORS = ("Good photo.", "Bad photo.")  # the paper's pair for quality
@@ -24,9 +24,11 @@ class ClipIqa:
 
     Args:
         weights: a folder, or an id on the hub.
+        revision: commit, branch or tag of an id on the hub; None: the pinned one, else the newest.
     """
 
     weights: str = CLIP
+    revision: str | None = None
     name: ClassVar[str] = "clip_iqa"
     metrics: ClassVar[Mapping[str, Metric]] = {
         "quality/clip_iqa": Metric(
@@ -39,10 +41,11 @@ class ClipIqa:
 
     def __post_init__(self) -> None:
         check_location("metrics.measures.clip_iqa.weights", self.weights)
+        check_revision("metrics.measures.clip_iqa.revision", self.revision)
 
     def load(self) -> FrameFunction:
         """Load CLIP, once."""
-        clip = load_clip(self.weights, SIZE)
+        clip = load_clip(self.weights, SIZE, revision=self.revision)
         anchors = clip.embed_texts(ANCHORS).detach()  # [2, C]
 
         def rate(image: Tensor) -> float:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from int8run.metrics.base import MORE, FrameFunction, Metric, Needs, Scope
 from int8run.metrics.clip import load_clip, unwrap_features
-from int8run.metrics.weights import check_location
+from int8run.metrics.weights import check_location, check_revision
 
 CLIP = "openai/clip-vit-large-patch14"
 SIZE = "1.7 GB"
@@ -23,9 +23,11 @@ class ClipScore:
 
     Args:
         weights: a folder, or an id on the hub.
+        revision: commit, branch or tag of an id on the hub; None: the pinned one, else the newest.
     """
 
     weights: str = CLIP
+    revision: str | None = None
     name: ClassVar[str] = "clip_score"
     metrics: ClassVar[Mapping[str, Metric]] = {
         "quality/clip_score": Metric(MORE, "how well the images match their prompts"),
@@ -36,12 +38,13 @@ class ClipScore:
 
     def __post_init__(self) -> None:
         check_location("metrics.measures.clip_score.weights", self.weights)
+        check_revision("metrics.measures.clip_score.revision", self.revision)
 
     def load(self) -> FrameFunction:
         """Load CLIP, once."""
         from torchmetrics.functional.multimodal import clip_score
 
-        clip = load_clip(self.weights, SIZE)
+        clip = load_clip(self.weights, SIZE, revision=self.revision)
         model, processor = clip.model, clip.processor
 
         def process(**inputs: Any) -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor
 from int8run.metrics.base import LESS, Metric, Needs, Scope, SetFunction
 from int8run.metrics.clip import ClipFeatures, load_clip
 from int8run.metrics.image_sets import check_reference, make_set_function, open_reference
-from int8run.metrics.weights import check_location
+from int8run.metrics.weights import check_location, check_revision
 
 CLIP, SIZE = "openai/clip-vit-large-patch14-336", "1.7 GB"
 SIGMA, SCALE = 10.0, 1000.0
@@ -26,10 +26,12 @@ class Cmmd:
     Args:
         reference: a folder of images; None: there is none.
         weights: of CLIP ViT-L/14 at 336 px, a folder or an id on the hub.
+        revision: commit, branch or tag of an id on the hub; None: the pinned one, else the newest.
     """
 
     reference: str | None = None
     weights: str = CLIP
+    revision: str | None = None
     name: ClassVar[str] = "cmmd"
     metrics: ClassVar[Mapping[str, Metric]] = {
         "quality/cmmd": Metric(LESS, "CLIP's distance of all images to the float model's", label="CMMD"),
@@ -44,11 +46,12 @@ class Cmmd:
     def __post_init__(self) -> None:
         check_reference("metrics.measures.cmmd.reference", self.reference)
         check_location("metrics.measures.cmmd.weights", self.weights)
+        check_revision("metrics.measures.cmmd.revision", self.revision)
 
     def load(self) -> SetFunction:
         """Load CLIP, once."""
         reference = open_reference(self.reference)
-        clip = load_clip(self.weights, SIZE)
+        clip = load_clip(self.weights, SIZE, revision=self.revision)
 
         def measure_distance(images: Sequence[Tensor], others: Sequence[Tensor]) -> float:
             return compute_mmd(embed_set(clip, images), embed_set(clip, others))

@@ -15,6 +15,7 @@ from int8run.metrics.clip import to_pixels
 from int8run.metrics.weights import (
     READING_ERRORS,
     check_location,
+    check_revision,
     find_file,
     format_error,
     needs_packages,
@@ -31,10 +32,12 @@ class HpsV2:
     Args:
         weights: a file; or an id on the hub whose file is `HPS_v2.1_compressed.pt`.
         architecture: as open_clip calls it.
+        revision: commit, branch or tag of an id on the hub; None: the pinned one, else the newest.
     """
 
     weights: str = WEIGHTS
     architecture: str = ARCHITECTURE
+    revision: str | None = None
     name: ClassVar[str] = "hps_v2"
     metrics: ClassVar[Mapping[str, Metric]] = {
         "quality/hps_v2": Metric(
@@ -52,6 +55,7 @@ class HpsV2:
 
     def __post_init__(self) -> None:
         check_location("metrics.measures.hps_v2.weights", self.weights)
+        check_revision("metrics.measures.hps_v2.revision", self.revision)
 
     def load(self) -> FrameFunction:
         """Load its CLIP, once."""
@@ -63,7 +67,7 @@ class HpsV2:
                 f"metrics.measures.hps_v2.architecture={self.architecture} is none of open_clip's; "
                 f"HPS v2.1 has {ARCHITECTURE}"
             )
-        file = find_file(self.weights, WEIGHTS_FILE, size="2.0 GB")
+        file = find_file(self.weights, WEIGHTS_FILE, size="2.0 GB", revision=self.revision)
         model, _, prepare = open_clip.create_model_and_transforms(
             self.architecture, pretrained=None, precision="fp32"
         )

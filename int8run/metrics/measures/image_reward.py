@@ -16,7 +16,14 @@ from torch import Tensor, nn
 from int8run.metrics.base import MORE, FrameFunction, Metric, Needs, Scope, UnavailableError
 from int8run.metrics.clip import to_pixels
 from int8run.metrics.rating_head import build_head
-from int8run.metrics.weights import READING_ERRORS, check_location, find_file, format_error, load_from_hub
+from int8run.metrics.weights import (
+    READING_ERRORS,
+    check_location,
+    check_revision,
+    find_file,
+    format_error,
+    load_from_hub,
+)
 
 WEIGHTS, WEIGHTS_FILE, SIZE = "THUDM/ImageReward", "ImageReward.pt", "1.8 GB"
 TOKENIZER = "google-bert/bert-base-uncased"
@@ -47,10 +54,12 @@ class ImageReward:
     Args:
         weights: a file; or an id on the hub whose file is `ImageReward.pt`.
         tokenizer: of BERT, a folder or an id on the hub.
+        revision: commit, branch or tag of an id on the hub; None: the pinned one, else the newest.
     """
 
     weights: str = WEIGHTS
     tokenizer: str = TOKENIZER
+    revision: str | None = None
     name: ClassVar[str] = "image_reward"
     metrics: ClassVar[Mapping[str, Metric]] = {
         "quality/image_reward": Metric(
@@ -63,19 +72,20 @@ class ImageReward:
 
     def __post_init__(self) -> None:
         check_location("metrics.measures.image_reward.weights", self.weights)
+        check_revision("metrics.measures.image_reward.revision", self.revision)
         check_location("metrics.measures.image_reward.tokenizer", self.tokenizer)
 
     def load(self) -> FrameFunction:
         """Load its network, once."""
         from transformers import AutoTokenizer, CLIPImageProcessor
 
-        def load_tokenizer(*, is_local: bool) -> Any:
+        def load_tokenizer(*, is_local: bool, revision: str) -> Any:
             return AutoTokenizer.from_pretrained(
-                self.tokenizer, local_files_only=is_local, trust_remote_code=False
+                self.tokenizer, local_files_only=is_local, trust_remote_code=False, revision=revision
             )
 
         tokenizer = load_from_hub(self.tokenizer, load_tokenizer, size="1 MB")
-        file = find_file(self.weights, WEIGHTS_FILE, size=SIZE)
+        file = find_file(self.weights, WEIGHTS_FILE, size=SIZE, revision=self.revision)
         network = read_network(file)
         side = network.image_encoder.config.image_size
         prepare = CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from int8run.metrics.base import MORE, FrameFunction, Metric, Needs, Scope
 from int8run.metrics.clip import load_clip
-from int8run.metrics.weights import check_location
+from int8run.metrics.weights import check_location, check_revision
 
 WEIGHTS, PROCESSOR, SIZE = "yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", "3.9 GB"
 
@@ -20,10 +20,12 @@ class PickScore:
     Args:
         weights: a folder, or an id on the hub.
         processor: the same, of what prepares its inputs.
+        revision: commit, branch or tag of an id on the hub; None: the pinned one, else the newest.
     """
 
     weights: str = WEIGHTS
     processor: str = PROCESSOR
+    revision: str | None = None
     name: ClassVar[str] = "pick_score"
     metrics: ClassVar[Mapping[str, Metric]] = {
         "quality/pick_score": Metric(
@@ -36,11 +38,12 @@ class PickScore:
 
     def __post_init__(self) -> None:
         check_location("metrics.measures.pick_score.weights", self.weights)
+        check_revision("metrics.measures.pick_score.revision", self.revision)
         check_location("metrics.measures.pick_score.processor", self.processor)
 
     def load(self) -> FrameFunction:
         """Load its CLIP, once."""
-        clip = load_clip(self.weights, SIZE, self.processor)
+        clip = load_clip(self.weights, SIZE, self.processor, revision=self.revision)
 
         def rate(image: Tensor, text: Tensor) -> float:
             return clip.scale * (text @ clip.embed_image(image)).item()

@@ -12,7 +12,7 @@ from torch import Tensor
 from int8run.metrics.base import MORE, Metric, Needs, SampleFunction, SamplePair, Scope
 from int8run.metrics.images import image_to_tensor
 from int8run.metrics.measures.effnet_distance import PACKAGES, compute_effnet_features, load_effnet
-from int8run.metrics.weights import check_complete, check_location, load_from_hub
+from int8run.metrics.weights import check_complete, check_location, check_revision, load_from_hub
 
 PACKAGED = "effnet"
 SIZE = "343 MB"
@@ -28,9 +28,11 @@ class SubjectConsistency:
 
     Args:
         weights: `effnet`; or a folder or an id on the hub of a DINO, such as facebook/dino-vitb16.
+        revision: commit, branch or tag of an id on the hub; None: the pinned one, else the newest.
     """
 
     weights: str = PACKAGED
+    revision: str | None = None
     name: ClassVar[str] = "subject_consistency"
     metrics: ClassVar[Mapping[str, Metric]] = {
         "quality/subject_consistency": Metric(
@@ -45,10 +47,11 @@ class SubjectConsistency:
 
     def __post_init__(self) -> None:
         check_location("metrics.measures.subject_consistency.weights", self.weights)
+        check_revision("metrics.measures.subject_consistency.revision", self.revision)
 
     def load(self) -> SampleFunction:
         """Load the network, once."""
-        describe = load_features(self.weights)
+        describe = load_features(self.weights, self.revision)
 
         def measure(pair: SamplePair) -> dict[str, float]:
             if len(pair.frames) < 2:
@@ -61,11 +64,12 @@ class SubjectConsistency:
         return measure
 
 
-def load_features(weights: str) -> Callable[[Image], Tensor]:
+def load_features(weights: str, revision: str | None = None) -> Callable[[Image], Tensor]:
     """What turns an image into features [C].
 
     Args:
         weights: as the setting.
+        revision: as the setting.
 
     Raises:
         UnavailableError: where the network cannot be loaded.
@@ -75,21 +79,22 @@ def load_features(weights: str) -> Callable[[Image], Tensor]:
         return lambda image: compute_effnet_features(network, image_to_tensor(image))[0]
     from transformers import AutoImageProcessor, AutoModel
 
-    def load(*, is_local: bool) -> tuple[Any, Any]:
+    def load(*, is_local: bool, revision: str) -> tuple[Any, Any]:
         model, loaded = AutoModel.from_pretrained(
             weights,
             local_files_only=is_local,
+            revision=revision,
             trust_remote_code=False,
             dtype=torch.float32,
             output_loading_info=True,
         )
         check_complete(weights, loaded, ignored="pooler.")
         processor = AutoImageProcessor.from_pretrained(
-            weights, local_files_only=is_local, trust_remote_code=False, use_fast=False
+            weights, local_files_only=is_local, revision=revision, trust_remote_code=False, use_fast=False
         )
         return model.eval(), processor
 
-    model, processor = load_from_hub(weights, load, size=SIZE)
+    model, processor = load_from_hub(weights, load, size=SIZE, revision=revision)
 
     def describe(image: Image) -> Tensor:
         inputs = processor(images=image.convert("RGB"), return_tensors="pt")
