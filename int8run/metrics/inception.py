@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from int8run.metrics.base import UnavailableError
+from int8run.metrics.networks import Networks, RememberedFeatures
 from int8run.metrics.weights import LOADING_ERRORS, check_reachable, format_error, needs_packages
 
 PACKAGES = ("torch-fidelity", "torchvision")
@@ -14,6 +15,22 @@ SIZE = "96 MB"
 HASH_PREFIX = "6726825d"  # torch-fidelity has it in the name of the file
 URL_NAME = "weights-inception-2015-12-05-6726825d.pth"
 NUM_FEATURES = 2048
+
+
+def share_inception(weights: str | None, networks: Networks) -> RememberedFeatures:
+    """The network of a run, loaded once, which computes the features of each image once.
+
+    Args:
+        weights: a file; None: torch-fidelity's own.
+        networks: of the run.
+
+    Raises:
+        UnavailableError: as `load_inception`.
+    """
+    found: RememberedFeatures = networks.get(
+        ("inception", weights), lambda: RememberedFeatures(load_inception(weights))
+    )
+    return found
 
 
 def load_inception(weights: str | None) -> Any:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from int8run.metrics.base import Measure, Scope, UnavailableError
+from int8run.metrics.networks import Networks, SharesNetworks
 
 log = logging.getLogger(__name__)
 
@@ -33,17 +34,33 @@ def load_measures(measures: Iterable[Measure], smallest_side: int) -> LoadedMeas
         measures: that are asked for.
         smallest_side: the shorter side of the smallest image, in pixels.
     """
+    networks = Networks()
     loaded = LoadedMeasures({scope: {} for scope in Scope}, left_out=[])
     for measure in measures:
         try:
             check_side(smallest_side, measure.needs.min_side)
-            function = measure.load()
+            function = load_measure(measure, networks)
         except UnavailableError as error:
             log.warning("%s is left out because %s", next(iter(measure.metrics)), error)
             loaded.left_out.append(measure.name)
             continue
         loaded.functions[measure.scope][measure.name] = function
     return loaded
+
+
+def load_measure(measure: Measure, networks: Networks) -> Callable[..., dict[str, float]]:
+    """What compares, with the networks of the run where the metric can share them.
+
+    Args:
+        measure: that is asked for.
+        networks: of this run.
+
+    Raises:
+        UnavailableError: where it cannot be computed here.
+    """
+    if isinstance(measure, SharesNetworks):
+        return measure.load_with(networks)
+    return measure.load()
 
 
 def check_side(side: int, min_side: int) -> None:

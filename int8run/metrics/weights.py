@@ -22,7 +22,7 @@ LOADING_ERRORS = (OSError, HTTPException, RuntimeError, UnpicklingError, EOFErro
 # And what a file raises in which something else is found than the weights that are looked for.
 READING_ERRORS = (*LOADING_ERRORS, AttributeError, TypeError, ValueError)
 Loaded = TypeVar("Loaded")
-# The commits that metrics read by default, so that a number means the same next year. CLIP at 336 px has none,
+# The commits that metrics read by default, so that numbers stay what they are. CLIP at 336 px has none,
 # as it is read as safetensors: where a repository has none, transformers converts its newest commit alone.
 PINNED_REVISIONS: Mapping[str, str] = {
     "THUDM/ImageReward": "5736be03b2652728fb87788c9797b0570450ab72",

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import nn
 
 from int8run.generate.generate import Generation
-from int8run.metrics.base import NEITHER, SamplePair, UnavailableError
+from int8run.metrics.base import NEITHER, SamplePair, Scope, UnavailableError
 from int8run.metrics.catalog import build_measure
 from int8run.metrics.image_sets import ImageFolder, make_set_function, open_reference
 from int8run.metrics.images import image_to_tensor
@@ -321,14 +321,25 @@ class MeanColors(nn.Module):
 
     num_features = 3
 
+    def __init__(self):
+        super().__init__()
+        self.num_described = 0
+
     def forward(self, images):
+        self.num_described += len(images)
         return images.float().mean((2, 3)) / 255
 
 
 @pytest.fixture
 def mean_colors(monkeypatch):
-    for name in ("fid", "kid"):
-        monkeypatch.setattr(f"int8run.metrics.measures.{name}.load_inception", lambda weights: MeanColors())
+    networks = []
+
+    def load(weights):
+        networks.append(MeanColors())
+        return networks[-1]
+
+    monkeypatch.setattr("int8run.metrics.inception.load_inception", load)
+    return networks
 
 
 def make_colors(seed, count=6):
@@ -368,6 +379,32 @@ def test_kid_is_the_unbiased_distance_in_the_cubic_kernels_space(mean_colors):
 
     expected = average_others(a) + average_others(b) - 2 * kernel(a, b).mean()
     assert values == {"kid": pytest.approx(expected, rel=1e-3)}
+
+
+def test_fid_and_kid_share_inception_and_describe_each_image_once(mean_colors, tmp_path):
+    (own, _), (floats, _), (real, _) = make_colors(0), make_colors(1), make_colors(2)
+    for number, image in enumerate(real):
+        image.save(tmp_path / f"{number}.png")
+    folder = str(tmp_path)
+    pairs = pair_images(own, floats)
+    alone = Fid(reference=folder).load()(pairs)
+    mean_colors.clear()
+
+    loaded = load_measures([Fid(reference=folder), Kid(reference=folder, subsets=1)], 64)
+    values = {name: function(pairs) for name, function in loaded.functions[Scope.SET].items()}
+
+    (network,) = mean_colors
+    num_probes = 1  # torchmetrics asks once for the number of features, with an image of its own
+    assert network.num_described <= len(own) + len(floats) + len(real) + num_probes
+    assert values["fid"] == alone
+    assert values["kid"].keys() == {"kid", "kid_reference", "float/kid_reference"}
+
+
+def test_a_second_run_loads_a_network_of_its_own(mean_colors):
+    for _ in range(2):
+        load_measures([Fid(), Kid()], 64)
+
+    assert len(mean_colors) == 2
 
 
 def test_kid_draws_the_same_subsets_each_time(mean_colors):

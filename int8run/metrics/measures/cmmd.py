@@ -10,6 +10,7 @@ from torch import Tensor
 from int8run.metrics.base import LESS, Metric, Needs, Scope, SetFunction
 from int8run.metrics.clip import ClipFeatures, load_clip
 from int8run.metrics.image_sets import check_reference, make_set_function, open_reference
+from int8run.metrics.networks import RememberedFeatures
 from int8run.metrics.weights import check_location, check_revision
 
 CLIP, SIZE = "openai/clip-vit-large-patch14-336", "1.7 GB"
@@ -52,19 +53,23 @@ class Cmmd:
         """Load CLIP, once."""
         reference = open_reference(self.reference)
         clip = load_clip(self.weights, SIZE, revision=self.revision)
+        describe = RememberedFeatures(lambda images: embed_set(clip, images))
+
+        def describe_set(images: Sequence[Tensor]) -> Tensor:
+            return torch.cat([describe(image[None]) for image in images])
 
         def measure_distance(images: Sequence[Tensor], others: Sequence[Tensor]) -> float:
-            return compute_mmd(embed_set(clip, images), embed_set(clip, others))
+            return compute_mmd(describe_set(images), describe_set(others))
 
         return make_set_function("cmmd", reference, measure_distance)
 
 
-def embed_set(clip: ClipFeatures, images: Sequence[Tensor]) -> Tensor:
+def embed_set(clip: ClipFeatures, images: Tensor) -> Tensor:
     """CLIP's features of images, [N, C].
 
     Args:
         clip: the network.
-        images: uint8 [3, H, W].
+        images: uint8 [N, 3, H, W].
     """
     side = clip.model.config.vision_config.image_size
     size = {"height": side, "width": side}

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from int8run.metrics.base import LESS, Metric, Needs, Scope, SetFunction
 from int8run.metrics.image_sets import check_reference, make_set_function, open_reference
-from int8run.metrics.inception import EXTRA, NUM_FEATURES, PACKAGES, load_inception
+from int8run.metrics.inception import EXTRA, NUM_FEATURES, PACKAGES, share_inception
+from int8run.metrics.networks import Networks
 from int8run.metrics.weights import check_location
 
 log = logging.getLogger(__name__)
@@ -49,8 +50,16 @@ class Fid:
 
     def load(self) -> SetFunction:
         """Load Inception, once."""
+        return self.load_with(Networks())
+
+    def load_with(self, networks: Networks) -> SetFunction:
+        """The same with the network that another metric of the run may have loaded.
+
+        Args:
+            networks: of this run.
+        """
         reference = open_reference(self.reference)
-        inception = load_inception(self.weights)
+        inception = share_inception(self.weights, networks)
         from torchmetrics.image.fid import FrechetInceptionDistance
 
         fid = FrechetInceptionDistance(feature=inception)

@@ -10,8 +10,9 @@ from torch import Tensor
 from int8run.errors import check_range
 from int8run.metrics.base import LESS, Metric, Needs, Scope, SetFunction
 from int8run.metrics.image_sets import check_reference, make_set_function, open_reference
-from int8run.metrics.inception import EXTRA, PACKAGES, load_inception
+from int8run.metrics.inception import EXTRA, PACKAGES, share_inception
 from int8run.metrics.measures.fid import add_images
+from int8run.metrics.networks import Networks
 from int8run.metrics.weights import check_location
 
 
@@ -54,8 +55,16 @@ class Kid:
 
     def load(self) -> SetFunction:
         """Load Inception, once."""
+        return self.load_with(Networks())
+
+    def load_with(self, networks: Networks) -> SetFunction:
+        """The same with the network that another metric of the run may have loaded.
+
+        Args:
+            networks: of this run.
+        """
         reference = open_reference(self.reference)
-        inception = load_inception(self.weights)
+        inception = share_inception(self.weights, networks)
         from torchmetrics.image.kid import KernelInceptionDistance
 
         kid = KernelInceptionDistance(feature=inception, subsets=self.subsets)
