@@ -133,7 +133,8 @@ def list_vae_weights(source: Path) -> list[Path]:
     weights = sorted(folder.glob(f"*{SAFETENSORS}"))
     card = get_card_path(str(source))
     # a card without it was written later than the VAE, of a checkpoint that had this name before
-    if weights and card.is_file() and escape_markdown(folder.name) not in card.read_text(encoding="utf-8"):
+    name = escape_markdown(f"{folder.name}/")
+    if weights and card.is_file() and name not in card.read_text(encoding="utf-8"):
         log.warning("%s is not published: %s does not name it", folder, card)
         return []
     return weights

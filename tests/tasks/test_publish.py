@@ -144,6 +144,21 @@ def test_the_int8_vae_goes_with_its_checkpoint(publication, tmp_path, vae, hub):
     }
 
 
+@pytest.mark.parametrize(
+    ("row", "is_published"), [("| file | vae/x.safetensors |", True), ("int8.vae=", False)]
+)
+def test_a_vae_inside_a_folder_goes_where_the_card_names_it(publication, tmp_path, row, is_published):
+    source = tmp_path / "fox"
+    (source / "vae").mkdir(parents=True)
+    write_checkpoint(source / "x.safetensors")
+    write_checkpoint(source / "vae" / "x.safetensors")
+    (source / "card.md").write_text(f"# fox\n\n{row}\n")
+
+    names = [file.name for file in publish(replace(publication, path=str(source)))]
+
+    assert ("vae/x.safetensors" in names) == is_published
+
+
 def test_a_vae_that_the_card_does_not_name_stays_here_and_is_said(publication, tmp_path, vae, caplog):
     (tmp_path / "fox.card.md").write_text(CARD)
 
