@@ -9,6 +9,7 @@
 //     vectors_*.h          16 numbers in registers
 //     operands_*.h         rows and weights as the product reads them
 //     register_products.h  the sums of a tile in registers
+//     row_pairs.h          the same by Arm's matrix instruction, two rows at a time
 //     product.h            the parts of a product
 //     *_tiles.h            a block of the product
 //     quantize.h           rows to bytes

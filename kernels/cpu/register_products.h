@@ -22,6 +22,11 @@ INLINE Ints begin_sums(const int8_t* compensation) {
   return fill_ints(0);
 }
 
+// The same products as below, two rows by two steps at a time, where the set has matrix instructions: row_pairs.h. Returns
+// how many steps were taken.
+template <int MR, class GetRow>
+INLINE int64_t accumulate_pairs(Sums<MR>& c, GetRow get_row, const int8_t* w, int64_t steps);
+
 // MR rows of activations by some columns of a panel, four bytes of each at a step.
 //
 //                          panel: b[0]     b[1]     b[2]     b[3]      16 columns each
@@ -31,7 +36,9 @@ INLINE Ints begin_sums(const int8_t* compensation) {
 // get_row(i): where row i begins
 template <int MR, class GetRow>
 INLINE void accumulate_rows(Sums<MR>& c, GetRow get_row, const int8_t* w, int64_t steps) {
-  for (int64_t k = 0; k < steps; k++, w += WEIGHT_STEP) {
+  int64_t k = 0;
+  if constexpr (HAS_MATRIX_PRODUCTS && MR > 1) k = accumulate_pairs<MR>(c, get_row, w, steps);
+  for (w += k * WEIGHT_STEP; k < steps; k++, w += WEIGHT_STEP) {
     Weights b[TILE_VECTORS];
     unroll<TILE_VECTORS>([&](auto j) INLINED {
       b[j] = load_weights(w + 64 * j);

@@ -15,6 +15,7 @@ constexpr int TILE_ROWS = 6, TILE_VECTORS = 4;
 // an L2 cache of 1 MB together.
 constexpr int64_t K_BLOCK = 2048;
 constexpr bool SIGNED_PRODUCTS = false;
+constexpr bool HAS_MATRIX_PRODUCTS = false;
 
 // sums + a . w, four products for each of 16 columns
 INLINE Ints add_products(Ints sums, Four a, Weights w) { return _mm512_dpbusd_epi32(sums, a, w); }

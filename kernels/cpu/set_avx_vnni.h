@@ -10,6 +10,7 @@ namespace {
 constexpr int TILE_ROWS = 6, TILE_VECTORS = 1;
 constexpr int64_t K_BLOCK = 2048;
 constexpr bool SIGNED_PRODUCTS = false;
+constexpr bool HAS_MATRIX_PRODUCTS = false;
 
 INLINE Ints add_products(Ints sums, Four a, Weights w) {
   return {_mm256_dpbusd_avx_epi32(sums.low, a, w.low), _mm256_dpbusd_avx_epi32(sums.high, a, w.high)};

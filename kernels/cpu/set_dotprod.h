@@ -15,6 +15,7 @@ namespace {
 constexpr int TILE_ROWS = 6, TILE_VECTORS = 1;
 constexpr int64_t K_BLOCK = 2048;
 constexpr bool SIGNED_PRODUCTS = true;
+constexpr bool HAS_MATRIX_PRODUCTS = false;
 
 INLINE Ints add_products(Ints sums, Four a, Weights w) {
   const int8x16_t q = vreinterpretq_s8_u8(veorq_u8(a, vdupq_n_u8(0x80)));

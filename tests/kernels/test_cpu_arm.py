@@ -32,6 +32,9 @@ def list_cases():
     """Rows, inputs, outputs, rotation, Sylvester's, whether there is a factor, gelu_from and rank."""
     for m, k, n in itertools.product((1, 5, 13), (1, 7, 65, 300), (17, 65, 130)):
         yield m, k, n, 0, False, False, -1, 3 * (n % 2)
+    # i8mm takes two rows by eight inputs at once: a row, four inputs or both are left over
+    for m, k, n in itertools.product((1, 2, 3, 4, 17), (4, 12, 68), (1, 15, 66)):
+        yield m, k, n, 0, False, False, -1, 5 * (n % 2)
     yield 200, 65, 65, 0, False, True, -1, 70  # more than a block of rows
     yield 7, 4170, 65, 0, False, False, -1, 0  # more than a piece of the inputs
     for rotation in (4, 16, 64, 256, 1024):

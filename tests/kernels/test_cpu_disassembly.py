@@ -9,28 +9,34 @@ import pytest
 from int8run.kernels.cpu.instructions import ALL_SETS, InstructionSet
 from int8run.kernels.cpu.library import FLAGS, OPENMP_FLAGS
 
-COMPILER, DISASSEMBLER = shutil.which("g++"), shutil.which("objdump")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(None in (COMPILER, DISASSEMBLER), reason="needs g++ and objdump"),
-]
+# what compiles for this CPU, and for Arm
+TOOLS = {
+    "x86": (shutil.which("g++"), shutil.which("objdump")),
+    "arm": (shutil.which("aarch64-linux-gnu-g++"), shutil.which("aarch64-linux-gnu-objdump")),
+}
+pytestmark = pytest.mark.slow
 # the instruction that adds products, and how many of them a full tile takes at a step
 PRODUCTS = {
     "amx": ("tdpbusd", 4),
     "avx512_vnni": ("vpdpbusd", 24),
     "avx_vnni": ("vpdpbusd", 12),
     "avx2": ("vpmaddwd", 12),
+    "i8mm": ("usmmla", 24),
 }
-X86_SETS = [each for each in ALL_SETS if each.name in PRODUCTS]
-ENDS_BLOCK = re.compile(r"^(j|ret|call)")
-TO_STACK = re.compile(r"^vmov\w+ +%[xyz]mm\d+,.*\(%r[sb]p")
+# all but Arm's dotprod, which GCC 12 has no registers for in attention
+CHECKED_SETS = [each for each in ALL_SETS if each.name in PRODUCTS]
+ENDS_BLOCK = re.compile(r"^(j|ret|call|b(l|r|lr|\.\w+)?\s|cbn?z\s|tbn?z\s)")
+TO_STACK = re.compile(r"^vmov\w+ +%[xyz]mm\d+,.*\(%r[sb]p|^(st|ld)\w+\s+(q\d|\{).*\[sp")
 
 
 def list_blocks(operator: str, instruction_set: InstructionSet, folder) -> list[list[str]]:
     """The instructions between jumps."""
+    compiler, disassembler = TOOLS["arm" if instruction_set.name == "i8mm" else "x86"]
+    if None in (compiler, disassembler):
+        pytest.skip(f"needs g++ and objdump for {instruction_set.name}")
     library = folder / f"{operator}.so"
     command = [
-        COMPILER,
+        compiler,
         *FLAGS,
         *OPENMP_FLAGS,
         *instruction_set.flags,
@@ -43,7 +49,7 @@ def list_blocks(operator: str, instruction_set: InstructionSet, folder) -> list[
         pytest.skip(f"this g++ is too old for {instruction_set.name}")
     assert done.returncode == 0, done.stderr
     output = subprocess.run(
-        [DISASSEMBLER, "-d", "--no-show-raw-insn", str(library)], capture_output=True, text=True, check=True
+        [disassembler, "-d", "--no-show-raw-insn", str(library)], capture_output=True, text=True, check=True
     ).stdout
     blocks: list[list[str]] = [[]]
     for line in output.splitlines():
@@ -56,12 +62,12 @@ def list_blocks(operator: str, instruction_set: InstructionSet, folder) -> list[
 
 
 @pytest.mark.parametrize("operator", ["linear", "attention", "conv"])
-@pytest.mark.parametrize("instruction_set", X86_SETS, ids=lambda each: each.name)
+@pytest.mark.parametrize("instruction_set", CHECKED_SETS, ids=lambda each: each.name)
 def test_the_inner_loop_keeps_its_sums_in_registers(instruction_set, operator, tmp_path):
     name, count = PRODUCTS[instruction_set.name]
     loops = []
     for block in list_blocks(operator, instruction_set, tmp_path):
-        products = [i for i, line in enumerate(block) if line.startswith(f"{name} ")]
+        products = [i for i, line in enumerate(block) if line.split()[:1] == [name]]
         if len(products) == count:
             loops.append(block[products[0] : products[-1] + 1])
 
