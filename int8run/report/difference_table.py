@@ -21,7 +21,7 @@ from int8run.report.differences import Standing
 from int8run.utils.plurals import count_noun
 
 # What a setting is that is surely behind the best one; and what it is where it is surely ahead, because the
-# best one is best by another number, such as a mean without identical images.
+# best one is best by another number, as speeds are: the median of all steps, beside that of each stretch.
 FURTHER = ("further from float", "closer to float, sample by sample")
 SLOWER = ("slower", "faster, timing by timing")
 MAX_LINES = 12  # of the terminal, for quality and speed each
