@@ -17,9 +17,13 @@ constexpr int64_t K_BLOCK = 2048;
 constexpr bool SIGNED_PRODUCTS = true;
 constexpr bool HAS_MATRIX_PRODUCTS = false;
 
+// One row after the other: GCC 12 would flip the bits of all rows first, and have no registers left for the sums
 INLINE Ints add_products(Ints sums, Four a, Weights w) {
-  const int8x16_t q = vreinterpretq_s8_u8(veorq_u8(a, vdupq_n_u8(0x80)));
-  return map_ints([&](int i) INLINED { return vdotq_s32(sums.q[i], q, w.q[i]); });
+  int8x16_t q = vreinterpretq_s8_u8(veorq_u8(a, vdupq_n_u8(0x80)));
+  asm volatile("" : "+w"(q));
+  Ints added = map_ints([&](int i) INLINED { return vdotq_s32(sums.q[i], q, w.q[i]); });
+  keep_in_register(added);
+  return added;
 }
 
 }  // namespace
