@@ -12,6 +12,7 @@ from typing import Any
 
 from int8run.audit.base_weight import FLOAT_DTYPES, BaseFiles, BaseTensor
 from int8run.audit.compare_layer import compare_layer
+from int8run.audit.damage import leave_out_damage
 from int8run.audit.file_checks import list_file_findings
 from int8run.audit.float_tensors import measure_change
 from int8run.audit.grades import Finding, choose_grade, load_grades
@@ -125,6 +126,7 @@ def audit_file(audited: AuditedFile, on_bytes: Callable[[int], None] = lambda co
     misfits = list_misfits(audited)
     if misfits:
         findings.append(Finding("other_shape", tuple(misfits), "", len(audited.list_float_keys())))
+    findings = leave_out_damage(findings, layers)
     order = list(load_grades().grades)
     findings.sort(key=lambda finding: -order.index(finding.kind.grade))
     quantized = [layer for layer in layers if layer.is_quantized]

@@ -9,21 +9,21 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from int8run.audit.base_weight import BaseFiles, BaseTensor
+from int8run.audit.damage import check_hash, is_all_reproduced
 from int8run.audit.float_tensors import holds_nan
 from int8run.audit.grades import Finding, load_grades
 from int8run.audit.layer_audit import LayerAudit
-from int8run.audit.layer_findings import join_counts, shorten_name
-from int8run.checkpoints.data_hash import check_data
+from int8run.audit.layer_findings import is_other_model, join_counts, shorten_name
 from int8run.checkpoints.format_names import name_granularity, promised_granularities
 from int8run.checkpoints.int8_transform import is_transformed_by_tensors
 from int8run.checkpoints.layer import FLOAT, INT8, CheckpointLayer
 from int8run.checkpoints.quant_metadata import Marker
 from int8run.checkpoints.reader import TensorFiles
-from int8run.errors import FileError
 from int8run.utils.plurals import count_noun
 
 WEIGHT, BIAS = ".weight", ".bias"
 ABSMAX = "absmax"
+MAX_SHOWN_SHARE = 10.0  # damaged numbers differ by any power of ten
 
 
 class KnownFile(Protocol):
@@ -81,6 +81,9 @@ def list_file_findings(
         yield from check_hash(files)
         yield from check_numbers(files, known)
         return
+    # of a file that is reproduced every number is known: it is not read a second time
+    if not is_all_reproduced(layers, changed, known.list_float_keys()):
+        yield from check_hash(files)
     yield from check_floats(known, changed)
     yield from check_completeness(known, layers)
 
@@ -126,6 +129,8 @@ def check_provenance(known: KnownFile, layers: Sequence[LayerAudit]) -> Iterator
         return
     details = []
     compared = [layer for layer in layers if layer.is_compared]
+    if is_other_model(compared):  # of the source that the note means, this base shows nothing
+        compared = []
     changed = [layer for layer in compared if "low_rank_change" in layer.codes]
     if changed and note.get("loras") == []:
         details.append(f"it says that no LoRA was baked in, and {count_noun(len(changed), 'layer')} hold one")
@@ -140,14 +145,6 @@ def check_provenance(known: KnownFile, layers: Sequence[LayerAudit]) -> Iterator
             details.append(f"it says that {quantized[0]} was kept float, and it is quantized")
     if details:
         yield Finding("wrong_provenance", (), "; ".join(details))
-
-
-def check_hash(files: TensorFiles) -> Iterator[Finding]:
-    """Whether the tensors are those that int8run wrote; all of them are read, so not beside a base."""
-    try:
-        check_data(files)
-    except FileError as error:
-        yield Finding("changed_tensors", (), str(error))
 
 
 def check_numbers(files: TensorFiles, known: KnownFile) -> Iterator[Finding]:
@@ -184,11 +181,18 @@ def describe_changes(changes: Collection[float]) -> str:
     finite = [change for change in changes if math.isfinite(change)]
     texts = []
     if finite:
-        texts.append(f"by up to {100 * max(finite):.0f} %")
+        texts.append(f"by up to {format_change(max(finite))}")
     num_others = len(changes) - len(finite)
     if num_others:
         texts.append(f"{num_others} from zeros, or by NaN or infinity")
     return ", ".join(texts)
+
+
+def format_change(change: float) -> str:
+    """A difference as a share of the base's size, or as a multiple of it where it is far larger."""
+    if change < MAX_SHOWN_SHARE:
+        return f"{100 * change:.0f} %"
+    return f"{change:.3g} times their size"
 
 
 def is_quantized_bias(known: KnownFile, key: str) -> bool:

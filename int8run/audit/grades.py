@@ -56,12 +56,14 @@ class GradeTable:
         findings: what can be found, by code.
         limits: from where on it is.
         computed_tensors: patterns of tensors that a file may leave out or have.
+        explained_by_damage: codes of findings that damage looks like, too.
     """
 
     grades: Mapping[str, str]
     findings: Mapping[str, FindingKind]
     limits: Limits
     computed_tensors: Sequence[str]
+    explained_by_damage: Collection[str]
 
     def is_computed(self, key: str) -> bool:
         """Whether models compute a tensor themselves, so that it need not be in a file."""
@@ -115,6 +117,7 @@ def load_grades() -> GradeTable:
         findings=kinds,
         limits=Limits(**data["limits"]),
         computed_tensors=data["computed_tensors"],
+        explained_by_damage=data["explained_by_damage"],
     )
 
 

@@ -22,7 +22,7 @@ class LayerAudit:
         storage_dtype: float, int8, fp8, mxfp8 or nvfp4.
         label: how the file stores it, in words.
         granularity: which numbers share a scale; empty: no scale.
-        declared_rotation: that the file says, in words.
+        declared_rotation: that the file says, in words; empty: of a float layer, which says nothing.
         found_rotation: that its numbers prove, or without a base suggest; empty: neither.
         saturated_share: of its numbers, at the end of the range.
         cut_off_share: of its numbers, at the end of the range beside the largest one of their scale.

@@ -44,10 +44,24 @@ def choose_code(code: str, found: Sequence[LayerAudit], quantized: Sequence[Laye
         found: the layers.
         quantized: all that could have it.
     """
-    max_share = load_grades().limits.max_other_share
-    if code == "other_weight" and len(found) > max_share * len(quantized):
+    if code == "other_weight" and is_most(found, quantized):
         return "other_model"
     return code
+
+
+def is_other_model(compared: Sequence[LayerAudit]) -> bool:
+    """Whether most of the layers that were compared are not the base's.
+
+    Args:
+        compared: quantized layers, judged.
+    """
+    others = [layer for layer in compared if "other_weight" in layer.codes]
+    return is_most(others, compared)
+
+
+def is_most(found: Sequence[LayerAudit], layers: Sequence[LayerAudit]) -> bool:
+    """Whether so many layers are not the base's that the base is another model."""
+    return len(found) > load_grades().limits.max_other_share * len(layers)
 
 
 def list_rule_findings(layers: Sequence[LayerAudit]) -> list[Finding]:

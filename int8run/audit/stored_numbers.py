@@ -12,7 +12,7 @@ from torch import Tensor
 
 from int8run.audit.layer_audit import LayerAudit
 from int8run.audit.transforms import NOT_ROTATED, name_rotation
-from int8run.checkpoints.layer import INT8, CheckpointLayer
+from int8run.checkpoints.layer import FLOAT, INT8, CheckpointLayer
 from int8run.checkpoints.reader import TensorFiles
 from int8run.checkpoints.rotation_evidence import find_rotation, is_comparable, measure_tails
 from int8run.kernels.quantize_rowwise.reference import INT8_MAX
@@ -92,6 +92,9 @@ def describe_stored(files: TensorFiles, layer: CheckpointLayer) -> LayerAudit:
         layer: of it.
     """
     rotation = name_rotation(layer.rotation_group_size, is_sylvester=layer.is_sylvester)
+    declared = rotation if layer.storage_dtype == INT8 else NOT_ROTATED
+    if layer.storage_dtype == FLOAT:  # nothing is said of it, and nobody rotates it
+        declared = ""
     granularity = layer.granularity
     if layer.block_size:
         granularity = f"{granularity} {layer.block_size}"
@@ -102,7 +105,7 @@ def describe_stored(files: TensorFiles, layer: CheckpointLayer) -> LayerAudit:
         storage_dtype=layer.storage_dtype,
         label=layer.label,
         granularity=granularity,
-        declared_rotation=rotation if layer.storage_dtype == INT8 else NOT_ROTATED,
+        declared_rotation=declared,
         scale_spread=measure_scale_spread(files, layer),
     )
 

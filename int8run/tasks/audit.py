@@ -4,6 +4,7 @@
 and here the result is written and printed.
 """
 
+import json
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -32,6 +33,7 @@ from int8run.report.formatting import format_megabytes, format_pairs
 from int8run.report.run_files import write_json
 from int8run.tasks.audit_sources import ReadFile, check_is_quantized, plan_audit, read_checkpoint
 from int8run.tasks.audit_summary import describe_audit, describe_unreadable
+from int8run.tasks.publish_files import hide_local_paths
 from int8run.tasks.quantize_checkpoint import choose_location
 from int8run.tasks.quantize_common import MEGABYTE, MegabyteProgress, count_bytes
 from int8run.tracking.setting_names import split_override
@@ -160,14 +162,15 @@ def audit_with_progress(audited: AuditedFile, spec: RunSpec) -> FileAudit:
 
 
 def write_results(folder: Path, summary: dict[str, Any]) -> None:
-    """Write audit.json and audit.html.
+    """Write audit.json, and audit.html, which may be shown to others: without folders of this machine.
 
     Args:
         folder: the output folder.
         summary: what was found.
     """
     write_json(summary, folder / JSON_NAME)
-    write_audit_page(summary, folder / PAGE_NAME)
+    shown = json.loads(hide_local_paths(json.dumps(summary, default=str)))
+    write_audit_page(shown, folder / PAGE_NAME)
 
 
 def print_audit(audit: FileAudit, summary: dict[str, Any], folder: Path) -> None:

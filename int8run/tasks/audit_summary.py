@@ -134,12 +134,11 @@ def list_comparison_facts(audit: FileAudit, quantized: Sequence[LayerAudit]) -> 
         quantized: the layers that are stored in few bits.
     """
     recipes = audit.count_recipes()
-    reproduced = "none to the bit"
+    reproduced = f"{recipes.total()} of {len(quantized)}"
     if recipes:
-        listed = join_counts(recipes)
-        reproduced = f"to the bit: {recipes.total()} of {len(quantized)} ({listed})"
+        reproduced += f" ({join_counts(recipes)})"
     proven = Counter(layer.found_rotation for layer in quantized if layer.is_proven)
-    facts = [("reproducible", reproduced), ("proven rotations", join_counts(proven))]
+    facts = [("reproduced to the bit", reproduced), ("proven rotations", join_counts(proven))]
     sqnr = [layer.sqnr_db for layer in quantized if layer.sqnr_db is not None and layer.is_proven]
     if sqnr:
         facts.append(("weight SQNR, mean / min", f"{sum(sqnr) / len(sqnr):.1f} / {min(sqnr):.1f} dB"))

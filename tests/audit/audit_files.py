@@ -4,6 +4,7 @@ Weights have columns of very different size, as real ones: unrotated they are fa
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -73,7 +74,8 @@ def make_int8(
     return tensors
 
 
-def write_file(tensors: dict[str, Tensor], path: Path) -> Path:
-    """A safetensors file."""
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
+def write_file(tensors: dict[str, Tensor], path: Path, note: Mapping[str, object] | None = None) -> Path:
+    """A safetensors file, with int8run's note in its header where one is given."""
+    metadata = None if note is None else {"int8run": json.dumps(note)}
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path, metadata)
     return path

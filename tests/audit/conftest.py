@@ -1,6 +1,6 @@
 """Audits of small files, without a command line."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ from int8run.models.family import AutoFamily
 from int8run.tasks.audit_sources import plan_audit, read_checkpoint
 
 Tensors = dict[str, Tensor]
+Note = Mapping[str, object] | None
 Audit = Callable[..., FileAudit]
 
 
@@ -21,8 +22,8 @@ Audit = Callable[..., FileAudit]
 def audit(tmp_path: Path) -> Audit:
     """Audit tensors beside those of a base, or alone."""
 
-    def run(tensors: Tensors, base: Tensors | None = None) -> FileAudit:
-        with TensorFiles.open(write_file(tensors, tmp_path / "file.safetensors")) as files:
+    def run(tensors: Tensors, base: Tensors | None = None, note: Note = None) -> FileAudit:
+        with TensorFiles.open(write_file(tensors, tmp_path / "file.safetensors", note)) as files:
             read = read_checkpoint(files, UNDECLARED)
             if base is None:
                 return audit_file(plan_audit(read, None, AutoFamily()))

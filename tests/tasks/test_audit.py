@@ -15,8 +15,9 @@ from torch import Tensor
 from int8run.checkpoints.reader import TensorFiles
 from int8run.config.job import Job
 from int8run.errors import FileError
-from int8run.tasks.audit import AuditRequest
+from int8run.tasks.audit import AuditRequest, write_results
 from int8run.tasks.audit import run_audit as run_task
+from int8run.tasks.audit_summary import describe_unreadable
 from int8run.utils.paths import ASSETS_FOLDER
 
 QUIET = ("tracker=none", "progress=false", "hydra.run.dir=out")
@@ -43,10 +44,23 @@ def test_a_good_file_ends_with_0_and_leaves_page_and_numbers(command: Command) -
     page = (command.folder / "out/audit.html").read_text()
     assert code == 0
     assert "grade A: Reproduced" in out
-    assert "to the bit: 6 of 6 (6 × convrot group_size=64, absmax by row)" in out
+    assert "reproduced to the bit 6 of 6 (6 × convrot group_size=64, absmax by row)" in out
     assert (found["grade"], found["findings"], len(found["layers"])) == ("A", [], 6)
     assert all(name.replace(".", ".<wbr>") in page for name in NAMES)
     assert "<script" not in page
+
+
+def test_the_page_has_no_folder_of_this_machine_and_the_numbers_have(tmp_path: Path) -> None:
+    path = Path("/home/somebody/secret/file.safetensors")
+    summary = describe_unreadable(path, f"{path} is cut off") | {"base": "/data/secret/base.safetensors"}
+
+    write_results(tmp_path, summary)
+
+    page = (tmp_path / "audit.html").read_text()
+    assert "secret" not in page
+    assert "<code>base.safetensors</code>" in page
+    assert "<p>file.safetensors is cut off</p>" in page
+    assert json.loads((tmp_path / "audit.json").read_text())["file"] == str(path)
 
 
 def test_a_wrong_file_ends_with_5_and_says_why(command: Command) -> None:
@@ -198,7 +212,7 @@ def test_the_tiny_model_in_the_authors_names_beside_its_own(command: Command) ->
 
     assert done.code == 0
     assert "grade A" in done.out
-    assert "to the bit: 16 of 16" in done.out
+    assert "reproduced to the bit 16 of 16" in done.out
     assert "56 of 56 equal to the base's" in done.out
     assert "the base is the file that its note names" in done.out
 
