@@ -4,6 +4,7 @@ One file there and one YAML in `conf/metric/` make a metric. `metrics.catalog` f
 loads those that a run asks for. Nothing here knows a certain metric.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -25,6 +26,7 @@ class Metric:
         measure: the entry of `metrics.perceptual` that adds it; None: runs have it without being asked.
         unit: such as `dB`; empty for a number without one.
         label: in tables, where it is not its name.
+        lowest, highest: what it can be; intervals of its mean end there.
     """
 
     direction: int
@@ -32,6 +34,8 @@ class Metric:
     measure: str | None = None
     unit: str = ""
     label: str = ""
+    lowest: float = -math.inf
+    highest: float = math.inf
 
 
 class Scope(StrEnum):

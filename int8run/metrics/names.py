@@ -21,6 +21,7 @@ OF_A_RUN = re.compile(
     r"quality/(half_error_step|float_layers_from_same_file|independent_samples|measures_left_out|samples|.+_gap_db|.+_p)"
 )
 SPEED_RATIO = "speed/ratio_vs_float"
+SCATTERS = "speed/scatters"
 # series of metrics.json: step times of each stretch in which both models took turns
 BLOCK_STEP_MS, FLOAT_BLOCK_STEP_MS = "series/block_step_ms", "series/float_block_step_ms"
 
@@ -50,7 +51,9 @@ RUN_METRICS: Mapping[str, Metric] = {
     "controlnet/weight_sqnr_db_min": Metric(MORE, "SQNR of the worst of their weights"),
     "energy/joules_per_image": Metric(LESS, "energy of an image or a video: of the CPU packages, or the GPU"),
     "float/denoiser_bytes": Metric(LESS, "memory of the float denoiser's weights"),
-    "float/drift": Metric(NEITHER, "how far the float model's video is from the image that it begins with"),
+    "float/drift": Metric(
+        NEITHER, "how far the float model's video is from the image that it begins with", lowest=0
+    ),
     "float/frames_per_s": Metric(MORE, "video frames per second of the float model"),
     "float/images_per_s": Metric(MORE, "images or videos per second of the float model"),
     "float/joules_per_image": Metric(LESS, "the same of the float model"),
@@ -73,26 +76,34 @@ RUN_METRICS: Mapping[str, Metric] = {
     "memory/peak_bytes": Metric(LESS, "largest memory while the model generated"),
     "memory/text_encoder_bytes": Metric(LESS, "memory of the text encoders' weights"),
     "memory/text_encoder_ratio": Metric(MORE, "the float text encoders' memory over it"),
-    "quality/dtype_floor_db": Metric(NEITHER, "PSNR of the float model in another dtype to itself"),
+    "quality/dtype_floor_db": Metric(NEITHER, "PSNR of the float model in another dtype to itself", lowest=0),
     "quality/dtype_floor_gap_db": Metric(MORE, "PSNR of INT8 less that of the float model in another dtype"),
     "quality/dtype_floor_p": Metric(NEITHER, "p-value that the gap is within `metrics.margin_db`"),
-    "quality/drift": Metric(NEITHER, "how far a video's frames are from the image that it begins with"),
-    "quality/flicker_err": Metric(LESS, "how much of INT8's error moves from frame to frame of a video"),
+    "quality/drift": Metric(
+        NEITHER, "how far a video's frames are from the image that it begins with", lowest=0
+    ),
+    "quality/flicker_err": Metric(
+        LESS, "how much of INT8's error moves from frame to frame of a video", lowest=0
+    ),
     "quality/float_layers_from_same_file": Metric(NEITHER, "float layers that come from the checked file"),
-    "quality/frame_err": Metric(LESS, "INT8's error in the frames of a video"),
+    "quality/frame_err": Metric(LESS, "INT8's error in the frames of a video", lowest=0),
     "quality/half_error_step": Metric(NEITHER, "first step with half of the last one's latent error"),
-    "quality/latent_rel_err": Metric(LESS, "relative error of the last latents"),
-    "quality/masked_psnr_db": Metric(MORE, "PSNR inside the mask of an edit"),
-    "quality/masked_share": Metric(NEITHER, "share of the pixels that is inside the mask of an edit"),
-    "quality/noise_floor_db": Metric(NEITHER, "PSNR of the float model, computed otherwise, to itself"),
+    "quality/latent_rel_err": Metric(LESS, "relative error of the last latents", lowest=0),
+    "quality/masked_psnr_db": Metric(MORE, "PSNR inside the mask of an edit", lowest=0),
+    "quality/masked_share": Metric(
+        NEITHER, "share of the pixels that is inside the mask of an edit", lowest=0, highest=1
+    ),
+    "quality/noise_floor_db": Metric(
+        NEITHER, "PSNR of the float model, computed otherwise, to itself", lowest=0
+    ),
     "quality/noise_floor_gap_db": Metric(MORE, "PSNR of INT8 less that of the float model to itself"),
     "quality/noise_floor_p": Metric(NEITHER, "p-value that the gap is within `metrics.margin_db`"),
-    "quality/psnr_db": Metric(MORE, "peak signal-to-noise ratio to the float model's images"),
+    "quality/psnr_db": Metric(MORE, "peak signal-to-noise ratio to the float model's images", lowest=0),
     "quality/samples": Metric(NEITHER, "images or videos that were compared"),
     "quality/independent_samples": Metric(NEITHER, "prompts of these, where one has several seeds"),
-    "quality/ssim": Metric(MORE, "structural similarity to the float model's images"),
+    "quality/ssim": Metric(MORE, "structural similarity to the float model's images", lowest=-1, highest=1),
     "quality/measures_left_out": Metric(LESS, "metrics that were asked for and could not be computed"),
-    "quality/unmasked_psnr_db": Metric(MORE, "PSNR outside the mask of an edit"),
+    "quality/unmasked_psnr_db": Metric(MORE, "PSNR outside the mask of an edit", lowest=0),
     "quant/attention_float": Metric(LESS, "attentions of the INT8 model that stay float"),
     "quant/attention_int8": Metric(MORE, "attentions in INT8"),
     "quant/attention_sqnr_db_mean": Metric(MORE, "SQNR of the INT8 attentions' outputs, mean over modules"),
@@ -112,6 +123,7 @@ RUN_METRICS: Mapping[str, Metric] = {
     "speed/images_per_s": Metric(MORE, "images or videos per second"),
     "speed/ratio_vs_best_float": Metric(MORE, "step time in the fastest float dtype, over this one"),
     "speed/ratio_vs_float": Metric(MORE, "the float model's step time over this one"),
+    "speed/scatters": Metric(LESS, "1 where step times scatter so much that speeds say little, else 0"),
     "speed/step_ms_p50": Metric(LESS, "median time of a denoising step"),
     "speed/step_ms_p90": Metric(LESS, "the time that 90 % of the steps do not exceed"),
     "vae/decode_ms": Metric(LESS, "time in which the INT8 VAE decodes the first latents"),

@@ -159,7 +159,7 @@ def summarize_metric(
     finite = [value for value in known.values() if math.isfinite(value)]
     gathered = gather_clusters(list(values.values()), labels)
     warn_of_undefined(name, [key for key in values if key not in known], num_samples=len(values))
-    interval = compute_interval(gathered, settings)
+    interval = limit_interval(compute_interval(gathered, settings), name, mean)
     return MetricStatistics(
         mean=mean,
         median=compute_median(list(known.values())),
@@ -171,6 +171,23 @@ def summarize_metric(
         num_undefined=len(values) - len(known),
         worst=find_worst(name, known),
     )
+
+
+def limit_interval(interval: Interval | None, name: str, mean: float) -> Interval | None:
+    """An interval that ends where its metric does: no error is below zero.
+
+    It holds a mean that is there as often as before, because no mean is beyond.
+
+    Args:
+        interval: None for fewer than two samples.
+        name: of the metric, its public one.
+        mean: that stays inside, where rounding puts it beyond the end, as a cosine of 1.0000001.
+    """
+    if interval is None:
+        return None
+    metric = METRICS.get(name, UNKNOWN)
+    low, high = max(interval.low, metric.lowest), min(interval.high, metric.highest)
+    return Interval(low=min(low, mean), high=max(high, mean))
 
 
 def compute_median(values: Sequence[float]) -> float:

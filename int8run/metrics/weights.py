@@ -103,10 +103,19 @@ def needs_packages(packages: str, extra: str = "") -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        remedy = f"pip install {packages}"
-        if extra:
-            remedy += f" (int8run's extra {extra!r})"
+        remedy = describe_installation(packages, extra)
         raise UnavailableError(f"a package cannot be imported ({format_error(error)}); {remedy}") from error
+
+
+def describe_installation(packages: str, extra: str) -> str:
+    """What to type: `pip install flip-evaluator (int8run's extra 'perceptual')`.
+
+    Args:
+        packages: as pip takes them, separated by spaces.
+        extra: int8run's extra that brings them; empty where none does.
+    """
+    command = f"pip install {packages}"
+    return f"{command} (int8run's extra {extra!r})" if extra else command
 
 
 def load_from_hub(

@@ -15,6 +15,7 @@ from int8run.report.columns import DENOISER_RATIO, PSNR_DB, SPEED_RATIO, MetricC
 from int8run.report.export_table import escape_latex, format_plain, join_latex_row, show_in_spreadsheet
 from int8run.report.markdown import escape_markdown, join_markdown_row
 from int8run.report.shared_results import ResultCollection, SharedResult
+from int8run.report.step_times import has_scattered_times
 from int8run.report.templates import load_template, read_asset, write_text_file
 from int8run.utils.plurals import count_noun
 from int8run.utils.text import make_visible
@@ -23,6 +24,10 @@ ENERGY = "energy/joules_per_image"
 # what a cell shows, in this order
 SHOWN_METRICS = (SPEED_RATIO, PSNR_DB, DENOISER_RATIO, ENERGY)
 NOT_MEASURED = "not measured"
+SCATTERED = "?"  # behind a speed that says little
+SCATTERED_NOTE = (
+    "? behind a speed: step times of a result scatter by more than twice, so that it says little."
+)
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,11 @@ class Atlas:
     models: Sequence[AtlasModel]
     collection: ResultCollection
 
+    @property
+    def has_scattered(self) -> bool:
+        """Whether any speed is marked as one that says little."""
+        return any(map(has_scattered_ratio, self.collection.results))
+
 
 def build_atlas(collection: ResultCollection) -> Atlas:
     """Sort the results into tables; models, recipes and devices in the order of their names."""
@@ -111,8 +121,16 @@ def build_cell(results: Sequence[SharedResult]) -> AtlasCell:
         if values:
             column = find_column(metric)
             label = " ".join(column.heading.split())
-            numbers.append(AtlasNumber(label, format_number(column, values, results)))
+            text = format_number(column, values, results)
+            if metric == SPEED_RATIO and any(map(has_scattered_ratio, results)):
+                text = f"{text} {SCATTERED}"
+            numbers.append(AtlasNumber(label, text))
     return AtlasCell(results, numbers)
+
+
+def has_scattered_ratio(result: SharedResult) -> bool:
+    """Whether a result has a speed that says little."""
+    return SPEED_RATIO in result.metrics and has_scattered_times(result.metrics)
 
 
 def format_number(column: MetricColumn, values: Sequence[float], results: Sequence[SharedResult]) -> str:
@@ -156,6 +174,7 @@ def render_html(atlas: Atlas) -> str:
         style="\n".join([read_asset("page.css"), read_asset("atlas.css")]),
         script=read_asset("page.js"),
         not_measured=NOT_MEASURED,
+        scattered_note=SCATTERED_NOTE,
     )
 
 
@@ -169,6 +188,8 @@ def render_markdown(atlas: Atlas) -> str:
         for recipe, cells in model.rows:
             texts = [escape_markdown(join_cell(cell)) for cell in cells]
             lines.append(join_markdown_row([escape_markdown(recipe), *texts]))
+    if atlas.has_scattered:
+        lines += ["", SCATTERED_NOTE]
     return "\n".join(lines) + "\n"
 
 
@@ -183,6 +204,8 @@ def render_latex(atlas: Atlas) -> str:
             texts = [escape_latex(join_cell(cell)) for cell in cells]
             lines.append(join_latex_row([escape_latex(recipe), *texts]))
         lines += [r"\bottomrule", r"\end{tabular}"]
+    if atlas.has_scattered:
+        lines.append(f"% {SCATTERED_NOTE}")
     return "\n".join(lines) + "\n"
 
 

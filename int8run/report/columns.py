@@ -26,6 +26,7 @@ MACS_INT8_SHARE = "quant/macs_int8_share"
 
 MISSING = "–"
 MAX_DECIMALS = 6
+MAX_LOPSIDED = 0.2  # distance of a value from the middle of its interval, in half widths, that ± still says
 
 
 @dataclass(frozen=True)
@@ -89,18 +90,23 @@ class MetricColumn:
             return f">{self.ceiling - smallest_step:.{decimals}f}{self.suffix}"
         return f"{shown:.{decimals}f}{self.suffix}"
 
-    def format_spread(self, low: float | None, high: float | None, decimals: int) -> str:
-        """Half of the width of the interval of a value, as text: `±0.6`; empty where it has none.
+    def format_spread(self, value: float | None, low: float | None, high: float | None, decimals: int) -> str:
+        """The interval of a value as text: `±0.6`, or `[1.57, 6.86]` where the value is far from its middle.
 
         Args:
-            low: lower limit of the interval.
+            value: around which it lies.
+            low: lower limit of the interval; None: there is none, and the text is empty.
             high: upper limit.
             decimals: of the value.
         """
-        if low is None or high is None or not math.isfinite(high - low):
+        if value is None or low is None or high is None or not math.isfinite(high - low):
             return ""
         half_width = self.scale * (high - low) / 2
+        distance = self.scale * abs(value - (low + high) / 2)
         smallest_step = 10.0**-decimals
+        is_lopsided = distance > MAX_LOPSIDED * half_width
+        if is_lopsided and distance > smallest_step / 2:
+            return f"[{self.scale * low:.{decimals}f}, {self.scale * high:.{decimals}f}]"
         if 0 < half_width < smallest_step / 2:
             return f"±<{smallest_step:.{decimals}f}"
         return f"±{half_width:.{decimals}f}"

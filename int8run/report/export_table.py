@@ -9,12 +9,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from int8run.metrics.names import HIGH, LOW
-from int8run.report.columns import MetricColumn
+from int8run.metrics.names import HIGH, LOW, SCATTERS
+from int8run.report.columns import STEP_MS, MetricColumn
 from int8run.report.markdown import escape_markdown, join_markdown_row
 from int8run.report.runs import Run
 from int8run.report.runs_table import RunsTable, TableCell, build_runs_table
+from int8run.report.step_times import has_scattered_times
 from int8run.report.verdict import recommend
+from int8run.report.verdict_warnings import describe_scattered
 from int8run.tracking.run_record import FINISHED
 from int8run.tracking.setting_names import shorten_keys, shorten_value
 from int8run.utils.text import make_visible
@@ -60,7 +62,7 @@ class ExportTable:
         headings: of the columns.
         num_text_columns: how many columns, from the left, hold no numbers.
         rows: cells, one for each heading.
-        has_intervals: whether any number has one.
+        notes: below it: what is in brackets, and which speeds say little.
     """
 
     title: str
@@ -68,7 +70,7 @@ class ExportTable:
     headings: Sequence[str]
     num_text_columns: int
     rows: Sequence[Sequence[ExportCell]]
-    has_intervals: bool
+    notes: Sequence[str]
 
 
 def render_table(runs: Sequence[Run], title: str, table_format: str) -> str:
@@ -118,8 +120,24 @@ def build_export_table(runs: Sequence[Run], table: RunsTable, title: str) -> Exp
         headings=[*text_headings, *metric_headings],
         num_text_columns=len(text_headings),
         rows=rows,
-        has_intervals=any(cell.interval for row in table.rows for cell in row.cells),
+        notes=list_notes(runs, table),
     )
+
+
+def list_notes(runs: Sequence[Run], table: RunsTable) -> list[str]:
+    """What a reader has to know of the numbers.
+
+    Args:
+        runs: in their order.
+        table: of them.
+    """
+    notes = []
+    if any(cell.interval for row in table.rows for cell in row.cells):
+        notes.append(INTERVAL_NOTE)
+    scattered_tags = [run.tag for run in runs if has_scattered_times(run.record.metrics)]
+    if scattered_tags:
+        notes.append(describe_scattered(scattered_tags))
+    return notes
 
 
 def export_cell(cell: TableCell) -> ExportCell:
@@ -150,8 +168,8 @@ def render_markdown(table: ExportTable) -> str:
             text = escape_markdown(cell.text)
             texts.append(f"**{text}**" if cell.is_best else text)
         lines.append(join_markdown_row(texts))
-    if table.has_intervals:
-        lines += ["", INTERVAL_NOTE]
+    for note in table.notes:
+        lines += ["", escape_markdown(note)]
     return "\n".join(lines) + "\n"
 
 
@@ -175,8 +193,7 @@ def render_latex(table: ExportTable) -> str:
             texts.append(rf"\textbf{{{text}}}" if cell.is_best else text)
         lines.append(join_latex_row(texts))
     lines += [r"\bottomrule", r"\end{tabular}"]
-    if table.has_intervals:
-        lines.append(f"% {INTERVAL_NOTE}")
+    lines += [f"% {make_visible(note)}" for note in table.notes]
     return "\n".join(lines) + "\n"
 
 
@@ -208,15 +225,25 @@ def render_csv(runs: Sequence[Run], columns: Sequence[MetricColumn]) -> str:
         names.append(column.metric)
         if any(get_interval(run, column.metric) for run in runs):
             names += [column.metric + LOW, column.metric + HIGH]
+    has_times = any(STEP_MS in run.record.metrics for run in runs)
+    if has_times:
+        names.append(SCATTERS)
     keys = list(runs[0].varied_settings)
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(["run", *map(show_in_spreadsheet, keys), "state", *names])
     for run in runs:
         settings = [show_in_spreadsheet(value) for value in run.varied_settings.values()]
-        numbers = [format_plain(run.get_metric(name)) for name in names]
+        numbers = [format_plain(get_exported(run, name)) for name in names]
         writer.writerow([run.tag, *settings, run.record.state.lower(), *numbers])
     return buffer.getvalue()
+
+
+def get_exported(run: Run, name: str) -> float | None:
+    """A number of a run; whether its times scatter is also known of runs that did not write it down."""
+    if name == SCATTERS and STEP_MS in run.record.metrics:
+        return float(has_scattered_times(run.record.metrics))
+    return run.get_metric(name)
 
 
 def show_in_spreadsheet(text: str) -> str:

@@ -1,7 +1,8 @@
 """Numbers and facts as text for the terminal."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.cells import cell_len
 from rich.text import Text
@@ -47,3 +48,15 @@ def shorten_to_width(text: str, width: int) -> str:
 
     length = find_longest(len(text), fits)
     return shorten_text(text, length) if length else ""
+
+
+def describe_identical(entry: Mapping[str, Any]) -> str:
+    """How many samples a mean PSNR leaves out: `5 of 6 identical`; empty where it leaves out none, or all.
+
+    Args:
+        entry: of the PSNR in `statistics` of metrics.json; empty where there is none.
+    """
+    num_identical, num_others = entry.get("infinite", 0), entry.get("samples", 0)
+    if not num_identical or not num_others:
+        return ""
+    return f"{num_identical} of {num_identical + num_others} identical"

@@ -11,6 +11,7 @@ from int8run.metrics.names import DTYPE_FLOOR, HIGH, LOW, NOISE_FLOOR
 from int8run.report.columns import MISSING, PSNR_DB, MetricColumn, find_column
 from int8run.report.markdown import escape_markdown
 from int8run.report.runs_table import list_columns
+from int8run.report.step_times import SCATTER_NOTE, has_scattered_times
 from int8run.utils.plurals import count_noun
 from int8run.utils.text import make_lines_visible, make_visible
 
@@ -140,6 +141,8 @@ def render_measured(facts: CardFacts) -> list[str]:
     for row in rows:
         cells = " | ".join(map(escape_markdown, row))
         lines.append(f"| {cells} |")
+    if has_scattered_times(facts.metrics):
+        lines += ["", SCATTER_NOTE]
     if not any(row[3] for row in rows):
         lines += ["", "No interval was measured: the numbers are observations of these prompts alone."]
     if facts.grid is not None:

@@ -11,20 +11,29 @@ from int8run.metrics.equivalence import CLOSER, EQUIVALENT, FURTHER
 from int8run.metrics.intervals import MAX_SAMPLES
 from int8run.report.columns import PSNR_DB, format_psnr
 from int8run.report.difference_text import format_interval, format_signed
+from int8run.report.formatting import describe_identical
 from int8run.utils.plurals import count_noun
 
 
-def describe_noise_floors(noise_floor: Mapping[str, Any], metrics: Mapping[str, float]) -> list[str]:
+def describe_noise_floors(
+    noise_floor: Mapping[str, Any],
+    metrics: Mapping[str, float],
+    statistics: Mapping[str, Mapping[str, Any]],
+) -> list[str]:
     """A line for each way in which the float model was computed otherwise.
 
     Args:
         noise_floor: that part of metrics.json; empty where it was not asked for.
         metrics: of the run.
+        statistics: what its samples say of each metric; that part of metrics.json.
     """
     lines = []
     for metric, entry in noise_floor.get("drawn", {}).items():
         value = metrics.get(metric, math.nan)
         itself = "identical" if math.isinf(value) else format_psnr(value)
+        identical = describe_identical(statistics.get(metric, {}))
+        if identical:
+            itself += f", {identical}"
         varied = ", ".join(entry["varied"])
         line = f"INT8 {format_psnr(metrics.get(PSNR_DB))}; the float model against itself {itself} ({varied})"
         test = entry.get("test")

@@ -36,6 +36,7 @@ class Bounds:
 BOUNDS: Mapping[str, Bounds] = {
     "speed/ratio_*": Bounds(0.001, 1000),
     "*_ratio": Bounds(0.001, 1000),
+    "speed/scatters": Bounds(0, 1),
     "*/step_ms_*": Bounds(1e-4, 1e9),
     "*_per_s": Bounds(1e-9, 1e9),
     "*/joules_per_image": Bounds(1e-6, 1e12),

@@ -6,6 +6,7 @@ Builds a rich table from metrics; printing is the caller's. `sweep_table` has th
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from rich.table import Table
 
@@ -17,12 +18,13 @@ from int8run.report.columns import (
     SPEED_RATIO,
     STEP_MS,
 )
-from int8run.report.formatting import format_decibels, format_megabytes
+from int8run.report.formatting import describe_identical, format_decibels, format_megabytes
 
 SAME_FILE_NOTE = f"float has numbers of the same quantized file: PSNR to it {SAME_FILE_LIMITS}"
 
 # metrics of `metrics.perceptual` with rows that are written out below
 OWN_ROWS = ("quality/ms_ssim", "quality/lpips", "quality/effnet_distance", "quality/clip_score")
+DEFAULT_LEVEL = 0.95  # of intervals
 UNIT = re.compile(r"[^0-9]+$")  # behind a number
 
 Format = Callable[[float], str]
@@ -37,7 +39,7 @@ def build_result_table(
     has_both_models: bool = True,
     best_float: str = "",
     num_steps: int = 0,
-    level: float = 0.95,
+    statistics: Mapping[str, Any] | None = None,
 ) -> Table:
     """The float model beside the candidate with their ratio, then quality and layers.
 
@@ -50,7 +52,7 @@ def build_result_table(
         has_both_models: whether both were in memory at once, which the peak memory of each includes.
         best_float: the fastest float dtype of this machine, where it is known.
         num_steps: whose latents were compared.
-        level: of the intervals.
+        statistics: that part of metrics.json, with the level of the intervals; None: not known.
     """
     table = Table(title=title, title_justify="left", caption_justify="left")
     table.add_column("", style="bold")
@@ -58,7 +60,8 @@ def build_result_table(
     table.add_column(candidate, justify="right")
     table.add_column("ratio", style="green", justify="right")
 
-    rows = ResultRows(table, metrics, has_both_models, best_float, num_steps)
+    found = statistics or {}
+    rows = ResultRows(table, metrics, has_both_models, best_float, num_steps, found.get("metrics", {}))
     rows.add_speed_and_memory()
     rows.add_embeddings()
     rows.add_quality()
@@ -66,7 +69,7 @@ def build_result_table(
     rows.add_controlnets()
     rows.add_vae()
     rows.add_loras()
-    rows.explain_intervals(level)
+    rows.explain_intervals(found.get("level", DEFAULT_LEVEL))
     return table
 
 
@@ -79,6 +82,7 @@ class ResultRows:
     has_both_models: bool
     best_float: str
     num_steps: int
+    statistics: Mapping[str, Mapping[str, Any]]
 
     def add_speed_and_memory(self) -> None:
         """Times, rates and sizes, each with the float model's."""
@@ -244,8 +248,11 @@ class ResultRows:
 
     def add_value(self, label: str, metric: str, form: Format) -> None:
         """A metric that only the candidate has, with its interval; no row where it is missing."""
-        if metric in self.metrics:
-            self.add_row(label, form(self.metrics[metric]) + self.format_interval(metric, form))
+        if metric not in self.metrics:
+            return
+        text = form(self.metrics[metric]) + self.format_interval(metric, form)
+        identical = describe_identical(self.statistics.get(metric, {}))
+        self.add_row(label, ", ".join(filter(None, [text, identical])))
 
     def format_interval(self, metric: str, form: Format) -> str:
         """The interval of a metric, without its unit: ` [54.3, 55.5]`; empty where it has none.

@@ -25,7 +25,7 @@ class TableCell:
         value: to sort by; None where it is missing.
         is_best: whether it is the best of a column whose values differ and can be compared.
         missing_reason: why there is no value.
-        spread: half of the width of its interval, `±0.6`; empty without one.
+        spread: half of the width of its interval, `±0.6`, or a lopsided one itself; empty without one.
         interval: both limits, `[54.3, 55.5]`.
     """
 
@@ -150,7 +150,7 @@ def add_interval(cell: TableCell, run: Run, column: MetricColumn, decimals: int)
         decimals: of the numbers.
     """
     low, high = run.get_metric(f"{column.metric}{LOW}"), run.get_metric(f"{column.metric}{HIGH}")
-    spread = column.format_spread(low, high, decimals)
+    spread = column.format_spread(cell.value, low, high, decimals)
     if not spread:
         return cell
     interval = f"[{column.format(low, decimals)}, {column.format(high, decimals)}]"

@@ -2,7 +2,12 @@
 
 from collections.abc import Mapping
 
+from int8run.metrics.names import SCATTERS
+
 MAX_SPREAD = 2.0  # of the 90th percentile over the median; the messages say "twice"
+SCATTER_NOTE = (
+    "Step times scatter by more than twice: other work ran on the machine, so the speeds say little."
+)
 
 
 def has_scattered_times(metrics: Mapping[str, float]) -> bool:
@@ -13,6 +18,8 @@ def has_scattered_times(metrics: Mapping[str, float]) -> bool:
     Args:
         metrics: of a run, by their public names.
     """
+    if metrics.get(SCATTERS):  # runs of earlier versions do not have it
+        return True
     for model in ("speed", "float"):
         median = metrics.get(f"{model}/step_ms_p50", 0)
         if metrics.get(f"{model}/step_ms_p90", 0) > MAX_SPREAD * median:

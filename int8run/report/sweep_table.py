@@ -115,7 +115,7 @@ def build_metric_columns(records: Sequence[Record], *, has_spread: bool) -> list
 
     Args:
         records: of the jobs.
-        has_spread: whether numbers have half of the width of their intervals behind them: `54.9 ±0.6`.
+        has_spread: whether numbers have their intervals behind them: `54.9 ±0.6`.
     """
     columns = []
     for metric in list_shared_metrics(records):
@@ -131,16 +131,17 @@ def build_metric_columns(records: Sequence[Record], *, has_spread: bool) -> list
 
 
 def format_spread(record: Record, column: MetricColumn, decimals: int) -> str:
-    """Half of the width of the interval that a job's metric has, as text; empty without one.
+    """The interval that a job's metric has, as `±0.6` or in brackets; empty without one.
 
     Args:
         record: of the job.
         column: of the metric.
         decimals: of the numbers.
     """
+    value = get_number(record, column.metric)
     low = get_number(record, f"{column.metric}{LOW}")
     high = get_number(record, f"{column.metric}{HIGH}")
-    return column.format_spread(low, high, decimals)
+    return column.format_spread(value, low, high, decimals)
 
 
 def get_number(record: Record, metric: str) -> float | None:

@@ -87,7 +87,7 @@ def list_noise_facts(closest: Sequence[Candidate]) -> list[tuple[str, str]]:
     facts = []
     for candidate in closest[:1]:
         record = candidate.runs[0].record
-        for line in describe_noise_floors(record.noise_floor, record.metrics):
+        for line in describe_noise_floors(record.noise_floor, record.metrics, record.statistics):
             facts.append(("Noise floor", line))
     return facts
 

@@ -3,6 +3,8 @@
 `verdict.recommend` puts these sentences below its own.
 """
 
+from collections.abc import Sequence
+
 from int8run.report.columns import PSNR_DB, SAME_FILE_LAYERS, SAME_FILE_LIMITS, STEP_MS
 from int8run.report.comparison import SweepComparison
 from int8run.report.ranking import is_own_baseline
@@ -23,11 +25,7 @@ def warn_of_speeds(comparison: SweepComparison) -> list[str]:
     """Which speeds say little, and which are missing."""
     warnings = []
     if comparison.scattered_tags:
-        tags = format_tags(comparison.scattered_tags)
-        warnings.append(
-            f"Step times of {tags} scatter by more than twice: other work ran on the machine, so these "
-            "speeds say little."
-        )
+        warnings.append(describe_scattered(comparison.scattered_tags))
     if not comparison.fastest:
         warnings.append("No run measured its speed.")
         return warnings
@@ -36,6 +34,14 @@ def warn_of_speeds(comparison: SweepComparison) -> list[str]:
     if untimed:
         warnings.append(f"The speed of {format_tags(untimed)} was not measured.")
     return warnings
+
+
+def describe_scattered(tags: Sequence[str]) -> str:
+    """Which runs have speeds that say little; `export_table` has the sentence below its tables."""
+    return (
+        f"Step times of {format_tags(tags)} scatter by more than twice: other work ran on the machine, so "
+        "these speeds say little."
+    )
 
 
 def warn_of_same_files(comparison: SweepComparison) -> list[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from int8run import __version__
@@ -43,6 +43,8 @@ from int8run.utils.plurals import count_noun
 log = logging.getLogger(__name__)
 HASHES_NAME = "SHA256SUMS"
 PROVENANCE_NAME = "int8run.json"
+REFUSALS = (401, 403, 404)  # 404: also of a private repository of others
+LOG_IN = "log in with `hf auth login` as somebody who may write there"
 
 
 @dataclass(frozen=True)
@@ -249,7 +251,22 @@ def upload_files(files: Sequence[HubFile], publication: Publication) -> None:
         )
     except list_hub_errors() as error:
         raise FileError(
-            f"task.repo={publication.repo} could not be uploaded to ({describe_reason(error)}); log in with "
-            "`hf auth login` as somebody who may write there; the folder stays as it is"
+            f"task.repo={publication.repo} could not be uploaded to ({describe_reason(error)}); "
+            f"{name_remedy(error)}; the folder stays as it is"
         ) from error
     print_lines(f"uploaded: {commit.commit_url}")
+
+
+def name_remedy(error: Exception) -> str:
+    """What to do after an upload that failed: a refusal needs a login, a network that is gone does not.
+
+    Args:
+        error: one of `list_hub_errors`.
+    """
+    if isinstance(error, LocalTokenNotFoundError):
+        return LOG_IN
+    if isinstance(error, HfHubHTTPError):
+        return LOG_IN if error.response.status_code in REFUSALS else "the same command tries again"
+    if isinstance(error, (ConnectionError, TimeoutError, *HfHubHTTPError.__bases__)):
+        return "the hub cannot be reached: the same command tries again where there is a network"
+    return "the same command tries again"

@@ -23,6 +23,7 @@ from int8run.generate.prompts import Sample
 from int8run.lora.header_info import add_trigger_words
 from int8run.metrics.clusters import choose_clusters
 from int8run.metrics.equivalence import Equivalence
+from int8run.metrics.loading import warn_of_missing_packages
 from int8run.metrics.quality import (
     compare_generations,
     compare_sets,
@@ -91,6 +92,7 @@ def run(spec: RunSpec, job: Job) -> RunResult:
         job: where they came from, and where to write.
     """
     check_start(spec)
+    warn_of_missing_packages(spec.metrics.measures.values())
     samples = read_samples(spec.prompts, spec.seed, job.output_dir, spec.sampling.input_size)
     # before its LoRAs are downloaded: a model that is not there is the larger obstacle
     check_samples(spec.model, samples, spec.sampler, spec.sampling)

@@ -122,6 +122,7 @@ def print_result(
     """
     model = job.choices.get("model", "model")
     title = f"{model} on {get_device_name(built.device)}; float is {spec.model.dtype}"
+    statistics = comparison.statistics.to_json()
     table = build_result_table(
         title,
         metrics,
@@ -129,12 +130,12 @@ def print_result(
         has_both_models=spec.runs_both_models,
         best_float="" if built.best_float is None else built.best_float.dtype,
         num_steps=len(comparison.latent_errors),
-        level=spec.metrics.intervals.level,
+        statistics=statistics,
     )
     print_lines("", table)
     if comparison.noise_floor is not None:
         noise_floor = describe_noise_floor(comparison.noise_floor, comparison.equivalences)
-        print_lines(*describe_noise_floors(noise_floor, metrics))
+        print_lines(*describe_noise_floors(noise_floor, metrics, statistics["metrics"]))
     for name, file in list_result_files(spec).items():
         print_lines(f"{name + ':':<10}{job.output_dir / file}")
 

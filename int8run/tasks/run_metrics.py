@@ -27,7 +27,7 @@ from int8run.metrics.layers import (
     count_module_bytes,
     measure_layer_outputs,
 )
-from int8run.metrics.names import BLOCK_STEP_MS, FLOAT_BLOCK_STEP_MS, SPEED_RATIO
+from int8run.metrics.names import BLOCK_STEP_MS, FLOAT_BLOCK_STEP_MS, SCATTERS, SPEED_RATIO
 from int8run.metrics.quality import SampleQuality, average_frames, find_half_error_step
 from int8run.metrics.sample_statistics import SampleStatistics
 from int8run.metrics.speed import (
@@ -40,6 +40,7 @@ from int8run.metrics.videos import DRIFT, FLOAT_DRIFT
 from int8run.models.given_model import find_text_encoders
 from int8run.pipeline.built_model import BuiltModel, measure_lora_overhead
 from int8run.report.columns import SAME_FILE_LAYERS
+from int8run.report.step_times import has_scattered_times
 from int8run.tasks.controlnet_metrics import measure_controlnets
 from int8run.tasks.noise_floor import NoiseFloor
 from int8run.tasks.vae_metrics import measure_vae
@@ -124,6 +125,7 @@ def measure_run(
     metrics["float/denoiser_bytes"] = built.float_bytes
     if comparable is not None:
         metrics |= measure_float_speed(comparable)
+    metrics[SCATTERS] = int(has_scattered_times(metrics))
     if comparison.baseline is not None and "int8" in built.denoisers:
         metrics["quality/half_error_step"] = find_half_error_step(comparison.latent_errors)
     if comparison.baseline is not None and built.num_dequantized_layers:

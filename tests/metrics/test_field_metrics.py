@@ -2,6 +2,8 @@
 
 import logging
 import math
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -10,18 +12,18 @@ from PIL import Image
 from torch import nn
 
 from int8run.generate.generate import Generation
-from int8run.metrics.base import NEITHER, SamplePair, Scope, UnavailableError
+from int8run.metrics.base import NEITHER, Needs, SamplePair, Scope, UnavailableError
 from int8run.metrics.catalog import build_measure
 from int8run.metrics.image_sets import ImageFolder, make_set_function, open_reference
 from int8run.metrics.images import image_to_tensor
-from int8run.metrics.loading import load_measures
+from int8run.metrics.loading import load_measures, warn_of_missing_packages
 from int8run.metrics.measures.cmmd import compute_mmd
 from int8run.metrics.measures.cvvdp import Cvvdp
 from int8run.metrics.measures.fid import Fid
 from int8run.metrics.measures.flip import Flip
 from int8run.metrics.measures.kid import Kid
 from int8run.metrics.measures.ocr import compute_nearest_distance, list_asked_texts, rate_reading
-from int8run.metrics.measures.subject_consistency import rate_consistency
+from int8run.metrics.measures.subject_consistency import SubjectConsistency, rate_consistency
 from int8run.metrics.measures.temporal_flicker import TemporalFlicker
 from int8run.metrics.quality import compare_sets, load_measures_for
 
@@ -412,3 +414,26 @@ def test_kid_draws_the_same_subsets_each_time(mean_colors):
     measure = Kid(subsets=3, subset_size=4).load()
 
     assert measure(pairs) == measure(pairs)
+
+
+@dataclass(frozen=True)
+class Uninstalled:
+    """A metric whose packages are a known one and one that nobody has."""
+
+    metrics: ClassVar = {"quality/dots": None}
+    needs: ClassVar = Needs(packages=("numpy>=1", "no-such-package-of-dots"), extra="dots")
+
+
+def test_a_metric_that_is_not_installed_is_named_before_the_run(caplog):
+    warn_of_missing_packages([Uninstalled(), build_measure("ms_ssim")])
+
+    (line,) = caplog.messages
+    assert line.startswith(
+        "quality/dots will be left out of this run: not installed: no-such-package-of-dots; "
+    )
+    assert line.endswith("pip install numpy>=1 no-such-package-of-dots (int8run's extra 'dots')")
+
+
+def test_another_network_needs_no_package_of_the_default_one():
+    assert build_measure("subject_consistency").needs.packages
+    assert SubjectConsistency(weights="facebook/dino-vitb16").needs.packages == ()

@@ -139,3 +139,13 @@ def test_a_disturbance_of_both_models_does_not_widen_the_interval_of_their_ratio
 
     low, high = limits["speed/ratio_vs_float_low"], limits["speed/ratio_vs_float_high"]
     assert 1.98 < low < 2.01 < high < 2.04
+
+
+def test_an_interval_ends_where_its_metric_does():
+    error = summarize("latent_rel_err", [0.001, 0.002, 0.03]).by_metric["quality/latent_rel_err"]
+    similarity = summarize("ssim", [0.999, 0.998, 0.95]).by_metric["quality/ssim"]
+    reward = summarize("image_reward", [0.001, 0.002, 0.03]).by_metric["quality/image_reward"]
+
+    assert error.interval.low == 0 and error.interval.high > 0.03
+    assert similarity.interval.high == 1 and similarity.interval.low < 0.95
+    assert reward.interval.low < 0

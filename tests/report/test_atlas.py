@@ -209,3 +209,15 @@ def test_csv_has_every_metric_of_every_result(collection):
     assert len(rows) == 3
     assert {row["device"] for row in rows} == {"EPYC, 2 threads", "Xeon, 2 threads"}
     assert sorted(float(row[PSNR_DB]) for row in rows) == [32.0, 50.0, 51.0]
+
+
+def test_a_speed_from_times_that_scatter_is_marked(collection, tmp_path):
+    assert "?" not in render_markdown(build_atlas(collection))
+    scattered = make_metrics(10.0, 2.0, **{"speed/step_ms_p90": 21.0})
+    write_result(tmp_path / "dora" / "metrics.json", scattered, device="i7")
+
+    atlas = build_atlas(collect_results([tmp_path]))
+
+    assert "2.00× ?" in render_markdown(atlas) and "1.50× ?" not in render_markdown(atlas)
+    for text in (render_markdown(atlas), render_latex(atlas), render_html(atlas)):
+        assert "? behind a speed" in text

@@ -101,3 +101,14 @@ def test_a_setting_that_a_spreadsheet_would_compute_is_quoted_and_a_number_is_no
 
 def test_markdown_shows_entities_and_formulas_as_they_are():
     assert escape_markdown("a &lt; $x$") == r"a \&lt; \$x\$"
+
+
+def test_runs_whose_times_scatter_are_named(tmp_path, runs):
+    assert "say little" not in render_table(runs, "t", "markdown")
+    scattered = write_runs(tmp_path / "two", [make_metrics(), make_metrics(**{"speed/step_ms_p90": 21.0})])
+
+    for table_format in ("markdown", "latex"):
+        text = render_table(scattered, "t", table_format)
+        assert "Step times of" in text and "these speeds say little" in text
+    rows = list(csv.DictReader(io.StringIO(render_table(scattered, "t", "csv"))))
+    assert [row["speed/scatters"] for row in rows] == ["0", "1"]

@@ -76,3 +76,10 @@ def test_names_of_users_cannot_leave_their_cell_or_their_block():
     assert text.splitlines()[0] == r"# a \| \<b\>\\n\# c"
     assert "````bash\nint8run 'prompt=```\nx'\n````" in text
     assert "(<a b (c).png>)" in text
+
+
+def test_times_that_scatter_are_said_below_the_numbers():
+    scattered = replace(FACTS, metrics=FACTS.metrics | {"speed/step_ms_p90": 21.0})
+
+    assert "the speeds say little" in render_card(scattered)
+    assert "the speeds say little" not in render_card(FACTS)

@@ -132,3 +132,12 @@ def test_where_the_error_arises_is_said_with_the_number_of_steps():
     metrics = {"quality/psnr_db": 40.0, "quality/half_error_step": 9.0}
 
     assert read_result_rows(metrics, num_steps=16)["half of the error by step"] == ["", "9 of 16", ""]
+
+
+def test_identical_samples_that_a_mean_leaves_out_are_counted():
+    statistics = {"metrics": {"quality/noise_floor_db": {"infinite": 5, "samples": 1}}}
+
+    rows = read_result_rows(METRICS | {"quality/noise_floor_db": 89.0}, statistics=statistics)
+
+    assert rows["float to itself, PSNR"][1] == "89.0 dB, 5 of 6 identical"
+    assert rows["PSNR to float"][1] == "31.2 dB"

@@ -5,7 +5,7 @@ import math
 import pytest
 from report.run_folders import SSIM, make_metrics, write_run, write_runs
 
-from int8run.report.columns import DENOISER_BYTES, METRIC_COLUMNS, PSNR_DB, SPEED_RATIO, STEP_MS
+from int8run.report.columns import DENOISER_BYTES, METRIC_COLUMNS, PSNR_DB, SPEED_RATIO, STEP_MS, find_column
 from int8run.report.missing_metrics import explain_missing
 from int8run.report.runs import name_runs
 from int8run.report.runs_table import build_runs_table
@@ -160,3 +160,16 @@ def test_no_quality_is_the_best_of_runs_with_different_images(tmp_path):
     assert best == [STEP_MS]
     assert not any(cell.is_best for cell in table.rows[1].cells)
     assert table.has_different_images and not table.has_front
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high", "shown"),
+    [
+        (3.02, 1.57, 6.86, "[1.57, 6.86]"),
+        (3.02, 2.42, 3.60, "±0.59"),
+        (3.02, 3.017, 3.0201, "±<0.01"),
+        (3.02, None, None, ""),
+    ],
+)
+def test_a_lopsided_interval_shows_both_ends(value, low, high, shown):
+    assert find_column(SPEED_RATIO).format_spread(value, low, high, 2) == shown

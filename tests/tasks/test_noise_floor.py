@@ -164,7 +164,7 @@ def compare(int8_psnrs, float_values, margin_db=1.0):
     found = compare_with_noise_floor(quality, baseline, floor, settings)
     metrics = {FLOOR: quality[0].values["noise_floor_db"], "quality/psnr_db": int8_psnrs[0]}
     described = describe_noise_floor(floor, found)
-    return flatten_equivalences(found), described, describe_noise_floors(described, metrics)
+    return flatten_equivalences(found), described, describe_noise_floors(described, metrics, {})
 
 
 def test_int8_is_compared_with_what_float_differs_from_itself_by():

@@ -8,7 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
 from safetensors.torch import load_file, save_file
 from support.cli_process import Command
 
@@ -312,3 +317,23 @@ def test_a_command_without_a_repository_is_refused(command: Command):
 
     assert outcome.code == 2
     assert outcome.message.startswith("task=publish needs task.path=")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [HfHubHTTPError.__bases__[0]("no address"), OfflineModeIsEnabled("offline"), ConnectionError("refused")],
+)
+def test_without_a_network_nobody_is_asked_to_log_in(publication, hub, error):
+    hub.error = error
+
+    with pytest.raises(FileError, match="the hub cannot be reached") as caught:
+        publish(replace(publication, upload=True))
+
+    assert "auth login" not in str(caught.value)
+
+
+def test_a_hub_that_is_out_of_order_is_no_refusal():
+    response = SimpleNamespace(headers={}, request=None, status_code=503)
+
+    assert module.name_remedy(HfHubHTTPError("503", response=response)) == "the same command tries again"
+    assert "auth login" in module.name_remedy(LocalTokenNotFoundError("no token"))

@@ -32,9 +32,13 @@ class ClipIqa:
     name: ClassVar[str] = "clip_iqa"
     metrics: ClassVar[Mapping[str, Metric]] = {
         "quality/clip_iqa": Metric(
-            MORE, "whether CLIP takes the images for good photos, 0 to 1", label="CLIP-IQA"
+            MORE,
+            "whether CLIP takes the images for good photos, 0 to 1",
+            label="CLIP-IQA",
+            lowest=0,
+            highest=1,
         ),
-        "float/clip_iqa": Metric(MORE, "the same of the float model's images"),
+        "float/clip_iqa": Metric(MORE, "the same of the float model's images", lowest=0, highest=1),
     }
     needs: ClassVar[Needs] = Needs(weights="CLIP ViT-L/14, 1.7 GB, downloaded once; clip_score has the same")
     scope: ClassVar[Scope] = Scope.KEY_FRAMES

@@ -30,8 +30,8 @@ class ClipScore:
     revision: str | None = None
     name: ClassVar[str] = "clip_score"
     metrics: ClassVar[Mapping[str, Metric]] = {
-        "quality/clip_score": Metric(MORE, "how well the images match their prompts"),
-        "float/clip_score": Metric(MORE, "how well the float model's images do"),
+        "quality/clip_score": Metric(MORE, "how well the images match their prompts", lowest=0),
+        "float/clip_score": Metric(MORE, "how well the float model's images do", lowest=0),
     }
     needs: ClassVar[Needs] = Needs(weights="CLIP ViT-L/14, 1.7 GB, downloaded once", prompts=True)
     scope: ClassVar[Scope] = Scope.KEY_FRAMES

@@ -34,7 +34,11 @@ class Cvvdp:
     name: ClassVar[str] = "cvvdp"
     metrics: ClassVar[Mapping[str, Metric]] = {
         f"quality/{METRIC}": Metric(
-            MORE, "visible difference to the float model, 10 at most", unit="JOD", label="ColorVideoVDP"
+            MORE,
+            "visible difference to the float model, 10 at most",
+            unit="JOD",
+            label="ColorVideoVDP",
+            highest=10,
         )
     }
     needs: ClassVar[Needs] = Needs(packages=(PACKAGE, "torchvision"), extra="cvvdp")

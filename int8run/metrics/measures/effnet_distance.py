@@ -24,7 +24,7 @@ class EffnetDistance:
 
     name: ClassVar[str] = "effnet_distance"
     metrics: ClassVar[Mapping[str, Metric]] = {
-        "quality/effnet_distance": Metric(LESS, "distance of image features")
+        "quality/effnet_distance": Metric(LESS, "distance of image features", lowest=0, highest=2)
     }
     needs: ClassVar[Needs] = Needs(packages=PACKAGES, extra="perceptual")
     scope: ClassVar[Scope] = Scope.FRAME

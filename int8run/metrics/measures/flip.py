@@ -27,7 +27,11 @@ class Flip:
     name: ClassVar[str] = "flip"
     metrics: ClassVar[Mapping[str, Metric]] = {
         "quality/flip": Metric(
-            LESS, "difference that is seen when INT8's and the float image take turns", label="FLIP"
+            LESS,
+            "difference that is seen when INT8's and the float image take turns",
+            label="FLIP",
+            lowest=0,
+            highest=1,
         )
     }
     needs: ClassVar[Needs] = Needs(packages=(PACKAGE,), extra="perceptual")

@@ -22,7 +22,7 @@ class Lpips:
 
     name: ClassVar[str] = "lpips"
     metrics: ClassVar[Mapping[str, Metric]] = {
-        "quality/lpips": Metric(LESS, "LPIPS to the float model's images")
+        "quality/lpips": Metric(LESS, "LPIPS to the float model's images", lowest=0)
     }
     needs: ClassVar[Needs] = Needs(
         packages=("torchvision",), min_side=LPIPS_SIDE, weights="AlexNet, 233 MB, downloaded once"

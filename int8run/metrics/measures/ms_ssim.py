@@ -20,7 +20,7 @@ class MsSsim:
 
     name: ClassVar[str] = "ms_ssim"
     metrics: ClassVar[Mapping[str, Metric]] = {
-        "quality/ms_ssim": Metric(MORE, "SSIM at several scales, of large images")
+        "quality/ms_ssim": Metric(MORE, "SSIM at several scales, of large images", highest=1)
     }
     needs: ClassVar[Needs] = Needs(min_side=MS_SSIM_SIDE)
     scope: ClassVar[Scope] = Scope.FRAME

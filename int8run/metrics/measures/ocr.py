@@ -32,9 +32,13 @@ class OcrAccuracy:
     name: ClassVar[str] = "ocr"
     metrics: ClassVar[Mapping[str, Metric]] = {
         "quality/ocr_accuracy": Metric(
-            MORE, "how much of the words that prompts ask for can be read", label="words read"
+            MORE,
+            "how much of the words that prompts ask for can be read",
+            label="words read",
+            lowest=0,
+            highest=1,
         ),
-        "float/ocr_accuracy": Metric(MORE, "the same of the float model's images"),
+        "float/ocr_accuracy": Metric(MORE, "the same of the float model's images", lowest=0, highest=1),
     }
     needs: ClassVar[Needs] = Needs(packages=PACKAGES, extra="ocr", prompts=True)
     scope: ClassVar[Scope] = Scope.KEY_FRAMES

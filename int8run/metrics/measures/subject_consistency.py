@@ -36,9 +36,15 @@ class SubjectConsistency:
     name: ClassVar[str] = "subject_consistency"
     metrics: ClassVar[Mapping[str, Metric]] = {
         "quality/subject_consistency": Metric(
-            MORE, "how much the subject of a video stays itself", label="subject consistency"
+            MORE,
+            "how much the subject of a video stays itself",
+            label="subject consistency",
+            lowest=0,
+            highest=1,
         ),
-        "float/subject_consistency": Metric(MORE, "the same of the float model's videos"),
+        "float/subject_consistency": Metric(
+            MORE, "the same of the float model's videos", lowest=0, highest=1
+        ),
     }
     needs: ClassVar[Needs] = Needs(
         packages=PACKAGES, extra="perceptual", weights="none; with facebook/dino-vitb16 343 MB"
@@ -48,6 +54,8 @@ class SubjectConsistency:
     def __post_init__(self) -> None:
         check_location("metrics.measures.subject_consistency.weights", self.weights)
         check_revision("metrics.measures.subject_consistency.revision", self.revision)
+        if self.weights != PACKAGED:  # then the packages of `effnet` are not needed; the class is frozen
+            object.__setattr__(self, "needs", Needs(weights=self.weights))
 
     def load(self) -> SampleFunction:
         """Load the network, once."""

@@ -23,9 +23,15 @@ class TemporalFlicker:
     name: ClassVar[str] = "temporal_flicker"
     metrics: ClassVar[Mapping[str, Metric]] = {
         "quality/temporal_flickering": Metric(
-            NEITHER, "VBench's temporal flickering of the videos, 1 is still", label="temporal flickering"
+            NEITHER,
+            "VBench's temporal flickering of the videos, 1 is still",
+            label="temporal flickering",
+            lowest=0,
+            highest=1,
         ),
-        "float/temporal_flickering": Metric(NEITHER, "the same of the float model's videos"),
+        "float/temporal_flickering": Metric(
+            NEITHER, "the same of the float model's videos", lowest=0, highest=1
+        ),
     }
     needs: ClassVar[Needs] = Needs()
     scope: ClassVar[Scope] = Scope.SAMPLE
