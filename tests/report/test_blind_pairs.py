@@ -1,11 +1,15 @@
 """The blind comparison: which images may be compared, and that a report is known again by its images."""
 
+import re
+import shlex
+
 import pytest
 from report.run_folders import make_metrics, make_noise_image, write_run, write_sample
 
 from int8run.report.blind_pairs import build_blind_comparison
 from int8run.report.image_gallery import build_gallery
 from int8run.report.runs import name_runs
+from int8run.report.templates import read_asset
 from int8run.tracking.run_record import find_records
 
 
@@ -65,3 +69,10 @@ def test_the_images_make_the_id_of_a_report(tmp_path, second_seed, is_same):
     write_two_runs(tmp_path / "b", second_seed)
 
     assert (build(tmp_path / "a").report_id == build(tmp_path / "b").report_id) == is_same
+
+
+def test_the_command_that_counts_votes_can_be_pasted_into_zsh():
+    (command,) = re.findall("<code>(int8run .*?)</code>", read_asset("blind.html.jinja"))
+
+    assert shlex.split(command) == ["int8run", "task=report", "task.votes=[a.json,b.json]"]
+    assert "'task.votes=[" in command  # zsh takes brackets without quotes for a pattern
