@@ -41,7 +41,7 @@ def main() -> None:
     for rows in (methods, pairs):
         print_table(rows)
     for run in runs:
-        for line in describe_noise_floors(run.record.noise_floor, run.record.metrics):
+        for line in describe_noise_floors(run.record.noise_floor, run.record.metrics, run.record.statistics):
             print(f"{run.name}: {line}")
     if arguments.out is not None:
         arguments.out.mkdir(parents=True, exist_ok=True)

@@ -76,6 +76,8 @@ def test_votes_by_keys_become_a_file_that_is_counted(page, runs_folder, tmp_path
     for key in ("ArrowLeft", "ArrowRight", "=", "ArrowLeft", "Backspace", "ArrowRight", "=", "ArrowRight"):
         page.keyboard.press(key)
     assert not page.locator("#blind-dialog").is_visible(), "the last vote ends it"
+    # the dialog's close event, which shows the result, comes after the key's
+    page.locator("#blind-results > *").first.wait_for()
     shown = page.locator("#blind-results").inner_text()
 
     path, content = save_votes(page, tmp_path)
