@@ -33,7 +33,7 @@ from int8run.report.formatting import format_megabytes, format_pairs
 from int8run.report.run_files import write_json
 from int8run.tasks.audit_sources import ReadFile, check_is_quantized, plan_audit, read_checkpoint
 from int8run.tasks.audit_summary import describe_audit, describe_unreadable
-from int8run.tasks.publish_files import hide_local_paths
+from int8run.tasks.local_paths import hide_local_paths
 from int8run.tasks.quantize_checkpoint import choose_location
 from int8run.tasks.quantize_common import MEGABYTE, MegabyteProgress, count_bytes
 from int8run.tracking.setting_names import split_override

@@ -25,9 +25,9 @@ from int8run.pipeline.store_layers import get_vae_folder
 from int8run.report.console import print_lines
 from int8run.report.markdown import escape_markdown
 from int8run.tasks.base_license import README, UNKNOWN, BaseLicense, clean_license, find_base_license
+from int8run.tasks.local_paths import LOCAL_PATH
 from int8run.tasks.model_card import get_card_path
 from int8run.tasks.publish_files import (
-    LOCAL_PATH,
     HubFile,
     describe_file,
     link_checkpoint,

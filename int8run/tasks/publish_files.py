@@ -7,7 +7,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,8 +20,8 @@ from int8run.models.resolve_weights import CONFIG_NAME
 from int8run.pipeline.store_layers import get_vae_folder
 from int8run.report.model_card import CardFacts, CardFile, render_card, replace_license
 from int8run.tasks.base_license import UNKNOWN, BaseLicense
+from int8run.tasks.local_paths import hide_local_paths
 from int8run.tasks.model_card import CARD_NAME, GRID_NAME, get_card_path, name_base
-from int8run.utils.plurals import count_noun
 
 log = logging.getLogger(__name__)
 HASHES_NAME = "SHA256SUMS"
@@ -44,10 +43,6 @@ HUB_LICENSES = frozenset(
         "agpl-3.0",
         "bsd-3-clause",
     }
-)
-# a path of this machine with at least one folder before its name; backslashes of Windows are doubled in JSON
-LOCAL_PATH = re.compile(
-    r"(?<![\w/:.~-])(?:file:(?://(?:localhost)?)?/?)?(?:~?/|[A-Za-z]:[/\\]+)(?:[^/\s,\]}'\"`|\\]+[/\\]+)+(?P<name>[^/\s,\]}'\"`|\\]+)"
 )
 
 
@@ -203,14 +198,6 @@ def write_readme(card: str, base: str, found: BaseLicense, path: Path) -> None:
     front |= {"library_name": "diffusers", "tags": ["int8", "w8a8", "int8run"]}
     text = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
     path.write_text(f"---\n{text}---\n\n{hide_local_paths(card)}", encoding="utf-8")
-
-
-def hide_local_paths(text: str) -> str:
-    """A text in which paths of this machine are their last part: nobody's folders become public."""
-    shown, count = LOCAL_PATH.subn(lambda match: match["name"], text)
-    if count:
-        log.info("%s of this machine shortened to the name", count_noun(count, "path"))
-    return shown
 
 
 def write_hashes(files: Sequence[HubFile], folder: Path) -> HubFile:

@@ -20,8 +20,8 @@ from support.cli_process import Command
 from int8run.checkpoints.writer import StreamWriter, TensorEntry
 from int8run.errors import ConfigError, FileError
 from int8run.tasks import publish as module
+from int8run.tasks.local_paths import hide_local_paths
 from int8run.tasks.publish import Publication, publish
-from int8run.tasks.publish_files import hide_local_paths
 from int8run.tasks.quantize_common import merge_metadata
 
 COMMAND = "int8run model.location=/home/anna/models/fox.safetensors save=fox.safetensors"
