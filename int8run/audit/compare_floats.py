@@ -67,7 +67,7 @@ class PlainComparison:
         reference = whole[span.rows].float()
         if recipe is None:
             sums.add(stored, reference, None)
-        elif recipe.is_exact:
+        elif recipe.weight is None:
             noise = (stored - reference).square().sum(dtype=torch.float64)
             sums.add_exact(float(reference.square().sum(dtype=torch.float64)), float(noise))
         else:
@@ -81,15 +81,18 @@ class FormatRecipe:
 
     Args:
         name: of the format.
-        weight: the floats that its numbers stand for, [N, K].
-        is_exact: whether numbers and scales are the file's to the bit.
+        weight: the floats that its numbers stand for, [N, K]; None where they are the file's.
         differing: numbers that are not.
     """
 
     name: str
-    weight: Tensor
-    is_exact: bool
+    weight: Tensor | None
     differing: int
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether numbers and scales are the file's to the bit."""
+        return self.weight is None
 
 
 def check_format(source: LayerSource, whole: Tensor) -> FormatRecipe | None:
@@ -114,10 +117,11 @@ def check_format(source: LayerSource, whole: Tensor) -> FormatRecipe | None:
     if made.qdata.shape != stored.qdata.shape:
         return None
     differing = int((made.qdata.view(torch.uint8) != stored.qdata.view(torch.uint8)).sum())
-    is_exact = differing == 0 and have_same_scales(made, stored)
+    if differing == 0 and have_same_scales(made, stored):
+        return FormatRecipe(weight_format.name, None, differing)
     # as small as the base: a float32 copy of a large layer would be the most that an audit holds
     weight = made.dequantize(torch.bfloat16 if whole.dtype == torch.bfloat16 else torch.float32)
-    return FormatRecipe(weight_format.name, weight, is_exact, differing)
+    return FormatRecipe(weight_format.name, weight, differing)
 
 
 def have_same_scales(first: PackedWeight, second: PackedWeight) -> bool:

@@ -30,13 +30,11 @@ class LowRank:
         rank: how many.
         is_complete: whether all stand out that were looked at, so that the true rank is higher.
         share: of the difference's energy that they hold, about.
-        strength: of the strongest, in units of what noise can reach.
     """
 
     rank: int = 0
     is_complete: bool = True
     share: float = 0.0
-    strength: float = 0.0
 
 
 class LowRankSketch:
@@ -83,7 +81,6 @@ class LowRankSketch:
             rank=rank,
             is_complete=rank <= MAX_SHARE * num_columns,
             share=min(1.0, found_energy / energy),
-            strength=float(strengths.max()),
         )
 
     def compute_noise_edge(self, energy: float) -> float:

@@ -91,7 +91,6 @@ class RoundingCheck:
         granularity, size = self.layer.granularity, self.layer.block_size
         if granularity == "tensor":
             self.absmax = max(self.absmax, float(rows.reference.abs().max()))
-            expected = rows.scales.new_tensor(self.absmax)
             return
         height = size if granularity == "grid" else 1
         width = size or rows.reference.shape[1]

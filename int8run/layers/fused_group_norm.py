@@ -91,9 +91,9 @@ def move_steps(place: Place) -> None:
     conv: Any = place.conv
     if conv.backend.limits.fuses_norm:
         norm.__class__ = DeferredGroupNorm
-        conv.deferred = DeferredSteps(norm, silu=True)
+        conv.deferred = DeferredSteps(norm)
     else:
-        conv.deferred = DeferredSteps(None, silu=True)
+        conv.deferred = DeferredSteps(None)
 
 
 class DeferredGroupNorm(nn.GroupNorm):

@@ -131,25 +131,19 @@ class ConvBranch(BranchStrengths):
 
 @dataclass(frozen=True)
 class DeferredSteps:
-    """What a convolution computes on its way to bytes, because the modules before it hand their input on.
+    """A SiLU and what precedes it, computed by a convolution on its way to bytes; modules before it
+    hand their input on.
 
     Args:
         norm: which keeps its tensors and its place in the model; None: the norm is computed before.
-        silu: whether SiLU follows.
     """
 
     norm: nn.GroupNorm | None
-    silu: bool
 
     @property
     def label(self) -> str:
-        """`GroupNorm, SiLU`, or one of the two."""
-        steps = []
-        if self.norm is not None:
-            steps.append("GroupNorm")
-        if self.silu:
-            steps.append("SiLU")
-        return ", ".join(steps)
+        """`GroupNorm, SiLU` or `SiLU`."""
+        return "SiLU" if self.norm is None else "GroupNorm, SiLU"
 
     def read_norm(self) -> GroupNorm | None:
         """The norm as kernels take it."""
@@ -162,7 +156,7 @@ class DeferredSteps:
         norm = self.norm
         if norm is not None:
             x = F.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
-        return F.silu(x) if self.silu else x
+        return F.silu(x)
 
 
 class Int8Conv(BackendLayer):
@@ -259,7 +253,7 @@ class Int8Conv(BackendLayer):
             geometry=self.geometry,
             rotation=rotation,
             norm=None if deferred is None else deferred.read_norm(),
-            silu=deferred is not None and deferred.silu,
+            silu=deferred is not None,
         )
         y = self.backend.convolve(call)
         if branch is not None:

@@ -5,7 +5,7 @@
 """
 
 import inspect
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, get_args
 
 import diffusers
@@ -132,24 +132,26 @@ def describe_missing_mode(named: str, mode: str, controlnet: str | None) -> str:
         )
     pairs = [f"{other} ({found})" for other, found in list_modes(named, controlnet).items()]
     has = f"it has {', '.join(pairs)}" if pairs else "it has no mode"
-    models = list_models_with_mode(mode)[:MAX_SUGGESTIONS]
-    others = f"these have it: {', '.join(models)}" if models else "choose another model"
+    models = list_models_with_pipeline(lambda other: find_mode_class(other, mode, None) is not None)
+    others = f"these have it: {', '.join(models[:MAX_SUGGESTIONS])}" if models else "choose another model"
     return (
         f"model.mode={mode} does not exist for a checkpoint of {named}; {has}; {others}; or name a class of "
         "diffusers with model.pipeline"
     )
 
 
-def list_models_with_mode(mode: str) -> list[str]:
-    """The options of `model=` whose YAML names a pipeline that has a mode; those that ship come first.
+def list_models_with_pipeline(is_fitting: Callable[[str], bool]) -> list[str]:
+    """The options of `model=` whose YAML names a pipeline that fits.
+
+    Those that ship come first: they run at once.
 
     Args:
-        mode: its name.
+        is_fitting: whether the class of a pipeline does, by its name.
     """
     shipped: list[str] = []
     others: list[str] = []
     for name, option in read_model_options().items():
-        if option.pipeline is None or find_mode_class(option.pipeline, mode, None) is None:
+        if option.pipeline is None or not is_fitting(option.pipeline):
             continue
         is_shipped = str(option.location).startswith(SHIPPED_PREFIX)
         (shipped if is_shipped else others).append(f"model={name}")

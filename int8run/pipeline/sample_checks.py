@@ -20,17 +20,21 @@ from int8run.generate.prompt_row import ROW_COLUMNS
 from int8run.generate.prompts import Sample
 from int8run.generate.sample_inputs import SampleInputs
 from int8run.generate.step_count import count_taken_steps, get_strength
-from int8run.models.family import ModelSource, read_model_options
+from int8run.models.family import ModelSource
 from int8run.models.model_folders import read_source_index
 from int8run.models.modular_pipeline import get_call_class
-from int8run.models.pipeline_class import get_pipeline_class, is_modular, list_modes
+from int8run.models.pipeline_class import (
+    MAX_SUGGESTIONS,
+    get_pipeline_class,
+    is_modular,
+    list_models_with_pipeline,
+    list_modes,
+)
 from int8run.models.repository_pipelines import find_named_pipeline
 from int8run.models.sampling import SCHEDULE_ARGUMENTS, Sampling
 from int8run.models.source import find_known_class, find_pipeline_class
-from int8run.utils.paths import SHIPPED_PREFIX
 
 log = logging.getLogger(__name__)
-MAX_SUGGESTIONS = 6
 PROMPT = "prompt"
 
 
@@ -350,18 +354,8 @@ def list_fitting_modes(model: ModelSource, columns: Collection[str]) -> list[str
 
 
 def list_fitting_models(columns: Collection[str]) -> list[str]:
-    """The options of `model=` whose YAML names a pipeline that takes what is given and needs no more.
-
-    Those that ship come first: they run at once.
-    """
-    shipped: list[str] = []
-    others: list[str] = []
-    for name, option in read_model_options().items():
-        if option.pipeline is None or not fits_columns(option.pipeline, columns):
-            continue
-        is_shipped = str(option.location).startswith(SHIPPED_PREFIX)
-        (shipped if is_shipped else others).append(f"model={name}")
-    return [*shipped, *others]
+    """The options of `model=` whose YAML names a pipeline that takes what is given and needs no more."""
+    return list_models_with_pipeline(lambda class_name: fits_columns(class_name, columns))
 
 
 def fits_columns(class_name: str, columns: Collection[str]) -> bool:

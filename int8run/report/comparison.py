@@ -7,7 +7,6 @@ reasons why a comparison is not made.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from int8run.metrics.interval_settings import IntervalSettings
 from int8run.report.columns import DENOISER_BYTES, PSNR_DB, STEP_MS
 from int8run.report.differences import (
     Standing,
@@ -49,7 +48,6 @@ class SweepComparison:
             over the samples that all have, identical images as almost identical ones.
         speed_problems: why speeds cannot be compared.
         scattered_tags: runs whose step times vary too much.
-        intervals: how sure a difference has to be.
         quality_standings: each other candidate with a PSNR, beside the first of `closest`.
         speed_standings: each other candidate that was timed, beside the first of `fastest`.
     """
@@ -64,7 +62,6 @@ class SweepComparison:
     smallest: list[Candidate]
     speed_problems: list[str]
     scattered_tags: list[str]
-    intervals: IntervalSettings
     quality_standings: list[Standing]
     speed_standings: list[Standing]
 
@@ -135,7 +132,6 @@ def compare_runs(runs: Sequence[Run]) -> SweepComparison:
         smallest=find_best(candidates, DENOISER_BYTES, direction=-1),
         speed_problems=explain_incomparable_speeds(runs),
         scattered_tags=[run.tag for run in timed if has_scattered_times(run.record.metrics)],
-        intervals=intervals,
         quality_standings=quality_standings,
         speed_standings=speed_standings,
     )

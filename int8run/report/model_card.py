@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from int8run.metrics.names import DTYPE_FLOOR, HIGH, LOW, NOISE_FLOOR
 from int8run.report.columns import MISSING, PSNR_DB, MetricColumn, find_column
-from int8run.report.markdown import escape_markdown
+from int8run.report.markdown import escape_markdown, join_markdown_row
 from int8run.report.runs_table import list_columns
 from int8run.report.step_times import SCATTER_NOTE, has_scattered_times
 from int8run.utils.plurals import count_noun
@@ -100,7 +100,7 @@ def render_card(facts: CardFacts) -> str:
 
 def render_fact(name: str, text: str) -> str:
     """A row of the table at the top."""
-    return f"| {escape_markdown(name)} | {escape_markdown(text)} |"
+    return join_markdown_row([escape_markdown(name), escape_markdown(text)])
 
 
 def render_license(name: str, origin: str) -> str:
@@ -139,8 +139,7 @@ def render_measured(facts: CardFacts) -> list[str]:
         "|---|---:|---:|---:|",
     ]
     for row in rows:
-        cells = " | ".join(map(escape_markdown, row))
-        lines.append(f"| {cells} |")
+        lines.append(join_markdown_row([escape_markdown(text) for text in row]))
     if has_scattered_times(facts.metrics):
         lines += ["", SCATTER_NOTE]
     if not any(row[3] for row in rows):

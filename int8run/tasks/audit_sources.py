@@ -5,7 +5,7 @@ Called by `tasks.audit`. Everything is found out from headers, markers and scale
 
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from int8run.audit.base_weight import BaseFiles, BaseTensor
@@ -135,17 +135,7 @@ def plan_audit(read: ReadFile, base: ReadFile | None, model_type: ModelFamily | 
 
 def add_prefix(parts: Iterable[TensorPart], prefix: str) -> tuple[TensorPart, ...]:
     """Parts with the keys that they have in the file."""
-    return tuple(
-        TensorPart(
-            prefix + part.key,
-            rows=part.rows,
-            swap_halves=part.swap_halves,
-            shape=part.shape,
-            transposed=part.transposed,
-            portion=part.portion,
-        )
-        for part in parts
-    )
+    return tuple(replace(part, key=prefix + part.key) for part in parts)
 
 
 def check_same_family(read: ReadFile, base: ReadFile) -> None:

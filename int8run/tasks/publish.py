@@ -41,7 +41,6 @@ from int8run.utils.paths import SAFETENSORS, check_readable, expand_path
 from int8run.utils.plurals import count_noun
 
 log = logging.getLogger(__name__)
-HASHES_NAME = "SHA256SUMS"
 PROVENANCE_NAME = "int8run.json"
 REFUSALS = (401, 403, 404)  # 404: also of a private repository of others
 LOG_IN = "log in with `hf auth login` as somebody who may write there"

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from int8run.backends.autotune_cache import AutotuneCache
+from int8run.backends.autotune_cache import open_cache_of
 from int8run.backends.best_float import find_best_float
 from int8run.config.run_spec import RunSpec
 from int8run.generate.generate import Generation, set_text_encoders
@@ -44,7 +44,6 @@ from int8run.report.step_times import has_scattered_times
 from int8run.tasks.controlnet_metrics import measure_controlnets
 from int8run.tasks.noise_floor import NoiseFloor
 from int8run.tasks.vae_metrics import measure_vae
-from int8run.utils.paths import expand_path
 
 log = logging.getLogger(__name__)
 MAX_EMBEDDING_ERROR = 0.4  # twice that of nvfp4, the coarsest format
@@ -180,14 +179,13 @@ def compare_with_best_float(
         return {}
     if not built.is_best_float_tried:
         built.is_best_float_tried = True
-        table = getattr(spec.backend, "table", None)  # the file of backends that keep what they measure
         dtype = getattr(torch, spec.model.dtype)
         built.best_float = find_best_float(
             built.denoisers["float"],
             calls,
             dtype=dtype,
             largest=find_largest_layer(built),
-            cache=AutotuneCache(expand_path(table) if table else None, built.device, dtype),
+            cache=open_cache_of(spec.backend, built.device, dtype),
         )
     if built.best_float is None:
         return {}

@@ -101,7 +101,7 @@ def test_a_layer_that_computes_the_norm_before_it_is_measured_by_itself(table, t
     layer = build_layer()
     costs = ConvCosts(WithTable(str(table)), CPU, torch.float32)
     costs.get_branch_ratio(layer, 2, INPUT)
-    layer.deferred = DeferredSteps(nn.GroupNorm(4, 16), silu=True)
+    layer.deferred = DeferredSteps(nn.GroupNorm(4, 16))
 
     for _ in range(2):
         costs.get_branch_ratio(layer, 2, INPUT)

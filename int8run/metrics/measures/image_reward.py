@@ -28,7 +28,6 @@ from int8run.metrics.weights import (
 WEIGHTS, WEIGHTS_FILE, SIZE = "THUDM/ImageReward", "ImageReward.pt", "1.8 GB"
 TOKENIZER = "google-bert/bert-base-uncased"
 MAX_TOKENS = 35
-IMAGE_SIDE = 224
 # of the rewards in the publisher's data
 REWARD_MEAN, REWARD_STD = 0.16717362830052426, 1.0333394966054072
 # names in the published file -> in transformers

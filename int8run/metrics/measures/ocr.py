@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from int8run.metrics.base import MORE, FrameFunction, Metric, Needs, Scope
+from int8run.metrics.clip import to_pixels
 from int8run.metrics.weights import needs_packages
 
 PACKAGES = ("rapidocr", "onnxruntime")
@@ -81,8 +82,7 @@ def read_text(engine: Any, image: Tensor) -> str:
         engine: rapidocr's.
         image: [1, 3, H, W] in 0..1.
     """
-    pixels = (255 * image[0]).round().byte().permute(1, 2, 0).numpy()
-    bgr = np.ascontiguousarray(pixels[..., ::-1])  # as OpenCV has it
+    bgr = np.ascontiguousarray(to_pixels(image)[..., ::-1])  # as OpenCV has it
     lines = getattr(engine(bgr), "txts", None)
     return " ".join(lines or ())
 
