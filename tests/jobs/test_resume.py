@@ -320,7 +320,7 @@ def test_a_sweep_shows_how_far_it_is_and_what_is_best(command: Command, model: s
     shown = join_lines(outcome.out + outcome.err)
     assert re.search(r"1 of 2 done, \d+:\d\d elapsed, about \d+:\d\d left", shown)
     assert re.search(r"2 of 2 done, \d+:\d\d elapsed", shown)
-    assert "best PSNR so far " in shown
+    assert "highest PSNR so far " in shown
 
 
 def test_seeds_are_not_better_or_worse(command: Command, model: str) -> None:
