@@ -20,6 +20,7 @@ from int8run.kernels.cpu.features import read_cpu_capabilities
 from int8run.kernels.cpu.instructions import find_unusable_reason
 from int8run.kernels.cpu.library import COMPILERS
 from int8run.kernels.hadamard.reference import Rotation
+from int8run.quant.grouped_weight import GroupedWeight
 from int8run.quant.weight import QuantizedWeight
 from int8run.utils.hardware import get_gpu_architecture
 
@@ -255,6 +256,51 @@ class Backend(Protocol):
         Returns:
             dtype [M, N].
         """
+        ...
+
+
+class PackedGroups(NamedTuple):
+    """A grouped weight in a backend's own layout; the tensors are a layer's buffers.
+
+    Args:
+        codes: codes of 4 or 6 bits.
+        group_scale: the scale of each group.
+        codebook: float32 [16], the level of each code; None: evenly spaced ones.
+        bits: 4 or 6.
+        group_size: columns that share a scale.
+    """
+
+    codes: Tensor
+    group_scale: Tensor
+    codebook: Tensor | None
+    bits: int
+    group_size: int
+
+
+@runtime_checkable
+class MultipliesGroupedWeights(Protocol):
+    """A backend whose product decodes weights of 4 and 6 bits on the way, without an int8 copy of them."""
+
+    def unsupported_group_reasons(self, weight: GroupedWeight) -> list[str]:
+        """Every reason why `grouped_linear` cannot take this weight; empty when it can."""
+        ...
+
+    def pack_grouped_weight(self, weight: GroupedWeight) -> PackedGroups:
+        """The weight in the layout that `grouped_linear` takes; computed once per layer."""
+        ...
+
+    def grouped_linear(
+        self,
+        x: QuantizedInput,
+        packed: PackedGroups,
+        w_scale: Tensor,
+        *,
+        dtype: torch.dtype,
+        bias: Tensor | None = None,
+        branch: FusedBranch | None = None,
+        strengths: Tensor | None = None,
+    ) -> Tensor:
+        """As `Backend.linear`, with a weight from `pack_grouped_weight`; its numbers are `decode`'s."""
         ...
 
 
