@@ -54,6 +54,7 @@ GROUPS = (
     "backend",
     "lora",
     "clip",
+    "cache_steps",
     "sampler",
     "prompts",
     "metrics",

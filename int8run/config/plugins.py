@@ -28,6 +28,7 @@ OPTIONS_FOLDER = "conf"
 # what a plug-in may bring options of; what starts jobs, tasks and servers is int8run's own
 GROUPS = (
     "backend",
+    "cache_steps",
     "lora",
     "metric",
     "metrics",

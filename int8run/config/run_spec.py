@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import ClassVar, Protocol
 
 from int8run.backends.base import Backend
+from int8run.cache_steps.base import BOTH_MODELS, NONE, NoStepCache, StepCache
 from int8run.config.effects import BUILD, BUILD_AND_FLOAT, NOTHING, affects, make_settings_key
 from int8run.config.job import Job
 from int8run.config.plugins import check_plugin_names
 from int8run.config.run_modes import OFFLOAD_MODES, REDUCE_OVERHEAD
+from int8run.config.step_cache_checks import check_step_cache
 from int8run.errors import ConfigError, check_bool, check_choice, check_range
 from int8run.generate.calibration_settings import CalibrationSettings
 from int8run.generate.prompts import PromptSet
@@ -91,6 +93,11 @@ def select_lora_for_float(spec: "RunSpec") -> object:
     return (stack.strength, stack.text_strengths, stack.strict, adapters)
 
 
+def select_cache_for_build(spec: "RunSpec") -> object:
+    """Whether compiled blocks have a cache around them."""
+    return spec.has_step_cache and spec.compile != "none"
+
+
 def select_seed_for_build(spec: "RunSpec") -> object:
     """The seed of LoRAs that are rounded at random: with `auto` only where layers have no float weight."""
     is_random = spec.lora.mode == "stochastic"
@@ -142,6 +149,9 @@ class RunSpec:
     prompts: PromptSet = field(metadata=NOTHING)
     metrics: MetricsSettings = field(metadata=affects(build=select_metrics_for_build))
     tracker: Tracker = field(metadata=NOTHING)
+    cache_steps: StepCache = field(
+        default_factory=NoStepCache, metadata=affects(build=select_cache_for_build)
+    )
     cache: DiskCache = field(default_factory=DiskCache, metadata=NOTHING)
     quality_db: float | None = field(default=None, metadata=BUILD)
     save: str | None = field(default=None, metadata=BUILD)
@@ -178,6 +188,15 @@ class RunSpec:
             chosen = FLOAT if self.quality_db is None else AUTO
             object.__setattr__(self, "int8", replace(self.int8, attention=chosen))
         self.check_output_type()
+        if self.has_step_cache:
+            check_step_cache(
+                self.cache_steps,
+                self.sampling,
+                has_int8=self.int8.enable,
+                baseline=self.metrics.baseline,
+                compile_mode=self.compile,
+                offload=self.offload,
+            )
 
     # -- settings that do not go together ----------------------------------------------------------
 
@@ -295,6 +314,21 @@ class RunSpec:
         return self.save is not None and Path(self.save).suffix != ""
 
     @property
+    def has_step_cache(self) -> bool:
+        """Whether the INT8 model skips what it has computed in earlier steps."""
+        return self.cache_steps.name != NONE
+
+    @property
+    def splits_loss(self) -> bool:
+        """Whether the INT8 model generates without its step cache, too."""
+        return self.has_step_cache and self.cache_steps.split and self.metrics.baseline != "none"
+
+    @property
+    def has_cached_float(self) -> bool:
+        """Whether the float model generates with the step cache, too."""
+        return self.has_step_cache and self.cache_steps.models == BOTH_MODELS
+
+    @property
     def has_mixed_precision(self) -> bool:
         """Whether sensitive layers stay float until `quality_db` is met."""
         return self.model_type.mixed_precision == "auto"
@@ -326,6 +360,7 @@ class RunSpec:
                 self.int8, enable=False, checkpoint=None, attention=FLOAT, convolutions=FLOAT, vae=FLOAT
             ),
             clip=TextEncoders(),
+            cache_steps=NoStepCache(),
             save=None,
             quality_db=None,
             model_type=replace(self.model_type, mixed_precision="none"),

@@ -16,6 +16,7 @@ from int8run.errors import ConfigError
 from int8run.generate.pipeline_call import call_pipeline, extract_frames, get_execution_device
 from int8run.generate.prompt_cache import PromptCache
 from int8run.generate.prompts import Sample, split_batches
+from int8run.generate.step_counts import StepCounts
 from int8run.generate.step_observer import count_steps
 from int8run.models.dual_denoisers import set_denoiser
 from int8run.models.sampling import Sampling
@@ -38,6 +39,7 @@ class Generation:
         has_sound: whether the pipeline also generated sound, which is not kept.
         peak_bytes: largest memory while it generated, where the caller measures it; else 0.
         joules: energy that it took, where the caller measures it; else 0; NaN where a batch was not measured.
+        step_counts: what a step cache skipped; None: every step was computed.
     """
 
     frames: list[list[Image]] = field(default_factory=list)
@@ -47,6 +49,7 @@ class Generation:
     has_sound: bool = False
     peak_bytes: float = 0.0
     joules: float = 0.0
+    step_counts: StepCounts | None = None
 
     @property
     def images(self) -> list[Image]:
@@ -125,11 +128,14 @@ class Differences:
         text_encoders: the components that belong to a denoiser, where not all share them.
         samplings: how a denoiser generates, where it does not as the others do.
         components: others that belong to a denoiser, such as its VAE.
+        owners: of a denoiser that is another one once more, such as with a step cache, the name of that one,
+            whose text encoders and components it has.
     """
 
     text_encoders: Mapping[str, Mapping[str, nn.Module]] = field(default_factory=dict)
     samplings: Mapping[str, Sampling] = field(default_factory=dict)
     components: Mapping[str, Mapping[str, nn.Module]] = field(default_factory=dict)
+    owners: Mapping[str, str] = field(default_factory=dict)
 
 
 NO_HOOKS = GenerationHooks()
@@ -171,8 +177,9 @@ def generate(
             names.reverse()
         for name in names:
             set_denoiser(pipe, denoisers[name], component)
-            set_text_encoders(pipe, name, differences.text_encoders.get(name, {}))
-            set_components(pipe, differences.components.get(name, {}))
+            owner = differences.owners.get(name, name)
+            set_text_encoders(pipe, owner, differences.text_encoders.get(owner, {}))
+            set_components(pipe, differences.components.get(owner, {}))
             hooks.before_batch(name)
             clock = StepClock(device, hooks.on_fraction)
             own_sampling = differences.samplings.get(name, sampling)

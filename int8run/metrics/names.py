@@ -21,6 +21,7 @@ OF_A_RUN = re.compile(
     r"quality/(half_error_step|float_layers_from_same_file|independent_samples|measures_left_out|samples|.+_gap_db|.+_p)"
 )
 SPEED_RATIO = "speed/ratio_vs_float"
+STEPS_SKIPPED_SHARE = "speed/steps_skipped_share"
 SCATTERS = "speed/scatters"
 # series of metrics.json: step times of each stretch in which both models took turns
 BLOCK_STEP_MS, FLOAT_BLOCK_STEP_MS = "series/block_step_ms", "series/float_block_step_ms"
@@ -38,6 +39,16 @@ RUN_METRICS: Mapping[str, Metric] = {
     "build/read_bytes": Metric(LESS, "what `task=quantize` read"),
     "build/read_bytes_per_s": Metric(MORE, "how fast it read"),
     "build/written_bytes": Metric(LESS, "what it wrote"),
+    "cache/float_psnr_db": Metric(MORE, "PSNR of the float model with the step cache to it without"),
+    "cache/float_ratio": Metric(MORE, "the float model's mean step time over that of it with the step cache"),
+    "cache/int8_psnr_db": Metric(MORE, "PSNR of INT8 without the step cache to float"),
+    "cache/int8_ratio": Metric(MORE, "the float model's mean step time over that of INT8 without the cache"),
+    "cache/macs_skipped_share": Metric(MORE, "share of the denoiser's multiply-adds that the cache saved"),
+    "cache/psnr_to_int8_db": Metric(MORE, "PSNR of INT8 with the step cache to it without"),
+    "cache/ratio_vs_int8": Metric(MORE, "INT8's mean step time without the step cache, over that with it"),
+    "cache/step_ms_mean": Metric(LESS, "mean time of a denoising step, skipped ones included"),
+    "cache/steps_computed": Metric(LESS, "steps that the step cache computed whole"),
+    "cache/steps_skipped": Metric(MORE, "steps in which it reused something"),
     "clip/cosine_mean": Metric(MORE, "cosine of the prompt embeddings with the float text encoders', mean"),
     "clip/cosine_min": Metric(MORE, "the same of the worst prompt"),
     "clip/layers_float": Metric(LESS, "layers of the text encoders that stay float"),
@@ -124,6 +135,7 @@ RUN_METRICS: Mapping[str, Metric] = {
     "speed/ratio_vs_best_float": Metric(MORE, "step time in the fastest float dtype, over this one"),
     "speed/ratio_vs_float": Metric(MORE, "the float model's step time over this one"),
     "speed/scatters": Metric(LESS, "1 where step times scatter so much that speeds say little, else 0"),
+    "speed/steps_skipped_share": Metric(MORE, "share of the steps in which a step cache reused something"),
     "speed/step_ms_p50": Metric(LESS, "median time of a denoising step"),
     "speed/step_ms_p90": Metric(LESS, "the time that 90 % of the steps do not exceed"),
     "vae/decode_ms": Metric(LESS, "time in which the INT8 VAE decodes the first latents"),

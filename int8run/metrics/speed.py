@@ -26,6 +26,15 @@ def list_step_times(generation: Generation) -> list[float]:
     return times
 
 
+def average_step_ms(generation: Generation) -> float:
+    """The mean time of a step in milliseconds, the median over batches of it.
+
+    Where a step cache skips steps the median of all steps would be that of one kind of them.
+    """
+    means = [statistics.fmean(batch[1:] or batch) for batch in generation.step_seconds]
+    return 1000 * statistics.median(means)
+
+
 def compute_speed(candidate: Generation, baseline: Generation | None) -> dict[str, float]:
     """Step times, rates, and the ratio to the float model.
 
@@ -35,7 +44,8 @@ def compute_speed(candidate: Generation, baseline: Generation | None) -> dict[st
 
     Returns:
         `speed/step_ms_p50`, `speed/step_ms_p90`, `speed/images_per_s`, for videos `speed/frames_per_s`, and
-        with a baseline `speed/ratio_vs_float`, the ratio of the medians.
+        with a baseline `speed/ratio_vs_float`, the ratio of the medians, or where the candidate has a step
+        cache that of the means.
     """
     step_times = list_step_times(candidate)
     seconds = sum(candidate.image_seconds)
@@ -46,7 +56,9 @@ def compute_speed(candidate: Generation, baseline: Generation | None) -> dict[st
     }
     if candidate.is_video:
         metrics["speed/frames_per_s"] = sum(map(len, candidate.frames)) / seconds
-    if baseline is not None:
+    if baseline is not None and candidate.step_counts is not None:
+        metrics["speed/ratio_vs_float"] = average_step_ms(baseline) / average_step_ms(candidate)
+    elif baseline is not None:
         float_median = statistics.median(list_step_times(baseline))
         metrics["speed/ratio_vs_float"] = float_median / metrics["speed/step_ms_p50"]
     return metrics
@@ -57,8 +69,10 @@ def pair_blocks(
 ) -> tuple[list[float], list[float]]:
     """The step times of both models in milliseconds, one for each stretch in which they took turns.
 
-    A stretch is a batch, whose median counts. Steps of one batch share what else the machine did, so they are
-    no measurements of their own; only where there are few batches each is split into blocks of BLOCK_STEPS.
+    A stretch is a batch, whose median counts; its mean where the candidate has a step cache. Steps of one
+    batch share what else the machine did, so they are no measurements of their own; only where there are few
+    batches each is split into blocks of BLOCK_STEPS, and not with a step cache, which skips more in some
+    parts of a call than in others.
 
     Args:
         candidate: of the INT8 model.
@@ -70,14 +84,16 @@ def pair_blocks(
     """
     candidate_blocks: list[float] = []
     float_blocks: list[float] = []
-    is_split = len(candidate.step_seconds) < least_batches
+    has_cache = candidate.step_counts is not None
+    summarize = statistics.fmean if has_cache else statistics.median
+    is_split = len(candidate.step_seconds) < least_batches and not has_cache
     for batch, float_batch in zip(candidate.step_seconds, baseline.step_seconds, strict=False):
         blocks = split_into_blocks(batch, is_split=is_split)
         float_blocks_of_batch = split_into_blocks(float_batch, is_split=is_split)
         # a float model that is only timed makes fewer steps
         for block, float_block in zip(blocks, float_blocks_of_batch, strict=False):
-            candidate_blocks.append(1000 * statistics.median(block))
-            float_blocks.append(1000 * statistics.median(float_block))
+            candidate_blocks.append(1000 * summarize(block))
+            float_blocks.append(1000 * summarize(float_block))
     return candidate_blocks, float_blocks
 
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from int8run.metrics.names import DTYPE_FLOOR, NOISE_FLOOR
+from int8run.metrics.names import DTYPE_FLOOR, NOISE_FLOOR, STEPS_SKIPPED_SHARE
 
 STEP_MS = "speed/step_ms_p50"
 SPEED_RATIO = "speed/ratio_vs_float"
@@ -16,6 +16,8 @@ PSNR_DB = "quality/psnr_db"
 SAME_FILE_LAYERS = "quality/float_layers_from_same_file"
 # of a PSNR to such a model: what it says nothing about
 SAME_FILE_LIMITS = "shows neither what the file lost when it was made, nor that it is read as it was written"
+CACHE_PSNR_DB = "cache/psnr_to_int8_db"
+INT8_PSNR_DB = "cache/int8_psnr_db"
 DENOISER_BYTES = "memory/denoiser_bytes"
 DENOISER_RATIO = "memory/denoiser_ratio"
 LATENT_ERROR = "quality/latent_rel_err"
@@ -121,6 +123,28 @@ METRIC_COLUMNS = (
         direction=1,
         decimals=2,
         suffix="×",
+    ),
+    MetricColumn(
+        STEPS_SKIPPED_SHARE,
+        "steps\nskipped, %",
+        "share of the denoising steps in which the step cache reused something",
+        direction=1,
+        decimals=0,
+        scale=100,
+    ),
+    MetricColumn(
+        CACHE_PSNR_DB,
+        "cache\nPSNR, dB",
+        "peak signal-to-noise ratio of the INT8 model with its step cache to it without: the cache's part",
+        direction=1,
+        decimals=1,
+    ),
+    MetricColumn(
+        INT8_PSNR_DB,
+        "INT8\nPSNR, dB",
+        "peak signal-to-noise ratio of the INT8 model without its step cache to float: INT8's part",
+        direction=1,
+        decimals=1,
     ),
     MetricColumn(
         "speed/images_per_s",

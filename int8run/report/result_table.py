@@ -10,7 +10,16 @@ from typing import Any
 
 from rich.table import Table
 
-from int8run.metrics.names import DTYPE_FLOOR, HIGH, INDEPENDENT, LOW, MEASURED, NOISE_FLOOR, SAMPLES
+from int8run.metrics.names import (
+    DTYPE_FLOOR,
+    HIGH,
+    INDEPENDENT,
+    LOW,
+    MEASURED,
+    NOISE_FLOOR,
+    SAMPLES,
+    STEPS_SKIPPED_SHARE,
+)
 from int8run.report.columns import (
     MISSING,
     SAME_FILE_LAYERS,
@@ -86,7 +95,10 @@ class ResultRows:
 
     def add_speed_and_memory(self) -> None:
         """Times, rates and sizes, each with the float model's."""
-        self.add_comparison("step, median", "speed/step_ms_p50", format_milliseconds, divide_float)
+        if STEPS_SKIPPED_SHARE in self.metrics:
+            self.add_steps_with_cache()
+        else:
+            self.add_comparison("step, median", "speed/step_ms_p50", format_milliseconds, divide_float)
         self.add_comparison("step, 90 %", "speed/step_ms_p90", format_milliseconds, divide_float)
         self.add_best_float()
         samples = "videos" if "speed/frames_per_s" in self.metrics else "images"
@@ -99,6 +111,27 @@ class ResultRows:
             self.add_comparison(
                 "text encoder memory", "memory/text_encoder_bytes", format_megabytes, divide_float
             )
+
+    def add_steps_with_cache(self) -> None:
+        """The mean time of a step, which a cache changes in some steps alone, and what it is made of."""
+        step_ms = self.metrics["cache/step_ms_mean"]
+        ratio = self.metrics.get(SPEED_RATIO)
+        float_text, ratio_text = MISSING, ""
+        if ratio is not None:
+            float_text = format_milliseconds(step_ms * ratio)
+            ratio_text = f"{ratio:.2f}×" + self.format_interval(SPEED_RATIO, "{:.2f}".format)
+        self.table.add_row("step, mean", float_text, format_milliseconds(step_ms), ratio_text)
+        self.add_ratio("· INT8 alone", "cache/int8_ratio")
+        self.add_ratio("· the cache alone", "cache/ratio_vs_int8")
+        self.add_ratio("float + cache", "cache/float_ratio")
+        skipped, computed = self.metrics["cache/steps_skipped"], self.metrics["cache/steps_computed"]
+        self.add_row("steps skipped", f"{skipped:.0f} of {skipped + computed:.0f}")
+        self.add_value("multiply-adds skipped", "cache/macs_skipped_share", format_share)
+
+    def add_ratio(self, label: str, metric: str) -> None:
+        """A row with a number in the column of ratios; no row where it is missing."""
+        if metric in self.metrics:
+            self.table.add_row(label, "", "", f"{self.metrics[metric]:.2f}×")
 
     def add_best_float(self) -> None:
         """How the candidate compares with the fastest float dtype, which need not be the model's."""
@@ -129,6 +162,9 @@ class ResultRows:
             return
         self.table.add_section()
         self.add_value("PSNR to float", "quality/psnr_db", format_decibels)
+        self.add_value("· INT8 alone", "cache/int8_psnr_db", format_decibels)
+        self.add_value("· the cache alone", "cache/psnr_to_int8_db", format_decibels)
+        self.add_value("float + cache, PSNR", "cache/float_psnr_db", format_decibels)
         self.add_value("float to itself, PSNR", NOISE_FLOOR, format_decibels)
         self.add_value("float in another dtype, PSNR", DTYPE_FLOOR, format_decibels)
         if SAME_FILE_LAYERS in self.metrics:

@@ -13,10 +13,12 @@ from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
-from int8run.metrics.names import DTYPE_FLOOR, HIGH, LOW, NOISE_FLOOR
+from int8run.metrics.names import DTYPE_FLOOR, HIGH, LOW, NOISE_FLOOR, STEPS_SKIPPED_SHARE
 from int8run.report.columns import (
     ATTENTION_SQNR_DB,
+    CACHE_PSNR_DB,
     DENOISER_BYTES,
+    INT8_PSNR_DB,
     LATENT_ERROR,
     MACS_INT8_SHARE,
     MISSING,
@@ -40,7 +42,10 @@ SWEEP_METRICS = (
     PSNR_DB,
     SPEED_RATIO,
     STEP_MS,
-    # jobs have these where they ask for a noise floor, an INT8 VAE or INT8 attention
+    # jobs have these where they ask for a step cache, a noise floor, an INT8 VAE or INT8 attention
+    STEPS_SKIPPED_SHARE,
+    CACHE_PSNR_DB,
+    INT8_PSNR_DB,
     NOISE_FLOOR,
     DTYPE_FLOOR,
     VAE_PSNR_DB,

@@ -161,5 +161,6 @@ def name_candidate(spec: RunSpec) -> str:
 
     With INT8 disabled and nothing else changed it is the float model itself.
     """
-    names = {"int8": "INT8", "clip": f"clip={spec.clip.format}", "float": "float (int8.enable=false)"}
+    int8 = f"INT8, {spec.cache_steps.name}" if spec.has_step_cache else "INT8"
+    names = {"int8": int8, "clip": f"clip={spec.clip.format}", "float": "float (int8.enable=false)"}
     return names[spec.candidate]

@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from int8run.cache_steps.base import StepCache, list_cache_settings
 from int8run.config.run_spec import RunSpec
 from int8run.layers.plan import Int8Settings
 
@@ -36,6 +37,8 @@ def describe_model(spec: RunSpec, model: str) -> dict[str, str]:
             "Backend": spec.backend.name,
         }
         changed = find_changed_int8_settings(list_int8_settings(spec.int8))
+        if spec.has_step_cache:
+            facts["Step cache"] = name_step_cache(spec.cache_steps)
         if changed:
             facts["INT8 settings"] = " ".join(f"{name}={value}" for name, value in changed.items())
     if model != "float" and spec.clip.is_quantized:
@@ -88,6 +91,12 @@ def name_method(method: Any) -> str:
     """A method with its settings: `convrot group_size=256`."""
     settings = [f"{name}={value}" for name, value in list_plain_settings(method).items()]
     return " ".join([method.name, *settings])
+
+
+def name_step_cache(cache: StepCache) -> str:
+    """A step cache with its settings: `first_block threshold=0.1`."""
+    settings = [f"{name}={value}" for name, value in list_cache_settings(cache).items()]
+    return " ".join([cache.name, *settings])
 
 
 def list_plain_settings(method: Any) -> dict[str, float | None]:

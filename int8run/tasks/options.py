@@ -17,7 +17,9 @@ from int8run.config.run_spec import RunSpec
 from int8run.errors import ConfigError, check_bool, check_choice, check_range, check_texts
 
 # what only a model that generates has a use for
-GENERATION = frozenset({"calibration", "compile", "attention", "offload", "device", "metrics", "quality_db"})
+GENERATION = frozenset(
+    {"cache_steps", "calibration", "compile", "attention", "offload", "device", "metrics", "quality_db"}
+)
 # parts of `int8` that are about more than the weights of a denoiser
 INT8_OF_A_RUN = frozenset({"int8.attention", "int8.attention_min_sqnr_db", "int8.controlnet", "int8.vae"})
 REPORT_FORMATS = ("html", "markdown", "latex", "csv")
@@ -114,6 +116,7 @@ class Bench:
             "rounding",
             "lora",
             "lora_dir",
+            "cache_steps",
             "calibration",
             "compile",
             "metrics",

@@ -47,7 +47,7 @@ from int8run.tasks.noise_floor_metrics import (
     compare_with_noise_floor,
     flatten_equivalences,
 )
-from int8run.tasks.run_generation import FLOAT_TIMING, generate_all
+from int8run.tasks.run_generation import FLOAT_TIMING, generate_all, list_variants
 from int8run.tasks.run_inputs import RunInputs, read_headers
 from int8run.tasks.run_logs import (
     log_lora_warnings,
@@ -60,6 +60,7 @@ from int8run.tasks.run_logs import (
 from int8run.tasks.run_metrics import DenoiserCalls, RunComparison, measure_run
 from int8run.tasks.run_outputs import write_outputs, write_run_card
 from int8run.tasks.start_checks import check_start
+from int8run.tasks.step_cache_metrics import measure_step_cache
 from int8run.utils.plurals import count_noun
 
 log = logging.getLogger(__name__)
@@ -152,6 +153,9 @@ def generate_and_measure(spec: RunSpec, job: Job, inputs: RunInputs) -> RunResul
     if spec.lora.adapters:
         metrics["lora/change_ms"] = 1000 * change_seconds
     # after the peak of the memory was read: perceptual metrics load networks of their own
+    metrics |= measure_step_cache(
+        comparison.candidate, comparison.variants, comparison.baseline, comparison.timed_float
+    )
     if baseline is not None:
         comparison = measure_quality(spec, comparison, baseline, noise_floor)
         metrics |= {**comparison.statistics.flatten(), **comparison.set_quality}
@@ -223,6 +227,7 @@ def make_comparison(
         timed_float=timed_float,
         latent_errors=latent_errors,
         is_interleaved=spec.runs_both_models,
+        variants={name: generations[name] for name in list_variants(spec)},
     )
 
 

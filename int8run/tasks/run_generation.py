@@ -21,11 +21,15 @@ from int8run.metrics.memory import read_peak_bytes, reset_peak_memory
 from int8run.models.sampling import Sampling, drop_schedule
 from int8run.pipeline import process_cache
 from int8run.pipeline.built_model import BuiltModel
+from int8run.pipeline.step_cache import CacheSwitch, StepCaches
 from int8run.tasks.run_inputs import RunInputs
 
 log = logging.getLogger(__name__)
 
 WARM_UP_STEPS = 2
+# names of generations beside those of the float model and of the candidate, where that has a step cache
+INT8_WITHOUT_CACHE = "int8_without_cache"
+FLOAT_WITH_CACHE = "float_with_cache"
 FLOAT_TIMING = "float_timing"  # name of a generation that only times the float model
 TIMING_STEPS = 4  # of each batch; the first one is not counted
 
@@ -41,6 +45,7 @@ def generate_all(spec: RunSpec, built: BuiltModel, inputs: RunInputs) -> dict[st
     Returns:
         The candidate's generation under its name, and `float` with `metrics.baseline=run`. Where the float
         images are those of an earlier job there is FLOAT_TIMING, too: a few steps of the float model now.
+        With a step cache also INT8_WITHOUT_CACHE and FLOAT_WITH_CACHE, as far as they are asked for.
     """
     candidate = spec.candidate
     names = [candidate]
@@ -55,16 +60,51 @@ def generate_all(spec: RunSpec, built: BuiltModel, inputs: RunInputs) -> dict[st
             "its speed is measured again, with a few steps beside each batch"
         )
     denoisers = {name: built.denoisers[name] for name in names}
-    run_warm_up(spec, built, denoisers, inputs.get_first_batch(spec))
-    generations = generate_in_turn(spec, built, denoisers, inputs, only_times_float=known_float is not None)
+    variants = list_variants(spec)
+    denoisers |= {name: built.denoisers[owner] for name, owner in variants.items()}
+    caches = StepCaches(make_step_caches(spec, built))
+    with caches.removed_at_end():
+        run_warm_up(spec, built, denoisers, inputs.get_first_batch(spec), caches)
+        generations = generate_in_turn(
+            spec, built, denoisers, inputs, caches, only_times_float=known_float is not None
+        )
     # a schedule has left its last strengths
     built.set_strengths(spec.lora.strengths, spec.lora.text_strengths)
     if known_float is not None:
         float_timing = generations.pop("float")
-        return {"float": known_float, FLOAT_TIMING: float_timing, candidate: generations[candidate]}
+        return {"float": known_float, FLOAT_TIMING: float_timing, **generations}
     if "float" in generations:
         process_cache.put(images_key, generations["float"], generations["float"].nbytes)
     return generations
+
+
+def list_variants(spec: RunSpec) -> dict[str, str]:
+    """What generates besides both models where the INT8 one has a step cache, and which model that is."""
+    variants = {}
+    if spec.splits_loss:
+        variants[INT8_WITHOUT_CACHE] = "int8"
+    if spec.has_cached_float:
+        variants[FLOAT_WITH_CACHE] = "float"
+    return variants
+
+
+def make_step_caches(spec: RunSpec, built: BuiltModel) -> dict[str, CacheSwitch]:
+    """The step cache of each model that has one, by the name of its generation."""
+    if not spec.has_step_cache:
+        return {}
+    names = {spec.candidate: spec.candidate}
+    if spec.has_cached_float:
+        names[FLOAT_WITH_CACHE] = "float"
+    return {
+        name: CacheSwitch(
+            built.pipe,
+            built.denoisers[owner],
+            spec.cache_steps,
+            macs=built.macs,
+            num_steps=spec.sampling.steps or 0,
+        )
+        for name, owner in names.items()
+    }
 
 
 def generate_in_turn(
@@ -72,6 +112,7 @@ def generate_in_turn(
     built: BuiltModel,
     denoisers: Mapping[str, torch.nn.Module],
     inputs: RunInputs,
+    caches: StepCaches,
     *,
     only_times_float: bool,
 ) -> dict[str, Generation]:
@@ -82,9 +123,11 @@ def generate_in_turn(
         built: the model.
         denoisers: by name.
         inputs: samples, and what saves their images.
+        caches: step caches of some of the denoisers.
         only_times_float: whether `float` runs a few steps only and makes no images.
     """
-    models_with_images = list(denoisers)
+    variants = list_variants(spec)
+    models_with_images = [name for name in denoisers if name not in variants]
     other_samplings = {}
     if only_times_float:
         models_with_images.remove("float")
@@ -92,7 +135,9 @@ def generate_in_turn(
     num_images = len(inputs.samples) * len(models_with_images)
     recording = nullcontext() if built.vae is None else built.vae.recording()
     with recording, inputs.progress.track_loop("Generating", num_images, line_each=True) as advance:
-        hooks = make_hooks(spec, built, inputs, models_with_images=models_with_images, advance=advance)
+        hooks = make_hooks(
+            spec, built, inputs, caches, models_with_images=models_with_images, advance=advance
+        )
         return generate(
             built.pipe,
             built.component,
@@ -100,7 +145,7 @@ def generate_in_turn(
             inputs.samples,
             spec.sampling,
             hooks=hooks,
-            differences=Differences(built.text_encoders, other_samplings, built.components),
+            differences=Differences(built.text_encoders, other_samplings, built.components, variants),
         )
 
 
@@ -108,6 +153,7 @@ def make_hooks(
     spec: RunSpec,
     built: BuiltModel,
     inputs: RunInputs,
+    caches: StepCaches,
     *,
     models_with_images: Collection[str],
     advance: Callable[[int], None],
@@ -118,22 +164,26 @@ def make_hooks(
         spec: the settings.
         built: the model.
         inputs: what saves images.
+        caches: step caches of some of the denoisers.
         models_with_images: names of the denoisers whose images are kept.
         advance: is told how many images came.
     """
     meter = open_energy_meter(built.device)
 
     def start_batch(name: str) -> None:
+        caches.start(name)
         reset_peak_memory(built.device)
         meter.start()
 
     def begin_step(fraction: float) -> None:
         meter.update()
+        caches.begin_step(fraction)
         if spec.lora.is_scheduled:
             built.set_strengths(spec.lora.get_strengths_at(fraction), spec.lora.text_strengths)
 
     def keep_batch(name: str, batch: Sequence[Sample], generation: Generation) -> None:
         generation.joules += meter.stop()
+        caches.stop(generation)
         generation.peak_bytes = max(generation.peak_bytes, read_peak_bytes(built.device))
         if name in models_with_images:
             inputs.writer.write_batch(name, batch, generation, built.pipe)
@@ -147,7 +197,11 @@ def make_hooks(
 
 
 def run_warm_up(
-    spec: RunSpec, built: BuiltModel, denoisers: Mapping[str, torch.nn.Module], batch: Sequence[Sample]
+    spec: RunSpec,
+    built: BuiltModel,
+    denoisers: Mapping[str, torch.nn.Module],
+    batch: Sequence[Sample],
+    caches: StepCaches,
 ) -> None:
     """Generate one batch with a few steps, which compiles kernels and fills caches before anything is timed.
 
@@ -156,6 +210,7 @@ def run_warm_up(
         built: the model.
         denoisers: that are timed later.
         batch: samples of one batch.
+        caches: step caches of some of the denoisers.
     """
     # forget the prompts that earlier jobs asked for
     PromptCache.for_pipeline(built.pipe).requested.clear()
@@ -165,7 +220,12 @@ def run_warm_up(
         denoisers,
         batch,
         shorten_sampling(built.pipe, batch, spec.sampling, WARM_UP_STEPS),
-        differences=Differences(built.text_encoders, components=built.components),
+        hooks=GenerationHooks(
+            before_batch=caches.start,
+            on_batch=lambda name, batch, generation: caches.stop(generation),
+            on_fraction=caches.begin_step,
+        ),
+        differences=Differences(built.text_encoders, components=built.components, owners=list_variants(spec)),
     )
 
 

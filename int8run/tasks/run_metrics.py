@@ -68,6 +68,8 @@ class RunComparison:
         quality: one per sample; empty without a baseline, and until it is measured.
         set_quality: what is said of all samples at once, by public names; as empty.
         statistics: of the quality of all samples.
+        variants: with a step cache, what INT8 generated without it and float with it, by the names of
+            `run_generation`.
         noise_floor: what the float model generated, computed otherwise, where that was asked for.
         equivalences: INT8's distance to float against those of the float model to itself.
     """
@@ -78,6 +80,7 @@ class RunComparison:
     timed_float: Generation | None
     latent_errors: Sequence[float]
     is_interleaved: bool = False
+    variants: Mapping[str, Generation] = field(default_factory=dict)
     quality: Sequence[SampleQuality] = ()
     set_quality: Mapping[str, float] = field(default_factory=dict)
     statistics: SampleStatistics = SampleStatistics()  # noqa: RUF009  # frozen

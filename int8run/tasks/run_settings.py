@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from int8run.cache_steps.base import NONE, StepCache, list_cache_settings
 from int8run.config.effects import METADATA_KEY, Effects
 from int8run.config.prompt_argument import quote_text
 from int8run.config.run_spec import RunSpec
@@ -70,6 +71,8 @@ def list_settings_of(name: str, spec: RunSpec, *, is_int8: bool) -> dict[str, An
         return describe_family(value)
     if name == "calibration" and not spec.needs_calibration:
         return {}
+    if name == "cache_steps":
+        return describe_step_cache(value) if is_int8 else {}
     if name == "lora" and not (is_int8 and spec.lora.adapters):
         return {}
     defaults: Mapping[str, object]
@@ -83,6 +86,16 @@ def list_settings_of(name: str, spec: RunSpec, *, is_int8: bool) -> dict[str, An
         defaults = read_own_defaults()
         changed = flatten(name, value, left_out=NO_SETTINGS)
     return {key: item for key, item in changed.items() if key not in defaults or item != defaults[key]}
+
+
+def describe_step_cache(cache: StepCache) -> dict[str, Any]:
+    """The step cache and its settings; nothing where there is none."""
+    if cache.name == NONE:
+        return {}
+    return {"cache_steps": cache.name} | {
+        f"cache_steps.{name}": list(setting) if isinstance(setting, tuple) else setting
+        for name, setting in list_cache_settings(cache).items()
+    }
 
 
 def describe_family(family: Any) -> dict[str, Any]:
@@ -206,6 +219,8 @@ def list_known_keys() -> frozenset[str]:
     keys = {*read_own_defaults(), "model_type", "model_type.mixed_precision", "model_type.families"}
     for prefix, settings in (("model", ModelSource), ("lora", LoraSettings), ("clip", TextEncoders)):
         keys |= {f"{prefix}.{field.name}" for field in dataclasses.fields(settings)}
+    for option in sorted((CONF / "cache_steps").glob("*.yaml")):
+        keys |= {"cache_steps", *(f"cache_steps.{name}" for name in yaml.safe_load(option.read_text()))}
     return frozenset(keys)
 
 

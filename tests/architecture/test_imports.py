@@ -32,6 +32,7 @@ RULES = {
     "models": {"utils"},
     "tracking": {"utils"},
     "quant": {"kernels"},
+    "cache_steps": set(),
     "outlier": {"kernels", "quant"},
     "backends": {"kernels", "quant", "utils"},
     "layers": {"backends", "kernels", "models", "outlier", "quant", "utils"},
@@ -70,6 +71,7 @@ RULES = {
     # top: settings, runs, sweeps
     "config": {
         "backends",
+        "cache_steps",
         "generate",
         "layers",
         "lora",
@@ -83,6 +85,7 @@ RULES = {
     },
     "pipeline": {
         "backends",
+        "cache_steps",
         "checkpoints",
         "config",
         "export",
@@ -102,6 +105,7 @@ RULES = {
     "tasks": {
         "audit",
         "backends",
+        "cache_steps",
         "checkpoints",
         "config",
         "export",
@@ -136,6 +140,7 @@ CONCRETE = {
         "best_float",
         "convolution",
     },
+    "cache_steps": {"base"},
     "outlier": {"base", "auto"},  # `outlier=auto` is a choice among the others
     "tracking": {"base", "process_identity", "run_record", "secrets", "setting_names"},
 }  # folder -> modules that are none
@@ -178,7 +183,7 @@ LIBRARIES = {
     "matplotlib": {"report"},
     "psutil": {"jobs", "metrics", "tracking", "utils"},
     "mlflow": {"tracking"},
-    "diffusers": {"generate", "models", "pipeline", "ptq"},
+    "diffusers": {"cache_steps", "generate", "models", "pipeline", "ptq"},
     "transformers": {"metrics", "models", "text_encoders"},
     "accelerate": {"models", "text_encoders"},
     "huggingface_hub": {"lora", "metrics", "models", "tasks", "text_encoders"},

@@ -87,6 +87,7 @@ def old_build_key(spec):
         spec.offload,
         spec.device,
         shape,
+        spec.has_step_cache and spec.compile != "none",  # not of 0.1
     )
     return repr(parts)
 
@@ -106,6 +107,7 @@ BASES = {
     "text encoders": ["clip=nvfp4"],
     "text encoders without a baseline": ["clip=nvfp4", "metrics.baseline=none"],
     "few steps": ["lora=lcm"],
+    "a step cache": ["cache_steps=first_block"],
     "another rounding": ["rounding=mse"],
     "another backend": ["backend=reference"],
     "offloading": ["metrics.baseline=none", "offload=model"],

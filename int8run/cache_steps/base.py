@@ -1,0 +1,155 @@
+"""What a step cache is: the settings behind `cache_steps=`, and how one is put on a denoiser.
+
+Each option is one class in this folder, with its limits and its hooks, which are those of diffusers.
+`pipeline.step_cache` puts them on for the length of a call and counts what they skip. Composing settings
+imports no diffusers: the classes import it when they are put on.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Protocol
+
+from torch import nn
+
+from int8run.errors import ConfigError, check_bool, check_choice
+
+NONE = "none"
+INT8_MODEL, BOTH_MODELS = "int8", "both"
+# what a cache skips: repeated blocks, behind or around one that decides, or the attention inside them
+BLOCKS, ATTENTION = "blocks", "attention"
+# fewer steps than these leave a cache nothing to skip: the first ones are computed, and so is the last
+FEW_STEPS = 4
+MEASURED_BESIDE = ("models", "split")
+TIMESTEPS = 1000  # of training, on whose scale ranges of timesteps are given
+
+
+@dataclass
+class StepPosition:
+    """Where in a pipeline's call its denoiser is called.
+
+    Args:
+        step: number of the step.
+        num_steps: of the call.
+        timestep: on a scale from TIMESTEPS, which is noise, to 0.
+        sigma: share of noise in the latents, from 1 to 0, of a flow; None: the scheduler has another kind.
+    """
+
+    step: int = 0
+    num_steps: int = 1
+    timestep: float = float(TIMESTEPS)
+    sigma: float | None = None
+
+
+@dataclass(frozen=True)
+class CacheCalls:
+    """How a denoiser is called while a cache is on it.
+
+    Args:
+        position: is kept up to date.
+        num_calls: of one image, for each prompt that guidance has.
+        ratios: for `magcache`: how much larger each step's residual is than that of the step before.
+        is_batched: whether one call has the prompt and the negative one in a batch.
+    """
+
+    position: StepPosition
+    num_calls: int
+    ratios: Sequence[float] = ()
+    is_batched: bool = False
+
+
+class StepCache(Protocol):
+    """An option of `cache_steps=`.
+
+    Args:
+        models: which models have it: `int8`, or `both`, where the float model with it is measured, too.
+        split: whether the model without it generates, too, which splits the loss.
+
+    `skips` is BLOCKS or ATTENTION, `hooks_denoiser` whether one of its hooks is on the denoiser itself.
+    """
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+    name: ClassVar[str]
+    skips: ClassVar[str]
+    hooks_denoiser: ClassVar[bool]
+
+    @property
+    def models(self) -> str:
+        """`int8` or `both`."""
+        ...
+
+    @property
+    def split(self) -> bool:
+        """Whether the model without it generates, too."""
+        ...
+
+    def check_steps(self, num_steps: int) -> None:
+        """Raise ConfigError where nothing could be skipped in as many steps."""
+        ...
+
+    def put_on(self, denoiser: nn.Module, calls: CacheCalls) -> None:
+        """Register diffusers' hooks on a denoiser.
+
+        Raises:
+            ValueError: of diffusers, for a module that it does not know.
+        """
+        ...
+
+    def force(self) -> "StepCache":
+        """The same cache with settings that skip the second of two equal calls."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepCacheSettings:
+    """Settings that all step caches have; see `StepCache`."""
+
+    models: str = INT8_MODEL
+    split: bool = True
+    hooks_denoiser: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_choice("cache_steps.models", self.models, (INT8_MODEL, BOTH_MODELS))
+        check_bool("cache_steps.split", self.split)
+
+
+@dataclass(frozen=True)
+class NoStepCache:
+    """Every step is computed."""
+
+    name: ClassVar[str] = NONE
+    skips: ClassVar[str] = ""
+    hooks_denoiser: ClassVar[bool] = False
+    models: str = field(default=INT8_MODEL, init=False)
+    split: bool = field(default=False, init=False)
+
+    def check_steps(self, num_steps: int) -> None:
+        """Any number will do."""
+
+    def put_on(self, denoiser: nn.Module, calls: CacheCalls) -> None:
+        """There is nothing to put on."""
+
+    def force(self) -> "NoStepCache":
+        """There is nothing to force."""
+        return self
+
+
+def list_cache_settings(cache: StepCache) -> dict[str, Any]:
+    """The settings of a cache that change what is generated, by name: not what is measured beside it."""
+    names = [setting.name for setting in fields(cache) if setting.name not in MEASURED_BESIDE]
+    return {name: getattr(cache, name) for name in names}
+
+
+def check_computed_steps(described: str, num_computed: int, num_steps: int) -> None:
+    """Raise ConfigError where a cache is told to compute all steps.
+
+    Args:
+        described: the settings that say so.
+        num_computed: steps that are computed in any case.
+        num_steps: of a call.
+    """
+    if num_computed >= num_steps:
+        raise ConfigError(
+            f"{described} computes the first {num_computed} steps in any case, and the sampler has "
+            f"{num_steps}: nothing could be skipped; compute fewer of them, take more sampler.steps, or "
+            "leave cache_steps out"
+        )
