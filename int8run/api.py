@@ -38,6 +38,7 @@ from int8run.pipeline.load import resolve_family
 from int8run.pipeline.loaded_model import make_skip_rule
 from int8run.pipeline.offload import has_group_offloading
 from int8run.pipeline.outlier_choice import choose_fixed_method
+from int8run.ptq.bits import assign_bits
 from int8run.ptq.convolutions import ConvolutionBinder
 from int8run.ptq.quantize import build_int8_layers, check_backend, keep_faster_layers, quantize_layers
 from int8run.utils.dtypes import FLOAT_DTYPES
@@ -102,6 +103,7 @@ def quantize_(  # noqa: PLR0913  # the contract of the library: each is an optio
 
     placement = find_placement(denoiser, device)
     check_backend(spec.backend, placement.device, chosen)
+    assign_bits(chosen, spec.int8.fixed_layout)
     methods = choose_fixed_method(chosen, spec.outlier)
     layers = make_int8_layers(denoiser, chosen, spec, placement, methods=methods, rows=rows)
     int8_parts = split_denoiser(assemble_int8_model(denoiser, layers, family))
@@ -152,6 +154,7 @@ def make_int8_layers(
         methods=methods,
         rounding=spec.rounding,
         statistics={},
+        group_size=spec.int8.group_size,
         read=lambda name: get_layer(denoiser, name).weight.detach().to(placement.device),
     )
     # no call is seen here, so that no convolution is timed: `auto` makes all of them INT8

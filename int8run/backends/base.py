@@ -289,6 +289,21 @@ class MultipliesGroupedWeights(Protocol):
         """The weight in the layout that `grouped_linear` takes; computed once per layer."""
         ...
 
+    def unpack_grouped_weight(self, packed: PackedGroups, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Codes and group scales as they were given to `pack_grouped_weight`, to the bit.
+
+        Files and LoRAs ask for it.
+
+        Args:
+            packed: from `pack_grouped_weight`.
+            shape: N and K of the weight.
+
+        Returns:
+            codes: int8 [N, K * bits / 8].
+            group_scale: [N, K / g], in the dtype that it had.
+        """
+        ...
+
     def grouped_linear(
         self,
         x: QuantizedInput,
@@ -301,6 +316,17 @@ class MultipliesGroupedWeights(Protocol):
         strengths: Tensor | None = None,
     ) -> Tensor:
         """As `Backend.linear`, with a weight from `pack_grouped_weight`; its numbers are `decode`'s."""
+        ...
+
+
+@runtime_checkable
+class PacksInsideProduct(Protocol):
+    """A backend whose `pack_weight` compiled code cannot call, with a product that packs by itself."""
+
+    def multiply_once(
+        self, x: QuantizedInput, weight: QuantizedWeight, *, dtype: torch.dtype, bias: Tensor | None
+    ) -> Tensor:
+        """As `Backend.linear`, with a weight that is used once and as it is; visible to torch.compile."""
         ...
 
 

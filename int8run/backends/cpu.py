@@ -138,6 +138,14 @@ class Cpu:
             instructions=self.instructions,
         )
 
+    def multiply_once(
+        self, x: QuantizedInput, weight: QuantizedWeight, *, dtype: torch.dtype, bias: Tensor | None
+    ) -> Tensor:
+        """x: [M, K] -> [M, N], with a weight that is packed for this one product."""
+        # `pack_weight` of the backend would look for its compiled kernels, which a graph cannot do
+        packed = linear.pack_weight(weight.qdata)
+        return self.linear(x, packed, weight.scale[:, 0], dtype=dtype, bias=bias)
+
     def normalize(self, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         """RMSNorm over the last dimension. x: [..., K], weight: [K] -> [..., K]."""
         return norm.rms_norm(x, weight, eps, self.instructions)

@@ -60,6 +60,23 @@ def _(
     return w_scale.new_empty((q.shape[0], w_scale.shape[0]), dtype=dtype)
 
 
+@torch.library.custom_op("int8run::onednn_linear_once", mutates_args=())
+def onednn_linear_once(
+    q: Tensor, x_scale: Tensor, qdata: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """`onednn_linear` with an int8 weight [N, K] as it is: no graph can hold oneDNN's opaque layout."""
+    packed: Tensor = torch.ops.onednn.qlinear_prepack(qdata, None)
+    y: Tensor = onednn_linear(q, x_scale, packed, w_scale, bias, dtype)
+    return y
+
+
+@onednn_linear_once.register_fake
+def _(
+    q: Tensor, x_scale: Tensor, qdata: Tensor, w_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    return w_scale.new_empty((q.shape[0], w_scale.shape[0]), dtype=dtype)
+
+
 @dataclass(frozen=True)
 class OneDnn:
     """Prepacked u8 x s8: weight scales inside oneDNN, token scales and bias in one pass after it."""
@@ -103,4 +120,12 @@ class OneDnn:
     ) -> Tensor:
         """x: [M, K] -> [M, N]."""
         y: Tensor = onednn_linear(x.q, x.scale, packed, w_scale, bias, dtype)
+        return y
+
+    def multiply_once(
+        self, x: QuantizedInput, weight: QuantizedWeight, *, dtype: torch.dtype, bias: Tensor | None
+    ) -> Tensor:
+        """x: [M, K] -> [M, N], with a weight that is packed for this one product."""
+        w_scale = weight.scale[:, 0].contiguous()
+        y: Tensor = onednn_linear_once(x.q, x.scale, weight.qdata, w_scale, bias, dtype)
         return y

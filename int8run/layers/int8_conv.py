@@ -20,10 +20,12 @@ from int8run.layers.int8_linear import (
     BackendLayer,
     Int8Linear,
     QuantizedLayer,
+    check_has_integers,
     get_linear,
     overwrite,
 )
 from int8run.layers.low_rank_branch import BranchStrengths
+from int8run.quant.grouped_weight import LayerWeight
 from int8run.quant.weight import QuantizedWeight
 
 # their plain forms; subclasses may compute something else
@@ -183,7 +185,8 @@ class Int8Conv(BackendLayer):
         self, layer: QuantizedLayer, backend: ConvBackend, conv: nn.Conv2d | nn.Conv3d, dtype: torch.dtype
     ):
         super().__init__()
-        self.out_features, self.in_features = layer.weight.qdata.shape
+        weight = check_has_integers(layer.weight)
+        self.out_features, self.in_features = weight.shape
         self.backend = backend
         self.geometry = read_geometry(conv)
         channels = conv.in_channels // conv.groups
@@ -193,9 +196,9 @@ class Int8Conv(BackendLayer):
         self.adapter: ConvBranch | None = None
         self.deferred: DeferredSteps | None = None
         self.register_buffer(DTYPE_MARKER, torch.empty(0, dtype=dtype), persistent=False)
-        packed = backend.pack_weight(layer.weight, self.kernel_shape, conv.groups)
+        packed = backend.pack_weight(weight, self.kernel_shape, conv.groups)
         self.register_buffer("packed", packed, persistent=False)
-        self.register_buffer("scale", layer.weight.scale[:, 0].contiguous())  # float32 [N]
+        self.register_buffer("scale", weight.scale[:, 0].contiguous())  # float32 [N]
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().float())
 
     @property
@@ -211,9 +214,14 @@ class Int8Conv(BackendLayer):
         """
         return ConvBranch(pairs, self)
 
-    def set_weight(self, weight: QuantizedWeight) -> None:
+    @property
+    def bits(self) -> int:
+        """Stored bits of a weight."""
+        return 8
+
+    def set_weight(self, weight: LayerWeight) -> None:
         """Replace the weight by another of its shape."""
-        packed = self.backend.pack_weight(weight, self.kernel_shape, self.geometry.groups)
+        packed = self.backend.pack_weight(check_has_integers(weight), self.kernel_shape, self.geometry.groups)
         self.packed = overwrite(self.packed, packed)
         self.scale = overwrite(self.scale, weight.scale[:, 0])
 
@@ -228,6 +236,10 @@ class Int8Conv(BackendLayer):
     def read_quantized_weight(self) -> QuantizedWeight:
         """Integers and scales of the weight."""
         return QuantizedWeight(self.read_qdata(), self.scale[:, None].clone())
+
+    def read_stored_weight(self) -> LayerWeight:
+        """The weight as `set_weight` takes it."""
+        return self.read_quantized_weight()
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, C, *size], or without B -> [B, N, *size], in x's dtype."""

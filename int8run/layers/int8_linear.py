@@ -20,6 +20,7 @@ from int8run.kernels.quantize_rowwise.reference import apply_gelu_to_columns
 from int8run.layers.low_rank_branch import LowRankBranch
 from int8run.layers.shared_input import SharedInput
 from int8run.outlier.base import OutlierTransform
+from int8run.quant.grouped_weight import GroupedWeight, LayerWeight
 from int8run.quant.weight import QuantizedWeight
 
 # how many unit vectors are multiplied at a time to read a packed weight back
@@ -38,19 +39,35 @@ def get_linear(model: nn.Module, name: str) -> nn.Linear:
     return module
 
 
+def check_has_integers(weight: LayerWeight) -> QuantizedWeight:
+    """The integers of a layer with 8 bits.
+
+    Raises:
+        TypeError: for codes of fewer bits, which `GroupedInt8Linear` takes.
+    """
+    if isinstance(weight, GroupedWeight):
+        raise TypeError(f"a weight of {weight.bits} bits is for a GroupedInt8Linear")
+    return weight
+
+
 @dataclass(frozen=True)
 class QuantizedLayer:
     """One layer after quantization and before it is bound to a backend.
 
     Args:
-        weight: [N, K], in the transform's basis.
+        weight: [N, K] of 8, 6 or 4 bits, in the transform's basis.
         transform: the outlier transform of its input.
         bias: [N] or None.
     """
 
-    weight: QuantizedWeight
+    weight: LayerWeight
     transform: OutlierTransform
     bias: Tensor | None
+
+    @property
+    def int8_weight(self) -> QuantizedWeight:
+        """The weight of a layer with 8 bits; TypeError for one with fewer."""
+        return check_has_integers(self.weight)
 
 
 def to_float32_bias(bias: Tensor | None) -> Tensor | None:
@@ -157,7 +174,7 @@ class Int8Linear(BackendLayer):
 
     def __init__(self, layer: QuantizedLayer, backend: Backend, dtype: torch.dtype, float_rows: int = 0):
         super().__init__()
-        self.out_features, self.in_features = layer.weight.qdata.shape
+        self.out_features, self.in_features = layer.weight.shape
         self.backend = backend
         self.transform = layer.transform
         self.dtype = dtype
@@ -169,24 +186,39 @@ class Int8Linear(BackendLayer):
         self.gelu_from: int | None = None
         # in this backend's own layout, which would mean nothing to another that loads the state dict
         self.register_buffer(DTYPE_MARKER, torch.empty(0, dtype=dtype), persistent=False)
-        self.register_buffer("packed", backend.pack_weight(layer.weight), persistent=False)
+        self.register_weight(layer.weight)
         self.register_buffer("scale", layer.weight.scale[:, 0].contiguous())  # float32 [N]
         self.register_buffer("bias", to_float32_bias(layer.bias))
         # dequantized once: a fallback that did it at every call would cost more than it saves
         float_weight = layer.weight.dequantize(dtype) if float_rows else None
         self.register_buffer("float_weight", float_weight, persistent=False)
 
+    def register_weight(self, weight: LayerWeight) -> None:
+        """Keep the integers as the backend wants them."""
+        self.register_buffer("packed", self.backend.pack_weight(check_has_integers(weight)), persistent=False)
+
     @property
     def weight_shape(self) -> tuple[int, ...]:
         """Of the float weight: [N, K]."""
         return self.out_features, self.in_features
 
-    def set_weight(self, weight: QuantizedWeight) -> None:
-        """Replace the weight by another of its shape, in the transform's basis.
+    @property
+    def bits(self) -> int:
+        """Stored bits of a weight."""
+        return 8
+
+    @property
+    def can_fuse_branch(self) -> bool:
+        """Whether a low-rank branch may be computed inside the product, where the backend can do that."""
+        return True
+
+    def set_weight(self, weight: LayerWeight) -> None:
+        """Replace the weight by another of its shape and bits, in the transform's basis.
 
         A compiled model stays compiled, and its tensors where they are.
         """
-        self.packed = overwrite(self.packed, self.backend.pack_weight(weight))
+        packed = self.backend.pack_weight(check_has_integers(weight))
+        self.packed = overwrite(self.packed, packed)
         self.scale = overwrite(self.scale, weight.scale[:, 0])
         if self.float_weight is not None:
             self.float_weight = overwrite(self.float_weight, weight.dequantize(self.dtype))
@@ -219,6 +251,10 @@ class Int8Linear(BackendLayer):
     def read_quantized_weight(self) -> QuantizedWeight:
         """Integers and scales of the weight, in the transform's basis."""
         return QuantizedWeight(self.read_qdata(), self.scale[:, None].clone())
+
+    def read_stored_weight(self) -> LayerWeight:
+        """The weight as `set_weight` takes it, in the transform's basis."""
+        return self.read_quantized_weight()
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., K] -> [..., N], in x's dtype."""
@@ -291,18 +327,31 @@ class Int8Linear(BackendLayer):
             quantized = shared.get(x, quantize, branch)
         # of a centered input, the bias comes with the product of the means
         bias = None if is_centered else buffers["bias"]
-        y = self.backend.linear(
-            quantized,
-            buffers["packed"],
-            buffers["scale"],
-            dtype=x.dtype,
-            bias=bias,
-            branch=fused,
-            strengths=strengths,
-        )
+        y = self._multiply(quantized, dtype=x.dtype, bias=bias, branch=fused, strengths=strengths)
         if is_centered:
             return self.add_mean_product(y, x.shape)
         return y
+
+    def _multiply(
+        self,
+        quantized: QuantizedInput,
+        *,
+        dtype: torch.dtype,
+        bias: Tensor | None,
+        branch: FusedBranch | None,
+        strengths: Tensor | None,
+    ) -> Tensor:
+        """The product of a quantized input with the weight. Returns dtype [M, N]."""
+        buffers: dict[str, Any] = self._buffers  # see `_int8_forward`
+        return self.backend.linear(
+            quantized,
+            buffers["packed"],
+            buffers["scale"],
+            dtype=dtype,
+            bias=bias,
+            branch=branch,
+            strengths=strengths,
+        )
 
     def _quantize_rows(self, rows: Tensor, gelu_from: int | None, down: Tensor | None) -> QuantizedInput:
         """Round rows [M, K] after the steps of the transform; `down` [r, K] is of a branch with them."""

@@ -15,8 +15,10 @@ from math import prod
 
 from torch import nn
 
-from int8run.errors import check_bool, check_choice, check_range
+from int8run.errors import ConfigError, check_bool, check_choice, check_range
+from int8run.kernels.grouped_weight.reference import BITS
 from int8run.layers.int8_conv import count_conv_inputs, describe_conv, find_conv_obstacle, is_convolution
+from int8run.quant.grouped_rounding import GroupLayout
 
 # what `layers.csv` names as the backend of a layer that small_batch_fallback sends to a float product
 FLOAT_FALLBACK = "float_fallback"
@@ -29,6 +31,8 @@ SMALL_BATCH_FALLBACKS = ("only_small_layers", "always", "never")
 # what `int8.attention` and `int8.convolutions` can be: INT8 wherever it can be, or where it is good and fast
 # enough here
 FLOAT, INT8, AUTO = "float", "int8", "auto"
+# what `int8.bits` can be; `auto` chooses for each layer, by a quality budget
+BITS_CHOICES = (8, 6, 4, AUTO)
 ATTENTION_MODES = CONVOLUTION_CHOICES = (FLOAT, INT8, AUTO)
 VAE_CHOICES = CONTROLNET_CHOICES = (FLOAT, INT8)
 
@@ -39,12 +43,15 @@ class Int8Settings:
 
     Args:
         enable: false runs the float model through the same path.
+        bits: of the weights of Linears: 8, or 6 or 4 for less memory, which are decoded to int8 for each
+            product; `auto`: for each layer those that a quality budget allows.
+        group_size: columns of a weight of 4 or 6 bits that share a scale.
         small_batch_fallback: which layers compute with the dequantized weight when a call has at most
             `max_rows` rows: `only_small_layers` (at most `small_layer_params` weights), `always`, `never`.
         max_rows: None: what `task=bench` measured for the layer, where it has, else DEFAULT_FLOAT_ROWS.
         small_layer_params: the most weights of a small layer.
         only_if_faster: with `backend=auto`, whether a layer that is faster in the model's dtype stays float;
-            false: it becomes INT8 all the same, for its memory.
+            false: it becomes INT8 all the same, for its memory. Layers of 4 and 6 bits always do.
         convolutions: `float`: they stay as they are; `int8`; `auto`: INT8 where that is faster here.
         controlnet: `int8`: a ControlNet becomes INT8 as the denoiser does; `float`: it stays as it is.
         vae: `float`: the VAE stays as it is; `int8`: its Linears and convolutions.
@@ -57,6 +64,8 @@ class Int8Settings:
     """
 
     enable: bool = True
+    bits: int | str = 8
+    group_size: int = 16
     small_batch_fallback: str = "only_small_layers"
     max_rows: int | None = None
     small_layer_params: int = 1_000_000
@@ -74,6 +83,7 @@ class Int8Settings:
         check_choice("int8.controlnet", self.controlnet, CONTROLNET_CHOICES)
         check_choice("int8.vae", self.vae, VAE_CHOICES)
         check_bool("int8.enable", self.enable)
+        self.check_bits()
         if self.attention is not None:
             check_choice("int8.attention", self.attention, ATTENTION_MODES)
         check_range("int8.attention_min_sqnr_db", self.attention_min_sqnr_db, 0, 200)
@@ -81,6 +91,26 @@ class Int8Settings:
         if self.max_rows is not None:
             check_range("int8.max_rows", self.max_rows, 0, 4096, whole=True)
         check_range("int8.small_layer_params", self.small_layer_params, 0, 2**40, whole=True)
+
+    def check_bits(self) -> None:
+        """Raise ConfigError for bits or a group size that weights cannot have."""
+        if isinstance(self.bits, bool) or self.bits not in BITS_CHOICES:
+            choices = ", ".join(map(str, BITS_CHOICES))
+            raise ConfigError(f"int8.bits is {self.bits!r}; choose from {choices}")
+        self.list_layouts()  # each checks itself
+
+    def list_layouts(self) -> list[GroupLayout]:
+        """How weights of fewer than 8 bits are laid out, by rising bits; none where all have 8."""
+        if self.bits == 8:
+            return []
+        bits = BITS if self.bits == AUTO else (int(self.bits),)
+        return [GroupLayout(number, self.group_size) for number in bits]
+
+    @property
+    def fixed_layout(self) -> GroupLayout | None:
+        """How all weights are laid out; None where they have 8 bits, or each layer gets its own."""
+        layouts = self.list_layouts()
+        return layouts[0] if len(layouts) == 1 else None
 
     def choose_float_rows(self, params: int, rows: int, measured: int | None = None) -> int:
         """Up to how many rows a layer computes in float; 0: never, so that it need not keep a float weight.
@@ -129,6 +159,8 @@ class LayerPlan:
         shape: what the two numbers do not say, for people: kernel and stride, or number of heads.
         macs_share: share of all multiply-adds of the denoiser in one step; None: they were not counted.
         taps: of a convolution the size of its kernel; else 1.
+        bits: stored bits of a weight, where it is quantized.
+        bits_reason: why they are not those that were asked for; empty where they are.
         lora: how the INT8 layer gets its LoRAs: `dynamic`, `bake`, `stochastic`; empty without any, and where
             they were baked before it was quantized.
         lora_reason: why it is not dynamic, where that was a choice.
@@ -153,6 +185,8 @@ class LayerPlan:
     shape: str = ""
     macs_share: float | None = None
     taps: int = 1
+    bits: int = 8
+    bits_reason: str = ""
     lora: str = ""
     lora_reason: str = ""
 
@@ -178,6 +212,8 @@ class LayerPlan:
         self.skip_reason = reason
         self.outlier = ""
         self.outlier_skip_reason = ""
+        self.bits = 8
+        self.bits_reason = ""
         self.rounding = ""
         self.backend_asked = ""
         self.backend_used = ""

@@ -12,14 +12,16 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from int8run.layers.grouped_int8_linear import GroupedInt8Linear
 from int8run.layers.int8_conv import ConvBranch, Int8Conv, Int8Layer
 from int8run.layers.low_rank_branch import LowRankBranch
 from int8run.lora.adapters.base import LoraDelta, RuntimeBranch
 from int8run.lora.adapters.change import LoraChange
 from int8run.lora.size_limits import check_fits
-from int8run.quant.rounding import Rounding
-from int8run.quant.stochastic_rounding import add_with_stochastic_rounding, make_generator
-from int8run.quant.weight import QuantizedWeight
+from int8run.quant.grouped_rounding import GroupLayout
+from int8run.quant.grouped_weight import GroupedWeight, LayerWeight
+from int8run.quant.rounding import Rounding, round_to_bits
+from int8run.quant.stochastic_rounding import add_change, make_generator
 
 # of one module: (index of the LoRA in the stack, what it does)
 IndexedChanges = Sequence[tuple[int, LoraChange]]
@@ -159,6 +161,8 @@ class DynamicLayer(Int8LoraLayer):
         super().__init__(layer, changes)
         self.float_weight = layer.float_weight
         self.scale = layer.scale.clone()  # [N, 1], without any LoRA
+        correction = find_correction(layer)
+        self.correction = None if correction is None else correction.clone()  # [K / g, N], the same
         self.row_factors: list[tuple[int, Tensor]] = []
         self.indices: list[int] = []  # of the LoRAs that have a low-rank part
         pairs: list[tuple[Tensor, Tensor]] = []  # lora_A [r, K], lora_B [N, r]
@@ -179,7 +183,8 @@ class DynamicLayer(Int8LoraLayer):
         if isinstance(layer, Int8Conv):
             return layer.make_branch(pairs)
         branch = LowRankBranch(pairs, layer.dtype, layer.scale.device)
-        branch.fuse_into_backend(layer.backend, layer.transform)
+        if layer.can_fuse_branch:
+            branch.fuse_into_backend(layer.backend, layer.transform)
         # a layer that may run in float needs the branch in float as well
         has_float_fallback = layer.float_weight is not None and not self.row_factors
         if branch.fused is not None and not has_float_fallback:
@@ -211,7 +216,7 @@ class DynamicLayer(Int8LoraLayer):
             self.branch.set_strengths([0.0] * len(self.indices))
         set_adapter(layer, None)
         if self.row_factors:
-            layer.scale.copy_(self.scale)
+            self.write_row_factors(layer, torch.ones_like(self.scale))
             if self.float_weight is not None:
                 layer.float_weight = self.float_weight.to(layer.scale.device)
         self.bias.restore(layer)
@@ -226,8 +231,20 @@ class DynamicLayer(Int8LoraLayer):
             total_factor = torch.ones_like(self.scale)  # [N, 1]
             for index, factor in self.row_factors:
                 total_factor.add_(factor, alpha=strengths[index])
-            layer.scale.copy_(self.scale * total_factor)
+            self.write_row_factors(layer, total_factor)
         self.bias.set_strengths(layer, strengths)
+
+    def write_row_factors(self, layer: Int8Layer, factor: Tensor) -> None:
+        """Multiply the rows of the weight, all that a correction adds to them included. factor: as scale."""
+        layer.scale.copy_(self.scale * factor)
+        correction = find_correction(layer)
+        if correction is not None and self.correction is not None:
+            correction.copy_(self.correction * factor)
+
+
+def find_correction(layer: Int8Layer) -> Tensor | None:
+    """What is added to each group of a weight with 4 bits, [K / g, N]; None: nothing is."""
+    return layer.correction if isinstance(layer, GroupedInt8Linear) else None
 
 
 def set_adapter(layer: Int8Layer, branch: LowRankBranch | ConvBranch | None) -> None:
@@ -268,7 +285,7 @@ class MergedLayer(Int8LoraLayer):
     def __init__(self, layer: Int8Layer, changes: IndexedChanges):
         super().__init__(layer, changes)
         self.deltas = get_weight_deltas(changes)
-        self.original = layer.read_quantized_weight()
+        self.original = layer.read_stored_weight()
         # None while the weight is being written: whatever stops that half-way, it is written anew
         self.written_strengths: list[float] | None = [0.0 for _ in self.deltas]
         self.clipped_share = 0.0
@@ -292,18 +309,18 @@ class MergedLayer(Int8LoraLayer):
             self.write_weight(own_strengths, weight)
         self.bias.set_strengths(self.layer, strengths)
 
-    def write_weight(self, own_strengths: list[float], weight: QuantizedWeight) -> None:
+    def write_weight(self, own_strengths: list[float], weight: LayerWeight) -> None:
         """Give the layer the weight of these strengths, unless it has it."""
         if own_strengths != self.written_strengths:
             device = self.layer.scale.device
             self.written_strengths = None
-            self.layer.set_weight(QuantizedWeight(weight.qdata.to(device), weight.scale.to(device)))
+            self.layer.set_weight(weight.to(device))
             self.written_strengths = own_strengths
         if not any(own_strengths):
             self.clipped_share = 0.0
 
     @abstractmethod
-    def compute_weight(self, strengths: Sequence[float]) -> QuantizedWeight:
+    def compute_weight(self, strengths: Sequence[float]) -> LayerWeight:
         """The layer's weight with the LoRAs of the stack at these strengths."""
 
 
@@ -322,11 +339,12 @@ class BakedLayer(MergedLayer):
         self.float_weight, self.rounding = float_weight, rounding
 
     @torch.no_grad()
-    def compute_weight(self, strengths: Sequence[float]) -> QuantizedWeight:
+    def compute_weight(self, strengths: Sequence[float]) -> LayerWeight:
         """`round(transform(W0 + sum of strength * delta))`."""
         merged = add_deltas(self.float_weight, self.deltas, strengths, self.float_weight)
         matrix = merged.flatten(1)  # of a convolution [N, C / groups, *kernel] -> [N, K]
-        return self.rounding.round_weight(self.layer.transform.transform_weight(matrix), None)
+        layout = find_layout(self.original)
+        return round_to_bits(self.rounding, self.layer.transform.transform_weight(matrix), None, layout)
 
 
 class StochasticLayer(MergedLayer):
@@ -350,12 +368,19 @@ class StochasticLayer(MergedLayer):
         self.read_weight, self.seed = read_weight, tuple(seed)
 
     @torch.no_grad()
-    def compute_weight(self, strengths: Sequence[float]) -> QuantizedWeight:
+    def compute_weight(self, strengths: Sequence[float]) -> LayerWeight:
         """`integers + stochastic_round(transform(sum of strength * delta) / scale)`."""
         original = self.read_weight()  # [N, K]
         zeros = torch.zeros(original.shape, device=original.device)
         change = add_deltas(zeros, self.deltas, strengths, original)
         transformed_change = self.layer.transform.transform_weight(change.flatten(1))  # [N, K]
-        rounded = add_with_stochastic_rounding(self.original, transformed_change, make_generator(*self.seed))
+        rounded = add_change(self.original, transformed_change, make_generator(*self.seed))
         self.clipped_share = rounded.clipped_share
         return rounded.weight
+
+
+def find_layout(weight: LayerWeight) -> GroupLayout | None:
+    """The groups of a weight of 4 or 6 bits; None of one with 8 bits."""
+    if isinstance(weight, GroupedWeight):
+        return GroupLayout(weight.bits, weight.group_size)
+    return None

@@ -31,6 +31,6 @@ class WeightReader:
         if self.known is None:
             layer = self._layer()
             assert layer is not None
-            matrix = layer.transform.restore_weight(layer.read_quantized_weight().dequantize())  # [N, K]
+            matrix = layer.transform.restore_weight(layer.read_stored_weight().dequantize())  # [N, K]
             self.known = matrix.reshape(layer.weight_shape)
         return self.known

@@ -16,6 +16,7 @@ from torch import nn
 from int8run.checkpoints.declared_format import DeclaredFormat
 from int8run.checkpoints.output_path import prepare_output_path
 from int8run.config.run_spec import RunSpec
+from int8run.errors import ConfigError
 from int8run.generate.capture import capture_step, record_calls
 from int8run.generate.generate import set_components, set_text_encoders
 from int8run.generate.prompts import Sample
@@ -224,6 +225,8 @@ def prepare_save(spec: RunSpec) -> None:
     """
     if spec.save is None:
         return
+    if spec.int8.bits != 8:
+        raise ConfigError(f"save= writes weights of 8 bits, not int8.bits={spec.int8.bits}; leave out one")
     if spec.clip.is_quantized:
         log.info("save= writes the denoiser; task=quantize task.component=text_encoder writes a text encoder")
     if spec.int8.vae == INT8:
@@ -282,7 +285,8 @@ def find_layer_sources(
         return LayerSources(plans, prequantized=None, cache_key=None)
     warn_without_convolutions(plans, spec.int8.convolutions)
     cache_key = None
-    if spec.cache.limit_gb and spec.int8.checkpoint is None:
+    # files hold weights of 8 bits alone
+    if spec.cache.limit_gb and spec.int8.checkpoint is None and spec.int8.bits == 8:
         cache_key = build_cache_key(loaded, select_origin(spec), entries, spec.cache)
     request = PrequantizedRequest(
         checkpoint=spec.int8.checkpoint,

@@ -269,7 +269,7 @@ class FileWeights:
             labels = ", ".join(part.transform.label for part in parts)
             raise FileError(f"{self.path}: the parts of {name} were transformed differently ({labels})")
         weight = QuantizedWeight(
-            torch.cat([part.weight.qdata for part in parts]),  # [N, K]
+            torch.cat([part.int8_weight.qdata for part in parts]),  # [N, K]
             torch.cat([part.weight.scale for part in parts]),  # [N, 1]
         )
         return QuantizedLayer(weight, transform, bias=None)
@@ -278,7 +278,8 @@ class FileWeights:
         """Read rows of one INT8 layer in the file."""
         layer = self.layers[part.key.removesuffix(WEIGHT)].read_int8_layer(self.files, part.rows)
         read_rows = replace(part, rows=None)
-        weight = QuantizedWeight(read_rows.extract(layer.weight.qdata), read_rows.extract(layer.weight.scale))
+        stored = layer.int8_weight
+        weight = QuantizedWeight(read_rows.extract(stored.qdata), read_rows.extract(stored.scale))
         return QuantizedLayer(weight, layer.transform, bias=None)
 
 

@@ -28,6 +28,7 @@ from int8run.pipeline.prequantized import PrequantizedLayers
 from int8run.pipeline.quantization_settings import QuantizationSettings
 from int8run.pipeline.read_prequantized import read_prequantized_layers
 from int8run.pipeline.trace_layers import TracedLayers
+from int8run.ptq.bits import assign_bits
 from int8run.ptq.calibration import capture_calibration_calls, collect_layer_statistics
 from int8run.ptq.convolutions import ConvolutionBinder
 from int8run.ptq.mixed_precision import MixedPrecisionResult, MixedPrecisionSearch
@@ -102,6 +103,7 @@ def quantize_denoiser(
         loaded, plans, rows=traced.rows, conv_inputs=traced.conv_inputs, prequantized=prequantized
     )
     check_settings(loaded, layers, settings)
+    assign_bits(layers.new, settings.int8.fixed_layout)
 
     needs_search = settings.quality_db is not None and not is_from_cache(prequantized)
     calibration = calibrate(loaded, layers, settings, needs_search=needs_search, progress=progress)
@@ -271,6 +273,7 @@ def yield_quantized_layers(
         methods=methods,
         rounding=settings.rounding,
         statistics=statistics,
+        group_size=settings.int8.group_size,
         read=read_weight,
     )
 

@@ -14,7 +14,7 @@ from int8run.layers.plan import LayerPlan
 from int8run.pipeline.loaded_model import LoadedModel
 from int8run.pipeline.prequantized import PrequantizedLayers, get_layer_facts
 from int8run.ptq.quantize import check_weight
-from int8run.quant.weight import QuantizedWeight, quantize_weight, sqnr_db
+from int8run.quant.weight import quantize_weight, sqnr_db
 
 # an INT8 weight has 30 dB and more; another model's weight 0
 MIN_SQNR_DB = 15.0
@@ -58,7 +58,7 @@ def read_prequantized_layer(
     """Read one layer of a file, with the bias of the float model, on the device."""
     layer = found.weights.read_int8_layer(plan.name)
     layer.transform.to(loaded.device)
-    weight = QuantizedWeight(layer.weight.qdata.to(loaded.device), layer.weight.scale.to(loaded.device))
+    weight = layer.weight.to(loaded.device)
     plan.outlier = layer.transform.label
     plan.rounding = found.rounding
     return QuantizedLayer(weight, layer.transform, get_layer(loaded.denoiser, plan.name).bias)

@@ -23,7 +23,6 @@ from int8run.models.model_folders import read_model_index, resolve_part_folder
 from int8run.models.source import build_empty_model, read_config
 from int8run.pipeline.checkpoint_weights import DenoiserWeights, FileWeights
 from int8run.pipeline.model_files import find_scaled_layers
-from int8run.quant.weight import QuantizedWeight
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +96,7 @@ class VaeFile:
         for plan in plans:
             layer = self.weights.read_int8_layer(plan.name)
             layer.transform.to(device)
-            weight = QuantizedWeight(layer.weight.qdata.to(device), layer.weight.scale.to(device))
+            weight = layer.weight.to(device)
             plan.outlier = layer.transform.label
             plan.rounding = str(provenance.get("rounding", "unknown"))
             facts = facts_by_layer.get(plan.name)

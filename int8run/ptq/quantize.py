@@ -19,6 +19,7 @@ from int8run.backends.float import Float
 from int8run.backends.registry import list_usable_backends
 from int8run.errors import BackendError, ConfigError
 from int8run.kernels.cpu.rows import quantize_weight_rows
+from int8run.layers.grouped_int8_linear import make_int8_linear
 from int8run.layers.int8_conv import Int8Layer, get_layer
 from int8run.layers.int8_linear import Int8Linear, QuantizedLayer, get_linear
 from int8run.layers.plan import ATTENTION, CONV, FLOAT_FALLBACK, Int8Settings, LayerPlan
@@ -29,7 +30,10 @@ from int8run.outlier.base import (
     find_channel_obstacle,
     fit_convolution,
 )
-from int8run.quant.rounding import AbsMax, Rounding
+from int8run.ptq.bits import report_decoding
+from int8run.quant.grouped_rounding import DEFAULT_GROUP_SIZE, GroupLayout
+from int8run.quant.grouped_weight import LayerWeight
+from int8run.quant.rounding import AbsMax, Rounding, round_to_bits
 from int8run.quant.weight import QuantizedWeight, sqnr_db
 
 log = logging.getLogger(__name__)
@@ -120,6 +124,7 @@ def quantize_layers(
     methods: Mapping[str, OutlierMethod],
     rounding: Rounding,
     statistics: Mapping[str, LayerStatistics],
+    group_size: int = DEFAULT_GROUP_SIZE,
     read: Callable[[str], Tensor] | None = None,
 ) -> Iterator[tuple[LayerPlan, QuantizedLayer]]:
     """Quantize each planned Linear, one at a time, so that the caller decides what stays in memory.
@@ -130,6 +135,7 @@ def quantize_layers(
         methods: outlier method of each layer, by name; a layer without one is quantized as it is.
         rounding: makes the integers.
         statistics: of the layers that a calibration reached, where a method or the rounding needs one.
+        group_size: columns that share a scale, of weights whose plan has 4 or 6 bits.
         read: gives the float weight of a Linear by its name; None: the model has them all.
 
     Raises:
@@ -153,10 +159,12 @@ def quantize_layers(
         elif method is not None:
             transform = method.fit(weight, layer_statistics)
         transform.to(weight.device)
-        if type(layer_rounding) is AbsMax and weight.device.type == "cpu":
+        quantized: LayerWeight
+        if plan.bits == 8 and type(layer_rounding) is AbsMax and weight.device.type == "cpu":
             quantized = round_weight_rows(plan, weight, transform)
         else:
-            quantized = round_weight(plan, weight, transform, layer_rounding, layer_statistics)
+            layout = None if plan.bits == 8 else GroupLayout(plan.bits, group_size)
+            quantized = round_weight(plan, weight, transform, layer_rounding, layer_statistics, layout)
         plan.outlier, plan.rounding = transform.label, layer_rounding.name
         yield plan, QuantizedLayer(quantized, transform, float_layer.bias)
 
@@ -186,7 +194,8 @@ def round_weight(
     transform: OutlierTransform,
     rounding: Rounding,
     statistics: LayerStatistics | None,
-) -> QuantizedWeight:
+    layout: GroupLayout | None = None,
+) -> LayerWeight:
     """A weight in the transform's basis, rounded; its error goes into the plan.
 
     Args:
@@ -195,9 +204,10 @@ def round_weight(
         transform: of the layer.
         rounding: makes the integers.
         statistics: of the layer's input, for a rounding that needs them.
+        layout: of a weight with 4 or 6 bits; None: it has 8.
 
     Raises:
-        ConfigError: for a weight that is not finite.
+        ConfigError: for a weight that is not finite, or a rounding that has no weights of these bits.
     """
     check_weight(plan, weight)
     transformed = transform.transform_weight(weight.float())
@@ -205,7 +215,7 @@ def round_weight(
     if rounding.needs_calibration and statistics is not None:
         sample = statistics.sample.to(weight.device)
         inputs = transform.round_input(sample).flatten(0, -2)  # [S, T, K] -> [S T, K]
-    quantized = rounding.round_weight(transformed, inputs)
+    quantized = round_to_bits(rounding, transformed, inputs, layout)
     plan.measured["weight_sqnr_db"] = sqnr_db(transformed, quantized.dequantize())
     plan.measured["saturated_share"] = quantized.saturated_share
     return quantized
@@ -273,11 +283,13 @@ class LayerBackends:
             )
         chooser = self.choosers[dtype]
         choice = chooser.choose_layer((rows, plan.in_features, plan.out_features))
-        note_choice(plan, choice, rows=rows, only_if_faster=self.only_if_faster)
+        # layers of fewer bits are wanted for their memory
+        only_if_faster = self.only_if_faster and plan.bits == 8
+        note_choice(plan, choice, rows=rows, only_if_faster=only_if_faster)
         # without only_if_faster nothing asks for the ratio, and one that the cache has from an earlier run
         # must not change what the same config makes of a layer
         comparison = choice.comparison
-        if self.only_if_faster and comparison.speedup is not None and not comparison.is_float_faster:
+        if only_if_faster and comparison.speedup is not None and not comparison.is_float_faster:
             # what was measured for this very number of rows counts more than what holds in general
             return choice.backend, 0
         return choice.backend, chooser.measured_float_rows(plan.in_features, plan.out_features)
@@ -357,9 +369,10 @@ def build_int8_layers(
         plan.backend_asked = backend.name
         plan.backend_used = FLOAT_FALLBACK if float_rows else chosen.name
         plan.instructions = "" if float_rows else find_instruction_set(chosen)
-        made[plan.name] = Int8Linear(layer, chosen, dtype, float_rows)
+        made[plan.name] = make_int8_linear(layer, chosen, dtype, float_rows)
         if on_layer is not None:
             on_layer(made[plan.name])
+    report_decoding(made.values())
     return made
 
 

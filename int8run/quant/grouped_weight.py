@@ -4,6 +4,7 @@
 `MultipliesGroupedWeights` of `backends/base.py`; for the others a layer decodes some rows at a time.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -63,6 +64,22 @@ class GroupedWeight:
             weight = weight + self.correction.float().T.repeat_interleave(self.group_size, dim=1)
         return weight.to(dtype)
 
+    def to(self, device: torch.device) -> "GroupedWeight":
+        """The same on a device."""
+        return replace(
+            self,
+            codes=self.codes.to(device),
+            group_scale=self.group_scale.to(device),
+            scale=self.scale.to(device),
+            codebook=None if self.codebook is None else self.codebook.to(device),
+            correction=None if self.correction is None else self.correction.to(device),
+        )
+
+    @property
+    def saturated_share(self) -> float:
+        """Share of the decoded int8 numbers at the end of their range."""
+        return self.decode().saturated_share
+
     def select_rows(self, start: int, stop: int) -> "GroupedWeight":
         """Some of the output rows."""
         correction = self.correction
@@ -73,3 +90,19 @@ class GroupedWeight:
             scale=self.scale[start:stop],
             correction=None if correction is None else correction[:, start:stop],
         )
+
+
+def join_rows(parts: Sequence[GroupedWeight]) -> GroupedWeight:
+    """The inverse of `select_rows`: weights with the same codebook below each other."""
+    corrections = [part.correction for part in parts if part.correction is not None]
+    return replace(
+        parts[0],
+        codes=torch.cat([part.codes for part in parts]),
+        group_scale=torch.cat([part.group_scale for part in parts]),
+        scale=torch.cat([part.scale for part in parts]),
+        correction=torch.cat(corrections, dim=1) if corrections else None,
+    )
+
+
+# what a layer holds: integers, or codes of 4 or 6 bits that decode to them
+LayerWeight = QuantizedWeight | GroupedWeight

@@ -4,13 +4,21 @@
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from int8run.errors import check_range
+from int8run.errors import ConfigError, check_range
 from int8run.kernels.quantize_rowwise.reference import INT8_MAX
+from int8run.quant.grouped_rounding import (
+    MAKERS_SEARCH,
+    WIDE_SEARCH,
+    GroupLayout,
+    round_groups,
+    round_groups_by_output,
+)
+from int8run.quant.grouped_weight import GroupedWeight, LayerWeight
 from int8run.quant.weight import QuantizedWeight, quantize_weight
 
 CHUNK_ELEMENTS = 2**18  # weights that `mse` works on at a time
@@ -34,9 +42,27 @@ class Rounding(Protocol):
         ...
 
 
+@runtime_checkable
+class RoundsGroups(Protocol):
+    """A rounding that also makes weights of 4 and 6 bits, which have a scale for each group of columns."""
+
+    def round_groups(self, weight: Tensor, inputs: Tensor | None, layout: GroupLayout) -> GroupedWeight:
+        """Codes, and a scale for each group and row.
+
+        Args:
+            weight: float32 [N, K], transformed already; K has no obstacle of the layout.
+            inputs: as for `Rounding.round_weight`.
+            layout: bits and group size.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class AbsMax:
-    """`scale = absmax / 127`, to the nearest, ties to even."""
+    """`scale = absmax / 127`, to the nearest, ties to even.
+
+    In groups: what the makers of `asym_w4a8_int8` do, whose scales begin with the largest number of a group.
+    """
 
     name: ClassVar[str] = "absmax"
     needs_calibration: ClassVar[bool] = False
@@ -45,6 +71,10 @@ class AbsMax:
         """The nearest integers."""
         return quantize_weight(weight)
 
+    def round_groups(self, weight: Tensor, inputs: Tensor | None, layout: GroupLayout) -> GroupedWeight:
+        """The nearest levels, with the scales of comfy-kitchen's own quantizer."""
+        return round_groups(weight, layout, neighbors=MAKERS_SEARCH[layout.bits])
+
 
 @dataclass(frozen=True)
 class Mse:
@@ -52,10 +82,11 @@ class Mse:
 
     Scales from absmax / 127 down to `smallest` of it are tried; the best is refined by turns of the
     least-squares scale of its integers, `<w, q> / <q, q>`, and the nearest integers at that scale. Each turn
-    lowers the error, so that no row gets worse.
+    lowers the error, so that no row gets worse. In groups the scales are 8-bit floats, of which the nearest
+    ones are tried.
 
     Args:
-        candidates: scales that are tried.
+        candidates: scales that are tried of each row.
         smallest: share of absmax / 127 that the smallest of them is.
     """
 
@@ -77,6 +108,10 @@ class Mse:
             qdata=torch.cat([chunk.qdata for chunk in chunks]),
             scale=torch.cat([chunk.scale for chunk in chunks]),
         )
+
+    def round_groups(self, weight: Tensor, inputs: Tensor | None, layout: GroupLayout) -> GroupedWeight:
+        """The best of the tried scales, group by group."""
+        return round_groups(weight, layout, neighbors=WIDE_SEARCH)
 
     def round_rows(self, weight: Tensor) -> QuantizedWeight:
         """The same for some of the rows."""
@@ -141,6 +176,12 @@ class Gptq:
             rest[:, end:] -= errors @ spread[start:end, end:]
         return QuantizedWeight(q[:, order.argsort()].to(torch.int8), scale)
 
+    def round_groups(self, weight: Tensor, inputs: Tensor | None, layout: GroupLayout) -> GroupedWeight:
+        """Codes whose errors make up for each other, at the scales of `mse`."""
+        assert inputs is not None, "gptq needs calibration inputs"
+        order, spread = self.factor_hessian(inputs)
+        return round_groups_by_output(weight, layout, order=order, spread=spread, block=self.block)
+
     def factor_hessian(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Order the columns, and find how the error of each is best spread over the later ones.
 
@@ -160,6 +201,30 @@ class Gptq:
         hessian.diagonal().add_(damping)
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
         return order, torch.linalg.cholesky(inverse, upper=True).float()
+
+
+def round_to_bits(
+    rounding: Rounding, weight: Tensor, inputs: Tensor | None, layout: GroupLayout | None
+) -> LayerWeight:
+    """A weight of 8 bits, or one in groups.
+
+    Args:
+        rounding: of its numbers.
+        weight: float32 [N, K], transformed already.
+        inputs: as for `Rounding.round_weight`.
+        layout: bits and group size; None: 8 bits.
+
+    Raises:
+        ConfigError: for a rounding that makes no weights in groups.
+    """
+    if layout is None:
+        return rounding.round_weight(weight, inputs)
+    if not isinstance(rounding, RoundsGroups):
+        raise ConfigError(
+            f"rounding={rounding.name} makes weights of 8 bits alone; for int8.bits={layout.bits} it needs a "
+            "method round_groups, as rounding=absmax, mse and gptq have it"
+        )
+    return rounding.round_groups(weight, inputs, layout)
 
 
 def round_with_scale(weight: Tensor, scale: Tensor) -> QuantizedWeight:

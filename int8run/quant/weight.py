@@ -16,6 +16,12 @@ class QuantizedWeight:
     scale: Tensor  # float32 [N, 1]
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """N and K of the weight."""
+        rows, columns = self.qdata.shape
+        return rows, columns
+
+    @property
     def saturated_share(self) -> float:
         """Share of numbers at -127 or 127 (or -128, which other programs write).
 
@@ -23,6 +29,10 @@ class QuantizedWeight:
         """
         is_saturated = (self.qdata >= INT8_MAX) | (self.qdata <= -INT8_MAX)
         return is_saturated.float().mean().item()
+
+    def to(self, device: torch.device) -> "QuantizedWeight":
+        """The same on a device."""
+        return QuantizedWeight(self.qdata.to(device), self.scale.to(device))
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight that the integers stand for. Returns [N, K]."""

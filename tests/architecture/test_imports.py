@@ -139,6 +139,7 @@ CONCRETE = {
         "run_errors",
         "best_float",
         "convolution",
+        "row_decoder",
     },
     "cache_steps": {"base"},
     "outlier": {"base", "auto"},  # `outlier=auto` is a choice among the others
@@ -218,6 +219,7 @@ def test_the_walk_sees_what_there_is():
         "layers.low_rank_branch",
         "layers.shared_input",
         "outlier.base",
+        "quant.grouped_weight",
         "quant.weight",
     }
     assert {"hydra", "int8run.config.compose"} <= find_imports(ROOT / "int8run/cli.py"), (
