@@ -49,7 +49,7 @@ class NoKernel:
 def replaced_kernels() -> Iterator[None]:
     """Launch nothing inside of this."""
     with (
-        patch.object(product, "_int8_linear_kernel", NoKernel()),
+        patch.object(product, "int8_linear_kernel", NoKernel()),
         patch.object(quantization, "quantize_row_kernel", NoKernel()),
         patch.object(quantization, "quantize_row_matrix_kernel", NoKernel()),
     ):

@@ -20,26 +20,36 @@ from int8run.backends.base import (
     NO_GELU,
     FusedBranch,
     Limits,
+    PackedGroups,
     QuantizedInput,
     Shape,
     Timer,
 )
 from int8run.backends.tile_check import find_wrong_tile
-from int8run.errors import BackendError, ConfigError
+from int8run.backends.triton_tiles import check_tile, load_grouped_tiles, load_tiles, tile_key
+from int8run.errors import ConfigError
+from int8run.kernels.grouped_weight.layout import (
+    GROUP_MULTIPLE,
+    PackedCodes,
+    is_supported_group,
+    pack_pieces,
+    pack_scales,
+    unpack_pieces,
+    unpack_scales,
+)
+from int8run.kernels.grouped_weight.reference import pack_codes, unpack_codes
+from int8run.kernels.grouped_weight.tile import fit_tile
 from int8run.kernels.hadamard.reference import Rotation
 from int8run.kernels.int8_linear.layouts import MAX_K
 from int8run.kernels.int8_linear.tile import (
     AMD_ARCHITECTURES,
     BUCKETS,
-    HOPPER,
     PORTABLE,
     Tile,
-    choose_tile,
-    find_architecture,
-    find_bucket,
     list_candidates,
 )
 from int8run.kernels.triton_calls import MAX_RANK
+from int8run.quant.grouped_weight import GroupedWeight
 from int8run.quant.weight import QuantizedWeight
 from int8run.utils.hardware import get_gpu_architecture
 from int8run.utils.paths import expand_path
@@ -53,6 +63,21 @@ class Kernels(NamedTuple):
 
     quantize_rowwise: Callable[..., tuple[Tensor, Tensor, Tensor | None]]
     int8_linear: Callable[..., Tensor]
+    grouped_linear: Callable[..., Tensor]
+
+
+class BranchPart(NamedTuple):
+    """What the product takes of a low-rank branch; None without one.
+
+    Args:
+        h: float32 [M, r], the input times the branch's first factor.
+        up: [N, r], its second factor.
+        strengths: float32 [r].
+    """
+
+    h: Tensor | None = None
+    up: Tensor | None = None
+    strengths: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -134,15 +159,7 @@ class Triton:
             return x.q.new_empty((0, packed.shape[0]), dtype=dtype)
         rows, (n, k) = x.q.shape[0], packed.shape
         tile = self.tile or self.tiles[k, n][bisect_left(BUCKETS, rows)]
-        if branch is None:
-            h = up = strengths = None
-        elif x.down_product is None:
-            raise ValueError("a branch needs down_product, which quantize(down=branch.down) computes")
-        else:
-            h, up = x.down_product, branch.up  # float32 [M, r], [N, r]
-            padding = 0 if strengths is None else up.shape[1] - strengths.shape[0]
-            if strengths is not None and padding:
-                strengths = F.pad(strengths, (0, padding))
+        part = select_branch_part(x, branch, strengths)
         return self.kernels.int8_linear(
             x.q,
             x.scale,
@@ -150,11 +167,73 @@ class Triton:
             w_scale,
             group=0,
             bias=bias,
-            h=h,
-            up=up,
+            h=part.h,
+            up=part.up,
             out_dtype=dtype,
             tile=tile,
-            strengths=strengths,
+            strengths=part.strengths,
+        )
+
+    def unsupported_group_reasons(self, weight: GroupedWeight) -> list[str]:
+        """Groups that a tile's columns do not divide into."""
+        group = weight.group_size
+        if is_supported_group(group):
+            return []
+        return [f"groups of {group} columns are neither a divisor nor a multiple of {GROUP_MULTIPLE}"]
+
+    def pack_grouped_weight(self, weight: GroupedWeight) -> PackedGroups:
+        """Codes, scales and the table that decodes them, as `kernels/grouped_weight/layout.py` draws them."""
+        n, k = weight.shape
+        device, key = weight.codes.device, (k, n, weight.bits)
+        # tiles are read here and not in `grouped_linear`, because a compiled graph cannot read a file
+        if key not in self.grouped_tiles:
+            self.grouped_tiles[key] = self.load_grouped_tiles(device, k, n, weight.bits)
+        codebook = weight.codebook
+        return PackedGroups(
+            codes=pack_pieces(unpack_codes(weight.codes, weight.bits), weight.bits),
+            group_scale=pack_scales(weight.group_scale, weight.bits, codebook),
+            codebook=None if codebook is None else codebook.to(device, torch.float32).contiguous(),
+            bits=weight.bits,
+            group_size=weight.group_size,
+        )
+
+    def unpack_grouped_weight(self, packed: PackedGroups, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Codes [N, K * bits / 8] and group scales [N, K / g] as they were packed. shape: N and K."""
+        rows, columns = shape
+        codes = unpack_pieces(packed.codes, packed.bits, columns)
+        return pack_codes(codes, packed.bits), unpack_scales(packed.group_scale, packed.bits, rows)
+
+    def grouped_linear(
+        self,
+        x: QuantizedInput,
+        packed: PackedGroups,
+        w_scale: Tensor,
+        *,
+        dtype: torch.dtype,
+        bias: Tensor | None = None,
+        branch: FusedBranch | None = None,
+        strengths: Tensor | None = None,
+    ) -> Tensor:
+        """x: [M, K] -> [M, N].
+
+        Raises:
+            ValueError: for a branch whose product with x is missing: `quantize` computes it.
+        """
+        (rows, k), n = x.q.shape, packed.codes.shape[0]
+        if rows == 0:
+            return x.q.new_empty((0, n), dtype=dtype)
+        part = select_branch_part(x, branch, strengths)
+        return self.kernels.grouped_linear(
+            x.q,
+            x.scale,
+            PackedCodes(*packed),
+            w_scale,
+            bias=bias,
+            h=part.h,
+            up=part.up,
+            out_dtype=dtype,
+            tile=self.grouped_tiles[k, n, packed.bits][bisect_left(BUCKETS, rows)],
+            strengths=part.strengths,
         )
 
     def fuse_branch(self, lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -> FusedBranch | None:
@@ -176,15 +255,21 @@ class Triton:
 
     @cached_property
     def kernels(self) -> "Kernels":
-        """Both kernels, imported at the first call: machines without a GPU need not have Triton."""
+        """The kernels, imported at the first call: machines without a GPU need not have Triton."""
+        from int8run.kernels.grouped_weight.kernel import grouped_linear
         from int8run.kernels.int8_linear.kernel import int8_linear
         from int8run.kernels.quantize_rowwise.kernel import quantize_rowwise
 
-        return Kernels(quantize_rowwise, int8_linear)
+        return Kernels(quantize_rowwise, int8_linear, grouped_linear)
 
     @cached_property
     def tiles(self) -> dict[tuple[int, int], tuple[Tile, ...]]:
         """For each (K, N) packed so far, a tile per bucket of rows. A backend serves GPUs of one kind."""
+        return {}
+
+    @cached_property
+    def grouped_tiles(self) -> dict[tuple[int, int, int], tuple[Tile, ...]]:
+        """For each (K, N, bits) packed so far, a tile per bucket of rows."""
         return {}
 
     def open_autotune_cache(self, device: torch.device) -> AutotuneCache:
@@ -194,16 +279,13 @@ class Triton:
 
     def load_tiles(self, device: torch.device, k: int, n: int) -> tuple[Tile, ...]:
         """A tile for each bucket of rows: the measured one, else the default of this GPU."""
-        cache = self.open_autotune_cache(device)
-        architecture = get_gpu_architecture(device)
-        tiles = []
-        for rows in BUCKETS:
-            measured = cache.get(tile_key(rows, k, n))  # the fields of a tile, separated by commas
-            if measured:
-                tiles.append(Tile.from_list([int(field) for field in measured.split(",")]))
-            else:
-                tiles.append(choose_tile(architecture, rows))
-        return tuple(tiles)
+        return load_tiles(self.open_autotune_cache(device), get_gpu_architecture(device), k, n)
+
+    def load_grouped_tiles(self, device: torch.device, k: int, n: int, bits: int) -> tuple[Tile, ...]:
+        """The same for weights of 4 or 6 bits; where the config names a tile, it alone, in whole spans."""
+        if self.tile is not None:
+            return (fit_tile(self.tile, bits),) * len(BUCKETS)
+        return load_grouped_tiles(self.open_autotune_cache(device), get_gpu_architecture(device), k, n, bits)
 
     def tune(self, timer: Timer, shape: Shape) -> None:
         """Time every candidate tile and keep the fastest of those that can run.
@@ -233,25 +315,25 @@ class Triton:
         self.tiles.pop((in_features, out_features), None)
 
 
-def check_tile(tile: Tile, device: torch.device) -> None:
-    """Check that a tile that was asked for can run.
+def select_branch_part(x: QuantizedInput, branch: FusedBranch | None, strengths: Tensor | None) -> BranchPart:
+    """What the product takes of a branch.
+
+    Args:
+        x: from `quantize`, which has multiplied it with the branch's first factor.
+        branch: or None.
+        strengths: float32 [r], one per rank.
 
     Raises:
-        BackendError: for the Hopper kernel on another GPU.
+        ValueError: where that product is missing.
     """
-    if tile.kernel != HOPPER or device.type != "cuda":
-        return
-    architecture = get_gpu_architecture(device)
-    if not find_architecture(architecture).has_hopper_kernel:
-        raise BackendError(
-            f"backend.tile.kernel={HOPPER} needs compute capability 9.0, this GPU is {architecture}; "
-            f"use backend.tile.kernel={PORTABLE}"
-        )
-
-
-def tile_key(rows: int, k: int, n: int) -> str:
-    """The key of a measured tile in the autotune cache."""
-    return f"triton tile | up to {find_bucket(rows)} rows | {k}x{n}"
+    if branch is None:
+        return BranchPart()
+    if x.down_product is None:
+        raise ValueError("a branch needs down_product, which quantize(down=branch.down) computes")
+    padding = 0 if strengths is None else branch.up.shape[1] - strengths.shape[0]
+    if strengths is not None and padding:
+        strengths = F.pad(strengths, (0, padding))
+    return BranchPart(x.down_product, branch.up, strengths)
 
 
 def parse_tile(

@@ -12,6 +12,7 @@ from int8run.backends.base import run_plain_layer
 from int8run.backends.convolution import ConvCall, ConvGeometry, TritonConv
 from int8run.backends.reference import Reference
 from int8run.backends.triton import Triton
+from int8run.kernels.grouped_weight.reference import pack_codes
 from int8run.kernels.hadamard.reference import Rotation, sylvester_hadamard
 from int8run.kernels.int8_linear.tile import Tile
 from int8run.layers.fusion import share_inputs
@@ -20,6 +21,7 @@ from int8run.layers.low_rank_branch import LowRankBranch
 from int8run.outlier.convrot import ConvRot
 from int8run.outlier.none import NoOutlier
 from int8run.outlier.quarot import QuaRot
+from int8run.quant.grouped_weight import GroupedWeight
 from int8run.quant.weight import quantize_weight
 from int8run.utils.attention_call import AttentionCall
 
@@ -111,8 +113,55 @@ def test_layers_that_share_an_input_multiply_their_branches_together(outlier):
         assert_close("layer", together[f"l{i}"](x), plain(x), 1e-5)
 
 
+def make_grouped_weight(bits, scale_dtype, codebook=None):
+    generator = torch.Generator().manual_seed(bits)
+    codes = torch.randint(0, 2**bits, (N, K), generator=generator, dtype=torch.uint8)
+    largest = 1 if codebook is not None else 2 ** (bits - 1)
+    group_scale = (torch.rand(N, K // 16, generator=generator) * 127 / largest).to(scale_dtype)
+    weight = GroupedWeight(
+        codes=pack_codes(codes, bits).to(DEVICE),
+        group_scale=group_scale.to(DEVICE),
+        scale=(randn(N, 1, seed=5).abs() / 100).to(DEVICE),
+        bits=bits,
+        codebook=None if codebook is None else codebook.to(DEVICE),
+    )
+    assert BACKEND.unsupported_group_reasons(weight) == []
+    return weight
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.float8_e4m3fn, torch.float32], ids=str)
+@pytest.mark.parametrize("bits", [4, 6])
+def test_a_grouped_weight_is_multiplied_as_the_int8_weight_that_it_decodes_to(bits, scale_dtype):
+    codebook = torch.linspace(-0.98, 0.97, 16) ** 3 if bits == 4 else None
+    weight = make_grouped_weight(bits, scale_dtype, codebook)
+    packed, decoded = BACKEND.pack_grouped_weight(weight), BACKEND.pack_weight(weight.decode())
+    w_scale, bias = weight.scale[:, 0].contiguous(), randn(N, seed=2).to(DEVICE)
+    branch = BACKEND.fuse_branch(randn(5, K, seed=3), randn(N, 5, seed=4), torch.float32)
+    branch = branch._replace(down=branch.down.to(DEVICE), up=branch.up.to(DEVICE))
+    strengths = torch.full((5,), 0.5, device=DEVICE)
+    for rows in (1, 40):
+        x = BACKEND.quantize(randn(rows, K).to(DEVICE), down=branch.down)
+        options = {"dtype": torch.float32, "bias": bias, "branch": branch, "strengths": strengths}
+        ours = BACKEND.grouped_linear(x, packed, w_scale, **options)
+        assert_close("y", ours, BACKEND.linear(x, decoded, w_scale, **options), 1e-6)
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.float8_e4m3fn, torch.float32], ids=str)
+@pytest.mark.parametrize("bits", [4, 6])
+def test_a_grouped_weight_comes_back_to_the_bit(bits, scale_dtype):
+    weight = make_grouped_weight(bits, scale_dtype)
+    codes, group_scale = BACKEND.unpack_grouped_weight(BACKEND.pack_grouped_weight(weight), (N, K))
+
+    assert torch.equal(codes, weight.codes)
+    assert group_scale.dtype == scale_dtype
+    assert torch.equal(group_scale.float(), weight.group_scale.float())
+
+
 def test_no_rows():
     assert layer(BACKEND, NoOutlier())(torch.zeros(0, K, device=DEVICE)).shape == (0, N)
+    weight = make_grouped_weight(4, torch.float8_e4m3fn)
+    x, packed = BACKEND.quantize(torch.zeros(0, K, device=DEVICE)), BACKEND.pack_grouped_weight(weight)
+    assert BACKEND.grouped_linear(x, packed, weight.scale[:, 0], dtype=torch.float16).shape == (0, N)
 
 
 def test_one_input_column():

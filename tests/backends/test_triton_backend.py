@@ -12,7 +12,8 @@ from support.triton_process import needs_gpu, needs_interpreter, run_cases
 from int8run.backends.autotune_cache import AutotuneCache
 from int8run.backends.base import FusedBranch, LayerTimes, QuantizedInput
 from int8run.backends.tile_check import find_wrong_tile
-from int8run.backends.triton import Triton, check_tile, parse_tile, tile_key
+from int8run.backends.triton import Triton, parse_tile
+from int8run.backends.triton_tiles import check_tile, tile_key
 from int8run.errors import BackendError, ConfigError
 from int8run.kernels.int8_linear import reference
 from int8run.kernels.int8_linear.layouts import MAX_K, check_product

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from support.exact_kernels import list_hopper_tiles
 
+from int8run.kernels.grouped_weight import kernel as grouped
+from int8run.kernels.grouped_weight.tile import choose_grouped_tile
 from int8run.kernels.int8_attention import kernel as attention
 from int8run.kernels.int8_attention.tile import AttentionTile, choose_attention_tile, pad_width
 from int8run.kernels.int8_conv import kernel as convolution
@@ -73,11 +75,50 @@ def linear_build(architecture: str, tile: Tile, rank: int = 0, group: int = 0, e
     return Build(
         architecture,
         name,
-        linear._int8_linear_kernel,
+        linear.int8_linear_kernel,
         constants,
         tile.warps,
         tile.stages,
     )
+
+
+def grouped_build(
+    architecture: str,
+    tile: Tile,
+    bits: int,
+    rank: int = 0,
+    group: int = 16,
+    is_float: bool = False,
+    even: bool = True,
+) -> Build:
+    """The product with a grouped weight, a bias, bfloat16 out. `is_float`: scales in float32, a codebook."""
+    constants = {
+        "BITS": bits,
+        "GROUP": group,
+        "HAS_BIAS": True,
+        "BLOCK_R": choose_block_r(rank),
+        "PRECISION": choose_dot_precision(torch.bfloat16, is_amd=architecture in AMD),
+        "EVEN_N": even,
+        "EVEN_K": even,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_K": tile.block_k,
+        "GROUP_M": tile.group_m,
+    }
+    if not is_float or bits != 4:
+        constants["codebook_ptr"] = None
+    name = f"grouped {bits} bits {tile.block_m}x{tile.block_n}x{tile.block_k} w{tile.warps} s{tile.stages}"
+    if rank:
+        name += f" rank {rank}"
+    if group != 16:
+        name += f" group {group}"
+    if is_float:
+        name += " float32"
+    if not even:
+        name += " tails"
+    types = {"group_scale_ptr": "*fp32"} if is_float else {}
+    kernel = grouped.grouped_linear_kernel
+    return Build(architecture, name, kernel, constants, tile.warps, tile.stages, types)
 
 
 def hopper_build(tile: Tile, rank: int = 0, out: str = "bf16") -> Build:
@@ -348,6 +389,19 @@ def linear_builds(architecture: str) -> Iterator[Build]:
             yield linear_build(architecture, tile, even=False)
 
 
+def grouped_builds(architecture: str) -> Iterator[Build]:
+    """Each default tile with both numbers of bits; the smallest and the largest with every option."""
+    for bits in (4, 6):
+        for rows in BUCKETS:
+            tile = choose_grouped_tile(architecture, rows, bits)
+            yield grouped_build(architecture, tile, bits)
+            if rows in (FEW_ROWS, MANY_ROWS):
+                yield grouped_build(architecture, tile, bits, rank=64)
+                yield grouped_build(architecture, tile, bits, group=64)
+                yield grouped_build(architecture, tile, bits, is_float=True)
+                yield grouped_build(architecture, tile, bits, even=False)
+
+
 def hopper_builds() -> Iterator[Build]:
     """Each tile of the Hopper kernel that a tuner tries, with every option."""
     for tile in list_hopper_tiles():
@@ -382,7 +436,7 @@ def rowwise_builds(architecture: str) -> Iterator[Build]:
 def builds(architecture: str) -> list[Build]:
     """Everything that the gate compiles for one architecture."""
     found = [*linear_builds(architecture), *rowwise_builds(architecture)]
-    found += [*attention_builds(architecture), *conv_builds(architecture)]
+    found += [*attention_builds(architecture), *conv_builds(architecture), *grouped_builds(architecture)]
     if find_architecture(architecture).has_hopper_kernel:
         found += hopper_builds()
     return found

@@ -17,6 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
+from int8run.kernels.grouped_weight.programs import grouped_linear_kernel
 from int8run.kernels.int8_attention.programs import attention_kernel
 from int8run.kernels.int8_conv.programs import conv_kernel
 from int8run.kernels.int8_linear import hopper
@@ -46,12 +47,20 @@ TYPES = {
     **dict.fromkeys(
         ("pixels", "C", "groups", "stride_w", "first_sum", "T", "H", "W", "OT", "OH", "OW"), "i32"
     ),
+    **dict.fromkeys(("codes_ptr", "group_scale_ptr"), "*u8"),
+    "codebook_ptr": "*fp32",
     "center_ptr": "*fp32",
     "sums_ptr": "*i32",
     "scale": "fp32",
 }
 # what multiplies integers on tensor cores
-PRODUCTS = (linear._int8_linear_kernel, hopper._hopper_kernel, attention_kernel, conv_kernel)
+PRODUCTS = (
+    linear.int8_linear_kernel,
+    grouped_linear_kernel,
+    hopper._hopper_kernel,
+    attention_kernel,
+    conv_kernel,
+)
 
 
 @dataclass(frozen=True)
@@ -248,8 +257,9 @@ def failures(build: Build, counts: Counts) -> list[str]:
     may_spill = build.architecture in AMD and not multiplies
     if counts.spills and not may_spill:
         wrong.append(f"{counts.spills} spills")
-    # AMD's compiler packs probabilities, two to a register, by permutes
-    packs = build.architecture in AMD and build.function is attention_kernel
+    # decoded weights are packed by permutes, four to a register; so are probabilities by AMD's compiler
+    packs = build.function is grouped_linear_kernel
+    packs |= build.architecture in AMD and build.function is attention_kernel
     if multiplies and not packs and counts.loop_permutes > MOST_PERMUTES:
         wrong.append(f"{counts.loop_permutes} byte permutes in the k loop, more than {MOST_PERMUTES}")
     if counts.shared > shared_memory:
