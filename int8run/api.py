@@ -208,6 +208,7 @@ def check_settings(spec: RunSpec, options: Mapping[str, str]) -> None:
         or not spec.int8.enable
         or spec.int8.attention != FLOAT
         or spec.int8.vae != FLOAT
+        or spec.int8.steps is not None
         or spec.quality_db is not None
         or bool(spec.lora.adapters)
         or spec.clip.is_quantized
@@ -215,7 +216,7 @@ def check_settings(spec: RunSpec, options: Mapping[str, str]) -> None:
     if needs_command:
         raise ConfigError(
             "quantize_ takes no save, int8.checkpoint, int8.enable=false, int8.attention, int8.vae, "
-            "quality_db, lora or clip; the command `int8run` does"
+            "int8.steps, quality_db, lora or clip; the command `int8run` does"
         )
     for group, choice in (("outlier", spec.outlier), ("rounding", spec.rounding)):
         if choice.needs_calibration:

@@ -16,6 +16,7 @@ from int8run.config.job import Job
 from int8run.config.plugins import check_plugin_names
 from int8run.config.run_modes import OFFLOAD_MODES, REDUCE_OVERHEAD
 from int8run.config.step_cache_checks import check_step_cache
+from int8run.config.step_precision_checks import check_shared_steps
 from int8run.errors import ConfigError, check_bool, check_choice, check_range
 from int8run.generate.calibration_settings import CalibrationSettings
 from int8run.generate.prompts import PromptSet
@@ -71,6 +72,16 @@ def select_sampling_for_build(spec: "RunSpec") -> object:
     if spec.needs_calibration:
         return sampling
     return (sampling.height, sampling.width, sampling.batch)
+
+
+def select_int8_for_build(spec: "RunSpec") -> object:
+    """All but who computes which step: that both denoisers are in memory is noted with the metrics.
+
+    With a quality budget it counts, because the search measures with these steps.
+    """
+    if spec.quality_db is not None:
+        return spec.int8
+    return replace(spec.int8, steps=None)
 
 
 def select_metrics_for_build(spec: "RunSpec") -> object:
@@ -134,7 +145,7 @@ class RunSpec:
     task: Task = field(metadata=NOTHING)
     model: ModelSource = field(metadata=BUILD_AND_FLOAT)
     model_type: ModelFamily | AutoFamily = field(metadata=BUILD)
-    int8: Int8Settings = field(metadata=BUILD)
+    int8: Int8Settings = field(metadata=affects(build=select_int8_for_build))
     outlier: OutlierMethod | AutoOutlier = field(metadata=BUILD)
     rounding: Rounding = field(metadata=BUILD)
     calibration: CalibrationSettings = field(metadata=affects(build=select_calibration_for_build))
@@ -188,6 +199,8 @@ class RunSpec:
             chosen = FLOAT if self.quality_db is None else AUTO
             object.__setattr__(self, "int8", replace(self.int8, attention=chosen))
         self.check_output_type()
+        cache = self.cache_steps if self.has_step_cache else None
+        check_shared_steps(self.int8, offload=self.offload, cache=cache)
         if self.has_step_cache:
             check_step_cache(
                 self.cache_steps,
@@ -344,7 +357,9 @@ class RunSpec:
     @property
     def needs_float_denoiser(self) -> bool:
         """Whether the whole float denoiser is in memory."""
-        return not self.int8.enable or self.metrics.baseline == "run" or self.needs_calibration
+        if not self.int8.enable or self.int8.has_float_steps:
+            return True
+        return self.metrics.baseline == "run" or self.needs_calibration
 
     @property
     def needs_float_encoders(self) -> bool:
@@ -357,7 +372,13 @@ class RunSpec:
         return replace(
             self,
             int8=replace(
-                self.int8, enable=False, checkpoint=None, attention=FLOAT, convolutions=FLOAT, vae=FLOAT
+                self.int8,
+                enable=False,
+                checkpoint=None,
+                attention=FLOAT,
+                convolutions=FLOAT,
+                vae=FLOAT,
+                steps=None,
             ),
             clip=TextEncoders(),
             cache_steps=NoStepCache(),

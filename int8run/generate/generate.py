@@ -4,8 +4,10 @@ Called by the run, by calibration and by the mixed precision search. `pipeline_c
 module only the order of things and their times.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from diffusers import DiffusionPipeline
@@ -17,6 +19,7 @@ from int8run.generate.pipeline_call import call_pipeline, extract_frames, get_ex
 from int8run.generate.prompt_cache import PromptCache
 from int8run.generate.prompts import Sample, split_batches
 from int8run.generate.step_counts import StepCounts
+from int8run.generate.step_denoisers import StepDenoisers
 from int8run.generate.step_observer import count_steps
 from int8run.models.dual_denoisers import set_denoiser
 from int8run.models.sampling import Sampling
@@ -25,6 +28,8 @@ from int8run.utils.timing import read_clock
 
 # Called before each step with the fraction of the steps that is done.
 OnFraction = Callable[[float], None]
+# The same; returns which of several denoisers computes the step, empty where there is one.
+BeginStep = Callable[[float], str]
 
 
 @dataclass
@@ -35,6 +40,8 @@ class Generation:
         frames: of each sample; an image is a video of one frame.
         trajectories: the latents of each sample after every step, [steps, ...], float32 on the CPU.
         step_seconds: of each batch, by step.
+        step_denoisers: of each batch, by step, the name of the denoiser that computed it; empty where one
+            computes all.
         image_seconds: of each image or video, text encoding and decoding included.
         has_sound: whether the pipeline also generated sound, which is not kept.
         peak_bytes: largest memory while it generated, where the caller measures it; else 0.
@@ -45,6 +52,7 @@ class Generation:
     frames: list[list[Image]] = field(default_factory=list)
     trajectories: list[Tensor] = field(default_factory=list)
     step_seconds: list[list[float]] = field(default_factory=list)
+    step_denoisers: list[list[str]] = field(default_factory=list)
     image_seconds: list[float] = field(default_factory=list)
     has_sound: bool = False
     peak_bytes: float = 0.0
@@ -62,6 +70,12 @@ class Generation:
         return any(len(frames) > 1 for frames in self.frames)
 
     @property
+    def steps_by_denoiser(self) -> Mapping[str, float]:
+        """How many steps of a call each of several denoisers computed, mean over the batches."""
+        counts = Counter(name for batch in self.step_denoisers for name in batch)
+        return {name: count / len(self.step_denoisers) for name, count in counts.items()}
+
+    @property
     def nbytes(self) -> int:
         """Memory of the frames, as RGB, and the latents."""
         frame_bytes = sum(3 * frame.width * frame.height for frames in self.frames for frame in frames)
@@ -76,20 +90,21 @@ class StepClock:
 
     Args:
         device: where the pipeline computes.
-        on_fraction: called between two steps; its time does not count.
+        begin_step: called between two steps; its time does not count.
     """
 
-    def __init__(self, device: torch.device, on_fraction: OnFraction = lambda fraction: None):
+    def __init__(self, device: torch.device, begin_step: BeginStep = lambda fraction: ""):
         self.device = device
-        self.on_fraction = on_fraction
+        self.begin_step = begin_step
         self.started = self.last = read_clock(device)
         self.seconds: list[float] = []
+        self.denoiser_names: list[str] = []  # of each step that began, one more than ended
         self.paused_seconds = 0.0
         self.latents: list[Tensor] = []
 
     def start(self) -> None:
         """Announce the first step and begin to count."""
-        self.on_fraction(0.0)
+        self.denoiser_names.append(self.begin_step(0.0))
         self.started = self.last = read_clock(self.device)
 
     def on_step_end(
@@ -99,7 +114,7 @@ class StepClock:
         ended = read_clock(self.device)
         self.seconds.append(ended - self.last)
         self.latents.append(tensors["latents"].detach().to("cpu", torch.float32, copy=True))
-        self.on_fraction((step + 1) / count_steps(pipe))
+        self.denoiser_names.append(self.begin_step((step + 1) / count_steps(pipe)))
         self.last = read_clock(self.device)
         self.paused_seconds += self.last - ended
         return {}
@@ -130,12 +145,14 @@ class Differences:
         components: others that belong to a denoiser, such as its VAE.
         owners: of a denoiser that is another one once more, such as with a step cache, the name of that one,
             whose text encoders and components it has.
+        step_denoisers: what takes turns with a denoiser from step to step.
     """
 
     text_encoders: Mapping[str, Mapping[str, nn.Module]] = field(default_factory=dict)
     samplings: Mapping[str, Sampling] = field(default_factory=dict)
     components: Mapping[str, Mapping[str, nn.Module]] = field(default_factory=dict)
     owners: Mapping[str, str] = field(default_factory=dict)
+    step_denoisers: Mapping[str, StepDenoisers] = field(default_factory=dict)
 
 
 NO_HOOKS = GenerationHooks()
@@ -176,16 +193,41 @@ def generate(
         if number % 2 == 1:
             names.reverse()
         for name in names:
-            set_denoiser(pipe, denoisers[name], component)
+            steps = differences.step_denoisers.get(name)
+            if steps is None:
+                set_denoiser(pipe, denoisers[name], component)
             owner = differences.owners.get(name, name)
             set_text_encoders(pipe, owner, differences.text_encoders.get(owner, {}))
             set_components(pipe, differences.components.get(owner, {}))
             hooks.before_batch(name)
-            clock = StepClock(device, hooks.on_fraction)
+            clock = StepClock(device, partial(begin_step, pipe, component, steps, hooks.on_fraction))
             own_sampling = differences.samplings.get(name, sampling)
             generate_batch(pipe, batch, own_sampling, clock, generations[name])
             hooks.on_batch(name, batch, generations[name])
     return generations
+
+
+def begin_step(
+    pipe: DiffusionPipeline,
+    component: str,
+    steps: StepDenoisers | None,
+    on_fraction: OnFraction,
+    fraction: float,
+) -> str:
+    """Do what is to be done before a step.
+
+    Args:
+        pipe: the pipeline.
+        component: name of its denoiser component.
+        steps: the denoisers that take turns; None: one computes all steps.
+        on_fraction: is called.
+        fraction: of the steps that is done.
+
+    Returns:
+        The name of the denoiser that computes the step; empty where one computes all.
+    """
+    on_fraction(fraction)
+    return "" if steps is None else steps.install(pipe, component, fraction)
 
 
 def generate_batch(
@@ -222,6 +264,9 @@ def generate_batch(
     generation.has_sound |= getattr(output, "audio", None) is not None
     generation.trajectories += trajectories
     generation.step_seconds.append(clock.seconds)
+    denoiser_names = clock.denoiser_names[: len(clock.seconds)]
+    if any(denoiser_names):
+        generation.step_denoisers.append(denoiser_names)
     generation.image_seconds += [seconds / len(batch)] * len(batch)
 
 

@@ -18,7 +18,9 @@ from torch import nn
 from int8run.errors import ConfigError, check_bool, check_choice, check_range
 from int8run.kernels.grouped_weight.reference import BITS
 from int8run.layers.int8_conv import count_conv_inputs, describe_conv, find_conv_obstacle, is_convolution
+from int8run.layers.step_precision import check_step_precisions, computes_in_float
 from int8run.quant.grouped_rounding import GroupLayout
+from int8run.utils.step_schedule import Schedule
 
 # what `layers.csv` names as the backend of a layer that small_batch_fallback sends to a float product
 FLOAT_FALLBACK = "float_fallback"
@@ -61,6 +63,8 @@ class Int8Settings:
             those that are exact and fast enough (`auto`); None: `auto` where a run has a quality budget, else
             `float`.
         attention_min_sqnr_db: with `auto`, the least SQNR of an attention's output.
+        steps: which steps the denoiser computes in float and which in INT8, as `[fraction of the steps,
+            precision from there on]`; None: all in INT8.
     """
 
     enable: bool = True
@@ -76,6 +80,7 @@ class Int8Settings:
     checkpoint: str | Mapping[str, str] | None = None
     attention: str | None = FLOAT
     attention_min_sqnr_db: float = 35.0
+    steps: Schedule | None = None
 
     def __post_init__(self) -> None:
         check_choice("int8.small_batch_fallback", self.small_batch_fallback, SMALL_BATCH_FALLBACKS)
@@ -88,6 +93,8 @@ class Int8Settings:
             check_choice("int8.attention", self.attention, ATTENTION_MODES)
         check_range("int8.attention_min_sqnr_db", self.attention_min_sqnr_db, 0, 200)
         check_bool("int8.only_if_faster", self.only_if_faster)
+        if self.steps is not None:
+            check_step_precisions(self.steps)
         if self.max_rows is not None:
             check_range("int8.max_rows", self.max_rows, 0, 4096, whole=True)
         check_range("int8.small_layer_params", self.small_layer_params, 0, 2**40, whole=True)
@@ -111,6 +118,11 @@ class Int8Settings:
         """How all weights are laid out; None where they have 8 bits, or each layer gets its own."""
         layouts = self.list_layouts()
         return layouts[0] if len(layouts) == 1 else None
+
+    @property
+    def has_float_steps(self) -> bool:
+        """Whether the float denoiser computes some of the steps."""
+        return self.enable and computes_in_float(self.steps)
 
     def choose_float_rows(self, params: int, rows: int, measured: int | None = None) -> int:
         """Up to how many rows a layer computes in float; 0: never, so that it need not keep a float weight.

@@ -3,11 +3,9 @@
 `conf/lora/*.yaml` name these classes; everything is checked when they are made, before any file is opened.
 """
 
-import bisect
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from int8run.errors import ConfigError, check_bool, check_choice, check_range
 from int8run.lora.few_step import FewStepPreset, get_preset, parse_steps_in_name
 from int8run.lora.find import get_default_name
 from int8run.models.denoiser_components import DENOISER_COMPONENTS
+from int8run.utils.step_schedule import Schedule, ScheduleKind, check_schedule, find_value_at
 
 MODES = ("auto", "dynamic", "bake", "stochastic")
 STRENGTH_LIMIT = 20
@@ -22,8 +21,6 @@ USUAL_STRENGTHS = (-1, 2)
 # `transformer` and the like: one of the denoisers of a pipeline that has several
 EXPERTS = tuple(name for name in DENOISER_COMPONENTS if name != "unet")
 COMPONENTS = ("denoiser", *EXPERTS, "text_encoder", "text_encoder_2", "text_encoder_3")
-# [fraction of the steps, strength from there on], in order
-Schedule = Sequence[Sequence[float]]
 
 
 @dataclass(frozen=True)
@@ -90,7 +87,9 @@ class Adapter:
             ConfigError: naming the setting and the range.
         """
         if isinstance(self.strength, Sequence) and not isinstance(self.strength, str):
-            check_schedule(f"strength of LoRA {self.name!r}", self.strength)
+            name = f"strength of LoRA {self.name!r}"
+            strengths = ScheduleKind("strength", "[[0,1],[0.5,0]]", partial(check_strength, name))
+            check_schedule(name, self.strength, strengths)
         elif self.strength is not None:
             check_strength(f"strength of LoRA {self.name!r}", self.strength)
         if self.text_strength is not None:
@@ -279,10 +278,7 @@ class LoraSettings:
         """The strength of each adapter after a fraction of the steps, multiplied by that of the stack."""
         strengths = []
         for adapter in self.adapters:
-            starts = [start for start, _ in adapter.schedule]
-            current = bisect.bisect_right(starts, fraction) - 1
-            _, strength = adapter.schedule[current]
-            strengths.append(strength * self.strength)
+            strengths.append(find_value_at(adapter.schedule, fraction) * self.strength)
         return strengths
 
     @property
@@ -333,40 +329,13 @@ class LoraSettings:
         return lines
 
 
-def check_strength(name: str, strength: float) -> None:
+def check_strength(name: str, strength: Any) -> None:
     """Check that a strength is in range.
 
     Raises:
         ConfigError: naming the setting and the range.
     """
     check_range(name, strength, -STRENGTH_LIMIT, STRENGTH_LIMIT)
-
-
-def check_schedule(name: str, entries: Schedule) -> None:
-    """Check that the entries make a schedule.
-
-    Raises:
-        ConfigError: naming the setting and the form.
-    """
-    form = "[[fraction of the steps, strength], …] with rising fractions from 0 on, such as [[0,1],[0.5,0]]"
-    if not all(is_pair(entry) for entry in entries):
-        raise ConfigError(f"{name} is {list(entries)!r}; a schedule is {form}")
-
-    fractions = []
-    for fraction, strength in entries:
-        check_range(f"fraction in the {name}", fraction, 0, 1)
-        check_strength(name, strength)
-        fractions.append(fraction)
-
-    starts_at_0 = bool(fractions) and fractions[0] == 0
-    is_rising = all(first < second for first, second in itertools.pairwise(fractions))
-    if not starts_at_0 or not is_rising:
-        raise ConfigError(f"{name} is {list(entries)!r}; a schedule is {form}")
-
-
-def is_pair(value: object) -> bool:
-    """Whether a value is a list of two."""
-    return isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2
 
 
 def parse_adapter(given: object) -> Adapter:

@@ -1,8 +1,14 @@
-"""Speed of a generation, from step times that were taken with the device synchronized."""
+"""Speed of a generation, from step times that were taken with the device synchronized.
+
+Where several denoisers take turns within an image (`int8.steps`), a median over all steps would be the time
+of whichever computes most of them. The time of a step is then the mean of their medians, each counted as
+often as it computes.
+"""
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -35,6 +41,65 @@ def average_step_ms(generation: Generation) -> float:
     return 1000 * statistics.median(means)
 
 
+def select_main_steps(generation: Generation) -> list[list[float]]:
+    """The step times of each batch in seconds, the first one included; of several denoisers those of one.
+
+    That is the one which computes most steps.
+    """
+    main = find_main_denoiser(generation)
+    if main is None:
+        return generation.step_seconds
+    selected = []
+    for seconds, names in zip(generation.step_seconds, generation.step_denoisers, strict=True):
+        own = [time for time, name in zip(seconds, names, strict=True) if name == main]
+        # the first step, which other functions leave out, is in the list whoever computed it
+        selected.append(own if names[0] == main else [seconds[0], *own])
+    return selected
+
+
+def find_main_denoiser(generation: Generation) -> str | None:
+    """Of several denoisers that took turns the one with most steps; None: one computed all."""
+    counts = generation.steps_by_denoiser
+    return max(counts, key=lambda name: counts[name]) if counts else None
+
+
+def list_times_by_denoiser(generation: Generation, known_ms: Mapping[str, float]) -> dict[str, list[float]]:
+    """The step times in milliseconds of each of several denoisers that took turns.
+
+    Args:
+        generation: with its step times.
+        known_ms: times of denoisers that are known from elsewhere. They stand in for one that computed first
+            steps alone, whose times include text encoding.
+    """
+    first_steps: dict[str, list[float]] = {}
+    later_steps: dict[str, list[float]] = {}
+    for seconds, names in zip(generation.step_seconds, generation.step_denoisers, strict=True):
+        for step, (time, name) in enumerate(zip(seconds, names, strict=True)):
+            times = later_steps if step else first_steps
+            times.setdefault(name, []).append(1000 * time)
+    known = {name: [time] for name, time in known_ms.items() if name in first_steps}
+    return {**first_steps, **known, **later_steps}
+
+
+def compute_step_ms(
+    generation: Generation, known_ms: Mapping[str, float], statistic: Callable[[Sequence[float]], float]
+) -> float:
+    """A statistic of all step times in milliseconds; of several denoisers the mean over the steps of theirs.
+
+    Args:
+        generation: with its step times.
+        known_ms: as for `list_times_by_denoiser`.
+        statistic: of a list of times.
+    """
+    if not generation.step_denoisers:
+        return statistic(list_step_times(generation))
+    total = 0.0
+    counts = generation.steps_by_denoiser
+    for name, times in list_times_by_denoiser(generation, known_ms).items():
+        total += counts[name] * statistic(times)
+    return total / sum(counts.values())
+
+
 def compute_speed(candidate: Generation, baseline: Generation | None) -> dict[str, float]:
     """Step times, rates, and the ratio to the float model.
 
@@ -47,11 +112,13 @@ def compute_speed(candidate: Generation, baseline: Generation | None) -> dict[st
         with a baseline `speed/ratio_vs_float`, the ratio of the medians, or where the candidate has a step
         cache that of the means.
     """
-    step_times = list_step_times(candidate)
+    known_ms = {}
+    if baseline is not None:
+        known_ms["float"] = statistics.median(list_step_times(baseline))
     seconds = sum(candidate.image_seconds)
     metrics = {
-        "speed/step_ms_p50": statistics.median(step_times),
-        "speed/step_ms_p90": compute_percentile(step_times, 0.9),
+        "speed/step_ms_p50": compute_step_ms(candidate, known_ms, statistics.median),
+        "speed/step_ms_p90": compute_step_ms(candidate, known_ms, partial(compute_percentile, share=0.9)),
         "speed/images_per_s": len(candidate.image_seconds) / seconds,
     }
     if candidate.is_video:
@@ -59,8 +126,7 @@ def compute_speed(candidate: Generation, baseline: Generation | None) -> dict[st
     if baseline is not None and candidate.step_counts is not None:
         metrics["speed/ratio_vs_float"] = average_step_ms(baseline) / average_step_ms(candidate)
     elif baseline is not None:
-        float_median = statistics.median(list_step_times(baseline))
-        metrics["speed/ratio_vs_float"] = float_median / metrics["speed/step_ms_p50"]
+        metrics["speed/ratio_vs_float"] = known_ms["float"] / metrics["speed/step_ms_p50"]
     return metrics
 
 
@@ -72,7 +138,7 @@ def pair_blocks(
     A stretch is a batch, whose median counts; its mean where the candidate has a step cache. Steps of one
     batch share what else the machine did, so they are no measurements of their own; only where there are few
     batches each is split into blocks of BLOCK_STEPS, and not with a step cache, which skips more in some
-    parts of a call than in others.
+    parts of a call than in others. Of denoisers that take turns the one with most steps counts.
 
     Args:
         candidate: of the INT8 model.
@@ -87,7 +153,7 @@ def pair_blocks(
     has_cache = candidate.step_counts is not None
     summarize = statistics.fmean if has_cache else statistics.median
     is_split = len(candidate.step_seconds) < least_batches and not has_cache
-    for batch, float_batch in zip(candidate.step_seconds, baseline.step_seconds, strict=False):
+    for batch, float_batch in zip(select_main_steps(candidate), select_main_steps(baseline), strict=False):
         blocks = split_into_blocks(batch, is_split=is_split)
         float_blocks_of_batch = split_into_blocks(float_batch, is_split=is_split)
         # a float model that is only timed makes fewer steps

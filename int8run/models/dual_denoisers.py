@@ -49,3 +49,17 @@ def set_denoiser(pipe: DiffusionPipeline, denoiser: nn.Module, component: str) -
         # registering a part again would drop the hooks that offload it
         if getattr(pipe, name, None) is not part:
             pipe.register_modules(**{name: part})
+
+
+def has_denoiser(pipe: DiffusionPipeline, denoiser: nn.Module, component: str) -> bool:
+    """Whether the pipeline calls this denoiser.
+
+    Args:
+        pipe: the pipeline.
+        denoiser: a single one, or a DualDenoiser.
+        component: the name of a single one's component.
+    """
+    for prefix, part in split_denoiser(denoiser).items():
+        if getattr(pipe, prefix.removesuffix(".") or component, None) is not part:
+            return False
+    return True

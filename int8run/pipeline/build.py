@@ -136,6 +136,7 @@ def load_float_model(spec: RunSpec, entries: Sequence[Entry], progress: Progress
     """
     loaded = load_model(select_load_settings(spec), progress, partial(check_given_files, spec, entries))
     warn_dequantized_baseline(spec, loaded)
+    warn_dequantized_steps(spec, loaded)
     report_vae_file(spec, loaded)
     text_encoders = find_text_encoders(loaded.pipe.components)
     loras = LoraStack(loaded.denoiser, text_encoders, spec.lora.mode, strict=spec.lora.strict, seed=spec.seed)
@@ -235,6 +236,8 @@ def prepare_save(spec: RunSpec) -> None:
         log.info(
             "save= writes the denoiser; the INT8 ControlNet is not in %s: a run makes it again", spec.save
         )
+    if spec.int8.has_float_steps:
+        log.info("save= writes the INT8 denoiser; int8.steps is not in %s: a run sets it again", spec.save)
     if spec.lora.adapters and not spec.lora.is_baked:
         log.warning("%s will hold the model without its LoRAs; lora.mode=bake writes them into it", spec.save)
     prepare_output_path(spec.save)
@@ -250,6 +253,17 @@ def warn_dequantized_baseline(spec: RunSpec, loaded: LoadedModel) -> None:
         count_noun(loaded.num_dequantized_layers, "layer"),
         SAME_FILE_LIMITS,
     )
+
+
+def warn_dequantized_steps(spec: RunSpec, loaded: LoadedModel) -> None:
+    """Warn of float steps whose numbers were read from a quantized file."""
+    if spec.int8.has_float_steps and loaded.num_dequantized_layers:
+        log.warning(
+            "The float steps of int8.steps compute with the quantized numbers of %s in %s: they do not bring "
+            "back what the file lost when it was made",
+            spec.model.location,
+            count_noun(loaded.num_dequantized_layers, "layer"),
+        )
 
 
 def report_vae_file(spec: RunSpec, loaded: LoadedModel) -> None:

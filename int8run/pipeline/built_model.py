@@ -15,13 +15,16 @@ from torch import nn
 
 from int8run.backends.best_float import BestFloat
 from int8run.generate.prompt_cache import PromptCache
-from int8run.layers.plan import LayerPlan
+from int8run.generate.step_denoisers import StepDenoisers
+from int8run.layers.plan import FLOAT, INT8, LayerPlan
 from int8run.lora.stack import LoraStack
 from int8run.models.family import ModelFamily
 from int8run.pipeline.controlnets import BuiltControlnet
+from int8run.pipeline.step_denoisers import share_steps
 from int8run.pipeline.text_encoders import QuantizedEncoders
 from int8run.pipeline.vae import QuantizedVae
 from int8run.ptq.mixed_precision import MixedPrecisionResult
+from int8run.utils.step_schedule import Schedule
 from int8run.utils.timing import read_clock, time_medians
 
 OVERHEAD_ROUNDS = 11
@@ -90,6 +93,34 @@ class BuiltModel:
             if controlnet.float_module is not None:
                 components["float"][controlnet.component] = controlnet.float_module
         return components
+
+    def list_step_denoisers(self, steps: Schedule | None, offload: str) -> dict[str, StepDenoisers]:
+        """What computes the steps of the INT8 model, by its name; empty where INT8 computes all.
+
+        ControlNets change with the denoiser. The VAE does not: it decodes once, when all steps are done.
+
+        Args:
+            steps: as `int8.steps` has it.
+            offload: of the pipeline.
+        """
+        if steps is None or INT8 not in self.denoisers:
+            return {}
+        controlnets: dict[str, dict[str, nn.Module]] = {FLOAT: {}, INT8: {}}
+        for controlnet in self.controlnets:
+            controlnets[INT8][controlnet.component] = controlnet.module
+            if controlnet.float_module is not None:
+                controlnets[FLOAT][controlnet.component] = controlnet.float_module
+        int8 = self.denoisers[INT8]
+        shared = share_steps(
+            int8,
+            steps=steps,
+            float_denoiser=self.denoisers.get(FLOAT, int8),
+            pipe=self.pipe,
+            offload=offload,
+            device=self.device,
+            components=controlnets,
+        )
+        return {INT8: shared}
 
     def set_strengths(self, strengths: Sequence[float], text_strengths: Sequence[float]) -> float:
         """Set the LoRA strengths of all denoisers and text encoders; nothing is rebuilt.

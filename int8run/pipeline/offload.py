@@ -15,6 +15,7 @@ from torch import nn
 
 from int8run.config.run_modes import GROUP_STREAM
 from int8run.errors import BackendError, ConfigError
+from int8run.models.dual_denoisers import split_denoiser
 
 CPU = torch.device("cpu")
 # devices with memory of their own, and with streams that copy to it beside the computation
@@ -62,6 +63,21 @@ def set_offload(pipe: DiffusionPipeline, mode: str, device: torch.device) -> Non
         for module in pipe.components.values():
             if isinstance(module, nn.Module) and not has_group_offloading(module):
                 offload_blocks(module, mode, device)
+
+
+def follow_denoiser(pipe: DiffusionPipeline, mode: str, device: torch.device, left: nn.Module) -> None:
+    """Turn on offloading for a denoiser that took the place of another one between two steps.
+
+    Args:
+        pipe: has the new one.
+        mode: as for `set_offload`; with `model` the one that was left goes back to memory.
+        device: the GPU.
+        left: the denoiser that was there.
+    """
+    if mode == "model":
+        for part in split_denoiser(left).values():
+            part.to(CPU)  # diffusers takes its old hook off when it comes back
+    set_offload(pipe, mode, device)
 
 
 def has_group_offloading(model: nn.Module) -> bool:

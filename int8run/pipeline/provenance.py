@@ -118,7 +118,7 @@ def select_calibration(
     """
     if not settings.needs_calibration:
         return None
-    counts = (
+    counts: tuple[object, ...] = (
         settings.calibration,
         loaded.sampling,
         loaded.source.pipeline_class,
@@ -128,6 +128,9 @@ def select_calibration(
         settings.backend,
         str(loaded.device),
     )
+    if settings.quality_db is not None and settings.int8.steps is not None:
+        # the search lets the float model compute some steps; elsewhere they change no layer
+        counts = (*counts, repr(settings.int8.steps))
     if settings.quality_db is None or settings.int8.attention == FLOAT:
         return counts
     # the search compares denoisers with the INT8 attention in them

@@ -27,6 +27,7 @@ from int8run.pipeline.outlier_choice import choose_methods
 from int8run.pipeline.prequantized import PrequantizedLayers
 from int8run.pipeline.quantization_settings import QuantizationSettings
 from int8run.pipeline.read_prequantized import read_prequantized_layers
+from int8run.pipeline.step_denoisers import share_with_trials
 from int8run.pipeline.trace_layers import TracedLayers
 from int8run.ptq.bits import assign_bits
 from int8run.ptq.calibration import capture_calibration_calls, collect_layer_statistics
@@ -361,6 +362,7 @@ def search_mixed_precision(
         calls=calls,
         target_db=settings.quality_db or 0.0,
         progress=progress,
+        share_steps=share_with_trials(loaded, settings),
     )
     denoiser, result = search.run()
     for plan in layers.plans:

@@ -20,9 +20,10 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from int8run.errors import ConfigError
-from int8run.generate.generate import Generation, generate
+from int8run.generate.generate import Differences, Generation, generate
 from int8run.generate.pipeline_call import get_execution_device
 from int8run.generate.prompts import Sample
+from int8run.generate.step_denoisers import StepDenoisers
 from int8run.layers.assemble import copy_sharing_tensors
 from int8run.layers.int8_attention import Int8Attention
 from int8run.layers.int8_conv import Int8Layer
@@ -103,6 +104,7 @@ class MixedPrecisionSearch:
         calls: arguments of the denoiser at some of their timesteps.
         target_db: the least signal-to-error ratio of the last latents.
         progress: counts layers, attentions and trials.
+        share_steps: gives what computes the steps of a trial where the float model has some; None: none.
     """
 
     float_denoiser: nn.Module
@@ -117,6 +119,7 @@ class MixedPrecisionSearch:
     calls: Sequence[Mapping[str, Any]]
     target_db: float
     progress: Progress
+    share_steps: Callable[[nn.Module], StepDenoisers] | None = None
 
     def run(self) -> tuple[nn.Module, MixedPrecisionResult]:
         """Search.
@@ -164,7 +167,18 @@ class MixedPrecisionSearch:
         self._install(denoiser)
         # latents are compared, so that nothing has to be decoded
         sampling = replace(self.sampling, extra={**self.sampling.extra, "output_type": "latent"})
-        return generate(self.pipe, self.component, {"": denoiser}, self.samples, sampling)[""]
+        step_denoisers = {}
+        if self.share_steps is not None and denoiser is not self.float_denoiser:
+            step_denoisers[""] = self.share_steps(denoiser)
+        made = generate(
+            self.pipe,
+            self.component,
+            {"": denoiser},
+            self.samples,
+            sampling,
+            differences=Differences(step_denoisers=step_denoisers),
+        )
+        return made[""]
 
     def _summarize_met_without(self, reached_db: float) -> MixedPrecisionResult:
         return MixedPrecisionResult(

@@ -147,6 +147,12 @@ METRIC_COLUMNS = (
         decimals=1,
     ),
     MetricColumn(
+        "steps/float",
+        "float\nsteps",
+        "steps of an image that the float denoiser computes, as int8.steps asks",
+        direction=0,
+    ),
+    MetricColumn(
         "speed/images_per_s",
         "images\nper s",
         "images or videos per second, text encoding and decoding included",

@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
+from int8run.layers.step_precision import STEP_PRECISIONS, describe_step_counts
 from int8run.metrics.names import (
     DTYPE_FLOOR,
     HIGH,
@@ -93,14 +94,23 @@ class ResultRows:
     num_steps: int
     statistics: Mapping[str, Mapping[str, Any]]
 
+    @property
+    def step_counts(self) -> dict[str, float]:
+        """How many steps of an image each precision computes; empty where INT8 computes all."""
+        counts = {precision: self.metrics.get(f"steps/{precision}") for precision in STEP_PRECISIONS}
+        return {precision: count for precision, count in counts.items() if count is not None}
+
     def add_speed_and_memory(self) -> None:
         """Times, rates and sizes, each with the float model's."""
         if STEPS_SKIPPED_SHARE in self.metrics:
             self.add_steps_with_cache()
         else:
-            self.add_comparison("step, median", "speed/step_ms_p50", format_milliseconds, divide_float)
+            # where two denoisers share the steps, a median over all would be that of one of them
+            label = "step, mean of medians" if self.step_counts else "step, median"
+            self.add_comparison(label, STEP_MS, format_milliseconds, divide_float)
         self.add_comparison("step, 90 %", "speed/step_ms_p90", format_milliseconds, divide_float)
         self.add_best_float()
+        self.add_step_counts()
         samples = "videos" if "speed/frames_per_s" in self.metrics else "images"
         self.add_comparison(f"{samples} per second", "speed/images_per_s", "{:.2f}".format, divide_by_float)
         self.add_comparison("frames per second", "speed/frames_per_s", "{:.2f}".format, divide_by_float)
@@ -138,6 +148,11 @@ class ResultRows:
         ratio = self.metrics.get("speed/ratio_vs_best_float")
         if ratio is not None and self.best_float:
             self.table.add_row(f"step, fastest float: {self.best_float}", "", "", f"{ratio:.2f}×")
+
+    def add_step_counts(self) -> None:
+        """How many steps each of both denoisers computes, where they share them."""
+        if self.step_counts:
+            self.add_row("steps of an INT8 image", describe_step_counts(self.step_counts))
 
     def add_peak_memory(self) -> None:
         """Largest memory while each model generated; a ratio only where each was alone."""

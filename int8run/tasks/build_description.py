@@ -8,12 +8,19 @@ from collections.abc import Iterable, Sequence
 
 from int8run.config.run_spec import RunSpec
 from int8run.layers.plan import ATTENTION, FLOAT, LayerPlan
+from int8run.layers.step_precision import computes_in_float, describe_steps
 from int8run.lora.stack import LoraStack
-from int8run.metrics.layers import compute_attention_metrics, compute_int8_shares, count_module_bytes
+from int8run.metrics.layers import (
+    compute_attention_metrics,
+    compute_int8_shares,
+    count_module_bytes,
+    count_own_bytes,
+)
 from int8run.pipeline.built_model import BuiltModel
 from int8run.pipeline.controlnets import BuiltControlnet
 from int8run.report.formatting import format_megabytes
 from int8run.utils.plurals import count_noun
+from int8run.utils.step_schedule import Schedule
 
 
 def describe_build(spec: RunSpec, built: BuiltModel, *, is_reused: bool) -> list[tuple[str, object]]:
@@ -26,6 +33,8 @@ def describe_build(spec: RunSpec, built: BuiltModel, *, is_reused: bool) -> list
     """
     facts: list[tuple[str, object]] = [("family", built.family.name), ("device", built.device)]
     facts += describe_layers(built)
+    if spec.int8.steps is not None:
+        facts.append(("steps", describe_shared_steps(spec.int8.steps, built)))
     if spec.int8.attention != FLOAT:
         facts.append(("attention", describe_attention(built.plans)))
     if built.vae is not None:
@@ -79,6 +88,20 @@ def describe_layers(built: BuiltModel) -> list[tuple[str, object]]:
         ("rounding", format_counts(plan.rounding for plan in int8)),
         ("backend", "+".join(backends)),
     ]
+
+
+def describe_shared_steps(steps: Schedule, built: BuiltModel) -> str:
+    """Describe who computes which steps: `float, int8 from 10 % of the steps on (+ 42.5 MB)`.
+
+    Args:
+        steps: as `int8.steps` has it.
+        built: the model.
+    """
+    described = describe_steps(steps)
+    if not computes_in_float(steps):
+        return described
+    float_bytes = count_own_bytes(built.denoisers["float"], built.denoisers["int8"])
+    return f"{described} (+ {format_megabytes(float_bytes)} of floats)"
 
 
 def describe_attention(plans: Sequence[LayerPlan]) -> str:

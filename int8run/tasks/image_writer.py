@@ -6,6 +6,7 @@ Each file says what it was made with; see `generate.image_parameters`.
 import dataclasses
 import json
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from int8run.generate.image_parameters import collect_input_facts, describe_samp
 from int8run.generate.negative_prompts import read_guidance
 from int8run.generate.pipeline_call import get_frame_rate
 from int8run.generate.prompts import Sample
+from int8run.layers.step_precision import describe_step_counts
 from int8run.metrics.key_frames import select_key_frames
 from int8run.models.sampling import Sampling
 from int8run.report.image_files import save_sample
@@ -106,6 +108,9 @@ class ImageWriter:
         guidance = read_guidance(pipe, sampling)
         scheduler = type(pipe.scheduler).__name__
         details = describe_model(self.spec, model)
+        if generation.step_denoisers:
+            # of the batch that was generated last, which this sample is of
+            details["Steps by precision"] = describe_step_counts(Counter(generation.step_denoisers[-1]))
         name = name_model(str(self.spec.model.location))
         version = f"int8run {__version__}"
         all_details: dict[str, object] = {**details, "Version": version}

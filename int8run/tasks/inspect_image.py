@@ -29,7 +29,13 @@ from int8run.tasks.model_facts import (
     list_int8_settings,
     name_model,
 )
-from int8run.tasks.run_settings import UnrepeatableSettingError, list_candidate_words, list_other_words
+from int8run.tasks.run_settings import (
+    UnrepeatableSettingError,
+    format_value,
+    is_plain_list,
+    list_candidate_words,
+    list_other_words,
+)
 from int8run.utils.text import shorten_error
 from int8run.utils.untrusted_json import parse_untrusted_json
 
@@ -258,10 +264,10 @@ def list_int8_words(settings: object) -> list[str]:
             raise NotRepeatableError(f"needs int8.checkpoint ({value}), whose folder the image does not name")
         if name not in known:
             raise NotRepeatableError(f"needs int8.{name}, which this version does not have")
-        if value is not None and not isinstance(value, str | int | float):
-            raise NotRepeatableError(f"needs int8.{name}, which is no number or text")
-        shown = "null" if value is None else value
-        words.append(format_setting(f"int8.{name}", shown))
+        is_list = isinstance(value, list) and is_plain_list(value)
+        if value is not None and not is_list and not isinstance(value, str | int | float):
+            raise NotRepeatableError(f"needs int8.{name}, which is no number, text or list")
+        words.append(format_value(f"int8.{name}", value))
     return words
 
 

@@ -21,7 +21,9 @@ GENERATION = frozenset(
     {"cache_steps", "calibration", "compile", "attention", "offload", "device", "metrics", "quality_db"}
 )
 # parts of `int8` that are about more than the weights of a denoiser
-INT8_OF_A_RUN = frozenset({"int8.attention", "int8.attention_min_sqnr_db", "int8.controlnet", "int8.vae"})
+INT8_OF_A_RUN = frozenset(
+    {"int8.attention", "int8.attention_min_sqnr_db", "int8.controlnet", "int8.steps", "int8.vae"}
+)
 REPORT_FORMATS = ("html", "markdown", "latex", "csv")
 # what says how a model becomes INT8
 QUANTIZATION = frozenset({"model_type", "int8", "outlier", "rounding", "backend", "lora", "lora_dir", "clip"})

@@ -16,6 +16,7 @@ from int8run.generate.generate import Differences, Generation, GenerationHooks, 
 from int8run.generate.prompt_cache import PromptCache
 from int8run.generate.prompts import Sample
 from int8run.generate.step_count import count_asked_steps
+from int8run.layers.plan import FLOAT, INT8
 from int8run.metrics.energy import open_energy_meter
 from int8run.metrics.memory import read_peak_bytes, reset_peak_memory
 from int8run.models.sampling import Sampling, drop_schedule
@@ -30,6 +31,7 @@ WARM_UP_STEPS = 2
 # names of generations beside those of the float model and of the candidate, where that has a step cache
 INT8_WITHOUT_CACHE = "int8_without_cache"
 FLOAT_WITH_CACHE = "float_with_cache"
+WARM_UP_SCHEDULE = ((0.0, FLOAT), (0.5, INT8))  # where both denoisers share the steps: one for each
 FLOAT_TIMING = "float_timing"  # name of a generation that only times the float model
 TIMING_STEPS = 4  # of each batch; the first one is not counted
 
@@ -145,7 +147,13 @@ def generate_in_turn(
             inputs.samples,
             spec.sampling,
             hooks=hooks,
-            differences=Differences(built.text_encoders, other_samplings, built.components, variants),
+            differences=Differences(
+                built.text_encoders,
+                other_samplings,
+                built.components,
+                owners=variants,
+                step_denoisers=built.list_step_denoisers(spec.int8.steps, spec.offload),
+            ),
         )
 
 
@@ -212,6 +220,7 @@ def run_warm_up(
         batch: samples of one batch.
         caches: step caches of some of the denoisers.
     """
+    steps = WARM_UP_SCHEDULE if spec.int8.has_float_steps else None
     # forget the prompts that earlier jobs asked for
     PromptCache.for_pipeline(built.pipe).requested.clear()
     generate(
@@ -225,7 +234,12 @@ def run_warm_up(
             on_batch=lambda name, batch, generation: caches.stop(generation),
             on_fraction=caches.begin_step,
         ),
-        differences=Differences(built.text_encoders, components=built.components, owners=list_variants(spec)),
+        differences=Differences(
+            built.text_encoders,
+            components=built.components,
+            owners=list_variants(spec),
+            step_denoisers=built.list_step_denoisers(steps, spec.offload),
+        ),
     )
 
 

@@ -25,6 +25,7 @@ from int8run.metrics.layers import (
     compute_int8_shares,
     compute_layer_metrics,
     count_module_bytes,
+    count_own_bytes,
     measure_layer_outputs,
 )
 from int8run.metrics.names import BLOCK_STEP_MS, FLOAT_BLOCK_STEP_MS, SCATTERS, SPEED_RATIO
@@ -120,7 +121,9 @@ def measure_run(
     if built.controlnets:
         denoiser = built.denoisers[spec.candidate]
         metrics |= measure_controlnets(built.controlnets, denoiser, with_outputs=spec.metrics.layers)
-    metrics |= measure_denoiser_size(built)
+    metrics |= measure_denoiser_size(spec, built)
+    for name, count in comparison.candidate.steps_by_denoiser.items():
+        metrics[f"steps/{name}"] = count
     # a reused model cost this run nothing
     metrics["build/load_s"] = 0.0 if is_reused else built.seconds["load"]
     metrics["build/quantize_s"] = 0.0 if is_reused else built.seconds["quantize"]
@@ -259,10 +262,15 @@ def pair_embeddings(built: BuiltModel, candidate: str) -> Iterator[tuple[Any, An
     set_text_encoders(built.pipe, candidate, built.text_encoders[candidate])
 
 
-def measure_denoiser_size(built: BuiltModel) -> dict[str, float]:
-    """Measure the memory of the denoiser, and how many times smaller than the float one it is."""
+def measure_denoiser_size(spec: RunSpec, built: BuiltModel) -> dict[str, float]:
+    """Measure the memory of the denoiser, and how many times smaller than the float one it is.
+
+    Where the float denoiser computes some of the steps, it counts as well.
+    """
     int8 = built.denoisers.get("int8")
     nbytes = count_module_bytes(int8) if int8 is not None else built.float_bytes
+    if int8 is not None and spec.int8.has_float_steps:
+        nbytes += count_own_bytes(built.denoisers["float"], int8)
     return {"memory/denoiser_bytes": nbytes, "memory/denoiser_ratio": built.float_bytes / nbytes}
 
 

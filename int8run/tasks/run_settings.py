@@ -249,15 +249,29 @@ def format_value(key: str, value: object) -> str:
         return f"{key}={str(value).lower()}"
     if isinstance(value, str | int | float):
         return format_setting(key, value)
-    if isinstance(value, list) and all(isinstance(item, str | int | float) for item in value):
-        return format_list(key, value)
+    if isinstance(value, list) and is_plain_list(value):
+        return quote_for_shell(f"{key}={format_items(value)}")
     raise UnrepeatableSettingError(f"needs {key}, which is no number or text")
 
 
-def format_list(key: str, values: Sequence[str | float]) -> str:
-    """The word that sets a setting to a list."""
-    items = [quote_text(item) if isinstance(item, str) else str(item) for item in values]
-    return quote_for_shell(f"{key}=[{','.join(items)}]")
+def is_plain_list(values: Sequence[object]) -> bool:
+    """Whether a list holds texts, numbers and lists of such, as a schedule does."""
+    for item in values:
+        is_inner_list = isinstance(item, list) and all(isinstance(inner, str | int | float) for inner in item)
+        if not is_inner_list and not isinstance(item, str | int | float):
+            return False
+    return True
+
+
+def format_items(values: Sequence[Any]) -> str:
+    """A list as the command line takes it: `[a,1]`, `[[0,float],[0.1,int8]]`."""
+    items = []
+    for item in values:
+        if isinstance(item, list):
+            items.append(format_items(item))
+        else:
+            items.append(quote_text(item) if isinstance(item, str) else str(item))
+    return f"[{','.join(items)}]"
 
 
 def list_candidate_words(candidates: object) -> Iterator[str]:

@@ -227,6 +227,18 @@ REFUSED = {
         ["compile=reduce-overhead", "offload=model", "metrics.baseline=none"],
         r"^compile=reduce-overhead records where each tensor lies, and offload=model moves them; choose ",
     ),
+    "steps without INT8": (
+        ["int8.enable=false", "int8.steps=[[0,float],[0.5,int8]]"],
+        r"^int8\.enable=false and int8\.steps contradict each other: no step is INT8; set int8\.steps=null$",
+    ),
+    "steps with a step cache": (
+        ["int8.steps=[[0,float],[0.5,int8]]", "cache_steps=first_block"],
+        r"^cache_steps=first_block reuses what the INT8 .*; set int8\.steps=null, or cache_steps=none$",
+    ),
+    "steps with copies for streams": (
+        ["int8.steps=[[0,float],[0.5,int8]]", "offload=group_stream", "metrics.baseline=none"],
+        r"^offload=group_stream keeps a copy of every weight .*; choose offload=group or model$",
+    ),
     "unknown offload": (
         ["offload=disk"],
         r"^offload is 'disk'; choose from group, group_stream, model, none$",

@@ -32,7 +32,7 @@ from int8run.metrics.quality import (
     compute_trajectory_error,
 )
 from int8run.metrics.settings import MetricsSettings
-from int8run.metrics.speed import compute_percentile, compute_speed, list_step_times
+from int8run.metrics.speed import compute_percentile, compute_speed, list_step_times, pair_blocks
 
 SIZE = 32
 
@@ -280,6 +280,43 @@ def test_the_speed_of_known_times():
             "speed/ratio_vs_float": 110 / 55,
         }
     )
+
+
+def make_shared_generation(*batches):
+    """Each batch is a list of (seconds, denoiser)."""
+    return Generation(
+        step_seconds=[[seconds for seconds, _ in batch] for batch in batches],
+        step_denoisers=[[name for _, name in batch] for batch in batches],
+        image_seconds=[1.0],
+    )
+
+
+def test_a_step_of_two_denoisers_takes_the_mean_of_their_medians():
+    batch = [(9.0, "float"), (0.4, "float"), (0.1, "int8"), (0.1, "int8"), (0.2, "int8")]
+    values = compute_speed(make_shared_generation(batch), make_timed_generation([9.0, 0.5, 0.5]))
+
+    assert values["speed/step_ms_p50"] == pytest.approx((2 * 400 + 3 * 100) / 5)
+    assert values["speed/step_ms_p90"] == pytest.approx((2 * 400 + 3 * 200) / 5)
+    assert values["speed/ratio_vs_float"] == pytest.approx(500 / 220)
+
+
+def test_first_steps_alone_are_timed_by_the_float_model_because_they_include_text_encoding():
+    batch = [(9.0, "float"), (0.1, "int8"), (0.1, "int8")]
+
+    values = compute_speed(make_shared_generation(batch), make_timed_generation([9.0, 0.4, 0.4]))
+    assert values["speed/step_ms_p50"] == pytest.approx((400 + 2 * 100) / 3)
+    without_float = compute_speed(make_shared_generation(batch), None)
+    assert without_float["speed/step_ms_p50"] == pytest.approx((9000 + 2 * 100) / 3)
+
+
+def test_stretches_are_those_of_the_denoiser_with_most_steps():
+    batch = [(9.0, "float"), (0.8, "float"), (0.1, "int8"), (0.1, "int8"), (0.1, "int8")]
+    shared, alone = (
+        make_shared_generation(batch, batch),
+        make_timed_generation([9, *[0.5] * 4], [9, *[0.5] * 4]),
+    )
+
+    assert pair_blocks(shared, alone, 1) == ([100, 100], [500, 500])
 
 
 def test_a_video_counts_once_and_so_does_each_of_its_frames():

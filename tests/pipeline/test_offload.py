@@ -13,12 +13,14 @@ import torch
 from diffusers.hooks import group_offloading
 from safetensors.torch import save_file
 from support.helpers import CPU, randn
-from support.small_model import build_small_model, generate_latents, generate_sample
+from support.run_job import make_spec
+from support.small_model import SAMPLES, SMALL, build_small_model, generate_latents, generate_sample
 from support.tiny_unet_pipeline import save_unet_pipeline
 from torch import Tensor, nn
 
 from int8run.config.run_modes import GROUP_STREAM, OFFLOAD_MODES
 from int8run.errors import BackendError, ConfigError
+from int8run.generate.generate import Differences, generate
 from int8run.layers.assemble import copy_sharing_tensors
 from int8run.layers.int8_linear import Int8Linear
 from int8run.pipeline import load as load_module
@@ -182,6 +184,31 @@ def test_an_offloaded_model_compiles_although_hooks_part_its_graph(
         made = generate_latents(build_small_model(folder, f"offload={mode}", f"compile={compiled}"))
         torch._dynamo.reset()
         assert torch.equal(made, expected), mode
+
+
+@pytest.mark.parametrize("mode", ["model", "group"])
+@pytest.mark.usefixtures("cpu_as_gpu")
+def test_denoisers_that_share_the_steps_come_and_go(folder: Path, mode: str) -> None:
+    words = ["sampler.steps=4", "int8.steps=[[0,int8],[0.25,float],[0.5,int8],[0.75,float]]"]
+    expected = generate_latents_in_turns(folder, *words)
+
+    assert torch.equal(generate_latents_in_turns(folder, *words, f"offload={mode}"), expected)
+
+
+def generate_latents_in_turns(folder: Path, *words: str) -> Tensor:
+    """The last latents of two images, one after the other, as a run generates them."""
+    spec = make_spec([f"model.location={folder}", *SMALL, *words])
+    built = build_small_model(folder, *words)
+    made = generate(
+        built.pipe,
+        built.component,
+        {"int8": built.denoisers["int8"]},
+        [*SAMPLES, *SAMPLES],
+        spec.sampling,
+        differences=Differences(step_denoisers=built.list_step_denoisers(spec.int8.steps, spec.offload)),
+    )["int8"]
+    assert made.step_denoisers == [["int8", "float", "int8", "float"]] * 2
+    return torch.stack([trajectory[-1] for trajectory in made.trajectories])
 
 
 # -- where the weights are -----------------------------------------------------------------------------------

@@ -109,6 +109,7 @@ INT8_VALUES = {
     "controlnet": "float",
     "attention": "auto",
     "attention_min_sqnr_db": 12.5,
+    "steps": [[0.0, "float"], [0.5, "int8"]],
 }
 NOT_REPEATED = {"checkpoint"}  # a file of one machine; the image says that it is needed
 
@@ -119,7 +120,7 @@ def test_every_setting_of_int8_is_repeated_or_said_otherwise() -> None:
     assert names == {*INT8_VALUES, *NOT_REPEATED, *SAID_OTHERWISE}
 
 
-@pytest.mark.parametrize("names", [["attention"], ["max_rows"], list(INT8_VALUES)], ids=", ".join)
+@pytest.mark.parametrize("names", [["attention"], ["max_rows"], ["steps"], list(INT8_VALUES)], ids=", ".join)
 def test_the_command_repeats_the_settings_of_int8(tmp_path: Path, names: list[str]) -> None:
     spec = make_spec([f"int8.{name}={INT8_VALUES[name]}" for name in names])
 
@@ -182,7 +183,10 @@ def test_a_float_image_is_repeated_in_its_dtype(tmp_path: Path) -> None:
         ({"rounding": "mse", "rounding_settings": {"smallest": "x"}}, "needs rounding.smallest, which is no"),
         ({"int8_settings": {"checkpoint": "mine"}}, "needs int8.checkpoint (mine), whose folder the image"),
         ({"int8_settings": {"later": 1}}, "needs int8.later, which this version does not have"),
-        ({"int8_settings": {"attention": [1]}}, "needs int8.attention, which is no number or text"),
+        (
+            {"int8_settings": {"attention": {"a": 1}}},
+            "needs int8.attention, which is no number, text or list",
+        ),
     ],
     ids=[
         "loras",

@@ -129,7 +129,7 @@ def test_a_path_of_the_machine_is_its_name_and_no_word():
         ({"a;reboot": 1}, "needs 'a;reboot', which is no setting"),
         ({"tracker.uri": "http://evil"}, "needs 'tracker.uri', which is no setting"),
         ({"compile": {"a": 1}}, "needs compile, which is no number or text"),
-        ({"calibration.prompts": [["a"]]}, r"needs calibration\.prompts, which is no number"),
+        ({"calibration.prompts": [[["a"]]]}, r"needs calibration\.prompts, which is no number"),
     ],
 )
 def test_what_somebody_wrote_into_an_image_makes_no_word(settings, reason):
