@@ -9,6 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from int8run.checkpoints.gguf_blocks import StoredForm
+from int8run.checkpoints.gguf_files import read_gguf_content
+from int8run.checkpoints.gguf_header import begins_like_gguf
 from int8run.checkpoints.header import (
     MAX_HEADER_BYTES,
     MAX_NAME_CHARS,
@@ -17,7 +20,7 @@ from int8run.checkpoints.header import (
     read_full_header,
 )
 from int8run.errors import FileError
-from int8run.utils.paths import SAFETENSORS
+from int8run.utils.paths import GGUF, SAFETENSORS
 from int8run.utils.plurals import count_noun
 from int8run.utils.untrusted_json import parse_untrusted_json
 
@@ -30,14 +33,30 @@ USUAL_NAMES = ("diffusion_pytorch_model", "model")
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor is."""
+    """Where a tensor is.
+
+    Args:
+        key: its name.
+        file: that it is in.
+        dtype: of what is read, by safetensors' name: F32, BF16, I8, F8_E4M3 ...
+        shape: rows first.
+        start: byte in the file.
+        nbytes: how many bytes it takes there.
+        form: how a GGUF file stores it; None: its numbers lie row by row.
+    """
 
     key: str
     file: Path
-    dtype: str  # safetensors' name of it: F32, BF16, I8, F8_E4M3 ...
+    dtype: str
     shape: tuple[int, ...]
-    start: int  # byte in the file
+    start: int
     nbytes: int
+    form: StoredForm | None = None
+
+    @property
+    def has_blocks(self) -> bool:
+        """Whether it is stored in blocks of a few bits, as in GGUF files."""
+        return self.form is not None and self.form.block is not None
 
 
 @dataclass(frozen=True)
@@ -49,7 +68,9 @@ class FileContent:
 
 
 def read_file_content(file: Path) -> FileContent:
-    """Read what a file holds, and its metadata, from its header."""
+    """Read what a file holds, and its metadata, from its header: of a safetensors or a GGUF file."""
+    if file.suffix.lower() == GGUF or begins_like_gguf(file):
+        return read_gguf_file_content(file)
     header = read_full_header(file)
     infos = []
     for key, entry in header.entries.items():
@@ -66,6 +87,26 @@ def read_file_content(file: Path) -> FileContent:
     return FileContent(tuple(sorted(infos, key=lambda info: info.start)), header.metadata)
 
 
+def read_gguf_file_content(file: Path) -> FileContent:
+    """Read the same of a GGUF file."""
+    if not file.is_file():
+        raise FileError(f"{file}: no such file (looked for {file.absolute()})")
+    content = read_gguf_content(file)
+    infos = [
+        TensorInfo(
+            key=tensor.key,
+            file=file,
+            dtype=tensor.dtype,
+            shape=tensor.stored.shape,
+            start=tensor.stored.start,
+            nbytes=tensor.stored.nbytes,
+            form=tensor.form,
+        )
+        for tensor in content.tensors
+    ]
+    return FileContent(tuple(infos), content.metadata)
+
+
 def choose_checkpoint(folder: Path) -> Path:
     """The checkpoint in a folder: an index, a file, or the first of the shards that have no index.
 
@@ -75,6 +116,9 @@ def choose_checkpoint(folder: Path) -> Path:
     checkpoints = find_checkpoints(folder)
     if not checkpoints:
         hint = "name a .safetensors file or its folder"
+        gguf = next((file for file in sorted(folder.iterdir()) if file.suffix.lower() == GGUF), None)
+        if gguf is not None:
+            hint = f"name its GGUF file, {gguf}"
         if (folder / "model_index.json").is_file():
             hint = "name the folder of one component in it, such as `transformer`, `unet` or `text_encoder`"
         raise FileError(f"{folder} holds no safetensors file; {hint}")

@@ -1,4 +1,4 @@
-"""Find out what one weight of a checkpoint is: float, fp8, mxfp8, nvfp4 or INT8.
+"""Find out what one weight of a checkpoint is: float, fp8, mxfp8, nvfp4, INT8, or blocks of a GGUF file.
 
 `detect.py` calls `classify_weight` for each weight of a file. The dtype of the weight, the tensors beside it
 and its marker decide, in this order; what contradicts itself is refused. What INT8 weights need stands in
@@ -14,7 +14,7 @@ from int8run.checkpoints.classify_int8 import parse_int8_layer
 from int8run.checkpoints.format_names import FORMAT_NAMES, MARKER_FORMATS, name_granularity
 from int8run.checkpoints.granularity import Granularity, check_positive, read_granularity
 from int8run.checkpoints.header import DTYPES
-from int8run.checkpoints.layer import FLOAT, FP8, INT8, CheckpointLayer
+from int8run.checkpoints.layer import FLOAT, FP8, GGUF, INT8, CheckpointLayer
 from int8run.checkpoints.layer_evidence import LayerEvidence
 from int8run.checkpoints.part_dtypes import check_part_dtypes
 from int8run.checkpoints.quant_metadata import Marker
@@ -62,6 +62,7 @@ CLEAR_SUFFIXES = {suffix for suffix in ALL_SUFFIXES if "." not in suffix} - set(
 # storage dtype -> the parts that a weight may have
 ALLOWED_PARTS = {
     FLOAT: {"scale", "input"},  # a scale of 1, which ComfyUI's own conversion leaves
+    GGUF: set(),
     FP8: {"scale", "input", "marker", "factor"},
     INT8: set(PART_SUFFIXES) - {"global", "scalar"},
     NVFP4: {"scale", "input", "marker", "factor", "global"},
@@ -102,6 +103,8 @@ def classify_weight(
 
     if storage_dtype == FLOAT:
         return parse_float_layer(evidence)
+    if storage_dtype == GGUF:
+        return parse_gguf_layer(evidence)
     if marker is not None:
         check_marker_format(evidence, marker, storage_dtype)
     if storage_dtype in BLOCK_FORMATS:
@@ -169,10 +172,12 @@ def find_parts(files: TensorFiles, name: str, *, is_float: bool) -> dict[str, st
 
 
 def find_storage_dtype(evidence: LayerEvidence) -> str:
-    """How the weight is stored: float, int8, fp8, mxfp8 or nvfp4.
+    """How the weight is stored: float, int8, fp8, mxfp8, nvfp4, or blocks of a GGUF file.
 
     fp8 and mxfp8 have the same dtype; the scales of mxfp8 are powers of 2, in a dtype of their own.
     """
+    if evidence.weight.has_blocks:
+        return GGUF
     storage_dtype = STORAGE_DTYPES[evidence.weight.dtype]
     scale = evidence.find_part("scale")
     if storage_dtype == FP8 and scale is not None and scale.dtype in BLOCK_FORMATS[MXFP8].scale_dtypes:
@@ -190,7 +195,7 @@ def check_parts(evidence: LayerEvidence, storage_dtype: str) -> None:
     marker, weight = evidence.marker, evidence.weight
     if not_allowed:
         what = not_allowed[0]
-    elif storage_dtype == FLOAT and marker is not None:
+    elif storage_dtype in (FLOAT, GGUF) and marker is not None:
         what = f"an entry in the header ({marker.format_name})"
     else:
         return
@@ -251,6 +256,20 @@ def parse_float_layer(evidence: LayerEvidence) -> CheckpointLayer | None:
         columns=columns,
         label=DTYPES[weight.dtype].torch_name,
         part_keys=evidence.part_keys,
+    )
+
+
+def parse_gguf_layer(evidence: LayerEvidence) -> CheckpointLayer:
+    """A weight in blocks of a GGUF file, which is read as the numbers that they stand for."""
+    weight = evidence.weight
+    assert weight.form is not None
+    return CheckpointLayer(
+        name=evidence.name,
+        storage_dtype=GGUF,
+        shape=weight.shape,
+        rows=weight.shape[0],
+        columns=prod(weight.shape[1:]),
+        label=weight.form.label,
     )
 
 

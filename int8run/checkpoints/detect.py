@@ -1,4 +1,4 @@
-"""Find out how each weight of a checkpoint is stored: float, fp8, mxfp8, nvfp4 or INT8, of any maker.
+"""Find out how each weight of a checkpoint is stored: float, fp8, mxfp8, nvfp4, INT8 or GGUF, of any maker.
 
 Names, shapes and markers decide. Everything that determines what the numbers mean is checked before any
 weight is read. What is found is named or refused; nothing is guessed, padded or cut. Where a maker's label
@@ -46,7 +46,7 @@ def read_layers(
     prefix: str = "",
     declared: DeclaredFormat = UNDECLARED,
 ) -> dict[str, CheckpointLayer]:
-    """Find out what every weight below a prefix is: all with 2 dimensions, and fp8 ones with any.
+    """Find out what every weight below a prefix is: all with 2 dimensions, fp8 and GGUF's with any.
 
     Only headers, markers and scales are read, and fp8 weights without a scale, whose numbers must be those of
     a plain cast. What lies outside of the prefix (a full checkpoint's text encoders and VAE) is not looked

@@ -129,8 +129,8 @@ def read_header_text(path: Path) -> tuple[int, bytes]:
 
     if first_bytes.startswith(b"GGUF"):
         raise FileError(
-            f"{path} is not a safetensors file but a GGUF file, which ComfyUI-GGUF, or diffusers with gguf "
-            "can read and int8run cannot; take the .safetensors checkpoint"
+            f"{path} is not a safetensors file but a GGUF file, which int8run reads as model.location=, "
+            "clip.path= and task.base=, and in task=inspect; here it takes a .safetensors file"
         )
     if MAX_HEADER_BYTES < length <= size - 8:
         raise FileError(

@@ -25,7 +25,7 @@ from int8run.quant.packed_weight import PackedWeight
 from int8run.quant.weight import QuantizedWeight
 
 # storage dtypes besides those of block_formats.py
-FLOAT, INT8, FP8 = "float", "int8", "fp8"
+FLOAT, INT8, FP8, GGUF = "float", "int8", "fp8", "gguf"
 MAX_EXACT_GROUP_SIZE = 1024  # the kernels rotate no larger groups
 
 
@@ -35,7 +35,7 @@ class CheckpointLayer:
 
     Args:
         name: the weight's key without `.weight`.
-        storage_dtype: float, int8, fp8, mxfp8 or nvfp4.
+        storage_dtype: float, int8, fp8, mxfp8, nvfp4 or gguf, blocks that are read as float32.
         shape: of the tensor in the file. Weights of convolutions, and fp8 ones of norms, may have another
             number of dimensions than 2; their columns are the product of all but the first.
         rows: N of the weight; of a padded one (see `is_padded`) as far as the file says.
@@ -89,9 +89,15 @@ class CheckpointLayer:
         return has_row_scales and not self._is_beyond_kernels
 
     @property
+    def is_dequantized(self) -> bool:
+        """Whether its floats have no dtype in the file: they are products with scales, or blocks."""
+        return self.granularity != "" or self.storage_dtype == GGUF
+
+    @property
     def is_packable(self) -> bool:
         """Whether `read_packed_weight` can take the numbers as they are, as small as in the file."""
-        is_quantized_matrix = self.storage_dtype != FLOAT and len(self.shape) == 2 and 0 not in self.shape
+        has_own_numbers = self.storage_dtype not in (FLOAT, GGUF)
+        is_quantized_matrix = has_own_numbers and len(self.shape) == 2 and 0 not in self.shape
         return is_quantized_matrix and not self._is_beyond_kernels
 
     @property

@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint, in one safetensors file or in many shards.
+"""The tensors of a checkpoint, in one safetensors file or in many shards, or in a GGUF file.
 
 Names and shapes come from the headers; numbers are read by ranges of bytes when asked for, so that a
 checkpoint may be larger than the memory. All readers of weights (`detect.py`, `layer.py`, `pipeline`,
@@ -66,7 +66,7 @@ class TensorFiles(Mapping[str, TensorInfo]):
 
     @classmethod
     def open(cls, path: Path) -> "TensorFiles":
-        """Read the headers of a .safetensors file, of an index.json with its shards, or of a folder.
+        """Read the headers of a .safetensors or .gguf file, of an index.json with its shards, or of a folder.
 
         Raises:
             FileError: nothing there, more than one checkpoint in the folder, a shard that is missing or
@@ -111,7 +111,8 @@ class TensorFiles(Mapping[str, TensorInfo]):
     def read(self, key: str, rows: slice | None = None) -> Tensor:
         """Read a tensor in its own dtype, or some rows of its first dimension.
 
-        Numbers smaller than a byte (F4, F6) come as bytes, uint8 [rows, bytes of a row].
+        Numbers smaller than a byte (F4, F6) come as bytes, uint8 [rows, bytes of a row]. Blocks of a GGUF
+        file come as the numbers that they stand for, float32.
 
         Raises:
             FileError: the file ends earlier than its header said, or cannot be read.
@@ -129,13 +130,17 @@ class TensorFiles(Mapping[str, TensorInfo]):
             buffer: uint8 [at least the bytes of the rows], overwritten.
 
         Returns:
-            A view of the beginning of `buffer`, in the tensor's dtype and shape.
+            A view of the beginning of `buffer`, in the tensor's dtype and shape. What a GGUF file stores in
+            another form has memory of its own.
         """
+        info = self.infos[key]
         start, count = self.get_byte_range(key, rows)
         if buffer.dtype != torch.uint8 or buffer.dim() != 1 or buffer.numel() < count:
             raise ValueError(f"{key} takes {count} bytes; the buffer is {buffer.dtype} {list(buffer.shape)}")
-        self.read_bytes(self.infos[key].file, start, buffer[:count])
-        return view_as_tensor(self.infos[key], rows, buffer[:count])
+        self.read_bytes(info.file, start, buffer[:count])
+        if info.form is not None:
+            return info.form.decode(buffer[:count], info.shape, resolve_all_rows(info, rows))
+        return view_as_tensor(info, rows, buffer[:count])
 
     def drop_from_page_cache(self, key: str, rows: slice | None = None) -> None:
         """Let the system forget these bytes, so that a long read does not push out everything else."""
@@ -151,6 +156,9 @@ class TensorFiles(Mapping[str, TensorInfo]):
         info = self.infos[key]
         if rows is None:
             return info.start, info.nbytes
+        if info.form is not None:
+            offset, count = info.form.find_bytes(info.shape, resolve_all_rows(info, rows))
+            return info.start + offset, count
         start, stop = resolve_rows(info.key, get_row_count(info.shape), rows)
         row_bytes = info.nbytes // max(info.shape[0], 1)
         return info.start + start * row_bytes, (stop - start) * row_bytes
@@ -230,6 +238,13 @@ def resolve_rows(key: str, count: int | None, rows: slice | None) -> tuple[int, 
     if not is_range:
         raise ValueError(f"{key} has {count} rows; {rows.start}:{rows.stop}:{rows.step} cannot be read")
     return start, stop
+
+
+def resolve_all_rows(info: TensorInfo, rows: slice | None) -> tuple[int, int]:
+    """First row and the one after the last; of all rows a single number is one. Raises as `resolve_rows`."""
+    if rows is None:
+        return 0, info.shape[0] if info.shape else 1
+    return resolve_rows(info.key, get_row_count(info.shape), rows)
 
 
 def get_row_count(shape: tuple[int, ...]) -> int | None:

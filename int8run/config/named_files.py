@@ -13,8 +13,8 @@ from int8run.errors import FileError
 from int8run.generate.prompt_row import read_files
 from int8run.generate.sample_inputs import INPUT_COLUMNS
 from int8run.lora.find import find_lora
-from int8run.models.resolve_weights import is_local
-from int8run.utils.paths import SAFETENSORS, check_readable, expand_path, to_local_path
+from int8run.models.resolve_weights import READ_SUFFIXES, is_local
+from int8run.utils.paths import check_readable, expand_path, to_local_path
 
 
 def check_named_files(settings: Mapping[str, Any]) -> None:
@@ -81,7 +81,7 @@ def check_location(key: str, location: object) -> None:
     if not isinstance(location, str) or not location:
         return
     path = to_local_path(location)
-    is_file = path.suffix.lower() == SAFETENSORS
+    is_file = path.suffix.lower() in READ_SUFFIXES
     # on the hub a model is org/name, and a file org/name/file
     least_parts = 3 if is_file else 2
     may_be_on_hub = not is_local(location) and len(location.split("/")) >= least_parts
@@ -94,7 +94,7 @@ def check_location(key: str, location: object) -> None:
     if str(path.absolute()) != location:
         named += f": {path.absolute()}"
     if is_file:
-        raise FileError(f"{named}: no such file; on the hub a file is org/repository/name{SAFETENSORS}")
+        raise FileError(f"{named}: no such file; on the hub a file is org/repository/name{path.suffix}")
     raise FileError(f"{named}: no such folder; on the hub a model is org/name")
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from int8run.checkpoints.header import DTYPES
-from int8run.checkpoints.layer import FLOAT, CheckpointLayer
+from int8run.checkpoints.layer import FLOAT, GGUF, CheckpointLayer
 from int8run.checkpoints.reader import TensorFiles
 from int8run.export.stream_plan import Target
 from int8run.export.weight_layers import find_weight_layer
@@ -81,7 +81,7 @@ def count_block_rows(shape: Sequence[int], bits: int, layer: CheckpointLayer | N
     """
     row_bytes = math.prod(shape[1:]) * max(1, bits // 8)
     rows = max(1, BLOCK_BYTES // max(1, row_bytes))
-    if layer is None or layer.storage_dtype == FLOAT:
+    if layer is None or layer.storage_dtype in (FLOAT, GGUF):  # the bits of both are those of floats
         return rows
     # weights that are stored as [K, N], or transformed on both sides, are dequantized as a whole
     if layer.granularity == "transposed" or layer.outlier_method == "quip":

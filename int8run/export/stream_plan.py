@@ -171,20 +171,19 @@ def check_can_be_written(key: str, parts: Sequence[TensorPart], files: TensorFil
 def choose_float_dtype(
     part_dtypes: Sequence[str], layers: Sequence[CheckpointLayer | None], dtype: torch.dtype
 ) -> str:
-    """The dtype of a tensor that stays float: its own, unless it has a scale, which is multiplied in.
+    """The dtype of a tensor that stays float: its own, unless a scale is multiplied in or it is blocks.
 
     Args:
         part_dtypes: of its parts in the source.
         layers: of its parts; None for what is not the weight of one.
-        dtype: of parts that have a scale.
+        dtype: of parts that have a scale, or are blocks of a GGUF file.
 
     Returns:
         safetensors' name; float32 where the parts differ.
     """
     found = set()
     for part_dtype, layer in zip(part_dtypes, layers, strict=True):
-        has_scale = layer is not None and layer.granularity != ""
-        if has_scale:
+        if layer is not None and layer.is_dequantized:
             found.add(DTYPE_NAMES[dtype])
         else:
             found.add(part_dtype)

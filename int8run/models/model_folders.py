@@ -24,6 +24,7 @@ from int8run.models.pipeline_index import (
 )
 from int8run.models.resolve_weights import (
     CONFIG_NAME,
+    READ_SUFFIXES,
     UNSUPPORTED_FORMATS,
     check_format,
     download_component,
@@ -43,7 +44,7 @@ def names_weights(location: str) -> bool:
     These are a file or a folder of files, here or inside a repository on the hub.
     """
     path = to_local_path(location)
-    has_known_suffix = Path(location).suffix.lower() in (SAFETENSORS, *UNSUPPORTED_FORMATS)
+    has_known_suffix = Path(location).suffix.lower() in (*READ_SUFFIXES, *UNSUPPORTED_FORMATS)
     return has_known_suffix or path.is_file() or is_denoiser_folder(path) or is_folder_on_hub(location)
 
 
@@ -77,7 +78,7 @@ def check_pipeline_folder(path: Path, setting: str) -> None:
     if not has_pipeline_index(path):
         raise FileError(
             f"{path.absolute()} is not a diffusers folder: it has no {MODEL_INDEX_NAME}; set {setting} to a "
-            f"folder that has one, to an id on the hub, or model.location to a {SAFETENSORS} file"
+            f"folder that has one, to an id on the hub, or model.location to a {SAFETENSORS} or .gguf file"
         )
 
 

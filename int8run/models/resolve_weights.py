@@ -20,7 +20,7 @@ from int8run.models.pipeline_index import (
     read_json,
     read_pipeline_index,
 )
-from int8run.utils.paths import SAFETENSORS, SHIPPED_PREFIX, to_local_path
+from int8run.utils.paths import GGUF, SAFETENSORS, SHIPPED_PREFIX, to_local_path
 from int8run.utils.text import shorten_error
 
 log = logging.getLogger(__name__)
@@ -30,8 +30,8 @@ CONFIG_NAME = "config.json"
 # as diffusers names the weights in a folder
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 PICKLED_REASON = "a pickled file, which can run code when opened; convert it to .safetensors first"
+READ_SUFFIXES = (SAFETENSORS, GGUF)  # of files with weights
 UNSUPPORTED_FORMATS = {
-    ".gguf": "a GGUF file; ComfyUI-GGUF and diffusers' GGUFQuantizationConfig read it",
     ".ckpt": PICKLED_REASON,
     ".pt": PICKLED_REASON,
     ".pth": PICKLED_REASON,
@@ -44,7 +44,7 @@ class ResolvedWeights:
     """Where a denoiser's weights are.
 
     Args:
-        path: a .safetensors file, or a folder of them.
+        path: a .safetensors or .gguf file, or a folder of .safetensors files.
         config: of the denoiser's class; None where no diffusers config is beside the weights.
         pipeline: the class of the pipeline that they are a part of; None: of no pipeline.
     """
@@ -65,7 +65,7 @@ def resolve_weights(
     """Find a denoiser's weights here, or download them from the hub; nothing else of the model is downloaded.
 
     Args:
-        location: a .safetensors file, an index of shards, a folder of a denoiser or of a pipeline,
+        location: a .safetensors or .gguf file, an index of shards, a folder of a denoiser or of a pipeline,
             `shipped:NAME`, a hub id, or a file or a folder on the hub (`org/repository/file.safetensors`).
         revision: on the hub.
         component: which denoiser of a pipeline with several.
@@ -105,7 +105,7 @@ def is_folder_on_hub(location: str) -> bool:
     _, inner = split_hub_path(location)
     if not inner or is_local(location) or to_local_path(location).exists():
         return False
-    return Path(inner).suffix.lower() not in (SAFETENSORS, ".json", *UNSUPPORTED_FORMATS)
+    return Path(inner).suffix.lower() not in (*READ_SUFFIXES, ".json", *UNSUPPORTED_FORMATS)
 
 
 def check_format(location: str) -> None:
@@ -115,28 +115,29 @@ def check_format(location: str) -> None:
     if reason is not None:
         raise ConfigError(f"model.location={location} is {reason}")
     path = to_local_path(location)
-    if suffix in (SAFETENSORS, ".json") or not path.is_file():
+    if suffix in (*READ_SUFFIXES, ".json") or not path.is_file():
         return
-    if not begins_like_safetensors(path):
+    if not begins_like_weights(path):
         raise ConfigError(
-            f"model.location={location} is not a {SAFETENSORS} file; name one, a diffusers folder, or its id "
-            "on the hub"
+            f"model.location={location} is neither a {SAFETENSORS} nor a {GGUF} file; name one, a diffusers "
+            "folder, or its id on the hub"
         )
 
 
-def begins_like_safetensors(path: Path) -> bool:
-    """Return whether a file begins with eight bytes of a length, and then JSON.
+def begins_like_weights(path: Path) -> bool:
+    """Return whether a file begins as safetensors, with eight bytes of a length and JSON, or as GGUF.
 
     Raises:
         FileError: when it cannot be read.
     """
     try:
         with path.open("rb") as file:
-            return file.read(9)[8:] == b"{"
+            beginning = file.read(9)
     except OSError as error:
         raise FileError(
             f"{path} cannot be read: {error.strerror}; set model.location to a file that can be"
         ) from error
+    return beginning[8:] == b"{" or beginning.startswith(b"GGUF")
 
 
 def list_denoisers(index: Mapping[str, Any], location: str) -> list[str]:

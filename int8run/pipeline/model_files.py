@@ -8,15 +8,15 @@ import math
 from collections.abc import Collection
 from pathlib import Path
 
+from int8run.checkpoints.checkpoint_files import read_file_content
 from int8run.checkpoints.detect import list_quantized_weights, read_layers
-from int8run.checkpoints.header import read_header
 from int8run.checkpoints.layer import FLOAT, CheckpointLayer
 from int8run.checkpoints.reader import TensorFiles
 from int8run.checkpoints.unsupported import read_quant_config
 from int8run.errors import FileError
+from int8run.models.resolve_weights import READ_SUFFIXES
 from int8run.models.source import ResolvedModel
 from int8run.utils.disk_cache import DiskCache
-from int8run.utils.paths import SAFETENSORS
 from int8run.utils.plurals import count_noun
 
 # files of a diffusers folder that decide what a model computes
@@ -37,9 +37,8 @@ def count_weight_numbers(source: ResolvedModel) -> int:
     """How many numbers the files with weights of a model hold, whatever their dtypes, by their headers."""
     num_numbers = 0
     for path in find_model_files(source).values():
-        if path.suffix == SAFETENSORS:
-            tensors, _ = read_header(path)
-            num_numbers += sum(math.prod(tensor["shape"]) for tensor in tensors.values())
+        if path.suffix.lower() in READ_SUFFIXES:
+            num_numbers += sum(math.prod(info.shape) for info in read_file_content(path).infos)
     return num_numbers
 
 

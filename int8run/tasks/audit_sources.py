@@ -13,7 +13,7 @@ from int8run.audit.file_audit import AuditedFile
 from int8run.audit.layer_findings import QUANTIZED
 from int8run.checkpoints.declared_format import DeclaredFormat
 from int8run.checkpoints.detect import get_logical_shapes, read_layers
-from int8run.checkpoints.layer import FLOAT, CheckpointLayer
+from int8run.checkpoints.layer import FLOAT, GGUF, CheckpointLayer
 from int8run.checkpoints.provenance import read_provenance
 from int8run.checkpoints.quant_metadata import read_markers
 from int8run.checkpoints.reader import TensorFiles
@@ -89,8 +89,14 @@ def read_checkpoint(files: TensorFiles, declared: DeclaredFormat) -> ReadFile:
 
 
 def check_is_quantized(read: ReadFile) -> None:
-    """Raise FileError for a file without a quantized layer."""
-    if any(layer.storage_dtype != FLOAT for layer in read.layers.values()):
+    """Raise FileError for a file without a quantized layer, and for a GGUF file."""
+    stored = {layer.storage_dtype for layer in read.layers.values()}
+    if GGUF in stored:
+        raise FileError(
+            f"{read.files.path} is a GGUF file, which task=audit does not grade; task.base= takes it, beside "
+            "a file that was made from it"
+        )
+    if stored - {FLOAT}:
         return
     raise FileError(
         f"{read.files.path} is not quantized: its {count_noun(len(read.layers), 'weight', 'are')} float; "

@@ -14,16 +14,18 @@ from huggingface_hub import HfApi, ModelInfo, metadata_load, try_to_load_from_ca
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from int8run.checkpoints.header import read_header
+from int8run.checkpoints.checkpoint_files import read_file_content
 from int8run.errors import FileError
 from int8run.models.hub import TIMEOUT_S, describe_reason, list_hub_errors, read_known_repositories
 from int8run.models.resolve_weights import is_local, split_hub_path
-from int8run.utils.paths import SAFETENSORS, to_local_path
+from int8run.utils.paths import GGUF, SAFETENSORS, to_local_path
 from int8run.utils.text import make_visible
 
 UNKNOWN = "unknown"
 README = "README.md"
 MAX_LICENSE_LENGTH = 200
+# by the suffix of a file: the entry of its metadata that says it
+LICENSE_ENTRIES = {SAFETENSORS: "modelspec.license", GGUF: "general.license"}
 
 
 @dataclass(frozen=True)
@@ -62,9 +64,10 @@ def find_base_license(location: str, revision: str | None) -> BaseLicense:
 
 def find_local_license(path: Path) -> BaseLicense:
     """The license of files on this machine: from the header of a checkpoint, else from the README beside."""
-    if path.suffix == SAFETENSORS:
+    if path.suffix.lower() in LICENSE_ENTRIES:
         try:
-            stated = clean_license(read_header(path)[1].get("modelspec.license"))
+            metadata = read_file_content(path).metadata
+            stated = clean_license(metadata.get(LICENSE_ENTRIES[path.suffix.lower()]))
         except FileError:
             stated = None  # whoever reads its tensors says what is wrong with it
         if stated is not None:

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from int8run.checkpoints.declared_format import UNDECLARED, DeclaredFormat
+from int8run.checkpoints.gguf_header import begins_like_gguf
 from int8run.checkpoints.header import read_header
 from int8run.checkpoints.provenance import PROVENANCE_KEY
 from int8run.checkpoints.reader import TensorFiles
@@ -22,11 +23,12 @@ from int8run.tasks.file_description import (
     shorten_header_value,
 )
 from int8run.tasks.inspect_checkpoint import describe_checkpoint, list_component_commands
+from int8run.tasks.inspect_gguf import inspect_gguf
 from int8run.tasks.inspect_image import PNG, inspect_image
 from int8run.tasks.inspect_lora import ADAPTER_TYPES, Header, describe_lora
 from int8run.tasks.inspect_pipeline import inspect_pipeline, is_pipeline_folder
 from int8run.tasks.inspect_prompts import inspect_prompts, inspects_prompts
-from int8run.utils.paths import expand_path
+from int8run.utils.paths import GGUF, expand_path
 from int8run.utils.plurals import count_noun
 
 MAX_KEY_LENGTH = 60  # of a header's entry
@@ -39,7 +41,7 @@ PACKED_SUFFIX = ".qweight"
 
 
 def inspect_file(location: str, declared: DeclaredFormat = UNDECLARED) -> FileDescription:
-    """Describe a safetensors file, a checkpoint in several files, a pipeline, an image of ours, or prompts.
+    """Describe a file with weights, a checkpoint in several files, a pipeline, an image of ours, or prompts.
 
     Args:
         location: a file, a folder with the files of one checkpoint or with a pipeline, a folder with a LoRA
@@ -56,6 +58,8 @@ def inspect_file(location: str, declared: DeclaredFormat = UNDECLARED) -> FileDe
         return inspect_image(path)
     if inspects_prompts(path):
         return inspect_prompts(path)
+    if path.suffix.lower() == GGUF or begins_like_gguf(path):
+        return inspect_gguf(path, declared)
     return inspect_single_file(path, declared)
 
 

@@ -12,6 +12,8 @@ from pathlib import Path, PurePosixPath
 from PIL import Image
 
 from int8run import __version__
+from int8run.checkpoints.checkpoint_files import read_file_content
+from int8run.checkpoints.gguf_files import count_types
 from int8run.config.job import Job
 from int8run.config.run_spec import RunSpec
 from int8run.models.resolve_weights import CONFIG_NAME
@@ -21,7 +23,7 @@ from int8run.tasks.base_license import find_base_license
 from int8run.tasks.file_description import format_list_setting
 from int8run.tasks.model_facts import describe_model, name_method, name_model
 from int8run.tracking.secrets import mask_secret_settings
-from int8run.utils.paths import SAFETENSORS, expand_path
+from int8run.utils.paths import GGUF, SAFETENSORS, expand_path, to_local_path
 from int8run.utils.text import quote_for_shell
 
 log = logging.getLogger(__name__)
@@ -90,7 +92,7 @@ def write_card(
         license_name=found.name,
         license_origin=found.origin,
         files=[CardFile(name_saved(path, card), path.stat().st_size) for path in files],
-        made=describe_making(spec, metrics, is_run=is_measured),
+        made=[*describe_gguf_base(spec.model.location), *describe_making(spec, metrics, is_run=is_measured)],
         command=format_command(job),
         metrics=metrics if is_measured else {},
         num_samples=compared.num_samples,
@@ -130,6 +132,26 @@ def name_base(location: str) -> str:
     if is_hub_id and not expand_path(location).exists():
         return location
     return name_model(location)
+
+
+def describe_gguf_base(location: str | Mapping[str, str] | None) -> list[tuple[str, str]]:
+    """What a card says of a base that is a GGUF file, as name and text; nothing of another base.
+
+    Args:
+        location: as `model.location` names it.
+    """
+    locations = location.values() if isinstance(location, Mapping) else [location]
+    described = []
+    for path in map(to_local_path, map(str, locations)):
+        if path.suffix.lower() != GGUF:
+            continue
+        types = ""
+        if path.is_file():  # one on the hub is said without
+            counts = count_types((info.dtype, info.form) for info in read_file_content(path).infos)
+            types = f" ({', '.join(f'{count} × {name}' for name, count in counts.most_common())})"
+        text = f"{path.name}{types}: what GGUF's rounding lost is not in the numbers below"
+        described.append(("weights of the base", text))
+    return described
 
 
 def describe_making(spec: RunSpec, metrics: Mapping[str, float], *, is_run: bool) -> list[tuple[str, str]]:

@@ -36,8 +36,10 @@ from int8run.tasks.quantize_common import (
     collect_metrics,
     count_bytes,
     count_megabytes,
+    describe_source,
     hash_checkpoint,
     is_folder,
+    log_dequantized_source,
     merge_metadata,
     print_read_and_written,
     report_result,
@@ -72,6 +74,7 @@ def quantize_file(spec: RunSpec, job: Job, component: str | None) -> dict[str, f
             download_side_files(location, spec.model.revision)
         plan = plan_file(spec, job, source, files, outlier)
         print_header(spec, source, plan)
+        log_dequantized_source(files)
         bytes_written = write_file(spec, source, plan)
         bytes_read = count_bytes(files)
     metrics = collect_metrics(
@@ -198,7 +201,7 @@ def build_metadata(
         "model": spec.model.location,
         "revision": spec.model.revision,
         "source": {
-            "files": [file.name for file in files.files],
+            **describe_source(files),
             "sha256": hash_checkpoint(files),
             "sha256_of": f"keys, dtypes, shapes and the first {HASHED_BYTES} bytes of every tensor",
         },

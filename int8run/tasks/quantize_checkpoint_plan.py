@@ -256,7 +256,7 @@ def count_kept_weights(targets: Sequence[Target], layers: Mapping[str, Checkpoin
             continue
         for part in target.parts:
             layer = layers.get(part.key.removesuffix(WEIGHT))
-            if layer is not None and layer.granularity:
+            if layer is not None and layer.is_dequantized:
                 count += 1
                 break
     return count

@@ -14,6 +14,7 @@ import torch
 from rich.text import Text
 
 from int8run.checkpoints.data_hash import add_placeholder
+from int8run.checkpoints.gguf_files import KEPT_PREFIX, count_types
 from int8run.checkpoints.kept_dtype import KeptDtype
 from int8run.checkpoints.provenance import PROVENANCE_KEY
 from int8run.checkpoints.quant_metadata import METADATA_KEY
@@ -96,13 +97,37 @@ def hash_checkpoint(files: TensorFiles) -> str:
     return digest.hexdigest()
 
 
+def describe_source(files: TensorFiles) -> dict[str, object]:
+    """What the new file says of the source: its files, and of a GGUF file the types of its tensors."""
+    source: dict[str, object] = {"files": [file.name for file in files.files]}
+    if any(info.has_blocks for info in files.values()):
+        types = count_types((info.dtype, info.form) for info in files.values())
+        source["gguf_types"] = dict(types.most_common())
+    return source
+
+
+def log_dequantized_source(files: TensorFiles) -> None:
+    """Log that the numbers of a GGUF file are quantized ones; nothing of another file."""
+    labels = Counter(info.form.label for info in files.values() if info.form is not None and info.has_blocks)
+    if labels:
+        log.warning(
+            "%s: %s in GGUF's blocks, dequantized and rounded once more; what they lost when the file was "
+            "made is in no number of this task",
+            files.path,
+            ", ".join(f"{count_noun(count, 'tensor')} {name}" for name, count in labels.most_common()),
+        )
+
+
 def merge_metadata(source: Mapping[str, str], provenance: Mapping[str, object]) -> dict[str, str]:
     """Return the metadata of the new file: that of the source, and how the file was made.
 
     What the source says of its own quantized layers and of how it was made is left out, because it no
-    longer holds.
+    longer holds; so is what a GGUF file says of itself.
     """
-    kept = {key: text for key, text in source.items() if key not in (PROVENANCE_KEY, METADATA_KEY)}
+    kept = {}
+    for key, text in source.items():
+        if key not in (PROVENANCE_KEY, METADATA_KEY) and not key.startswith(KEPT_PREFIX):
+            kept[key] = text
     return {"format": "pt", **kept, PROVENANCE_KEY: json.dumps(add_placeholder(provenance))}
 
 

@@ -35,6 +35,7 @@ from int8run.tasks.quantize_common import (
     collect_metrics,
     count_bytes,
     count_megabytes,
+    describe_source,
     hash_checkpoint,
     is_folder,
     merge_metadata,
@@ -278,7 +279,7 @@ def build_metadata(weights: EncoderFile, spec: RunSpec, plans: Sequence[LayerPla
         "model": str(spec.model.location),
         "revision": spec.model.revision,
         "source": {
-            "files": [file.name for file in weights.files.files],
+            **describe_source(weights.files),
             "sha256": hash_checkpoint(weights.files),
         },
         "encoder": weights.encoder.name,

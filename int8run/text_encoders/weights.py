@@ -16,7 +16,7 @@ from int8run.checkpoints.comfy_int8 import WEIGHT
 from int8run.checkpoints.declared_format import AUTO, DeclaredFormat
 from int8run.checkpoints.detect import is_scaled_fp8_marker, read_layers
 from int8run.checkpoints.header import FLOATS, FP8
-from int8run.checkpoints.layer import FLOAT
+from int8run.checkpoints.layer import FLOAT, GGUF
 from int8run.checkpoints.provenance import read_provenance
 from int8run.checkpoints.quant_metadata import METADATA_KEY
 from int8run.checkpoints.reader import TensorFiles
@@ -72,7 +72,7 @@ class EncoderWeights(Protocol):
 
 
 class EncoderFile:
-    """A safetensors file, or a folder of them, opened: only headers, markers and scales have been read.
+    """A safetensors or GGUF file, or a folder, opened: only headers, markers and scales have been read.
 
     Args:
         path: a file, its index, or a folder.
@@ -183,13 +183,14 @@ class EncoderFile:
         requested, counts = self.declared.quant_format, self.format_counts
         if requested == AUTO or fits_declared(counts, self.declared):
             return
-        if not counts:
+        held = ", ".join(f"{count_noun(count, 'layer')} {name}" for name, count in counts.items())
+        if all(layer.storage_dtype in (FLOAT, GGUF) for layer in self.layers.values()):
+            content = f"GGUF's {held}, which are read as floats" if counts else "no quantized layer"
             raise ConfigError(
-                f"{self.where} holds no quantized layer, and {requested} was asked for; "
+                f"{self.where} holds {content}, and {requested} was asked for; "
                 f"`int8run task=quantize task.component=text_encoder clip={requested} "
                 "model.location=FILE save=NEW` quantizes it"
             )
-        held = ", ".join(f"{count_noun(count, 'layer')} {name}" for name, count in counts.items())
         raise ConfigError(
             f"{self.where} holds {held}, and {requested} was asked for; "
             "clip=auto (quant_format in a program) takes what there is"

@@ -15,6 +15,7 @@ CACHE_NAME = "int8run"
 ASSETS_FOLDER = Path(__file__).parents[1] / "assets"
 SHIPPED_PREFIX = "shipped:"  # what is inside this package: `shipped:tiny`
 SAFETENSORS = ".safetensors"  # the suffix of checkpoints and LoRAs
+GGUF = ".gguf"  # of checkpoints of ComfyUI-GGUF and llama.cpp, which are read and not written
 # reading from one of these may never end
 SPECIAL_FILES = (
     (stat.S_ISFIFO, "a pipe"),

@@ -203,6 +203,7 @@ LIBRARIES = {
     "pyarrow": {"generate"},
     "triton": {"kernels"},
     "comfy_kitchen": {"backends"},
+    "gguf": {"checkpoints"},
     "av": {"generate"},
     "rich": {"cli", "jobs", "report", "tasks"},
     "peft": set(),

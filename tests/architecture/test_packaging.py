@@ -61,6 +61,7 @@ def test_the_dependencies_are_what_the_package_imports() -> None:
         project["dependencies"]
         + extras["triton"]
         + extras["comfy-kitchen"]
+        + extras["gguf"]
         + extras["perceptual"]
         + extras["cvvdp"]
         + extras["sets"]

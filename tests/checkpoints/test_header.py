@@ -213,8 +213,7 @@ OTHER_FILES = {
     "cut in its length": (lambda folder: write_file(folder, b"", b"", 0), "or it is cut off"),
     "gguf": (
         lambda folder: write_file(folder, VALID, length=int.from_bytes(b"GGUF\3", "little")),
-        "but a GGUF file, which ComfyUI-GGUF, or diffusers with gguf can read and int8run cannot; take the "
-        ".safetensors",
+        "but a GGUF file, which int8run reads as model.location=, clip.path= and task.base=",
     ),
 }
 

@@ -118,13 +118,9 @@ def test_malformed_config_is_an_error(tmp_path, text):
         resolve_weights(str(folder))
 
 
-@pytest.mark.parametrize("name", ["x.gguf", "x.ckpt", "x.pt", "x.pth", "X.BIN"])
+@pytest.mark.parametrize("name", ["x.ckpt", "x.pt", "x.pth", "X.BIN"])
 def test_unsupported_file_format_is_an_error(name):
-    words = (
-        "a GGUF file; ComfyUI-GGUF"
-        if name == "x.gguf"
-        else "a pickled file, which can run code when opened; convert it to"
-    )
+    words = "a pickled file, which can run code when opened; convert it to"
     with pytest.raises(ConfigError, match=rf"^model\.location={name} is {words} "):
         resolve_weights(name)
 
@@ -147,10 +143,11 @@ def test_a_file_that_is_no_checkpoint_is_an_error_whatever_its_name(tmp_path):
     image.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(20))
 
     with pytest.raises(
-        ConfigError, match=r"cat\.png is not a \.safetensors file; name one, a diffusers folder"
+        ConfigError,
+        match=r"cat\.png is neither a \.safetensors nor a \.gguf file; name one, a diffusers folder",
     ):
         resolve_weights(str(image))
-    with pytest.raises(ConfigError, match=r"cat\.png is not a \.safetensors file"):
+    with pytest.raises(ConfigError, match=r"cat\.png is neither a \.safetensors nor a \.gguf file"):
         read_source_index(ModelSource(str(image), "tiny", Sampling(), base="org/repository"))
 
 

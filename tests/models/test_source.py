@@ -294,14 +294,11 @@ def test_pickled_file_is_an_error(name: str, hub: dict[str, Any]) -> None:
     assert not hub["files"]
 
 
-def test_unsupported_format_error_names_what_reads_it() -> None:
+def test_gguf_file_is_a_denoiser_alone() -> None:
     with pytest.raises(
-        ConfigError,
-        match=r"^model\.location=m\.gguf is a GGUF file; ComfyUI-GGUF and diffusers' GGUFQuantizationConfig",
+        ConfigError, match=r"^model\.location=m\.gguf holds a denoiser alone; set model\.base="
     ):
         resolve_model(make_source("m.gguf"))
-    with pytest.raises(ConfigError, match=r"^model\.location=b\.gguf is a GGUF file"):
-        resolve_model(make_source({"transformer": "a.safetensors", "transformer_2": "b.gguf"}))
 
 
 @pytest.mark.parametrize(
