@@ -86,7 +86,7 @@ def main() -> None:
         sys.stderr.write(f"int8run: {make_lines_visible(message)}\n")
         sys.exit(exit_code)
     except KeyboardInterrupt as interrupt:
-        is_sweep = bool({"-m", "--multirun"} & set(sys.argv))
+        is_sweep = bool({"-m", "--multirun", "task=search"} & set(sys.argv))
         hint = "; the same command with resume=true goes on" if is_sweep else ""
         reason, exit_code = "interrupted", EXIT_INTERRUPTED
         if isinstance(interrupt, Terminated):
@@ -164,10 +164,12 @@ def check_and_run() -> None:
     from int8run.config.help import check_flags
     from int8run.config.plugins import add_plugin_options
     from int8run.config.prompt_argument import rewrite_negative_prompt, rewrite_prompt_arguments
+    from int8run.config.recipe import insert_recipe
     from int8run.config.renamed import rename_overrides, report_once
 
     arguments = rewrite_prompt_arguments(rewrite_negative_prompt(sys.argv[1:]))
     check_flags(arguments)
+    arguments = insert_recipe(arguments, print_warning)
     arguments = add_plugin_options(rename_overrides(arguments, report_once()))
     args = get_args_parser().parse_intermixed_args(arguments)
     # hydra reads them there once more
@@ -272,13 +274,18 @@ def claim_output_folder(single: "SingleRun") -> Iterator[None]:
     from omegaconf import read_write
 
     from int8run.jobs.folders import RUN_SETTING, claim_run_folder, resolve_run_folder
+    from int8run.jobs.resume import find_search_folder
 
     if not single.spec.task.recorded:
         yield
         return
     hydra_settings = single.config.hydra
     folder, setting = resolve_run_folder(single.config)
-    with claim_run_folder(folder, setting, print_warning) as claimed:
+    goes_on = False
+    if single.spec.task.makes_runs:
+        place = find_search_folder(single.config, folder)
+        folder, goes_on = place.path, place.goes_on
+    with claim_run_folder(folder, setting, print_warning, goes_on=goes_on) as claimed:
         quoted = QuotedString(str(claimed), Quote.single).with_quotes()
         with read_write(hydra_settings):
             hydra_settings.run.dir = str(claimed)
@@ -334,7 +341,7 @@ def run_job(config: Any, spec: "RunSpec | None" = None) -> float | None:
 
     from int8run.config.compose import create_run_spec
     from int8run.jobs.execute import execute_job
-    from int8run.jobs.job import make_job
+    from int8run.jobs.job import make_job, quiet_console
 
     # again, because a worker's process begins here
     quiet_libraries()
@@ -344,20 +351,6 @@ def run_job(config: Any, spec: "RunSpec | None" = None) -> float | None:
     if job.sweep is not None:
         quiet_console()
     return execute_job(spec or create_run_spec(config), job)
-
-
-def quiet_console() -> None:
-    """Let a sweep's job log to its file alone.
-
-    The parent prints how each job ended, and at the end each warning once.
-    """
-    from rich.logging import RichHandler
-
-    from int8run.report.console import ConsoleHandler
-
-    for handler in logging.getLogger().handlers:
-        if isinstance(handler, ConsoleHandler | RichHandler):
-            handler.setLevel(logging.CRITICAL)
 
 
 if __name__ == "__main__":

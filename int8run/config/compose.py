@@ -112,11 +112,12 @@ def check_command(
     announce_jobs(shared, overrides, jobs, announce)
     if jobs is not None:
         return None
-    if shared.get("resume"):
-        raise ConfigError(
-            "resume=true goes on with a sweep, and this is a single run; add -m, or leave resume out"
-        )
     spec = create_run_spec(shared)
+    if spec.resume and not spec.task.makes_runs:
+        raise ConfigError(
+            "resume=true goes on with a sweep or a search, and this is a single run; add -m, or leave "
+            "resume out"
+        )
     check_named_files(get_plain_config(shared))
     return SingleRun(shared, spec, loader)
 

@@ -31,6 +31,7 @@ OPEN_MAPPINGS = (
     "lora.adapters.*.path",
     "outlier.candidates",
     "backend.candidates",
+    "task.space",
     "hydra.launcher.resources",
     "hydra.launcher.extra",
     "hydra.launcher.runtime_env",

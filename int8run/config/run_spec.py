@@ -39,14 +39,17 @@ INT8_PARTS = {"attention": "INT8 attention", "convolutions": "INT8 convolutions"
 
 
 class Task(Protocol):
-    """What the command does with its settings: run, quantize, inspect, audit, bench or report.
+    """What the command does with its settings: run, quantize, inspect, audit, bench, search or report.
 
-    A recorded task leaves status.json in its output folder; a tracked one is also logged by the tracker. What
-    a task ignores are groups and keys of the command line that change nothing in it.
+    A recorded task leaves status.json in its output folder; a tracked one is also logged by the tracker. One
+    that makes runs starts others beside itself: it goes on with `resume=true`, is no job of a sweep, and
+    `quality_db` is the quality that it looks for. What a task ignores are groups and keys of the command line
+    that change nothing in it.
     """
 
     recorded: ClassVar[bool]
     tracked: ClassVar[bool]
+    makes_runs: ClassVar[bool]
     ignores: ClassVar[frozenset[str]]
 
     def check(self, spec: "RunSpec") -> None:
@@ -175,6 +178,7 @@ class RunSpec:
     progress: bool = field(default=True, metadata=NOTHING)
     resume: bool = field(default=False, metadata=NOTHING)
     sync: str | None = field(default=None, metadata=NOTHING)
+    recipe: str | None = field(default=None, metadata=NOTHING)
     plugins: Sequence[str] = field(default=(), metadata=NOTHING)
 
     def __post_init__(self) -> None:
@@ -196,7 +200,8 @@ class RunSpec:
         self.lora.find_preset(self.model.lora_base)  # raises where two LoRAs bring one
         if self.int8.attention is None:
             # a budget weighs what attention costs; without one a run would lose quality that nobody weighs
-            chosen = FLOAT if self.quality_db is None else AUTO
+            has_budget = self.quality_db is not None and not self.task.makes_runs
+            chosen = AUTO if has_budget else FLOAT
             object.__setattr__(self, "int8", replace(self.int8, attention=chosen))
         self.check_output_type()
         cache = self.cache_steps if self.has_step_cache else None
@@ -242,6 +247,8 @@ class RunSpec:
         """Raise ConfigError unless mixed precision and the quality to reach are set together."""
         if self.quality_db is not None:
             check_range("quality_db", self.quality_db, 0, 200)
+        if self.task.makes_runs:  # it looks for that quality, by whatever means
+            return
         if self.has_mixed_precision != (self.quality_db is not None):
             raise ConfigError(
                 "model_type.mixed_precision=auto keeps layers float until quality_db is met; set both, such "

@@ -48,6 +48,12 @@ def check_jobs(jobs: Sequence[Sequence[str]], configs: Sequence[DictConfig]) -> 
         raise problems[0][1]
     if problems:
         raise SweepError(list_problems(jobs, problems), ConfigError.exit_code)
+    for spec in specs:
+        if spec.task.makes_runs:
+            raise ConfigError(
+                f"task={type(spec.task).__name__.lower()} makes runs of its own and is no job of a sweep; "
+                "leave -m and values with commas out"
+            )
     check_saved_files(specs)
     return specs
 

@@ -57,22 +57,27 @@ def read_unresolved(config: DictConfig, key: str) -> str:
 
 
 @contextmanager
-def claim_run_folder(folder: Path, setting: str, say: Callable[[str], None]) -> Iterator[Path]:
+def claim_run_folder(
+    folder: Path, setting: str, say: Callable[[str], None], *, goes_on: bool = False
+) -> Iterator[Path]:
     """Take the output folder of a single run, for as long as the context is open.
 
     Args:
         folder: absolute path.
         setting: `hydra.run.dir` before it is resolved.
         say: is given a line about what was moved aside.
+        goes_on: whether the search that is there is resumed.
 
     Yields:
-        The folder; it holds nothing but the lock.
+        The folder; unless a search goes on, it holds nothing but the lock.
 
     Raises:
         ConfigError: when another job runs there, or it holds files that are not those of one run.
     """
     claim = FolderClaim(folder, RUN_SETTING, say)
-    if TIME in setting:
+    if goes_on:
+        claim.take_named()
+    elif TIME in setting:
         claim.take_new()
     else:
         claim.take_named()

@@ -1,12 +1,16 @@
 """From a composed config and hydra's part of it to a `Job`, which says where the settings came from."""
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from rich.logging import RichHandler
+
 from int8run.config.compose import get_plain_config
 from int8run.config.job import Job
 from int8run.jobs.manifest import SweepManifest, read_manifest
+from int8run.report.console import ConsoleHandler
 
 
 def make_job(config: Any, hydra_config: Any, output_dir: Path) -> Job:
@@ -50,3 +54,13 @@ def read_sweep_manifest(hydra_config: Any) -> SweepManifest | None:
         return None
     folder = Path(str(hydra_config.sweep.dir))
     return read_manifest(folder) or SweepManifest(folder.name)
+
+
+def quiet_console() -> None:
+    """Let a sweep's job log to its file alone.
+
+    The parent prints how each job ended, and at the end each warning once.
+    """
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, ConsoleHandler | RichHandler):
+            handler.setLevel(logging.CRITICAL)

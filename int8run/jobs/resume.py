@@ -1,9 +1,11 @@
-"""`resume=true`: find the folder of the sweep that goes on.
+"""`resume=true`: find the folder of the sweep or the search that goes on.
 
-Called by the launcher of `jobs.hydra_plugins` before `jobs.plan` looks for finished jobs in that folder.
+Called by the launcher of `jobs.hydra_plugins` before `jobs.plan` looks for finished jobs in that folder, and
+by `cli` for a search.
 Imports nothing heavy: a sweep whose settings are wrong ends before torch is loaded.
 """
 
+import json
 import logging
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,19 +14,25 @@ from typing import Any
 
 from int8run.config.compose import get_plain_config
 from int8run.errors import FileError
+from int8run.jobs.folders import RUN_SETTING
 from int8run.jobs.manifest import MANIFEST_FILE, SweepManifest, is_dated_folder, read_manifest
 from int8run.tracking.run_record import find_records, hash_config
+from int8run.tracking.setting_names import split_override
 
 log = logging.getLogger(__name__)
+SEARCH_FILE = "search.json"  # of a search, in its folder
+# what may change while a search goes on: what is asked of its trials, and how they are shown and kept
+GOAL_SETTINGS = frozenset({"quality_db", "task.minimise", "task.n_trials", "task.batch", "task.confirm"})
+KEPT_ELSEWHERE = frozenset({"resume", "progress", "tracker", "cache"})
 
 
 @dataclass(frozen=True)
 class SweepFolder:
-    """Where a sweep writes to.
+    """Where a sweep or a search writes to.
 
     Args:
         path: absolute.
-        goes_on: whether a sweep that is there is resumed; False: a folder for a new one.
+        goes_on: whether the one that is there is resumed; False: a folder for a new one.
     """
 
     path: Path
@@ -81,3 +89,52 @@ def find_sweeps(root: Path) -> Iterator[tuple[Path, SweepManifest]]:
             continue
         if manifest is not None:
             yield path.parent, manifest
+
+
+# -- a search ----------------------------------------------------------------------------------------
+
+
+def find_search_folder(config: Any, new: Path) -> SweepFolder:
+    """Find the folder that a search writes to.
+
+    Args:
+        config: composed, hydra's part included.
+        new: of a search that begins.
+
+    Returns:
+        A new folder; with `resume=true` that of the newest search of the same command, or the one that the
+            user names.
+    """
+    if not config.get("resume"):
+        return SweepFolder(new, goes_on=False)
+    is_named_by_user = any(word.startswith(f"{RUN_SETTING}=") for word in config.hydra.overrides.hydra)
+    if is_named_by_user:
+        return SweepFolder(new, goes_on=(new / SEARCH_FILE).exists())
+    root = new.parents[1] if is_dated_folder(new) else new.parent
+    command = list_lasting_overrides(list(config.hydra.overrides.task))
+    files = sorted(root.rglob(SEARCH_FILE), key=lambda path: path.stat().st_mtime, reverse=True)
+    for file in files:
+        if read_command(file) == command:
+            return SweepFolder(file.parent, goes_on=True)
+    log.warning("resume=true: no search in %s has these settings; a new one begins", root)
+    return SweepFolder(new, goes_on=False)
+
+
+def list_lasting_overrides(overrides: Sequence[str]) -> list[str]:
+    """The overrides that a search may not change when it goes on, in one order."""
+    lasting = []
+    for override in overrides:
+        key = split_override(override)[0]
+        if key not in GOAL_SETTINGS and key.partition(".")[0] not in KEPT_ELSEWHERE:
+            lasting.append(override)
+    return sorted(lasting)
+
+
+def read_command(file: Path) -> list[str] | None:
+    """The lasting overrides of a search; None, with a warning, where its file is damaged."""
+    try:
+        command: list[str] = json.loads(file.read_text(encoding="utf-8"))["command"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        log.warning("%s is damaged and is left out: %s", file, error)
+        return None
+    return command

@@ -79,6 +79,7 @@ class Point:
         label: stands beside the point; empty: none.
         description: shown when the pointer rests on the point.
         is_on_front: whether it is on the Pareto front.
+        interval: of `y`; None: none is drawn.
     """
 
     x: float
@@ -86,6 +87,7 @@ class Point:
     label: str
     description: str
     is_on_front: bool
+    interval: tuple[float, float] | None = None
 
 
 def draw_speed_quality(
@@ -165,6 +167,8 @@ def draw_dots(axes: Axes, points: Sequence[Point], heights: Sequence[float]) -> 
     """A dot per run, filled where it is on the front; its id lets `to_svg` add a title."""
     for i, (point, y) in enumerate(zip(points, heights, strict=True)):
         edge, face = (SERIES[0], SERIES[0]) if point.is_on_front else (MUTED, "none")
+        if point.interval is not None:
+            axes.vlines(point.x, *point.interval, color=edge, linewidth=1.0, zorder=2)
         (dot,) = axes.plot(
             point.x,
             y,

@@ -3,7 +3,8 @@
 `jobs.execute` calls `execute`. Each class imports its work when it runs, so that composing a config stays
 cheap.
 
-`recorded` is whether a task leaves a record in the output folder, `tracked` whether the tracker copies it.
+`recorded` is whether a task leaves a record in the output folder, `tracked` whether the tracker copies it,
+`makes_runs` whether it starts runs of its own (`search_options` has that one).
 `ignores` are groups and keys of the command line that it does not read: `jobs.execute` says so where they
 are set. `check` is called before a single job has a folder.
 """
@@ -38,6 +39,7 @@ class Run:
 
     recorded: ClassVar[bool] = True
     tracked: ClassVar[bool] = True
+    makes_runs: ClassVar[bool] = False
     ignores: ClassVar[frozenset[str]] = frozenset({"sync"})
 
     def check(self, spec: RunSpec) -> None:
@@ -73,6 +75,7 @@ class Inspect:
 
     recorded: ClassVar[bool] = False
     tracked: ClassVar[bool] = False
+    makes_runs: ClassVar[bool] = False
     ignores: ClassVar[frozenset[str]] = GENERATION | QUANTIZATION | {"sampler", "save", "sync"}
 
     path: str | None = None
@@ -112,6 +115,7 @@ class Bench:
 
     recorded: ClassVar[bool] = True
     tracked: ClassVar[bool] = False
+    makes_runs: ClassVar[bool] = False
     ignores: ClassVar[frozenset[str]] = frozenset(
         {
             "outlier",
@@ -163,6 +167,7 @@ class Quantize:
 
     recorded: ClassVar[bool] = True
     tracked: ClassVar[bool] = False
+    makes_runs: ClassVar[bool] = False
     ignores: ClassVar[frozenset[str]] = GENERATION - {"quality_db"} | {
         "backend",
         "prompts",
@@ -203,6 +208,7 @@ class Audit:
 
     recorded: ClassVar[bool] = True
     tracked: ClassVar[bool] = False
+    makes_runs: ClassVar[bool] = False
     ignores: ClassVar[frozenset[str]] = (
         GENERATION | (QUANTIZATION - {"model_type"}) | {"prompts", "sampler", "cache", "save", "sync"}
     )
@@ -249,6 +255,7 @@ class Report:
 
     recorded: ClassVar[bool] = False
     tracked: ClassVar[bool] = False
+    makes_runs: ClassVar[bool] = False
     ignores: ClassVar[frozenset[str]] = (
         GENERATION | QUANTIZATION | {"model", "prompts", "sampler", "cache", "save"}
     )
@@ -303,6 +310,7 @@ class Publish:
 
     recorded: ClassVar[bool] = False
     tracked: ClassVar[bool] = False
+    makes_runs: ClassVar[bool] = False
     ignores: ClassVar[frozenset[str]] = (
         GENERATION | QUANTIZATION | {"model", "prompts", "sampler", "cache", "save", "sync"}
     )

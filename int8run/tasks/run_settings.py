@@ -28,7 +28,19 @@ from int8run.utils.text import quote_for_shell
 CONF = MODEL_FOLDER.parent
 # of RunSpec: what changes no pixel of an image
 WITHOUT_PIXELS = frozenset(
-    {"task", "metrics", "tracker", "cache", "progress", "resume", "sync", "save", "lora_dir", "offload"}
+    {
+        "task",
+        "metrics",
+        "tracker",
+        "cache",
+        "progress",
+        "resume",
+        "recipe",
+        "sync",
+        "save",
+        "lora_dir",
+        "offload",
+    }
 )
 # of RunSpec: what an image says by facts of its own
 SAID_BY_FACTS = frozenset({"int8", "outlier", "rounding", "backend", "sampler", "prompts", "seed"})

@@ -102,6 +102,7 @@ RULES = {
         "utils",
     },
     "jobs": {"config", "metrics", "report", "tracking", "utils"},
+    "search": {"metrics", "report", "tracking", "utils"},
     "tasks": {
         "audit",
         "backends",
@@ -121,6 +122,7 @@ RULES = {
         "ptq",
         "quant",
         "report",
+        "search",
         "text_encoders",
         "tracking",
         "utils",
@@ -181,6 +183,7 @@ LIBRARIES = {
     "submitit": {"jobs"},
     "joblib": {"jobs"},
     "jinja2": {"report"},
+    "optuna": {"search"},
     "matplotlib": {"report"},
     "psutil": {"jobs", "metrics", "tracking", "utils"},
     "mlflow": {"tracking"},

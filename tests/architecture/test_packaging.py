@@ -69,6 +69,7 @@ def test_the_dependencies_are_what_the_package_imports() -> None:
         + extras["ocr"]
         + extras["ray"]
         + extras["slurm"]
+        + extras["search"]
         + extras["video"]
     )
     names = {re.match(r"[\w-]+", text)[0].lower() for text in declared}

@@ -24,6 +24,7 @@ class FunctionTask:
     function: Callable[[Job], float | None]
     recorded: ClassVar[bool] = True
     tracked: ClassVar[bool] = True
+    makes_runs: ClassVar[bool] = False
     ignores: ClassVar[frozenset[str]] = frozenset({"a", "c.d"})
 
     def execute(self, spec: RunSpec, job: Job) -> float | None:

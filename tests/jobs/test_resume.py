@@ -151,7 +151,9 @@ def test_a_single_run_has_nothing_to_resume(command: Command, model: str) -> Non
     outcome = command(model, *UNTRACKED, "resume=true")
 
     assert outcome.code == 2
-    message = "resume=true goes on with a sweep, and this is a single run; add -m, or leave resume out"
+    message = (
+        "resume=true goes on with a sweep or a search, and this is a single run; add -m, or leave resume out"
+    )
     assert outcome.message == message
     assert command.made() == []
 

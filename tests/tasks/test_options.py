@@ -16,8 +16,9 @@ from int8run.config.run_spec import RunSpec
 from int8run.errors import Int8RunError
 from int8run.layers.plan import Int8Settings
 from int8run.tasks.options import Audit, Bench, Inspect, Quantize, Report, Run
+from int8run.tasks.search_options import Search
 
-TASKS = (Run, Inspect, Audit, Bench, Quantize, Report)
+TASKS = (Run, Inspect, Audit, Bench, Quantize, Report, Search)
 
 
 @pytest.mark.parametrize("task", TASKS)
