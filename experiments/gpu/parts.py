@@ -17,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from grouped import measure_grouped
 from operators import measure_attention, measure_convolutions
 from part_report import ROWS, TIMED_ROUNDS, Report, choose_dtype, shrink
 
@@ -239,6 +240,7 @@ PARTS: Mapping[str, Callable[[str, Report, Sequence[str]], None]] = {
     "compile": compile_tiles,
     "int_mm": profile_int_mm,
     "bandwidth": measure_bandwidth,
+    "grouped": measure_grouped,
     "attention": measure_attention,
     "convolutions": measure_convolutions,
     "offload": measure_offload,

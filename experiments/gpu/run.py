@@ -4,7 +4,8 @@
     python experiments/gpu/run.py --wheels FOLDER       # packages that are missing there lie in FOLDER
     python experiments/gpu/run.py --dry-run             # on a CPU: every step on tiny sizes, no numbers
 
-Each step is a process with a deadline of its own; what it has found is written when it ends or is cut off:
+Each step is a process with a share of the time; all shares together are the nine minutes, and what a step
+leaves of its share goes to the next ones. What it has found is written when it ends or is cut off:
 `results.jsonl` has a line for each step, `table.md` the summary, `home/` the table of the fastest tiles.
 """
 
@@ -29,7 +30,7 @@ from summary import format_summary, judge_targets
 FOLDER = Path(__file__).parent
 REPOSITORY = FOLDER.parents[1]
 MINUTES = 9.0
-DRY_PATIENCE = 4  # how many times as long a step may take in a dry run, on whatever CPU
+DRY_PATIENCE = 4  # how many times as long all may take in a dry run, on whatever CPU
 KILL_SECONDS = 3.0  # of what is left, for a process to end and the summary to be written
 # beside the defaults, on a Hopper GPU; the last part names the kernel that is not Triton's own pipeline
 TILES = (
@@ -55,7 +56,7 @@ class Step:
     Args:
         name: of the step.
         command: the words of its command line.
-        seconds: it is cut off after them.
+        seconds: its share of the time.
         report: the JSON file that it writes; None: its output is all.
         is_needed: whether nothing else makes sense where it fails.
         missing: why it cannot be run here; empty: it can.
@@ -130,20 +131,33 @@ def list_steps(out: Path, device: str, wheels: Path | None, packages: Path) -> l
         model += ["--rounds", "8"]
     product = run_part("product", device, out)
     profiled = ["ncu", "--kernel-name", "regex:int8_linear", "--launch-count", "1", *product]
+    # by worth: what decides first, what explains last
     return [
-        Step("install", install, 60, is_needed=True, missing="" if wheels else "no --wheels"),
-        make_part_step("import", device, out, 45, is_needed=True),
-        make_part_step("compile", device, out, 60, *tiles),
+        Step("install", install, 40, is_needed=True, missing="" if wheels else "no --wheels"),
+        make_part_step("import", device, out, 30, is_needed=True),
+        make_part_step("compile", device, out, 45, *tiles),
         make_test_step(out, is_dry=is_dry),
-        make_part_step("int_mm", device, out, 25),
-        Step("linears", [*linear, "--json", str(out / "linears.json")], 140, out / "linears.json"),
-        make_part_step("bandwidth", device, out, 30),
-        Step("steps", [*model, "--json", str(out / "steps.json")], 170, out / "steps.json"),
-        make_part_step("attention", device, out, 45),
-        make_part_step("convolutions", device, out, 30),
-        make_part_step("offload", device, out, 70),
+        Step("linears", [*linear, "--json", str(out / "linears.json")], 95, out / "linears.json"),
+        make_part_step("grouped", device, out, 35),
+        Step("steps", [*model, "--json", str(out / "steps.json")], 100, out / "steps.json"),
+        make_part_step("attention", device, out, 25),
+        make_part_step("convolutions", device, out, 20),
+        make_part_step("bandwidth", device, out, 15),
+        make_part_step("offload", device, out, 25),
+        make_part_step("int_mm", device, out, 10),
         choose_profiler(profiled, product, is_dry=is_dry),
     ]
+
+
+def share_time(steps: Sequence[Step], seconds: float) -> list[Step]:
+    """The steps with shares that add up to all of the time; one that cannot run has none.
+
+    Args:
+        steps: with shares in proportion.
+        seconds: of all together.
+    """
+    wanted = sum(step.seconds for step in steps if not step.missing)
+    return [replace(step, seconds=0.0 if step.missing else step.seconds * seconds / wanted) for step in steps]
 
 
 def select_steps(steps: Sequence[Step], words: Sequence[str]) -> list[Step]:
@@ -181,15 +195,15 @@ def make_test_step(out: Path, *, is_dry: bool) -> Step:
         command += ["tests/kernels/test_triton_tile.py"]
     else:
         command += ["-m", "gpu", "tests/kernels", "tests/backends"]
-    return Step("exact tests", command, 100, report, package="pytest")
+    return Step("exact tests", command, 85, report, package="pytest")
 
 
 def choose_profiler(profiled: list[str], product: list[str], *, is_dry: bool) -> Step:
     """One product under Nsight Compute; in a dry run alone."""
     if is_dry:
-        return Step("ncu", product, 30)
+        return Step("ncu", product, 12)
     missing = "" if shutil.which("ncu") else "ncu is not installed"
-    return Step("ncu", profiled, 45, missing=missing)
+    return Step("ncu", profiled, 12, missing=missing)
 
 
 def find_missing_package(name: str, environment: Mapping[str, str]) -> str:
@@ -226,19 +240,18 @@ def make_environment(out: Path, packages: Path, scratch: Path) -> dict[str, str]
     }
 
 
-def run_step(step: Step, environment: Mapping[str, str], out: Path, seconds_left: float) -> Result:
+def run_step(step: Step, environment: Mapping[str, str], out: Path, limit: float) -> Result:
     """Run a step until it ends or its deadline is there.
 
     Args:
         step: to run.
         environment: of its process.
         out: has a log for each step.
-        seconds_left: of the whole run.
+        limit: seconds until its deadline.
     """
     missing = step.missing or find_missing_package(step.package, environment)
     if missing:
         return Result(step.name, "skipped", reason=missing)
-    limit = min(step.seconds, seconds_left)
     if limit <= 0:
         return Result(step.name, "skipped", reason="no time was left")
     started = time.perf_counter()
@@ -303,20 +316,22 @@ def read_last_line(log: Path) -> str:
     return lines[-1] if lines else "it said nothing"
 
 
-def run_all(
-    steps: Sequence[Step], environment: Mapping[str, str], out: Path, deadline: float
-) -> list[Result]:
+def run_all(steps: Sequence[Step], environment: Mapping[str, str], out: Path) -> list[Result]:
     """Run steps in turn, and write each result when it is there.
 
+    A step may take its own share and what those before it have left of theirs, so that none takes from those
+    after it.
+
     Args:
-        steps: in order.
+        steps: in order, with shares in seconds.
         environment: of their processes.
         out: where results are written.
-        deadline: of all, by `time.perf_counter`.
     """
     results: list[Result] = []
+    deadline = time.perf_counter()
     for step in steps:
-        result = run_step(step, environment, out, deadline - KILL_SECONDS - time.perf_counter())
+        deadline += step.seconds
+        result = run_step(step, environment, out, deadline - time.perf_counter())
         results.append(result)
         with (out / "results.jsonl").open("a") as lines:
             lines.write(json.dumps(asdict(result)) + "\n")
@@ -330,7 +345,6 @@ def run_all(
 def main() -> None:
     args = parse_arguments()
     minutes = args.minutes * DRY_PATIENCE if args.dry_run else args.minutes
-    deadline = time.perf_counter() + 60 * minutes
     device = "cpu" if args.dry_run else args.device
     out = args.out.absolute()
     (out / "home").mkdir(parents=True, exist_ok=True)
@@ -338,11 +352,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="int8run-gpu-") as scratch:
         packages = Path(scratch) / "packages"
         steps = list_steps(out, device, args.wheels, packages)
-        if args.dry_run:
-            steps = [replace(step, seconds=step.seconds * DRY_PATIENCE) for step in steps]
-        steps = select_steps(steps, args.only)
+        steps = share_time(select_steps(steps, args.only), 60 * minutes - KILL_SECONDS)
         environment = make_environment(out, packages, Path(scratch))
-        results = run_all(steps, environment, out, deadline)
+        results = run_all(steps, environment, out)
 
     found = {result.name: result.found for result in results}
     statuses = {result.name: result.status for result in results}

@@ -10,6 +10,7 @@ BEST_TILE = f"{OURS}, best tile"
 LORA = f"{OURS}, LoRA r64"
 STEP = f"{OURS} compile=blocks"
 LEAST_LINEAR_RATIO, LEAST_STEP_RATIO, MOST_LORA_SHARE = 1.45, 1.25, 0.06
+MOST_GROUPED_RATIO = 1.15
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ def judge_targets(found: Mapping[str, Mapping[str, Any]], statuses: Mapping[str,
         judge_linears(found.get("linears", {})),
         judge_step(found.get("steps", {})),
         judge_lora(found.get("linears", {})),
+        judge_grouped(found.get("grouped", {})),
     ]
 
 
@@ -114,6 +116,20 @@ def judge_lora(report: Mapping[str, Any]) -> Target:
     return Target(name, f"{100 * share:+.1f} %", share <= MOST_LORA_SHARE, "the branch's two products")
 
 
+def judge_grouped(report: Mapping[str, Any]) -> Target:
+    """Weights of 4 and 6 bits: results equal to those of the int8 weight, and the slowest size beside it."""
+    name = f"4 and 6 bits at most {MOST_GROUPED_RATIO}x INT8's time, equal results"
+    rows = report.get("rows", [])
+    if not rows:
+        return Target(name, "", None)
+    slowest = max(rows, key=lambda row: row["ratio"])
+    unequal = [f"{row['bits']} bits {row['size']}" for row in rows if not row["equal"]]
+    found = f"at most {slowest['ratio']:.2f}x ({slowest['bits']} bits {slowest['size']})"
+    if unequal:
+        return Target(name, f"{found}; not equal: {', '.join(unequal)}", is_met=False)
+    return Target(name, found, slowest["ratio"] <= MOST_GROUPED_RATIO, "decoding in each tile")
+
+
 def format_summary(
     steps: Sequence[tuple[str, str, float, str]],
     targets: Sequence[Target],
@@ -143,7 +159,7 @@ def format_summary(
         lines.append(f"| {target.name} | {target.found} | {met} | {limit} |")
     lines += ["", "| step | how it ended | seconds | why |", "|---|---|---|---|"]
     lines += [f"| {name} | {status} | {seconds:.0f} | {reason} |" for name, status, seconds, reason in steps]
-    for name in ("compile", "int_mm", "bandwidth", "attention", "convolutions", "offload"):
+    for name in ("compile", "grouped", "attention", "convolutions", "bandwidth", "offload", "int_mm"):
         rows = found.get(name, {}).get("rows", [])
         if rows:
             lines += ["", f"## {name}", "", *format_rows(rows)]

@@ -38,7 +38,7 @@ from int8run.kernels.grouped_weight.layout import (
     unpack_scales,
 )
 from int8run.kernels.grouped_weight.reference import pack_codes, unpack_codes
-from int8run.kernels.grouped_weight.tile import fit_tile
+from int8run.kernels.grouped_weight.tile import fit_tile, shrink_tile
 from int8run.kernels.hadamard.reference import Rotation
 from int8run.kernels.int8_linear.layouts import MAX_K
 from int8run.kernels.int8_linear.tile import (
@@ -184,14 +184,15 @@ class Triton:
     def pack_grouped_weight(self, weight: GroupedWeight) -> PackedGroups:
         """Codes, scales and the table that decodes them, as `kernels/grouped_weight/layout.py` draws them."""
         n, k = weight.shape
-        device, key = weight.codes.device, (k, n, weight.bits)
+        device, codebook = weight.codes.device, weight.codebook
+        group_scale = pack_scales(weight.group_scale, weight.bits, codebook)
+        key = (k, n, weight.bits, group_scale.dtype)
         # tiles are read here and not in `grouped_linear`, because a compiled graph cannot read a file
         if key not in self.grouped_tiles:
-            self.grouped_tiles[key] = self.load_grouped_tiles(device, k, n, weight.bits)
-        codebook = weight.codebook
+            self.grouped_tiles[key] = self.load_grouped_tiles(device, *key)
         return PackedGroups(
             codes=pack_pieces(unpack_codes(weight.codes, weight.bits), weight.bits),
-            group_scale=pack_scales(weight.group_scale, weight.bits, codebook),
+            group_scale=group_scale,
             codebook=None if codebook is None else codebook.to(device, torch.float32).contiguous(),
             bits=weight.bits,
             group_size=weight.group_size,
@@ -223,6 +224,7 @@ class Triton:
         if rows == 0:
             return x.q.new_empty((0, n), dtype=dtype)
         part = select_branch_part(x, branch, strengths)
+        tiles = self.grouped_tiles[k, n, packed.bits, packed.group_scale.dtype]
         return self.kernels.grouped_linear(
             x.q,
             x.scale,
@@ -232,7 +234,7 @@ class Triton:
             h=part.h,
             up=part.up,
             out_dtype=dtype,
-            tile=self.grouped_tiles[k, n, packed.bits][bisect_left(BUCKETS, rows)],
+            tile=tiles[bisect_left(BUCKETS, rows)],
             strengths=part.strengths,
         )
 
@@ -268,8 +270,8 @@ class Triton:
         return {}
 
     @cached_property
-    def grouped_tiles(self) -> dict[tuple[int, int, int], tuple[Tile, ...]]:
-        """For each (K, N, bits) packed so far, a tile per bucket of rows."""
+    def grouped_tiles(self) -> dict[tuple[int, int, int, torch.dtype], tuple[Tile, ...]]:
+        """For each (K, N, bits, dtype of scales) packed so far, a tile per bucket of rows."""
         return {}
 
     def open_autotune_cache(self, device: torch.device) -> AutotuneCache:
@@ -281,11 +283,18 @@ class Triton:
         """A tile for each bucket of rows: the measured one, else the default of this GPU."""
         return load_tiles(self.open_autotune_cache(device), get_gpu_architecture(device), k, n)
 
-    def load_grouped_tiles(self, device: torch.device, k: int, n: int, bits: int) -> tuple[Tile, ...]:
+    def load_grouped_tiles(
+        self, device: torch.device, k: int, n: int, bits: int, scale_dtype: torch.dtype
+    ) -> tuple[Tile, ...]:
         """The same for weights of 4 or 6 bits; where the config names a tile, it alone, in whole spans."""
         if self.tile is not None:
-            return (fit_tile(self.tile, bits),) * len(BUCKETS)
-        return load_grouped_tiles(self.open_autotune_cache(device), get_gpu_architecture(device), k, n, bits)
+            tiles = (fit_tile(self.tile, bits),) * len(BUCKETS)
+        else:
+            architecture = get_gpu_architecture(device)
+            tiles = load_grouped_tiles(self.open_autotune_cache(device), architecture, k, n, bits)
+        if scale_dtype == torch.float32:
+            return tuple(shrink_tile(tile, bits) for tile in tiles)
+        return tiles
 
     def tune(self, timer: Timer, shape: Shape) -> None:
         """Time every candidate tile and keep the fastest of those that can run.

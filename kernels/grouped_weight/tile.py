@@ -29,9 +29,14 @@ _AMPERE = (
 )
 # products wait for each other; two programs on one multiprocessor fill each other's waits
 _HOPPER = (*_AMPERE[:3], Tile(block_m=256, block_n=64, block_k=64, group_m=8, warps=4, stages=4))
+_SM_103 = (Tile(block_m=16, block_n=64, block_k=128, group_m=1, warps=4, stages=4), *_AMPERE[1:])
 _BLACKWELL = (*_AMPERE[:3], Tile(block_m=256, block_n=64, block_k=128, group_m=8, warps=8, stages=3))
-# of 6 bits, 256 rows spill beside four pieces of a step
-_SIX_BITS = (*_AMPERE[:3], Tile(block_m=128, block_n=128, block_k=128, group_m=8, warps=8, stages=3))
+# with 6 bits a step has four pieces: more rows or longer steps spill
+_SIX_BITS = (
+    Tile(block_m=16, block_n=64, block_k=128, group_m=1, warps=4, stages=5),
+    *_AMPERE[1:3],
+    _AMPERE[2],
+)
 _CDNA = (
     Tile(block_m=16, block_n=64, block_k=256, group_m=1, warps=4, stages=2),
     Tile(block_m=64, block_n=64, block_k=128, group_m=8, warps=4, stages=2),
@@ -49,7 +54,7 @@ _AMD_DEFAULTS = {
     "gfx942": _CDNA,
     **dict.fromkeys(("gfx1100", "gfx1101", "gfx1102", "gfx1200", "gfx1201"), _RDNA),
 }
-_NVIDIA_DEFAULTS = {"sm_90": _HOPPER, "sm_100": _BLACKWELL}
+_NVIDIA_DEFAULTS = {"sm_90": _HOPPER, "sm_100": _BLACKWELL, "sm_103": _SM_103}
 
 # bucket -> block_m, block_n and warps that a tuner tries
 _CANDIDATE_SHAPES = {
@@ -89,6 +94,15 @@ def fit_tile(tile: Tile, bits: int) -> Tile:
     if portable.block_k >= span:
         return portable
     return replace(portable, block_k=span, stages=min(portable.stages, 3))
+
+
+def shrink_tile(tile: Tile, bits: int) -> Tile:
+    """A tile for scales of float32, whose levels and products would spill in a tile of full size."""
+    if tile.block_k > count_span_columns(bits):
+        return replace(tile, block_k=tile.block_k // 2)
+    if tile.block_m >= 128:
+        return replace(tile, block_m=tile.block_m // 2)
+    return tile
 
 
 def list_grouped_candidates(architecture: str, rows: int, bits: int) -> list[Tile]:

@@ -8,7 +8,7 @@ import torch
 from support.exact_kernels import list_hopper_tiles
 
 from int8run.kernels.grouped_weight import kernel as grouped
-from int8run.kernels.grouped_weight.tile import choose_grouped_tile
+from int8run.kernels.grouped_weight.tile import choose_grouped_tile, shrink_tile
 from int8run.kernels.int8_attention import kernel as attention
 from int8run.kernels.int8_attention.tile import AttentionTile, choose_attention_tile, pad_width
 from int8run.kernels.int8_conv import kernel as convolution
@@ -398,7 +398,7 @@ def grouped_builds(architecture: str) -> Iterator[Build]:
             if rows in (FEW_ROWS, MANY_ROWS):
                 yield grouped_build(architecture, tile, bits, rank=64)
                 yield grouped_build(architecture, tile, bits, group=64)
-                yield grouped_build(architecture, tile, bits, is_float=True)
+                yield grouped_build(architecture, shrink_tile(tile, bits), bits, is_float=True)
                 yield grouped_build(architecture, tile, bits, even=False)
 
 
