@@ -49,12 +49,14 @@ class CacheCalls:
         num_calls: of one image, for each prompt that guidance has.
         ratios: for `magcache`: how much larger each step's residual is than that of the step before.
         is_batched: whether one call has the prompt and the negative one in a batch.
+        output_format: dimensions of the output, by diffusers' letters.
     """
 
     position: StepPosition
     num_calls: int
     ratios: Sequence[float] = ()
     is_batched: bool = False
+    output_format: str = "BCHW"
 
 
 class StepCache(Protocol):
@@ -64,13 +66,15 @@ class StepCache(Protocol):
         models: which models have it: `int8`, or `both`, where the float model with it is measured, too.
         split: whether the model without it generates, too, which splits the loss.
 
-    `skips` is BLOCKS or ATTENTION, `hooks_denoiser` whether one of its hooks is on the denoiser itself.
+    `skips` is BLOCKS or ATTENTION, `hooks_denoiser` whether one of its hooks is on the denoiser itself, and
+    `needs_equal_blocks` whether all blocks must return as many tensors.
     """
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
     name: ClassVar[str]
     skips: ClassVar[str]
     hooks_denoiser: ClassVar[bool]
+    needs_equal_blocks: ClassVar[bool]
 
     @property
     def models(self) -> str:
@@ -80,6 +84,11 @@ class StepCache(Protocol):
     @property
     def split(self) -> bool:
         """Whether the model without it generates, too."""
+        ...
+
+    @property
+    def num_calibration_prompts(self) -> int:
+        """How many images are generated to measure `CacheCalls.ratios`; 0: it needs none."""
         ...
 
     def check_steps(self, num_steps: int) -> None:
@@ -106,6 +115,12 @@ class StepCacheSettings:
     models: str = INT8_MODEL
     split: bool = True
     hooks_denoiser: ClassVar[bool] = False
+    needs_equal_blocks: ClassVar[bool] = False
+
+    @property
+    def num_calibration_prompts(self) -> int:
+        """It needs none."""
+        return 0
 
     def __post_init__(self) -> None:
         check_choice("cache_steps.models", self.models, (INT8_MODEL, BOTH_MODELS))
@@ -119,8 +134,10 @@ class NoStepCache:
     name: ClassVar[str] = NONE
     skips: ClassVar[str] = ""
     hooks_denoiser: ClassVar[bool] = False
+    needs_equal_blocks: ClassVar[bool] = False
     models: str = field(default=INT8_MODEL, init=False)
     split: bool = field(default=False, init=False)
+    num_calibration_prompts: ClassVar[int] = 0
 
     def check_steps(self, num_steps: int) -> None:
         """Any number will do."""
@@ -149,7 +166,26 @@ def check_computed_steps(described: str, num_computed: int, num_steps: int) -> N
     """
     if num_computed >= num_steps:
         raise ConfigError(
-            f"{described} computes the first {num_computed} steps in any case, and the sampler has "
-            f"{num_steps}: nothing could be skipped; compute fewer of them, take more sampler.steps, or "
-            "leave cache_steps out"
+            f"{described} computes {num_computed} steps in any case, of {num_steps}: nothing could be "
+            "skipped; compute fewer of them, take more sampler.steps, or leave cache_steps out"
         )
+
+
+def check_timesteps(name: str, limits: object) -> tuple[int, int]:
+    """Two timesteps, the smaller first.
+
+    Args:
+        name: of the setting.
+        limits: what it was set to.
+
+    Raises:
+        ConfigError: for anything else.
+    """
+    numbers = tuple(limits) if isinstance(limits, Sequence) and not isinstance(limits, str) else ()
+    are_whole = all(isinstance(number, int) and not isinstance(number, bool) for number in numbers)
+    if len(numbers) == 2 and are_whole and -1 <= numbers[0] < numbers[1] <= TIMESTEPS + 1:
+        return numbers
+    raise ConfigError(
+        f"{name} is {limits!r}; give two whole numbers from -1 to {TIMESTEPS + 1}, the smaller first: "
+        "between these timesteps steps are skipped"
+    )

@@ -26,6 +26,7 @@ class FirstBlock(StepCacheSettings):
     threshold: float = 0.1
     name: ClassVar[str] = "first_block"
     skips: ClassVar[str] = BLOCKS
+    needs_equal_blocks: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -52,6 +52,7 @@ from int8run.pipeline.prequantized import (
 )
 from int8run.pipeline.provenance import build_cache_key, list_baked_loras
 from int8run.pipeline.quantize_attention import count_step, plan_attentions
+from int8run.pipeline.step_cache_fit import check_modules
 from int8run.pipeline.step_settings import (
     select_attention_settings,
     select_load_settings,
@@ -121,7 +122,9 @@ def build_model(
         built.controlnets = list_float_controlnets(loaded)
     install_candidate(built, spec)
     built.seconds = {"load": model.load_seconds, "quantize": time.perf_counter() - started}
-    compile_denoisers(built.denoisers, spec.compile, has_hooks=spec.offload != "none")
+    compile_denoisers(
+        built.denoisers, spec.compile, has_hooks=spec.offload != "none", takes_hooks=spec.has_step_cache
+    )
     report_uncompiled([controlnet.component for controlnet in built.controlnets], spec.compile)
     return built
 
@@ -203,16 +206,18 @@ def begin_built_model(
 def check_given_files(
     spec: RunSpec, entries: Sequence[Entry], build_skeletons: Callable[[], Mapping[str, nn.Module]]
 ) -> None:
-    """Refuse an `int8.checkpoint` or a LoRA that is for another model, before the weights are read.
+    """Refuse a checkpoint or a LoRA that is for another model, and a step cache, before weights are read.
 
     Args:
         spec: the settings of the run.
         entries: the LoRAs.
         build_skeletons: the denoisers without weights, by component.
     """
-    if spec.int8.checkpoint is None and not entries:
+    if spec.int8.checkpoint is None and not entries and not spec.has_step_cache:
         return
     skeletons = build_skeletons()
+    if spec.has_step_cache:
+        check_modules(spec.cache_steps, skeletons)
     if spec.int8.checkpoint is not None:
         check_checkpoint_fits(spec.int8.checkpoint, skeletons, spec.model)
     check_loras_fit(entries, skeletons)

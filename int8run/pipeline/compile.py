@@ -18,22 +18,40 @@ from int8run.models.dual_denoisers import split_denoiser
 log = logging.getLogger(__name__)
 
 
-def compile_denoisers(denoisers: Mapping[str, nn.Module], mode: str, *, has_hooks: bool) -> None:
+def compile_denoisers(
+    denoisers: Mapping[str, nn.Module], mode: str, *, has_hooks: bool, takes_hooks: bool = False
+) -> None:
     """Compile all denoisers, float and INT8 alike, by torch.compile.
 
     Args:
         denoisers: by what generates with them.
         mode: `none`, `blocks` (the repeated blocks), `full` or `reduce-overhead` (full, by CUDA graphs).
         has_hooks: whether hooks move their blocks to the GPU, which are not compiled and part the graph.
+        takes_hooks: whether hooks will be put around blocks, as a step cache does; they stay outside the
+            graphs then, which are compiled once whether the hooks are there or not.
     """
     parts: list[Any] = [part for whole in denoisers.values() for part in split_denoiser(whole).values()]
     for part in dict.fromkeys(parts):  # with quantized text encoders alone both denoisers are one
-        if mode == "blocks":
+        if mode == "blocks" and takes_hooks:
+            compile_inside_hooks(part, fullgraph=not has_hooks)
+        elif mode == "blocks":
             part.compile_repeated_blocks(fullgraph=not has_hooks)
         elif mode == "full":
             part.compile(fullgraph=not has_hooks)
         elif mode == REDUCE_OVERHEAD:
             compile_to_cuda_graphs(part)
+
+
+def compile_inside_hooks(part: Any, *, fullgraph: bool) -> None:
+    """Compile what the repeated blocks of a denoiser compute, and not how they are called.
+
+    Args:
+        part: a denoiser of diffusers.
+        fullgraph: whether a block must become one graph.
+    """
+    for module in part.modules():
+        if type(module).__name__ in part._repeated_blocks:
+            module.forward = torch.compile(module.forward, fullgraph=fullgraph)
 
 
 def report_uncompiled(components: Iterable[str], mode: str) -> None:

@@ -7,11 +7,12 @@ which prompt it has, also where the pipeline does not; and what computes is coun
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 from diffusers.hooks import HookRegistry
+from diffusers.hooks._common import _ALL_TRANSFORMER_BLOCK_IDENTIFIERS
 from diffusers.hooks.hooks import CacheContext, StateManager
 from torch import nn
 
@@ -133,6 +134,7 @@ class CachedPart:
         macs: Mapping[str, int],
         look: Callable[[], None],
     ):
+        self.prefix = prefix
         self.part = part
         self.calls = calls
         self.look = look
@@ -199,12 +201,29 @@ class CachedPart:
             skipped += hook.num_skipped * macs
         return self.num_calls * self.macs, skipped
 
+    def read_ratios(self) -> dict[str, list[float]]:
+        """What `magcache` has measured in this call so far, by the name of the prompt."""
+        found = {}
+        for manager in self.managers:
+            for name, state in manager._state_cache.items():
+                found[name] = list(getattr(state, "calibration_ratios", ()))
+        return found
+
     def remove(self) -> None:
         """Take the cache off."""
         self.handle.remove()
         for hook in reversed(self.hooks):
             hook.remove()
         forget_children(self.part)
+
+
+def list_blocks(denoiser: nn.Module) -> list[nn.Module]:
+    """The repeated blocks of a denoiser that diffusers' caches look for, in their order."""
+    blocks: list[nn.Module] = []
+    for name, module in denoiser.named_children():
+        if name in _ALL_TRANSFORMER_BLOCK_IDENTIFIERS and isinstance(module, nn.ModuleList):
+            blocks += module
+    return blocks
 
 
 def list_state_managers(hooks: Sequence[CountedHook]) -> list[StateManager]:
@@ -249,19 +268,24 @@ class CacheSwitch:
         pipe: the pipeline.
         denoiser: a single one, or two as one module.
         cache: the settings.
+        calls: how the denoiser is called; its position is kept up to date.
         macs: multiply-adds of one call, by the name of the layer.
-        ratios: for `magcache`, by the prefix of the denoiser's layers.
+        ratios: for `magcache`, by the prefix of the denoiser's layers; those of `calls` where there are none.
     """
 
     pipe: Any
     denoiser: nn.Module
     cache: StepCache
-    macs: Mapping[str, int]
-    num_steps: int
+    calls: CacheCalls
+    macs: Mapping[str, int] = field(default_factory=dict)
     ratios: Mapping[str, Sequence[float]] = field(default_factory=dict)
-    position: StepPosition = field(default_factory=StepPosition)
     parts: list[CachedPart] = field(default_factory=list)
     counts: StepCounts = StepCounts()  # noqa: RUF009  # frozen
+
+    @property
+    def position(self) -> StepPosition:
+        """Where in the pipeline's call it is."""
+        return self.calls.position
 
     def start(self) -> None:
         """Put the cache on; nothing is kept of an earlier call."""
@@ -269,7 +293,10 @@ class CacheSwitch:
         self.counts = StepCounts()
         self.position.step = -1
         for prefix, part in split_denoiser(self.denoiser).items():
-            calls = CacheCalls(self.position, self.num_steps, ratios=self.ratios.get(prefix, ()))
+            calls = self.calls
+            if prefix in self.ratios:
+                ratios = self.ratios[prefix]
+                calls = replace(calls, ratios=ratios, num_calls=len(ratios))
             look = partial(read_position, self.pipe, self.position)
             self.parts.append(CachedPart(prefix, part, self.cache, calls, macs=self.macs, look=look))
 

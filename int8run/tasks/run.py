@@ -47,7 +47,7 @@ from int8run.tasks.noise_floor_metrics import (
     compare_with_noise_floor,
     flatten_equivalences,
 )
-from int8run.tasks.run_generation import FLOAT_TIMING, generate_all, list_variants
+from int8run.tasks.run_generation import FLOAT_TIMING, generate_all
 from int8run.tasks.run_inputs import RunInputs, read_headers
 from int8run.tasks.run_logs import (
     log_lora_warnings,
@@ -55,12 +55,14 @@ from int8run.tasks.run_logs import (
     log_unused_negative_prompts,
     print_build,
     print_result,
+    warn_idle_cache,
     warn_scattered_times,
 )
 from int8run.tasks.run_metrics import DenoiserCalls, RunComparison, measure_run
 from int8run.tasks.run_outputs import write_outputs, write_run_card
 from int8run.tasks.start_checks import check_start
 from int8run.tasks.step_cache_metrics import measure_step_cache
+from int8run.tasks.step_cache_setup import list_variants
 from int8run.utils.plurals import count_noun
 
 log = logging.getLogger(__name__)
@@ -145,6 +147,7 @@ def generate_and_measure(spec: RunSpec, job: Job, inputs: RunInputs) -> RunResul
     if baseline is not None:
         inputs.writer.write_all("float", baseline, built.pipe)
     check_latents(generations[spec.candidate], name_candidate(spec))
+    warn_idle_cache(spec, generations[spec.candidate])
     log_rounded(spec, built, inputs.samples, generations[spec.candidate])
     comparison = make_comparison(spec, inputs.samples, generations, baseline, is_float_timed=is_float_timed)
 

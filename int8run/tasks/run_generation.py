@@ -22,15 +22,13 @@ from int8run.metrics.memory import read_peak_bytes, reset_peak_memory
 from int8run.models.sampling import Sampling, drop_schedule
 from int8run.pipeline import process_cache
 from int8run.pipeline.built_model import BuiltModel
-from int8run.pipeline.step_cache import CacheSwitch, StepCaches
+from int8run.pipeline.step_cache import StepCaches
 from int8run.tasks.run_inputs import RunInputs
+from int8run.tasks.step_cache_setup import list_variants, make_step_caches
 
 log = logging.getLogger(__name__)
 
 WARM_UP_STEPS = 2
-# names of generations beside those of the float model and of the candidate, where that has a step cache
-INT8_WITHOUT_CACHE = "int8_without_cache"
-FLOAT_WITH_CACHE = "float_with_cache"
 WARM_UP_SCHEDULE = ((0.0, FLOAT), (0.5, INT8))  # where both denoisers share the steps: one for each
 FLOAT_TIMING = "float_timing"  # name of a generation that only times the float model
 TIMING_STEPS = 4  # of each batch; the first one is not counted
@@ -64,7 +62,7 @@ def generate_all(spec: RunSpec, built: BuiltModel, inputs: RunInputs) -> dict[st
     denoisers = {name: built.denoisers[name] for name in names}
     variants = list_variants(spec)
     denoisers |= {name: built.denoisers[owner] for name, owner in variants.items()}
-    caches = StepCaches(make_step_caches(spec, built))
+    caches = StepCaches(make_step_caches(spec, built, inputs))
     with caches.removed_at_end():
         run_warm_up(spec, built, denoisers, inputs.get_first_batch(spec), caches)
         generations = generate_in_turn(
@@ -78,35 +76,6 @@ def generate_all(spec: RunSpec, built: BuiltModel, inputs: RunInputs) -> dict[st
     if "float" in generations:
         process_cache.put(images_key, generations["float"], generations["float"].nbytes)
     return generations
-
-
-def list_variants(spec: RunSpec) -> dict[str, str]:
-    """What generates besides both models where the INT8 one has a step cache, and which model that is."""
-    variants = {}
-    if spec.splits_loss:
-        variants[INT8_WITHOUT_CACHE] = "int8"
-    if spec.has_cached_float:
-        variants[FLOAT_WITH_CACHE] = "float"
-    return variants
-
-
-def make_step_caches(spec: RunSpec, built: BuiltModel) -> dict[str, CacheSwitch]:
-    """The step cache of each model that has one, by the name of its generation."""
-    if not spec.has_step_cache:
-        return {}
-    names = {spec.candidate: spec.candidate}
-    if spec.has_cached_float:
-        names[FLOAT_WITH_CACHE] = "float"
-    return {
-        name: CacheSwitch(
-            built.pipe,
-            built.denoisers[owner],
-            spec.cache_steps,
-            macs=built.macs,
-            num_steps=spec.sampling.steps or 0,
-        )
-        for name, owner in names.items()
-    }
 
 
 def generate_in_turn(

@@ -93,6 +93,18 @@ def log_unused_negative_prompts(spec: RunSpec, built: BuiltModel, samples: Seque
         log.warning("%s", unused)
 
 
+def warn_idle_cache(spec: RunSpec, generation: Generation) -> None:
+    """Log that a step cache has skipped nothing."""
+    counts = generation.step_counts
+    if counts is not None and not counts.skipped:
+        log.warning(
+            "cache_steps=%s skipped none of %d steps: they change by more than its settings allow; "
+            "int8run --help cache_steps lists them",
+            spec.cache_steps.name,
+            counts.computed,
+        )
+
+
 def warn_scattered_times(metrics: Mapping[str, float]) -> None:
     """Log that speeds say little, where steps of one model took very different times."""
     if has_scattered_times(metrics):

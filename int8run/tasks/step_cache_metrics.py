@@ -11,7 +11,7 @@ from int8run.generate.generate import Generation
 from int8run.metrics.names import STEPS_SKIPPED_SHARE
 from int8run.metrics.quality import compute_mean, compute_sample_psnr
 from int8run.metrics.speed import average_step_ms
-from int8run.tasks.run_generation import FLOAT_WITH_CACHE, INT8_WITHOUT_CACHE
+from int8run.tasks.step_cache_setup import FLOAT_WITH_CACHE, INT8_WITHOUT_CACHE
 
 
 def measure_step_cache(

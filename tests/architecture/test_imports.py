@@ -143,7 +143,7 @@ CONCRETE = {
         "convolution",
         "row_decoder",
     },
-    "cache_steps": {"base"},
+    "cache_steps": {"base", "blocks", "latents", "registry"},
     "outlier": {"base", "auto"},  # `outlier=auto` is a choice among the others
     "tracking": {"base", "process_identity", "run_record", "secrets", "setting_names"},
 }  # folder -> modules that are none
