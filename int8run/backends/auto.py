@@ -19,8 +19,9 @@ from int8run.backends.base import Backend, LayerTimes, Limits, Shape, describe_s
 from int8run.backends.float import Float, TimedFloat
 from int8run.backends.float_comparison import FloatComparison, compare_times, parse_comparison
 from int8run.backends.layer_timer import LayerTimer
-from int8run.backends.result_check import find_wrong_result
+from int8run.backends.result_check import find_wrong_grouped_result, find_wrong_result
 from int8run.errors import BackendError, ConfigError, check_range
+from int8run.quant.grouped_rounding import GroupLayout
 from int8run.utils.paths import expand_path
 
 log = logging.getLogger(__name__)
@@ -142,9 +143,9 @@ class BackendChooser:
     last_resort: Backend | None = None
     times_float: bool = False
     left_out: dict[str, str] = field(default_factory=dict, init=False)
-    _choices: dict[Shape, LayerChoice] = field(default_factory=dict, init=False)
-    # by name of a backend and in_features: why it computes nothing useful; None: it does
-    _faults: dict[tuple[str, int], str | None] = field(default_factory=dict, init=False)
+    _choices: dict[tuple[Shape, GroupLayout | None], LayerChoice] = field(default_factory=dict, init=False)
+    # by name of a backend, in_features and layout: why it computes nothing useful; None: it does
+    _faults: dict[tuple[str, int, GroupLayout | None], str | None] = field(default_factory=dict, init=False)
 
     @property
     def device(self) -> torch.device:
@@ -164,43 +165,58 @@ class BackendChooser:
         """
         return self.choose_layer((rows, in_features, out_features)).backend
 
-    def choose_layer(self, shape: Shape) -> LayerChoice:
+    def choose_layer(self, shape: Shape, layout: GroupLayout | None = None) -> LayerChoice:
         """The fastest correct backend for a shape, and how it compares with the float layer.
+
+        Args:
+            shape: rows, in_features and out_features.
+            layout: of a weight with 4 or 6 bits, which is not compared with float: it is wanted for its
+                memory. None: the weight has 8 bits.
 
         Raises:
             BackendError: when no candidate computes the right numbers and there is no last resort.
         """
-        if shape not in self._choices:
-            self._choices[shape] = self._find_choice(shape)
-        return self._choices[shape]
+        key = (shape, layout)
+        if key not in self._choices:
+            self._choices[key] = self._find_choice(shape, layout)
+        return self._choices[key]
 
-    def _find_choice(self, shape: Shape) -> LayerChoice:
+    def _find_choice(self, shape: Shape, layout: GroupLayout | None) -> LayerChoice:
         """Read a choice that was measured before, or measure it."""
         _, in_features, out_features = shape
         supported = self.supported_backends(in_features, out_features)
-        correct = {backend.name: backend for backend in self.select_correct(supported, in_features)}
-        faults = self.list_faults(supported, in_features)
+        correct = {backend.name: backend for backend in self.select_correct(supported, in_features, layout)}
+        faults = self.list_faults(supported, in_features, layout)
         if not correct:
             correct = self._take_last_resort(shape)
-            if not self.times_float:
+            if not self.compares_float(layout):
                 return LayerChoice(next(iter(correct.values())), failures=faults)
-        found = parse_choice(self.cache.get(choice_key(correct, shape)), correct)
-        if not self.is_complete(found):
-            found = self.measure_choice(correct, shape)
+        found = parse_choice(self.cache.get(choice_key(correct, shape, layout)), correct)
+        if not self.is_complete(found, layout):
+            found = self.measure_choice(correct, shape, layout)
         return replace(found, failures={**faults, **found.failures})
 
-    def is_complete(self, choice: LayerChoice | None) -> TypeGuard[LayerChoice]:
+    def compares_float(self, layout: GroupLayout | None) -> bool:
+        """Whether the float layer takes part for such weights."""
+        return self.times_float and layout is None
+
+    def is_complete(
+        self, choice: LayerChoice | None, layout: GroupLayout | None = None
+    ) -> TypeGuard[LayerChoice]:
         """Whether a choice of the autotune cache says all that is asked of this chooser."""
         if choice is None:
             return False
-        return choice.comparison.speedup is not None or not self.times_float
+        return choice.comparison.speedup is not None or not self.compares_float(layout)
 
-    def measure_choice(self, backends: Mapping[str, Backend], shape: Shape) -> LayerChoice:
+    def measure_choice(
+        self, backends: Mapping[str, Backend], shape: Shape, layout: GroupLayout | None = None
+    ) -> LayerChoice:
         """Time backends on a shape, and remember the fastest where the times can be trusted.
 
         Args:
             backends: that compute the right numbers, by name; one alone is timed only beside float.
             shape: rows, in_features and out_features.
+            layout: as for `choose_layer`.
 
         Raises:
             BackendError: when none can run the shape and there is no last resort.
@@ -208,9 +224,9 @@ class BackendChooser:
         if not self.timer.n_measured:
             log.info("timing the backends on this machine, once for each layer shape")
         timed: dict[str, Backend] = dict(backends)
-        if self.times_float:
+        if self.compares_float(layout):
             timed[Float.name] = self.float_layer
-        times = self.timer.measure(timed, shape)
+        times = self.timer.measure(timed, shape, layout)
         self.note_failures(times.failures)
         int8_seconds = {name: times.seconds[name] for name in backends if name in times.seconds}
         if not int8_seconds:
@@ -221,7 +237,7 @@ class BackendChooser:
             # times of a busy machine may pick a backend, but take no layer out of INT8
             return LayerChoice(backends[fastest], failures=times.failures)
         choice = compare_with_float(times, backends[fastest], Float.name)
-        kept = self.save_choice([backends[name] for name in int8_seconds], shape, choice)
+        kept = self.save_choice([backends[name] for name in int8_seconds], shape, choice, layout)
         return replace(kept, failures=times.failures)
 
     def _take_last_resort(self, shape: Shape) -> dict[str, Backend]:
@@ -237,15 +253,22 @@ class BackendChooser:
             b for b in self.candidates if not b.limits.unsupported_layer_reasons(in_features, out_features)
         ]
 
-    def save_choice(self, candidates: Sequence[Backend], shape: Shape, choice: LayerChoice) -> LayerChoice:
+    def save_choice(
+        self,
+        candidates: Sequence[Backend],
+        shape: Shape,
+        choice: LayerChoice,
+        layout: GroupLayout | None = None,
+    ) -> LayerChoice:
         """Keep the best of some candidates for a shape.
 
         Returns:
             What counts: another process may have measured the shape meanwhile, and both are to run alike.
         """
         by_name = {backend.name: backend for backend in candidates}
-        kept = parse_choice(self.cache.put(choice_key(by_name, shape), format_choice(choice)), by_name)
-        return kept if self.is_complete(kept) else choice
+        key = choice_key(by_name, shape, layout)
+        kept = parse_choice(self.cache.put(key, format_choice(choice)), by_name)
+        return kept if self.is_complete(kept, layout) else choice
 
     def measured_float_rows(self, in_features: int, out_features: int) -> int | None:
         """Up to how many rows `task=bench` found float to be faster; None where it was not measured."""
@@ -254,23 +277,29 @@ class BackendChooser:
             return None
         return int(found)
 
-    def select_correct(self, backends: Iterable[Backend], in_features: int) -> list[Backend]:
+    def select_correct(
+        self, backends: Iterable[Backend], in_features: int, layout: GroupLayout | None = None
+    ) -> list[Backend]:
         """The backends that compute the right numbers; the others are named in the log with the reason."""
-        return [b for b in backends if self.is_correct(b, in_features)]
+        return [b for b in backends if self.is_correct(b, in_features, layout)]
 
-    def is_correct(self, backend: Backend, in_features: int) -> bool:
-        """Whether products come out right. Each backend is checked once for each width."""
-        key = (backend.name, in_features)
+    def is_correct(self, backend: Backend, in_features: int, layout: GroupLayout | None = None) -> bool:
+        """Whether products come out right. Each backend is checked once for each width and layout."""
+        key = (backend.name, in_features, layout)
         if key not in self._faults:
             fault = find_wrong_result(backend, in_features, self.device, self.timer.dtype)
+            if fault is None and layout is not None:
+                fault = find_wrong_grouped_result(backend, in_features, layout, self.device, self.timer.dtype)
             self._faults[key] = fault
             if fault is not None:
                 self.note_failures({backend.name: fault})
         return self._faults[key] is None
 
-    def list_faults(self, backends: Iterable[Backend], in_features: int) -> dict[str, str]:
+    def list_faults(
+        self, backends: Iterable[Backend], in_features: int, layout: GroupLayout | None = None
+    ) -> dict[str, str]:
         """Why some of these backends were found to be of no use at this width, by name."""
-        faults = {backend.name: self._faults.get((backend.name, in_features)) for backend in backends}
+        faults = {b.name: self._faults.get((b.name, in_features, layout)) for b in backends}
         return {name: fault for name, fault in faults.items() if fault is not None}
 
     def note_failures(self, failures: Mapping[str, str]) -> None:
@@ -300,10 +329,11 @@ def compare_with_float(times: LayerTimes, backend: Backend, float_name: str) -> 
     return LayerChoice(backend, comparison)
 
 
-def choice_key(candidates: Mapping[str, Backend], shape: Shape) -> str:
-    """The key of a choice in the autotune cache: the candidates with their settings, and the shape."""
+def choice_key(candidates: Mapping[str, Backend], shape: Shape, layout: GroupLayout | None = None) -> str:
+    """The key of a choice in the autotune cache: the candidates with their settings, shape and bits."""
     described = [describe_settings(candidates[name]) for name in sorted(candidates)]
-    return f"{','.join(described)} | {'x'.join(map(str, shape))}"
+    key = f"{','.join(described)} | {'x'.join(map(str, shape))}"
+    return key if layout is None else f"{key} | {layout.label}"
 
 
 def format_choice(choice: LayerChoice) -> str:

@@ -13,8 +13,11 @@ from torch import Tensor
 
 from int8run.backends.base import Backend, LayerTimes, Shape, run_plain_layer
 from int8run.backends.float import TimedFloat
+from int8run.backends.row_decoder import choose_multiplier, run_grouped_layer
 from int8run.backends.run_errors import describe_run_error, find_run_failure, has_lost_device, list_run_errors
-from int8run.quant.weight import QuantizedWeight, quantize_weight
+from int8run.quant.grouped_rounding import GroupLayout, draw_grouped_weight
+from int8run.quant.grouped_weight import GroupedWeight, LayerWeight
+from int8run.quant.weight import quantize_weight
 from int8run.utils.timing import is_steady, read_clock, time_in_turns
 
 # what takes this many times as long as the fastest is timed once: it is out of the race, and some float
@@ -33,7 +36,7 @@ class RandomLayer:
         x: float32 [M, K].
     """
 
-    weight: QuantizedWeight
+    weight: LayerWeight
     bias: Tensor
     x: Tensor
     _inputs: dict[torch.dtype, Tensor] = field(default_factory=dict)
@@ -45,16 +48,27 @@ class RandomLayer:
         return self._inputs[dtype]
 
 
-def draw_layer(shape: Shape, device: torch.device) -> RandomLayer:
-    """Draw a layer on the device, the same one at each call."""
+def draw_layer(shape: Shape, device: torch.device, layout: GroupLayout | None = None) -> RandomLayer:
+    """Draw a layer on the device, the same one at each call.
+
+    Args:
+        shape: rows, in_features and out_features.
+        device: where it is.
+        layout: of a weight with 4 or 6 bits; None: it has 8.
+    """
     rows, in_features, out_features = shape
     generator = torch.Generator(device).manual_seed(0)
 
     def draw(*size: int) -> Tensor:
         return torch.randn(size, generator=generator, device=device)
 
+    weight: LayerWeight
+    if layout is None:
+        weight = quantize_weight(draw(out_features, in_features))
+    else:
+        weight = draw_grouped_weight(out_features, in_features, layout, generator)
     return RandomLayer(
-        weight=quantize_weight(draw(out_features, in_features)),
+        weight=weight,
         bias=draw(out_features),
         x=draw(rows, in_features),
     )
@@ -101,15 +115,18 @@ class LayerTimer:
     n_measured: int = field(default=0, init=False)
 
     @torch.no_grad()
-    def measure(self, backends: Mapping[str, Backend], shape: Shape) -> LayerTimes:
+    def measure(
+        self, backends: Mapping[str, Backend], shape: Shape, layout: GroupLayout | None = None
+    ) -> LayerTimes:
         """Time a layer without transform and branch on each backend.
 
         Args:
             backends: by the name that they have in the result.
             shape: rows, in_features and out_features.
+            layout: of a weight with 4 or 6 bits; None: it has 8.
         """
         self.n_measured += 1
-        layer = draw_layer(shape, self.device)
+        layer = draw_layer(shape, self.device, layout)
         return self.time_attempts({name: self.prepare(backend, layer) for name, backend in backends.items()})
 
     def time_attempts(self, attempts: Mapping[str, Attempt]) -> LayerTimes:
@@ -145,8 +162,13 @@ class LayerTimer:
         attempt = Attempt(run=lambda: None)
 
         def pack_and_run() -> None:
-            packed = backend.pack_weight(layer.weight)
-            attempt.run = partial(run_plain_layer, backend, x, packed, scale, layer.bias)
+            if isinstance(layer.weight, GroupedWeight):
+                multiplier = choose_multiplier(backend, layer.weight)
+                groups = multiplier.pack_grouped_weight(layer.weight)
+                attempt.run = partial(run_grouped_layer, backend, multiplier, x, groups, scale, layer.bias)
+            else:
+                packed = backend.pack_weight(layer.weight)
+                attempt.run = partial(run_plain_layer, backend, x, packed, scale, layer.bias)
             attempt.run()
 
         attempt.failure = find_run_failure(pack_and_run, self.device)

@@ -1,4 +1,4 @@
-"""Whether a backend computes the right numbers on this machine, by two small layers of each width.
+"""Whether a backend computes the right numbers on this machine, by small layers of each width.
 
 `auto` asks before a backend takes part. The reference, on the CPU, says what is right.
 """
@@ -11,11 +11,15 @@ from torch import Tensor
 
 from int8run.backends.base import Backend, run_plain_layer
 from int8run.backends.reference import Reference
+from int8run.backends.row_decoder import RowDecoder, choose_multiplier, run_grouped_layer
 from int8run.backends.run_errors import find_run_failure
+from int8run.quant.grouped_rounding import GroupLayout, draw_grouped_weight
 from int8run.quant.weight import QuantizedWeight
 
 CPU = torch.device("cpu")  # the definition computes in float64, which some GPUs do not have
 ROWS, OUT_FEATURES = 8, 16  # not alike, so that a transposed result has another shape
+# bfloat16 rounds to 0.4 %, and one step of a rounded input is 0.8 % of the largest
+MAX_RANDOM_ERROR = 0.03
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ def make_random_layer(in_features: int, dtype: torch.dtype) -> CheckedLayer:
     return CheckedLayer(
         x=torch.randn(ROWS, in_features, generator=generator).to(dtype),
         weight=QuantizedWeight(qdata, scale),
-        max_error=0.03,  # bfloat16 rounds to 0.4 %, and one step of a rounded input is 0.8 % of the largest
+        max_error=MAX_RANDOM_ERROR,
         fault="its products of random numbers are wrong on this machine",
     )
 
@@ -97,3 +101,40 @@ def find_wrong_result(
         if fault is not None:
             return fault
     return None
+
+
+def find_wrong_grouped_result(
+    backend: Backend, in_features: int, layout: GroupLayout, device: torch.device, dtype: torch.dtype
+) -> str | None:
+    """Why a backend cannot be used for weights of 4 or 6 bits of this width; None: it can.
+
+    Args:
+        backend: to be checked; one that has no product of its own for them is not.
+        in_features: of the layers.
+        layout: bits and group size.
+        device: where they run.
+        dtype: of the model.
+    """
+    generator = torch.Generator().manual_seed(0)
+    weight = draw_grouped_weight(OUT_FEATURES, in_features, layout, generator)
+    on_device = weight.to(device)
+    multiplier = choose_multiplier(backend, on_device)
+    if isinstance(multiplier, RowDecoder):
+        return None
+    x = torch.randn(ROWS, in_features, generator=generator).to(dtype)
+    results: list[Tensor] = []
+
+    def run() -> None:
+        packed, scale = multiplier.pack_grouped_weight(on_device), on_device.scale[:, 0].contiguous()
+        results.append(run_grouped_layer(backend, multiplier, x.to(device), packed, scale, bias=None))
+
+    failure = find_run_failure(run, device)
+    if failure is not None:
+        return failure
+    decoded = weight.decode()
+    expected = run_plain_layer(Reference(), x, decoded.qdata, decoded.scale[:, 0], bias=None).float()
+    found = results[0].float().cpu()
+    is_close = found.shape == expected.shape and bool(
+        (found - expected).abs().max() <= MAX_RANDOM_ERROR * expected.abs().max()
+    )
+    return None if is_close else f"its products with {layout.bits}-bit weights are wrong on this machine"

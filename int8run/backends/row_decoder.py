@@ -120,3 +120,27 @@ def choose_multiplier(backend: Backend, weight: GroupedWeight) -> MultipliesGrou
     if isinstance(backend, MultipliesGroupedWeights) and not backend.unsupported_group_reasons(weight):
         return backend
     return RowDecoder(backend)
+
+
+def run_grouped_layer(
+    backend: Backend,
+    multiplier: MultipliesGroupedWeights,
+    x: Tensor,
+    packed: PackedGroups,
+    w_scale: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    """A whole layer of 4 or 6 bits without transform and branch: quantize x and multiply.
+
+    Args:
+        backend: quantizes the input.
+        multiplier: from `choose_multiplier` of the backend.
+        x: float [M, K].
+        packed: from its `pack_grouped_weight`.
+        w_scale: float32 [N].
+        bias: float32 [N] or None.
+
+    Returns:
+        [M, N] in x's dtype.
+    """
+    return multiplier.grouped_linear(backend.quantize(x), packed, w_scale, dtype=x.dtype, bias=bias)

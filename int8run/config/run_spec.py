@@ -249,6 +249,7 @@ class RunSpec:
             check_range("quality_db", self.quality_db, 0, 200)
         if self.task.makes_runs:  # it looks for that quality, by whatever means
             return
+        self.int8.check_has_budget(has_budget=self.has_mixed_precision)
         if self.has_mixed_precision != (self.quality_db is not None):
             raise ConfigError(
                 "model_type.mixed_precision=auto keeps layers float until quality_db is met; set both, such "
@@ -378,15 +379,7 @@ class RunSpec:
         """The same job with the float model alone."""
         return replace(
             self,
-            int8=replace(
-                self.int8,
-                enable=False,
-                checkpoint=None,
-                attention=FLOAT,
-                convolutions=FLOAT,
-                vae=FLOAT,
-                steps=None,
-            ),
+            int8=self.int8.turn_off(),
             clip=TextEncoders(),
             cache_steps=NoStepCache(),
             save=None,

@@ -10,7 +10,7 @@ quality budget (`int8run.ptq.mixed_precision`), or the file that INT8 layers are
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from math import prod
 
 from torch import nn
@@ -106,12 +106,42 @@ class Int8Settings:
             raise ConfigError(f"int8.bits is {self.bits!r}; choose from {choices}")
         self.list_layouts()  # each checks itself
 
+    def check_has_budget(self, *, has_budget: bool) -> None:
+        """Raise ConfigError where a quality budget is to choose the bits and there is none."""
+        if self.bits == AUTO and not has_budget:
+            raise ConfigError(
+                "int8.bits=auto gives each layer the fewest bits that hold a quality: set it, such as "
+                "model_type.mixed_precision=auto quality_db=40, or set int8.bits=8, 6 or 4"
+            )
+
     def list_layouts(self) -> list[GroupLayout]:
         """How weights of fewer than 8 bits are laid out, by rising bits; none where all have 8."""
         if self.bits == 8:
             return []
         bits = BITS if self.bits == AUTO else (int(self.bits),)
         return [GroupLayout(number, self.group_size) for number in bits]
+
+    @property
+    def leaves_slow_layers_float(self) -> bool:
+        """Whether layers stay float where that is faster: not where bits are chosen, which is for memory."""
+        return self.only_if_faster and self.bits != AUTO
+
+    def turn_off(self) -> "Int8Settings":
+        """The settings of a run with the float model alone."""
+        return replace(
+            self,
+            enable=False,
+            bits=8,
+            checkpoint=None,
+            attention=FLOAT,
+            convolutions=FLOAT,
+            vae=FLOAT,
+            steps=None,
+        )
+
+    def get_layout(self, bits: int) -> GroupLayout | None:
+        """How weights of so many bits are laid out; None: they have 8."""
+        return None if bits == 8 else GroupLayout(bits, self.group_size)
 
     @property
     def fixed_layout(self) -> GroupLayout | None:
@@ -232,6 +262,11 @@ class LayerPlan:
         self.float_reason = ""
         self.instructions = ""
         self.measured.clear()
+
+    def become(self, other: "LayerPlan") -> None:
+        """Take over everything that was decided and measured for another plan of the same layer."""
+        for item in fields(self):
+            setattr(self, item.name, getattr(other, item.name))
 
     def leave_float(self) -> None:
         """Keep a layer float for its `float_reason`, after its integers were made."""

@@ -123,12 +123,29 @@ def compute_layer_metrics(plans: Sequence[LayerPlan]) -> dict[str, float]:
         "quant/layers_float_by_choice": sum(plan.is_float_by_choice for plan in plans),
         "quant/layers_with_backends_left_out": sum(bool(plan.backends_left_out) for plan in plans),
     }
+    metrics |= count_bits(int8_plans)
     for name in ("weight_sqnr_db", "output_sqnr_db"):
         values = [plan.measured[name] for plan in int8_plans if name in plan.measured]
         if values:
             metrics[f"quant/{name}_mean"] = sum(values) / len(values)
             metrics[f"quant/{name}_min"] = min(values)
     return metrics
+
+
+def count_bits(int8_plans: Sequence[LayerPlan]) -> dict[str, float]:
+    """How many layers have weights of 4 and 6 bits, and how many have 8 though fewer were asked for.
+
+    Nothing where all have 8 and nothing else was asked for.
+    """
+    counts = Counter(plan.bits for plan in int8_plans)
+    num_refused = sum(bool(plan.bits_reason) for plan in int8_plans)
+    if not num_refused and set(counts) <= {8}:
+        return {}
+    return {
+        "quant/layers_4_bits": counts[4],
+        "quant/layers_6_bits": counts[6],
+        "quant/layers_without_their_bits": num_refused,
+    }
 
 
 def compute_attention_metrics(plans: Sequence[LayerPlan]) -> dict[str, float]:

@@ -29,11 +29,16 @@ BLOCK_STEP_MS, FLOAT_BLOCK_STEP_MS = "series/block_step_ms", "series/float_block
 # what runs have without being asked
 RUN_METRICS: Mapping[str, Metric] = {
     "budget/asked_db": Metric(NEITHER, "the quality that `quality_db` asks for"),
+    "budget/layers_4_bits": Metric(NEITHER, "layers that it gives 4 bits (`int8.bits=auto`)"),
+    "budget/layers_6_bits": Metric(NEITHER, "the same with 6"),
+    "budget/layers_8_bits": Metric(NEITHER, "the same with 8"),
     "budget/layers_kept": Metric(LESS, "layers and attentions that stay float for it"),
-    "budget/memory_ratio": Metric(LESS, "the denoiser's memory over that with all in INT8"),
+    "budget/memory_ratio": Metric(
+        LESS, "the denoiser's memory over that with all in INT8, at the fewest bits"
+    ),
     "budget/reached_db": Metric(MORE, "the quality with them"),
-    "budget/step_ratio": Metric(LESS, "the time of a step over that with all in INT8"),
-    "budget/without_db": Metric(MORE, "the quality with all in INT8"),
+    "budget/step_ratio": Metric(LESS, "the time of a step over that with all in INT8, at the fewest bits"),
+    "budget/without_db": Metric(MORE, "the quality with all in INT8, at the fewest bits"),
     "build/load_s": Metric(LESS, "seconds to load the model; 0 when an earlier job did"),
     "build/quantize_s": Metric(LESS, "seconds to quantize it; 0 when an earlier job did"),
     "build/read_bytes": Metric(LESS, "what `task=quantize` read"),
@@ -120,6 +125,9 @@ RUN_METRICS: Mapping[str, Metric] = {
     "quant/attention_sqnr_db_mean": Metric(MORE, "SQNR of the INT8 attentions' outputs, mean over modules"),
     "quant/attention_sqnr_db_min": Metric(MORE, "the same of the worst module"),
     "quant/fallback_layers": Metric(LESS, "INT8 layers on another backend, or in float for small batches"),
+    "quant/layers_4_bits": Metric(NEITHER, "INT8 layers whose weights have 4 bits"),
+    "quant/layers_6_bits": Metric(NEITHER, "the same with 6"),
+    "quant/layers_without_their_bits": Metric(LESS, "INT8 layers with 8 bits where fewer were asked for"),
     "quant/layers_float_by_choice": Metric(NEITHER, "layers that could be INT8 and are faster in float"),
     "quant/layers_with_backends_left_out": Metric(LESS, "layers that some backend failed to run here"),
     "quant/layers_float": Metric(LESS, "layers that stay float"),

@@ -20,6 +20,8 @@ from int8run.outlier.base import (
     find_channel_obstacle,
     fit_convolution,
 )
+from int8run.quant.grouped_rounding import GroupLayout
+from int8run.quant.rounding import AbsMax, round_to_bits
 from int8run.quant.weight import quantize_weight, sqnr_db
 
 
@@ -64,7 +66,11 @@ class AutoOutlier:
         check_range("outlier.tolerance_db", self.tolerance_db, 0, 10)
 
     def score_candidates(
-        self, weight: Tensor, statistics: LayerStatistics, cost: Callable[[OutlierTransform], float]
+        self,
+        weight: Tensor,
+        statistics: LayerStatistics,
+        cost: Callable[[OutlierTransform], float],
+        layout: GroupLayout | None = None,
     ) -> dict[str, float]:
         """Output SQNR in dB of every candidate that can take the layer and is not too slow.
 
@@ -72,6 +78,7 @@ class AutoOutlier:
             weight: [N, K].
             statistics: what the calibration saw of the layer.
             cost: time of the layer with a transform over its time without.
+            layout: of a weight that gets 4 or 6 bits; None: it gets 8.
         """
         folds = split_samples(statistics)
         scores = {}
@@ -80,7 +87,7 @@ class AutoOutlier:
                 continue
             if self.max_cost is not None and cost(method.fit(weight, statistics)) > 1 + self.max_cost:
                 continue
-            scores[name] = measure_output_sqnr_db(weight, method, folds)
+            scores[name] = measure_output_sqnr_db(weight, method, folds, layout)
         return scores
 
     def score_conv_candidates(
@@ -170,12 +177,14 @@ def split_samples(statistics: LayerStatistics) -> list[Fold]:
     return folds
 
 
-def measure_output_sqnr_db(weight: Tensor, method: OutlierMethod, folds: Sequence[Fold]) -> float:
-    """Output SQNR of a method over all folds, in dB. weight: [N, K]."""
+def measure_output_sqnr_db(
+    weight: Tensor, method: OutlierMethod, folds: Sequence[Fold], layout: GroupLayout | None = None
+) -> float:
+    """Output SQNR of a method over all folds, in dB. weight: [N, K]; layout: as for `score_candidates`."""
     exact, rounded = [], []
     for fold in folds:
         transform = method.fit(weight, fold.statistics).to(weight.device)
-        exact_output, rounded_output = compute_output_products(weight, transform, fold.sample)
+        exact_output, rounded_output = compute_output_products(weight, transform, fold.sample, layout)
         exact.append(exact_output)
         rounded.append(rounded_output)
     return sqnr_db(torch.cat(exact), torch.cat(rounded))
@@ -207,7 +216,7 @@ def compute_conv_outputs(
 
 
 def compute_output_products(
-    weight: Tensor, transform: OutlierTransform, sample: Tensor
+    weight: Tensor, transform: OutlierTransform, sample: Tensor, layout: GroupLayout | None = None
 ) -> tuple[Tensor, Tensor]:
     """`x @ W.T`, and the same with both sides transformed and rounded; arithmetic in float32.
 
@@ -215,10 +224,11 @@ def compute_output_products(
         weight: [N, K].
         transform: of both sides.
         sample: [S, T, K], the x.
+        layout: as for `score_candidates`.
 
     Returns:
         Two float32 [S, T, N].
     """
     weight, sample = weight.detach().float(), sample.to(weight.device).float()
-    rounded = quantize_weight(transform.transform_weight(weight)).dequantize()
+    rounded = round_to_bits(AbsMax(), transform.transform_weight(weight), None, layout).dequantize()
     return sample @ weight.T, transform.round_input(sample) @ rounded.T

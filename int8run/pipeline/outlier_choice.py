@@ -126,9 +126,10 @@ def score_layers(
             seen = statistics.get(plan.name)
             if seen is not None and plan.is_linear:
                 shape = (layers.rows[plan.name], plan.in_features, plan.out_features)  # M, K, N
-                cost = partial(costs.get_ratio, shape=shape, sharing=num_sharing[plan.name])
+                layout = settings.int8.get_layout(plan.bits)
+                cost = partial(costs.get_ratio, shape=shape, sharing=num_sharing[plan.name], layout=layout)
                 weight = loaded.read_weight(plan.name)  # [N, K]
-                scores[plan.name] = auto.score_candidates(weight, seen, cost)
+                scores[plan.name] = auto.score_candidates(weight, seen, cost, layout)
             elif seen is not None and plan.name in layers.conv_inputs:
                 scores[plan.name] = score_convolution(
                     loaded, plan, auto, statistics=seen, costs=conv_costs, layers=layers

@@ -5,8 +5,9 @@ single steps. The loops over layers are in ptq/. Nothing here knows the settings
 the weights come from: `LoadedModel` reads them.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -15,24 +16,28 @@ from torch import Tensor, nn
 from int8run.layers.assemble import assemble_int8_model
 from int8run.layers.int8_conv import Int8Layer
 from int8run.layers.int8_linear import QuantizedLayer
-from int8run.layers.plan import LayerPlan
-from int8run.layers.plan_summary import select_int8_plans
+from int8run.layers.plan import AUTO, LayerPlan
 from int8run.lora.stack import LoraStack
 from int8run.outlier.auto import AutoOutlier
 from int8run.outlier.base import LayerStatistics, OutlierMethod
 from int8run.pipeline.layer_selection import SelectedLayers, select_layers
 from int8run.pipeline.loaded_model import LoadedModel
-from int8run.pipeline.offload import set_offload
 from int8run.pipeline.outlier_choice import choose_methods
 from int8run.pipeline.prequantized import PrequantizedLayers
+from int8run.pipeline.quality_budget import (
+    BoundLayers,
+    is_from_cache,
+    note_kept_attentions,
+    read_mixed_precision,
+    search_mixed_precision,
+)
 from int8run.pipeline.quantization_settings import QuantizationSettings
 from int8run.pipeline.read_prequantized import read_prequantized_layers
-from int8run.pipeline.step_denoisers import share_with_trials
 from int8run.pipeline.trace_layers import TracedLayers
 from int8run.ptq.bits import assign_bits
 from int8run.ptq.calibration import capture_calibration_calls, collect_layer_statistics
 from int8run.ptq.convolutions import ConvolutionBinder
-from int8run.ptq.mixed_precision import MixedPrecisionResult, MixedPrecisionSearch
+from int8run.ptq.mixed_precision import MixedPrecisionResult
 from int8run.ptq.quantize import (
     build_int8_layers,
     check_backend,
@@ -41,6 +46,9 @@ from int8run.ptq.quantize import (
     quantize_layers,
 )
 from int8run.report.console import Progress
+from int8run.utils.plurals import count_noun
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -105,6 +113,7 @@ def quantize_denoiser(
     )
     check_settings(loaded, layers, settings)
     assign_bits(layers.new, settings.int8.fixed_layout)
+    report_kept_bits(settings, layers)
 
     needs_search = settings.quality_db is not None and not is_from_cache(prequantized)
     calibration = calibrate(loaded, layers, settings, needs_search=needs_search, progress=progress)
@@ -122,9 +131,20 @@ def quantize_denoiser(
     int8_layers = bind_layers(loaded, layers, settings, quantized=quantized, progress=progress)
 
     if needs_search:
-        return search_mixed_precision(
-            loaded, layers, settings, int8_layers=int8_layers, calls=calibration.calls, progress=progress
+        requantize = partial(
+            yield_quantized_layers,
+            loaded,
+            settings=settings,
+            methods=methods,
+            statistics=calibration.statistics,
+            prequantized=None,
+            loras=loras,
         )
+        bound = bind_fewer_bits(loaded, layers, settings, int8_layers, requantize, progress=progress)
+        found = search_mixed_precision(
+            loaded, layers, settings, bound=bound, calls=calibration.calls, progress=progress
+        )
+        return QuantizedDenoiser(*found)
     mixed_precision = read_mixed_precision(prequantized)
     if mixed_precision is not None:
         note_kept_attentions(settings, mixed_precision)
@@ -317,87 +337,52 @@ def bind_layers(
     return {plan.name: made[plan.name] for plan in layers.plans}
 
 
-def search_mixed_precision(
+def bind_fewer_bits(
     loaded: LoadedModel,
     layers: SelectedLayers,
     settings: QuantizationSettings,
-    *,
     int8_layers: Mapping[str, Int8Layer],
-    calls: Sequence[Mapping[str, Any]],
+    requantize: Callable[[SelectedLayers], Iterable[tuple[LayerPlan, QuantizedLayer]]],
+    *,
     progress: Progress,
-) -> QuantizedDenoiser:
-    """Keep the most sensitive layers and attentions float until `quality_db` is met.
+) -> BoundLayers:
+    """With `int8.bits=auto`, every layer also with 4 and 6 bits, where it can have them.
+
+    They are all in memory at once, 1.4 bytes for each weight.
 
     Args:
-        loaded: the float model.
-        layers: those that stay float after all are noted in their plans.
-        settings: the quality, and the images that it is measured on.
-        int8_layers: of all plans, by name.
-        calls: arguments of the denoiser at some timesteps of the calibration images.
-        progress: of the search.
-
-    Raises:
-        ConfigError: when only the float model meets it.
+        loaded: the model.
+        layers: of the denoiser; those that exist already keep their bits.
+        settings: how layers become INT8.
+        int8_layers: with 8 bits, by name.
+        requantize: makes layers with the bits of their plans.
+        progress: of the layers.
     """
-    attentions = settings.attention_layers
-
-    def assemble(names: Sequence[str]) -> nn.Module:
-        kept_int8 = {name: int8_layers[name] for name in names if name in int8_layers}
-        kept_attentions = {name: attentions[name] for name in names if name in attentions}
-        return assemble_int8_model(loaded.denoiser, kept_int8, loaded.family, kept_attentions)
-
-    macs = {attention.plan.name: attention.macs for attention in settings.attentions}
-    for plan in layers.plans:
-        macs[plan.name] = layers.rows[plan.name] * plan.in_features * plan.out_features
-    search = MixedPrecisionSearch(
-        float_denoiser=loaded.denoiser,
-        layers={**int8_layers, **attentions},
-        macs=macs,
-        assemble=assemble,
-        pipe=loaded.pipe,
-        component=loaded.component,
-        offload=partial(set_offload, loaded.pipe, loaded.offload, loaded.device),
-        samples=settings.calibration.samples,
-        sampling=loaded.sampling,
-        calls=calls,
-        target_db=settings.quality_db or 0.0,
-        progress=progress,
-        share_steps=share_with_trials(loaded, settings),
-    )
-    denoiser, result = search.run()
-    for plan in layers.plans:
-        if plan.name in result.kept:
-            plan.skip(describe_budget(result.kept[plan.name]))
-    note_kept_attentions(settings, result)
-    still_int8 = {plan.name: int8_layers[plan.name] for plan in select_int8_plans(layers.plans)}
-    return QuantizedDenoiser(denoiser, still_int8, result)
+    if settings.int8.bits != AUTO:
+        return BoundLayers(int8_layers)
+    fewer_bits, plans_of_fewer = {}, {}
+    for layout in settings.int8.list_layouts():
+        plans = [replace(plan, measured={}) for plan in layers.new]
+        assign_bits(plans, layout)
+        narrow = [plan for plan in plans if plan.bits == layout.bits]
+        selected = replace(layers, plans=narrow, new=narrow, existing=[])
+        fewer_bits[layout.bits] = bind_layers(
+            loaded, selected, settings, quantized=requantize(selected), progress=progress
+        )
+        plans_of_fewer[layout.bits] = {plan.name: plan for plan in narrow}
+    return BoundLayers(int8_layers, fewer_bits, plans_of_fewer)
 
 
-def describe_budget(share: float) -> str:
-    """Why a quality budget keeps a layer float.
-
-    Args:
-        share: of the layer in the sum of all layers' errors, each alone.
-    """
-    return f"quality budget: alone it makes {share:.1%} of all layers' error"
-
-
-def note_kept_attentions(settings: QuantizationSettings, result: MixedPrecisionResult) -> None:
-    """Keep the attentions float that a quality budget has found to be too sensitive."""
-    for attention in settings.attentions:
-        share = result.kept.get(attention.plan.name)
-        if share is not None and attention.layer is not None:
-            attention.leave_float(describe_budget(share))
-
-
-def is_from_cache(prequantized: PrequantizedLayers | None) -> bool:
-    """Whether the layers are those of an earlier run with the same settings, its search included."""
-    return prequantized is not None and prequantized.is_cached
-
-
-def read_mixed_precision(prequantized: PrequantizedLayers | None) -> MixedPrecisionResult | None:
-    """What the search of an earlier run brought, where the layers are that run's; else None."""
-    if prequantized is None or not prequantized.is_cached:
-        return None
-    facts = prequantized.provenance.get("budget")
-    return MixedPrecisionResult(**facts) if facts else None
+def report_kept_bits(settings: QuantizationSettings, layers: SelectedLayers) -> None:
+    """Log what `int8.bits` does not change: layers that exist already, and attention."""
+    bits = settings.int8.bits
+    if bits == 8:
+        return
+    if layers.existing:
+        log.warning(
+            "int8.bits=%s: %s of the file as they are; quantize the float model to have other bits",
+            bits,
+            count_noun(len(layers.existing), "layer", "come"),
+        )
+    if settings.attention_layers:
+        log.info("int8.bits=%s is about weights; attention computes with 8 bits", bits)

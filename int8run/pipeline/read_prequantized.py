@@ -60,6 +60,7 @@ def read_prequantized_layer(
     layer.transform.to(loaded.device)
     weight = layer.weight.to(loaded.device)
     plan.outlier = layer.transform.label
+    plan.bits = weight.bits
     plan.rounding = found.rounding
     return QuantizedLayer(weight, layer.transform, get_layer(loaded.denoiser, plan.name).bias)
 

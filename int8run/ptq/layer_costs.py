@@ -17,10 +17,13 @@ from int8run.backends.autotune_cache import open_cache_of, parse_ratio
 from int8run.backends.base import Backend, describe_settings
 from int8run.backends.convolution import ConvBackend, ConvGeometry
 from int8run.backends.run_errors import find_run_failure
+from int8run.layers.grouped_int8_linear import GroupedInt8Linear, make_int8_linear
 from int8run.layers.int8_conv import Int8Conv, Int8Layer
 from int8run.layers.int8_linear import Int8Linear, QuantizedLayer
 from int8run.layers.low_rank_branch import LowRankBranch
 from int8run.outlier.base import OutlierTransform
+from int8run.quant.grouped_rounding import GroupLayout, draw_grouped_weight
+from int8run.quant.grouped_weight import LayerWeight
 from int8run.quant.weight import quantize_weight
 from int8run.utils.timing import is_steady, time_in_turns
 
@@ -56,6 +59,13 @@ class LayerCosts:
     def random_rows(self, rows: int, in_features: int) -> Tensor:
         """The input of a Linear, [1, M, K], in the dtype of the float model."""
         return self.random_tensor(1, rows, in_features).to(self.dtype)
+
+    def draw_weight(self, rows: int, columns: int, layout: GroupLayout | None) -> LayerWeight:
+        """A random weight [N, K] with the bits of a layout; None: with 8."""
+        if layout is None:
+            return quantize_weight(self.random_tensor(rows, columns))
+        generator = torch.Generator(self.device).manual_seed(0)
+        return draw_grouped_weight(rows, columns, layout, generator)
 
     @torch.no_grad()
     def measure_ratio(self, key: str, plain: Int8Layer, changed: Int8Layer, x: Tensor) -> float:
@@ -99,7 +109,13 @@ class TransformCosts(LayerCosts):
             return None
         return self.backend.make_chooser(self.device, self.dtype)
 
-    def get_ratio(self, transform: OutlierTransform, shape: tuple[int, int, int], sharing: int = 1) -> float:
+    def get_ratio(
+        self,
+        transform: OutlierTransform,
+        shape: tuple[int, int, int],
+        sharing: int = 1,
+        layout: GroupLayout | None = None,
+    ) -> float:
         """The ratio for a layer; it depends on the steps of the transform, not on its numbers.
 
         Args:
@@ -107,13 +123,16 @@ class TransformCosts(LayerCosts):
             shape: rows, in_features and out_features.
             sharing: how many layers read the same tensor. One transform serves them all, unless it centers
                 with factors of a single weight.
+            layout: of a weight with 4 or 6 bits; None: it has 8.
         """
-        extra = self.get_ratio_alone(transform, shape) - 1
+        extra = self.get_ratio_alone(transform, shape, layout) - 1
         if transform.centered:
             return 1 + extra
         return 1 + extra / sharing
 
-    def get_ratio_alone(self, transform: OutlierTransform, shape: tuple[int, int, int]) -> float:
+    def get_ratio_alone(
+        self, transform: OutlierTransform, shape: tuple[int, int, int], layout: GroupLayout | None = None
+    ) -> float:
         """The ratio for a layer that shares its input with no other."""
         steps = describe_transform(transform)
         if not steps:
@@ -121,18 +140,20 @@ class TransformCosts(LayerCosts):
         rows, in_features, out_features = shape
         backend = self.backend
         if self.chooser is not None:
-            backend = self.chooser.choose_backend(rows, in_features, out_features)
+            backend = self.chooser.choose_layer(shape, layout).backend
         key = f"cost of {steps} | {describe_settings(backend)} | {rows}x{in_features}x{out_features}"
+        if layout is not None:
+            key += f" | {layout.label}"
         known = self.look_up(key)
         if known is not None:
             return known
-        weight = quantize_weight(self.random_tensor(out_features, in_features))
+        weight = self.draw_weight(out_features, in_features, layout)
         plain = QuantizedLayer(weight, OutlierTransform(), bias=None)
         changed = QuantizedLayer(weight, transform.to(self.device), bias=None)
         return self.measure_ratio(
             key,
-            Int8Linear(plain, backend, self.dtype),
-            Int8Linear(changed, backend, self.dtype),
+            make_int8_linear(plain, backend, self.dtype),
+            make_int8_linear(changed, backend, self.dtype),
             self.random_rows(rows, in_features),
         )
 
@@ -151,23 +172,34 @@ class BranchCosts(LayerCosts):
         shape = f"{rows}x{layer.in_features}x{layer.out_features}"
         # the backend with its settings, because these change what a branch costs
         key = f"cost of a branch of rank {rank} | {layer.backend!r} | {shape}"
+        layout = find_layout(layer)
+        if layout is not None:
+            key += f" | {layout.label}"
         known = self.look_up(key)
         if known is not None:
             return known
-        weight = quantize_weight(self.random_tensor(layer.out_features, layer.in_features))
+        weight = self.draw_weight(layer.out_features, layer.in_features, layout)
         quantized = QuantizedLayer(weight, OutlierTransform(), bias=None)
-        plain = Int8Linear(quantized, layer.backend, self.dtype)
-        changed = Int8Linear(quantized, layer.backend, self.dtype)
-        changed.adapter = self._make_branch(layer, rank)
+        plain = make_int8_linear(quantized, layer.backend, self.dtype)
+        changed = make_int8_linear(quantized, layer.backend, self.dtype)
+        changed.adapter = self._make_branch(changed, rank)
         return self.measure_ratio(key, plain, changed, self.random_rows(rows, layer.in_features))
 
     def _make_branch(self, layer: Int8Linear, rank: int) -> LowRankBranch:
         lora_A = self.random_tensor(rank, layer.in_features)
         lora_B = self.random_tensor(layer.out_features, rank)
         branch = LowRankBranch([(lora_A, lora_B)], self.dtype, self.device)
-        branch.fuse_into_backend(layer.backend, OutlierTransform())
+        if layer.can_fuse_branch:
+            branch.fuse_into_backend(layer.backend, OutlierTransform())
         branch.set_strengths([1.0])
         return branch
+
+
+def find_layout(layer: Int8Linear) -> GroupLayout | None:
+    """The groups of a layer with 4 or 6 bits; None of one with 8."""
+    if isinstance(layer, GroupedInt8Linear):
+        return GroupLayout(layer.bits, layer.group_size)
+    return None
 
 
 def describe_convolution(layer: Int8Conv, input_shape: Sequence[int]) -> str:

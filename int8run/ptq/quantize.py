@@ -256,11 +256,19 @@ class LayerBackends:
         backend: of the config.
         device: where the layers run.
         only_if_faster: whether `auto` also says where the float layer is faster.
+        group_size: of weights with 4 or 6 bits.
     """
 
-    def __init__(self, backend: Backend, device: torch.device, *, only_if_faster: bool):
+    def __init__(
+        self,
+        backend: Backend,
+        device: torch.device,
+        *,
+        only_if_faster: bool,
+        group_size: int = DEFAULT_GROUP_SIZE,
+    ):
         self.backend, self.device = backend, device
-        self.only_if_faster = only_if_faster
+        self.only_if_faster, self.group_size = only_if_faster, group_size
         self.choosers: dict[torch.dtype, BackendChooser] = {}  # each reads the file of measured choices
 
     def choose_backend(self, plan: LayerPlan, rows: int, dtype: torch.dtype) -> tuple[Backend, int | None]:
@@ -282,9 +290,9 @@ class LayerBackends:
                 self.device, dtype, times_float=self.only_if_faster
             )
         chooser = self.choosers[dtype]
-        choice = chooser.choose_layer((rows, plan.in_features, plan.out_features))
-        # layers of fewer bits are wanted for their memory
-        only_if_faster = self.only_if_faster and plan.bits == 8
+        layout = None if plan.bits == 8 else GroupLayout(plan.bits, self.group_size)
+        choice = chooser.choose_layer((rows, plan.in_features, plan.out_features), layout)
+        only_if_faster = self.only_if_faster and layout is None
         note_choice(plan, choice, rows=rows, only_if_faster=only_if_faster)
         # without only_if_faster nothing asks for the ratio, and one that the cache has from an earlier run
         # must not change what the same config makes of a layer
@@ -357,7 +365,12 @@ def build_int8_layers(
     """
     if device is None:
         device = next(p.device for p in model.parameters() if not p.is_meta)
-    backends = LayerBackends(backend, device, only_if_faster=settings.only_if_faster)
+    backends = LayerBackends(
+        backend,
+        device,
+        only_if_faster=settings.leaves_slow_layers_float,
+        group_size=settings.group_size,
+    )
     matrices: dict[tuple[int, bool], Tensor | None] = {}
     made = {}
     for plan, layer in layers:

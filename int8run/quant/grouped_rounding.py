@@ -14,7 +14,7 @@ from torch import Tensor
 
 from int8run.errors import ConfigError, check_range
 from int8run.kernels.grouped_weight.reference import BITS, INT8_MAX, pack_codes
-from int8run.quant.codebook import choose_codebook
+from int8run.quant.codebook import FIXED_LEVELS, choose_codebook
 from int8run.quant.grouped_weight import GroupedWeight
 
 CHUNK_ELEMENTS = 2**18  # weights that are rounded at a time, which stay in the cache
@@ -54,6 +54,11 @@ class GroupLayout:
                 f"int8.group_size is {self.group_size}; with int8.bits={self.bits} a group has {divisors}a "
                 "multiple of 16 columns"
             )
+
+    @property
+    def label(self) -> str:
+        """For keys and messages: `4 bits in groups of 16`."""
+        return f"{self.bits} bits in groups of {self.group_size}"
 
     @property
     def column_multiple(self) -> int:
@@ -277,4 +282,31 @@ def round_groups_by_output(
         scale=plain.scale,
         bits=layout.bits,
         codebook=levels.codebook,
+    )
+
+
+def draw_grouped_weight(
+    rows: int, columns: int, layout: GroupLayout, generator: torch.Generator
+) -> GroupedWeight:
+    """A weight of random codes, on the generator's device: for measurements, without rounding anything.
+
+    Args:
+        rows: N.
+        columns: K, without an obstacle of the layout.
+        layout: bits and group size.
+        generator: gives the numbers.
+    """
+    device = generator.device
+    codes = torch.randint(1, 2**layout.bits, (rows, columns), generator=generator, device=device)
+    n_groups = columns // layout.group_size
+    share = 0.5 + 0.5 * torch.rand(rows, n_groups, generator=generator, device=device)
+    codebook = torch.tensor(FIXED_LEVELS, device=device) if layout.bits == 4 else None
+    largest = 1.0 if codebook is not None else EVEN_LEVELS
+    row_scale = torch.rand(rows, 1, generator=generator, device=device) + 0.5
+    return GroupedWeight(
+        codes=pack_codes(codes.to(torch.uint8), layout.bits),
+        group_scale=to_scale_dtype(share * INT8_MAX / largest),
+        scale=row_scale / (INT8_MAX * columns**0.5),
+        bits=layout.bits,
+        codebook=codebook,
     )

@@ -1,6 +1,7 @@
 """An int8 weight and how it is made: what rounding methods return, and layers and backends compute with."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ class QuantizedWeight:
 
     qdata: Tensor  # int8 [N, K]
     scale: Tensor  # float32 [N, 1]
+    bits: ClassVar[int] = 8  # of a stored number
 
     @property
     def shape(self) -> tuple[int, int]:

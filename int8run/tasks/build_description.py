@@ -81,8 +81,12 @@ def describe_layers(built: BuiltModel) -> list[tuple[str, object]]:
     macs_share = f"{shares['quant/macs_int8_share']:.1%} of the multiply-adds"
     if by_choice:
         macs_share += f", {by_choice} float by choice"
+    weights: list[tuple[str, object]] = []
+    if any(plan.bits < 8 for plan in int8):
+        weights.append(("weights", format_counts(f"int{plan.bits}" for plan in int8)))
     return [
         ("layers", f"{num_int8}, {macs_share}"),
+        *weights,
         # the method alone, without its parameters
         ("outlier", format_counts(plan.outlier.partition(" ")[0] for plan in int8)),
         ("rounding", format_counts(plan.rounding for plan in int8)),

@@ -699,7 +699,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> None:
     def floats(denoiser):
         return sum(isinstance(m, nn.Linear) for m in denoiser.modules())
 
-    monkeypatch.setattr(budgets, "generate", lambda pipe, component, denoisers, images, sampling: denoisers)
+    monkeypatch.setattr(
+        budgets, "generate", lambda pipe, component, denoisers, images, sampling, **_: denoisers
+    )
     monkeypatch.setattr(budgets, "measure_latents_db", lambda made, exact: 10.0 * floats(made))
     monkeypatch.setattr(
         budgets, "time_medians", lambda calls, device, rounds: [2.0 + floats(call.func) for call in calls]

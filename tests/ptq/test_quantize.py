@@ -346,7 +346,7 @@ class Chooser:
     def __init__(self, speedup: float | None):
         self.speedup = speedup
 
-    def choose_layer(self, shape):
+    def choose_layer(self, shape, layout=None):
         failures = {"triton": "RuntimeError: Failed to find C compiler"}
         return LayerChoice(Reference(), FloatComparison(self.speedup), failures=failures)
 
