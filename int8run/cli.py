@@ -166,10 +166,12 @@ def check_and_run() -> None:
     from int8run.config.prompt_argument import rewrite_negative_prompt, rewrite_prompt_arguments
     from int8run.config.recipe import insert_recipe
     from int8run.config.renamed import rename_overrides, report_once
+    from int8run.config.unquoted_values import quote_keep_blocks
 
     arguments = rewrite_prompt_arguments(rewrite_negative_prompt(sys.argv[1:]))
     check_flags(arguments)
     arguments = insert_recipe(arguments, print_warning)
+    arguments = quote_keep_blocks(arguments)
     arguments = add_plugin_options(rename_overrides(arguments, report_once()))
     args = get_args_parser().parse_intermixed_args(arguments)
     # hydra reads them there once more

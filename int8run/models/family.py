@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from int8run.errors import ConfigError, check_choice, suggest_similar
+from int8run.models.boundary_blocks import normalize_boundary_blocks
 from int8run.models.fingerprint import Fingerprint
 from int8run.models.pipeline_modes import check_pipeline_settings
 from int8run.models.sampling import Sampling
@@ -96,6 +97,7 @@ class ModelFamily:
             denoiser of the same class and the same widths.
         mixed_precision: `none`: the layers of `ignore` stay float; `auto`: and the most sensitive ones, until
             `quality_db` is met.
+        keep_blocks: further blocks that stay float, such as `first:2,last:3`; see `models.boundary_blocks`.
         ignore: rules for Linears that stay float; the first that matches counts.
         same_input: groups of Linears, relative to a block, that read the same tensor: it is quantized once
             for all of them.
@@ -105,6 +107,7 @@ class ModelFamily:
             some Linear, and all that it matches are this wide.
         fingerprints: files whose weights belong to the family.
         blocks: names of the lists of repeated blocks.
+        main_blocks: those of them that the image passes, in their order; empty: all of them.
         lora_prefixes: what LoRA files for it put before the layer names.
         hardware: the smallest that it is useful on, in one sentence.
     """
@@ -113,6 +116,7 @@ class ModelFamily:
     denoisers: Sequence[str] = ()
     pipelines: Sequence[str] = ()
     mixed_precision: str = "none"
+    keep_blocks: str | Mapping[str, int] | None = None
     ignore: Sequence[IgnoreRule] = ()
     same_input: Sequence[Sequence[str]] = ()
     deferred_gelu: Sequence[DeferredGelu] = ()
@@ -120,11 +124,13 @@ class ModelFamily:
     inputs: Mapping[str, int] = field(default_factory=dict)
     fingerprints: Sequence[Fingerprint] = ()
     blocks: Sequence[str] = ()
+    main_blocks: Sequence[str] = ()
     lora_prefixes: Sequence[str] = ()
     hardware: str = ""
 
     def __post_init__(self) -> None:
         check_choice("model_type.mixed_precision", self.mixed_precision, MIXED_PRECISION)
+        object.__setattr__(self, "keep_blocks", normalize_boundary_blocks(self.keep_blocks))
         for name, item_type in ITEM_TYPES.items():
             items = parse_items(item_type, getattr(self, name), f"model_type.{name}")
             object.__setattr__(self, name, items)  # the class is frozen
@@ -277,15 +283,18 @@ class AutoFamily:
 
     Args:
         mixed_precision: as for `ModelFamily`; given to the family that is chosen.
+        keep_blocks: the same.
         families: to choose from; None: all that ship.
     """
 
     mixed_precision: str = "none"
+    keep_blocks: str | Mapping[str, int] | None = None
     families: Mapping[str, ModelFamily] | None = None
     name: str = "auto"
 
     def __post_init__(self) -> None:
         check_choice("model_type.mixed_precision", self.mixed_precision, MIXED_PRECISION)
+        object.__setattr__(self, "keep_blocks", normalize_boundary_blocks(self.keep_blocks))
 
     def resolve_family(
         self,
@@ -307,7 +316,7 @@ class AutoFamily:
         families = load_families() if self.families is None else self.families
         for family in families.values():
             if family.has_member(denoiser, pipeline) and family.find_input_mismatch(linears) is None:
-                return replace(family, mixed_precision=self.mixed_precision)
+                return self.pass_settings(family)
         log.warning(
             "model_type=auto does not know %s; only Linears inside its repeated blocks become INT8, "
             "the first and the last block stay float. Name one with model_type= (%s) or write one, as "
@@ -315,9 +324,12 @@ class AutoFamily:
             denoiser,
             ", ".join(sorted(families)),
         )
-        return replace(
-            build_conservative_family(blocks, [*linears, *convolutions]), mixed_precision=self.mixed_precision
-        )
+        return self.pass_settings(build_conservative_family(blocks, [*linears, *convolutions]))
+
+    def pass_settings(self, family: ModelFamily) -> ModelFamily:
+        """The family with what is set here for whichever is chosen."""
+        keep_blocks = family.keep_blocks if self.keep_blocks is None else self.keep_blocks
+        return replace(family, mixed_precision=self.mixed_precision, keep_blocks=keep_blocks)
 
 
 def build_conservative_family(blocks: Sequence[str], layers: Iterable[str]) -> ModelFamily:

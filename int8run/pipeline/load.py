@@ -22,6 +22,7 @@ from int8run.errors import ConfigError
 from int8run.generate.pipeline_call import find_unknown_arguments
 from int8run.layers.int8_conv import is_convolution
 from int8run.models.attention_calls import find_attention_obstacle
+from int8run.models.block_rules import keep_boundary_blocks
 from int8run.models.denoiser_classes import OWN_DENOISERS, get_denoiser_class
 from int8run.models.dual_denoisers import DualDenoiser
 from int8run.models.family import (
@@ -271,11 +272,12 @@ def prepare_denoisers(pipe: DiffusionPipeline, source: ResolvedModel, attention:
 def resolve_family(
     model_type: ModelFamily | AutoFamily, denoiser: nn.Module, pipeline: str | None = None
 ) -> ModelFamily:
-    """The family of a denoiser; see `AutoFamily.resolve_family`."""
+    """The family of a denoiser, with rules for its `keep_blocks`; see `AutoFamily.resolve_family`."""
     linears = {name: m.in_features for name, m in denoiser.named_modules() if isinstance(m, nn.Linear)}
     convolutions = [name for name, module in denoiser.named_modules() if is_convolution(module)]
     blocks = list_block_prefixes(denoiser)
-    return model_type.resolve_family(type(denoiser).__name__, blocks, linears, pipeline, convolutions)
+    family = model_type.resolve_family(type(denoiser).__name__, blocks, linears, pipeline, convolutions)
+    return keep_boundary_blocks(family, blocks, [*linears, *convolutions])
 
 
 def check_model_family(model: ModelSource, denoiser: str, pipeline: str | None = None) -> None:

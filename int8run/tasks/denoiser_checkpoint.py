@@ -14,6 +14,7 @@ from int8run.checkpoints.detect import get_logical_shapes
 from int8run.checkpoints.layer import CheckpointLayer
 from int8run.checkpoints.reader import TensorFiles
 from int8run.export.stream_plan import keep_own_names
+from int8run.models.block_rules import keep_boundary_blocks
 from int8run.models.detect_family import detect_denoiser
 from int8run.models.family import AutoFamily, ModelFamily, load_families
 from int8run.models.key_mapping import KeyMapping, load_mappings
@@ -107,13 +108,14 @@ def recognize_checkpoint(
     is_original = has_original_names(keys, class_name)
     parameters = map_parameters(keys, class_name, is_original=is_original)
 
+    linears = find_linears(parameters, layers, prefix)
+    blocks = find_repeated_blocks(linears)
     if isinstance(model_type, AutoFamily) and detected is not None:
-        family, _ = detected
+        family = model_type.pass_settings(detected[0])
     else:
-        linears = find_linears(parameters, layers, prefix)
         denoiser = class_name or f"what {source.path.name} holds"
-        blocks = find_repeated_blocks(linears)
         family = model_type.resolve_family(denoiser, blocks, linears, source.pipeline)
+    family = keep_boundary_blocks(family, blocks, linears)
     return DenoiserCheckpoint(
         family=family,
         class_name=class_name,

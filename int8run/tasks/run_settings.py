@@ -49,6 +49,7 @@ MODEL_SAID_BY_FACTS = frozenset({"location", "sampling", "pipeline", "mode", "lo
 # of a LoRA stack: names and strengths are facts; the others change nothing in an image that was generated
 LORA_SAID_BY_FACTS = frozenset({"adapters", "strength", "strict", "insert_triggers"})
 ENCODERS_SAID_BY_FACTS = frozenset({"format"})
+FAMILY_SETTINGS = ("mixed_precision", "keep_blocks", "families")
 NO_SETTINGS = frozenset({"inputs"})  # of the calibration: what the samples bring
 FILE = "file"  # key of a value that stands for a path of the machine, of which an image has the name alone
 
@@ -115,14 +116,16 @@ def describe_family(family: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if family.mixed_precision != "none":
         found["model_type.mixed_precision"] = family.mixed_precision
+    if family.keep_blocks is not None:
+        found["model_type.keep_blocks"] = family.keep_blocks
     if isinstance(family, AutoFamily):
         if family.families is not None:
             found["model_type.families"] = {FILE: "families of a user"}
         return found
     found["model_type"] = family.name
     shipped = load_families().get(family.name)
-    plain = dataclasses.replace(family, mixed_precision="none")
-    if shipped is None or dataclasses.replace(shipped, mixed_precision="none") != plain:
+    plain = dataclasses.replace(family, mixed_precision="none", keep_blocks=None)
+    if shipped is None or dataclasses.replace(shipped, mixed_precision="none", keep_blocks=None) != plain:
         found["model_type"] = {FILE: family.name}
     return found
 
@@ -228,7 +231,7 @@ def list_other_words(settings: object, model_option: Mapping[str, Any]) -> list[
 
 def list_known_keys() -> frozenset[str]:
     """Every key that `list_other_settings` may have."""
-    keys = {*read_own_defaults(), "model_type", "model_type.mixed_precision", "model_type.families"}
+    keys = {*read_own_defaults(), "model_type", *(f"model_type.{name}" for name in FAMILY_SETTINGS)}
     for prefix, settings in (("model", ModelSource), ("lora", LoraSettings), ("clip", TextEncoders)):
         keys |= {f"{prefix}.{field.name}" for field in dataclasses.fields(settings)}
     for option in sorted((CONF / "cache_steps").glob("*.yaml")):

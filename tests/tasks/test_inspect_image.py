@@ -109,6 +109,8 @@ INT8_VALUES = {
     "controlnet": "float",
     "attention": "auto",
     "attention_min_sqnr_db": 12.5,
+    "bits": 4,
+    "group_size": 32,
     "steps": [[0.0, "float"], [0.5, "int8"]],
 }
 NOT_REPEATED = {"checkpoint"}  # a file of one machine; the image says that it is needed

@@ -43,6 +43,7 @@ CHANGES = [
     ["model=tiny_edit", "lora.mode=bake", "lora.max_overhead=0.5"],
     ["clip=int8_rowwise", "clip.kernel_backend=dequantize", "clip.components=[text_encoder_2]"],
     ["model_type=flux"],
+    ["model_type.keep_blocks={first:1,last:2}"],
     ["cache_steps=first_block", "cache_steps.threshold=0.3"],
 ]
 NOT_REPEATED = {"model.base", "model.parts", "clip.path"}  # files: the image says that they are needed
