@@ -459,6 +459,15 @@ class Tunable(Protocol):
         ...
 
 
+@runtime_checkable
+class TunesGroupedWeights(Protocol):
+    """A backend with settings for weights of 4 and 6 bits that `task=bench` chooses for each shape."""
+
+    def tune_grouped(self, timer: Timer, shape: Shape, bits: int) -> None:
+        """Time the settings for a shape and keep the best of those that can run."""
+        ...
+
+
 def run_plain_layer(
     backend: Backend, x: Tensor, packed: Tensor, w_scale: Tensor, bias: Tensor | None
 ) -> Tensor:

@@ -25,8 +25,16 @@ from int8run.backends.base import (
     Shape,
     Timer,
 )
+from int8run.backends.branch_part import select_branch_part
+from int8run.backends.grouped_tuning import find_fastest_choice
 from int8run.backends.tile_check import find_wrong_tile
-from int8run.backends.triton_tiles import check_tile, load_grouped_tiles, load_tiles, tile_key
+from int8run.backends.triton_tiles import (
+    check_tile,
+    grouped_tile_key,
+    load_grouped_tiles,
+    load_tiles,
+    tile_key,
+)
 from int8run.errors import ConfigError
 from int8run.kernels.grouped_weight.layout import (
     GROUP_MULTIPLE,
@@ -64,20 +72,7 @@ class Kernels(NamedTuple):
     quantize_rowwise: Callable[..., tuple[Tensor, Tensor, Tensor | None]]
     int8_linear: Callable[..., Tensor]
     grouped_linear: Callable[..., Tensor]
-
-
-class BranchPart(NamedTuple):
-    """What the product takes of a low-rank branch; None without one.
-
-    Args:
-        h: float32 [M, r], the input times the branch's first factor.
-        up: [N, r], its second factor.
-        strengths: float32 [r].
-    """
-
-    h: Tensor | None = None
-    up: Tensor | None = None
-    strengths: Tensor | None = None
+    decode_weight: Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -105,11 +100,7 @@ class Triton:
     def pack_weight(self, weight: QuantizedWeight) -> Tensor:
         """The integers as they are, [N, K]: one copy, K contiguous for the tensor cores."""
         n, k = weight.qdata.shape
-        if self.tile is not None:
-            check_tile(self.tile, weight.qdata.device)
-        # tiles are read here and not in `linear`, because a compiled graph cannot read a file
-        if self.tile is None and (k, n) not in self.tiles:
-            self.tiles[k, n] = self.load_tiles(weight.qdata.device, k, n)
+        self.prepare_tiles(weight.qdata.device, k, n)
         return weight.qdata.contiguous()
 
     def quantize(
@@ -187,8 +178,8 @@ class Triton:
         device, codebook = weight.codes.device, weight.codebook
         group_scale = pack_scales(weight.group_scale, weight.bits, codebook)
         key = (k, n, weight.bits, group_scale.dtype)
-        # tiles are read here and not in `grouped_linear`, because a compiled graph cannot read a file
         if key not in self.grouped_tiles:
+            self.prepare_tiles(device, k, n)
             self.grouped_tiles[key] = self.load_grouped_tiles(device, *key)
         return PackedGroups(
             codes=pack_pieces(unpack_codes(weight.codes, weight.bits), weight.bits),
@@ -223,18 +214,25 @@ class Triton:
         (rows, k), n = x.q.shape, packed.codes.shape[0]
         if rows == 0:
             return x.q.new_empty((0, n), dtype=dtype)
+        weight = PackedCodes(*packed)
+        bucket = bisect_left(BUCKETS, rows)
+        tile = self.grouped_tiles[k, n, packed.bits, packed.group_scale.dtype][bucket]
+        if tile is None:
+            decoded = self.kernels.decode_weight(weight, k)
+            return self.linear(
+                x, decoded, w_scale, dtype=dtype, bias=bias, branch=branch, strengths=strengths
+            )
         part = select_branch_part(x, branch, strengths)
-        tiles = self.grouped_tiles[k, n, packed.bits, packed.group_scale.dtype]
         return self.kernels.grouped_linear(
             x.q,
             x.scale,
-            PackedCodes(*packed),
+            weight,
             w_scale,
             bias=bias,
             h=part.h,
             up=part.up,
             out_dtype=dtype,
-            tile=tiles[bisect_left(BUCKETS, rows)],
+            tile=tile,
             strengths=part.strengths,
         )
 
@@ -258,11 +256,11 @@ class Triton:
     @cached_property
     def kernels(self) -> "Kernels":
         """The kernels, imported at the first call: machines without a GPU need not have Triton."""
-        from int8run.kernels.grouped_weight.kernel import grouped_linear
+        from int8run.kernels.grouped_weight.kernel import decode_weight, grouped_linear
         from int8run.kernels.int8_linear.kernel import int8_linear
         from int8run.kernels.quantize_rowwise.kernel import quantize_rowwise
 
-        return Kernels(quantize_rowwise, int8_linear, grouped_linear)
+        return Kernels(quantize_rowwise, int8_linear, grouped_linear, decode_weight)
 
     @cached_property
     def tiles(self) -> dict[tuple[int, int], tuple[Tile, ...]]:
@@ -270,9 +268,25 @@ class Triton:
         return {}
 
     @cached_property
-    def grouped_tiles(self) -> dict[tuple[int, int, int, torch.dtype], tuple[Tile, ...]]:
-        """For each (K, N, bits, dtype of scales) packed so far, a tile per bucket of rows."""
+    def grouped_tiles(self) -> dict[tuple[int, int, int, torch.dtype], tuple[Tile | None, ...]]:
+        """For each (K, N, bits, dtype of scales) packed so far, a tile per bucket of rows.
+
+        None: the weight is decoded before the INT8 product, at each call.
+        """
         return {}
+
+    def prepare_tiles(self, device: torch.device, k: int, n: int) -> None:
+        """Check the tile of the config, or find those for a shape, once.
+
+        Not at the product, because a compiled graph cannot read a file.
+
+        Raises:
+            BackendError: for a tile that this GPU cannot run.
+        """
+        if self.tile is not None:
+            check_tile(self.tile, device)
+        elif (k, n) not in self.tiles:
+            self.tiles[k, n] = self.load_tiles(device, k, n)
 
     def open_autotune_cache(self, device: torch.device) -> AutotuneCache:
         """What was measured on this GPU."""
@@ -285,15 +299,16 @@ class Triton:
 
     def load_grouped_tiles(
         self, device: torch.device, k: int, n: int, bits: int, scale_dtype: torch.dtype
-    ) -> tuple[Tile, ...]:
+    ) -> tuple[Tile | None, ...]:
         """The same for weights of 4 or 6 bits; where the config names a tile, it alone, in whole spans."""
+        tiles: tuple[Tile | None, ...]
         if self.tile is not None:
             tiles = (fit_tile(self.tile, bits),) * len(BUCKETS)
         else:
             architecture = get_gpu_architecture(device)
             tiles = load_grouped_tiles(self.open_autotune_cache(device), architecture, k, n, bits)
         if scale_dtype == torch.float32:
-            return tuple(shrink_tile(tile, bits) for tile in tiles)
+            return tuple(tile and shrink_tile(tile, bits) for tile in tiles)
         return tiles
 
     def tune(self, timer: Timer, shape: Shape) -> None:
@@ -316,33 +331,24 @@ class Triton:
                 return
             log.warning("%s is left out: %s", name, mistake)
 
+    def tune_grouped(self, timer: Timer, shape: Shape, bits: int) -> None:
+        """As `tune`, for weights of 4 or 6 bits with scales of a byte, and for decoding them first."""
+        rows, k, n = shape
+        if self.tile is not None or k % GROUP_MULTIPLE:
+            return
+        choice = find_fastest_choice(lambda: replace(self), timer, shape, bits)
+        if choice is None:
+            return
+        self.open_autotune_cache(timer.device).put(grouped_tile_key(rows, k, n, bits), choice)
+        for key in [key for key in self.grouped_tiles if key[:3] == (k, n, bits)]:
+            del self.grouped_tiles[key]
+
     def keep_tile(self, device: torch.device, shape: Shape, tile: Tile) -> None:
         """Remember the fastest tile for a shape on this GPU; layers that are packed from now on use it."""
         rows, in_features, out_features = shape
         fields = ",".join(map(str, tile.as_list()))
         self.open_autotune_cache(device).put(tile_key(rows, in_features, out_features), fields)
         self.tiles.pop((in_features, out_features), None)
-
-
-def select_branch_part(x: QuantizedInput, branch: FusedBranch | None, strengths: Tensor | None) -> BranchPart:
-    """What the product takes of a branch.
-
-    Args:
-        x: from `quantize`, which has multiplied it with the branch's first factor.
-        branch: or None.
-        strengths: float32 [r], one per rank.
-
-    Raises:
-        ValueError: where that product is missing.
-    """
-    if branch is None:
-        return BranchPart()
-    if x.down_product is None:
-        raise ValueError("a branch needs down_product, which quantize(down=branch.down) computes")
-    padding = 0 if strengths is None else branch.up.shape[1] - strengths.shape[0]
-    if strengths is not None and padding:
-        strengths = F.pad(strengths, (0, padding))
-    return BranchPart(x.down_product, branch.up, strengths)
 
 
 def parse_tile(

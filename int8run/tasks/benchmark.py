@@ -6,14 +6,21 @@ finds the number of rows up to which float layers are faster, for `int8.small_ba
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import nn
 
 from int8run.backends.auto import AutoBackend, BackendChooser, compare_with_float
-from int8run.backends.base import Backend, LayerTimes, Shape, Tunable, find_instruction_set
+from int8run.backends.base import (
+    Backend,
+    LayerTimes,
+    Shape,
+    Tunable,
+    TunesGroupedWeights,
+    find_instruction_set,
+)
 from int8run.backends.float import Float, TimedFloat
 from int8run.backends.registry import make_backend
 from int8run.config.job import Job
@@ -70,6 +77,9 @@ def run_benchmark(spec: RunSpec, job: Job, *, rounds: int, rows: int | None) -> 
     parts = PartTimer(spec.backend, chooser.timer, chooser.cache, spec.attention)
 
     result = measure_layers(chooser, shapes.linears, progress)
+    tune_grouped_weights(
+        chooser, shapes.linears, [layout.bits for layout in spec.int8.list_layouts()], progress
+    )
     result = replace(
         result,
         parts=parts.measure(shapes, progress),
@@ -211,6 +221,28 @@ def measure_layers(
     for in_features, out_features in sorted({shape[1:] for shape in layers}):
         float_rows[in_features, out_features] = measure_float_rows(chooser, in_features, out_features)
     return BenchmarkResult(seconds, layers, float_rows, unsteady)
+
+
+def tune_grouped_weights(
+    chooser: BackendChooser, shapes: Iterable[Shape], bits: Sequence[int], progress: Progress
+) -> None:
+    """Let backends find out how they decode weights of 4 and 6 bits fastest.
+
+    Args:
+        chooser: has the backends and the timer.
+        shapes: of the layers.
+        bits: of `int8.bits`; empty: 8.
+        progress: shows the shapes.
+    """
+    tasks = [(shape, number) for shape in sorted(shapes) for number in bits]
+    if not tasks:
+        return
+    with progress.track_loop("Timing weights of few bits", len(tasks)) as advance:
+        for shape, number in tasks:
+            for backend in chooser.supported_backends(*shape[1:]):
+                if isinstance(backend, TunesGroupedWeights):
+                    backend.tune_grouped(chooser.timer, shape, number)
+            advance(1)
 
 
 def measure_shape(chooser: BackendChooser, shape: Shape) -> LayerTimes:

@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 
 from int8run.kernels.grouped_weight.layout import PackedCodes, check_groups, count_span_columns
-from int8run.kernels.grouped_weight.programs import grouped_linear_kernel
+from int8run.kernels.grouped_weight.programs import decode_weight_kernel, grouped_linear_kernel
 from int8run.kernels.int8_linear.layouts import check_branch, check_product
 from int8run.kernels.int8_linear.tile import Tile, choose_block_r
 from int8run.kernels.triton_calls import Layout, choose_dot_precision, describe_layout, needs_operator
+
+# what one program of `decode_weight` computes
+DECODED_ROWS, DECODED_COLUMNS, DECODING_WARPS = 16, 256, 4
 
 
 def grouped_linear(
@@ -187,6 +190,53 @@ def _plan_launch(
     }
 
 
+def decode_weight(weight: PackedCodes, columns: int) -> Tensor:
+    """The int8 weight [N, columns] that the product decodes tile by tile, as `int8_linear` takes it.
+
+    Raises:
+        ValueError: for a weight whose parts do not fit each other.
+    """
+    if needs_operator(weight.codes):
+        qdata: Tensor = torch.ops.int8run.triton_decode_weight.default(*weight, columns)
+        return qdata
+    return _launch_decode_weight(*weight, columns)
+
+
+def _launch_decode_weight(
+    codes: Tensor, group_scale: Tensor, codebook: Tensor | None, bits: int, group: int, columns: int
+) -> Tensor:
+    if group_scale.dtype != torch.float32:
+        codebook = None  # the table has its levels
+    levels = None if codebook is None else describe_layout(codebook)
+    check_groups(
+        describe_layout(codes), describe_layout(group_scale), levels, columns=columns, bits=bits, group=group
+    )
+    rows = codes.shape[0]
+    qdata = torch.empty(rows, columns, dtype=torch.int8, device=codes.device)
+    grid = (-(-rows // DECODED_ROWS), -(-columns // DECODED_COLUMNS))
+    with torch.accelerator.device_index(codes.device.index):
+        decode_weight_kernel[grid](
+            codes,
+            group_scale,
+            codebook,
+            qdata,
+            rows,
+            columns,
+            BITS=bits,
+            GROUP=group,
+            BLOCK_N=DECODED_ROWS,
+            BLOCK_K=DECODED_COLUMNS,
+            num_warps=DECODING_WARPS,
+        )
+    return qdata
+
+
+def _decode_weight_fake(
+    codes: Tensor, group_scale: Tensor, codebook: Tensor | None, bits: int, group: int, columns: int
+) -> Tensor:
+    return codes.new_empty((codes.shape[0], columns), dtype=torch.int8)
+
+
 def _grouped_linear_fake(
     q: Tensor,
     x_scale: Tensor,
@@ -215,3 +265,9 @@ ops.define(
 )
 ops.impl("triton_grouped_linear", _run_operator, "CompositeExplicitAutograd")
 torch.library.register_fake("int8run::triton_grouped_linear", _grouped_linear_fake, lib=ops)
+ops.define(
+    "triton_decode_weight(Tensor codes, Tensor group_scale, Tensor? codebook, int bits, int group, "
+    "int columns) -> Tensor"
+)
+ops.impl("triton_decode_weight", _launch_decode_weight, "CompositeExplicitAutograd")
+torch.library.register_fake("int8run::triton_decode_weight", _decode_weight_fake, lib=ops)

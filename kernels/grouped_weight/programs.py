@@ -15,6 +15,8 @@ It is `int8_linear/programs.py` but for the walk along K, where the weight's til
 The weight is the first operand and q the second, so that the sums are y transposed: tensor cores take the
 first operand from registers, where it was decoded, and each warp decodes other rows. With q first, every warp
 would decode the whole tile (7 times the instructions on sm_89: tests/support/static_gate.py).
+
+`decode_weight_kernel` decodes a whole weight, for products of so many rows that doing it once is quicker.
 """
 
 import triton
@@ -77,6 +79,15 @@ def _load_bytes(row_ptrs, offsets, end, EVEN_K: tl.constexpr):
     """Bytes of each row, zeros from `end` on."""
     ptrs = row_ptrs + offsets[None, :]
     return tl.load(ptrs) if EVEN_K else tl.load(ptrs, mask=(offsets < end)[None, :], other=0)
+
+
+@triton.jit
+def _split_codes(packed, pairs, piece: tl.constexpr, BITS: tl.constexpr):
+    """The codes of one piece: its four bits of `packed`, and with 6 bits its two of `pairs`."""
+    codes = packed & 15 if piece % 2 == 0 else packed >> 4
+    if BITS == 6:
+        codes |= (pairs >> 2 * piece & 3) << 4
+    return codes
 
 
 @triton.jit
@@ -174,14 +185,12 @@ def grouped_linear_kernel(
         if BITS == 6:
             pair_offsets = nibble_bytes + k // PIECES + positions
             pairs = _load_bytes(row_ptrs, pair_offsets, row_bytes, EVEN_K)
+        else:
+            pairs = 0
         for piece in tl.static_range(PIECES):
             if piece % 2 == 0:
                 packed = _load_bytes(row_ptrs, k // 2 + nibbles + piece // 2 * PIECE, nibble_bytes, EVEN_K)
-                codes = packed & 15
-            else:
-                codes = packed >> 4
-            if BITS == 6:
-                codes |= (pairs >> 2 * piece & 3) << 4
+            codes = _split_codes(packed, pairs, piece, BITS)
             scale = _select_piece(scales, piece, BITS)  # [BLOCK_N, UNITS]
             w = _decode(codes, scale, group_scale_ptr, codebook_ptr, BITS)  # [BLOCK_N, WIDTH]
             piece_ptrs = q_ptrs + piece * PIECE
@@ -216,3 +225,45 @@ def grouped_linear_kernel(
         PRECISION,
         EVEN_N,
     )
+
+
+@triton.jit
+def decode_weight_kernel(
+    codes_ptr,  # uint8 [N, bytes], see `layout.py`
+    group_scale_ptr,  # float32 [K / GROUP, N], or uint8: the table, then e4m3 [K / GROUP, N]
+    codebook_ptr,  # float32 [16]
+    qdata_ptr,  # int8 [N, K]
+    N,
+    K,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,  # whole spans
+):
+    """BLOCK_K columns of BLOCK_N rows of the int8 weight."""
+    PIECES: tl.constexpr = 2 if BITS == 4 else 4
+    SPAN: tl.constexpr = PIECE * PIECES
+    WIDTH: tl.constexpr = BLOCK_K // PIECES
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    safe_rows = tl.minimum(rows, N - 1)
+    k = tl.program_id(1) * BLOCK_K
+    positions = tl.arange(0, WIDTH)
+    columns = _find_columns(positions, BITS)
+    nibble_bytes = tl.cdiv(K, SPAN) * (SPAN // 2)
+    row_bytes = tl.cdiv(K, SPAN) * (SPAN * BITS // 8)
+    row_ptrs = codes_ptr + safe_rows.to(tl.int64)[:, None] * row_bytes
+    out_ptrs = qdata_ptr + safe_rows.to(tl.int64)[:, None] * K
+    nibbles = positions if BITS == 4 else _find_nibbles(positions)
+    scales = _load_scales(group_scale_ptr, safe_rows, k, N, K, BITS, GROUP, WIDTH // _choose_unit(GROUP))
+    if BITS == 6:
+        pairs = _load_bytes(row_ptrs, nibble_bytes + k // PIECES + positions, row_bytes, EVEN_K=False)
+    else:
+        pairs = 0
+    for piece in tl.static_range(PIECES):
+        if piece % 2 == 0:
+            packed = _load_bytes(row_ptrs, k // 2 + nibbles + piece // 2 * PIECE, nibble_bytes, EVEN_K=False)
+        codes = _split_codes(packed, pairs, piece, BITS)
+        w = _decode(codes, _select_piece(scales, piece, BITS), group_scale_ptr, codebook_ptr, BITS)
+        first = k + piece * PIECE
+        inside = (rows < N)[:, None] & (columns < K - first)[None, :]
+        tl.store(out_ptrs + (first + columns)[None, :], w, mask=inside)

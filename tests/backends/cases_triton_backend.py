@@ -1,5 +1,7 @@
 """Cases for test_triton_backend.py, which runs this file in a process of its own."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from support.compare import assert_close
@@ -10,11 +12,12 @@ from torch import nn
 from int8run.backends.attention import AttentionMethod, TritonAttention
 from int8run.backends.base import run_plain_layer
 from int8run.backends.convolution import ConvCall, ConvGeometry, TritonConv
+from int8run.backends.grouped_tuning import GroupedProbe, find_difference
 from int8run.backends.reference import Reference
 from int8run.backends.triton import Triton
 from int8run.kernels.grouped_weight.reference import pack_codes
 from int8run.kernels.hadamard.reference import Rotation, sylvester_hadamard
-from int8run.kernels.int8_linear.tile import Tile
+from int8run.kernels.int8_linear.tile import BUCKETS, Tile
 from int8run.layers.fusion import share_inputs
 from int8run.layers.int8_linear import Int8Linear, QuantizedLayer
 from int8run.layers.low_rank_branch import LowRankBranch
@@ -143,7 +146,20 @@ def test_a_grouped_weight_is_multiplied_as_the_int8_weight_that_it_decodes_to(bi
         x = BACKEND.quantize(randn(rows, K).to(DEVICE), down=branch.down)
         options = {"dtype": torch.float32, "bias": bias, "branch": branch, "strengths": strengths}
         ours = BACKEND.grouped_linear(x, packed, w_scale, **options)
-        assert_close("y", ours, BACKEND.linear(x, decoded, w_scale, **options), 1e-6)
+        expected = BACKEND.linear(x, decoded, w_scale, **options)
+        assert_close("y", ours, expected, 1e-6)
+        # what a tuner may choose: decoded first
+        ahead = replace(BACKEND)
+        ahead.pack_grouped_weight(weight)
+        ahead.grouped_tiles.update(dict.fromkeys(ahead.grouped_tiles, (None,) * len(BUCKETS)))
+        assert torch.equal(ahead.grouped_linear(x, packed, w_scale, **options), expected)
+
+
+@pytest.mark.parametrize("choice", [Tile(16, 32, 128, 1, 4, 2), None], ids=["tile", "ahead"])
+@pytest.mark.parametrize("bits", [4, 6])
+def test_a_choice_of_the_tuner_computes_what_the_definition_does(bits, choice):
+    probe = GroupedProbe(Triton(tile=Tile(16, 32, 128, 1, 4, 2)), choice, bits)
+    assert find_difference(probe, (5, 160, 40), DEVICE) is None
 
 
 @pytest.mark.parametrize("scale_dtype", [torch.float8_e4m3fn, torch.float32], ids=str)

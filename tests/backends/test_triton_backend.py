@@ -9,12 +9,16 @@ import torch
 from support.helpers import CPU
 from support.triton_process import needs_gpu, needs_interpreter, run_cases
 
+from int8run.backends import grouped_tuning
 from int8run.backends.autotune_cache import AutotuneCache
 from int8run.backends.base import FusedBranch, LayerTimes, QuantizedInput
+from int8run.backends.grouped_tuning import draw_grouped_weight
+from int8run.backends.row_decoder import RowDecoder, choose_multiplier
 from int8run.backends.tile_check import find_wrong_tile
 from int8run.backends.triton import Triton, parse_tile
 from int8run.backends.triton_tiles import check_tile, tile_key
 from int8run.errors import BackendError, ConfigError
+from int8run.kernels.grouped_weight.tile import choose_grouped_tile, shrink_tile
 from int8run.kernels.int8_linear import reference
 from int8run.kernels.int8_linear.layouts import MAX_K, check_product
 from int8run.kernels.int8_linear.tile import ARCHITECTURES, BUCKETS, Tile, choose_tile, list_candidates
@@ -117,6 +121,72 @@ def test_a_fast_tile_whose_sums_are_wrong_is_not_kept(tmp_path, hopper, monkeypa
     assert "is left out: its sums differ from the definition's" in caplog.text
     # a right one is kept
     assert find_wrong_tile(replace(wrong, group_m=1), (4, 48, 24), CPU) is None
+
+
+def pack_few_bits(backend, bits):
+    backend.pack_grouped_weight(draw_grouped_weight(24, 48, bits, CPU))
+    return backend.grouped_tiles[48, 24, bits, torch.uint8]
+
+
+class FakeGroupedTimer(FakeTimer):
+    """Finds one tile of weights of few bits, or decoding first, faster than the others."""
+
+    def measure(self, backends, shape):
+        self.tried += [probe.choice for probe in backends.values()]
+        seconds = {name: 1.0 if probe.choice == self.best else 2.0 for name, probe in backends.items()}
+        return LayerTimes(seconds, {}, is_steady=True)
+
+
+@pytest.mark.parametrize("best", [Tile(256, 64, 128, 8, 8, 3), None], ids=["tile", "ahead"])
+def test_tuning_keeps_what_decodes_few_bits_fastest(tmp_path, hopper, monkeypatch, best):
+    monkeypatch.setattr(grouped_tuning, "find_wrong_choice", lambda probe, shape, device: None)
+    backend, timer = Triton(table=str(tmp_path / "choices.json")), FakeGroupedTimer(best)
+    defaults = tuple(choose_grouped_tile("sm_90", rows, 4) for rows in BUCKETS)
+    assert pack_few_bits(backend, 4) == defaults
+    backend.tune_grouped(timer, (4096, 48, 24), 4)
+
+    assert best in timer.tried and len(timer.tried) > 5
+    assert pack_few_bits(backend, 4) == (*defaults[:-1], best)
+    assert pack_few_bits(backend, 6)[-1] == choose_grouped_tile("sm_90", 4096, 6)
+    # scales of float32 take less of a tile
+    assert backend.load_grouped_tiles(CPU, 48, 24, 4, torch.float32)[-1] == (best and shrink_tile(best, 4))
+
+
+def test_a_choice_for_few_bits_that_computes_something_else_is_not_kept(
+    tmp_path, hopper, monkeypatch, caplog
+):
+    wrong = Tile(256, 64, 128, 8, 8, 3)
+
+    def find_wrong(probe, shape, device):
+        return "its sums differ from the definition's" if probe.choice == wrong else None
+
+    monkeypatch.setattr(grouped_tuning, "find_wrong_choice", find_wrong)
+    backend = Triton(table=str(tmp_path / "choices.json"))
+    backend.tune_grouped(FakeGroupedTimer(wrong), (4096, 48, 24), 4)
+
+    assert "for 4 bits is left out: its sums differ from the definition's" in caplog.text
+    assert pack_few_bits(backend, 4)[-1] != wrong
+
+
+def test_a_tile_that_was_asked_for_decodes_few_bits_in_whole_spans():
+    backend = Triton(tile=Tile(64, 64, 64, 8, 4, 4))
+
+    assert pack_few_bits(backend, 4) == (Tile(64, 64, 64, 8, 4, 4),) * len(BUCKETS)
+    assert pack_few_bits(backend, 6) == (Tile(64, 64, 128, 8, 4, 3),) * len(BUCKETS)
+    timer = FakeGroupedTimer(None)
+    backend.tune_grouped(timer, (4096, 48, 24), 4)
+    assert timer.tried == []
+
+
+def test_groups_that_pieces_do_not_divide_into_are_left_to_the_row_decoder():
+    weight = draw_grouped_weight(24, 48, 4, CPU)
+    odd = replace(weight, group_scale=torch.ones(24, 2))
+
+    assert Triton().unsupported_group_reasons(weight) == []
+    assert Triton().unsupported_group_reasons(odd) == [
+        "groups of 24 columns are neither a divisor nor a multiple of 16"
+    ]
+    assert isinstance(choose_multiplier(Triton(), odd), RowDecoder)
 
 
 HOPPER_TILE = Tile(128, 128, 128, 8, 4, 3, "hopper")

@@ -6,7 +6,7 @@ from support.compare import assert_close
 from support.helpers import full_range, randn
 from support.triton_process import case_device
 
-from int8run.kernels.grouped_weight.kernel import grouped_linear
+from int8run.kernels.grouped_weight.kernel import decode_weight, grouped_linear
 from int8run.kernels.grouped_weight.layout import PackedCodes, pack_pieces, pack_scales
 from int8run.kernels.grouped_weight.reference import decode_grouped_weight, pack_codes
 from int8run.kernels.int8_linear.kernel import int8_linear
@@ -63,6 +63,7 @@ def test_decoded_integers_of_four_bits_are_those_of_the_definition(group, is_flo
     for codebook in (None, CODEBOOK):
         packed, decoded = make_weight(33, 192, 4, group, is_float=is_float, codebook=codebook)
         assert torch.equal(read_weight(packed, 192, SMALL), decoded)
+        assert torch.equal(decode_weight(packed, 192), decoded)
 
 
 @pytest.mark.parametrize("is_float", [False, True], ids=["e4m3", "float32"])
@@ -71,6 +72,7 @@ def test_decoded_integers_of_six_bits_are_those_of_the_definition(group, is_floa
     packed, decoded = make_weight(33, 288, 6, group, is_float=is_float)
 
     assert torch.equal(read_weight(packed, 288, SMALL), decoded)
+    assert torch.equal(decode_weight(packed, 288), decoded)
 
 
 def test_products_half_way_between_integers_are_rounded_to_even():
@@ -168,6 +170,8 @@ def test_operator_passes_opcheck_and_compiles():
     op = torch.ops.int8run.triton_grouped_linear.default
     arguments = (q, x_scale, *packed, w_scale, None, None, None, None, HALF, FEW.as_list())
     torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
+    decode = torch.ops.int8run.triton_decode_weight.default
+    torch.library.opcheck(decode, (*packed, 64), test_utils=("test_schema", "test_faketensor"))
 
     def layer(q, x_scale):
         return grouped_linear(q, x_scale, packed, w_scale, None, None, None, FULL, FEW)

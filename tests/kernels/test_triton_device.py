@@ -9,6 +9,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton", reason="Triton is not installed")
 from int8run.kernels.dequantize import kernel as dequantize
+from int8run.kernels.grouped_weight import kernel as grouped_weight
+from int8run.kernels.grouped_weight.layout import PackedCodes
 from int8run.kernels.int8_attention import kernel as int8_attention
 from int8run.kernels.int8_attention.tile import AttentionTile
 from int8run.kernels.int8_conv import kernel as int8_conv
@@ -81,6 +83,36 @@ def test_the_product_runs_where_its_tensors_are(monkeypatch, current):
 
     assert y.device == SECOND_GPU
     assert recorder.devices == [1]
+    assert current.index == 0
+
+
+def test_a_product_with_few_bits_runs_where_its_tensors_are(monkeypatch, current):
+    product = record_launches(monkeypatch, grouped_weight, "grouped_linear_kernel", current)
+    decoding = record_launches(monkeypatch, grouped_weight, "decode_weight_kernel", current)
+    with FakeTensorMode():
+        weight = PackedCodes(
+            codes=make_empty(48, 32, dtype=torch.uint8),
+            group_scale=make_empty(256 * 16 + 4 * 48, dtype=torch.uint8),
+            codebook=None,
+            bits=4,
+            group=16,
+        )
+        y = grouped_weight._launch_grouped_linear(
+            q=make_empty(5, 64, dtype=torch.int8),
+            x_scale=make_empty(5, 1, dtype=torch.float32),
+            weight=weight,
+            w_scale=make_empty(48, dtype=torch.float32),
+            bias=None,
+            h=None,
+            up=None,
+            strengths=None,
+            out_dtype=torch.bfloat16,
+            tile=Tile(16, 32, 64, warps=4),
+        )
+        qdata = grouped_weight._launch_decode_weight(*weight, 64)
+
+    assert y.device == qdata.device == SECOND_GPU
+    assert product.devices == decoding.devices == [1]
     assert current.index == 0
 
 

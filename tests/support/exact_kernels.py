@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from int8run.kernels.grouped_weight.tile import choose_grouped_tile
 from int8run.kernels.hadamard.reference import regular_hadamard, rotate_groups, sylvester_hadamard
 from int8run.kernels.int8_linear.tile import ARCHITECTURES, BUCKETS, HOPPER, Tile, list_candidates
 
@@ -106,6 +107,12 @@ def list_hopper_tiles() -> list[Tile]:
     """Every tile of the Hopper kernel that a tuner tries, each once."""
     candidates = (tile for rows in BUCKETS for tile in list_candidates("sm_90", rows))
     return list(dict.fromkeys(tile for tile in candidates if tile.kernel == HOPPER))
+
+
+def list_grouped_tiles() -> list[Tile]:
+    """Every tile that decodes weights of 4 bits on some architecture, each once."""
+    tiles = (choose_grouped_tile(name, rows, 4) for name in ARCHITECTURES for rows in BUCKETS)
+    return list(dict.fromkeys(tiles))
 
 
 def list_linear_cases(tile: Tile) -> list[LinearCase]:

@@ -121,6 +121,21 @@ def grouped_build(
     return Build(architecture, name, kernel, constants, tile.warps, tile.stages, types)
 
 
+def decode_build(architecture: str, bits: int) -> Build:
+    """The kernel that decodes a whole weight with scales of e4m3."""
+    constants = {
+        "codebook_ptr": None,
+        "BITS": bits,
+        "GROUP": 16,
+        "BLOCK_N": grouped.DECODED_ROWS,
+        "BLOCK_K": grouped.DECODED_COLUMNS,
+    }
+    name = f"decode {bits} bits {grouped.DECODED_ROWS}x{grouped.DECODED_COLUMNS} w{grouped.DECODING_WARPS}"
+    types = {"qdata_ptr": "*i8"}
+    kernel = grouped.decode_weight_kernel
+    return Build(architecture, name, kernel, constants, grouped.DECODING_WARPS, 1, types)
+
+
 def hopper_build(tile: Tile, rank: int = 0, out: str = "bf16") -> Build:
     """The Hopper kernel with a bias."""
     constants = {
@@ -392,6 +407,7 @@ def linear_builds(architecture: str) -> Iterator[Build]:
 def grouped_builds(architecture: str) -> Iterator[Build]:
     """Each default tile with both numbers of bits; the smallest and the largest with every option."""
     for bits in (4, 6):
+        yield decode_build(architecture, bits)
         for rows in BUCKETS:
             tile = choose_grouped_tile(architecture, rows, bits)
             yield grouped_build(architecture, tile, bits)

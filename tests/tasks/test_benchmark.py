@@ -16,8 +16,13 @@ from int8run.backends.base import LayerTimes
 from int8run.backends.float import Float, TimedFloat
 from int8run.backends.reference import Reference
 from int8run.pipeline.checkpoint_weights import DenoiserWeights
-from int8run.report.console import print_lines
-from int8run.tasks.benchmark import make_auto_backend, measure_float_rows, measure_shape
+from int8run.report.console import Progress, print_lines
+from int8run.tasks.benchmark import (
+    make_auto_backend,
+    measure_float_rows,
+    measure_shape,
+    tune_grouped_weights,
+)
 from int8run.tasks.benchmark_table import (
     BenchmarkResult,
     build_result_table,
@@ -174,6 +179,27 @@ SECONDS = {
     (8, 32, 64): {"float32": 0.002, "bfloat16": 0.003},
 }
 RESULT = BenchmarkResult(SECONDS, {(8, 64, 32): 3, (8, 32, 64): 1}, {})
+
+
+class DecodingBackend(Reference):
+    """Stands for a backend with tiles for weights of few bits."""
+
+    def __init__(self) -> None:
+        object.__setattr__(self, "tuned", [])
+
+    def tune_grouped(self, timer: Any, shape: tuple[int, int, int], bits: int) -> None:
+        self.tuned.append((shape, bits))
+
+
+def test_weights_of_few_bits_are_tuned_for_each_shape_where_the_settings_ask_for_them() -> None:
+    chooser, backend = FakeChooser(int8_seconds=1.0), DecodingBackend()
+    chooser.supported_backends = lambda in_features, out_features: [Reference(), backend]
+    shapes, progress = [(9, 64, 32), (9, 32, 64)], Progress(enabled=False)
+    tune_grouped_weights(chooser, shapes, [], progress)
+    assert backend.tuned == []
+
+    tune_grouped_weights(chooser, shapes, [4, 6], progress)
+    assert backend.tuned == [((9, 32, 64), 4), ((9, 32, 64), 6), ((9, 64, 32), 4), ((9, 64, 32), 6)]
 
 
 def test_the_table_is_sorted_and_weighs_each_shape_by_its_layers() -> None:
