@@ -4,17 +4,26 @@ The kernels are C++ (`kernels/cpu`), compiled on first use for the instruction s
 """
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from int8run.backends.base import MAX_SIGNED_PRODUCTS, NO_GELU, FusedBranch, Limits, QuantizedInput
+from int8run.backends.base import (
+    MAX_SIGNED_PRODUCTS,
+    NO_GELU,
+    FusedBranch,
+    Limits,
+    PackedGroups,
+    QuantizedInput,
+)
 from int8run.errors import BackendError, check_bool, check_choice
-from int8run.kernels.cpu import linear, norm, rotary
+from int8run.kernels.cpu import grouped, linear, norm, rotary
 from int8run.kernels.cpu.instructions import AUTO, INSTRUCTION_SETS
 from int8run.kernels.cpu.library import BuildError, load_linear_library
+from int8run.kernels.grouped_weight.reference import compute_levels
 from int8run.kernels.hadamard.reference import Rotation
+from int8run.quant.grouped_weight import GroupedWeight
 from int8run.quant.weight import QuantizedWeight, quantize_weight
 
 # unsigned activations may wrap the sums around; subtracting 128 times the weights' sum wraps them back
@@ -30,6 +39,22 @@ LIMITS_BY_INSTRUCTIONS = {
     AUTO: LIMITS,
     **{name: replace(LIMITS, kernel_instructions=(name,)) for name in INSTRUCTION_SETS},
 }
+
+
+class BranchFactors(NamedTuple):
+    """What the product takes of a low-rank branch; None without one.
+
+    Args:
+        down: packed int8 [r, K].
+        down_scale: float32 [r], times the strengths.
+        up: packed int8 [N, r].
+        up_scale: float32 [N].
+    """
+
+    down: Tensor | None = None
+    down_scale: Tensor | None = None
+    up: Tensor | None = None
+    up_scale: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -120,10 +145,7 @@ class Cpu:
             return linear.int8_linear(
                 x.q, x.scale, packed, w_scale, bias, dtype, instructions=self.instructions
             )
-        if strengths is None or branch.down_scale is None or branch.up_scale is None:
-            raise ValueError(
-                "a branch of backend cpu needs its scales, which fuse_branch gives, and strengths"
-            )
+        factors = scale_branch(branch, strengths)
         return linear.int8_linear(
             x.q,
             x.scale,
@@ -131,10 +153,70 @@ class Cpu:
             w_scale,
             bias,
             dtype,
-            down=branch.down,
-            down_scale=branch.down_scale * strengths,  # float32 [r]
-            up=branch.up,
-            up_scale=branch.up_scale,
+            down=factors.down,
+            down_scale=factors.down_scale,
+            up=factors.up,
+            up_scale=factors.up_scale,
+            instructions=self.instructions,
+        )
+
+    def unsupported_group_reasons(self, weight: GroupedWeight) -> list[str]:
+        """Groups that the kernel cannot decode."""
+        levels = compute_levels(weight.bits, weight.codebook)
+        return grouped.list_unsupported_reasons(weight.group_scale, levels, weight.bits, weight.shape[1])
+
+    def pack_grouped_weight(self, weight: GroupedWeight) -> PackedGroups:
+        """Panels of 64 output columns, with their compensations; `kernels/cpu/grouped.h` draws them.
+
+        Raises:
+            BackendError: when the kernels cannot be built.
+        """
+        _ = self.instruction_set  # raises now what would stop the first step
+        return PackedGroups(
+            codes=grouped.pack_weight(weight.codes, weight.group_scale, weight.bits, weight.codebook),
+            group_scale=grouped.pack_group_scale(weight.group_scale),
+            codebook=weight.codebook,
+            bits=weight.bits,
+            group_size=weight.group_size,
+        )
+
+    def unpack_grouped_weight(self, packed: PackedGroups, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Codes [N, K * bits / 8] and group scales [N, K / g] as they were packed. shape: N and K."""
+        rows = shape[0]
+        codes = grouped.unpack_codes(grouped.remove_compensation(packed.codes), packed.bits, rows)
+        return codes, grouped.unpack_group_scale(packed.group_scale, rows)
+
+    def grouped_linear(
+        self,
+        x: QuantizedInput,
+        packed: PackedGroups,
+        w_scale: Tensor,
+        *,
+        dtype: torch.dtype,
+        bias: Tensor | None = None,
+        branch: FusedBranch | None = None,
+        strengths: Tensor | None = None,
+    ) -> Tensor:
+        """x: [M, K] -> [M, N], the weight decoded for each panel of columns.
+
+        Raises:
+            ValueError: for a branch without strengths, or one that is not from `fuse_branch`.
+        """
+        factors = scale_branch(branch, strengths)
+        return grouped.grouped_linear(
+            x.q,
+            x.scale,
+            packed.codes,
+            packed.group_scale,
+            packed.codebook,
+            packed.bits,
+            w_scale,
+            bias,
+            dtype,
+            down=factors.down,
+            down_scale=factors.down_scale,
+            up=factors.up,
+            up_scale=factors.up_scale,
             instructions=self.instructions,
         )
 
@@ -174,3 +256,20 @@ class Cpu:
             down_scale=down.scale[:, 0].contiguous(),
             up_scale=up.scale[:, 0].contiguous(),
         )
+
+
+def scale_branch(branch: FusedBranch | None, strengths: Tensor | None) -> BranchFactors:
+    """What the product takes of a branch.
+
+    Args:
+        branch: from `fuse_branch`, or None.
+        strengths: float32 [r], one per rank.
+
+    Raises:
+        ValueError: for a branch without strengths, or one that is not from `fuse_branch`.
+    """
+    if branch is None:
+        return BranchFactors()
+    if strengths is None or branch.down_scale is None or branch.up_scale is None:
+        raise ValueError("a branch of backend cpu needs its scales, which fuse_branch gives, and strengths")
+    return BranchFactors(branch.down, branch.down_scale * strengths, branch.up, branch.up_scale)

@@ -18,6 +18,7 @@
 #include <algorithm>
 #include <memory>
 
+#include "grouped.h"
 #include "product.h"
 
 namespace {
@@ -44,6 +45,7 @@ struct Finished {
 };
 struct Workspace {
   Buffer x, w, t, up;  // rows, weights, and those of the branch
+  DecodedSteps decoded;
   std::unique_ptr<int32_t[]> sums;
   // one is computed while the other is scaled
   Finished finished[2];
@@ -159,14 +161,14 @@ template <class Y>
 void compute_block(const Product& p, Block block, int64_t k_block, Workspace& space) {
   if (p.t.q) block.up = prepare_weights(p.up.panel(block.panel) + 4 * PANEL, p.up.steps, space.up);
   const int64_t columns = std::min(PANEL, p.N - block.panel * PANEL), rows = block.end - block.row;
-  const int8_t* rows_of_panel = p.w.panel(block.panel) + 4 * PANEL;
   // the next panel, if there is one: it begins where this one ends
   const bool is_last_panel = (block.panel + 1) * PANEL >= p.N;
-  space.ahead = reinterpret_cast<const char*>(rows_of_panel + p.w.steps * 4 * PANEL);
-  space.ahead_end = is_last_panel ? space.ahead : space.ahead + (1 + p.w.steps) * 4 * PANEL;
+  space.ahead = reinterpret_cast<const char*>(p.w.panel(block.panel + 1));
+  space.ahead_end = is_last_panel ? space.ahead : reinterpret_cast<const char*>(p.w.panel(block.panel + 2));
   for (int64_t from = 0; from < p.w.steps; from += k_block) {
     const int64_t to = std::min(p.w.steps, from + k_block);
-    const Panel weights = prepare_weights(rows_of_panel + 4 * PANEL * from, to - from, space.w);
+    const int8_t* steps_of_piece = get_steps(p.w, block.panel, from, to, space.decoded);
+    const Panel weights = prepare_weights(steps_of_piece, to - from, space.w);
     for (int64_t column = 0; column < columns; column += PAIR)
       for (int64_t start = 0; start < rows; start += PAIR) {
         if (rows - start > TILE_ROWS)

@@ -11,6 +11,7 @@
 //     register_products.h  the sums of a tile in registers
 //     row_pairs.h          the same by Arm's matrix instruction, two rows at a time
 //     product.h            the parts of a product
+//     grouped.h            weights of 4 and 6 bits, decoded to the panels drawn below
 //     *_tiles.h            a block of the product
 //     quantize.h           rows to bytes
 //     norm.h, rotary.h     the norm of rows, and their rotary embedding
@@ -81,11 +82,15 @@ Rows prepare_block(const Quantized& x, int64_t row, int64_t end, Buffer& buffer)
   return prepare_rows(x.q + row * x.stride, x.stride, end - row, x.stride, buffer);
 }
 
+// Rows that share a pass over the weights: more where these have to be decoded at each pass
+INLINE int64_t get_row_block(const Weight& w) { return w.groups.levels ? DECODED_BLOCKS * ROW_BLOCK : ROW_BLOCK; }
+
 // One block of rows by the panels from `first` to `last`
 template <class Y>
 void compute_task(const Product& p, int64_t block, int64_t first, int64_t last, int64_t k_block, Workspace& space) {
-  if (k_block < p.w.steps && !space.sums) space.sums.reset(new int32_t[ROW_BLOCK * PANEL]);
-  const int64_t row = block * ROW_BLOCK, end = std::min(p.M, row + ROW_BLOCK);
+  const int64_t row_block = get_row_block(p.w);
+  if (k_block < p.w.steps && !space.sums) space.sums.reset(new int32_t[row_block * PANEL]);
+  const int64_t row = block * row_block, end = std::min(p.M, row + row_block);
   const Rows x = prepare_block(p.x, row, end, space.x);
   const Rows t = p.t.q ? prepare_block(p.t, row, end, space.t) : Rows{};
   for (int64_t panel = first; panel < last; panel++)
@@ -102,7 +107,7 @@ void compute_task(const Product& p, int64_t block, int64_t first, int64_t last, 
 template <class Y>
 void multiply(const Product& p, int threads) {
   if (p.M == 0) return;
-  const int64_t panels = ceil_div(p.N, PANEL), blocks = ceil_div(p.M, ROW_BLOCK);
+  const int64_t panels = ceil_div(p.N, PANEL), blocks = ceil_div(p.M, get_row_block(p.w));
   const int64_t k_block = p.w.steps > 2 * K_BLOCK / 4 ? K_BLOCK / 4 : p.w.steps;
   // enough tasks for every thread to end at about the same time, few enough that a row block stays in cache
   // over many panels
@@ -167,9 +172,23 @@ void multiply_with_branch(Product p, const Branch& branch, int dtype, int thread
   multiply(p, dtype, threads);
 }
 
+// A layer with or without a branch (rank 0). Returns a Status.
+int multiply_layer(const Quantized& x, const Weight& weight, const float* bias, const Branch& branch, void* y,
+                   int64_t M, int64_t N, int dtype, int threads) {
+  const Quantized no_rows{nullptr, 0, nullptr};
+  const Weight no_weight{nullptr, nullptr, 0};
+  const Product product{x, weight, bias, no_rows, no_weight, y, M, N};
+  return report_status([&] {
+    if (branch.rank)
+      multiply_with_branch(product, branch, dtype, threads);
+    else
+      multiply(product, dtype, threads);
+  });
+}
+
 }  // namespace
 
-// Both return a Status
+// All return a Status
 extern "C" {
 
 // x [M, K] with `stride` -> q + 128: uint8 [M, round_up(K, 4)], scale [M]. In this order: GELU on columns >=
@@ -188,11 +207,22 @@ int int8run_linear(const uint8_t* q, const float* x_scale, int64_t M, int64_t K,
                    const float* w_scale, const float* bias, int64_t rank, const int8_t* down,
                    const float* down_scale, const int8_t* up, const float* up_scale, void* y, int dtype,
                    int threads) {
-  const Quantized x{q, round_up(K, 4), x_scale}, no_rows{nullptr, 0, nullptr};
-  const Weight weight{packed, w_scale, ceil_div(K, 4)}, no_weight{nullptr, nullptr, 0};
-  const Product product{x, weight, bias, no_rows, no_weight, y, M, N};
-  if (!rank) return report_status([&] { multiply(product, dtype, threads); });
+  const Quantized x{q, round_up(K, 4), x_scale};
+  const Weight weight{packed, w_scale, ceil_div(K, 4)};
   const Branch branch{rank, {down, down_scale, weight.steps}, {up, up_scale, ceil_div(rank, 4)}};
-  return report_status([&] { multiply_with_branch(product, branch, dtype, threads); });
+  return multiply_layer(x, weight, bias, branch, y, M, N, dtype, threads);
+}
+
+// The same with a weight of 4 or 6 bits in groups of `group` inputs, as grouped.h draws it; levels: float32 [16].
+int int8run_grouped_linear(const uint8_t* q, const float* x_scale, int64_t M, int64_t K, int64_t N,
+                           const int8_t* codes, const void* group_scale, int has_byte_scales, const float* levels,
+                           int bits, int64_t group, const float* w_scale, const float* bias, int64_t rank,
+                           const int8_t* down, const float* down_scale, const int8_t* up, const float* up_scale,
+                           void* y, int dtype, int threads) {
+  const Quantized x{q, round_up(K, 4), x_scale};
+  const Groups groups{group_scale, levels, group / 4, bits, has_byte_scales != 0};
+  const Weight weight{codes, w_scale, ceil_div(K, 4), groups};
+  const Branch branch{rank, {down, down_scale, weight.steps}, {up, up_scale, ceil_div(rank, 4)}};
+  return multiply_layer(x, weight, bias, branch, y, M, N, dtype, threads);
 }
 }

@@ -151,7 +151,7 @@ def _quantize_rows_impl(
         m,
         k,
         x.stride(0),
-        _pointer_or_null(factor),
+        pointer_or_null(factor),
         rotation,
         sylvester,
         gelu_from,
@@ -196,16 +196,10 @@ def _int8_linear_impl(
     instructions: str,
 ) -> Tensor:
     (m, k), n = q.shape, w_scale.shape[0]
-    # what does not fit would be read past its end
-    if q.dtype is not UINT8 or k % 4 or not q.is_contiguous() or not _is_vector(x_scale, m):
-        raise ValueError(
-            "q must be contiguous uint8 [M, K rounded up to 4] with contiguous float32 scales [M], "
-            f"not {q.dtype} {list(q.shape)} with {x_scale.dtype} {list(x_scale.shape)}"
-        )
+    check_rows(q, x_scale)
     _check_weight(packed, w_scale, n, k)
-    rank = _check_branch(down, down_scale, up, up_scale, n, k)
-    if bias is not None and not _is_vector(bias, n):
-        bias = _as_vector(bias, n)
+    rank = check_branch(down, down_scale, up, up_scale, n, k)
+    bias = to_bias(bias, n)
     if n == 0 or k == 0:
         return _compute_empty_product(m, n, bias, dtype)
     y = w_scale.new_empty((m, n), dtype=dtype)
@@ -217,12 +211,12 @@ def _int8_linear_impl(
         n,
         packed.data_ptr(),
         w_scale.data_ptr(),
-        _pointer_or_null(bias),
+        pointer_or_null(bias),
         rank,
-        _pointer_or_null(down),
-        _pointer_or_null(down_scale),
-        _pointer_or_null(up),
-        _pointer_or_null(up_scale),
+        pointer_or_null(down),
+        pointer_or_null(down_scale),
+        pointer_or_null(up),
+        pointer_or_null(up_scale),
         y.data_ptr(),
         DTYPES[dtype],
         torch.get_num_threads(),
@@ -231,12 +225,22 @@ def _int8_linear_impl(
     return y
 
 
+def check_rows(q: Tensor, x_scale: Tensor) -> None:
+    """Raise ValueError for rows that are not as from `quantize_rows`: they would be read past their end."""
+    m, k = q.shape
+    if q.dtype is not UINT8 or k % 4 or not q.is_contiguous() or not is_vector(x_scale, m):
+        raise ValueError(
+            "q must be contiguous uint8 [M, K rounded up to 4] with contiguous float32 scales [M], "
+            f"not {q.dtype} {list(q.shape)} with {x_scale.dtype} {list(x_scale.shape)}"
+        )
+
+
 def _check_weight(packed: Tensor, scale: Tensor, n: int, k: int) -> None:
     if (
         packed.shape != ((n + 63) // PANEL, 1 + k // 4, 4 * PANEL)
         or packed.dtype is not INT8
         or not packed.is_contiguous()
-        or not _is_vector(scale, n)
+        or not is_vector(scale, n)
     ):
         raise ValueError(
             f"a weight of {n} outputs and {k} inputs must be as from pack_weight, contiguous int8 "
@@ -245,10 +249,10 @@ def _check_weight(packed: Tensor, scale: Tensor, n: int, k: int) -> None:
         )
 
 
-def _check_branch(
+def check_branch(
     down: Tensor | None, down_scale: Tensor | None, up: Tensor | None, up_scale: Tensor | None, n: int, k: int
 ) -> int:
-    # returns the rank, 0 without a branch
+    """The rank of a branch, 0 without one; ValueError where its parts do not fit [n, k]."""
     if down is None and down_scale is None and up is None and up_scale is None:
         return 0
     if down is None or down_scale is None or up is None or up_scale is None:
@@ -259,12 +263,16 @@ def _check_branch(
     return rank
 
 
-def _is_vector(tensor: Tensor, n: int) -> bool:
-    # of any number of dimensions: asking for the shape takes longer
+def is_vector(tensor: Tensor, n: int) -> bool:
+    """Whether a tensor is n contiguous float32 numbers, in any number of dimensions."""
+    # asking for the shape takes longer
     return tensor.dtype is FLOAT32 and tensor.numel() == n and tensor.is_contiguous()
 
 
-def _as_vector(bias: Tensor, n: int) -> Tensor:
+def to_bias(bias: Tensor | None, n: int) -> Tensor | None:
+    """A bias as the kernels take it; ValueError unless it has n numbers."""
+    if bias is None or is_vector(bias, n):
+        return bias
     if bias.shape != (n,):
         raise ValueError(f"bias must have {n} numbers, not {list(bias.shape)}")
     return bias.to(torch.float32).contiguous()
@@ -276,7 +284,8 @@ def _compute_empty_product(m: int, n: int, bias: Tensor | None, dtype: torch.dty
     return y if bias is None else y + bias.to(dtype)
 
 
-def _pointer_or_null(tensor: Tensor | None) -> int | None:
+def pointer_or_null(tensor: Tensor | None) -> int | None:
+    """Where a tensor's numbers are, for C."""
     return None if tensor is None else tensor.data_ptr()
 
 

@@ -8,11 +8,23 @@
 
 namespace {
 
+// How a weight of 4 or 6 bits decodes, see grouped.h
+struct Groups {
+  const void* scale = nullptr;   // [panels][groups][64], float32 or e4m3
+  const float* levels = nullptr;  // [16], of the low four bits of a code; null: the weight is int8
+  int64_t steps = 0;             // of a group
+  int bits = 8;
+  bool has_byte_scales = false;
+};
 struct Weight {
   const int8_t* packed;
   const float* scale;  // [N]
   int64_t steps;       // ceil(K / 4)
-  const int8_t* panel(int64_t p) const { return packed + p * (steps + 1) * 4 * PANEL; }
+  Groups groups{};
+  // Bytes of a step of four inputs and 64 columns
+  int64_t step_bytes() const { return groups.bits * PANEL / 2; }
+  // Compensations, then the steps
+  const int8_t* panel(int64_t p) const { return packed + p * (4 * PANEL + steps * step_bytes()); }
 };
 struct Quantized {
   const uint8_t* q;    // [M, stride]

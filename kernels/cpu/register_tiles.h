@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <memory>
 
+#include "grouped.h"
 #include "product.h"
 #include "register_products.h"
 
@@ -18,6 +19,7 @@ static_assert(K_BLOCK % 64 == 0);
 // What a thread keeps while it works: operands as the product reads them, and sums between pieces of K
 struct Workspace {
   Buffer x, w, t, up;  // rows, weights, and those of the branch
+  DecodedSteps decoded;
   std::unique_ptr<int32_t[]> sums;
 };
 
@@ -119,10 +121,10 @@ template <class Y>
 void compute_block(const Product& p, Block block, int64_t k_block, Workspace& space) {
   if (p.t.q) block.up = prepare_weights(p.up.panel(block.panel) + 4 * PANEL, p.up.steps, space.up);
   const int64_t columns = std::min(PANEL, p.N - block.panel * PANEL);
-  const int8_t* rows_of_panel = p.w.panel(block.panel) + 4 * PANEL;
   for (int64_t from = 0; from < p.w.steps; from += k_block) {
     const int64_t to = std::min(p.w.steps, from + k_block);
-    const Panel weights = prepare_weights(rows_of_panel + 4 * PANEL * from, to - from, space.w);
+    const int8_t* steps = get_steps(p.w, block.panel, from, to, space.decoded);
+    const Panel weights = prepare_weights(steps, to - from, space.w);
     for (int64_t part = 0; 16 * TILE_VECTORS * part < columns; part++)
       compute_tiles<Y>(p, block, part, weights, from, to, space.sums.get());
   }

@@ -34,7 +34,15 @@ def declare_linear_functions(functions: ctypes.CDLL) -> None:
         *(INT64, POINTER, POINTER, POINTER, POINTER),  # rank, down, down_scale, up, up_scale
         *(POINTER, INT, INT),  # y, dtype, threads
     ]
-    functions.int8run_quantize.restype = functions.int8run_linear.restype = INT
+    functions.int8run_grouped_linear.argtypes = [
+        *(POINTER, POINTER, INT64, INT64, INT64),  # q, x_scale, M, K, N
+        *(POINTER, POINTER, INT, POINTER, INT, INT64),  # codes, scale, has_byte_scales, levels, bits, group
+        *(POINTER, POINTER),  # w_scale, bias
+        *(INT64, POINTER, POINTER, POINTER, POINTER),  # rank, down, down_scale, up, up_scale
+        *(POINTER, INT, INT),  # y, dtype, threads
+    ]
+    for function in ("int8run_quantize", "int8run_linear", "int8run_grouped_linear"):
+        getattr(functions, function).restype = INT
     functions.int8run_rms_norm.argtypes = [
         *(POINTER, POINTER, INT, INT64, INT64, FLOAT),  # x, weight, dtype, M, K, eps
         *(POINTER, INT),  # y, threads

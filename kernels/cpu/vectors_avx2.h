@@ -126,6 +126,22 @@ INLINE __m256 clamp(__m256 v, float low, float high) {
 INLINE Floats clamp(Floats v, float low, float high) {
   return {clamp(v.low, low, high), clamp(v.high, low, high)};
 }
+INLINE __m256 look_up(Floats table, __m256i index) {
+  const __m256 low = _mm256_permutevar8x32_ps(table.low, index);
+  const __m256 high = _mm256_permutevar8x32_ps(table.high, index);
+  return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
+}
+INLINE Floats look_up(Floats table, Ints index) {
+  return {look_up(table, index.low), look_up(table, index.high)};
+}
+INLINE Floats load_float8(const uint8_t* p) {
+  const __m256i v = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  const __m256i sign = _mm256_slli_epi16(_mm256_and_si256(v, _mm256_set1_epi16(0x80)), 8);
+  const __m256i magnitude = _mm256_slli_epi16(_mm256_and_si256(v, _mm256_set1_epi16(0x7F)), 7);
+  const __m256i halves = _mm256_or_si256(sign, magnitude);
+  const Floats smaller{_mm256_cvtph_ps(low_half(halves)), _mm256_cvtph_ps(high_half(halves))};
+  return multiply(smaller, fill(256.0f));
+}
 INLINE Floats round(Floats v) {
   constexpr int NEAREST = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
   return {_mm256_round_ps(v.low, NEAREST), _mm256_round_ps(v.high, NEAREST)};
@@ -186,6 +202,8 @@ INLINE Ints maximum(Ints a, Ints b) {
 INLINE Ints bits_and(Ints a, Ints b) {
   return {_mm256_and_si256(a.low, b.low), _mm256_and_si256(a.high, b.high)};
 }
+template <int N>
+INLINE Ints shift_right(Ints v) { return {_mm256_srli_epi32(v.low, N), _mm256_srli_epi32(v.high, N)}; }
 INLINE Ints shift_left_8(Ints v) { return {_mm256_slli_epi32(v.low, 8), _mm256_slli_epi32(v.high, 8)}; }
 INLINE Ints shift_left_16(Ints v) { return {_mm256_slli_epi32(v.low, 16), _mm256_slli_epi32(v.high, 16)}; }
 INLINE Ints shift_right_16(Ints v) { return {_mm256_srli_epi32(v.low, 16), _mm256_srli_epi32(v.high, 16)}; }
@@ -205,6 +223,15 @@ INLINE Ints as_bits(Floats v) { return {_mm256_castps_si256(v.low), _mm256_castp
 INLINE Ints magnitude_bits(Floats v) { return bits_and(as_bits(v), fill_ints(0x7FFFFFFF)); }
 INLINE Floats to_floats(Ints v) { return {_mm256_cvtepi32_ps(v.low), _mm256_cvtepi32_ps(v.high)}; }
 INLINE Ints round_to_ints(Floats v) { return {_mm256_cvtps_epi32(v.low), _mm256_cvtps_epi32(v.high)}; }
+INLINE __m256i saturate_to_bytes(__m256i a, __m256i b, __m256i c, __m256i d) {
+  const __m256i apart = _mm256_packs_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
+  const __m256i order = _mm256_setr_epi32(0x0C080400, 0x0D090501, 0x0E0A0602, 0x0F0B0703, 0x0C080400, 0x0D090501,
+                                          0x0E0A0602, 0x0F0B0703);
+  return _mm256_shuffle_epi8(_mm256_max_epi8(apart, _mm256_set1_epi8(-127)), order);
+}
+INLINE Ints saturate_to_bytes(Ints a, Ints b, Ints c, Ints d) {
+  return {saturate_to_bytes(a.low, b.low, c.low, d.low), saturate_to_bytes(a.high, b.high, c.high, d.high)};
+}
 INLINE __m256i where_nan(__m256 v, __m256i nan, __m256i other) {
   return _mm256_blendv_epi8(other, nan, _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q)));
 }

@@ -63,6 +63,16 @@ INLINE Floats subtract_product(Floats a, Floats b, Floats c) { return _mm512_fnm
 INLINE Floats clamp(Floats v, float low, float high) {
   return _mm512_min_ps(_mm512_max_ps(v, fill(low)), fill(high));
 }
+// The numbers of a table of 16; of an index the low four bits count
+INLINE Floats look_up(Floats table, Ints index) { return _mm512_permutexvar_ps(index, table); }
+// 8-bit numbers of four bits of exponent and three of mantissa (e4m3), no NaN. A float16 with these bits is 2^8 times
+// smaller, also where it is denormal.
+INLINE Floats load_float8(const uint8_t* p) {
+  const __m256i v = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  const __m256i sign = _mm256_slli_epi16(_mm256_and_si256(v, _mm256_set1_epi16(0x80)), 8);
+  const __m256i magnitude = _mm256_slli_epi16(_mm256_and_si256(v, _mm256_set1_epi16(0x7F)), 7);
+  return _mm512_mul_ps(_mm512_cvtph_ps(_mm256_or_si256(sign, magnitude)), _mm512_set1_ps(256.0f));
+}
 // To whole numbers, ties to even
 INLINE Floats round(Floats v) {
   return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -85,6 +95,8 @@ INLINE Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
 INLINE Ints subtract(Ints a, Ints b) { return _mm512_sub_epi32(a, b); }
 INLINE Ints maximum(Ints a, Ints b) { return _mm512_max_epi32(a, b); }
 INLINE Ints bits_and(Ints a, Ints b) { return _mm512_and_si512(a, b); }
+template <int N>
+INLINE Ints shift_right(Ints v) { return _mm512_srli_epi32(v, N); }
 INLINE Ints shift_left_8(Ints v) { return _mm512_slli_epi32(v, 8); }
 INLINE Ints shift_left_16(Ints v) { return _mm512_slli_epi32(v, 16); }
 INLINE Ints shift_right_16(Ints v) { return _mm512_srli_epi32(v, 16); }
@@ -97,6 +109,13 @@ INLINE Ints as_bits(Floats v) { return _mm512_castps_si512(v); }
 INLINE Ints magnitude_bits(Floats v) { return as_bits(_mm512_abs_ps(v)); }
 INLINE Floats to_floats(Ints v) { return _mm512_cvtepi32_ps(v); }
 INLINE Ints round_to_ints(Floats v) { return _mm512_cvtps_epi32(v); }  // ties to even
+// Four numbers of each lane as its four bytes, the first in the lowest; what is beyond -127..127 becomes that
+INLINE Ints saturate_to_bytes(Ints a, Ints b, Ints c, Ints d) {
+  // bytes of a quarter: a a a a b b b b c c c c d d d d
+  const Ints apart = _mm512_packs_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d));
+  const Ints order = _mm512_set4_epi32(0x0F0B0703, 0x0E0A0602, 0x0D090501, 0x0C080400);
+  return _mm512_shuffle_epi8(_mm512_max_epi8(apart, _mm512_set1_epi8(-127)), order);
+}
 // `nan` where v is not a number, else `other`
 INLINE Ints where_nan(Floats v, Ints nan, Ints other) {
   return _mm512_mask_mov_epi32(other, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), nan);

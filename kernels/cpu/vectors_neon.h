@@ -133,6 +133,21 @@ INLINE Floats subtract_product(Floats a, Floats b, Floats c) {
 INLINE Floats clamp(Floats v, float low, float high) {
   return map_floats([&](int i) INLINED { return vminq_f32(vmaxq_f32(v.q[i], vdupq_n_f32(low)), vdupq_n_f32(high)); });
 }
+INLINE Floats look_up(Floats table, Ints index) {
+  uint8x16x4_t bytes;
+  for (int i = 0; i < 4; i++) bytes.val[i] = vreinterpretq_u8_f32(table.q[i]);
+  return map_floats([&](int i) INLINED {
+    // the four bytes of number n begin at 4 n
+    const uint32x4_t number = vandq_u32(vreinterpretq_u32_s32(index.q[i]), vdupq_n_u32(15));
+    const uint32x4_t places = vmlaq_n_u32(vdupq_n_u32(0x03020100), number, 0x04040404);
+    return vreinterpretq_f32_u8(vqtbl4q_u8(bytes, vreinterpretq_u8_u32(places)));
+  });
+}
+INLINE Floats load_float8(const uint8_t* p) {
+  uint16_t halves[16];
+  for (int i = 0; i < 16; i++) halves[i] = static_cast<uint16_t>((p[i] & 0x80) << 8 | (p[i] & 0x7F) << 7);
+  return multiply(load_float16(halves, ALL), fill(256.0f));
+}
 INLINE Floats round(Floats v) {
   return map_floats([&](int i) INLINED { return vrndnq_f32(v.q[i]); });
 }
@@ -188,6 +203,12 @@ INLINE Ints maximum(Ints a, Ints b) {
 INLINE Ints bits_and(Ints a, Ints b) {
   return map_ints([&](int i) INLINED { return vandq_s32(a.q[i], b.q[i]); });
 }
+template <int N>
+INLINE Ints shift_right(Ints v) {
+  return map_ints([&](int i) INLINED {
+    return vreinterpretq_s32_u32(vshlq_u32(vreinterpretq_u32_s32(v.q[i]), vdupq_n_s32(-N)));
+  });
+}
 INLINE Ints shift_left_8(Ints v) {
   return map_ints([&](int i) INLINED { return vshlq_n_s32(v.q[i], 8); });
 }
@@ -217,6 +238,15 @@ INLINE Floats to_floats(Ints v) {
 }
 INLINE Ints round_to_ints(Floats v) {
   return map_ints([&](int i) INLINED { return vcvtnq_s32_f32(v.q[i]); });
+}
+INLINE Ints saturate_to_bytes(Ints a, Ints b, Ints c, Ints d) {
+  const uint8x16_t order = vreinterpretq_u8_u64(vcombine_u64(vcreate_u64(0x0D0905010C080400), vcreate_u64(0x0F0B07030E0A0602)));
+  return map_ints([&](int i) INLINED {
+    const int16x8_t first = vcombine_s16(vqmovn_s32(a.q[i]), vqmovn_s32(b.q[i]));
+    const int16x8_t last = vcombine_s16(vqmovn_s32(c.q[i]), vqmovn_s32(d.q[i]));
+    const int8x16_t apart = vmaxq_s8(vcombine_s8(vqmovn_s16(first), vqmovn_s16(last)), vdupq_n_s8(-127));
+    return vreinterpretq_s32_s8(vqtbl1q_s8(apart, order));
+  });
 }
 INLINE Ints where_nan(Floats v, Ints nan, Ints other) {
   return map_ints([&](int i) INLINED { return vbslq_s32(vceqq_f32(v.q[i], v.q[i]), other.q[i], nan.q[i]); });

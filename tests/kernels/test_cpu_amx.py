@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.grouped import list_grouped_weights
 from support.helpers import CPU, full_range, randn
 
 from int8run.backends.cpu import Cpu
-from int8run.kernels.cpu import conv, library, linear
+from int8run.kernels.cpu import conv, grouped, library, linear
 from int8run.kernels.cpu import instructions as module
 from int8run.kernels.cpu.instructions import (
     AUTO,
@@ -80,6 +81,32 @@ def test_tiles_give_the_same_bits_on_any_number_of_threads(emulated):
         torch.set_num_threads(count)
         assert torch.equal(linear.int8_linear(*arguments, instructions=emulated), expected), count
     torch.set_num_threads(before)
+
+
+@needs_avx2
+@pytest.mark.slow
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("rank", [0, 5])
+@pytest.mark.parametrize(
+    ("rows", "columns", "outputs", "group_size"),
+    [(1, 64, 64, 16), (17, 96, 70, 16), (1100, 128, 40, 64), (13, 6144, 66, 1536)],
+)
+def test_tiles_give_the_same_bits_of_codes(emulated, rows, columns, outputs, group_size, rank):
+    q, x_scale = linear.quantize_rows(randn(rows, columns))
+    branch = ()
+    if rank:
+        down = linear.pack_weight(full_range(rank, columns, seed=3)), randn(rank, seed=4)
+        up = linear.pack_weight(full_range(outputs, rank, seed=5)), randn(outputs, seed=6)
+        branch = (*down, *up)
+    for weight in list_grouped_weights(outputs, columns, group_size):
+        codes = grouped.pack_weight(weight.codes, weight.group_scale, weight.bits, weight.codebook)
+        group_scale = grouped.pack_group_scale(weight.group_scale)
+        w_scale = weight.scale[:, 0].contiguous()
+        arguments = (q, x_scale, codes, group_scale, weight.codebook, weight.bits, w_scale, None)
+
+        expected = grouped.grouped_linear(*arguments, torch.float32, *branch)
+        y = grouped.grouped_linear(*arguments, torch.float32, *branch, instructions=emulated)
+        assert torch.equal(y, expected), weight.bits
 
 
 # channels, outputs, kernel, stride, image: tails of 4, 16, 32 and 64, more pixels than a block and more

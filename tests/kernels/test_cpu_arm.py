@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.grouped import list_grouped_weights
 from support.helpers import CPU, full_range, randn
 from torch import Tensor
 
 from int8run.backends.cpu import Cpu
-from int8run.kernels.cpu import linear
+from int8run.kernels.cpu import grouped, linear
 from int8run.kernels.cpu.instructions import INSTRUCTION_SETS
 
 COMPILER, EMULATOR = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
@@ -49,14 +50,18 @@ def as_bytes(tensor: Tensor | None) -> bytes:
     return tensor.contiguous().view(torch.uint8).numpy().tobytes()
 
 
-@pytest.fixture(scope="module", params=["i8mm", "dotprod"])
-def program(request, tmp_path_factory):
+def build_program(name, driver, folder):
     """The kernels of one instruction set, as an Arm program."""
-    instruction_set = INSTRUCTION_SETS[request.param]
-    path = tmp_path_factory.mktemp("arm") / request.param
-    sources = (str(instruction_set.source), str(DRIVER))
+    instruction_set = INSTRUCTION_SETS[name]
+    path = folder / name
+    sources = (str(instruction_set.source), str(driver))
     subprocess.run([COMPILER, *FLAGS, *instruction_set.flags, *sources, "-o", str(path)], check=True)
     return path
+
+
+@pytest.fixture(scope="module", params=["i8mm", "dotprod"])
+def program(request, tmp_path_factory):
+    return build_program(request.param, DRIVER, tmp_path_factory.mktemp("arm"))
 
 
 @pytest.mark.parametrize("dtype", linear.DTYPES, ids=str)
@@ -88,3 +93,32 @@ def test_arm_gives_the_same_bits(program, dtype, tmp_path):
         data = as_bytes(tensor)
         assert output[: len(data)] == data, (("q", "scale", "y")[i % 3], cases[i // 3])
         output = output[len(data) :]
+
+
+@pytest.mark.parametrize("instructions", ["i8mm", "dotprod"])
+def test_arm_gives_the_same_bits_of_codes(instructions, tmp_path):
+    shapes = [(1, 64, 64, 16), (7, 96, 70, 16), (5, 32, 64, 4), (3, 6144, 66, 1536)]
+    inputs, expected = [], []
+    for rows, columns, outputs, group_size in shapes:
+        q, x_scale = linear.quantize_rows(randn(rows, columns))
+        for weight in list_grouped_weights(outputs, columns, group_size):
+            codes = grouped.pack_weight(weight.codes, weight.group_scale, weight.bits, weight.codebook)
+            group_scale = grouped.pack_group_scale(weight.group_scale)
+            levels = grouped.EVEN_LEVELS[weight.bits] if weight.codebook is None else weight.codebook
+            w_scale = weight.scale[:, 0].contiguous()
+            has_byte_scales = int(group_scale.dtype.itemsize == 1)
+            header = (rows, columns, outputs, has_byte_scales, weight.bits, group_size)
+            inputs.append(struct.pack("<6q", *header))
+            for tensor in (q, x_scale, codes, group_scale, levels, w_scale):
+                data = as_bytes(tensor)
+                inputs.append(struct.pack("<q", len(data)) + data)
+            y = grouped.grouped_linear(
+                q, x_scale, codes, group_scale, weight.codebook, weight.bits, w_scale, None, torch.float32
+            )
+            expected.append(as_bytes(y))
+    (tmp_path / "in").write_bytes(struct.pack("<q", len(expected)) + b"".join(inputs))
+    program = build_program(instructions, DRIVER.with_name("arm_grouped_driver.cpp"), tmp_path)
+
+    subprocess.run([EMULATOR, "-cpu", "max", program, tmp_path / "in", tmp_path / "out"], check=True)
+
+    assert (tmp_path / "out").read_bytes() == b"".join(expected)
