@@ -436,6 +436,16 @@ def test_streaming_measures_copies_and_runs(tmp_path: Path, capsys: Capture) -> 
 
 
 @pytest.mark.slow
+def test_streaming_quantizes_a_gguf_file(tmp_path: Path, capsys: Capture) -> None:
+    size = ("--doubles", "1", "--singles", "1", "--heads", "2")
+
+    run_script("streaming/quantize_gguf.py", tmp_path / "out", "--type", "Q4_K", *size)
+
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| Q4_K |")]
+    assert row.endswith("| 10 | 1 |")
+
+
+@pytest.mark.slow
 def test_sweeps_cost_is_told_beside_the_bare_work(capsys: Capture) -> None:
     sweep = ("outlier=none,convrot", "sampler.steps=1", "prompts.prompts=[fox]")
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from random import Random
 
 from fuzzing.checkpoint_inputs import check_denoiser, check_encoder
+from fuzzing.gguf_inputs import check_gguf
 from fuzzing.lora_inputs import check_lora
 from fuzzing.prompt_inputs import check_prompts
 from fuzzing.shard_inputs import check_shards
@@ -39,9 +40,10 @@ class Reader:
 
 
 READERS = {
-    "denoiser": Reader(check_denoiser, 330),
+    "denoiser": Reader(check_denoiser, 280),
     "shards": Reader(check_shards, 50),
-    "lora": Reader(check_lora, 380),
+    "gguf": Reader(check_gguf, 100),
+    "lora": Reader(check_lora, 330),
     "text_encoder": Reader(check_encoder, 60),
     "prompts": Reader(check_prompts, 150),
     "yaml": Reader(check_yaml, 30),

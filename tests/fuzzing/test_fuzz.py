@@ -51,6 +51,12 @@ def test_a_few_of_each_reader(name: str, tmp_path: Path) -> None:
     assert not faults, "\n".join(faults)
 
 
+def test_two_hundred_gguf_files(tmp_path: Path) -> None:
+    counts, faults = try_inputs("gguf", SEED, range(200), tmp_path)
+    assert not faults, "\n".join(faults)
+    assert min(counts[REFUSED], counts[RIGHT]) > LEAST_SHARE * 200, counts
+
+
 def test_the_shares_are_of_a_thousand() -> None:
     assert sum(reader.share for reader in READERS.values()) == 1000
 
