@@ -8,6 +8,7 @@ and in the tracker under the tag of their sweep.
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +156,9 @@ class JobBatches:
             sweep.run_jobs(self.make_pool(configs[0]), self.make_context(), run_batch_job)
         finally:
             self.restore_log()
-        self.manifest = sweep.manifest
+        # the largest of all batches: a batch of one job shares the machine with nobody
+        most = max(self.manifest.jobs_at_once, sweep.manifest.jobs_at_once)
+        self.manifest = replace(sweep.manifest, jobs_at_once=most)
         return dict(sweep.records)
 
     def restore_log(self) -> None:

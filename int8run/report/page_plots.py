@@ -10,7 +10,8 @@ from functools import partial
 from itertools import islice
 
 from int8run.report.columns import PSNR_DB, SPEED_RATIO, STEP_MS, format_psnr
-from int8run.report.plots import DASHES, NARROW, SERIES, WIDE, Point, draw_curves, draw_speed_quality
+from int8run.report.plot_svg import SERIES
+from int8run.report.plots import DASHES, NARROW, WIDE, Point, draw_curves, draw_speed_quality
 from int8run.report.ranking import choose_speed_metric, find_fronts, list_speed_quality
 from int8run.report.runs import Run, find_varying_settings, format_tags, parse_number
 from int8run.report.strength_curves import StrengthCurves

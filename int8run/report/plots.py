@@ -1,15 +1,9 @@
-"""Plots as SVG inside the page: text stays text, and every color is one of the page's variables.
+"""The plots of pages, as SVG elements. Draws what it is given; knows nothing of runs."""
 
-So one drawing serves light and dark pages. Draws what it is given; knows nothing of runs.
-"""
-
-import io
 import math
-import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
 from matplotlib import rc_context
@@ -25,16 +19,8 @@ from int8run.report.label_placement import (
     surround_dot,
     surround_step_line,
 )
+from int8run.report.plot_svg import INK, LINE, MUTED, SERIES, to_svg
 
-# Colors that stand for the page's variables until the SVG is written.
-INK, MUTED, LINE = "#010101", "#020202", "#030303"
-SERIES = tuple(f"#05{i:02x}05" for i in range(8))
-PAGE_COLORS = {
-    INK: "var(--ink)",
-    MUTED: "var(--muted)",
-    LINE: "var(--line)",
-    **{color: f"var(--series-{i})" for i, color in enumerate(SERIES)},
-}
 DASHES: tuple[tuple[int, ...], ...] = ((), (7, 3), (2, 2), (9, 2, 2, 2))
 
 WIDE, NARROW = 760, 350  # px; one for a screen, one for a phone
@@ -114,7 +100,7 @@ def draw_speed_quality(
         axes.set_xlabel(x_label)
         axes.set_ylabel("PSNR to float, dB")
         axes.set_xlim(*pad_limits([point.x for point in points], 0.16))
-        axes.set_ylim(*pad_limits(heights, 0.14))
+        axes.set_ylim(*pad_limits([*heights, *list_limits(points)], 0.14))
         if faster_is_less:
             axes.invert_xaxis()
 
@@ -130,6 +116,14 @@ def draw_speed_quality(
 
         titles = {f"about-{i}": point.description for i, point in enumerate(points)}
         return to_svg(figure, name, f"PSNR to float against {x_label}", titles)
+
+
+def list_limits(points: Sequence[Point]) -> list[float]:
+    """The ends of all intervals."""
+    limits: list[float] = []
+    for point in points:
+        limits += point.interval or ()
+    return limits
 
 
 def find_front_corners(
@@ -348,54 +342,3 @@ def draw_label(axes: Axes, point: Point, spot: Position, box: Box) -> None:
         color=INK if point.is_on_front else MUTED,
         zorder=4,
     )
-
-
-# -- SVG -----------------------------------------------------------------------------------------------------
-
-
-def to_svg(figure: Figure, name: str, description: str, titles: Mapping[str, str]) -> str:
-    """The figure as an SVG element for the page.
-
-    Args:
-        figure: to write.
-        name: begins every id, so that several plots can stand on one page.
-        description: for screen readers.
-        titles: by id, shown when the pointer rests on that part.
-    """
-    svg = write_svg(figure)
-    # In tags alone: a label is free to say `#010101` or `id="x"`.
-    svg = re.sub(r"<[^>]+>", lambda match: adapt_tag(match.group(), name), svg)
-
-    def add_title(match: re.Match[str]) -> str:
-        title = titles.get(match[1])
-        if title is None:
-            return match.group()
-        return f"{match.group()}<title>{escape(title)}</title>"
-
-    svg = re.sub(rf'<g id="{name}-([^"]*)">', add_title, svg)
-
-    width, height = (72 * inches for inches in figure.get_size_inches())
-    opening = (
-        f'<svg class="plot" role="img" aria-label="{escape(description)}" '
-        f'viewBox="0 0 {width:g} {height:g}" style="max-width:{width:g}px">'
-    )
-    after_opening = svg[svg.index(">") + 1 :]
-    return re.sub(r"\s*\n\s*", "\n", opening + after_opening)
-
-
-def write_svg(figure: Figure) -> str:
-    """What matplotlib writes, without what stands before the element, its metadata and its style."""
-    buffer = io.StringIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")
-        figure.savefig(buffer, format="svg")
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
-    return re.sub(r"<metadata>.*?</metadata>|<defs>\s*<style.*?</style>\s*</defs>", "", svg, flags=re.DOTALL)
-
-
-def adapt_tag(tag: str, name: str) -> str:
-    """A tag of the SVG with the page's font and colors, and with ids of this plot."""
-    tag = re.sub(r" font-family: [^;]*;", "", tag)
-    tag = re.sub("|".join(PAGE_COLORS), lambda match: PAGE_COLORS[match.group()], tag)
-    return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", tag)

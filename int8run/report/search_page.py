@@ -36,7 +36,7 @@ class CostAxis:
 
 AXES = (
     CostAxis("seconds", "ms", 1e3, "time per image, ms (faster to the right)"),
-    CostAxis("bytes", "MB", 1e-6, "weights of denoiser and text encoders, MB (smaller to the right)"),
+    CostAxis("bytes", "MB", 1e-6, "weights, MB (smaller to the right)"),
 )
 
 

@@ -18,7 +18,7 @@ from int8run.errors import FileError
 from int8run.metrics.clusters import Clusters, choose_clusters, gather_clusters
 from int8run.metrics.interval_settings import IntervalSettings
 from int8run.metrics.intervals import Interval, compute_interval
-from int8run.metrics.names import BLOCK_STEP_MS
+from int8run.metrics.names import BLOCK_STEP_MS, SCATTERS
 from int8run.metrics.psnr_limit import limit_psnr
 from int8run.tracking.run_record import Record
 
@@ -36,6 +36,7 @@ class Measurement:
         seconds: per image, text encoding and decoding included.
         seconds_low, seconds_high: interval of `seconds`, as wide as its timed stretches scatter.
         bytes: of the denoiser and the text encoders.
+        scatters: whether the times of its steps say little, because other work ran beside it.
     """
 
     psnrs_db: Sequence[float]
@@ -44,6 +45,7 @@ class Measurement:
     seconds_low: float
     seconds_high: float
     bytes: float
+    scatters: bool = False
 
     @property
     def quality_db(self) -> float:
@@ -107,6 +109,7 @@ def measure_trial(record: Record, reference: Record, settings: IntervalSettings)
         seconds_low=seconds * low,
         seconds_high=seconds * high,
         bytes=weights + metrics.get("memory/text_encoder_bytes", 0.0),
+        scatters=bool(metrics.get(SCATTERS)),
     )
 
 

@@ -116,4 +116,6 @@ def suggest_value(asked: Any, ingredient: Ingredient) -> str | float:
     step = None if ingredient.log else ingredient.step
     if ingredient.is_whole:
         return int(asked.suggest_int(name, int(low), int(high), log=ingredient.log, step=int(step or 1)))
-    return float(asked.suggest_float(name, low, high, log=ingredient.log, step=step))
+    value = asked.suggest_float(name, low, high, log=ingredient.log, step=step)
+    # digits that nobody reads; the ends of the range stay its ends
+    return min(max(float(f"{value:.4g}"), low), high)

@@ -75,7 +75,8 @@ def run_search(spec: RunSpec, job: Job, options: SearchOptions) -> None:
         num_failed = count_failed(search.trials)
         if num_failed:
             log.warning("%s failed; search.json names each", count_noun(num_failed, "trial"))
-    outcome = SearchOutcome(space, goal, trials, runner.base_record, spec.metrics.intervals)
+    jobs_at_once = batches.manifest.jobs_at_once
+    outcome = SearchOutcome(space, goal, trials, runner.base_record, spec.metrics.intervals, jobs_at_once)
     if options.confirm and outcome.winner is not None:
         outcome = replace(outcome, confirmed=confirm_winner(outcome, runner, batches))
     batches.finish(spec.tracker, job.output_dir / "report.html")
@@ -192,7 +193,7 @@ def fit_space(space: SearchSpace, overrides: SearchOverrides, batches: JobBatche
         # as far as another one is needed, beside its first choice that will do
         context = space.list_contexts(ingredient)[0]
         for point in ingredient.list_points(2):
-            settings = space.list_settings(space.complete({**context, name: point}))
+            settings = space.list_settings({**context, name: point})
             message = find_problem(overrides.make_trial(settings), batches)
             if message is None:
                 continue

@@ -45,6 +45,7 @@ class SearchOutcome:
         trials: all of them.
         base_record: of the base recipe, with the float model beside it.
         intervals: how they are computed.
+        jobs_at_once: how many trials may have shared a machine.
         confirmed: the winner with the prompts of the command; None: it was not run again.
     """
 
@@ -53,6 +54,7 @@ class SearchOutcome:
     trials: Sequence[Trial]
     base_record: Record | None
     intervals: IntervalSettings
+    jobs_at_once: int = 1
     confirmed: Measurement | None = None
 
     @cached_property
@@ -182,7 +184,24 @@ def describe_outcome(outcome: SearchOutcome) -> list[str]:
     if summary["combinations"]:
         combinations = count_noun(int(summary["combinations"]), "combination")
         line += f"; {combinations} predicted within {summary['rms_db']:.2f} dB (root mean square)"
-    return [*lines, line]
+    return [*lines, line, *list_doubts(outcome)]
+
+
+def list_doubts(outcome: SearchOutcome) -> list[str]:
+    """Why its times may say little."""
+    doubts = []
+    finished = select_finished(outcome.trials)
+    scattered = sum(trial.measured is not None and trial.measured.scatters for trial in finished)
+    if scattered:
+        doubts.append(
+            f"the step times of {scattered} of {len(finished)} trials scatter by more than twice: other "
+            "work ran on this machine, so times say little"
+        )
+    if outcome.jobs_at_once > 1:
+        doubts.append(
+            f"up to {outcome.jobs_at_once} trials shared a machine, so times are not those of a run alone"
+        )
+    return doubts
 
 
 def describe_trial(outcome: SearchOutcome, trial: Trial) -> str:
