@@ -12,8 +12,12 @@ from typing import Any
 import pytest
 import yaml
 from support.cli_process import Command
+from support.run_job import make_spec
 
+from int8run.errors import ConfigError
 from int8run.search import proposals
+from int8run.search.parse_space import parse_space
+from int8run.tasks.search_overrides import SearchOverrides
 
 pytest.importorskip("optuna")
 
@@ -30,7 +34,7 @@ SMALL = [
 ]
 NO_SPACE = [
     f"task.space.{name}=null"
-    for name in ("rounding", "bits", "kept", "cache", "threshold", "few_step", "steps")
+    for name in ("rounding", "bits", "kept", "cache", "threshold", "sea_threshold", "few_step", "steps")
 ]
 SEARCH = ["task=search", "quality_db=20", "task.n_trials=4", *NO_SPACE, *SMALL]
 
@@ -129,6 +133,23 @@ def test_a_table_with_inputs_is_not_replaced_by_texts(command: Command, model: s
 
     assert outcome.code == 2
     assert "let the trials be judged by its rows: task.judge_by=run" in outcome.message
+
+
+def test_every_choice_that_ships_is_one_of_the_tiny_model() -> None:
+    shipped = make_spec(["task=search", "quality_db=35"])
+    space = parse_space(shipped.task.space).resolve_shares({"sampler.steps": 16}.get)
+    overrides = SearchOverrides(shipped, [], "calibration")
+    refused = []
+    for name, ingredient in space.ingredients.items():
+        for context in space.list_contexts(ingredient):
+            for point in ingredient.list_points(2):
+                try:
+                    make_spec(overrides.make_trial(space.list_settings({**context, name: point})))
+                except ConfigError:
+                    refused.append((name, point))
+
+    assert refused == [("few_step", "turbo"), ("few_step", "hyper")]
+    assert space.ingredients["few_step"].is_optional
 
 
 # -- whole searches ----------------------------------------------------------------------------------
