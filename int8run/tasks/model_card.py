@@ -71,7 +71,7 @@ def write_card(
     Args:
         spec: the settings; `save` is where the checkpoint is.
         job: where they came from; its folder may have a grid of images.
-        saved: the files of weights.
+        saved: the files of weights; none where a VAE alone was saved.
         metrics: of the run, or of `task=quantize`.
         comparison: what the metrics come from; None: nothing was measured.
         vae: file of weights of the INT8 VAE; None: none was saved.
@@ -203,6 +203,10 @@ def list_usage(
         vae: file of weights of the INT8 VAE; None: none was saved.
         is_encoder: whether it is a text encoder.
     """
+    if vae is not None and not saved:
+        line = f"int8run task=inspect task.path={quote_for_shell(name_saved(vae, card))}"
+        model = f"model={job.choices.get('model', 'NAME')}"
+        return [line, f"int8run {model} {format_vae_settings(vae, card)}"]
     names = [name_saved(path, card) for path in saved]
     location = "." if card.name == CARD_NAME else names[0]
     lines = [f"int8run task=inspect task.path={quote_for_shell(names[0])}"]

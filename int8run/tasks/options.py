@@ -161,8 +161,8 @@ class Quantize:
     """Write a quantized checkpoint without running it or holding it in memory.
 
     Args:
-        component: which denoiser, of a pipeline with several; or a text encoder, which is written in the
-            format of `clip=`.
+        component: which denoiser, of a pipeline with several; a text encoder, which is written in the format
+            of `clip=`; or `vae`.
     """
 
     recorded: ClassVar[bool] = True
@@ -183,11 +183,16 @@ class Quantize:
         """Nothing is known before the file is looked at."""
 
     def execute(self, spec: RunSpec, job: Job) -> None:
-        """Write the denoiser or the text encoder that `component` names."""
+        """Write the denoiser, the text encoder or the VAE that `component` names."""
         if str(self.component).startswith("text_encoder"):
             from int8run.tasks.quantize_text_encoder import quantize_text_encoder
 
             quantize_text_encoder(spec, job, str(self.component))
+            return
+        if self.component == "vae":
+            from int8run.tasks.quantize_vae import quantize_vae_file
+
+            quantize_vae_file(spec, job)
             return
         # a denoiser needs neither diffusers nor transformers, which take more memory than its layers
         from int8run.tasks.quantize_checkpoint import quantize_file
