@@ -114,6 +114,7 @@ def check_format(source: LayerSource, whole: Tensor) -> FormatRecipe | None:
         return None
     made = weight_format.quantize(whole)
     stored, _ = layer.read_packed_weight(source.files, (rows, columns))
+    assert isinstance(made, PackedWeight) and isinstance(stored, PackedWeight), "codes are compared apart"
     if made.qdata.shape != stored.qdata.shape:
         return None
     differing = int((made.qdata.view(torch.uint8) != stored.qdata.view(torch.uint8)).sum())

@@ -6,12 +6,12 @@ by. Rows that the recipe gives to the bit need no more; of others the noise and 
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from int8run.audit.compare_codes import CodesComparison
 from int8run.audit.compare_floats import PlainComparison
 from int8run.audit.grades import Limits
 from int8run.audit.layer_audit import LayerAudit
@@ -34,12 +34,12 @@ from int8run.audit.stored_numbers import (
     count_group_columns,
     describe_stored,
     iterate_spans,
+    list_probes,
 )
 from int8run.audit.transforms import TransformMatch, match_transform
 from int8run.checkpoints.layer import INT8, CheckpointLayer
 from int8run.outlier.base import NONE
 
-PROBE_PLACES, PROBE_ROWS = 4, 8  # of a weight, that are looked at first
 Item = TypeVar("Item")
 Found = TypeVar("Found")
 
@@ -57,8 +57,10 @@ def compare_layer(source: LayerSource, limits: Limits) -> LayerAudit:
     layer = source.layer
     audit = describe_stored(source.files, layer)
     audit.is_compared = True
-    comparison: IntegerComparison | PlainComparison
-    if has_own_integers(layer):
+    comparison: IntegerComparison | CodesComparison | PlainComparison
+    if layer.is_grouped:
+        comparison = CodesComparison(source, limits)
+    elif has_own_integers(layer):
         comparison = IntegerComparison(source, limits)
     else:
         comparison = PlainComparison(source, limits)
@@ -190,14 +192,6 @@ class IntegerComparison:
             audit.is_reproduced = True
         else:
             audit.recipe = f"{method}, {NEAREST}"
-
-
-def list_probes(num_rows: int) -> list[RowSpan]:
-    """Some rows of a weight from its beginning to its end, each once."""
-    if num_rows <= PROBE_PLACES * PROBE_ROWS:
-        return [RowSpan(0, num_rows)]
-    edges = [num_rows * place // PROBE_PLACES for place in range(PROBE_PLACES + 1)]
-    return [RowSpan(start, start + PROBE_ROWS) for start, _ in pairwise(edges)]
 
 
 def read_ahead(read: Callable[[Item], Found], items: Iterable[Item]) -> Iterator[tuple[Item, Found]]:

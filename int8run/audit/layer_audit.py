@@ -19,7 +19,7 @@ class LayerAudit:
     Args:
         name: the weight's key without `.weight`.
         shape: of the weight, N and K, or that of a convolution.
-        storage_dtype: float, int8, fp8, mxfp8 or nvfp4.
+        storage_dtype: float, int8, fp8, mxfp8, nvfp4, w4a8 or w6a8.
         label: how the file stores it, in words.
         granularity: which numbers share a scale; empty: no scale.
         declared_rotation: that the file says, in words; empty: of a float layer, which says nothing.

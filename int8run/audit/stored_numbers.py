@@ -5,6 +5,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from int8run.audit.layer_audit import LayerAudit
 from int8run.audit.transforms import NOT_ROTATED, name_rotation
+from int8run.checkpoints.grouped import ROW_SCALE
 from int8run.checkpoints.layer import FLOAT, INT8, CheckpointLayer
 from int8run.checkpoints.reader import TensorFiles
 from int8run.checkpoints.rotation_evidence import find_rotation, is_comparable, measure_tails
@@ -19,6 +21,7 @@ from int8run.kernels.quantize_rowwise.reference import INT8_MAX
 
 CHUNK_ELEMENTS = 2**20  # numbers that are looked at at a time
 HALF_RANGE = INT8_MAX // 2
+PROBE_PLACES, PROBE_ROWS = 4, 8  # of a weight, that are looked at first
 SMALL_GROUP = 16  # of columns: the smallest that shows whether there are enough numbers
 
 
@@ -46,6 +49,14 @@ def iterate_spans(num_rows: int, columns: int, multiple: int = 1) -> Iterator[Ro
     step = max(1, CHUNK_ELEMENTS // max(1, columns) // multiple) * multiple
     for start in range(0, num_rows, step):
         yield RowSpan(start, min(start + step, num_rows))
+
+
+def list_probes(num_rows: int) -> list[RowSpan]:
+    """Some rows of a weight from its beginning to its end, each once."""
+    if num_rows <= PROBE_PLACES * PROBE_ROWS:
+        return [RowSpan(0, num_rows)]
+    edges = [num_rows * place // PROBE_PLACES for place in range(PROBE_PLACES + 1)]
+    return [RowSpan(start, start + PROBE_ROWS) for start, _ in pairwise(edges)]
 
 
 class RangeCounts:
@@ -92,7 +103,8 @@ def describe_stored(files: TensorFiles, layer: CheckpointLayer) -> LayerAudit:
         layer: of it.
     """
     rotation = name_rotation(layer.rotation_group_size, is_sylvester=layer.is_sylvester)
-    declared = rotation if layer.storage_dtype == INT8 else NOT_ROTATED
+    says_rotation = layer.storage_dtype == INT8 or layer.is_grouped
+    declared = rotation if says_rotation else NOT_ROTATED
     if layer.storage_dtype == FLOAT:  # nothing is said of it, and nobody rotates it
         declared = ""
     granularity = layer.granularity
@@ -112,7 +124,7 @@ def describe_stored(files: TensorFiles, layer: CheckpointLayer) -> LayerAudit:
 
 def measure_scale_spread(files: TensorFiles, layer: CheckpointLayer) -> float | None:
     """The largest scale over the median one; None where there are no float scales to compare."""
-    key = layer.part_keys.get("scale")
+    key = layer.part_keys.get(ROW_SCALE if layer.is_grouped else "scale")
     if key is None or not files[key].dtype.startswith(("F32", "F16", "BF16")):
         return None
     scales = files.read(key).float().flatten()
@@ -158,7 +170,7 @@ def suggest_rotations(files: TensorFiles, layers: Sequence[CheckpointLayer]) -> 
     """
     by_rotation: dict[tuple[int, bool], list[CheckpointLayer]] = {}
     for layer in layers:
-        if layer.storage_dtype == INT8 and is_comparable(layer) and len(layer.shape) == 2:
+        if is_comparable(layer) and len(layer.shape) == 2:
             by_rotation.setdefault((layer.rotation_group_size, layer.is_sylvester), []).append(layer)
     suggestions = {}
     for alike in by_rotation.values():

@@ -1,14 +1,15 @@
-"""Find out what one weight of a checkpoint is: float, fp8, mxfp8, nvfp4, INT8, or blocks of a GGUF file.
+"""Find out what one weight of a checkpoint is: float, fp8, mxfp8, nvfp4, INT8, codes, or blocks of GGUF.
 
 `detect.py` calls `classify_weight` for each weight of a file. The dtype of the weight, the tensors beside it
 and its marker decide, in this order; what contradicts itself is refused. What INT8 weights need stands in
-`classify_int8.py`, mxfp8 and nvfp4 in `block_scaled.py`. Nothing here knows the other layers of the file.
+`classify_int8.py`, mxfp8 and nvfp4 in `block_scaled.py`, codes in `grouped.py`. Nothing here knows the other
+layers of the file.
 """
 
 from itertools import chain
 from math import prod
 
-from int8run.checkpoints import block_scaled, quip
+from int8run.checkpoints import block_scaled, grouped, quip
 from int8run.checkpoints.block_formats import BLOCK_FORMATS, MXFP8, NVFP4
 from int8run.checkpoints.classify_int8 import parse_int8_layer
 from int8run.checkpoints.format_names import FORMAT_NAMES, MARKER_FORMATS, name_granularity
@@ -17,11 +18,12 @@ from int8run.checkpoints.header import DTYPES
 from int8run.checkpoints.layer import FLOAT, FP8, GGUF, INT8, CheckpointLayer
 from int8run.checkpoints.layer_evidence import LayerEvidence
 from int8run.checkpoints.part_dtypes import check_part_dtypes
-from int8run.checkpoints.quant_metadata import Marker
+from int8run.checkpoints.quant_metadata import GROUPED_FORMAT, Marker
 from int8run.checkpoints.reader import TensorFiles
 from int8run.checkpoints.sdnq import SdnqMethod
 from int8run.checkpoints.unsupported import READERS, has_sdnq_scale, make_unsupported_error
 from int8run.errors import FileError
+from int8run.quant.grouped_weight import GROUPED_BITS, W4A8, W6A8
 
 # dtype of the weight in the file, by safetensors' name -> storage dtype; fp8 may turn out to be mxfp8
 STORAGE_DTYPES = {
@@ -52,6 +54,7 @@ PART_SUFFIXES = {
     "matrix": ("quarot_hadamard",),
     "sigma": ("hadanorm_sigma",),
     "copy": ("weight_packed",),  # INT8-Toolkit
+    **{part: (suffix,) for part, suffix in grouped.PART_SUFFIXES.items()},
     **{name: (name,) for name in quip.ALL_PARTS},
 }
 # other tensors are called so as well, for example the weights of norms
@@ -64,10 +67,12 @@ ALLOWED_PARTS = {
     FLOAT: {"scale", "input"},  # a scale of 1, which ComfyUI's own conversion leaves
     GGUF: set(),
     FP8: {"scale", "input", "marker", "factor"},
-    INT8: set(PART_SUFFIXES) - {"global", "scalar"},
+    INT8: set(PART_SUFFIXES) - {"global", "scalar"} - set(grouped.PART_SUFFIXES),
     NVFP4: {"scale", "input", "marker", "factor", "global"},
     # the scalar is for cards that have no products in mxfp8, and less exact than the scales of the blocks
     MXFP8: {"scale", "input", "marker", "factor", "scalar"},
+    W4A8: {*grouped.PART_SUFFIXES, "input", "marker", "factor"},
+    W6A8: {*grouped.PART_SUFFIXES, "input", "marker", "factor"},
 }
 
 
@@ -109,6 +114,8 @@ def classify_weight(
         check_marker_format(evidence, marker, storage_dtype)
     if storage_dtype in BLOCK_FORMATS:
         return parse_block_layer(evidence, storage_dtype)
+    if storage_dtype in GROUPED_BITS:
+        return parse_grouped_layer(evidence, storage_dtype)
     if storage_dtype == FP8:
         return parse_fp8_layer(evidence)
     if not has_sdnq_scale(files, name):  # another program made this weight
@@ -172,13 +179,19 @@ def find_parts(files: TensorFiles, name: str, *, is_float: bool) -> dict[str, st
 
 
 def find_storage_dtype(evidence: LayerEvidence) -> str:
-    """How the weight is stored: float, int8, fp8, mxfp8, nvfp4, or blocks of a GGUF file.
+    """How the weight is stored: float, int8, fp8, mxfp8, nvfp4, w4a8, w6a8, or blocks of a GGUF file.
 
-    fp8 and mxfp8 have the same dtype; the scales of mxfp8 are powers of 2, in a dtype of their own.
+    fp8 and mxfp8 have the same dtype; the scales of mxfp8 are powers of 2, in a dtype of their own. Codes of
+    4 and 6 bits are stored as int8.
+
+    Raises:
+        FileError: codes whose number of bits cannot be found out.
     """
     if evidence.weight.has_blocks:
         return GGUF
     storage_dtype = STORAGE_DTYPES[evidence.weight.dtype]
+    if storage_dtype == INT8 and grouped.is_grouped(evidence):
+        return grouped.find_storage_dtype(evidence)
     scale = evidence.find_part("scale")
     if storage_dtype == FP8 and scale is not None and scale.dtype in BLOCK_FORMATS[MXFP8].scale_dtypes:
         return MXFP8
@@ -213,7 +226,7 @@ def check_marker_format(evidence: LayerEvidence, marker: Marker, storage_dtype: 
         raise FileError(
             f"{marker.location} names the format {name!r}; int8run reads {', '.join(MARKER_FORMATS)}"
         )
-    if name and MARKER_FORMATS[name].storage_dtype != storage_dtype:
+    if name and storage_dtype not in MARKER_FORMATS[name].storage_dtypes:
         scale = evidence.find_part("scale")
         found = "no scale" if scale is None else f"a scale in {scale.dtype}"
         weight = evidence.weight
@@ -350,4 +363,33 @@ def parse_block_layer(evidence: LayerEvidence, storage_dtype: str) -> Checkpoint
         block_size=BLOCK_FORMATS[storage_dtype].block_size,
         part_keys=evidence.part_keys,
         declared=logical_shape.declared,
+    )
+
+
+def parse_grouped_layer(evidence: LayerEvidence, storage_dtype: str) -> CheckpointLayer:
+    """A weight in codes of 4 or 6 bits, which is always rotated.
+
+    Args:
+        evidence: what the file says about the layer.
+        storage_dtype: w4a8 or w6a8.
+
+    Raises:
+        FileError: a weight that does not go together with what stands beside it.
+    """
+    layout = grouped.check_grouped(evidence, storage_dtype)
+    bits, rotation = GROUPED_BITS[storage_dtype], layout.rotation_group_size
+    return CheckpointLayer(
+        name=evidence.name,
+        storage_dtype=storage_dtype,
+        shape=evidence.weight.shape,
+        rows=layout.rows,
+        columns=layout.columns,
+        label=f"{GROUPED_FORMAT}, {bits} bits, group {layout.group_size}, convrot {rotation}",
+        granularity="group",
+        block_size=layout.group_size,
+        format_name=storage_dtype,
+        part_keys=evidence.part_keys,
+        outlier_method="convrot",
+        outlier_settings={"group_size": rotation},
+        rotation_group_size=rotation,
     )

@@ -12,12 +12,20 @@ import torch
 from torch import Tensor
 
 from int8run.checkpoints import comfy_int8
+from int8run.checkpoints.comfy_grouped import (
+    CodeTensors,
+    build_grouped_marker,
+    collect_grouped_tensors,
+    describe_made_codes,
+    plan_grouped_entries,
+)
 from int8run.checkpoints.comfy_int8 import FACTOR, SCALE, sibling_key
 from int8run.checkpoints.header import DTYPES
 from int8run.checkpoints.quant_metadata import MARKER
 from int8run.checkpoints.writer import TensorEntry
 from int8run.outlier.base import OutlierTransform
 from int8run.quant.formats import BLOCK, ROW, WeightFormat
+from int8run.quant.grouped_weight import GroupedWeight
 from int8run.quant.packed_weight import PackedWeight
 
 GLOBAL_SCALE = "weight_scale_2"
@@ -42,6 +50,8 @@ def build_marker(
     """
     if weight_format.qdata_dtype == torch.int8 and weight_format.granularity == ROW:
         return comfy_int8.build_marker(transform)
+    if weight_format.is_grouped:
+        return build_grouped_marker(weight_format.block_size, transform)
     if weight_format.is_read_only:
         raise ValueError(f"{weight_format.name} is read and never written")
     if transform.group_size or transform.centered:
@@ -68,7 +78,11 @@ def encode_format_marker(
 
 
 def plan_packed_entries(
-    key: str, weight_format: WeightFormat, shape: tuple[int, int], transform: OutlierTransform
+    key: str,
+    weight_format: WeightFormat,
+    shape: tuple[int, int],
+    transform: OutlierTransform,
+    codes: CodeTensors | None = None,
 ) -> list[TensorEntry]:
     """List the tensors that a weight adds to a file, before any of its numbers is known.
 
@@ -77,10 +91,14 @@ def plan_packed_entries(
         weight_format: that the weight is written in.
         shape: N and K of the weight.
         transform: what was done to the weight before it was rounded.
+        codes: which tensors a weight of 4 or 6 bits is, that is copied; None: as int8run makes them.
 
     Raises:
         ValueError: as `build_marker`.
     """
+    if weight_format.is_grouped:
+        codes = codes or describe_made_codes(weight_format.group_layout)
+        return plan_grouped_entries(key, shape, codes, transform)
     rows, columns = shape
     qdata_shape = weight_format.get_qdata_shape(rows, columns)
     scale_shape = weight_format.get_scale_shape(rows, columns)
@@ -113,7 +131,7 @@ def has_global_scale(weight_format: WeightFormat) -> bool:
 
 
 def collect_tensors(
-    key: str, weight: PackedWeight, weight_format: WeightFormat, transform: OutlierTransform
+    key: str, weight: PackedWeight | GroupedWeight, weight_format: WeightFormat, transform: OutlierTransform
 ) -> dict[str, Tensor | bytes]:
     """Collect the numbers of the entries of `plan_packed_entries`, for `StreamWriter.write`.
 
@@ -131,8 +149,10 @@ def collect_tensors(
     if not is_stored_as(weight_format, weight):
         raise ValueError(
             f"{key} cannot be written as {weight_format.name}: its qdata, {weight.storage_dtype} "
-            f"{list(weight.qdata.shape)}, is in another format"
+            f"{list(weight.shape)}, is in another format"
         )
+    if isinstance(weight, GroupedWeight):
+        return collect_grouped_tensors(key, weight, transform)
     numbers = {
         key: weight.qdata,
         sibling_key(key, SCALE): weight.scale,
@@ -151,8 +171,10 @@ def collect_tensors(
     return tensors
 
 
-def is_stored_as(weight_format: WeightFormat, weight: PackedWeight) -> bool:
+def is_stored_as(weight_format: WeightFormat, weight: PackedWeight | GroupedWeight) -> bool:
     """Whether a weight is in a format, or needs no more than another shape or dtype of its scales to be."""
+    if isinstance(weight, GroupedWeight):
+        return weight.storage_dtype == weight_format.storage_dtype
     if weight.storage_dtype != weight_format.storage_dtype or weight.qdata.dtype != weight_format.qdata_dtype:
         return False
     if tuple(weight.qdata.shape) != weight_format.get_qdata_shape(*weight.shape):

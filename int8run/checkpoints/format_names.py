@@ -7,30 +7,37 @@ from typing import NamedTuple
 
 from int8run.checkpoints.block_formats import MXFP8, NVFP4
 from int8run.checkpoints.layer import FP8, INT8
-from int8run.checkpoints.quant_metadata import INT8RUN_CONV_FORMAT, INT8RUN_FORMAT, Marker
+from int8run.checkpoints.quant_metadata import (
+    GROUPED_FORMAT,
+    INT8RUN_CONV_FORMAT,
+    INT8RUN_FORMAT,
+    Marker,
+)
+from int8run.quant.grouped_weight import W4A8, W6A8
 
 
 class MarkerFormat(NamedTuple):
     """What the format name in a marker promises."""
 
-    storage_dtype: str
+    storage_dtypes: tuple[str, ...]
     granularities: tuple[str, ...]
 
 
 MARKER_FORMATS = {
-    "int8_tensorwise": MarkerFormat(INT8, ("tensor", "row")),
-    "int8_axiswise": MarkerFormat(INT8, ("row",)),
-    "int8_blockwise": MarkerFormat(INT8, ("grid", "block3d", "group")),
-    INT8RUN_FORMAT: MarkerFormat(INT8, ("row",)),
-    INT8RUN_CONV_FORMAT: MarkerFormat(INT8, ("row",)),
-    "float8_e4m3fn": MarkerFormat(FP8, ("tensor", "block3d")),
-    "float8_e5m2": MarkerFormat(FP8, ("tensor",)),
-    "float8_e4m3fn_rowwise": MarkerFormat(FP8, ("row",)),
-    "float8_e4m3fn_blockwise": MarkerFormat(FP8, ("grid",)),
-    "float8_e4m3fn_block3d": MarkerFormat(FP8, ("block3d",)),
-    "nvfp4": MarkerFormat(NVFP4, ("block",)),
-    "mxfp8": MarkerFormat(MXFP8, ("block",)),
-    "hybrid_mxfp8": MarkerFormat(MXFP8, ("block",)),
+    "int8_tensorwise": MarkerFormat((INT8,), ("tensor", "row")),
+    "int8_axiswise": MarkerFormat((INT8,), ("row",)),
+    "int8_blockwise": MarkerFormat((INT8,), ("grid", "block3d", "group")),
+    INT8RUN_FORMAT: MarkerFormat((INT8,), ("row",)),
+    INT8RUN_CONV_FORMAT: MarkerFormat((INT8,), ("row",)),
+    "float8_e4m3fn": MarkerFormat((FP8,), ("tensor", "block3d")),
+    "float8_e5m2": MarkerFormat((FP8,), ("tensor",)),
+    "float8_e4m3fn_rowwise": MarkerFormat((FP8,), ("row",)),
+    "float8_e4m3fn_blockwise": MarkerFormat((FP8,), ("grid",)),
+    "float8_e4m3fn_block3d": MarkerFormat((FP8,), ("block3d",)),
+    "nvfp4": MarkerFormat((NVFP4,), ("block",)),
+    "mxfp8": MarkerFormat((MXFP8,), ("block",)),
+    "hybrid_mxfp8": MarkerFormat((MXFP8,), ("block",)),
+    GROUPED_FORMAT: MarkerFormat((W4A8, W6A8), ("group",)),
 }
 LEGACY_GRANULARITIES = ("tensor", "row")  # of INT8 markers that name no format
 CONVROT = "int8_convrot"

@@ -6,7 +6,7 @@ with a scale for each row (`read_int8_layer`), or packed as it is (`read_packed_
 model.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from math import prod
@@ -14,13 +14,14 @@ from math import prod
 import torch
 from torch import Tensor
 
-from int8run.checkpoints import block_scaled, quip
+from int8run.checkpoints import block_scaled, grouped, quip
 from int8run.checkpoints.block_formats import BLOCK_FORMATS
 from int8run.checkpoints.reader import TensorFiles, resolve_rows
 from int8run.errors import FileError
 from int8run.kernels.hadamard.reference import Rotation, regular_hadamard, sylvester_hadamard
 from int8run.layers.int8_linear import QuantizedLayer
 from int8run.outlier.base import NONE, OutlierTransform
+from int8run.quant.grouped_weight import GROUPED_BITS, GroupedWeight
 from int8run.quant.packed_weight import PackedWeight
 from int8run.quant.weight import QuantizedWeight
 
@@ -35,7 +36,7 @@ class CheckpointLayer:
 
     Args:
         name: the weight's key without `.weight`.
-        storage_dtype: float, int8, fp8, mxfp8, nvfp4 or gguf, blocks that are read as float32.
+        storage_dtype: float, int8, fp8, mxfp8, nvfp4, w4a8, w6a8 or gguf, blocks that are read as float32.
         shape: of the tensor in the file. Weights of convolutions, and fp8 ones of norms, may have another
             number of dimensions than 2; their columns are the product of all but the first.
         rows: N of the weight; of a padded one (see `is_padded`) as far as the file says.
@@ -83,10 +84,18 @@ class CheckpointLayer:
         return tuple(self.part_keys.values())
 
     @property
+    def is_grouped(self) -> bool:
+        """Whether it is codes of 4 or 6 bits, which decode to INT8 with scales of rows."""
+        return self.storage_dtype in GROUPED_BITS
+
+    @property
     def is_usable_as_is(self) -> bool:
-        """Whether it is INT8 with scales of rows that the kernels take, so that nothing is rounded again."""
+        """Whether it is INT8 with scales of rows that the kernels take, or decodes to it.
+
+        Then nothing is rounded again.
+        """
         has_row_scales = self.storage_dtype == INT8 and self.granularity in ("tensor", "row")
-        return has_row_scales and not self._is_beyond_kernels
+        return (has_row_scales or self.is_grouped) and not self._is_beyond_kernels
 
     @property
     def is_dequantized(self) -> bool:
@@ -219,6 +228,8 @@ class CheckpointLayer:
                 files, self.key, self.format_name, self.part_keys, (start, stop)
             )
             return packed.dequantize() if count else torch.empty(packed.shape)
+        if self.is_grouped:
+            return self.read_grouped_weight(files, slice(start, stop)).dequantize()
         qdata = files.read(self.key, slice(start, stop)).float().reshape(count, prod(self.shape[1:]))
         if not self.granularity:
             return qdata
@@ -239,8 +250,13 @@ class CheckpointLayer:
             return files.read(key).float()[torch.arange(start, stop) // self.block_size]
         return files.read(key, slice(start, stop)).float().reshape(count, prod(files[key].shape[1:]))
 
+    def read_grouped_weight(self, files: TensorFiles, rows: slice) -> GroupedWeight:
+        """Read codes and scales of some rows; only of a layer that `is_grouped`."""
+        bits = GROUPED_BITS[self.storage_dtype]
+        return grouped.read_grouped_weight(files, self.key, self.part_keys, bits, rows)
+
     def read_int8_layer(self, files: TensorFiles, rows: slice | None = None) -> QuantizedLayer:
-        """Read the integers, a scale for each row and the transform, without a bias; only of an exact layer.
+        """Read the integers or codes, their scales and the transform, without a bias; only of an exact layer.
 
         Raises:
             ValueError: for another layer.
@@ -251,6 +267,9 @@ class CheckpointLayer:
                 "`read_weight`"
             )
         start, stop = resolve_rows(self.key, self.rows, rows)
+        if self.is_grouped:
+            codes = self.read_grouped_weight(files, slice(start, stop))
+            return QuantizedLayer(codes, self.read_transform(files), bias=None)
         weight = QuantizedWeight(
             qdata=files.read(self.key, slice(start, stop)).flatten(1),  # a kernel becomes rows of K
             scale=self.read_scales(files, start, stop).contiguous(),
@@ -259,7 +278,7 @@ class CheckpointLayer:
 
     def read_packed_weight(
         self, files: TensorFiles, shape: tuple[int, int] | None = None
-    ) -> tuple[PackedWeight, OutlierTransform]:
+    ) -> tuple[PackedWeight | GroupedWeight, OutlierTransform]:
         """Read the stored numbers, their scales, and what was done to the weight; only of a packable layer.
 
         Args:
@@ -281,6 +300,8 @@ class CheckpointLayer:
                 files, self.key, self.format_name, self.part_keys, logical_shape
             )
             return packed, self.read_transform(files)
+        if self.is_grouped:
+            return self.read_grouped_weight(files, slice(0, self.rows)), self.read_transform(files)
         qdata = files.read(self.key)
         scale = files.read(self.part_keys["scale"]) if self.granularity else None
         if self.granularity == "transposed":
@@ -293,3 +314,30 @@ class CheckpointLayer:
 def get_hadamard(group_size: int, *, is_sylvester: bool) -> Tensor:
     """The Hadamard matrix of a group size, one for all layers. Returns float32 [group_size, group_size]."""
     return sylvester_hadamard(group_size) if is_sylvester else regular_hadamard(group_size)
+
+
+def have_one_layout(files: TensorFiles, layers: Sequence[CheckpointLayer]) -> bool:
+    """Whether the rows of layers can be one weight as they are: all int8, or all codes of one kind.
+
+    Args:
+        files: the checkpoint.
+        layers: usable as they are.
+    """
+    first, *others = layers
+    if not first.is_grouped:
+        return not any(layer.is_grouped for layer in others)
+    kind = describe_codes(files, first)
+    return all(describe_codes(files, layer) == kind for layer in others)
+
+
+def describe_codes(files: TensorFiles, layer: CheckpointLayer) -> tuple[object, ...]:
+    """What the rows of a weight have in common: bits, group size, dtypes and levels."""
+    levels: list[float] = []
+    if grouped.CODEBOOK in layer.part_keys:
+        levels = files.read(layer.part_keys[grouped.CODEBOOK]).tolist()
+    dtypes = [
+        files[layer.part_keys[part]].dtype
+        for part in (grouped.GROUP_SCALE, grouped.CORRECTION)
+        if part in layer.part_keys
+    ]
+    return layer.storage_dtype, layer.block_size, dtypes, levels

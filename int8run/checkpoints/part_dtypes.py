@@ -6,7 +6,7 @@ in them; and an integer where a parameter is expected is not a number of the mod
 
 from collections.abc import Mapping
 
-from int8run.checkpoints import quip
+from int8run.checkpoints import grouped, quip
 from int8run.checkpoints.checkpoint_files import TensorInfo
 from int8run.checkpoints.header import FLOATS, FP8, INTEGERS
 from int8run.checkpoints.reader import TensorFiles
@@ -26,6 +26,7 @@ PART_DTYPES: Mapping[str, tuple[str, ...]] = {
     "scalar": FLOATS,
     "matrix": FLOATS,
     "sigma": FLOATS,
+    **grouped.PART_DTYPES,
     **dict.fromkeys(quip.ALL_PARTS, (*FLOATS, *INTEGERS)),
     quip.HADAMARD_FLAG: (*FLOATS, *INTEGERS, "BOOL"),
 }

@@ -9,15 +9,25 @@ from collections.abc import Mapping
 import torch
 
 from int8run.checkpoints.block_formats import MXFP8, NVFP4
+from int8run.checkpoints.grouped import CORRECTION, ROW_SCALE
 from int8run.checkpoints.layer import INT8, CheckpointLayer
 from int8run.checkpoints.reader import TensorFiles
 from int8run.errors import FileError
+from int8run.quant.grouped_weight import W4A8, W6A8
 
 LARGEST_SUM = float(torch.finfo(torch.float32).max)
 # the largest number of half precision: inputs are not larger in any model that runs in it
 LARGEST_INPUT = 65504.0
 # storage dtype or, of fp8, dtype in the file -> the largest number without its scale
-LARGEST_CODES = {INT8: 128.0, "F8_E4M3": 448.0, "F8_E5M2": 57344.0, NVFP4: 6.0, MXFP8: 448.0}
+LARGEST_CODES = {
+    INT8: 128.0,
+    "F8_E4M3": 448.0,
+    "F8_E5M2": 57344.0,
+    NVFP4: 6.0,
+    MXFP8: 448.0,
+    W4A8: 127.0,
+    W6A8: 127.0,
+}
 ROWS = 256  # that are read at a time
 
 
@@ -50,12 +60,23 @@ def get_largest_code(files: TensorFiles, layer: CheckpointLayer) -> float:
 
 def find_largest_scale(files: TensorFiles, layer: CheckpointLayer) -> float:
     """The largest scale of a layer, or an upper bound of it."""
+    if layer.is_grouped:
+        return find_largest_row_scale(files, layer)
     scale = files.read(layer.part_keys["scale"])
     if layer.storage_dtype == NVFP4:  # scales of blocks are e4m3, and one for the whole weight
         return 448.0 * float(files.read(layer.part_keys["global"]).double().max())
     if layer.storage_dtype == MXFP8:  # powers of 2
         return 2.0 ** (int(scale.view(torch.uint8).max()) - 127)
     return float(scale.double().max()) if scale.numel() else 0.0
+
+
+def find_largest_row_scale(files: TensorFiles, layer: CheckpointLayer) -> float:
+    """The largest scale of the int8 numbers that codes decode to, its share of the correction included."""
+    largest = float(files.read(layer.part_keys[ROW_SCALE]).double().max())
+    if CORRECTION not in layer.part_keys:
+        return largest
+    correction = files.read(layer.part_keys[CORRECTION]).double().abs().max()
+    return largest + float(correction) / LARGEST_CODES[layer.storage_dtype]
 
 
 def find_largest_factor(files: TensorFiles, layer: CheckpointLayer) -> float:
@@ -70,7 +91,7 @@ def find_largest_factor(files: TensorFiles, layer: CheckpointLayer) -> float:
 
 def check_rows(files: TensorFiles, layer: CheckpointLayer, limit: float) -> None:
     """Raise FileError for a row of a layer with a number above a limit, or an infinite one."""
-    key = layer.part_keys["scale"]
+    key = layer.part_keys[ROW_SCALE if layer.is_grouped else "scale"]
     for start in range(0, layer.rows, ROWS):
         rows = slice(start, min(start + ROWS, layer.rows))
         if layer.granularity == "transposed":

@@ -25,6 +25,9 @@ METADATA_KEY = "_quantization_metadata"  # of the header's metadata
 INT8RUN_FORMAT = "int8run_transformed"  # of layers whose transform ComfyUI does not know
 INT8RUN_CONV_FORMAT = "int8run_conv"  # of convolutions, which ComfyUI has no INT8 format for
 OWN_FORMATS = (INT8RUN_FORMAT, INT8RUN_CONV_FORMAT)
+GROUPED_FORMAT = "asym_w4a8_int8"  # of codes of 4 and 6 bits, always rotated
+# a header and a marker that name one of these must agree: read as another format the numbers are noise
+EXACT_FORMATS = (*OWN_FORMATS, GROUPED_FORMAT)
 CONV_ROTATION_FIELDS = {"outlier", "settings", "rotation", "group_size"}  # of a rotated convolution's marker
 MAX_MARKER_BYTES = 65536  # the longest that is known has 150
 # a flag that says the weight is rotated -> the field with the size of the groups. Files of INT8-Fast from
@@ -74,6 +77,8 @@ class Marker:
         """
         if self.format_name in OWN_FORMATS:
             return self._int8run_group_size()
+        if self.format_name == GROUPED_FORMAT:
+            return self.check_group_size(self.fields.get("convrot_groupsize", DEFAULT_GROUP_SIZE))
         if not any(self.fields.get(flag) for flag in ROTATION_FLAGS):
             return 0
         sizes = [self.fields[key] for key in ROTATION_FLAGS.values() if key in self.fields]
@@ -216,15 +221,18 @@ def merge_markers(header: Marker, tensor: Marker) -> Marker:
     Raises:
         FileError: when they contradict each other in something that decides what the numbers mean.
     """
-    for key in (*ROTATION_FLAGS, *ROTATION_FLAGS.values()):
+    is_exact = header.format_name in EXACT_FORMATS or tensor.format_name in EXACT_FORMATS
+    keys = [*ROTATION_FLAGS, *ROTATION_FLAGS.values()]
+    if is_exact:
+        keys.append("group_size")
+    for key in keys:
         in_both = key in header.fields and key in tensor.fields
         if in_both and header.fields[key] != tensor.fields[key]:
             raise FileError(
                 f"{header.location} has {key}={header.fields[key]!r}, the layer's marker "
                 f"{tensor.fields[key]!r}; they contradict each other, take the file as its maker published it"
             )
-    has_our_format = header.format_name in OWN_FORMATS or tensor.format_name in OWN_FORMATS
-    if has_our_format and header.format_name != tensor.format_name:
+    if is_exact and header.format_name != tensor.format_name:
         raise FileError(
             f"{header.location} says {header.format_name!r}, the layer's marker {tensor.format_name!r}; "
             "they contradict each other"

@@ -126,7 +126,7 @@ def measure_tails(
         return None
     before, after, row_deviations = [], [], []
     for layer in chosen:
-        rows = files.read(layer.key, slice(0, min(layer.rows, MAX_ROWS))).float()
+        rows = read_first_rows(files, layer)
         groups = rows.reshape(-1, group_size)
         rotated = groups @ get_hadamard(group_size, is_sylvester=is_sylvester)
         is_known = groups.abs().sum(1) > 0  # a group of zeros has no tails
@@ -137,6 +137,14 @@ def measure_tails(
         return None
     row_deviation = abs(sum(row_deviations) / len(row_deviations))
     return compare_tails(torch.cat(before), torch.cat(after), group_size, row_deviation)
+
+
+def read_first_rows(files: TensorFiles, layer: CheckpointLayer) -> Tensor:
+    """Some rows of the stored numbers, each up to a factor. Returns float32 [n, K]."""
+    count = min(layer.rows, MAX_ROWS)
+    if layer.is_grouped:
+        return layer.read_scaled_rows(files, 0, count)
+    return files.read(layer.key, slice(0, count)).float()
 
 
 def compute_kurtosis(groups: Tensor) -> Tensor:

@@ -6,13 +6,20 @@ without one. Both write what stands beside a weight by `weight_layers`.
 
 import functools
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from int8run.checkpoints.comfy_grouped import (
+    describe_codes,
+    find_marker_obstacle,
+    iterate_code_rows,
+    iterate_code_tables,
+    plan_grouped_entries,
+)
 from int8run.checkpoints.comfy_int8 import SCALE, WEIGHT, plan_int8_entries, sibling_key
 from int8run.checkpoints.data_hash import add_placeholder
 from int8run.checkpoints.provenance import PROVENANCE_KEY
@@ -23,6 +30,7 @@ from int8run.layers.int8_conv import Int8Layer
 from int8run.models.original_names import to_original
 from int8run.models.resolve_weights import CONFIG_NAME, WEIGHTS_NAME
 from int8run.models.tensor_part import TensorPart, join_shapes
+from int8run.quant.grouped_weight import GroupedWeight, LayerWeight
 from int8run.utils.paths import expand_path
 
 DTYPE_NAMES = {
@@ -36,6 +44,7 @@ DTYPE_NAMES = {
     torch.bool: "BOOL",
     torch.int8: "I8",
 }
+FOLDER_ADVICE = "save to a folder, which keeps diffusers' own layers: save=my-int8/"
 KeyParts = Mapping[str, tuple[TensorPart, ...]]
 
 
@@ -127,8 +136,7 @@ def write_tensors(
         if int8_parts:
             pairs = zip(parts, int8_parts, strict=True)
             rows = sum(part.count_rows(layer.out_features) for part, layer in pairs)
-            shape = (rows, *int8_parts[0].weight_shape[1:])
-            entries += plan_int8_entries(key, shape, int8_parts[0].transform)
+            entries += plan_layer_entries(key, rows, int8_parts)
         else:
             dtype_name = DTYPE_NAMES[get_joined_dtype(parts, state)]
             entries.append(TensorEntry(key, dtype_name, join_shapes(parts, shapes) or ()))
@@ -138,6 +146,42 @@ def write_tensors(
             for name, data in iterate_pieces(key, parts, layers, state):
                 writer.write(name, data)
         writer.finish()
+
+
+def plan_layer_entries(key: str, rows: int, layers: Sequence[Int8Layer]) -> list[TensorEntry]:
+    """List the tensors of a weight that INT8 layers make, one below the other.
+
+    Args:
+        key: of the weight.
+        rows: of all.
+        layers: of one transform and one number of bits.
+
+    Raises:
+        ConfigError: for codes that no file can hold as one weight, or not under this transform.
+    """
+    first = layers[0]
+    weight = first.read_stored_weight() if first.bits != 8 else None
+    if not isinstance(weight, GroupedWeight):
+        return plan_int8_entries(key, (rows, *first.weight_shape[1:]), first.transform)
+    obstacle = find_marker_obstacle(first.transform)
+    if obstacle is not None:
+        raise ConfigError(f"{key} cannot be saved with int8.bits={first.bits}: {obstacle}")
+    codes = describe_codes(weight)
+    for layer in layers[1:]:
+        if not fits_codes(layer.read_stored_weight(), weight):
+            raise ConfigError(
+                f"{key} is one layer in the file, and its parts have codes of other levels; {FOLDER_ADVICE}"
+            )
+    return plan_grouped_entries(key, (rows, first.in_features), codes, first.transform)
+
+
+def fits_codes(weight: LayerWeight, first: GroupedWeight) -> bool:
+    """Whether the codes of a weight can stand below another's: laid out alike, with the same levels."""
+    if not isinstance(weight, GroupedWeight) or describe_codes(weight) != describe_codes(first):
+        return False
+    if weight.codebook is None or first.codebook is None:
+        return weight.codebook is first.codebook
+    return torch.equal(weight.codebook, first.codebook)
 
 
 def iterate_pieces(
@@ -151,11 +195,33 @@ def iterate_pieces(
             tensor = state[part.key].detach().to("cpu", dtype)
             yield key, part.extract(tensor).contiguous()
         return
+    if int8_parts[0].bits != 8:
+        yield from iterate_codes(key, parts, int8_parts)
+        return
     for part, layer in zip(parts, int8_parts, strict=True):
         weight = layer.read_quantized_weight()
         yield key, part.extract(weight.qdata.cpu()).contiguous()
         yield sibling_key(key, SCALE), part.extract(weight.scale.float().cpu()).contiguous()
     yield from iterate_transform_tensors(key, int8_parts[0].transform, int8_parts[0].weight_shape)
+
+
+def iterate_codes(
+    key: str, parts: tuple[TensorPart, ...], layers: Sequence[Int8Layer]
+) -> Iterator[tuple[str, Any]]:
+    """The same of layers of 4 or 6 bits; arguments as of `iterate_pieces`."""
+    corrections = []
+    codebook = None
+    group_size = 0
+    for part, layer in zip(parts, layers, strict=True):
+        weight = layer.read_stored_weight()
+        assert isinstance(weight, GroupedWeight), "layers of one key have one number of bits"
+        rows = weight.map_rows(part.extract)
+        yield from iterate_code_rows(key, rows)
+        codebook, group_size = rows.codebook, rows.group_size
+        if rows.correction is not None:
+            corrections.append(rows.correction.cpu())
+    correction = torch.cat(corrections, dim=1) if corrections else None
+    yield from iterate_code_tables(key, codebook, correction, group_size, layers[0].transform)
 
 
 def get_int8_parts(
@@ -170,17 +236,23 @@ def get_int8_parts(
     found = [layer for layer in made if layer is not None]
     if not found:
         return []
-    advice = "save to a folder, which keeps diffusers' own layers: save=my-int8/"
     if len(found) < len(parts):
         lone = parts[made.index(None)].key
         raise ConfigError(
-            f"{key} is one layer in the file, and {lone} of it is float where the rest is INT8; {advice}"
+            f"{key} is one layer in the file, and {lone} of it is float where the rest is INT8; "
+            f"{FOLDER_ADVICE}"
         )
     first, *others = found
+    if any(layer.bits != first.bits for layer in others):
+        bits = ", ".join(str(layer.bits) for layer in found)
+        raise ConfigError(
+            f"{key} is one layer in the file, and its parts have different bits ({bits}); {FOLDER_ADVICE}"
+        )
     if not all(layer.transform.has_same_input_transform(first.transform) for layer in others):
         labels = ", ".join(dict.fromkeys(layer.transform.label for layer in found))
         raise ConfigError(
-            f"{key} is one layer in the file, and its parts were treated differently ({labels}); {advice}"
+            f"{key} is one layer in the file, and its parts were treated differently ({labels}); "
+            f"{FOLDER_ADVICE}"
         )
     return found
 

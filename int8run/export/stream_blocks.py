@@ -5,7 +5,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from int8run.checkpoints.header import DTYPES
 from int8run.checkpoints.layer import FLOAT, GGUF, CheckpointLayer
@@ -41,6 +41,29 @@ def iterate_blocks(
     spans = [span for part in target.parts for span in iterate_row_spans(part, files, stored)]
     for i, (key, rows) in enumerate(spans):
         yield Block(target, key, rows, i == len(spans) - 1)
+
+
+def iterate_sample(
+    target: Target, files: TensorFiles, stored: Mapping[str, CheckpointLayer], step: int
+) -> Iterator[Block]:
+    """Every row of a target whose number is a multiple of a step, each as a block; with a step of 1 all rows.
+
+    Args:
+        target: a matrix.
+        files: the source.
+        stored: the source's weights by name.
+        step: from one row to the next.
+    """
+    if step == 1:
+        yield from iterate_blocks(target, files, stored)
+        return
+    first = 0  # row of the target that the block begins with
+    for block in iterate_blocks(target, files, stored):
+        assert block.rows is not None, "a matrix has rows"
+        start, stop = block.rows.start, block.rows.stop
+        for row in range(start + -first % step, stop, step):
+            yield replace(block, rows=slice(row, row + 1))
+        first += stop - start
 
 
 def iterate_row_spans(

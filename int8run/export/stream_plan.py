@@ -10,10 +10,17 @@ from math import prod
 
 import torch
 
+from int8run.checkpoints.comfy_grouped import (
+    CodeTensors,
+    describe_made_codes,
+    describe_stored_codes,
+    find_marker_obstacle,
+    plan_grouped_entries,
+)
 from int8run.checkpoints.comfy_int8 import WEIGHT, is_conv_shape, plan_int8_entries
 from int8run.checkpoints.detect import get_logical_shapes, is_scaled_fp8_marker
 from int8run.checkpoints.header import DTYPES
-from int8run.checkpoints.layer import CheckpointLayer
+from int8run.checkpoints.layer import CheckpointLayer, have_one_layout
 from int8run.checkpoints.part_dtypes import PARAMETER, check_part_dtype
 from int8run.checkpoints.reader import TensorFiles
 from int8run.checkpoints.writer import TensorEntry
@@ -23,6 +30,8 @@ from int8run.layers.int8_conv import DEPTHWISE
 from int8run.layers.plan import CONV, LayerPlan
 from int8run.models.tensor_part import TensorPart, join_shapes
 from int8run.outlier.base import OutlierMethod, OutlierTransform, find_channel_obstacle, fit_convolution
+from int8run.ptq.bits import find_bits_obstacle
+from int8run.quant.grouped_rounding import GroupLayout
 from int8run.quant.rounding import Rounding
 
 # dtypes of the float model, as safetensors names them
@@ -39,12 +48,14 @@ class QuantizationRecipe:
         rounding: of the weights.
         dtype: of weights that are quantized in the source and are to be float.
         has_convolutions: whether the weights of convolutions become INT8 as well.
+        layout: of the weights of Linears, of 4 or 6 bits; None: they have 8.
     """
 
     outlier: OutlierMethod
     rounding: Rounding
     dtype: torch.dtype = torch.bfloat16
     has_convolutions: bool = False
+    layout: GroupLayout | None = None
 
 
 @dataclass
@@ -61,6 +72,7 @@ class Target:
         transform: of an INT8 weight; one that is fitted to the weight itself is replaced when that was read.
         fitted_parts: rows of the source that it is fitted to, where other targets are of the same layer of
             the model, which has one transform; empty: `parts`.
+        codes: which tensors a weight of 4 or 6 bits is; None: it has 8.
     """
 
     key: str
@@ -71,6 +83,7 @@ class Target:
     copied: bool = False
     transform: OutlierTransform = field(default_factory=OutlierTransform)
     fitted_parts: tuple[TensorPart, ...] = ()
+    codes: CodeTensors | None = None
 
     @property
     def int8(self) -> bool:
@@ -79,6 +92,9 @@ class Target:
 
     def list_entries(self) -> list[TensorEntry]:
         """The tensors that it adds to the new file."""
+        if self.int8 and self.codes is not None:
+            rows, columns = self.shape
+            return plan_grouped_entries(self.key, (rows, columns), self.codes, self.transform)
         if self.int8:
             return plan_int8_entries(self.key, self.shape, self.transform)
         return [TensorEntry(self.key, self.dtype, self.shape)]
@@ -226,6 +242,9 @@ class LayerPlanner:
         if copied_transform is not None:
             target.transform, target.copied = copied_transform, True
             plan.skip_reason, plan.outlier, plan.rounding = None, copied_transform.label, "as in the source"
+            if layers[0].is_grouped:
+                target.codes = describe_stored_codes(self.files, layers[0])
+                plan.bits = target.codes.bits
             return
         if reason is not None:
             return
@@ -234,6 +253,17 @@ class LayerPlanner:
         if not plan.outlier_skip_reason:
             target.transform = self.get_transform(columns)
         plan.outlier = target.transform.label
+        if self.recipe.layout is not None:
+            self.plan_bits(target, plan, self.recipe.layout)
+
+    def plan_bits(self, target: Target, plan: LayerPlan, layout: GroupLayout) -> None:
+        """Give a layer its bits: those that were asked for where the format can hold it, else 8."""
+        obstacle = find_bits_obstacle(plan, layout) or find_marker_obstacle(target.transform)
+        if obstacle is not None:
+            plan.bits_reason = obstacle
+            return
+        plan.bits = layout.bits
+        target.codes = describe_made_codes(layout)
 
     def plan_convolution(self, target: Target, layers: Sequence[CheckpointLayer], reason: str | None) -> None:
         """Give the weight of a convolution its plan, where these may become INT8, or are in the source.
@@ -280,7 +310,7 @@ class LayerPlanner:
 
     def find_copied_transform(self, layers: Sequence[CheckpointLayer]) -> OutlierTransform | None:
         """The transform of layers whose integers can be one weight as they are; None: they cannot."""
-        if not all(layer.is_usable_as_is for layer in layers):
+        if not all(layer.is_usable_as_is for layer in layers) or not have_one_layout(self.files, layers):
             return None
         first, *others = [layer.read_transform(self.files) for layer in layers]
         if not all(transform.has_same_input_transform(first) for transform in others):

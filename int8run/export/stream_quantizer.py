@@ -6,14 +6,16 @@ quantizes and one writes. Names of layers and families are not known here.
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
+from int8run.checkpoints.comfy_grouped import CodeTensors, iterate_code_rows, iterate_code_tables
 from int8run.checkpoints.comfy_int8 import SCALE, WEIGHT, sibling_key
 from int8run.checkpoints.header import DTYPES
 from int8run.checkpoints.layer import CheckpointLayer
@@ -21,7 +23,7 @@ from int8run.checkpoints.reader import TensorFiles
 from int8run.checkpoints.writer import StreamWriter
 from int8run.errors import ConfigError, FileError
 from int8run.export import stream_blocks
-from int8run.export.stream_blocks import Block, iterate_blocks
+from int8run.export.stream_blocks import Block, iterate_blocks, iterate_sample
 from int8run.export.stream_plan import DTYPE_NAMES, QuantizationRecipe, Target
 from int8run.export.weight_layers import find_weight_layer, iterate_transform_tensors
 from int8run.kernels.cpu import rows as kernel
@@ -29,7 +31,11 @@ from int8run.kernels.cpu.rows import RowSums, quantize_weight_rows
 from int8run.kernels.quantize_rowwise.reference import INT8_MAX
 from int8run.outlier.base import OutlierTransform
 from int8run.ptq.quantize import check_weight
-from int8run.quant.rounding import AbsMax
+from int8run.quant.codebook import find_sample_step
+from int8run.quant.grouped_rounding import GroupLayout, Levels, choose_levels, get_even_levels
+from int8run.quant.grouped_weight import GROUPED_BITS
+from int8run.quant.rounding import AbsMax, RoundsGroups
+from int8run.quant.weight import QuantizedWeight
 
 BUFFERS = 3  # one that is read into, one that is quantized, one that is written
 
@@ -96,6 +102,10 @@ class Streamer:
         self.results = [torch.empty(block_bytes // 2, dtype=torch.int8) for _ in range(BUFFERS - 1)]
         self.writes: deque[PendingWrite] = deque()
         self.sums: list[RowSums] = []  # of the current target
+        # of the current target, where it has 4 or 6 bits
+        self.levels: Levels | None = None
+        self.codebook: Tensor | None = None
+        self.corrections: list[Tensor] = []
 
     def run(self, targets: Iterable[Target]) -> None:
         """Write all targets.
@@ -185,15 +195,19 @@ class Streamer:
         data, target = reading.result(), block.target
         if target.copied:
             self.write(target.key, data, buffer=buffer, pool=self.sources)
-            self.write(sibling_key(target.key, SCALE), self.read_scales(block))
+            for key, scales in self.iterate_scales(block):
+                self.write(key, scales)
         elif target.int8:
-            self.quantize(block, data)
+            if target.codes is None:
+                self.quantize(block, data)
+            else:
+                self.quantize_codes(block, data, target.codes)
             self.sources.append(buffer)  # what is written of it is in another one
         else:
             check_finite_values(self.files.path, block.key, data)
             self.write(target.key, self.convert(block, data), buffer=buffer, pool=self.sources)
         if block.last and target.int8:
-            for key, tensor in iterate_transform_tensors(target.key, target.transform, target.shape):
+            for key, tensor in self.iterate_tables(target):
                 self.write(key, tensor)
             self.note_quality(target)
         _, num_bytes = self.files.get_byte_range(block.key, self.find_read_rows(block))
@@ -216,12 +230,33 @@ class Streamer:
             )
         return converted
 
-    def read_scales(self, block: Block) -> Tensor:
-        """One scale for each row of a weight whose integers are copied. Returns float32 [rows, 1]."""
-        rows = block.rows
+    def iterate_scales(self, block: Block) -> Iterator[tuple[str, Tensor]]:
+        """The scales of the rows of a weight whose numbers are copied, as the new file holds them.
+
+        Corrections have a column for each row: they are collected until the last one.
+        """
+        rows, key = block.rows, block.target.key
         assert rows is not None
         layer = self.stored[block.key.removesuffix(WEIGHT)]
-        return layer.read_scales(self.files, rows.start, rows.stop).contiguous()
+        if not layer.is_grouped:
+            scale = layer.read_scales(self.files, rows.start, rows.stop)  # float32 [rows, 1]
+            yield sibling_key(key, SCALE), scale.contiguous()
+            return
+        weight = layer.read_grouped_weight(self.files, rows)
+        yield from list(iterate_code_rows(key, weight))[1:]
+        self.codebook = weight.codebook
+        if weight.correction is not None:
+            self.corrections.append(weight.correction)
+
+    def iterate_tables(self, target: Target) -> Iterator[tuple[str, Tensor | bytes]]:
+        """What stands once beside a weight that was written; forgets what was collected for it."""
+        if target.codes is None:
+            yield from iterate_transform_tensors(target.key, target.transform, target.shape)
+            return
+        correction = torch.cat(self.corrections, dim=1) if self.corrections else None
+        group_size = target.codes.group_size
+        yield from iterate_code_tables(target.key, self.codebook, correction, group_size, target.transform)
+        self.codebook, self.levels, self.corrections = None, None, []
 
     def quantize(self, block: Block, data: Tensor) -> None:
         """Quantize the rows of a block and let them be written. data: float [rows, ...]."""
@@ -238,18 +273,59 @@ class Streamer:
         scale = torch.empty(rows, 1)
         sums = self.round(data, q, scale, target.transform)
         if not sums.finite:
-            assert target.plan is not None
-            check_weight(target.plan, data)
-            raise ConfigError(
-                f"{target.plan.name}: the weight holds numbers too large for float32 arithmetic; check the "
-                "checkpoint"
-            )
+            self.refuse_infinity(target, data)
         self.sums.append(sums)
         if buffer.numel() == stream_blocks.BLOCK_BYTES // 2:
             self.write(target.key, q, buffer=buffer, pool=self.results)
         else:
             self.write(target.key, q)
         self.write(sibling_key(target.key, SCALE), scale)
+
+    def refuse_infinity(self, target: Target, data: Tensor) -> NoReturn:
+        """Raise ConfigError for rows that are not finite, or not under the transform."""
+        assert target.plan is not None
+        check_weight(target.plan, data)
+        raise ConfigError(
+            f"{target.plan.name}: the weight holds numbers too large for float32 arithmetic; check the "
+            "checkpoint"
+        )
+
+    def quantize_codes(self, block: Block, data: Tensor, codes: CodeTensors) -> None:
+        """The same of a weight of 4 or 6 bits, whose levels depend on all of it."""
+        target, layout = block.target, GroupLayout(codes.bits, codes.group_size)
+        if self.levels is None:
+            self.levels = self.choose_levels(target, layout)
+            self.codebook = self.levels.codebook
+        x = self.transform_rows(target, data)
+        rounding = self.recipe.rounding
+        assert isinstance(rounding, RoundsGroups), "checked before"
+        weight = rounding.round_groups(x, None, layout, self.levels)
+        self.sums.append(sum_rows(x, weight.decode()))
+        for key, rows in iterate_code_rows(target.key, weight):
+            self.write(key, rows)
+
+    def transform_rows(self, target: Target, data: Tensor) -> Tensor:
+        """Rows of a weight in the basis in which they are rounded, float32 [rows, K].
+
+        Raises:
+            ConfigError: for NaN or infinity.
+        """
+        x = target.transform.transform_rows(data.flatten(1))
+        if not bool(x.isfinite().all()):
+            self.refuse_infinity(target, data)
+        return x
+
+    def choose_levels(self, target: Target, layout: GroupLayout) -> Levels:
+        """The levels for a whole weight, by as many of its rows as they take."""
+        if layout.bits != min(GROUPED_BITS.values()):
+            return get_even_levels(torch.device("cpu"))
+        step = find_sample_step((target.shape[0], target.shape[1]))
+        buffer = torch.empty(stream_blocks.BLOCK_BYTES, dtype=torch.uint8)
+        sample = [
+            self.transform_rows(target, self.read(block, buffer))
+            for block in iterate_sample(target, self.files, self.stored, step)
+        ]
+        return choose_levels(torch.cat(sample), layout)
 
     def round(self, data: Tensor, q: Tensor, scale: Tensor, transform: OutlierTransform) -> RowSums:
         """Transform and round rows into `q` and `scale`.
@@ -276,14 +352,7 @@ class Streamer:
         rounded = self.recipe.rounding.round_weight(x, None)
         q.copy_(rounded.qdata)
         scale.copy_(rounded.scale)
-        noise = x - rounded.dequantize()
-        saturated = int((q.abs() == INT8_MAX).sum())
-        return RowSums(
-            bool(x.isfinite().all()),
-            x.double().square().sum().item(),
-            noise.double().square().sum().item(),
-            saturated,
-        )
+        return sum_rows(x, rounded)
 
     def fit(self, target: Target) -> None:
         """Fit a transform with factors to the weight.
@@ -311,6 +380,17 @@ class Streamer:
                 target.plan.measured["weight_sqnr_db"] = 10 * math.log10(signal / noise)
             target.plan.measured["saturated_share"] = saturated / math.prod(target.shape)
         self.sums = []
+
+
+def sum_rows(x: Tensor, rounded: QuantizedWeight) -> RowSums:
+    """How far rounded rows are from what they were. x: float32 [n, K]."""
+    noise = x - rounded.dequantize()
+    return RowSums(
+        bool(x.isfinite().all()),
+        x.double().square().sum().item(),
+        noise.double().square().sum().item(),
+        int((rounded.qdata.abs() == INT8_MAX).sum()),
+    )
 
 
 def write_targets(

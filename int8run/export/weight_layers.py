@@ -5,11 +5,20 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from int8run.checkpoints.comfy_int8 import FACTOR, WEIGHT, encode_int8_marker, is_conv_shape, sibling_key
-from int8run.checkpoints.quant_metadata import MARKER
+from int8run.checkpoints.comfy_int8 import (
+    CONVROT,
+    FACTOR,
+    WEIGHT,
+    encode_int8_marker,
+    is_conv_shape,
+    sibling_key,
+)
+from int8run.checkpoints.quant_metadata import GROUPED_FORMAT, MARKER
+from int8run.errors import ConfigError
 from int8run.outlier.base import OutlierTransform
 
 Layer = TypeVar("Layer")
+BITS_OF_INT8 = 8
 
 
 def find_weight_layer(layers: Mapping[str, Layer], key: str) -> Layer | None:
@@ -22,6 +31,24 @@ def find_weight_layer(layers: Mapping[str, Layer], key: str) -> Layer | None:
     if not key.endswith(WEIGHT):
         return None
     return layers.get(key.removesuffix(WEIGHT))
+
+
+def check_saved_bits(bits: int | str, outlier: str) -> None:
+    """Check that weights of these bits can be written, before any is made.
+
+    Args:
+        bits: `int8.bits`.
+        outlier: name of the outlier method.
+
+    Raises:
+        ConfigError: for 4 or 6 bits under another method than the one that their format has.
+    """
+    if bits == BITS_OF_INT8 or outlier == CONVROT:
+        return
+    raise ConfigError(
+        f"save= writes weights of int8.bits={bits} in ComfyUI's {GROUPED_FORMAT}, which is always rotated by "
+        f"outlier=convrot, and outlier={outlier} is asked for; set outlier=convrot, or int8.bits=8"
+    )
 
 
 def iterate_transform_tensors(

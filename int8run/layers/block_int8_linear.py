@@ -13,6 +13,7 @@ from int8run.backends.base import Backend
 from int8run.kernels.dequantize.reference import infer_block_shape
 from int8run.layers.int8_linear import BackendLayer, to_float32_bias
 from int8run.layers.weight_only import PackedLayer
+from int8run.quant.packed_weight import PackedWeight
 from int8run.quant.weight import QuantizedWeight
 
 
@@ -35,9 +36,8 @@ class BlockInt8Linear(BackendLayer):
     def __init__(self, layer: PackedLayer, backend: Backend):
         super().__init__()
         weight = layer.weight
-        assert weight.storage_dtype == "int8" and weight.scale is not None, (
-            "BlockInt8Linear takes int8 weights"
-        )
+        assert isinstance(weight, PackedWeight) and weight.storage_dtype == "int8", "it takes int8 weights"
+        assert weight.scale is not None, "int8 weights have scales"
         self.out_features, self.in_features = rows, columns = weight.qdata.shape
         self.backend, self.transform = backend, layer.transform
         height, width = infer_block_shape(weight.qdata.shape, weight.scale.shape, weight.block_size or None)

@@ -64,11 +64,6 @@ class QuantizedLayer:
     transform: OutlierTransform
     bias: Tensor | None
 
-    @property
-    def int8_weight(self) -> QuantizedWeight:
-        """The weight of a layer with 8 bits; TypeError for one with fewer."""
-        return check_has_integers(self.weight)
-
 
 def to_float32_bias(bias: Tensor | None) -> Tensor | None:
     """The bias of a layer as backends take it. [N]"""

@@ -154,6 +154,10 @@ class Int8Settings:
         """Whether the float denoiser computes some of the steps."""
         return self.enable and computes_in_float(self.steps)
 
+    def describe_bits(self) -> dict[str, int | str]:
+        """What files say of the bits of their weights; nothing where all have 8."""
+        return {} if self.bits == 8 else {"bits": self.bits, "group_size": self.group_size}
+
     def choose_float_rows(self, params: int, rows: int, measured: int | None = None) -> int:
         """Up to how many rows a layer computes in float; 0: never, so that it need not keep a float weight.
 

@@ -1,4 +1,4 @@
-"""Layers whose weight stays in memory in the few bits of its checkpoint: int8, fp8, mxfp8 or nvfp4.
+"""Layers whose weight stays in memory in the few bits of its checkpoint: int8, fp8, mxfp8, nvfp4, or codes.
 
 Only the weight is quantized: a product or a look-up turns some rows at a time into floats. Text encoders use
 these layers (`int8run.text_encoders.build`). The exception is `scaled_mm`, torch's fp8 product, which rounds
@@ -6,9 +6,10 @@ the input as well. Which kernel a layer gets is decided by the caller.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from math import ceil
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +21,11 @@ from int8run.kernels.dequantize.reference import infer_block_shape
 from int8run.kernels.quantize_rowwise.reference import TINY
 from int8run.layers.int8_linear import KeepsDtypes, to_float32_bias
 from int8run.outlier.base import OutlierTransform
+from int8run.quant.grouped_weight import GroupedWeight
 from int8run.quant.packed_weight import PackedWeight, round_up
 from int8run.quant.weight import QuantizedWeight
+
+StoredWeight = PackedWeight | GroupedWeight
 
 # how many numbers of a weight are floats at a time: on a CPU as many as its cache holds, on a GPU enough for
 # few launches
@@ -43,7 +47,7 @@ class PackedLayer:
         bias: [N] or None.
     """
 
-    weight: PackedWeight
+    weight: StoredWeight
     transform: OutlierTransform
     bias: Tensor | None
 
@@ -61,50 +65,54 @@ class WeightOnlyLayer(KeepsDtypes):
 
     qdata: Tensor
     scale: Tensor | None
-    global_scale: Tensor | None
 
-    def __init__(self, weight: PackedWeight, transform: OutlierTransform, dtype: torch.dtype, kernels: str):
+    def __init__(self, weight: StoredWeight, transform: OutlierTransform, dtype: torch.dtype, kernels: str):
         super().__init__()
-        weight = weight.unswizzle_scales()  # so that some rows can be read without the others
+        if isinstance(weight, PackedWeight):
+            weight = weight.unswizzle_scales()  # so that some rows can be read without the others
         self.transform, self.dtype, self.kernels = transform, dtype, kernels
         self.shape = weight.shape
-        self.block_size = weight.block_size
-        self.high_nibble_first = weight.high_nibble_first
-        scale = None if weight.scale is None else weight.scale.detach().contiguous()
-        self.register_buffer("qdata", weight.qdata.detach().contiguous(), persistent=False)
-        self.register_buffer("scale", scale, persistent=False)
-        self.register_buffer("global_scale", weight.global_scale, persistent=False)
+        self.weight_class: Any = type(weight)
+        self.facts: dict[str, Any] = {}  # of the weight, besides its tensors
+        self.tensor_names: list[str] = []
+        for field in fields(weight):
+            value = getattr(weight, field.name)
+            if value is None or isinstance(value, Tensor):
+                tensor = None if value is None else value.detach().contiguous()
+                self.tensor_names.append(field.name)
+                self.register_buffer(field.name, tensor, persistent=False)
+            else:
+                self.facts[field.name] = value
 
     @property
-    def packed_weight(self) -> PackedWeight:
+    def stored_weight(self) -> StoredWeight:
         """The weight, in the transform's basis; block scales lie in rows."""
-        return PackedWeight(
-            qdata=self.qdata,
-            scale=self.scale,
-            shape=self.shape,
-            global_scale=self.global_scale,
-            block_size=self.block_size,
-            is_swizzled=False,
-            high_nibble_first=self.high_nibble_first,
-        )
+        tensors = {name: self._buffers[name] for name in self.tensor_names}
+        weight: StoredWeight = self.weight_class(**tensors, **self.facts)
+        return weight
+
+    @property
+    def storage_device(self) -> torch.device:
+        """Where the weight is."""
+        return next(self.buffers()).device
 
     def iter_float_rows(self, dtype: torch.dtype) -> Iterator[Tensor]:
         """The weight as floats, some neighbouring rows at a time, in the transform's basis.
 
         At most MAX_FLOAT_NUMBERS of them, and at least the rows that share a scale.
         """
-        weight = self.packed_weight
-        if weight.scale is None:
+        weight, device = self.stored_weight, self.storage_device
+        if isinstance(weight, PackedWeight) and weight.scale is None:
             # a plain cast, by the same operators: torch's own conversion is slow on CPUs
-            weight = replace(weight, scale=torch.ones((), device=self.qdata.device))
+            weight = replace(weight, scale=torch.ones((), device=device))
         operators = get_operators(self.kernels)
         n_rows, n_columns = self.shape
         height = rows_per_scale(weight)
-        max_numbers = MAX_FLOAT_NUMBERS.get(self.qdata.device.type, MAX_FLOAT_NUMBERS["cuda"])
+        max_numbers = MAX_FLOAT_NUMBERS.get(device.type, MAX_FLOAT_NUMBERS["cuda"])
         step = max(max_numbers // n_columns // height, 1) * height
         for start in range(0, n_rows, step):
             rows = slice_rows(weight, start, min(start + step, n_rows), height)
-            yield rows.dequantize(dtype, operators)
+            yield dequantize_rows(rows, dtype, operators)
 
     @torch.no_grad()
     def dequantize_weight(self) -> Tensor:
@@ -128,7 +136,9 @@ class WeightOnlyLinear(WeightOnlyLayer):
     bias: Tensor | None
 
     def __init__(self, layer: PackedLayer, dtype: torch.dtype, kernels: str = "eager"):
-        weight = pad_for_scaled_mm(layer.weight) if kernels == SCALED_MM else layer.weight
+        weight = layer.weight
+        if kernels == SCALED_MM and isinstance(weight, PackedWeight):
+            weight = pad_for_scaled_mm(weight)
         super().__init__(weight, layer.transform, dtype, kernels)
         self.out_features, self.in_features = layer.weight.shape
         self.register_buffer("bias", to_float32_bias(layer.bias))
@@ -175,7 +185,7 @@ class WeightOnlyLinear(WeightOnlyLayer):
 
     def extra_repr(self) -> str:
         """What `print(model)` shows of the layer."""
-        dtype = self.packed_weight.storage_dtype
+        dtype = self.stored_weight.storage_dtype
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"{sizes}, {dtype}, kernels={self.kernels}"
 
@@ -196,7 +206,7 @@ class WeightOnlyEmbedding(WeightOnlyLayer):
 
     def __init__(
         self,
-        weight: PackedWeight,
+        weight: StoredWeight,
         transform: OutlierTransform,
         dtype: torch.dtype,
         padding_idx: int | None = None,
@@ -208,8 +218,8 @@ class WeightOnlyEmbedding(WeightOnlyLayer):
 
     def forward(self, index: Tensor) -> Tensor:
         """index: integers [...] -> [..., embedding_dim]."""
-        selected = self.packed_weight.select_rows(index.flatten())
-        rows = selected.dequantize(operators=get_operators(self.kernels))  # float32
+        selected = take_rows(self.stored_weight, index.flatten())
+        rows = dequantize_rows(selected, torch.float32, get_operators(self.kernels))
         rows = self.transform.restore_weight(rows).to(self.dtype)
         if self.embed_scale != 1:
             rows = rows * torch.tensor(self.embed_scale, dtype=self.dtype, device=rows.device)
@@ -217,7 +227,7 @@ class WeightOnlyEmbedding(WeightOnlyLayer):
 
     def extra_repr(self) -> str:
         """What `print(model)` shows of the layer."""
-        return f"{self.num_embeddings}, {self.embedding_dim}, {self.packed_weight.storage_dtype}"
+        return f"{self.num_embeddings}, {self.embedding_dim}, {self.stored_weight.storage_dtype}"
 
 
 def get_operators(kernels: str) -> ModuleType:
@@ -230,15 +240,29 @@ def get_operators(kernels: str) -> ModuleType:
     return reference if kernels == "reference" else eager
 
 
-def rows_per_scale(weight: PackedWeight) -> int:
+def dequantize_rows(rows: StoredWeight, dtype: torch.dtype, operators: ModuleType) -> Tensor:
+    """Some rows of a weight as floats. Codes are decoded by their definition. Returns dtype [n, K]."""
+    if isinstance(rows, GroupedWeight):
+        return rows.dequantize(dtype)
+    return rows.dequantize(dtype, operators)
+
+
+def take_rows(weight: StoredWeight, index: Tensor) -> StoredWeight:
+    """Some rows of a weight in any order. index: int64 [R]."""
+    return weight.take_rows(index) if isinstance(weight, GroupedWeight) else weight.select_rows(index)
+
+
+def rows_per_scale(weight: StoredWeight) -> int:
     """How many neighbouring rows share a scale; 1 also where all rows do, as that scale serves any."""
+    if isinstance(weight, GroupedWeight):
+        return 1
     if weight.scale is None or weight.scale.numel() == 1 or weight.storage_dtype in ("mxfp8", "nvfp4"):
         return 1
     height, _ = infer_block_shape(weight.qdata.shape, weight.scale.shape, weight.block_size or None)
     return height
 
 
-def slice_rows(weight: PackedWeight, start: int, stop: int, height: int) -> PackedWeight:
+def slice_rows(weight: StoredWeight, start: int, stop: int, height: int) -> StoredWeight:
     """Neighbouring rows of a weight, without a copy.
 
     Args:
@@ -247,18 +271,20 @@ def slice_rows(weight: PackedWeight, start: int, stop: int, height: int) -> Pack
         stop: the row after the last.
         height: `rows_per_scale(weight)`.
     """
+    if isinstance(weight, GroupedWeight):
+        return weight.select_rows(start, stop)
     scale = weight.scale
     if scale is not None and scale.numel() > 1:
         scale = scale[start // height : ceil(stop / height)]
     return replace(weight, qdata=weight.qdata[start:stop], scale=scale, shape=(stop - start, weight.shape[1]))
 
 
-def is_rowwise(weight: PackedWeight) -> bool:
+def is_rowwise(weight: StoredWeight) -> bool:
     """Whether an int8 or fp8 weight has no scale, one, or one per output row.
 
     Such scales can be applied to the sums of a product.
     """
-    if weight.storage_dtype not in ("int8", "fp8"):
+    if isinstance(weight, GroupedWeight) or weight.storage_dtype not in ("int8", "fp8"):
         return False
     if weight.scale is None or weight.scale.numel() == 1:
         return True
@@ -282,7 +308,7 @@ def to_quantized_weight(weight: PackedWeight) -> QuantizedWeight:
     return QuantizedWeight(weight.qdata.contiguous(), scale.contiguous())
 
 
-def scaled_mm_unsupported_reason(weight: PackedWeight, device: torch.device) -> str | None:
+def scaled_mm_unsupported_reason(weight: StoredWeight, device: torch.device) -> str | None:
     """Why torch's fp8 product cannot take a weight on a device; None when it can."""
     found = weight.storage_dtype
     if found == "fp8" and not is_rowwise(weight):

@@ -12,6 +12,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from int8run.kernels.cpu import rows
 from int8run.kernels.hadamard.reference import Rotation
 from int8run.kernels.quantize_rowwise.reference import quantize_rowwise, transform_rows
 
@@ -94,6 +95,16 @@ class OutlierTransform(nn.Module):
             weight = weight / self.factor
         # the matrix is symmetric and its own inverse, so both sides are rotated alike
         return self.restore_columns(transform_rows(weight, rotation=self.rotation))
+
+    def transform_rows(self, weight: Tensor) -> Tensor:
+        """As `transform_weight`, of a Linear and each row by itself.
+
+        On a CPU the sums are the same for any number of rows, so that what is read a few rows at a time has
+        the same bits. weight: [N, K] of any float dtype -> float32 [N, K].
+        """
+        if weight.device.type != "cpu":
+            return self.transform_weight(weight.float())
+        return rows.transform_rows(weight.float(), self.factor, self.rotation)
 
     def restore_weight(self, weight: Tensor) -> Tensor:
         """The inverse of `transform_weight`. weight: [N, K] -> [N, K]."""

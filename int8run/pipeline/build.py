@@ -16,7 +16,7 @@ from torch import nn
 from int8run.checkpoints.declared_format import DeclaredFormat
 from int8run.checkpoints.output_path import prepare_output_path
 from int8run.config.run_spec import RunSpec
-from int8run.errors import ConfigError
+from int8run.export.weight_layers import check_saved_bits
 from int8run.generate.capture import capture_step, record_calls
 from int8run.generate.generate import set_components, set_text_encoders
 from int8run.generate.prompts import Sample
@@ -231,8 +231,7 @@ def prepare_save(spec: RunSpec) -> None:
     """
     if spec.save is None:
         return
-    if spec.int8.bits != 8:
-        raise ConfigError(f"save= writes weights of 8 bits, not int8.bits={spec.int8.bits}; leave out one")
+    check_saved_bits(spec.int8.bits, spec.outlier.name)
     if spec.clip.is_quantized:
         log.info("save= writes the denoiser; task=quantize task.component=text_encoder writes a text encoder")
     if spec.int8.vae == INT8:

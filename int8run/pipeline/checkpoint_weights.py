@@ -6,7 +6,7 @@ weights of a model, prequantized.py those of files with INT8 layers.
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from int8run.checkpoints.comfy_int8 import WEIGHT
 from int8run.checkpoints.declared_format import UNDECLARED, DeclaredFormat
 from int8run.checkpoints.detect import is_scaled_fp8_marker, read_denoiser_layers
-from int8run.checkpoints.layer import FLOAT, CheckpointLayer
+from int8run.checkpoints.layer import FLOAT, CheckpointLayer, have_one_layout
 from int8run.checkpoints.part_dtypes import BUFFER, PARAMETER, check_part_dtype
 from int8run.checkpoints.provenance import read_provenance
 from int8run.checkpoints.reader import TensorFiles
@@ -28,6 +28,7 @@ from int8run.models.detect_family import detect_denoiser
 from int8run.models.family import load_families
 from int8run.models.state_dict_adapter import find_prefix, find_targets, to_model
 from int8run.models.tensor_part import Shape, TensorPart
+from int8run.quant.grouped_weight import GroupedWeight, LayerWeight, join_rows
 from int8run.quant.weight import QuantizedWeight
 from int8run.text_encoders.detect import find_encoders
 from int8run.utils.plurals import count_noun
@@ -239,9 +240,13 @@ class FileWeights:
         found = {}
         for name, layers in self.list_weights().items():
             exact = [layer for layer in layers if layer is not None and layer.is_usable_as_is]
-            if exact and len(exact) == len(layers):
+            if exact and len(exact) == len(layers) and self.are_joinable(exact):
                 found[name] = exact[0]
         return found
+
+    def are_joinable(self, layers: Sequence[CheckpointLayer]) -> bool:
+        """Whether the numbers of layers can be one weight: all int8, or codes of one kind."""
+        return have_one_layout(self.files, layers)
 
     def find_inexact_layers(self) -> set[str]:
         """Linears whose numbers are quantized in a way that INT8 layers cannot use as it is."""
@@ -268,19 +273,30 @@ class FileWeights:
         if not all(part.transform.has_same_input_transform(transform) for part in parts[1:]):
             labels = ", ".join(part.transform.label for part in parts)
             raise FileError(f"{self.path}: the parts of {name} were transformed differently ({labels})")
-        weight = QuantizedWeight(
-            torch.cat([part.int8_weight.qdata for part in parts]),  # [N, K]
-            torch.cat([part.weight.scale for part in parts]),  # [N, 1]
-        )
-        return QuantizedLayer(weight, transform, bias=None)
+        return QuantizedLayer(join_weights([part.weight for part in parts]), transform, bias=None)
 
     def read_int8_part(self, part: TensorPart) -> QuantizedLayer:
         """Read rows of one INT8 layer in the file."""
         layer = self.layers[part.key.removesuffix(WEIGHT)].read_int8_layer(self.files, part.rows)
         read_rows = replace(part, rows=None)
-        stored = layer.int8_weight
-        weight = QuantizedWeight(read_rows.extract(stored.qdata), read_rows.extract(stored.scale))
+        if isinstance(layer.weight, GroupedWeight):
+            codes = layer.weight.map_rows(read_rows.extract)
+            return QuantizedLayer(codes, layer.transform, bias=None)
+        weight = QuantizedWeight(read_rows.extract(layer.weight.qdata), read_rows.extract(layer.weight.scale))
         return QuantizedLayer(weight, layer.transform, bias=None)
+
+
+def join_weights(weights: Sequence[LayerWeight]) -> LayerWeight:
+    """Weights below each other: all int8, or all codes of one kind."""
+    codes = [weight for weight in weights if isinstance(weight, GroupedWeight)]
+    if codes:
+        assert len(codes) == len(weights), "int8 and codes are no one weight"
+        return join_rows(codes)
+    integers = [weight for weight in weights if isinstance(weight, QuantizedWeight)]
+    return QuantizedWeight(
+        torch.cat([weight.qdata for weight in integers]),  # [N, K]
+        torch.cat([weight.scale for weight in integers]),  # [N, 1]
+    )
 
 
 def convert_parameter(value: Tensor, dtype: torch.dtype, location: str) -> Tensor:

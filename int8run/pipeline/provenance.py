@@ -77,9 +77,11 @@ def build_cache_key(
         configs.append((denoiser.class_name, sorted(denoiser.config.items(), key=itemgetter(0))))
     # what differs from the default alone, so that the keys of other runs stay
     convolutions = [] if settings.int8.convolutions == FLOAT else ["convolutions with methods by error"]
+    bits = [] if settings.int8.bits == 8 else [("bits", settings.int8.bits, settings.int8.group_size)]
     return hash_parts(
         [
             *convolutions,
+            *bits,
             __version__,
             hash_sources(loaded, settings, cache),
             configs,
@@ -194,6 +196,7 @@ def build_provenance(
         "denoiser": loaded.source.denoisers[0].class_name,
         "outlier": settings.outlier.name,
         "rounding": int8_plans[0].rounding if int8_plans else None,
+        **settings.int8.describe_bits(),
         "checkpoint": checkpoint,
         "settings": method_settings,
         "calibration": describe_calibration(settings.calibration) if settings.needs_calibration else None,
@@ -259,4 +262,7 @@ def describe_calibration(calibration: CalibrationSettings) -> dict[str, Any]:
 
 def describe_layer(plan: LayerPlan) -> dict[str, Any]:
     """What the provenance says of one INT8 layer."""
-    return {**plan.measured, "outlier": plan.outlier, "outlier_why_not": plan.outlier_skip_reason}
+    facts = {**plan.measured, "outlier": plan.outlier, "outlier_why_not": plan.outlier_skip_reason}
+    if plan.bits_reason:
+        facts["bits_why_not"] = plan.bits_reason
+    return facts

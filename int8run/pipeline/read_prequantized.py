@@ -14,6 +14,7 @@ from int8run.layers.plan import LayerPlan
 from int8run.pipeline.loaded_model import LoadedModel
 from int8run.pipeline.prequantized import PrequantizedLayers, get_layer_facts
 from int8run.ptq.quantize import check_weight
+from int8run.quant.grouped_weight import count_bits
 from int8run.quant.weight import quantize_weight, sqnr_db
 
 # an INT8 weight has 30 dB and more; another model's weight 0
@@ -45,6 +46,7 @@ def read_prequantized_layers(
         facts = facts_by_layer.get(plan.name)
         if isinstance(facts, Mapping):
             plan.outlier_skip_reason = str(facts.get("outlier_why_not", ""))
+            plan.bits_reason = str(facts.get("bits_why_not", ""))
             plan.measured |= {name: value for name, value in facts.items() if isinstance(value, float)}
         if not found.is_cached and found.weights is not loaded.checkpoint:
             check_against_float(plan, layer, read_weight(plan.name).flatten(1), found.source)
@@ -59,6 +61,7 @@ def read_prequantized_layer(
     layer = found.weights.read_int8_layer(plan.name)
     layer.transform.to(loaded.device)
     weight = layer.weight.to(loaded.device)
+    plan.bits = count_bits(weight)
     plan.outlier = layer.transform.label
     plan.bits = weight.bits
     plan.rounding = found.rounding

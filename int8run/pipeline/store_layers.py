@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from int8run.checkpoints.comfy_grouped import find_marker_obstacle
 from int8run.export.save_denoiser import keep_own_names, save_denoiser, write_tensors
 from int8run.layers.int8_conv import Int8Layer
 from int8run.models.dual_denoisers import split_denoiser
@@ -37,6 +38,10 @@ def cache_layers(
         layers: by name.
         provenance: how they were made.
     """
+    obstacle = find_cache_obstacle(layers)
+    if obstacle is not None:
+        log.info("The INT8 layers are not kept for later runs: %s", obstacle)
+        return
     num_bytes = 0
     for layer in layers.values():
         scale_bytes = 4 * layer.out_features
@@ -47,6 +52,15 @@ def cache_layers(
         write_tensors(path, names, layers, {}, provenance)
 
     cache.put("int8", key, num_bytes, write)
+
+
+def find_cache_obstacle(layers: Mapping[str, Int8Layer]) -> str | None:
+    """Why no file can hold some layers; None: one can."""
+    for layer in layers.values():
+        obstacle = None if layer.bits == 8 else find_marker_obstacle(layer.transform)
+        if obstacle is not None:
+            return obstacle
+    return None
 
 
 def save_layers(

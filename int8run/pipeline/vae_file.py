@@ -23,6 +23,7 @@ from int8run.models.model_folders import read_model_index, resolve_part_folder
 from int8run.models.source import build_empty_model, read_config
 from int8run.pipeline.checkpoint_weights import DenoiserWeights, FileWeights
 from int8run.pipeline.model_files import find_scaled_layers
+from int8run.quant.grouped_weight import count_bits
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +98,7 @@ class VaeFile:
             layer = self.weights.read_int8_layer(plan.name)
             layer.transform.to(device)
             weight = layer.weight.to(device)
+            plan.bits = count_bits(weight)
             plan.outlier = layer.transform.label
             plan.rounding = str(provenance.get("rounding", "unknown"))
             facts = facts_by_layer.get(plan.name)

@@ -30,12 +30,17 @@ def assign_bits(plans: Sequence[LayerPlan], layout: GroupLayout | None) -> None:
     for plan in plans:
         plan.bits_reason = find_bits_obstacle(plan, layout) or ""
         plan.bits = 8 if plan.bits_reason else layout.bits
+    warn_other_bits(plans, layout.bits)
+
+
+def warn_other_bits(plans: Sequence[LayerPlan], bits: int | str) -> None:
+    """Log the layers that have 8 bits because they cannot have those that were asked for."""
     counts = Counter(plan.bits_reason for plan in plans if plan.bits_reason)
     if counts:
         reasons = "; ".join(f"{count} × {reason}" for reason, count in counts.items())
         log.warning(
-            "int8.bits=%d: %d of %s have 8 bits (%s)",
-            layout.bits,
+            "int8.bits=%s: %d of %s have 8 bits (%s)",
+            bits,
             counts.total(),
             count_noun(len(plans), "layer"),
             reasons,

@@ -210,7 +210,10 @@ def round_weight(
         ConfigError: for a weight that is not finite, or a rounding that has no weights of these bits.
     """
     check_weight(plan, weight)
-    transformed = transform.transform_weight(weight.float())
+    if layout is None:
+        transformed = transform.transform_weight(weight.float())
+    else:
+        transformed = transform.transform_rows(weight)
     inputs = None
     if rounding.needs_calibration and statistics is not None:
         sample = statistics.sample.to(weight.device)

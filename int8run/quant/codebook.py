@@ -50,6 +50,12 @@ def choose_codebook(weight: Tensor, group_size: int) -> Tensor:
     return fit_codebook(relative)
 
 
+def find_sample_step(shape: tuple[int, int]) -> int:
+    """Of how many rows one is looked at; of the rows that it leaves, each one is. shape: N and K."""
+    rows, columns = shape
+    return max(1, rows * columns // SAMPLE_SIZE)
+
+
 def sample_relative_numbers(weight: Tensor, group_size: int) -> Tensor:
     """Numbers of a weight over the largest of their group: of all rows, or of rows at equal distances.
 
@@ -61,8 +67,7 @@ def sample_relative_numbers(weight: Tensor, group_size: int) -> Tensor:
         float32 [S]; none of groups of zeros, which say nothing.
     """
     rows, columns = weight.shape
-    step = max(1, rows * columns // SAMPLE_SIZE)
-    groups = weight[::step].reshape(-1, group_size)
+    groups = weight[:: find_sample_step((rows, columns))].reshape(-1, group_size)
     largest = groups.abs().amax(dim=1, keepdim=True)
     relative = groups / largest.clamp(min=torch.finfo(torch.float32).tiny)
     return relative[largest[:, 0] > 0].flatten()

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from int8run.errors import check_choice
 from int8run.kernels.dequantize.reference import E2M1, MXFP8_BLOCK, NVFP4_BLOCK
+from int8run.kernels.grouped_weight.reference import count_row_bytes
 from int8run.kernels.quantize_rowwise.reference import TINY
 from int8run.quant.block_encoding import (
     E4M3,
@@ -28,11 +29,13 @@ from int8run.quant.block_encoding import (
     round_to_dtype,
     swizzle_scales,
 )
+from int8run.quant.grouped_rounding import MAKERS_SEARCH, GroupLayout, round_groups
+from int8run.quant.grouped_weight import W4A8, W6A8, GroupedWeight
 from int8run.quant.packed_weight import PackedWeight, round_up
 
 # which numbers share a scale; "" has no scale, BLOCK is mxfp8's and nvfp4's, whose scales have few bits
-# themselves
-TENSOR, ROW, GRID, BLOCK3D, BLOCK = "tensor", "row", "grid", "block3d", "block"
+# themselves, GROUP that of codes of 4 and 6 bits
+TENSOR, ROW, GRID, BLOCK3D, BLOCK, GROUP = "tensor", "row", "grid", "block3d", "block", "group"
 ROTATION_GROUP_SIZES = (256, 64, 16)
 
 
@@ -49,6 +52,7 @@ class WeightFormat:
         is_rotated: whether groups of columns are rotated first, by whoever calls `quantize`.
         fallback: name of the format for the shapes that this one cannot hold.
         is_read_only: files have it, nothing is written in it.
+        bits: of a stored number, where they are codes; 8: they are not.
     """
 
     name: str
@@ -59,13 +63,26 @@ class WeightFormat:
     is_rotated: bool = False
     fallback: str | None = None
     is_read_only: bool = False
+    bits: int = 8
 
     @property
     def storage_dtype(self) -> str:
-        """int8, fp8, mxfp8 or nvfp4, as `PackedWeight` has it."""
+        """int8, fp8, mxfp8 or nvfp4, as `PackedWeight` has it; w4a8 or w6a8, as `GroupedWeight`."""
+        if self.is_grouped:
+            return self.name
         if self.granularity == BLOCK:
             return "nvfp4" if self.qdata_dtype == torch.uint8 else "mxfp8"
         return "int8" if self.qdata_dtype == torch.int8 else "fp8"
+
+    @property
+    def is_grouped(self) -> bool:
+        """Whether numbers are codes of 4 or 6 bits that decode to int8."""
+        return self.granularity == GROUP
+
+    @property
+    def group_layout(self) -> GroupLayout:
+        """How codes are laid out, of a format that has them."""
+        return GroupLayout(self.bits, self.block_size)
 
     def get_rotation_group_size(self, columns: int) -> int:
         """How many columns are rotated together: the largest group that divides them; 0: none."""
@@ -85,6 +102,9 @@ class WeightFormat:
     def _find_cut_blocks(self, rows: int, columns: int) -> str | None:
         """Why blocks do not divide a weight of this shape; None when they do, or when it is padded."""
         size = self.block_size
+        if self.is_grouped:
+            obstacle = self.group_layout.find_obstacle(columns)
+            return None if obstacle is None else f"{self.name}: {obstacle}"
         if self.granularity == GRID and (rows % size or columns % size):
             return f"{self.name} has blocks of {size} x {size}; they do not divide {rows} x {columns}"
         if self.granularity == BLOCK3D and columns % size:
@@ -99,6 +119,8 @@ class WeightFormat:
 
     def get_qdata_shape(self, rows: int, columns: int) -> tuple[int, int]:
         """The shape of the tensor that holds the numbers."""
+        if self.is_grouped:
+            return rows, count_row_bytes(columns, self.bits)
         rows, columns = self.get_padded_shape(rows, columns)
         if self.qdata_dtype == torch.uint8:  # two numbers in a byte
             return rows, columns // 2
@@ -115,13 +137,15 @@ class WeightFormat:
             return rows // self.block_size, columns // self.block_size
         if self.granularity == BLOCK3D:
             return rows, columns // self.block_size, 1
+        if self.is_grouped:
+            return rows, columns // self.block_size
         if self.granularity == BLOCK:
             rows, columns = self.get_padded_shape(rows, columns)
             tile_rows, tile_columns = SCALE_TILE
             return round_up(rows, tile_rows), round_up(columns // self.block_size, tile_columns)
         return None
 
-    def quantize(self, weight: Tensor) -> PackedWeight:
+    def quantize(self, weight: Tensor) -> PackedWeight | GroupedWeight:
         """Quantize a weight. Every scale of int8 and fp8, and nvfp4's global one, is finite and above 0.
 
         Args:
@@ -138,6 +162,8 @@ class WeightFormat:
             raise ValueError(f"a weight [{rows}, {columns}] cannot be quantized: {reason}")
 
         weight = weight.detach()
+        if self.is_grouped:
+            return quantize_codes(self, weight)
         padded_rows, padded_columns = self.get_padded_shape(rows, columns)
         if (padded_rows, padded_columns) != (rows, columns):
             weight = F.pad(weight, (0, padded_columns - columns, 0, padded_rows - rows))
@@ -216,6 +242,26 @@ ALL_FORMATS = (
         marker_format="nvfp4",
     ),
     WeightFormat(
+        name=W4A8,
+        qdata_dtype=torch.int8,
+        granularity=GROUP,
+        block_size=16,
+        marker_format="asym_w4a8_int8",
+        is_rotated=True,
+        fallback="int8_convrot",
+        bits=4,
+    ),
+    WeightFormat(
+        name=W6A8,
+        qdata_dtype=torch.int8,
+        granularity=GROUP,
+        block_size=16,
+        marker_format="asym_w4a8_int8",
+        is_rotated=True,
+        fallback="int8_convrot",
+        bits=6,
+    ),
+    WeightFormat(
         name="mxfp8_rows",
         qdata_dtype=E4M3,
         granularity=BLOCK,
@@ -243,9 +289,35 @@ def choose_format(name: str, rows: int, columns: int) -> WeightFormat:
     """
     check_choice("format", name, FORMATS)
     chosen = FORMATS[name]
-    if chosen.fallback is not None and chosen.unsupported_reason(rows, columns):
-        return FORMATS[chosen.fallback]
+    while chosen.fallback is not None and chosen.unsupported_reason(rows, columns):
+        chosen = FORMATS[chosen.fallback]
     return chosen
+
+
+def list_fallbacks(name: str) -> list[str]:
+    """The formats that layers may get in place of one, the nearest first."""
+    found = []
+    fallback = FORMATS[name].fallback
+    while fallback is not None:
+        found.append(fallback)
+        fallback = FORMATS[fallback].fallback
+    return found
+
+
+def quantize_codes(weight_format: WeightFormat, weight: Tensor) -> GroupedWeight:
+    """Quantize to codes of 4 or 6 bits with the scales of comfy-kitchen's own quantizer.
+
+    Args:
+        weight_format: w4a8 or w6a8.
+        weight: float [N, K], rotated already.
+
+    Raises:
+        ValueError: for NaN or infinity.
+    """
+    if not torch.isfinite(weight).all():
+        raise ValueError("a weight that holds NaN or infinity cannot be quantized")
+    layout = weight_format.group_layout
+    return round_groups(weight.float(), layout, neighbors=MAKERS_SEARCH[layout.bits])
 
 
 def quantize_scaled(weight_format: WeightFormat, weight: Tensor, shape: tuple[int, int]) -> PackedWeight:

@@ -110,11 +110,18 @@ def choose_levels(weight: Tensor, layout: GroupLayout) -> Levels:
     if layout.bits == 4:
         codebook = choose_codebook(weight, layout.group_size)
         return Levels(codebook, codebook, first_code=0, unit=1.0)
-    values = torch.arange(-EVEN_LEVELS, EVEN_LEVELS + 1.0, device=weight.device)
+    return get_even_levels(weight.device)
+
+
+def get_even_levels(device: torch.device) -> Levels:
+    """The levels of 6 bits: integers about zero."""
+    values = torch.arange(-EVEN_LEVELS, EVEN_LEVELS + 1.0, device=device)
     return Levels(values, codebook=None, first_code=1, unit=EVEN_LEVELS)
 
 
-def round_groups(weight: Tensor, layout: GroupLayout, *, neighbors: int) -> GroupedWeight:
+def round_groups(
+    weight: Tensor, layout: GroupLayout, *, neighbors: int, levels: Levels | None = None
+) -> GroupedWeight:
     """Codes and scales for a weight by itself.
 
     A group's scale begins with its largest number. Each refinement takes the least-squares scale of the
@@ -125,8 +132,9 @@ def round_groups(weight: Tensor, layout: GroupLayout, *, neighbors: int) -> Grou
         layout: bits and group size.
         neighbors: how many 8-bit floats below and above each scale are tried as well; the one is taken whose
             decoded int8 numbers are nearest.
+        levels: of the whole weight, where these are some of its rows; None: they are all.
     """
-    levels = choose_levels(weight, layout)
+    levels = levels or choose_levels(weight, layout)
     parts = []
     for rows in split_rows(weight):
         grouped = rows.unflatten(1, (-1, layout.group_size))  # [n, groups, g]

@@ -4,7 +4,7 @@
 `MultipliesGroupedWeights` of `backends/base.py`; for the others a layer decodes some rows at a time.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,6 +12,13 @@ from torch import Tensor
 
 from int8run.kernels.grouped_weight.reference import decode_grouped_weight
 from int8run.quant.weight import QuantizedWeight
+
+W4A8, W6A8 = "w4a8", "w6a8"
+# storage dtype -> bits of a code
+GROUPED_BITS = {W4A8: 4, W6A8: 6}
+# bits of a code -> what the columns of a weight are a multiple of
+COLUMN_MULTIPLES = {4: 16, 6: 32}
+MIN_GROUP_SIZE, GROUP_MULTIPLE = 4, 16
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,11 @@ class GroupedWeight:
     def group_size(self) -> int:
         """Columns that share a scale."""
         return self.shape[1] // self.group_scale.shape[1]
+
+    @property
+    def storage_dtype(self) -> str:
+        """`w4a8` or `w6a8`: the word of `clip=` for its number of bits."""
+        return next(name for name, bits in GROUPED_BITS.items() if bits == self.bits)
 
     @property
     def nbytes(self) -> int:
@@ -91,6 +103,28 @@ class GroupedWeight:
             correction=None if correction is None else correction[:, start:stop],
         )
 
+    def take_rows(self, index: Tensor) -> "GroupedWeight":
+        """Some rows in any order, for look-ups. index: int64 [R]. Returns a weight [R, K]."""
+        return self.map_rows(lambda rows: take_rows(rows, index))
+
+    def map_rows(self, change: Callable[[Tensor], Tensor]) -> "GroupedWeight":
+        """The weight whose tensors are changed alike, each as one with a row for each output row."""
+        correction = self.correction
+        return replace(
+            self,
+            codes=change(self.codes),
+            group_scale=change(self.group_scale),
+            scale=change(self.scale),
+            correction=None if correction is None else change(correction.T).T.contiguous(),
+        )
+
+
+def take_rows(tensor: Tensor, index: Tensor) -> Tensor:
+    """Rows of a tensor; of 8-bit numbers by their bytes, because not every torch can index 8-bit floats."""
+    if tensor.dtype.itemsize == 1:
+        return tensor.view(torch.uint8).index_select(0, index).view(tensor.dtype)
+    return tensor.index_select(0, index)
+
 
 def join_rows(parts: Sequence[GroupedWeight]) -> GroupedWeight:
     """The inverse of `select_rows`: weights with the same codebook below each other."""
@@ -106,3 +140,30 @@ def join_rows(parts: Sequence[GroupedWeight]) -> GroupedWeight:
 
 # what a layer holds: integers, or codes of 4 or 6 bits that decode to them
 LayerWeight = QuantizedWeight | GroupedWeight
+
+
+def count_bits(weight: LayerWeight) -> int:
+    """Stored bits of a number of a weight."""
+    return weight.bits if isinstance(weight, GroupedWeight) else 8
+
+
+def find_group_obstacle(columns: int, *, bits: int, group_size: int) -> str | None:
+    """Why rows of so many columns cannot be codes in such groups; None when they can.
+
+    The rules are those of comfy-kitchen 0.2.40, whose kernels decode 16 columns at a time.
+
+    Args:
+        columns: K of the weight.
+        bits: 4 or 6.
+        group_size: columns that share a scale.
+    """
+    is_multiple = group_size % GROUP_MULTIPLE == 0
+    is_part = bits == 4 and group_size >= MIN_GROUP_SIZE and GROUP_MULTIPLE % group_size == 0
+    if not is_multiple and not is_part:
+        allowed = "4, 8, 16 and multiples of 16" if bits == 4 else "multiples of 16"
+        return f"groups of {group_size} columns; with {bits} bits, groups have {allowed}"
+    if columns % COLUMN_MULTIPLES[bits]:
+        return f"{columns} columns, which with {bits} bits are a multiple of {COLUMN_MULTIPLES[bits]}"
+    if columns % group_size:
+        return f"{columns} columns, which groups of {group_size} do not divide"
+    return None

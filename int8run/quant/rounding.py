@@ -15,6 +15,7 @@ from int8run.quant.grouped_rounding import (
     MAKERS_SEARCH,
     WIDE_SEARCH,
     GroupLayout,
+    Levels,
     round_groups,
     round_groups_by_output,
 )
@@ -46,13 +47,16 @@ class Rounding(Protocol):
 class RoundsGroups(Protocol):
     """A rounding that also makes weights of 4 and 6 bits, which have a scale for each group of columns."""
 
-    def round_groups(self, weight: Tensor, inputs: Tensor | None, layout: GroupLayout) -> GroupedWeight:
+    def round_groups(
+        self, weight: Tensor, inputs: Tensor | None, layout: GroupLayout, levels: Levels | None = None
+    ) -> GroupedWeight:
         """Codes, and a scale for each group and row.
 
         Args:
             weight: float32 [N, K], transformed already; K has no obstacle of the layout.
             inputs: as for `Rounding.round_weight`.
             layout: bits and group size.
+            levels: of the whole weight, where these are some of its rows; None: they are all.
         """
         ...
 
@@ -71,9 +75,11 @@ class AbsMax:
         """The nearest integers."""
         return quantize_weight(weight)
 
-    def round_groups(self, weight: Tensor, inputs: Tensor | None, layout: GroupLayout) -> GroupedWeight:
+    def round_groups(
+        self, weight: Tensor, inputs: Tensor | None, layout: GroupLayout, levels: Levels | None = None
+    ) -> GroupedWeight:
         """The nearest levels, with the scales of comfy-kitchen's own quantizer."""
-        return round_groups(weight, layout, neighbors=MAKERS_SEARCH[layout.bits])
+        return round_groups(weight, layout, neighbors=MAKERS_SEARCH[layout.bits], levels=levels)
 
 
 @dataclass(frozen=True)
@@ -109,9 +115,11 @@ class Mse:
             scale=torch.cat([chunk.scale for chunk in chunks]),
         )
 
-    def round_groups(self, weight: Tensor, inputs: Tensor | None, layout: GroupLayout) -> GroupedWeight:
+    def round_groups(
+        self, weight: Tensor, inputs: Tensor | None, layout: GroupLayout, levels: Levels | None = None
+    ) -> GroupedWeight:
         """The best of the tried scales, group by group."""
-        return round_groups(weight, layout, neighbors=WIDE_SEARCH)
+        return round_groups(weight, layout, neighbors=WIDE_SEARCH, levels=levels)
 
     def round_rows(self, weight: Tensor) -> QuantizedWeight:
         """The same for some of the rows."""
@@ -176,9 +184,12 @@ class Gptq:
             rest[:, end:] -= errors @ spread[start:end, end:]
         return QuantizedWeight(q[:, order.argsort()].to(torch.int8), scale)
 
-    def round_groups(self, weight: Tensor, inputs: Tensor | None, layout: GroupLayout) -> GroupedWeight:
+    def round_groups(
+        self, weight: Tensor, inputs: Tensor | None, layout: GroupLayout, levels: Levels | None = None
+    ) -> GroupedWeight:
         """Codes whose errors make up for each other, at the scales of `mse`."""
         assert inputs is not None, "gptq needs calibration inputs"
+        assert levels is None, "gptq rounds whole weights"
         order, spread = self.factor_hessian(inputs)
         return round_groups_by_output(weight, layout, order=order, spread=spread, block=self.block)
 
@@ -219,12 +230,25 @@ def round_to_bits(
     """
     if layout is None:
         return rounding.round_weight(weight, inputs)
-    if not isinstance(rounding, RoundsGroups):
-        raise ConfigError(
-            f"rounding={rounding.name} makes weights of 8 bits alone; for int8.bits={layout.bits} it needs a "
-            "method round_groups, as rounding=absmax, mse and gptq have it"
-        )
-    return rounding.round_groups(weight, inputs, layout)
+    return check_rounds_groups(rounding, layout).round_groups(weight, inputs, layout)
+
+
+def check_rounds_groups(rounding: Rounding, layout: GroupLayout) -> RoundsGroups:
+    """The rounding, where it makes weights in groups.
+
+    Args:
+        rounding: any.
+        layout: bits and group size.
+
+    Raises:
+        ConfigError: where it makes none.
+    """
+    if isinstance(rounding, RoundsGroups):
+        return rounding
+    raise ConfigError(
+        f"rounding={rounding.name} makes weights of 8 bits alone; for int8.bits={layout.bits} it needs a "
+        "method round_groups, as rounding=absmax, mse and gptq have it"
+    )
 
 
 def round_with_scale(weight: Tensor, scale: Tensor) -> QuantizedWeight:

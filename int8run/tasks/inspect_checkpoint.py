@@ -26,7 +26,7 @@ from int8run.text_encoders.detect import DetectedEncoder, detect_encoder
 from int8run.utils.plurals import count_noun
 
 # settings of a job that are shown of its file, where they are set
-SHOWN_SETTINGS = ("outlier", "rounding", "loras", "seed")
+SHOWN_SETTINGS = ("outlier", "rounding", "bits", "group_size", "loras", "seed")
 
 
 def describe_checkpoint(files: TensorFiles, declared: DeclaredFormat) -> Iterator[Row]:

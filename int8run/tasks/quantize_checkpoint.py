@@ -21,10 +21,12 @@ from int8run.config.job import Job
 from int8run.config.run_spec import RunSpec
 from int8run.errors import ConfigError
 from int8run.export.stream_quantizer import write_targets
-from int8run.layers.plan import LayerPlan
+from int8run.export.weight_layers import check_saved_bits
+from int8run.layers.plan import AUTO, LayerPlan
 from int8run.models.resolve_weights import CONFIG_NAME, ResolvedWeights, download_side_files, resolve_weights
 from int8run.outlier.auto import AutoOutlier
 from int8run.outlier.base import OutlierMethod
+from int8run.quant.rounding import check_rounds_groups
 from int8run.report.console import Progress
 from int8run.report.formatting import format_megabytes
 from int8run.tasks.denoiser_checkpoint import DenoiserCheckpoint
@@ -133,6 +135,9 @@ def check_streamable(spec: RunSpec) -> OutlierMethod:
     if spec.save is None:
         raise ConfigError("task=quantize writes a checkpoint; set save=<file.safetensors> or save=<folder>")
     check_needs_no_calibration(spec)
+    check_saved_bits(spec.int8.bits, spec.outlier.name)
+    if spec.int8.fixed_layout is not None:
+        check_rounds_groups(spec.rounding, spec.int8.fixed_layout)
     if spec.clip.is_quantized:
         raise ConfigError(
             "task=quantize writes one component, here the denoiser, and clip= is about text encoders; "
@@ -154,6 +159,7 @@ def check_needs_no_calibration(spec: RunSpec) -> None:
         f"outlier={spec.outlier.name}": spec.outlier.needs_calibration,
         f"rounding={spec.rounding.name}": spec.rounding.needs_calibration,
         "model_type.mixed_precision=auto": spec.model_type.mixed_precision == "auto",
+        "int8.bits=auto": spec.int8.bits == AUTO,
     }
     for setting, is_needed in needs_calibration.items():
         if is_needed:
@@ -209,6 +215,7 @@ def build_metadata(
         "denoiser": checkpoint.class_name,
         "outlier": spec.outlier.name,
         "rounding": spec.rounding.name,
+        **spec.int8.describe_bits(),
         "settings": {name: asdict(option) for name, option in options.items()},
         "seed": spec.seed,
         "loras": [],
@@ -230,6 +237,7 @@ def print_header(spec: RunSpec, source: ResolvedWeights, plan: FilePlan) -> None
         written=[
             ("write", plan.path),
             ("INT8 layers", num_int8),
+            *spec.int8.describe_bits().items(),
             ("outlier", spec.outlier.name),
             ("rounding", spec.rounding.name),
         ],

@@ -36,6 +36,7 @@ from int8run.models.resolve_weights import CONFIG_NAME, WEIGHTS_NAME, ResolvedWe
 from int8run.models.state_dict_adapter import find_prefix
 from int8run.models.tensor_part import Shape, TensorPart
 from int8run.outlier.base import OutlierMethod
+from int8run.ptq.bits import warn_other_bits
 from int8run.ptq.quantize import check_outlier_method
 from int8run.tasks.denoiser_checkpoint import DenoiserCheckpoint, recognize_checkpoint
 from int8run.tasks.quantize_common import count_skip_reasons, is_folder, log_kept_dtype, resolve_new_file
@@ -104,10 +105,11 @@ def plan_file(
         TORCH_DTYPES[kept_dtype.name],
         # the file does not depend on the machine that writes it: `auto` is decided where it is used
         has_convolutions=spec.int8.convolutions != FLOAT,
+        layout=spec.int8.fixed_layout,
     )
     targets = plan_targets(files, layers, names, checkpoint.find_skip_reason, recipe)
     join_fits(targets, checkpoint)
-    check_targets(targets, outlier)
+    check_targets(targets, outlier, spec.int8.bits)
     plans = [target.plan for target in targets if target.plan is not None]
     warn_without_convolutions(plans, spec.int8.convolutions)
     log_kept_dtype(count_kept_weights(targets, layers), kept_dtype)
@@ -262,12 +264,13 @@ def count_kept_weights(targets: Sequence[Target], layers: Mapping[str, Checkpoin
     return count
 
 
-def check_targets(targets: Sequence[Target], outlier: OutlierMethod) -> None:
+def check_targets(targets: Sequence[Target], outlier: OutlierMethod, bits: int | str) -> None:
     """Log which layers are copied, and which ones the outlier method does not support.
 
     Args:
         targets: tensors of the new file.
         outlier: the method.
+        bits: that were asked for.
 
     Raises:
         ConfigError: when no layer becomes INT8, with the reasons by count.
@@ -294,6 +297,7 @@ def check_targets(targets: Sequence[Target], outlier: OutlierMethod) -> None:
         log_copied(copied)
     if quantized:
         check_outlier_method(outlier, quantized)
+        warn_other_bits(quantized, bits)
 
 
 def log_copied(copied: Sequence[Target]) -> None:

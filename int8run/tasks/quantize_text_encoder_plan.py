@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from int8run.checkpoints.comfy_formats import plan_packed_entries
+from int8run.checkpoints.comfy_grouped import CodeTensors, describe_stored_codes
 from int8run.checkpoints.comfy_int8 import WEIGHT
 from int8run.checkpoints.kept_dtype import find_kept_dtype
 from int8run.checkpoints.writer import TensorEntry
@@ -55,6 +56,7 @@ class EncoderTarget:
         plan: of a Linear or an embedding.
         copied_layer: the layer of the source whose quantized weight is copied as it is.
         transform: what is done to the weight before it is rounded; of a copied layer read from the file.
+        codes: which tensors a copied weight of 4 or 6 bits is; None: it is made here, or is no such weight.
     """
 
     key: str
@@ -65,13 +67,14 @@ class EncoderTarget:
     plan: LayerPlan | None = None
     copied_layer: str | None = None
     transform: OutlierTransform = field(default_factory=OutlierTransform)
+    codes: CodeTensors | None = None
 
     def list_entries(self) -> list[TensorEntry]:
         """List the tensors that it adds to the new file."""
         if self.weight_format is None:
             return [TensorEntry(self.key, self.dtype, self.shape)]
         rows, columns = self.shape
-        return plan_packed_entries(self.key, self.weight_format, (rows, columns), self.transform)
+        return plan_packed_entries(self.key, self.weight_format, (rows, columns), self.transform, self.codes)
 
 
 @dataclass(frozen=True)
@@ -237,6 +240,8 @@ def plan_layer(
         target.copied_layer = layer
         target.weight_format = weight_format
         target.transform = weights.layers[layer].read_transform(weights.files)
+        if weight_format.is_grouped:
+            target.codes = describe_stored_codes(weights.files, weights.layers[layer])
         plan.skip_reason = None
         plan.rounding = f"{source_format}, as in the source"
     elif plan.skip_reason is None:

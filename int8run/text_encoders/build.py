@@ -288,7 +288,7 @@ def check_scaled_mm(built: BuiltEncoder) -> None:
     """
     where, device = built.source.weights.where, built.source.kernels.device
     layers = [module for module in built.module.modules() if isinstance(module, WeightOnlyLinear)]
-    reasons = [scaled_mm_unsupported_reason(layer.packed_weight, device) for layer in layers]
+    reasons = [scaled_mm_unsupported_reason(layer.stored_weight, device) for layer in layers]
     unsupported = Counter(reason for reason in reasons if reason is not None)
     if not unsupported:
         return

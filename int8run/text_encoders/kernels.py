@@ -13,6 +13,7 @@ from int8run.backends.triton import Triton
 from int8run.errors import BackendError
 from int8run.layers.plan import LayerPlan
 from int8run.ptq.quantize import check_backend
+from int8run.quant.grouped_weight import GROUPED_BITS
 from int8run.text_encoders.base import DEQUANTIZE, SCALED_MM
 from int8run.text_encoders.plan_layers import format_counts
 
@@ -98,7 +99,7 @@ def check_kernels(kernels: Kernels, plans: Sequence[LayerPlan], where: str) -> N
             f"clip.kernel_backend={kernels.name}: {error}; {DEQUANTIZE} runs everywhere"
         ) from error
     formats = Counter(plan.rounding for plan in plans if plan.skip_reason is None)
-    has_int8 = any(name.startswith("int8") for name in formats)
+    has_int8 = any(name.startswith("int8") or name in GROUPED_BITS for name in formats)
     if formats and not has_int8 and kernels.name not in RUNS_ALL_FORMATS:
         raise BackendError(
             f"clip.kernel_backend={kernels.name} runs INT8 layers, and {where} gives "

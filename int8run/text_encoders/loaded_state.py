@@ -11,14 +11,24 @@ from torch import Tensor, nn
 
 from int8run.checkpoints.comfy_formats import GLOBAL_SCALE
 from int8run.checkpoints.comfy_int8 import FACTOR, SCALE, WEIGHT
+from int8run.checkpoints.grouped import CODEBOOK, CORRECTION, GROUP_SCALE, PART_SUFFIXES, ROW_SCALE
 from int8run.checkpoints.layer import get_hadamard
 from int8run.errors import ConfigError
 from int8run.kernels.hadamard.reference import Rotation
 from int8run.layers.weight_only import PackedLayer
 from int8run.models.tensor_part import Shape
 from int8run.outlier.base import OutlierTransform
+from int8run.quant.grouped_weight import GROUPED_BITS, GroupedWeight
 from int8run.quant.packed_weight import PackedWeight
 from int8run.text_encoders.registry import EncoderFamily
+
+# field of a weight in codes -> the last word of its key; the scales of rows are [N, 1] here
+GROUPED_SUFFIXES = {
+    "group_scale": PART_SUFFIXES[GROUP_SCALE],
+    "scale": PART_SUFFIXES[ROW_SCALE],
+    "codebook": PART_SUFFIXES[CODEBOOK],
+    "correction": PART_SUFFIXES[CORRECTION],
+}
 
 
 class EncoderState:
@@ -52,7 +62,8 @@ class EncoderState:
 
     def collect_shapes(self) -> dict[str, Shape]:
         """Return the logical shapes of all tensors but those that belong to quantized weights."""
-        not_weights = {f"{name}.{part}" for name in self.layers for part in (SCALE, GLOBAL_SCALE, FACTOR)}
+        suffixes = (SCALE, GLOBAL_SCALE, FACTOR, *GROUPED_SUFFIXES.values())
+        not_weights = {f"{name}.{suffix}" for name in self.layers for suffix in suffixes}
         shapes: dict[str, Shape] = {}
         for key, tensor in self.state.items():
             if key not in not_weights:
@@ -98,29 +109,35 @@ def describe_layer(layer: PackedLayer, format_name: str) -> dict[str, Any]:
         format_name: for messages.
     """
     weight, transform = layer.weight, layer.transform
-    return {
+    description = {
         "format": format_name,
         "kind": weight.storage_dtype,
         "shape": list(weight.shape),
-        "block": weight.block_size,
-        "swizzled": weight.is_swizzled,
-        "high_first": weight.high_nibble_first,
         "outlier": transform.method,
         "settings": transform.settings,
         "group_size": transform.group_size,
         "sylvester": transform.sylvester,
         "centered": transform.centered,
     }
+    if isinstance(weight, PackedWeight):
+        description["block"] = weight.block_size
+        description["swizzled"] = weight.is_swizzled
+        description["high_first"] = weight.high_nibble_first
+    return description
 
 
 def name_layer_tensors(name: str, layer: PackedLayer) -> dict[str, Tensor]:
     """Return a layer's tensors by the names that ComfyUI gives them."""
-    tensors = {
-        name + WEIGHT: layer.weight.qdata,
-        f"{name}.{SCALE}": layer.weight.scale,
-        f"{name}.{GLOBAL_SCALE}": layer.weight.global_scale,
-        f"{name}.{FACTOR}": layer.transform.factor,
-    }
+    tensors = {f"{name}.{FACTOR}": layer.transform.factor}
+    weight = layer.weight
+    if isinstance(weight, GroupedWeight):
+        tensors[name + WEIGHT] = weight.codes
+        for field, suffix in GROUPED_SUFFIXES.items():
+            tensors[f"{name}.{suffix}"] = getattr(weight, field)
+    else:
+        tensors[name + WEIGHT] = weight.qdata
+        tensors[f"{name}.{SCALE}"] = weight.scale
+        tensors[f"{name}.{GLOBAL_SCALE}"] = weight.global_scale
     return {key: tensor for key, tensor in tensors.items() if tensor is not None}
 
 
@@ -132,15 +149,7 @@ def restore_layer(state_dict: Mapping[str, Tensor], name: str, description: Mapp
         name: of the layer.
         description: of `describe_layer`.
     """
-    weight = PackedWeight(
-        qdata=state_dict[name + WEIGHT],
-        scale=state_dict.get(f"{name}.{SCALE}"),
-        shape=tuple(description["shape"]),
-        global_scale=state_dict.get(f"{name}.{GLOBAL_SCALE}"),
-        block_size=description["block"],
-        is_swizzled=description["swizzled"],
-        high_nibble_first=description["high_first"],
-    )
+    weight = restore_weight(state_dict, name, description)
     group_size, is_sylvester = description["group_size"], description["sylvester"]
     rotation = None
     if group_size:
@@ -153,3 +162,22 @@ def restore_layer(state_dict: Mapping[str, Tensor], name: str, description: Mapp
         centered=description["centered"],
     )
     return PackedLayer(weight, transform, None)
+
+
+def restore_weight(
+    state_dict: Mapping[str, Tensor], name: str, description: Mapping[str, Any]
+) -> PackedWeight | GroupedWeight:
+    """Return the weight of such a layer; arguments as of `restore_layer`."""
+    bits = GROUPED_BITS.get(description["kind"])
+    if bits is not None:
+        parts = {field: state_dict.get(f"{name}.{suffix}") for field, suffix in GROUPED_SUFFIXES.items()}
+        return GroupedWeight(codes=state_dict[name + WEIGHT], bits=bits, **parts)  # type: ignore[arg-type]
+    return PackedWeight(
+        qdata=state_dict[name + WEIGHT],
+        scale=state_dict.get(f"{name}.{SCALE}"),
+        shape=tuple(description["shape"]),
+        global_scale=state_dict.get(f"{name}.{GLOBAL_SCALE}"),
+        block_size=description["block"],
+        is_swizzled=description["swizzled"],
+        high_nibble_first=description["high_first"],
+    )

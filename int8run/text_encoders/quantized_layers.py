@@ -20,6 +20,7 @@ from int8run.layers.int8_linear import QuantizedLayer
 from int8run.layers.plan import Int8Settings, LayerPlan
 from int8run.layers.weight_only import (
     PackedLayer,
+    StoredWeight,
     WeightOnlyEmbedding,
     WeightOnlyLinear,
     is_rowwise,
@@ -32,8 +33,9 @@ from int8run.outlier.base import OutlierTransform
 from int8run.outlier.convrot import ConvRot
 from int8run.ptq.quantize import build_int8_layers, check_weight, round_weight_rows
 from int8run.quant.formats import FORMATS, WeightFormat, choose_format
+from int8run.quant.grouped_weight import GroupedWeight
 from int8run.quant.packed_weight import PackedWeight
-from int8run.quant.weight import sqnr_db
+from int8run.quant.weight import QuantizedWeight, sqnr_db
 from int8run.text_encoders.base import DEQUANTIZE, SCALED_MM
 from int8run.text_encoders.kernels import Kernels
 from int8run.text_encoders.plan_layers import EMBED_SCALE, find_source_layer
@@ -120,8 +122,9 @@ def build_linears(source: LayerSource, plans: Sequence[LayerPlan]) -> dict[str, 
     def iter_rowwise_layers() -> Iterator[tuple[LayerPlan, QuantizedLayer]]:
         for plan in plans:
             layer = build_packed_layer(source, plan)
-            if layer.weight.storage_dtype == "int8" and is_rowwise(layer.weight):
-                yield plan, QuantizedLayer(to_quantized_weight(layer.weight), layer.transform, layer.bias)
+            weight = find_layer_weight(layer.weight)
+            if weight is not None:
+                yield plan, QuantizedLayer(weight, layer.transform, layer.bias)
             else:
                 others[plan.name] = build_linear(source, plan, layer)
 
@@ -136,6 +139,15 @@ def build_linears(source: LayerSource, plans: Sequence[LayerPlan]) -> dict[str, 
     return {**int8_layers, **others}
 
 
+def find_layer_weight(weight: StoredWeight) -> QuantizedWeight | GroupedWeight | None:
+    """A weight as INT8 layers take it: int8 with scales of rows, or codes that decode to it; None: others."""
+    if isinstance(weight, GroupedWeight):
+        return weight
+    if weight.storage_dtype == "int8" and is_rowwise(weight):
+        return to_quantized_weight(weight)
+    return None
+
+
 def build_linear(source: LayerSource, plan: LayerPlan, layer: PackedLayer) -> nn.Module:
     """Return a quantized Linear that is not an `Int8Linear`.
 
@@ -148,8 +160,10 @@ def build_linear(source: LayerSource, plan: LayerPlan, layer: PackedLayer) -> nn
     plan.backend_asked = kernels.name
     module: Any = source.skeleton.get_submodule(plan.name)
     dtype = module.weight.dtype
-    if kernels.backend is not None and layer.weight.storage_dtype == "int8":
-        backend = choose_block_backend(kernels.backend, kernels, plan, layer.weight, dtype)
+    weight = layer.weight
+    backend = kernels.backend
+    if backend is not None and isinstance(weight, PackedWeight) and weight.storage_dtype == "int8":
+        backend = choose_block_backend(backend, kernels, plan, weight, dtype)
         plan.backend_used = f"{backend.name}, in blocks"
         return BlockInt8Linear(layer, backend)
     if kernels.name == SCALED_MM and scaled_mm_unsupported_reason(layer.weight, kernels.device) is None:
@@ -222,7 +236,10 @@ def quantize_weight(plan: LayerPlan, weight: Tensor, target: WeightFormat) -> Pa
         rounded = round_weight_rows(plan, weight, transform)
         packed = PackedWeight(rounded.qdata, rounded.scale, (plan.out_features, plan.in_features))
         return PackedLayer(packed, transform, None)
-    transformed = transform.transform_weight(weight.float())
-    packed = target.quantize(transformed)
-    plan.measured["weight_sqnr_db"] = sqnr_db(transformed, packed.dequantize())
-    return PackedLayer(packed, transform, None)
+    if target.is_grouped:
+        transformed = transform.transform_rows(weight)
+    else:
+        transformed = transform.transform_weight(weight.float())
+    quantized = target.quantize(transformed)
+    plan.measured["weight_sqnr_db"] = sqnr_db(transformed, quantized.dequantize())
+    return PackedLayer(quantized, transform, None)

@@ -23,8 +23,8 @@ from int8run.checkpoints.reader import TensorFiles
 from int8run.errors import ConfigError, FileError, check_choice
 from int8run.layers.weight_only import PackedLayer
 from int8run.models.tensor_part import Shape, TensorPart
-from int8run.quant.formats import FORMATS
-from int8run.quant.packed_weight import is_fp8
+from int8run.quant.formats import FORMATS, list_fallbacks
+from int8run.quant.packed_weight import PackedWeight, is_fp8
 from int8run.text_encoders.detect import detect_encoder, find_encoder_of_class
 from int8run.text_encoders.registry import EncoderFamily, list_supported_encoders
 from int8run.utils.plurals import count_noun
@@ -230,7 +230,7 @@ class EncoderFile:
             return None
         layer = self.layers[name]
         weight, transform = layer.read_packed_weight(self.files, self.get_padded_shape(name))
-        if is_fp8(weight.qdata) and has_not_finite(weight.qdata):
+        if isinstance(weight, PackedWeight) and is_fp8(weight.qdata) and has_not_finite(weight.qdata):
             raise FileError(f"{self.where}: {name + WEIGHT} holds NaN or infinity; the file is damaged")
         return PackedLayer(weight, transform, None)
 
@@ -273,7 +273,7 @@ def fits_declared(counts: Mapping[str, int], declared: DeclaredFormat) -> bool:
     if accepted.isdisjoint(counts):
         return False
     format_name = declared.quant_format
-    allowed = {*accepted, find_cast_name(format_name), FORMATS[format_name].fallback}
+    allowed = {*accepted, find_cast_name(format_name), *list_fallbacks(format_name)}
     return allowed.issuperset(counts)
 
 

@@ -46,7 +46,7 @@ def unpack_codes(packed: Tensor, bits: int) -> Tensor:
     columns = row_bytes * 8 // bits
     packed = packed.view(torch.uint8)
     nibbles = packed[:, : columns // 2]
-    codes: Tensor = torch.stack([nibbles & NIBBLE, nibbles >> 4], dim=-1).reshape(rows, columns)
+    codes = torch.stack([nibbles & NIBBLE, nibbles >> 4], dim=-1).reshape(rows, columns)
     if bits == 4:
         return codes
     shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=packed.device)
@@ -60,7 +60,8 @@ def compute_levels(bits: int, codebook: Tensor | None = None) -> Tensor:
     if codebook is not None:
         return codebook.float()
     count = 2**bits
-    levels: Tensor = torch.arange(count, dtype=torch.float32) - count // 2
+    codes = torch.arange(count, dtype=torch.float32)
+    levels: Tensor = codes - count // 2
     return levels
 
 
@@ -83,5 +84,7 @@ def decode_grouped_weight(
     levels = compute_levels(bits, codebook).to(packed.device)
     scale = group_scale.float()
     group_size = columns // scale.shape[1]
-    products: Tensor = levels[codes.long()].view(rows, -1, group_size) * scale.unsqueeze(-1)
+    products: Tensor = levels[codes.long()].view(rows, columns // group_size, group_size) * scale.unsqueeze(
+        -1
+    )
     return products.round().clamp(-INT8_MAX, INT8_MAX).to(torch.int8).view(rows, columns)

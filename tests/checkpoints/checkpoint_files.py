@@ -9,10 +9,12 @@ from checkpoints.drafts.blocks import BLOCK_DRAFTS
 from checkpoints.drafts.draft import Draft, Mistake
 from checkpoints.drafts.floats import FLOAT_DRAFTS
 from checkpoints.drafts.fp8 import FP8_DRAFTS
+from checkpoints.drafts.grouped import GROUPED_DRAFTS
 from checkpoints.drafts.int8 import INT8_DRAFTS
 from checkpoints.drafts.transformed import TRANSFORMED_DRAFTS
 from checkpoints.mistakes.blocks import BLOCK_MISTAKES
 from checkpoints.mistakes.foreign import FOREIGN_MISTAKES
+from checkpoints.mistakes.grouped import GROUPED_MISTAKES
 from checkpoints.mistakes.markers import MARKER_MISTAKES
 from checkpoints.mistakes.scales import SCALE_MISTAKES
 from checkpoints.mistakes.transforms import TRANSFORM_MISTAKES
@@ -22,6 +24,7 @@ DRAFTS: dict[str, Draft] = {
     **TRANSFORMED_DRAFTS,
     **FP8_DRAFTS,
     **BLOCK_DRAFTS,
+    **GROUPED_DRAFTS,
     **FLOAT_DRAFTS,
 }
 MISTAKES: dict[str, Mistake] = {
@@ -29,5 +32,6 @@ MISTAKES: dict[str, Mistake] = {
     **MARKER_MISTAKES,
     **TRANSFORM_MISTAKES,
     **BLOCK_MISTAKES,
+    **GROUPED_MISTAKES,
     **FOREIGN_MISTAKES,
 }

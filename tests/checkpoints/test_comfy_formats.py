@@ -18,7 +18,9 @@ from int8run.checkpoints.writer import StreamWriter, TensorEntry, view_as_bytes
 from int8run.kernels.hadamard.reference import Rotation, regular_hadamard, sylvester_hadamard
 from int8run.outlier.base import OutlierTransform
 from int8run.outlier.convrot import ConvRot
+from int8run.outlier.quarot import QuaRot
 from int8run.quant.formats import FORMATS, WeightFormat
+from int8run.quant.grouped_weight import GroupedWeight
 from int8run.quant.packed_weight import PackedWeight
 
 WRITABLE_FORMATS = [form for form in FORMATS.values() if not form.is_read_only]
@@ -65,6 +67,11 @@ def write_file(path: Path, form: WeightFormat, weight: PackedWeight, transform: 
         return writer.finish()
 
 
+def get_stored_numbers(weight: PackedWeight | GroupedWeight) -> torch.Tensor:
+    """The tensor `L.weight`."""
+    return weight.codes if isinstance(weight, GroupedWeight) else weight.qdata
+
+
 @pytest.mark.parametrize(("form", "shape", "name"), CASES)
 def test_planned_entries_describe_the_tensors(form: WeightFormat, shape: tuple[int, int], name: str) -> None:
     transform = make_transforms(form, shape[1])[name]
@@ -99,8 +106,9 @@ def test_written_weight_is_read_back(
 
     assert torch.equal(read.dequantize(), weight.dequantize())
     assert read.shape == shape
-    assert read.qdata.dtype == weight.qdata.dtype
-    assert torch.equal(read.qdata.view(torch.uint8), weight.qdata.view(torch.uint8))
+    read_numbers, numbers = get_stored_numbers(read), get_stored_numbers(weight)
+    assert read_numbers.dtype == numbers.dtype
+    assert torch.equal(read_numbers.view(torch.uint8), numbers.view(torch.uint8))
     assert back.has_same_input_transform(transform)
     if transform.factor is None or form.name == "int8_rowwise":
         assert back.method == transform.method
@@ -150,7 +158,39 @@ NAMES = {
 }
 
 
-@pytest.mark.parametrize("form", WRITABLE_FORMATS, ids=lambda form: form.name)
+@pytest.mark.parametrize(("name", "row_bytes"), [("w4a8", 256), ("w6a8", 384)])
+def test_entries_of_codes(name: str, row_bytes: int) -> None:
+    form = FORMATS[name]
+    transform = ConvRot(64).fit(torch.empty(1, 512))
+    marker = {"format": "asym_w4a8_int8", "group_size": 16, "convrot": True, "convrot_groupsize": 64}
+    expected = {
+        "text.layer.weight": ("I8", (256, row_bytes)),
+        "text.layer.weight_s_rel": ("F8_E4M3", (256, 32)),
+        "text.layer.weight_s_channel": ("F32", (256,)),
+        "text.layer.comfy_quant": ("U8", (len(json.dumps(marker)),)),
+    }
+    if name == "w4a8":
+        expected["text.layer.weight_codebook"] = ("F32", (16,))
+
+    entries = plan_packed_entries(KEY, form, SHAPE, transform)
+
+    assert {key: (word, size) for key, word, size in entries} == expected
+    assert build_marker(form, SHAPE, transform) == marker
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [PLAIN, QuaRot(64).fit(torch.empty(1, 512)), make_factor_transform(512)],
+    ids=["none", "quarot", "smoothquant"],
+)
+def test_codes_are_written_under_convrot_alone(transform: OutlierTransform) -> None:
+    with pytest.raises(ValueError, match="is always rotated by outlier=convrot, not"):
+        plan_packed_entries(KEY, FORMATS["w4a8"], SHAPE, transform)
+
+
+@pytest.mark.parametrize(
+    "form", [form for form in WRITABLE_FORMATS if not form.is_grouped], ids=lambda form: form.name
+)
 def test_entries_of_each_format(form: WeightFormat) -> None:
     word, codes, scale_word, scale, said = NAMES[form.name]
     transform = next(iter(make_transforms(form, 512).values()))

@@ -32,8 +32,10 @@ from int8run.checkpoints.layer import CheckpointLayer
 from int8run.checkpoints.reader import TensorFiles
 from int8run.errors import FileError, Int8RunError
 from int8run.kernels.dequantize.reference import dequantize_fp8, dequantize_int8
-from int8run.layers.int8_linear import Int8Linear, QuantizedLayer
+from int8run.layers.grouped_int8_linear import make_int8_linear
+from int8run.layers.int8_linear import QuantizedLayer
 from int8run.outlier.base import LayerStatistics, OutlierMethod
+from int8run.quant.grouped_weight import GroupedWeight
 from int8run.quant.weight import quantize_weight
 
 SOME_ROWS = [slice(0, 1), slice(1, 6), slice(5, None), slice(None, 3), slice(4, 4)]
@@ -111,9 +113,10 @@ def test_int8_layers_are_read_exactly_or_refused(make: Any, tmp_path: Path) -> N
     for rows in (slice(None), slice(1, 6) if len(stored) > 6 else slice(0, 1)):
         found = layer.read_int8_layer(files, rows)
         count = len(stored[rows])
+        integers = found.weight.codes if isinstance(found.weight, GroupedWeight) else found.weight.qdata
 
-        assert found.weight.qdata.dtype == torch.int8
-        assert torch.equal(found.weight.qdata, torch.tensor(stored[rows]))
+        assert integers.dtype == torch.int8
+        assert torch.equal(integers, torch.tensor(stored[rows]))
         assert found.weight.scale.shape == (count, 1)
         assert found.weight.scale.dtype == torch.float32
         assert found.weight.scale.is_contiguous()
@@ -134,8 +137,8 @@ def test_exact_layer_computes_the_real_product(name: str, tmp_path: Path) -> Non
     draft = DRAFTS[name]()
     files, layers = read_draft(draft, tmp_path)
     layer = layers[LAYER].read_int8_layer(files)
-    x = randn(3, 5, layer.weight.qdata.shape[1], seed=3)
-    y = Int8Linear(layer, Reference(), torch.float32)(x)
+    x = randn(3, 5, layers[LAYER].columns, seed=3)
+    y = make_int8_linear(layer, Reference(), torch.float32)(x)
 
     assert_close("product", y, x.double() @ get_real_weight(draft).T, 0.02)
 
@@ -152,6 +155,8 @@ def test_drafts_cover_every_storage_dtype_and_granularity() -> None:
         ("float", ""),
         ("nvfp4", "block"),
         ("mxfp8", "block"),
+        ("w4a8", "group"),
+        ("w6a8", "group"),
     }
     assert {e["outlier_method"] for e in expected if e["is_usable_as_is"]} == {
         "none",

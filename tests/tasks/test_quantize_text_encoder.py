@@ -405,7 +405,7 @@ def test_one_tensor_at_a_time(
             "keep",
             (
                 r"task\.component=text_encoder is written in the format "
-                r"of clip=; choose one: int8_tensorwise, .*nvfp4$"
+                r"of clip=; choose one: int8_tensorwise, .*nvfp4, w4a8, w6a8$"
             ),
         ),
         ("auto", r"is written in the format of clip="),

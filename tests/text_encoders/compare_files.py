@@ -48,10 +48,14 @@ BASES: dict[str, Callable[[], File]] = {
     },
     **{
         f"{word}, both": choose_part(word, "both")
-        for word in ("int8_convrot", "int8_rowwise", "nvfp4", "mxfp8")
+        for word in ("int8_convrot", "int8_rowwise", "nvfp4", "mxfp8", "w4a8", "w6a8")
     },
-    # a rotation without a marker is invisible: such a file is one with unrotated rows
-    **{f"{word}, none": choose_part(word, "none", "clip_l") for word in FORMATS if word != "int8_convrot"},
+    # a rotation without a marker is invisible: such a file is one with unrotated rows, and codes need theirs
+    **{
+        f"{word}, none": choose_part(word, "none", "clip_l")
+        for word in FORMATS
+        if word not in ("int8_convrot", "w4a8", "w6a8")
+    },
     **{
         f"legacy {x}": partial(lambda x: to_legacy(choose_part(x)(), 2), x)
         for x in ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise")

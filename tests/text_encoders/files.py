@@ -256,6 +256,48 @@ def write_nvfp4(file: File, name: str, weight: Array, tiles: bool = True, dtype:
     return np.copysign(FP4[place], wide) * spread, {"format": "nvfp4"} if tiles else None
 
 
+CODEBOOK = (-1, -0.8, -0.64, -0.5, -0.38, -0.26, -0.16, -0.05, 0.05, 0.16, 0.27, 0.38, 0.5, 0.64, 0.8, 1)
+
+
+def write_codes(file: File, name: str, weight: Array, bits: int) -> Made:
+    """Groups of columns rotated; codes of few bits, a scale for each group and one for each row."""
+    matrix = np.kron(np.eye(weight.shape[1] // GROUP), make_regular_hadamard(GROUP))
+    rotated = weight @ matrix
+    levels: Array = np.arange(64) - 32.0
+    if bits == 4:
+        levels = file.put(f"{name}.weight_codebook", "F32", CODEBOOK)
+    rows = file.put(f"{name}.weight_s_channel", "F32", np.maximum(abs(rotated).max(axis=1) / 127, 1e-12))
+    groups = rotated.reshape(len(rotated), -1, GROUP) / rows[:, None, None]
+    scale_codes, scale = to_fp8(abs(groups).max(axis=2) / (1 if bits == 4 else 31), "F8_E4M3")
+    file.put(f"{name}.weight_s_rel", "F8_E4M3", scale_codes)
+    # products as a reader has them, so that both round the same number
+    products = scale.astype("<f4")[:, :, None] * levels.astype("<f4")
+    table = np.clip(np.round(products), -127, 127).astype(np.float64)  # [N, groups, levels]
+    codes = abs(groups[:, :, :, None] - table[:, :, None]).argmin(axis=3)
+    if bits == 6:
+        codes = np.maximum(codes, 1)  # which the format leaves out
+    found = np.take_along_axis(table, codes, axis=2).reshape(rotated.shape)
+    file.put(f"{name}.weight", "I8", to_signed(pack_codes(codes.reshape(rotated.shape), bits)))
+    marker = {"format": "asym_w4a8_int8", "group_size": GROUP, "convrot_groupsize": GROUP}
+    return found * rows[:, None] @ matrix, marker
+
+
+def pack_codes(codes: NDArray[np.int64], bits: int) -> NDArray[np.int64]:
+    """Bytes of rows: code 2 i is the lower half of byte i; of 6 bits the rest of code c is in byte c / 4."""
+    n, k = codes.shape
+    packed = np.zeros((n, k * bits // 8), dtype=np.int64)
+    for column in range(k):
+        packed[:, column // 2] |= (codes[:, column] % 16) << 4 * (column % 2)
+        if bits == 6:
+            packed[:, k // 2 + column // 4] |= (codes[:, column] // 16) << 2 * (column % 4)
+    return packed
+
+
+def to_signed(values: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Bytes as int8."""
+    return values.astype("u1").view("i1").astype(np.int64)
+
+
 def make_row_writer(
     shape: str, marker: dict[str, Any], dtype: str = "I8"
 ) -> Callable[[File, str, Array], Made]:
@@ -315,9 +357,19 @@ FORMATS: dict[str, Callable[[File, str, Array], Made]] = {
     "mxfp8": write_mxfp8,
     "nvfp4": write_nvfp4,
     "nvfp4_modelopt": lambda file, name, weight: write_nvfp4(file, name, weight, tiles=False),
+    "w4a8": lambda file, name, weight: write_codes(file, name, weight, 4),
+    "w6a8": lambda file, name, weight: write_codes(file, name, weight, 6),
 }
 # how far the rounded weight may be from the real one, as a part of its size
-ERRORS = {"int8": 0.06, "float8_e4m3fn": 0.04, "float8_e5m2": 0.08, "mxfp8": 0.04, "nvfp4": 0.16}
+ERRORS = {
+    "int8": 0.06,
+    "float8_e4m3fn": 0.04,
+    "float8_e5m2": 0.08,
+    "mxfp8": 0.04,
+    "nvfp4": 0.16,
+    "w4": 0.16,
+    "w6": 0.05,
+}
 
 
 def allowed_error(word: str) -> float:

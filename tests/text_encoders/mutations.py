@@ -14,11 +14,13 @@ from typing import Any
 import numpy as np
 from text_encoders.files import File, Stored
 from text_encoders.oracle import FOREIGN, SCALES
+from text_encoders.oracle_codes import CODE_PARTS
 from text_encoders.oracle_file import DTYPES
 
 SUFFIXES = (
     *SCALES,
     *FOREIGN,
+    *CODE_PARTS,
     "weight_scale_2",
     "weight_scalar",
     "comfy_quant",
@@ -202,7 +204,7 @@ def reshape(draft: Draft, chance: Random) -> None:
 
 
 def reshape_scale(draft: Draft, chance: Random) -> None:
-    if key := draft.key(chance, "scale", "scale_weight", "scale_2"):
+    if key := draft.key(chance, "scale", "scale_weight", "scale_2", "s_rel", "s_channel"):
         draft.file.tensors[key] = draft.file.tensors[key]._replace(
             shape=shapes(draft.file.tensors[key].shape, chance)
         )

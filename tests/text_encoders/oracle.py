@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from text_encoders.oracle_codes import CODE_PARTS, read_codes
 from text_encoders.oracle_file import FLOATS, FP8, Tensor, need, numbers, positive
 from text_encoders.oracle_markers import FORMATS, get_group_size, read_markers
 from text_encoders.oracle_numbers import (
@@ -31,6 +32,7 @@ from text_encoders.oracle_shards import read_all_files
 SCALES = ("weight_scale", "scale_weight", "weight_scale_inv", "scale", "weight.scale", "weight.weight_scale")
 BESIDE = (
     *SCALES[:3],
+    *CODE_PARTS,
     *FACTORS,
     *QUIP,
     *OLD_QUIP,
@@ -49,8 +51,6 @@ FOREIGN = (
     "_weight_qdata",
     "weight_zero_point",
     "weight_global_scale",
-    "weight_s_rel",
-    "weight_s_channel",
     "weight_zeros",
     "weight_zero",
     "weight_proj_down",
@@ -187,6 +187,10 @@ def read_layer(
     word = known.get("format", "")
     need(not word or weight.dtype in FORMATS[word], f"{name} has another kind's marker")
     need(fields is None or word or weight.dtype == "I8", f"{name}'s marker names no format")
+    if word == "asym_w4a8_int8":
+        need(scale is None, f"{name} has int8's scale")
+        return read_codes(weight, beside, known)
+    need(set(CODE_PARTS).isdisjoint(beside), f"{name} has tensors of codes")
     if weight.dtype == "I8":
         return read_int8(weight, scale, beside, known)
 

@@ -13,7 +13,9 @@ FORMATS = {
     **dict.fromkeys((f"float8_e4m3fn_{x}" for x in ("rowwise", "blockwise", "block3d")), FP8),
     **dict.fromkeys(("mxfp8", "hybrid_mxfp8"), ("F8_E4M3",)),
     "nvfp4": ("U8",),
+    "asym_w4a8_int8": ("I8",),
 }
+CODES_FORMAT = "asym_w4a8_int8"
 CODES = {
     0: "float8_e4m3fn",
     1: "float8_e4m3fn_rowwise",
@@ -81,6 +83,10 @@ def read_header_layers(metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]
 def merge_carriers(name: str, header: Mapping[str, Any], marker: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a layer that the header and perhaps a marker describe: rotated where one says so."""
     need(not name_other_groups(header, marker), f"header and marker of {name}")
+    if marker and CODES_FORMAT in (header.get("format"), marker.get("format")):
+        need(header.get("format") == marker.get("format"), f"formats of {name}")
+        is_one = "group_size" not in header or header["group_size"] == marker.get("group_size", 16)
+        need("group_size" not in marker or is_one, f"groups of {name}")
     fields = {**marker, **header}
     for carrier in (header, marker):
         if carrier.get("convrot") is True or carrier.get("quarot") is True:
@@ -106,6 +112,10 @@ def check_fields(name: str, fields: Mapping[str, Any]) -> None:
 
 def get_group_size(fields: Mapping[str, Any]) -> int:
     """Columns that were rotated together; 0: none."""
+    if fields.get("format") == CODES_FORMAT:
+        size = fields.get("convrot_groupsize", 256)
+        need(type(size) is int and size >= 2 and size & (size - 1) == 0, f"groups of {size}")
+        return size
     if not (fields.get("convrot") or fields.get("quarot")):
         return 0
     sizes = [fields[key] for key in ("convrot_groupsize", "quarot_groupsize") if key in fields]

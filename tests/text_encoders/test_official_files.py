@@ -17,13 +17,13 @@ import yaml
 from safetensors.torch import load_file, save_file
 from support.rotation import GROUP, rotate_groups
 from support.run_job import make_spec
+from text_encoders.files import File, write_codes
 from text_encoders.tiny_encoders import TINY, Tiny
 from torch import Tensor, nn
 
 from int8run.checkpoints.declared_format import DeclaredFormat
 from int8run.checkpoints.reader import TensorFiles
 from int8run.config.job import Job
-from int8run.errors import FileError
 from int8run.tasks.inspect_checkpoint import describe_checkpoint
 from int8run.tasks.quantize_text_encoder import quantize_text_encoder
 from int8run.text_encoders.load import build_text_encoder, load_text_encoder
@@ -168,33 +168,67 @@ def test_quantizing_the_float_spelling_gives_the_same_keys(
     assert set(load_file(tmp_path / "ours.safetensors")) == set(load_file(official))
 
 
-def pack_w4a8(weight: Tensor) -> dict[str, Tensor]:
-    """What stands for a weight whose integers have 4 bits, by suffix; the numbers are zeros."""
-    rows, columns = weight.shape
-    text = json.dumps({"format": "asym_w4a8_int8", "group_size": GROUP})
-    return {
-        "weight": torch.zeros(rows, columns // 2, dtype=torch.int8),
-        "weight_s_rel": torch.ones(rows, columns // GROUP).to(torch.float8_e4m3fn),
-        "weight_s_channel": torch.ones(rows),
-        "comfy_quant": torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8),
-    }
+# those of which every run of the tests reads one
+QUICK_W4A8 = "qwen3.5_9b_w4a8_gptq"
+TABLE = "embed_tokens"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("entry", W4A8_ENTRIES, ids=lambda entry: str(entry["file"]))
-def test_w4a8_is_named_and_refused(entry: Mapping[str, Any], tmp_path: Path) -> None:
+def write_w4a8(entry: Mapping[str, Any], folder: Path) -> tuple[Path, Tiny, dict[str, Tensor]]:
+    """A published file with codes of 4 bits, tiny, its table among them.
+
+    Returns the file, the encoder, and by layer the weights that the codes stand for.
+    """
     tiny = make_tiny(entry)
     model = tiny.model()
     tensors = dict(tiny.file(model))
-    for name in list_quantized(entry, model):
-        packed = pack_w4a8(tensors.pop(f"{name}.weight"))
-        tensors |= {f"{name}.{suffix}": value for suffix, value in packed.items()}
-    path = tmp_path / f"{entry['file']}.safetensors"
-    save_file(tensors, path)
+    table = next(key.removesuffix(".weight") for key in tensors if key.endswith(f"{TABLE}.weight"))
+    file, real = File(), {}
+    for name in [*list_quantized(entry, model), table]:
+        weight = tensors.pop(f"{name}.weight").double().numpy()
+        found, marker = write_codes(file, name, weight, bits=4)
+        file.text(f"{name}.comfy_quant", marker)
+        real[name] = torch.from_numpy(found).float()
+    codes = file.write(folder / "codes.safetensors")
+    path = folder / f"{entry['file']}.safetensors"
+    save_file({**tensors, **load_file(codes)}, path)
+    return path, tiny, real
 
+
+def mark_w4a8(entry: dict[str, Any]) -> Any:
+    """An entry as a parameter: slow, but for one."""
+    marks = () if entry["file"] == QUICK_W4A8 else pytest.mark.slow
+    return pytest.param(entry, id=entry["file"], marks=marks)
+
+
+@pytest.mark.parametrize("entry", map(mark_w4a8, W4A8_ENTRIES))
+@pytest.mark.parametrize("kernels", ["reference", "dequantize"])
+def test_w4a8_files_are_read_and_run(entry: Mapping[str, Any], kernels: str, tmp_path: Path) -> None:
+    path, tiny, real = write_w4a8(entry, tmp_path)
     with TensorFiles.open(path) as files:
-        facts = dict(describe_checkpoint(files, DeclaredFormat("auto", None)))
-    with pytest.raises(FileError, match=r"asym_w4a8_int8.*ComfyUI"):
-        load_text_encoder(path, kernel_backend="reference")
+        rows = list(describe_checkpoint(files, DeclaredFormat("auto", None)))
+    state, metadata = load_text_encoder(path, kernel_backend=kernels)
+    built = build_text_encoder(state, metadata, tiny.cls, dict(tiny.config), torch.float32)
+    exact = build_from_weights(tiny, real)
+    tokens = torch.tensor([[1, 5, 9, 30, 2]])
 
-    assert "asym_w4a8_int8" in facts["cannot be read"]
+    with torch.no_grad():
+        expected = exact(input_ids=tokens, output_hidden_states=True).hidden_states
+        found = built(input_ids=tokens, output_hidden_states=True).hidden_states
+
+    assert metadata["formats"] == {"w4a8": len(real)}
+    assert ("layers", f"{len(real)} × asym_w4a8_int8, 4 bits, group 16, convrot {GROUP}") in rows
+    assert torch.allclose(found[0], expected[0], rtol=1e-5, atol=1e-6), "rows of the table"
+    # inputs are rounded to int8 where the backend does that, weights are not rounded again
+    error = (found[-1] - expected[-1]).norm() / expected[-1].norm()
+    assert error < (0.15 if kernels == "reference" else 1e-4)
+
+
+def build_from_weights(tiny: Tiny, weights: Mapping[str, Tensor]) -> nn.Module:
+    """The float encoder with other weights. weights: by the name of the layer in the file."""
+    model = tiny.model()
+    encoder = get_encoder(tiny.encoder)
+    for name, module in model.named_modules():
+        canonical = encoder.get_canonical_name(f"{name}.weight").removesuffix(".weight")
+        if canonical in weights and isinstance(module, nn.Linear | nn.Embedding):
+            module.weight.data = weights[canonical].to(module.weight.dtype)
+    return model.float()

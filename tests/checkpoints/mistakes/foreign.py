@@ -73,7 +73,6 @@ FOREIGN_MISTAKES: dict[str, Mistake] = {
     ),
     "lightx2v nvfp4": (lambda: draft_with_tensor("weight_global_scale"), "is a lightx2v nvfp4 file"),
     "w4a4": (lambda: draft_with_marker({"format": "convrot_w4a4"}), "is a convrot_w4a4 file"),
-    "w4a8": (lambda: draft_with_tensor("weight_s_rel"), "is a asym_w4a8_int8 file"),
     "awq": (lambda: draft_with_tensor("weight_zeros"), "is a awq_w4a16 file"),
     "svdquant": (lambda: draft_with_tensor("proj_down"), "is a svdquant_w4a4 file"),
 }
