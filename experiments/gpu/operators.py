@@ -76,10 +76,11 @@ def measure_convolutions(device: str, report: Report, words: Sequence[str]) -> N
 
     from int8run.backends.convolution import ReferenceConv, TritonConv, read_geometry
     from int8run.quant.weight import quantize_weight
+    from int8run.utils.hardware import get_gpu_architecture
 
     place, dtype = torch.device(device), choose_dtype()
     clock = make_clock(place)
-    backend = ReferenceConv() if device == "cpu" else TritonConv()
+    backend = ReferenceConv() if device == "cpu" else TritonConv(get_gpu_architecture(place))
     for name, channels, channels_out, side, kernel, stride in CONVOLUTIONS:
         sizes = (shrink(channels, device), shrink(channels_out, device))
         layer = torch.nn.Conv2d(*sizes, kernel, stride, padding=kernel // 2).to(place)

@@ -7,7 +7,7 @@ devices that have one. Nothing here knows models or settings.
 import functools
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from types import ModuleType
 from typing import ClassVar, NamedTuple, Protocol
@@ -255,8 +255,14 @@ def load_triton_kernel() -> ModuleType:
 
 @dataclass(frozen=True)
 class TritonConv:
-    """int8run's own GPU kernels, an implicit GEMM over taps. Nothing of it has run on a GPU yet."""
+    """int8run's own GPU kernels, an implicit GEMM over taps. Nothing of it has run on a GPU yet.
 
+    Args:
+        architecture: of the GPU, such as `sm_90`; the kernel's tiles follow from it. Not part of its name in
+            tables of measured times, which are for one GPU anyway.
+    """
+
+    architecture: str = field(repr=False)
     name: ClassVar[str] = "triton"
     limits: ClassVar[Limits] = Limits(
         devices=("cuda",),
@@ -268,9 +274,6 @@ class TritonConv:
 
     def pack_weight(self, weight: QuantizedWeight, kernel_shape: Sizes, groups: int) -> Tensor:
         """Rows of taps, each with the sums of its taps."""
-        # compiled code cannot ask a driver, so it takes what `convolve` asks as a constant; said here and not
-        # where the function stands, because saying it imports torch's compiler: 150 MB that few commands need
-        torch.compiler.assume_constant_result(get_gpu_architecture)
         packed: Tensor = load_triton_kernel().pack_weight(weight.qdata.reshape(kernel_shape))
         return packed
 
@@ -295,7 +298,7 @@ class TritonConv:
             groups=geometry.groups,
             rotation=call.rotation,
             silu=call.silu,
-            tile=choose_conv_tile(get_gpu_architecture(x.device), pixels),
+            tile=choose_conv_tile(self.architecture, pixels),
         )
         return y
 
@@ -311,8 +314,11 @@ def choose_conv_backend(device: torch.device, asked: str, instructions: str = AU
     definition = ReferenceConv()
     if asked == definition.name:
         return definition
-    candidates: dict[str, ConvBackend] = {"cpu": CpuConv(instructions), "cuda": TritonConv()}
-    backend = candidates.get(device.type, definition)
+    backend: ConvBackend = definition
+    if device.type == "cpu":
+        backend = CpuConv(instructions)
+    elif device.type == "cuda":
+        backend = TritonConv(get_gpu_architecture(device))
     missing = backend.limits.unsupported_reasons(device)
     if not missing:
         try:
@@ -322,8 +328,14 @@ def choose_conv_backend(device: torch.device, asked: str, instructions: str = AU
     if not missing and backend is not definition:
         return backend
     reasons = "; ".join(missing) or "there are no kernels for it"
-    log.warning("INT8 convolutions have none but the slow definition on %s: %s", device, reasons)
+    report_definition(device, reasons)
     return definition
+
+
+@functools.cache
+def report_definition(device: torch.device, reasons: str) -> None:
+    """Say once that the slow definition computes the INT8 convolutions on a device, and why."""
+    log.warning("INT8 convolutions have none but the slow definition on %s: %s", device, reasons)
 
 
 def is_stopgap(backend: ConvBackend, asked: str) -> bool:

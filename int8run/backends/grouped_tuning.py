@@ -36,6 +36,8 @@ from int8run.utils.hardware import get_gpu_architecture
 
 log = logging.getLogger(__name__)
 SEED = 0
+# a kind of weight: K, N, bits, whether scales are float32; no dtype, of which torch.compile makes no guard
+GroupedKey = tuple[int, int, int, bool]
 GROUP = 16  # columns that share a scale, as in most files
 
 
@@ -43,8 +45,8 @@ class TiledBackend(Backend, MultipliesGroupedWeights, Protocol):
     """The Triton backend."""
 
     @property
-    def grouped_tiles(self) -> dict[tuple[int, int, int, torch.dtype], tuple[Tile | None, ...]]:
-        """For each (K, N, bits, dtype of scales) a tile per bucket of rows; None: decoded first."""
+    def grouped_tiles(self) -> dict[GroupedKey, tuple[Tile | None, ...]]:
+        """For each kind of weight a tile per bucket of rows; None: decoded first."""
         ...
 
 
@@ -77,7 +79,7 @@ class GroupedProbe:
         """A weight, with this choice for its shape."""
         packed = self.backend.pack_grouped_weight(weight)
         n, k = weight.shape
-        key = (k, n, self.bits, packed.group_scale.dtype)
+        key = (k, n, self.bits, has_float_scales(packed.group_scale))
         self.backend.grouped_tiles[key] = (self.choice,) * len(BUCKETS)
         return packed
 
@@ -108,6 +110,11 @@ class GroupedProbe:
         return self.backend.grouped_linear(
             x, self.packed[0], w_scale, dtype=dtype, bias=bias, branch=branch, strengths=strengths
         )
+
+
+def has_float_scales(group_scale: Tensor) -> bool:
+    """Whether packed scales are float32, and not bytes."""
+    return group_scale.dtype == torch.float32
 
 
 def find_fastest_choice(

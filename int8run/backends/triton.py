@@ -5,7 +5,6 @@ second is the product, with scales, bias and the second half of the branch.
 """
 
 import logging
-from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -26,7 +25,7 @@ from int8run.backends.base import (
     Timer,
 )
 from int8run.backends.branch_part import select_branch_part
-from int8run.backends.grouped_tuning import find_fastest_choice
+from int8run.backends.grouped_tuning import GroupedKey, find_fastest_choice, has_float_scales
 from int8run.backends.tile_check import find_wrong_tile
 from int8run.backends.triton_tiles import (
     check_tile,
@@ -54,6 +53,7 @@ from int8run.kernels.int8_linear.tile import (
     BUCKETS,
     PORTABLE,
     Tile,
+    find_bucket_index,
     list_candidates,
 )
 from int8run.kernels.triton_calls import MAX_RANK
@@ -149,7 +149,7 @@ class Triton:
         if x.q.shape[0] == 0:
             return x.q.new_empty((0, packed.shape[0]), dtype=dtype)
         rows, (n, k) = x.q.shape[0], packed.shape
-        tile = self.tile or self.tiles[k, n][bisect_left(BUCKETS, rows)]
+        tile = self.tile or self.tiles[k, n][find_bucket_index(rows)]
         part = select_branch_part(x, branch, strengths)
         return self.kernels.int8_linear(
             x.q,
@@ -177,10 +177,11 @@ class Triton:
         n, k = weight.shape
         device, codebook = weight.codes.device, weight.codebook
         group_scale = pack_scales(weight.group_scale, weight.bits, codebook)
-        key = (k, n, weight.bits, group_scale.dtype)
+        is_float = has_float_scales(group_scale)
+        key = (k, n, weight.bits, is_float)
         if key not in self.grouped_tiles:
             self.prepare_tiles(device, k, n)
-            self.grouped_tiles[key] = self.load_grouped_tiles(device, *key)
+            self.grouped_tiles[key] = self.load_grouped_tiles(device, k, n, weight.bits, is_float=is_float)
         return PackedGroups(
             codes=pack_pieces(unpack_codes(weight.codes, weight.bits), weight.bits),
             group_scale=group_scale,
@@ -215,8 +216,8 @@ class Triton:
         if rows == 0:
             return x.q.new_empty((0, n), dtype=dtype)
         weight = PackedCodes(*packed)
-        bucket = bisect_left(BUCKETS, rows)
-        tile = self.grouped_tiles[k, n, packed.bits, packed.group_scale.dtype][bucket]
+        tiles = self.grouped_tiles[k, n, packed.bits, has_float_scales(packed.group_scale)]
+        tile = tiles[find_bucket_index(rows)]
         if tile is None:
             decoded = self.kernels.decode_weight(weight, k)
             return self.linear(
@@ -268,17 +269,17 @@ class Triton:
         return {}
 
     @cached_property
-    def grouped_tiles(self) -> dict[tuple[int, int, int, torch.dtype], tuple[Tile | None, ...]]:
-        """For each (K, N, bits, dtype of scales) packed so far, a tile per bucket of rows.
+    def grouped_tiles(self) -> dict[GroupedKey, tuple[Tile | None, ...]]:
+        """For each kind of weight packed so far, a tile per bucket of rows.
 
         None: the weight is decoded before the INT8 product, at each call.
         """
         return {}
 
     def prepare_tiles(self, device: torch.device, k: int, n: int) -> None:
-        """Check the tile of the config, or find those for a shape, once.
+        """Check the tile of the config, or find those for a shape, once; and import the kernels.
 
-        Not at the product, because a compiled graph cannot read a file.
+        Not at the product, because a compiled graph can neither read a file nor import.
 
         Raises:
             BackendError: for a tile that this GPU cannot run.
@@ -287,6 +288,8 @@ class Triton:
             check_tile(self.tile, device)
         elif (k, n) not in self.tiles:
             self.tiles[k, n] = self.load_tiles(device, k, n)
+        if device.type == "cuda":
+            _ = self.kernels
 
     def open_autotune_cache(self, device: torch.device) -> AutotuneCache:
         """What was measured on this GPU."""
@@ -298,16 +301,19 @@ class Triton:
         return load_tiles(self.open_autotune_cache(device), get_gpu_architecture(device), k, n)
 
     def load_grouped_tiles(
-        self, device: torch.device, k: int, n: int, bits: int, scale_dtype: torch.dtype
+        self, device: torch.device, k: int, n: int, bits: int, *, is_float: bool
     ) -> tuple[Tile | None, ...]:
-        """The same for weights of 4 or 6 bits; where the config names a tile, it alone, in whole spans."""
+        """The same for weights of 4 or 6 bits; where the config names a tile, it alone, in whole spans.
+
+        `is_float`: whether scales are float32.
+        """
         tiles: tuple[Tile | None, ...]
         if self.tile is not None:
             tiles = (fit_tile(self.tile, bits),) * len(BUCKETS)
         else:
             architecture = get_gpu_architecture(device)
             tiles = load_grouped_tiles(self.open_autotune_cache(device), architecture, k, n, bits)
-        if scale_dtype == torch.float32:
+        if is_float:
             return tuple(tile and shrink_tile(tile, bits) for tile in tiles)
         return tiles
 

@@ -243,6 +243,14 @@ def find_bucket(rows: int) -> int:
     return next(bucket for bucket in BUCKETS if rows <= bucket)
 
 
+def find_bucket_index(rows: int) -> int:
+    """The place of that bucket among all; a loop, because torch.compile follows it and no `bisect`."""
+    index = 0
+    while rows > BUCKETS[index]:
+        index += 1
+    return index
+
+
 def find_architecture(name: str) -> Architecture:
     """What is known of `sm_90`, `gfx942` and so on. Arguments and errors as for `find_known_name`."""
     return ARCHITECTURES[find_known_name(name)]

@@ -19,6 +19,7 @@ from int8run.kernels.grouped_weight.reference import pack_codes
 from int8run.kernels.hadamard.reference import Rotation, sylvester_hadamard
 from int8run.kernels.int8_linear.tile import BUCKETS, Tile
 from int8run.layers.fusion import share_inputs
+from int8run.layers.grouped_int8_linear import make_int8_linear
 from int8run.layers.int8_linear import Int8Linear, QuantizedLayer
 from int8run.layers.low_rank_branch import LowRankBranch
 from int8run.outlier.convrot import ConvRot
@@ -27,9 +28,11 @@ from int8run.outlier.quarot import QuaRot
 from int8run.quant.grouped_weight import GroupedWeight
 from int8run.quant.weight import quantize_weight
 from int8run.utils.attention_call import AttentionCall
+from int8run.utils.hardware import get_gpu_architecture
 
 DEVICE = case_device()
 BACKEND = Triton(tile=Tile(32, 32, 64, 1, 4, 2))
+ARCHITECTURE = "sm_90" if DEVICE.type == "cpu" else get_gpu_architecture(DEVICE)
 K, N = 384, 72  # ConvRot takes groups of 64, QuaRot of 128
 
 
@@ -155,6 +158,43 @@ def test_a_grouped_weight_is_multiplied_as_the_int8_weight_that_it_decodes_to(bi
         assert torch.equal(ahead.grouped_linear(x, packed, w_scale, **options), expected)
 
 
+def test_a_layer_whose_tiles_are_looked_up_compiles_to_one_graph(monkeypatch, tmp_path):
+    if DEVICE.type == "cpu":
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    adapted = layer(Triton(table=str(tmp_path / "choices.json")), NoOutlier())
+    if DEVICE.type == "cpu":
+        _ = adapted.backend.kernels  # on a GPU they are imported when a weight is packed
+    compiled = torch.compile(adapted, backend="aot_eager", fullgraph=True, dynamic=True)
+
+    for rows in (9, 40):
+        x = randn(rows, K).to(DEVICE)
+        with torch.no_grad():
+            assert_close("compiled", compiled(x), adapted(x), 1e-6)
+
+
+@pytest.mark.parametrize("bits", [4, 6])
+def test_a_layer_of_few_bits_decodes_in_its_product_in_compiled_code_too(bits):
+    weight = make_grouped_weight(bits, torch.float8_e4m3fn)
+    transform = NoOutlier().fit(randn(N, K)).to(DEVICE)
+    ours, theirs = (
+        make_int8_linear(
+            QuantizedLayer(weight, transform, randn(N, seed=2).to(DEVICE)), backend, torch.float32
+        )
+        for backend in (BACKEND, Reference())
+    )
+    branch_on(ours, 5, [0.8])
+    branch_on(theirs, 5, [0.8])
+    assert ours.multiplier is BACKEND and ours.adapter.fused is not None
+    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True, dynamic=True)
+
+    for rows in (9, 40):
+        x = randn(rows, K).to(DEVICE)
+        assert_close("layer", ours(x), theirs(x), 2e-3)
+        with torch.no_grad():
+            assert_close("compiled", compiled(x), ours(x), 1e-6)
+    assert torch.equal(ours.read_qdata(), weight.decode().qdata)
+
+
 @pytest.mark.parametrize("choice", [Tile(16, 32, 128, 1, 4, 2), None], ids=["tile", "ahead"])
 @pytest.mark.parametrize("bits", [4, 6])
 def test_a_choice_of_the_tuner_computes_what_the_definition_does(bits, choice):
@@ -199,12 +239,10 @@ def test_an_input_in_another_dtype_than_the_model():
     assert_close("layer", half.float(), adapted(x), 5e-3)
 
 
-def test_compiled_attention_and_convolutions_are_the_eager_ones(monkeypatch):
-    if DEVICE.type == "cpu":
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+def test_compiled_attention_and_convolutions_are_the_eager_ones():
     geometry = ConvGeometry((3, 3), (1, 1), (1, 1), (1, 1), groups=1)
     weight = quantize_weight(randn(16, 8 * 9, seed=1).to(DEVICE))
-    convolution, attention = TritonConv(), TritonAttention("sm_90")
+    convolution, attention = TritonConv(ARCHITECTURE), TritonAttention(ARCHITECTURE)
     packed = convolution.pack_weight(weight, (16, 8, 3, 3), 1)
 
     def run(x):

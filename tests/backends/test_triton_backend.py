@@ -125,7 +125,7 @@ def test_a_fast_tile_whose_sums_are_wrong_is_not_kept(tmp_path, hopper, monkeypa
 
 def pack_few_bits(backend, bits):
     backend.pack_grouped_weight(draw_grouped_weight(24, 48, bits, CPU))
-    return backend.grouped_tiles[48, 24, bits, torch.uint8]
+    return backend.grouped_tiles[48, 24, bits, False]
 
 
 class FakeGroupedTimer(FakeTimer):
@@ -149,7 +149,7 @@ def test_tuning_keeps_what_decodes_few_bits_fastest(tmp_path, hopper, monkeypatc
     assert pack_few_bits(backend, 4) == (*defaults[:-1], best)
     assert pack_few_bits(backend, 6)[-1] == choose_grouped_tile("sm_90", 4096, 6)
     # scales of float32 take less of a tile
-    assert backend.load_grouped_tiles(CPU, 48, 24, 4, torch.float32)[-1] == (best and shrink_tile(best, 4))
+    assert backend.load_grouped_tiles(CPU, 48, 24, 4, is_float=True)[-1] == (best and shrink_tile(best, 4))
 
 
 def test_a_choice_for_few_bits_that_computes_something_else_is_not_kept(

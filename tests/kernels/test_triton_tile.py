@@ -13,6 +13,7 @@ from int8run.kernels.int8_linear.tile import (
     count_shared_bytes,
     find_architecture,
     find_bucket,
+    find_bucket_index,
     list_candidates,
 )
 
@@ -128,3 +129,8 @@ def test_a_newer_nvidia_gpu_gets_the_newest_tiles():
 def test_a_gpu_without_tiles_raises(architecture, message):
     with pytest.raises(ValueError, match=message):
         choose_tile(architecture, 1)
+
+
+@pytest.mark.parametrize("rows", [1, 16, 17, 128, 129, 1024, 1025, 10**6])
+def test_the_index_of_a_bucket_is_that_of_its_name(rows):
+    assert BUCKETS[find_bucket_index(rows)] == find_bucket(rows)
