@@ -5,7 +5,9 @@ Each option is one class in this folder, with its limits and its hooks, which ar
 imports no diffusers: the classes import it when they are put on.
 """
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Protocol
 
@@ -91,6 +93,11 @@ class StepCache(Protocol):
         """How many images are generated to measure `CacheCalls.ratios`; 0: it needs none."""
         ...
 
+    @property
+    def takes_two_denoisers(self) -> bool:
+        """Whether it can be on two denoisers of a pipeline, each of which has a part of the steps."""
+        ...
+
     def check_steps(self, num_steps: int) -> None:
         """Raise ConfigError where nothing could be skipped in as many steps."""
         ...
@@ -122,6 +129,11 @@ class StepCacheSettings:
         """It needs none."""
         return 0
 
+    @property
+    def takes_two_denoisers(self) -> bool:
+        """It counts the steps of each by itself."""
+        return True
+
     def __post_init__(self) -> None:
         check_choice("cache_steps.models", self.models, (INT8_MODEL, BOTH_MODELS))
         check_bool("cache_steps.split", self.split)
@@ -138,6 +150,7 @@ class NoStepCache:
     models: str = field(default=INT8_MODEL, init=False)
     split: bool = field(default=False, init=False)
     num_calibration_prompts: ClassVar[int] = 0
+    takes_two_denoisers: ClassVar[bool] = True
 
     def check_steps(self, num_steps: int) -> None:
         """Any number will do."""
@@ -154,6 +167,18 @@ def list_cache_settings(cache: StepCache) -> dict[str, Any]:
     """The settings of a cache that change what is generated, by name: not what is measured beside it."""
     names = [setting.name for setting in fields(cache) if setting.name not in MEASURED_BESIDE]
     return {name: getattr(cache, name) for name in names}
+
+
+@contextmanager
+def quiet_logger(name: str) -> Iterator[None]:
+    """Keep a logger of a library from saying what is known, but for errors."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def check_computed_steps(described: str, num_computed: int, num_steps: int) -> None:

@@ -13,7 +13,14 @@ from typing import ClassVar
 
 from torch import nn
 
-from int8run.cache_steps.base import ATTENTION, TIMESTEPS, CacheCalls, StepCacheSettings, check_timesteps
+from int8run.cache_steps.base import (
+    ATTENTION,
+    TIMESTEPS,
+    CacheCalls,
+    StepCacheSettings,
+    check_timesteps,
+    quiet_logger,
+)
 from int8run.errors import check_bool, check_range
 
 # the first steps have nothing to be extrapolated from
@@ -82,9 +89,18 @@ class FasterCache(StepCacheSettings):
             is_guidance_distilled=not (self.guidance and calls.is_batched),
             current_timestep_callback=get_timestep,
         )
-        apply_faster_cache(denoiser, config)
+        with quiet_logger(apply_faster_cache.__module__):  # it calls itself experimental, with each image
+            apply_faster_cache(denoiser, config)
 
     def force(self) -> "FasterCache":
-        """Everything is skipped that can be."""
+        """Everything is skipped that can be, and no difference grows."""
         widest = (-1, TIMESTEPS + 1)
-        return replace(self, interval=100, timesteps=widest, guidance_interval=100, guidance_timesteps=widest)
+        return replace(
+            self,
+            interval=100,
+            timesteps=widest,
+            guidance_interval=100,
+            guidance_timesteps=widest,
+            low_weight=1.0,
+            high_weight=1.0,
+        )

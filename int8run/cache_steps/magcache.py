@@ -57,6 +57,11 @@ class MagCache(StepCacheSettings):
         """How many prompts the ratios are measured on; 0: they are given."""
         return self.calibration_prompts if isinstance(self.ratios, str) else 0
 
+    @property
+    def takes_two_denoisers(self) -> bool:
+        """Given ratios are those of one; measured ones are measured of each."""
+        return isinstance(self.ratios, str)
+
     def check_steps(self, num_steps: int) -> None:
         """Refuse a warm-up of all steps."""
         num_computed = int(self.warm_up_share * num_steps + 0.5)

@@ -41,6 +41,11 @@ def check_modules(cache: StepCache, denoisers: Mapping[str, nn.Module]) -> None:
     Raises:
         ConfigError: where it does not, with the caches that would.
     """
+    if len(denoisers) > 1 and not cache.takes_two_denoisers:
+        raise ConfigError(
+            f"the pipeline has {len(denoisers)} denoisers ({', '.join(denoisers)}), each with its part of "
+            "the steps, and cache_steps.ratios is one list; set cache_steps.ratios=auto, which measures each"
+        )
     for denoiser in denoisers.values():
         reason = find_missing_modules(cache, denoiser)
         if reason is None:
@@ -129,6 +134,9 @@ def check_cache_fits(
         if reason is None:
             continue
         fitting = []
+        alone = replace(described, is_batched=False)
+        if described.is_batched and find_wrong_output(cache, part, call, alone) is None:
+            fitting.append(f"{cache.name} cache_steps.guidance=false")
         for name in list_cache_names():
             other = make_cache(name)
             if name != cache.name and find_wrong_output(other, part, call, described) is None:

@@ -104,11 +104,7 @@ def make_switch(
 def measure_step_ratios(
     spec: RunSpec, built: BuiltModel, inputs: RunInputs, switch: CacheSwitch
 ) -> dict[str, list[float]]:
-    """The ratios of `cache_steps=magcache`, measured and logged; empty where none are needed.
-
-    Raises:
-        ConfigError: for ratios that are given for two denoisers, each of which has its own part of the steps.
-    """
+    """The ratios of `cache_steps=magcache`, measured and logged; empty where none are needed."""
     cache = spec.cache_steps
     if not cache.num_calibration_prompts:
         return {}

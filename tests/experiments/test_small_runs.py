@@ -510,3 +510,19 @@ def test_audit_is_measured_beside_a_copy(tmp_path: Path, capsys: Capture) -> Non
     assert [row[0] for row in rows[-3:]] == ["| copy", "| reproduced", "| not reproduced"]
     assert rows[-2][-1].startswith("A, ")
     assert rows[-1][-1].startswith("B, 0 of ")
+
+
+@pytest.mark.slow
+def test_step_caches_are_compared_on_the_tiny_model(tmp_path: Path, capsys: Capture) -> None:
+    small = ("sampler.steps=6", "backend=reference", "metrics.layers=false")
+
+    run_script(
+        "step_caches/measure.py",
+        *("--caches", "first_block", "--prompts", "owl", "--out", tmp_path, "--words", *small),
+    )
+
+    rows = read_table(tmp_path / "step_caches.csv")
+    assert [row["cache"] for row in rows] == [
+        f"first_block threshold={threshold}" for threshold in ("0.03", "0.05", "0.1", "0.2")
+    ]
+    assert "| `first_block threshold=0.2` |" in capsys.readouterr().out

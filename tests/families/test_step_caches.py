@@ -28,7 +28,6 @@ REFUSED = {
     ("fastercache",): [
         "z_image",
         "ernie_image",
-        "sana",
         "lumina2",
         "z_image_img2img",
         "z_image_inpaint",

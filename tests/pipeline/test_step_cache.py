@@ -187,6 +187,21 @@ def test_blocks_that_return_different_things_are_refused_before_weights_are_read
     assert list_changed_modules(skeleton) == []
 
 
+def test_ratios_of_one_denoiser_are_refused_for_two() -> None:
+    denoiser = TinyModel("wan22").denoiser
+    cache = make_cache("magcache", ratios=[1.0, 0.9])
+
+    with pytest.raises(ConfigError, match=r"2 denoisers .* set cache_steps.ratios=auto, which measures each"):
+        check_modules(cache, dict(denoiser.named_children()))
+
+
+def test_a_batch_whose_halves_cannot_be_parted_is_refused_with_what_helps() -> None:
+    sd3 = TinyModel("sd3")
+
+    with pytest.raises(ConfigError, match=r"cache_steps=fastercache cache_steps\.guidance=false"):
+        check_cache_fits(make_cache("fastercache"), sd3.denoiser, sd3.capture(), num_samples=1)
+
+
 @pytest.mark.slow
 def test_what_is_added_between_blocks_is_found() -> None:
     vace = TinyModel("wan_vace")
