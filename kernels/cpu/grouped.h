@@ -26,8 +26,6 @@
 
 namespace {
 
-// Blocks of rows that one decoding serves
-constexpr int64_t DECODED_BLOCKS = 4;
 constexpr int VECTORS_OF_PANEL = PANEL / 16;
 
 // Room of a thread for steps of a panel as int8, on a line of the cache

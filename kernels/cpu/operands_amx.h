@@ -17,6 +17,7 @@ namespace {
 constexpr int64_t TILE_ROWS = 16, TILE_BYTES = 1024;
 constexpr int64_t TILE_STEPS = 16;  // a tile has 16 steps of four inputs
 constexpr int64_t PAIR = 32;        // rows and columns of four tiles of sums
+constexpr int64_t DECODED_BLOCKS = 4;  // of rows, that one decoding of a weight of few bits serves (grouped.h)
 
 // Rows of a block in tiles: [rows / 16][inputs / 64][16][64], zero beyond the rows and inputs that there are;
 // `stride`: bytes from 16 rows to the next 16

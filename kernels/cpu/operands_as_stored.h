@@ -10,6 +10,8 @@ namespace {
 // Steps that the product takes for four input columns, and bytes from one step of the weights to the next
 constexpr int64_t STEPS_OF_FOUR = 1;
 constexpr int64_t WEIGHT_STEP = 4 * 64;
+// Blocks of rows that one decoding of a weight of few bits serves (grouped.h)
+constexpr int64_t DECODED_BLOCKS = 4;
 
 // Some rows of activations: four columns of a row follow each other
 struct Rows {

@@ -25,6 +25,9 @@ namespace {
 
 constexpr int64_t STEPS_OF_FOUR = 2;
 constexpr int64_t WEIGHT_STEP = 64;
+// Blocks of rows that one decoding serves (grouped.h): widened rows of more blocks would leave the cache, which costs
+// more than a decoding does beside products that are this slow
+constexpr int64_t DECODED_BLOCKS = 1;
 
 struct Rows {
   const uint8_t* q;  // int16 pairs

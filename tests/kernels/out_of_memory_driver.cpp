@@ -14,6 +14,9 @@ int int8run_quantize(const void*, int, int64_t, int64_t, int64_t, const float*, 
                      float*, int);
 int int8run_linear(const uint8_t*, const float*, int64_t, int64_t, int64_t, const int8_t*, const float*, const float*,
                    int64_t, const int8_t*, const float*, const int8_t*, const float*, void*, int, int);
+int int8run_grouped_linear(const uint8_t*, const float*, int64_t, int64_t, int64_t, const int8_t*, const void*, int,
+                           const float*, int, int64_t, const float*, const float*, int64_t, const int8_t*, const float*,
+                           const int8_t*, const float*, void*, int, int);
 }
 
 constexpr int ANY_NUMBER = 1 << 30;
@@ -49,6 +52,12 @@ int main(int, char** arguments) {
   std::vector<int8_t> packed(2 * (1 + K / 4) * 256), down((1 + K / 4) * 256), up(2 * (1 + 2) * 256);
   for (auto* weights : {&packed, &down, &up})
     for (size_t i = 0; i < weights->size(); i++) (*weights)[i] = static_cast<int8_t>(i * 29 % 113);
+  // codes of 4 bits, all in one group for each output
+  std::vector<int8_t> codes(2 * (256 + K * 32));
+  for (size_t i = 0; i < codes.size(); i++) codes[i] = static_cast<int8_t>(i * 29 % 113);
+  std::vector<float> group_scale(2 * 64, 2.5f), levels(16);
+  for (int i = 0; i < 16; i++) levels[i] = static_cast<float>(i - 8);
+  std::vector<float> expected_of_codes(M * N);
   std::vector<uint8_t> q(M * K);
 
   auto quantize = [&] {
@@ -58,9 +67,16 @@ int main(int, char** arguments) {
     return int8run_linear(q.data(), scale.data(), M, K, N, packed.data(), w_scale.data(), nullptr, RANK, down.data(),
                           down_scale.data(), up.data(), w_scale.data(), to.data(), 0, threads);
   };
-  if (quantize() || multiply(expected)) return 1;
+  auto multiply_codes = [&](std::vector<float>& to) {
+    return int8run_grouped_linear(q.data(), scale.data(), M, K, N, codes.data(), group_scale.data(), 0, levels.data(), 4,
+                                  K, w_scale.data(), nullptr, 0, nullptr, nullptr, nullptr, nullptr, to.data(), 0,
+                                  threads);
+  };
+  if (quantize() || multiply(expected) || multiply_codes(expected_of_codes)) return 1;
   const std::vector<uint8_t> expected_q = q;
   const int quantize_failures = count_failures(quantize), multiply_failures = count_failures([&] { return multiply(y); });
-  std::printf("%d %d\n", quantize_failures, multiply_failures);
-  return q != expected_q || y != expected;
+  const bool is_same = q == expected_q && y == expected;
+  const int codes_failures = count_failures([&] { return multiply_codes(y); });
+  std::printf("%d %d %d\n", quantize_failures, multiply_failures, codes_failures);
+  return !is_same || y != expected_of_codes;
 }

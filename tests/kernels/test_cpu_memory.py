@@ -32,10 +32,12 @@ def test_threads_that_run_out_of_memory_are_reported(instructions, tmp_path):
 
     for threads in ("1", "3"):
         done = subprocess.run([program, threads], capture_output=True, text=True, check=True, timeout=60)
-        quantize_failures, multiply_failures = map(int, done.stdout.split())
+        quantize_failures, multiply_failures, codes_failures = map(int, done.stdout.split())
         # a row; the sums between pieces, and of the branch its products, integers and scales
         assert quantize_failures >= 1
         assert multiply_failures >= 4
+        # the sums between pieces, and the decoded weights
+        assert codes_failures >= 2
 
 
 @pytest.mark.slow
