@@ -15,12 +15,11 @@ from int8run.audit.residue import ResidueSums
 from int8run.audit.rounding_check import ABSMAX, MSE, NEAREST
 from int8run.audit.stored_numbers import RowSpan, iterate_spans, list_probes
 from int8run.audit.transforms import TransformMatch, match_transform
-from int8run.checkpoints.grouped import CODEBOOK, CORRECTION
+from int8run.checkpoints.grouped import CODEBOOK
 from int8run.kernels.grouped_weight.reference import compute_levels, unpack_codes
 from int8run.quant.codebook import choose_codebook, find_sample_step
 from int8run.quant.grouped_rounding import (
     MAKERS_SEARCH,
-    SCALE_DTYPE,
     WIDE_SEARCH,
     GroupedRows,
     Levels,
@@ -94,12 +93,11 @@ class CodesComparison:
         shifted = groups
         if stored.correction is not None:
             shifted = groups - stored.correction.float().T.unsqueeze(-1)
-        elif stored.group_scale.dtype == SCALE_DTYPE:
-            self.recipes = {
-                name: neighbors
-                for name, neighbors in self.recipes.items()
-                if are_equal(stored, round_rows(groups, levels, neighbors))
-            }
+        self.recipes = {
+            name: neighbors
+            for name, neighbors in self.recipes.items()
+            if are_equal(stored, round_rows(groups, levels, neighbors))
+        }
         nearest = assign_codes(shifted, stored.group_scale, stored.scale, levels)
         codes = unpack_codes(stored.codes, stored.bits)
         self.differing += int((codes != nearest.codes).sum())
@@ -110,8 +108,7 @@ class CodesComparison:
     def name_recipe(self, audit: LayerAudit, match: TransformMatch) -> None:
         """Say what gives these codes."""
         audit.differing = self.differing
-        is_made_here = self.layer.part_keys.keys().isdisjoint({CORRECTION}) and self.is_codebook_chosen(match)
-        if self.recipes and is_made_here:
+        if self.recipes and self.is_codebook_chosen(match):
             name = next(iter(self.recipes))
             audit.recipe = f"{match.transform.label}, {name} by {audit.granularity}"
             audit.is_reproduced = True
@@ -139,6 +136,8 @@ def get_levels(stored: GroupedWeight) -> Levels:
 
 def are_equal(stored: GroupedWeight, made: GroupedRows) -> bool:
     """Whether rows of a file are what a recipe gives, to the bit."""
+    if stored.correction is not None or stored.group_scale.dtype != made.group_scale.dtype:
+        return False
     same_scales = torch.equal(stored.group_scale.view(torch.uint8), made.group_scale.view(torch.uint8))
     if not same_scales or not torch.equal(stored.scale, made.scale):
         return False

@@ -91,6 +91,18 @@ def test_nearest_levels_at_other_scales_are_sound(audit: Audit) -> None:
     assert all(abs(layer.excess_db or 0) < 0.1 for layer in found.layers)
 
 
+def test_scales_in_float32_are_no_recipe_of_int8run(audit: Audit) -> None:
+    base = make_base()
+
+    def widen(weight: GroupedWeight) -> GroupedWeight:
+        return replace(weight, group_scale=weight.group_scale.float())
+
+    found = audit(make_codes(base, change=widen), base)
+
+    assert found.grade == "B" and not found.findings
+    assert {layer.recipe for layer in found.layers} == {"convrot group_size=64, nearest at its own scales"}
+
+
 def test_other_codes_are_noise_that_is_measured(audit: Audit) -> None:
     base = make_base()
 
