@@ -134,8 +134,16 @@ def check_paths(key: str, paths: object) -> None:
         check_readable(full_key, expand_path(path))
 
 
+CHECKS_OF_A_RUN = (
+    check_prompt_file,
+    check_lora_files,
+    check_model_files,
+    check_clip_files,
+    check_int8_files,
+)
 # by task class: what its settings name and it opens only after seconds
 CHECKS_OF_TASKS: Mapping[str, tuple[Callable[[Mapping[str, Any]], None], ...]] = {
-    "Run": (check_prompt_file, check_lora_files, check_model_files, check_clip_files, check_int8_files),
+    "Run": CHECKS_OF_A_RUN,
+    "Search": CHECKS_OF_A_RUN,
     "Bench": (check_model_files,),
 }

@@ -41,6 +41,7 @@ COMMAND_LINE_KEYS = (
     CommandLineKey("tracker.folder", "a database in it can send files to another machine", (None, ".")),
     CommandLineKey("cache.folder", "files in it are loaded, and removed when it is full"),
     CommandLineKey("plugins", "it imports code of an installed package", (None, [])),
+    CommandLineKey("recipe", "its settings are read before any file, from the command line alone"),
     CommandLineKey("sync", "what is in that folder is sent to the tracker"),
     CommandLineKey("task.upload", "it sends a checkpoint to the hub", (None, False)),
     CommandLineKey("task.private", "it makes public what is uploaded", (None, True)),

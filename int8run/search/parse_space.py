@@ -6,6 +6,7 @@ Everything that may be wrong with an ingredient is found here, before anything r
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from int8run.errors import ConfigError, suggest_similar
 from int8run.search.space import PLACE, Ingredient, SearchSpace
@@ -50,10 +51,14 @@ def parse_space(given: object) -> SearchSpace:
             f"{PLACE} is {given!r}; it takes ingredients by name: {{NAME: {{set: KEY, choices: […]}}}}"
         )
     ingredients: dict[str, Ingredient] = {}
+    left_out: list[str] = []
     for name, described in given.items():
-        if described is None:
+        ingredient = None if described is None else parse_ingredient(str(name), described)
+        if ingredient is not None:
+            ingredient = drop_left_out(ingredient, left_out)
+        if ingredient is None:
+            left_out.append(str(name))
             continue
-        ingredient = parse_ingredient(str(name), described)
         check_condition(ingredient, ingredients)
         ingredients[ingredient.name] = ingredient
     if not ingredients:
@@ -116,9 +121,11 @@ def check_key(place: str, key: object) -> str:
 
 
 def parse_recipes(place: str, choices: Mapping[object, object]) -> dict[str, Mapping[str, object]]:
-    """Choices that bring several settings each, by label."""
+    """Choices that bring several settings each, by label; one that is null is left out."""
     parsed: dict[str, Mapping[str, object]] = {}
     for label, settings in choices.items():
+        if settings is None:
+            continue
         if not isinstance(settings, Mapping):
             raise ConfigError(
                 f"{place}.choices.{label} is {settings!r}; it takes settings by their keys: "
@@ -205,6 +212,21 @@ def parse_condition(place: str, when: object) -> dict[str, list[str]]:
         is_list = isinstance(values, Sequence) and not isinstance(values, str)
         conditions[str(name)] = [label_value(value) for value in (values if is_list else [values])]
     return conditions
+
+
+def drop_left_out(ingredient: Ingredient, left_out: Sequence[str]) -> Ingredient | None:
+    """An ingredient beside others that are left out, which leave everything as the command has it.
+
+    Returns:
+        It, without the conditions about those; None where it matters beside other choices of theirs alone.
+    """
+    conditions = {}
+    for name, labels in ingredient.when.items():
+        if name not in left_out:
+            conditions[name] = labels
+        elif AS_GIVEN not in labels:
+            return None
+    return replace(ingredient, when=conditions)
 
 
 def check_condition(ingredient: Ingredient, earlier: Mapping[str, Ingredient]) -> None:

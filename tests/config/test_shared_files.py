@@ -69,6 +69,7 @@ ANYWHERE = {
     "tracker.uri": "tracker: {uri: 'http://evil:5000'}",
     "tracker.folder": "tracker: {folder: /tmp/evil}",
     "cache.folder": "cache: {folder: /tmp/evil}",
+    "recipe": "recipe: other.yaml",
     "sync": "sync: outputs",
     "plugins.0": "plugins: [my_package]",
     "task.upload": "task: {upload: true}",

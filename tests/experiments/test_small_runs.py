@@ -526,3 +526,29 @@ def test_step_caches_are_compared_on_the_tiny_model(tmp_path: Path, capsys: Capt
         f"first_block threshold={threshold}" for threshold in ("0.03", "0.05", "0.1", "0.2")
     ]
     assert "| `first_block threshold=0.2` |" in capsys.readouterr().out
+
+
+# -- a search ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow  # several runs
+def test_search_draws_its_front_and_reproduces_the_recipe(tmp_path: Path) -> None:
+    left_out = ("rounding", "bits", "kept", "cache", "few_step")
+    words = [
+        "quality_db=20",
+        *TINY_JOB[1:],
+        "backend=reference",
+        "sampler.steps=2",
+        "calibration.prompts=[fox,owl]",
+        "prompts.take=1",
+    ]
+    words += [f"task.space.{name}=null" for name in left_out]
+    words.append("task.space.steps.choices=[null,1]")
+
+    run_script("search/run.py", *words, "--trials", "4", "--out", tmp_path, "--work", tmp_path / "work")
+
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["is_met"]
+    assert summary["identical_images"] == "1 of 1"
+    assert 3 <= len(read_table(tmp_path / "front.csv")) <= 4
+    assert (tmp_path / "front.png").stat().st_size > 10_000

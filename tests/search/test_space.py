@@ -62,6 +62,14 @@ def test_null_leaves_a_setting_as_the_command_has_it():
     assert space.list_settings(space.base) == {}
 
 
+def test_a_choice_with_settings_that_is_null_is_left_out():
+    choices = {"none": {}, "one": {"sampler.steps": 1}, "two": None}
+
+    space = parse_space({"x": {"choices": choices}})
+
+    assert list(space.ingredients["x"].choices) == ["none", "one"]
+
+
 def test_a_share_is_one_of_what_the_base_has():
     space = parse_space({"steps": {"set": "sampler.steps", "choices": [None, "75%", "50 %"]}})
 
@@ -87,6 +95,15 @@ def test_without_a_choice_what_depends_on_it_is_gone_too():
     space = make_space().without({"cache": ["block"]})
 
     assert list(space.ingredients) == ["outlier", "bits"]
+
+
+def test_what_depends_on_an_ingredient_that_is_left_out_goes_with_it_unless_it_matters_without() -> None:
+    steps = {"set": "sampler.steps", "choices": [None, 3], "when": {"lora": [None]}}
+
+    space = parse_space({**SPACE, "cache": None, "lora": None, "steps": steps})
+
+    assert list(space.ingredients) == ["outlier", "bits", "steps"]
+    assert space.base["steps"] == AS_GIVEN
 
 
 @pytest.mark.parametrize(

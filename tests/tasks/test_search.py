@@ -32,10 +32,7 @@ SMALL = [
     "tracker=none",
     "progress=false",
 ]
-NO_SPACE = [
-    f"task.space.{name}=null"
-    for name in ("rounding", "bits", "kept", "cache", "threshold", "sea_threshold", "few_step", "steps")
-]
+NO_SPACE = [f"task.space.{name}=null" for name in ("rounding", "bits", "kept", "cache", "few_step", "steps")]
 SEARCH = ["task=search", "quality_db=20", "task.n_trials=4", *NO_SPACE, *SMALL]
 
 
@@ -253,7 +250,7 @@ def test_a_search_that_is_killed_goes_on(command: Command, model: str) -> None:
         *SEARCH,
         model,
         "task.confirm=false",
-        "task.space.steps={set: sampler.steps, choices: [2, 3, 4]}",
+        "task.space.x={set: sampler.steps, choices: [2, 3, 4]}",
     ]
     process = subprocess.Popen(
         [sys.executable, "-m", "int8run", *words],
