@@ -15,7 +15,7 @@ from int8run.report.difference_table import describe_tables
 from int8run.report.html_page import write_report
 from int8run.report.runs import name_runs, select_measured
 from int8run.report.sweep_table import build_sweep_table, count_warnings
-from int8run.report.verdict import recommend
+from int8run.report.verdict import Recommendation, recommend
 from int8run.tracking.base import Tracker
 from int8run.tracking.run_record import Record
 
@@ -38,9 +38,12 @@ def finalize_sweep(
     for line in count_warnings(records):
         log.warning("%s", line)
     print_lines(build_sweep_table(records, manifest.varying))
-    print_lines(*describe_verdict(records))
+    # once for the terminal and the page: all pairs of settings are compared for it
+    found = recommend_setting(records)
+    if found is not None:
+        print_lines(*describe_tables(found.differences), found.verdict)
     page = folder / REPORT_FILE
-    write_page(records, page, manifest)
+    write_page(records, page, manifest, found)
     for tracker in dict.fromkeys(trackers.values()):
         uploaded = [r for r in records if r.uploaded and trackers.get(r.number) == tracker]
         if not uploaded:
@@ -50,19 +53,27 @@ def finalize_sweep(
             print_lines(f"runs:     {view_hint}")
 
 
-def describe_verdict(records: Sequence[Record]) -> list[str]:
-    """Which differences between the jobs are real, and what follows; nothing of fewer than two."""
+def recommend_setting(records: Sequence[Record]) -> Recommendation | None:
+    """Which differences between the jobs are real, and what follows; None of fewer than two."""
     runs = name_runs(records)
     if len(select_measured(runs)) < 2:
-        return []
-    found = recommend(runs)
-    return [*describe_tables(found.differences), found.verdict]
+        return None
+    return recommend(runs)
 
 
-def write_page(records: Sequence[Record], page: Path, manifest: SweepManifest) -> None:
-    """Write the page that compares the jobs, and print where it is; where it cannot be written, log why."""
+def write_page(
+    records: Sequence[Record], page: Path, manifest: SweepManifest, found: Recommendation | None = None
+) -> None:
+    """Write the page that compares the jobs, and print where it is; where it cannot be written, log why.
+
+    Args:
+        records: of all jobs.
+        page: the file.
+        manifest: identity of the sweep.
+        found: what the jobs recommend, where that is known.
+    """
     try:
-        write_report(records, page, f"sweep {manifest.id}")
+        write_report(records, page, f"sweep {manifest.id}", recommendation=found)
     except OSError as error:
         log.error("%s", explain_file_error(error))
     else:

@@ -195,10 +195,14 @@ def open_nvml_counters(device: torch.device, nvml: Any | None) -> list[EnergyCou
     index = device.index or 0
     uuid = f"GPU-{torch.cuda.get_device_properties(index).uuid}"
 
+    handle: Any = None
+
     def read_millijoules() -> int:
+        nonlocal handle
         try:
-            library.nvmlInit()
-            handle = library.nvmlDeviceGetHandleByUUID(uuid)
+            if handle is None:  # once: this is read before every step
+                library.nvmlInit()
+                handle = library.nvmlDeviceGetHandleByUUID(uuid)
             return int(library.nvmlDeviceGetTotalEnergyConsumption(handle))
         except library.NVMLError as error:
             raise NoEnergyError(f"NVML does not say it of {uuid}: {error}") from error

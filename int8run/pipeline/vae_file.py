@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from int8run.checkpoints.declared_format import UNDECLARED, DeclaredFormat
 from int8run.checkpoints.layer import CheckpointLayer
 from int8run.errors import FileError
 from int8run.layers.int8_conv import find_conv_obstacle, is_convolution
@@ -132,7 +131,6 @@ def open_vae_file(
     parts: Mapping[str, Sequence[str]],
     dtype: torch.dtype,
     device: torch.device,
-    declared: DeclaredFormat = UNDECLARED,
 ) -> VaeFile | None:
     """Open the VAE of a pipeline where its files hold quantized weights; None: diffusers reads it.
 
@@ -141,7 +139,6 @@ def open_vae_file(
         parts: components from elsewhere.
         dtype: of the float model.
         device: where its float form goes.
-        declared: what the user says of the files.
 
     Raises:
         FileError: when they are damaged, or of another VAE than their config says.
@@ -154,7 +151,7 @@ def open_vae_file(
         return None
     cls = get_part_class(VAE, class_name)
     module = build_empty_model(cls, read_config(vae_folder), VAE, dtype)
-    weights = DenoiserWeights({"": FileWeights(vae_folder, module, declared=declared)})
+    weights = DenoiserWeights({"": FileWeights(vae_folder, module)})
     weights.fill_parameters(module, list(module.state_dict()), device)
     module.to(device)  # buffers that no file holds
     return VaeFile(module, weights, weights.find_int8_layers())

@@ -27,7 +27,7 @@ from int8run.report.runs import Run, name_runs
 from int8run.report.runs_table import build_runs_table
 from int8run.report.strength_curves import build_strength_curves
 from int8run.report.templates import load_template, read_asset, write_text_file
-from int8run.report.verdict import recommend
+from int8run.report.verdict import Recommendation, recommend
 from int8run.report.votes import Tally, count_votes, drop_repeated_sessions, read_vote_file
 from int8run.report.worst_samples import list_worst_samples
 from int8run.tracking.run_record import FINISHED, Record
@@ -39,7 +39,11 @@ MAX_LEADING_SETTINGS = 4  # before the numbers in the table of runs; more stand 
 
 
 def write_report(
-    records: Sequence[Record], path: Path, title: str, vote_paths: Sequence[Path] = ()
+    records: Sequence[Record],
+    path: Path,
+    title: str,
+    vote_paths: Sequence[Path] = (),
+    recommendation: Recommendation | None = None,
 ) -> list[Tally]:
     """Write the page. It holds everything it shows, so it may be moved, sent, and opened from a disk.
 
@@ -48,6 +52,7 @@ def write_report(
         path: of the HTML file; its folder is made where it is missing.
         title: of the page.
         vote_paths: files that the page's blind comparison saved.
+        recommendation: of these records, where it was computed already; None: it is here.
 
     Returns:
         The count of the votes, which is on the page, too.
@@ -67,7 +72,15 @@ def write_report(
     gallery = build_gallery(runs)
     blind = build_blind_comparison(gallery)
     tallies = tally_votes(vote_paths, blind)
-    html = render_page(runs, gallery, blind, page_folder=path.parent, title=title, tallies=tallies)
+    html = render_page(
+        runs,
+        gallery,
+        blind,
+        page_folder=path.parent,
+        title=title,
+        tallies=tallies,
+        recommendation=recommendation or recommend(runs),
+    )
     write_text_file(path, html)
     return tallies
 
@@ -104,6 +117,7 @@ def render_page(
     page_folder: Path,
     title: str,
     tallies: Sequence[Tally],
+    recommendation: Recommendation,
 ) -> str:
     """The HTML of the page.
 
@@ -114,6 +128,7 @@ def render_page(
         page_folder: where the page will be; paths on it are relative to this folder.
         title: of the page.
         tallies: counted votes.
+        recommendation: that the runs support.
     """
     heatmap = build_heatmap(runs)
     curves = build_strength_curves(runs)
@@ -125,7 +140,7 @@ def render_page(
         script="\n".join([read_asset("page.js"), read_asset("blind.js")]),
         runs=runs,
         facts=list_facts(runs),
-        recommendation=recommend(runs),
+        recommendation=recommendation,
         worst_samples=list_worst_samples(runs, gallery, page_folder),
         has_incomparable_speeds=bool(explain_incomparable_speeds(runs)),
         table=build_runs_table(runs),

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from int8run import __version__
-from int8run.checkpoints.declared_format import DeclaredFormat
 from int8run.checkpoints.detect import read_layers
 from int8run.checkpoints.layer import CheckpointLayer
 from int8run.checkpoints.output_path import prepare_output_path
@@ -121,7 +120,7 @@ def quantize_vae_file(spec: RunSpec, job: Job) -> dict[str, float]:
     started = time.perf_counter()
     with TensorFiles.open(vae.folder) as files:
         path = choose_path(str(spec.save), vae)
-        layers = read_layers(files, declared=DeclaredFormat(spec.model.quant_format, spec.model.sdnq))
+        layers = read_layers(files)
         recipe = make_recipe(spec)
         targets = plan_vae_targets(files, layers, vae, recipe)
         plans = [target.plan for target in targets if target.plan is not None]
