@@ -35,12 +35,19 @@ class StoredForm:
             beside each other; the model has the first ones of all pairs of a head, then the second ones. 0:
             the rows lie as in the model.
         added: what was added to every number.
+        may_lack_rows: whether its last rows may have been cut off, which nobody looks up.
     """
 
     block: BlockType | None
     dtype: str = FLOAT32
     paired_heads: int = 0
     added: float = 0.0
+    may_lack_rows: bool = False
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the numbers lie row by row, and all of them."""
+        return self.block is None and not (self.paired_heads or self.added or self.may_lack_rows)
 
     @property
     def read_dtype(self) -> str:

@@ -5,7 +5,7 @@ stay as they are. `gguf_files` asks for each tensor; no tensor is read here.
 """
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cache
@@ -33,6 +33,7 @@ class Architecture:
     names: Mapping[str, str] = field(default_factory=dict)
     paired_rows: Mapping[str, str] = field(default_factory=dict)
     without: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    cut_rows: Sequence[str] = ()
     added: Mapping[str, float] = field(default_factory=dict)
 
     def fit(self, patterns: Collection[str]) -> "Architecture":
@@ -124,9 +125,14 @@ def adapt_tensor(
     if pattern in architecture.paired_rows:
         heads = count_heads(path, tensor, architecture.paired_rows[pattern], metadata)
     added = sum(amount for names, amount in architecture.added.items() if fnmatchcase(pattern, names))
-    if tensor.block is None and not heads and not added:
-        return AdaptedTensor(key, None)
-    return AdaptedTensor(key, StoredForm(tensor.block, tensor.dtype, heads, added))
+    form = StoredForm(
+        block=tensor.block,
+        dtype=tensor.dtype,
+        paired_heads=heads,
+        added=added,
+        may_lack_rows=pattern in architecture.cut_rows,
+    )
+    return AdaptedTensor(key, None if form.is_plain else form)
 
 
 def count_heads(path: Path, tensor: GgufTensor, entry: str, metadata: Mapping[str, Value]) -> int:

@@ -349,8 +349,8 @@ class ModelSource:
 
     Args:
         location: hub id, diffusers folder, `shipped:NAME` for a model inside this package, or a single
-            .safetensors file with the denoiser alone: a path, or `org/repo/path.safetensors` on the hub. Of a
-            pipeline with two denoisers a mapping from their components to one file each.
+            .safetensors or .gguf file with the denoiser alone: a path, or `org/repo/path.safetensors` on the
+            hub. Of a pipeline with two denoisers a mapping from their components to one file each.
         lora_base: the key of this checkpoint in a LoRA stack's sources.
         sampling: the checkpoint's own defaults.
         revision: on the hub.

@@ -23,6 +23,7 @@ from int8run.models.loader import VAE
 from int8run.models.state_dict_adapter import find_denoiser_keys, find_prefix
 from int8run.tasks.file_description import Row, format_list_setting, format_setting
 from int8run.text_encoders.detect import DetectedEncoder, detect_encoder
+from int8run.text_encoders.registry import find_gguf_encoder
 from int8run.utils.plurals import count_noun
 
 # settings of a job that are shown of its file, where they are set
@@ -67,7 +68,8 @@ def find_text_encoder(files: TensorFiles) -> DetectedEncoder | None:
     try:
         if detect_denoiser(find_denoiser_keys(shapes), load_families().values()):
             return None
-        return detect_encoder(shapes)
+        named = find_gguf_encoder(files.metadata)
+        return detect_encoder(shapes) if named is None else DetectedEncoder(named, "")
     except (ConfigError, FileError):
         return None
 

@@ -125,6 +125,8 @@ class EncoderFamily:
         tokenizer: where it is on the hub: `location` and `subfolder`.
         config: of its classes; sizes as in the module's docstring.
         variants: what of the config is different for some sizes.
+        gguf_architecture: `general.architecture` of GGUF files that hold it, where their names are those of
+            another encoder.
     """
 
     name: str
@@ -139,6 +141,7 @@ class EncoderFamily:
     tokenizer: Mapping[str, str] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     variants: Sequence[ConfigVariant] = ()
+    gguf_architecture: str = ""
 
     def __post_init__(self) -> None:
         for name, item_type in ITEM_TYPES.items():
@@ -197,6 +200,19 @@ def load_encoders(folder: Path = ENCODER_FOLDER) -> Mapping[str, EncoderFamily]:
 def list_supported_encoders() -> dict[str, EncoderFamily]:
     """Return the encoders that can be loaded, by name."""
     return {name: encoder for name, encoder in load_encoders().items() if encoder.classes}
+
+
+def find_gguf_encoder(metadata: Mapping[str, str]) -> EncoderFamily | None:
+    """Return the supported encoder that a GGUF file says it holds; None where names and shapes decide.
+
+    Args:
+        metadata: of the file.
+    """
+    architecture = metadata.get("general.architecture", "")
+    for encoder in list_supported_encoders().values():
+        if architecture and encoder.gguf_architecture == architecture:
+            return encoder
+    return None
 
 
 def get_encoder(name: str) -> EncoderFamily:

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from int8run.checkpoints.checkpoint_files import TensorInfo
 from int8run.checkpoints.comfy_int8 import WEIGHT
 from int8run.checkpoints.declared_format import AUTO, DeclaredFormat
 from int8run.checkpoints.detect import is_scaled_fp8_marker, read_layers
@@ -25,8 +26,9 @@ from int8run.layers.weight_only import PackedLayer
 from int8run.models.tensor_part import Shape, TensorPart
 from int8run.quant.formats import FORMATS, list_fallbacks
 from int8run.quant.packed_weight import PackedWeight, is_fp8
+from int8run.text_encoders.cut_rows import add_cut_rows, find_cut_shapes, may_lack_rows
 from int8run.text_encoders.detect import detect_encoder, find_encoder_of_class
-from int8run.text_encoders.registry import EncoderFamily, list_supported_encoders
+from int8run.text_encoders.registry import EncoderFamily, find_gguf_encoder, list_supported_encoders
 from int8run.utils.plurals import count_noun
 
 NO_FORMAT, MIXED = "none", "mixed"
@@ -199,7 +201,7 @@ class EncoderFile:
     def resolve_padded_shapes(self, model: nn.Module) -> None:
         """Take the shapes of padded weights from the model that they are for."""
         padded = {name: layer for name, layer in self.layers.items() if layer.is_padded}
-        if not padded:
+        if not padded and not any(may_lack_rows(info) for info in self.files.values()):
             return
         model_shapes: dict[str, Shape] = {}
         for name, parameter in model.named_parameters():
@@ -208,6 +210,12 @@ class EncoderFile:
             shape = model_shapes.get(self.encoder.get_canonical_name(name + WEIGHT))
             if shape is not None and layer.fits_shape(shape):
                 self.shapes[name + WEIGHT] = shape
+        cut_shapes = find_cut_shapes(self.list_named_infos(), model_shapes)
+        self.shapes |= {key.removeprefix(self.prefix): shape for key, shape in cut_shapes.items()}
+
+    def list_named_infos(self) -> list[tuple[str, TensorInfo]]:
+        """The canonical name of each tensor of the encoder, and where it is."""
+        return [(self.encoder.get_canonical_name(key), self.files[self.prefix + key]) for key in self.shapes]
 
     def get_format(self, name: str) -> str:
         """Return the format of a layer's weight, for messages; empty for a float one."""
@@ -240,6 +248,11 @@ class EncoderFile:
         Raises:
             FileError: when it is of a type that holds no numbers.
         """
+        info = self.files[self.prefix + key]
+        return add_cut_rows(self.read_stored(key), info, self.shapes.get(key, info.shape))
+
+    def read_stored(self, key: str) -> Tensor:
+        """Read a tensor as `read_tensor` does, with the rows that the file has."""
         name = key.removesuffix(WEIGHT)
         layer = self.layers.get(name) if key.endswith(WEIGHT) else None
         if layer is not None and layer.storage_dtype != FLOAT:
@@ -310,6 +323,9 @@ def detect_file_encoder(files: TensorFiles, class_name: str, which: str | None) 
         FileError: when they hold none that is supported.
     """
     shapes = {key: info.shape for key, info in files.items()}
+    named = find_gguf_encoder(files.metadata)
+    if named is not None:
+        return named, ""
     if not class_name:
         with name_file_in_errors(str(files.path)):
             found = detect_encoder(shapes, which)

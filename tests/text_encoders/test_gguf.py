@@ -124,6 +124,47 @@ def test_each_name_of_the_converter_is_known(name: str, tmp_path: Path) -> None:
     assert not unknown
 
 
+def test_words_that_the_converter_cut_off_are_zero(tmp_path: Path) -> None:
+    """Gemma 3 has a few rows more than its tokenizer has words."""
+    name = "Gemma3ForCausalLM"
+    model = tiny_model(name)
+    tensors = convert(model, CASES[name])
+    tensors["token_embd.weight"] = tensors["token_embd.weight"][:36]
+    write_gguf(tmp_path / "x.gguf", tensors, "Q8_0", architecture="gemma3")
+    config = {**TINY[name].config, "architectures": [name]}
+    weights = EncoderFile(tmp_path / "x.gguf")
+
+    with weights.files:
+        weights.resolve_padded_shapes(model)
+        found = weights.read_tensor("model.embed_tokens.weight")
+
+    assert found.shape == (40, 32) and not found[36:].any()
+    assert torch.equal(found[:36], round_like_gguf(model.model.embed_tokens.weight.data[:36], "Q8_0"))
+    state, metadata = load_text_encoder(tmp_path / "x.gguf", config=config)
+    assert build_text_encoder(state, metadata, class_name=name, config=config) is not None
+
+
+def test_a_table_of_another_width_is_still_another_size(tmp_path: Path) -> None:
+    name = "Gemma3ForCausalLM"
+    tensors = convert(tiny_model(name), CASES[name])
+    tensors["token_embd.weight"] = np.ones((36, 64), np.float32)
+    write_gguf(tmp_path / "x.gguf", tensors, architecture="gemma3")
+    config = {**TINY[name].config, "architectures": [name]}
+    with pytest.raises(FileError, match=r"has the shape \[36, 64\]"):
+        load_text_encoder(tmp_path / "x.gguf", config=config)
+
+
+def test_qwen3_vl_is_told_from_qwen3_by_its_architecture(tmp_path: Path) -> None:
+    tensors = convert(tiny_model("Qwen3ForCausalLM"), ARCH.QWEN3VL)
+    found = {}
+    for architecture in ("qwen3", "qwen3vl"):
+        write_gguf(tmp_path / "x.gguf", tensors, "Q8_0", architecture=architecture)
+        weights = EncoderFile(tmp_path / "x.gguf")
+        found[architecture] = weights.encoder.name
+        weights.files.close()
+    assert found == {"qwen3": "qwen3", "qwen3vl": "qwen3_vl"}
+
+
 def test_a_format_that_was_asked_for_is_not_in_a_gguf_file(tmp_path: Path) -> None:
     write_encoder(tmp_path / "x.gguf", "T5EncoderModel", "Q8_0")
     with pytest.raises(
