@@ -118,12 +118,12 @@ def grow_group_scale(group_scale: Tensor, growth: Tensor, grouped: Tensor, level
         grouped: float32 [n, groups, g], in steps of the grown scales.
         levels: float32 [L], rising, from below 0 to above it.
     """
+    largest, smallest = grouped.amax(2), grouped.amin(2)  # [n, groups]
+    ends = decode_levels(levels[[0, -1]], group_scale)  # [n, groups, 2]
+    is_within = (largest <= ends[..., 1]) & (smallest >= ends[..., 0])
     scale = group_scale.float() / growth
-    needed = torch.maximum(grouped.amax(2) / levels[-1], grouped.amin(2) / levels[0])
-    # decoding rounds: a number up to half a step beyond the last level is that level
-    is_beyond = needed * levels.abs().max() > (scale * levels.abs().max()).round().clamp(min=0.5)
-    is_kept = (growth == 1) & ~is_beyond
-    wanted = torch.where(is_kept, scale, torch.maximum(scale, needed))
+    needed = torch.maximum(largest / levels[-1], smallest / levels[0])
+    wanted = torch.where(is_within & (growth == 1), scale, torch.maximum(scale, needed))
     if group_scale.dtype != SCALE_DTYPE:
         return wanted.to(group_scale.dtype)
     rounded = to_scale_dtype(wanted)

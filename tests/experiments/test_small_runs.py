@@ -552,3 +552,47 @@ def test_search_draws_its_front_and_reproduces_the_recipe(tmp_path: Path) -> Non
     assert summary["identical_images"] == "1 of 1"
     assert 3 <= len(read_table(tmp_path / "front.csv")) <= 4
     assert (tmp_path / "front.png").stat().st_size > 10_000
+
+
+# -- weights of few bits -----------------------------------------------------------------------------
+
+
+@pytest.mark.slow  # the tiny model, and gptq
+def test_w4a8_errors_have_a_row_for_each_setting(tmp_path: Path, capsys: Capture) -> None:
+    run_script("w4a8/errors.py", "--sources", "flux", "--widths", "256", "--out", tmp_path)
+
+    rows = read_table(tmp_path / "errors.csv")
+    errors = {}
+    for row in rows:
+        if row["outlier"] == "convrot":
+            errors[row["rounding"], row["bits"]] = float(row["output_error"])
+    for rounding in ("absmax", "mse", "gptq"):
+        assert errors[rounding, "4"] > errors[rounding, "6"] > errors[rounding, "8"]
+    assert errors["gptq", "4"] < errors["mse", "4"] < errors["even levels", "4"]
+    sizes = {row["bits"]: float(row["bytes_per_weight"]) for row in rows if row["rounding"] == "absmax"}
+    assert sizes["4"] < 0.6 < sizes["6"] < 0.9 < sizes["8"]
+    assert "flux, 1 layers: error of the output" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_w4a8_images_have_a_line_for_each_job(lora_sweep: Path, capsys: Capture) -> None:
+    # the layers' SQNR is not measured by small jobs
+    for job in lora_sweep.glob("[0-9]*"):
+        results = json.loads((job / "metrics.json").read_text())
+        results["metrics"].setdefault("quant/output_sqnr_db_mean", 40.0)
+        (job / "metrics.json").write_text(json.dumps(results))
+
+    run_script("w4a8/images.py", "--sweep", lora_sweep)
+
+    head, _, *rows = capsys.readouterr().out.splitlines()
+    assert head.startswith("| bits | outlier |")
+    assert len(rows) == 2
+    assert rows[0].startswith("| 8 | none | absmax |")
+
+
+def test_w4a8_speed_has_a_row_for_each_number_of_bits(capsys: Capture) -> None:
+    run_script("w4a8/speed.py", "--backend", "reference", "--shapes", "64x32", "--rows", "4", "--rounds", "1")
+
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[-3:]]
+    assert [row[2] for row in rows] == ["8", "6", "4"]
+    assert rows[2][7].startswith("some rows at each call")

@@ -4,7 +4,10 @@ import pytest
 import torch
 from support.helpers import randn
 
-from int8run.quant.stochastic_rounding import add_with_stochastic_rounding, make_generator
+from int8run.quant.grouped_rounding import GroupLayout
+from int8run.quant.grouped_weight import GroupedWeight
+from int8run.quant.rounding import AbsMax
+from int8run.quant.stochastic_rounding import add_change, add_with_stochastic_rounding, make_generator
 from int8run.quant.weight import QuantizedWeight, quantize_weight
 
 WEIGHT = quantize_weight(randn(256, 512))
@@ -121,3 +124,44 @@ def test_generators_differ_by_every_word_and_their_borders() -> None:
     ]
     assert all(not torch.equal(a, b) for i, a in enumerate(draws) for b in draws[:i])
     assert torch.equal(draws[0], torch.rand(8, generator=make_generator(0, "ab")))
+
+
+# -- weights of 4 and 6 bits ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=[4, 6], name="grouped")
+def make_grouped_weight(request: pytest.FixtureRequest) -> GroupedWeight:
+    return AbsMax().round_groups(randn(256, 512), None, GroupLayout(request.param))
+
+
+@pytest.mark.parametrize("share", [0.01, 0.1, 1.0])
+def test_a_change_of_few_bits_is_kept_however_small_it_is(grouped: GroupedWeight, share: float) -> None:
+    delta = randn(256, 8, seed=1) @ randn(8, 512, seed=2)
+    expected = delta / delta.std() * share
+    rounded = add_change(grouped, expected, make_generator("a"))
+
+    assert isinstance(rounded.weight, GroupedWeight)
+    assert rounded.weight.group_scale.dtype == torch.float8_e4m3fn
+    found = rounded.weight.dequantize() - grouped.dequantize()
+    assert compute_kept_share(found, expected) == pytest.approx(1, abs=0.1 if share < 0.1 else 0.03)
+
+
+def test_no_change_leaves_few_bits_as_they_are(grouped: GroupedWeight) -> None:
+    rounded = add_change(grouped, torch.zeros(256, 512), make_generator("a"))
+
+    assert torch.equal(rounded.weight.dequantize(), grouped.dequantize())
+    assert torch.equal(rounded.weight.scale, grouped.scale)
+    assert (rounded.clipped_share, rounded.largest_growth) == (0.0, 1.0)
+
+
+def test_scales_grow_for_groups_and_rows_that_would_be_clipped(grouped: GroupedWeight) -> None:
+    change = torch.zeros(256, 512)
+    change[3, 17] = 10 * grouped.dequantize()[3].abs().max()
+    rounded = add_change(grouped, change, make_generator("a"))
+
+    wanted = grouped.dequantize()[3, 17] + change[3, 17]
+    assert rounded.weight.dequantize()[3, 17] == pytest.approx(wanted.item(), rel=0.12)
+    assert rounded.clipped_share == pytest.approx(1 / change.numel())
+    assert rounded.largest_growth > 5
+    others = [row for row in range(256) if row != 3]
+    assert torch.equal(rounded.weight.dequantize()[others], grouped.dequantize()[others])

@@ -24,7 +24,9 @@ from int8run.lora.stack import LoraStack
 from int8run.models.family import ModelFamily
 from int8run.outlier.base import LayerStatistics, OutlierMethod
 from int8run.outlier.none import NoOutlier
+from int8run.ptq.bits import assign_bits
 from int8run.ptq.quantize import build_int8_layers, check_backend, check_outlier_method, quantize_layers
+from int8run.quant.grouped_rounding import GroupLayout
 from int8run.quant.rounding import AbsMax, Rounding
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -98,6 +100,7 @@ def to_int8(
     keep_float: tuple[str, ...] = (),
     rounding: Rounding | None = None,
     statistics: dict[str, LayerStatistics] | None = None,
+    bits: int = 8,
 ) -> tuple[nn.Module, list[LayerPlan]]:
     """An INT8 copy of a model and its plan, by the same steps as a run whose calls have 8 rows."""
     plans = plan_layers(model, lambda name: "kept by the test" if name in keep_float else None)
@@ -106,6 +109,7 @@ def to_int8(
     method = outlier or NoOutlier()
     check_outlier_method(method, chosen)
     methods = {p.name: method for p in chosen if not p.outlier_skip_reason}
+    assign_bits(chosen, None if bits == 8 else GroupLayout(bits))
     layers = quantize_layers(
         model, chosen, methods=methods, rounding=rounding or AbsMax(), statistics=statistics or {}
     )
