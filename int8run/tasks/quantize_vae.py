@@ -41,8 +41,8 @@ from int8run.models.resolve_weights import (
 from int8run.models.source import build_empty_model, read_config
 from int8run.models.tensor_part import TensorPart
 from int8run.models.vae_layers import load_vae_layers
+from int8run.outlier.auto import AutoOutlier
 from int8run.outlier.base import NONE
-from int8run.outlier.none import NoOutlier
 from int8run.pipeline.vae import plan_vae
 from int8run.report.console import Progress
 from int8run.report.formatting import format_megabytes
@@ -216,8 +216,9 @@ def choose_path(save: str, vae: VaeSource) -> Path:
 
 def make_recipe(spec: RunSpec) -> QuantizationRecipe:
     """How layers of a VAE become INT8."""
+    assert not isinstance(spec.outlier, AutoOutlier)  # `check_settings` allows `none` alone
     return QuantizationRecipe(
-        NoOutlier(), spec.rounding, getattr(torch, spec.model.dtype), has_convolutions=True
+        spec.outlier, spec.rounding, getattr(torch, spec.model.dtype), has_convolutions=True
     )
 
 
