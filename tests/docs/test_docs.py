@@ -13,6 +13,7 @@ from support.cli_process import command_in
 
 from int8run.config.compose import compose_jobs, create_run_spec, int8run_options
 from int8run.config.prompt_argument import rewrite_prompt_arguments
+from int8run.config.unquoted_values import quote_keep_blocks
 from int8run.pipeline import process_cache
 
 ROOT = Path(__file__).parents[2]
@@ -101,7 +102,7 @@ def test_every_link_leads_somewhere(page):
 def test_every_command_composes(command):
     arguments = command.arguments
     is_sweep = "-m" in arguments
-    overrides = rewrite_prompt_arguments([word for word in arguments if word != "-m"])
+    overrides = quote_keep_blocks(rewrite_prompt_arguments([word for word in arguments if word != "-m"]))
     if any(word.startswith("--") for word in overrides):
         pytest.skip("a flag of hydra, which runs no job")
 
