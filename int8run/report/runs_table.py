@@ -11,7 +11,9 @@ from int8run.report.columns import METRIC_COLUMNS, VAE_PSNR_DB, MetricColumn
 from int8run.report.missing_metrics import explain_missing
 from int8run.report.ranking import find_fronts, group_comparable
 from int8run.report.runs import Run
+from int8run.report.step_times import has_scattered_times
 
+SPEED_PREFIX = "speed/"
 # Of metrics that depend on the images that are generated.
 QUALITY_PREFIXES = ("quality/", "clip/", "quant/", VAE_PSNR_DB)
 
@@ -61,12 +63,14 @@ class RunsTable:
         has_front: whether a run is marked as one of a Pareto front.
         has_different_images: whether the runs have different float images, so that quality is ranked, if at
             all, among those with the same ones.
+        has_scattered_times: whether times of a run scatter, so that no time is the best.
     """
 
     columns: list[MetricColumn]
     rows: list[TableRow]
     has_front: bool
     has_different_images: bool
+    has_scattered_times: bool
 
     @property
     def has_missing(self) -> bool:
@@ -88,6 +92,7 @@ def build_runs_table(runs: Sequence[Run]) -> RunsTable:
         rows=rows,
         has_front=fronts.count > 0,
         has_different_images=fronts.num_groups > 1,
+        has_scattered_times=any(has_scattered_times(run.record.metrics) for run in runs),
     )
 
 
@@ -158,7 +163,14 @@ def add_interval(cell: TableCell, run: Run, column: MetricColumn, decimals: int)
 
 
 def rank_runs(column: MetricColumn, runs: Sequence[Run]) -> Collection[int]:
-    """The runs whose values of a metric can be compared; none where they have different float images."""
+    """The runs whose values of a metric can be compared.
+
+    None where they have different float images, and no times where those of a run scatter.
+    """
+    if column.metric.startswith(SPEED_PREFIX) and any(
+        has_scattered_times(run.record.metrics) for run in runs
+    ):
+        return []
     if not column.metric.startswith(QUALITY_PREFIXES):
         return range(len(runs))
     groups = group_comparable(runs)

@@ -5,6 +5,7 @@ import math
 import pytest
 from report.run_folders import SSIM, make_metrics, write_run, write_runs
 
+from int8run.metrics.names import SCATTERS
 from int8run.report.columns import DENOISER_BYTES, METRIC_COLUMNS, PSNR_DB, SPEED_RATIO, STEP_MS, find_column
 from int8run.report.missing_metrics import explain_missing
 from int8run.report.runs import name_runs
@@ -46,6 +47,23 @@ def test_the_best_of_a_column_and_the_pareto_front_are_marked(tmp_path):
     assert is_best[DENOISER_BYTES] == [False] * 3, "all are equal"
     assert [row.is_on_front for row in table.rows] == [True, True, False]
     assert "quality/lpips" not in is_best, "no run has it"
+
+
+def test_no_time_is_the_best_where_times_scatter(tmp_path):
+    metrics = [make_metrics(10, 2.0, 40), make_metrics(11, 1.8, 45)]
+    metrics[1][SCATTERS] = 1.0
+
+    table = build_runs_table(write_runs(tmp_path, metrics, ("a", "b")))
+
+    best = {
+        column.metric
+        for row in table.rows
+        for column, cell in zip(table.columns, row.cells, strict=True)
+        if cell.is_best
+    }
+    assert table.has_scattered_times
+    assert PSNR_DB in best
+    assert not any(metric.startswith("speed/") for metric in best)
 
 
 def test_int8_parts_have_columns_where_a_run_has_them(tmp_path):
