@@ -16,6 +16,7 @@ from int8run.kernels.grouped_weight.reference import BITS, compute_levels, decod
 
 SCALE_DTYPES = (torch.float8_e4m3fn, torch.float32)
 STEP = 4  # inputs of a step
+CODEBOOK_BITS, CODEBOOK_LEVELS = 4, 16
 # decoded at a time for the compensations
 DECODED_ELEMENTS = 2**21
 # without a codebook, the levels of the 16 lowest codes; at 6 bits the upper two bits of a code add 16 each
@@ -242,8 +243,8 @@ def _grouped_linear_impl(
 ) -> Tensor:
     (m, k), n = q.shape, w_scale.shape[0]
     linear.check_rows(q, x_scale)
+    group = _check_groups(codes, group_scale, codebook, bits=bits, n=n, k=k)
     levels = EVEN_LEVELS[bits] if codebook is None else codebook
-    group = _check_groups(codes, group_scale, levels, bits=bits, n=n, k=k)
     if not linear.is_vector(w_scale, n):
         raise ValueError(f"w_scale must be contiguous float32 [{n}], not {w_scale.dtype}")
     rank = linear.check_branch(down, down_scale, up, up_scale, n, k)
@@ -276,25 +277,29 @@ def _grouped_linear_impl(
     return y
 
 
-def _check_groups(codes: Tensor, group_scale: Tensor, levels: Tensor, *, bits: int, n: int, k: int) -> int:
+def _check_groups(
+    codes: Tensor, group_scale: Tensor, codebook: Tensor | None, *, bits: int, n: int, k: int
+) -> int:
     # what does not fit would be read past its end; returns the group size
     panels, groups = -(-n // PANEL), group_scale.shape[1]
+    has_levels = codebook is None or (bits == CODEBOOK_BITS and linear.is_vector(codebook, CODEBOOK_LEVELS))
     fits = (
-        bits in BITS
+        min(n, k, groups) > 0
+        and bits in BITS
         and k % (2 * STEP) == 0
         and k % (groups * STEP) == 0
         and codes.dtype == torch.int8
         and codes.shape == (panels, 4 * PANEL + k * bits * PANEL // 8)
         and group_scale.dtype in SCALE_DTYPES
         and group_scale.shape == (panels, groups, PANEL)
-        and levels.dtype == torch.float32
-        and levels.shape == (16,)
     )
-    if not fits or not (codes.is_contiguous() and group_scale.is_contiguous() and levels.is_contiguous()):
+    if not fits or not has_levels or not (codes.is_contiguous() and group_scale.is_contiguous()):
+        levels = "none" if codebook is None else f"{codebook.dtype} {list(codebook.shape)}"
         raise ValueError(
-            f"a weight of {n} outputs and {k} inputs in {bits} bits must be as from pack_weight, "
-            f"pack_group_scale, with a codebook of 16, not {codes.dtype} {list(codes.shape)} with "
-            f"{group_scale.dtype} {list(group_scale.shape)} and {levels.dtype} {list(levels.shape)}"
+            f"a weight of {n} outputs and {k} inputs in {bits} bits must be as from pack_weight and "
+            f"pack_group_scale, with a float32 codebook of {CODEBOOK_LEVELS} levels at {CODEBOOK_BITS} bits "
+            f"alone, not {codes.dtype} {list(codes.shape)} with {group_scale.dtype} "
+            f"{list(group_scale.shape)} and codebook {levels}"
         )
     return k // groups
 

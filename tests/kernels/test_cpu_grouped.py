@@ -145,6 +145,11 @@ def test_operands_that_do_not_fit_are_refused():
         multiply(packed=packed._replace(group_scale=packed.group_scale.bfloat16()))
     with pytest.raises(ValueError, match="must be as from pack_weight"):
         multiply(packed=packed._replace(codebook=torch.ones(8)))
+    with pytest.raises(ValueError, match="must be as from pack_weight"):
+        multiply(packed=packed._replace(bits=5))
+    six_bits = backend.pack_grouped_weight(draw_grouped_weight(70, 64, 6, 16))
+    with pytest.raises(ValueError, match="a float32 codebook of 16 levels at 4 bits alone"):
+        multiply(packed=six_bits._replace(codebook=torch.ones(16)))
     with pytest.raises(ValueError, match="w_scale must be contiguous float32"):
         multiply(w_scale=w_scale.double())
     with pytest.raises(ValueError, match="q must be contiguous uint8"):
