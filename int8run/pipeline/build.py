@@ -303,8 +303,7 @@ def find_layer_sources(
         return LayerSources(plans, prequantized=None, cache_key=None)
     warn_without_convolutions(plans, spec.int8.convolutions)
     cache_key = None
-    # files hold weights of 8 bits alone
-    if spec.cache.limit_gb and spec.int8.checkpoint is None and spec.int8.bits == 8:
+    if spec.cache.limit_gb and spec.int8.checkpoint is None:
         cache_key = build_cache_key(loaded, select_origin(spec), entries, spec.cache)
     request = PrequantizedRequest(
         checkpoint=spec.int8.checkpoint,

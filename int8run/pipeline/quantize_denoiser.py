@@ -113,7 +113,8 @@ def quantize_denoiser(
     )
     check_settings(loaded, layers, settings)
     assign_bits(layers.new, settings.int8.fixed_layout)
-    report_kept_bits(settings, layers)
+    if not is_from_cache(prequantized):
+        report_kept_bits(settings, layers)
 
     needs_search = settings.quality_db is not None and not is_from_cache(prequantized)
     calibration = calibrate(loaded, layers, settings, needs_search=needs_search, progress=progress)

@@ -63,7 +63,6 @@ def read_prequantized_layer(
     weight = layer.weight.to(loaded.device)
     plan.bits = count_bits(weight)
     plan.outlier = layer.transform.label
-    plan.bits = weight.bits
     plan.rounding = found.rounding
     return QuantizedLayer(weight, layer.transform, get_layer(loaded.denoiser, plan.name).bias)
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from int8run.checkpoints.comfy_grouped import find_marker_obstacle
 from int8run.export.save_denoiser import keep_own_names, save_denoiser, write_tensors
+from int8run.layers.grouped_int8_linear import GroupedInt8Linear
 from int8run.layers.int8_conv import Int8Layer
 from int8run.models.dual_denoisers import split_denoiser
 from int8run.models.loader import VAE
@@ -42,16 +43,22 @@ def cache_layers(
     if obstacle is not None:
         log.info("The INT8 layers are not kept for later runs: %s", obstacle)
         return
-    num_bytes = 0
-    for layer in layers.values():
-        scale_bytes = 4 * layer.out_features
-        num_bytes += layer.in_features * layer.out_features + scale_bytes + HEADER_BYTES_PER_LAYER
+    num_bytes = sum(map(estimate_file_bytes, layers.values()))
     names = keep_own_names(f"{name}.weight" for name in layers)
 
     def write(path: Path) -> None:
         write_tensors(path, names, layers, {}, provenance)
 
     cache.put("int8", key, num_bytes, write)
+
+
+def estimate_file_bytes(layer: Int8Layer) -> int:
+    """About how many bytes of a file a layer takes."""
+    num_weights = layer.in_features * layer.out_features
+    scale_bytes = 4 * layer.out_features
+    if isinstance(layer, GroupedInt8Linear):
+        scale_bytes += layer.group_scale.element_size() * num_weights // layer.group_size
+    return num_weights * layer.bits // 8 + scale_bytes + HEADER_BYTES_PER_LAYER
 
 
 def find_cache_obstacle(layers: Mapping[str, Int8Layer]) -> str | None:

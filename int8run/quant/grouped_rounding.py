@@ -15,7 +15,7 @@ from torch import Tensor
 from int8run.errors import ConfigError, check_range
 from int8run.kernels.grouped_weight.reference import BITS, INT8_MAX, pack_codes
 from int8run.quant.codebook import FIXED_LEVELS, choose_codebook
-from int8run.quant.grouped_weight import GroupedWeight
+from int8run.quant.grouped_weight import COLUMN_MULTIPLES, GroupedWeight
 
 CHUNK_ELEMENTS = 2**18  # weights that are rounded at a time, which stay in the cache
 DEFAULT_GROUP_SIZE = GROUP_MULTIPLE = 16
@@ -63,7 +63,7 @@ class GroupLayout:
     @property
     def column_multiple(self) -> int:
         """What the columns of a weight must be a multiple of, beside the group."""
-        return 16 if self.bits == 4 else 32
+        return COLUMN_MULTIPLES[self.bits]
 
     def find_obstacle(self, in_features: int) -> str | None:
         """Why a weight of that many columns cannot have these bits; None: it can."""

@@ -39,13 +39,18 @@ def test_the_float_model_looks_for_no_int8_layers(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
-    ("override", "key"),
-    [("cache.limit_gb=1", "key"), ("cache.limit_gb=0", None), ("int8.checkpoint=m.safetensors", None)],
+    ("overrides", "key"),
+    [
+        ("cache.limit_gb=1", "key"),
+        ("cache.limit_gb=1 int8.bits=4", "key"),
+        ("cache.limit_gb=0", None),
+        ("int8.checkpoint=m.safetensors", None),
+    ],
 )
 def test_layers_are_cached_unless_they_come_from_a_file(
-    override: str, key: str | None, monkeypatch: pytest.MonkeyPatch
+    overrides: str, key: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sources, (request,) = find_sources(override, monkeypatch=monkeypatch)
+    sources, (request,) = find_sources(*overrides.split(), monkeypatch=monkeypatch)
 
     assert sources.cache_key == request.cache_key == key
 

@@ -104,9 +104,11 @@ def kept(tmp_path: Path, kind: str = "int8") -> list[Path]:
 @pytest.mark.parametrize(
     "words",
     slow_except(
-        [["outlier=smoothquant", "calibration.prompts=[b]"]],
+        [["outlier=smoothquant", "calibration.prompts=[b]"], ["int8.bits=4", "outlier=convrot"]],
         [
             [],
+            ["int8.bits=4", "outlier=convrot"],
+            ["int8.bits=6", "int8.group_size=32", "outlier=convrot", "rounding=mse"],
             ["outlier=convrot", "rounding=mse"],
             ["outlier=hadanorm"],
             ["outlier=smoothquant", "calibration.prompts=[b]"],
@@ -128,6 +130,35 @@ def test_a_second_run_quantizes_nothing_and_generates_the_same(
     assert images(first) == images(second)
     assert layers(first) == layers(second)
     assert first.metrics["quant/macs_int8_share"] == second.metrics["quant/macs_int8_share"]
+
+
+@pytest.mark.slow
+def test_bits_that_a_budget_chose_are_those_of_the_second_run(
+    model: Path, job: Callable[..., RunResult], quantized: list[str]
+) -> None:
+    bits = ["int8.bits=auto", "outlier=convrot"]
+    budget = ["model_type.mixed_precision=auto", "quality_db=30", "calibration.prompts=[b]"]
+    first = job(model, *bits, *budget)
+    number = len(quantized)
+
+    second = job(model, *bits, *budget)
+
+    assert len(quantized) == number, "quantized again"
+    assert images(first) == images(second)
+    assert layers(first) == layers(second)
+    assert len({row["bits"] for row in layers(first)}) > 1, "the budget had nothing to choose"
+    chosen = {name: value for name, value in first.metrics.items() if name.startswith("budget/")}
+    assert chosen == {name: second.metrics[name] for name in chosen}
+
+
+def test_layers_that_no_file_can_hold_are_not_kept(
+    model: Path, job: Callable[..., RunResult], caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    caplog.set_level(logging.INFO)
+    job(model, "int8.bits=4", "outlier=none")
+
+    assert not kept(tmp_path)
+    assert "The INT8 layers are not kept for later runs: asym_w4a8_int8" in caplog.text
 
 
 def test_the_same_weights_elsewhere_are_the_same(
