@@ -19,7 +19,7 @@ NONE = "none"
 INT8_MODEL, BOTH_MODELS = "int8", "both"
 # what a cache skips: repeated blocks, behind or around one that decides, or the attention inside them
 BLOCKS, ATTENTION = "blocks", "attention"
-# fewer steps than these leave a cache nothing to skip: the first ones are computed, and so is the last
+# up to so many steps leave a cache hardly any to skip: the first ones are computed, and so is the last
 FEW_STEPS = 4
 MEASURED_BESIDE = ("models", "split")
 TIMESTEPS = 1000  # of training, on whose scale ranges of timesteps are given

@@ -363,6 +363,11 @@ class RunSpec:
         return self.has_mixed_precision or (is_fitted and self.int8.checkpoint is None)
 
     @property
+    def uses_calibration_prompts(self) -> bool:
+        """Whether INT8 images depend on `calibration`: layers are fitted to it, or a step cache is."""
+        return self.needs_calibration or self.cache_steps.num_calibration_prompts > 0
+
+    @property
     def needs_float_denoiser(self) -> bool:
         """Whether the whole float denoiser is in memory."""
         if not self.int8.enable or self.int8.has_float_steps:

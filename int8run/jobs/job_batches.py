@@ -21,7 +21,7 @@ from hydra.core.utils import configure_log
 from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from int8run.config.compose import create_run_spec
+from int8run.config.compose import create_run_spec, get_plain_config
 from int8run.config.config_safety import check_targets
 from int8run.config.run_spec import RunSpec
 from int8run.jobs.base import Pool
@@ -32,7 +32,7 @@ from int8run.jobs.manifest import SweepManifest, make_sweep_id, read_manifest, w
 from int8run.jobs.plan import check_not_running, plan_jobs
 from int8run.jobs.sweep import SweepRun
 from int8run.report.console import print_lines
-from int8run.tracking.run_record import FINISHED, Record, try_read_record
+from int8run.tracking.run_record import FINISHED, Record, hash_config, try_read_record
 
 log = logging.getLogger(__name__)
 
@@ -121,6 +121,8 @@ class JobBatches:
     def run(self, jobs: Mapping[int, Sequence[str]]) -> dict[int, Record]:
         """Run jobs, each into the folder of its number; one that is finished there is not run again.
 
+        A run with other settings, such as the confirmation of an earlier start, makes room for it.
+
         Args:
             jobs: number -> all overrides.
 
@@ -131,17 +133,22 @@ class JobBatches:
             ConfigError: a job still runs in its folder, started by another process.
         """
         found: dict[int, Record] = {}
-        for number in jobs:
+        for number, overrides in jobs.items():
             record = try_read_record(self.folder / str(number))
-            if record is not None:
-                check_not_running(record)
-                if record.state == FINISHED:
-                    found[number] = record
+            if record is None:
+                continue
+            check_not_running(record)
+            if record.state == FINISHED and record.config_hash == self.hash_job(overrides, number):
+                found[number] = record
         missing = {number: overrides for number, overrides in jobs.items() if number not in found}
         if missing:
             found |= self.run_missing(missing)
         self.records |= found
         return {number: found[number] for number in jobs}
+
+    def hash_job(self, overrides: Sequence[str], number: int) -> str:
+        """The hash that the record of a job with these overrides has."""
+        return hash_config(get_plain_config(self.compose(overrides, number)))
 
     def run_missing(self, jobs: Mapping[int, Sequence[str]]) -> dict[int, Record]:
         """Run jobs whose folders have no finished run; see `run`."""

@@ -85,20 +85,32 @@ def put_on_cache(cache: StepCache, denoiser: nn.Module, calls: CacheCalls) -> li
         calls: how it is called.
 
     Returns:
-        The hooks, in the order in which they were registered.
+        The hooks, in the order in which they were registered. None stays where one could not be.
     """
     before = {name: list_hooks(module) for name, module in denoiser.named_modules()}
     with_forward = {name for name, module in denoiser.named_modules() if FORWARD in module.__dict__}
-    cache.put_on(denoiser, calls)
-    hooks = []
-    for name, module in denoiser.named_modules():
-        for key in list_hooks(module):
-            if key not in before[name]:
-                hook = CountedHook(name, module, key)
-                hook.had_forward = name in with_forward
-                hooks.append(hook)
-    forget_children(denoiser)
+    hooks: list[CountedHook] = []
+    is_complete = False
+    try:
+        cache.put_on(denoiser, calls)
+        is_complete = True
+    finally:
+        for name, module in denoiser.named_modules():
+            for key in list_hooks(module):
+                if key not in before[name]:
+                    hook = CountedHook(name, module, key)
+                    hook.had_forward = name in with_forward
+                    hooks.append(hook)
+        if not is_complete:
+            remove_hooks(hooks)
+        forget_children(denoiser)
     return hooks
+
+
+def remove_hooks(hooks: Sequence[CountedHook]) -> None:
+    """Take hooks off, the last one first."""
+    for hook in reversed(hooks):
+        hook.remove()
 
 
 def list_hooks(module: nn.Module) -> list[str]:
@@ -212,8 +224,7 @@ class CachedPart:
     def remove(self) -> None:
         """Take the cache off."""
         self.handle.remove()
-        for hook in reversed(self.hooks):
-            hook.remove()
+        remove_hooks(self.hooks)
         forget_children(self.part)
 
 

@@ -20,7 +20,7 @@ from int8run.cache_steps.blocks import register_blocks
 from int8run.cache_steps.registry import list_cache_names, make_cache
 from int8run.errors import ConfigError
 from int8run.models.dual_denoisers import split_denoiser
-from int8run.pipeline.step_cache import CachedPart, list_blocks, put_on_cache
+from int8run.pipeline.step_cache import CachedPart, list_blocks, put_on_cache, remove_hooks
 from int8run.utils.text import shorten_error
 
 Call = Mapping[str, Any]  # the arguments of one call of a denoiser, by name
@@ -67,8 +67,7 @@ def find_missing_modules(cache: StepCache, denoiser: nn.Module) -> str | None:
     except HOOK_ERRORS as error:
         return shorten_error(error)
     num_counted = sum(hook.is_counted and hook.name != "" for hook in hooks)
-    for hook in reversed(hooks):
-        hook.remove()
+    remove_hooks(hooks)
     return None if num_counted else f"diffusers finds no {cache.skips} in it that it could skip"
 
 

@@ -173,8 +173,9 @@ class Search:
             return freeze(params) not in taken and self.is_promising(estimator.predict(params), estimator)
 
         def accept_for_front(params: Params) -> bool:
-            is_new = freeze(params) not in taken
-            return is_new and (accept(params) or self.extends_front(estimator.predict(params), estimator))
+            if freeze(params) in taken or self.space.has_overruled_choice(params):
+                return False
+            return accept(params) or self.extends_front(estimator.predict(params), estimator)
 
         for position in range(min(self.goal.batch, self.num_left)):
             prefers_sampler = (turn + position) % 2 == 1

@@ -184,7 +184,14 @@ def parse_range(name: str, described: Mapping[str, object], when: Mapping[str, S
         raise ConfigError(f"{place}.log needs numbers above 0, and low is {low:g}")
     if step is not None and not 0 < step <= high - low:
         raise ConfigError(f"{place}.step is {step:g}; allowed is more than 0, up to {high - low:g}")
+    if step is not None and not is_near_whole((high - low) / step):
+        raise ConfigError(f"{place}.step is {step:g}, and from {low:g} no number of steps ends at {high:g}")
     return Ingredient(name, key=key, low=low, high=high, step=step, log=log, when=when)
+
+
+def is_near_whole(number: float) -> bool:
+    """Whether a number is whole but for rounding."""
+    return abs(number - round(number)) < 1e-9
 
 
 def check_number(place: str, name: str, described: Mapping[str, object]) -> float | None:

@@ -129,6 +129,23 @@ class SearchSpace:
             settings |= self.ingredients[name].get_settings(value)
         return settings
 
+    def has_overruled_choice(self, params: Params) -> bool:
+        """Whether a choice changes nothing, because later ones set all that it sets.
+
+        The recipe with the base's choice in its place has the same settings.
+
+        Args:
+            params: of a recipe, in the order of the ingredients.
+        """
+        set_later: set[str] = set()
+        for name, value in reversed(list(params.items())):
+            ingredient = self.ingredients[name]
+            keys = set(ingredient.get_settings(value))
+            if value != ingredient.base and keys and keys <= set_later:
+                return True
+            set_later |= keys
+        return False
+
     def list_alone(self) -> list[Params]:
         """The recipes in which one ingredient differs from the base, with the points of what depends on it.
 
@@ -160,14 +177,18 @@ class SearchSpace:
         return contexts
 
     def list_combinations(self, seed: int) -> list[Params]:
-        """Every combination, of ranges a few points; of too many MAX_COMBINATIONS that a seed draws."""
+        """Every combination, of ranges a few points; of too many MAX_COMBINATIONS that a seed draws.
+
+        Recipes with an overruled choice are left out: another one has the same settings.
+        """
         total = math.prod(len(i.list_points(NUM_GRID_POINTS)) for i in self.ingredients.values())
         if total <= MAX_COMBINATIONS:
             recipes = list(self.iterate_combinations())
         else:
             chance = random.Random(seed)
             recipes = [self.draw(chance) for _ in range(MAX_COMBINATIONS)]
-        return list({freeze(recipe): recipe for recipe in recipes}.values())
+        unique = {freeze(recipe): recipe for recipe in recipes}
+        return [recipe for recipe in unique.values() if not self.has_overruled_choice(recipe)]
 
     def draw(self, chance: random.Random) -> Params:
         """A combination at random."""

@@ -82,7 +82,7 @@ def list_settings_of(name: str, spec: RunSpec, *, is_int8: bool) -> dict[str, An
         return flatten("model", value, left_out=MODEL_SAID_BY_FACTS)
     if name == "model_type":
         return describe_family(value)
-    if name == "calibration" and not spec.needs_calibration:
+    if name == "calibration" and not spec.uses_calibration_prompts:
         return {}
     if name == "cache_steps":
         return describe_step_cache(value) if is_int8 else {}
@@ -235,7 +235,8 @@ def list_known_keys() -> frozenset[str]:
     for prefix, settings in (("model", ModelSource), ("lora", LoraSettings), ("clip", TextEncoders)):
         keys |= {f"{prefix}.{field.name}" for field in dataclasses.fields(settings)}
     for option in sorted((CONF / "cache_steps").glob("*.yaml")):
-        keys |= {"cache_steps", *(f"cache_steps.{name}" for name in yaml.safe_load(option.read_text()))}
+        names = yaml.safe_load(option.read_text(encoding="utf-8")).keys() - {"_target_"}
+        keys |= {"cache_steps", *(f"cache_steps.{name}" for name in names)}
     return frozenset(keys)
 
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from int8run.config.job import Job
 from int8run.config.run_spec import RunSpec
 from int8run.errors import ConfigError, check_bool, check_choice, check_range
+from int8run.layers.plan import AUTO
 from int8run.search.parse_space import parse_space
 
 # words of search.measurement, which imports what only a search needs
@@ -50,7 +51,7 @@ class Search:
         parse_space(self.space)
 
     def check(self, spec: RunSpec) -> None:
-        """Refuse a search without a quality, without a comparison or without Optuna."""
+        """Refuse a search without a quality, with two, without a comparison or without Optuna."""
         from int8run.search.proposals import check_optuna
         from int8run.tasks.start_checks import check_start
 
@@ -63,6 +64,12 @@ class Search:
             raise ConfigError(
                 "task=search compares with the float model, and metrics.baseline=none has none; choose run "
                 "or cached"
+            )
+        if spec.has_mixed_precision or spec.int8.bits == AUTO:
+            raise ConfigError(
+                "model_type.mixed_precision=auto and int8.bits=auto need a quality_db of their own, and that "
+                "of this command is what the search looks for; leave them out: choices of task.space.kept "
+                "have both"
             )
         check_optuna()
         check_start(spec)

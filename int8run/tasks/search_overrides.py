@@ -15,6 +15,8 @@ from int8run.utils.paths import to_local_path
 OF_THE_SEARCH = re.compile(r"task([.].*)?|quality_db|resume|save|sync|recipe")
 # what says which prompts are generated; the calibration's take their place
 PROMPTS = re.compile(r"prompts[.](prompts|path|hub|take|take_seed|seeds_per_prompt)([.].*)?|seed")
+# no ingredient changes it, because trials are judged by it; a recipe has it, because layers are fitted to it
+FITTED_TO = frozenset({"calibration"})
 PLAIN = re.compile(r"[A-Za-z_][\w.-]*")
 
 
@@ -54,7 +56,8 @@ class SearchOverrides:
     def list_recipe(self, settings: Mapping[str, object]) -> list[str]:
         """The overrides that make a recipe, without what only says how runs are judged and kept."""
         chosen = join_overrides(self.given, format_settings(settings))
-        return [word for word in chosen if split_override(word)[0].partition(".")[0] not in NOT_OF_A_RECIPE]
+        left_out = NOT_OF_A_RECIPE - FITTED_TO
+        return [word for word in chosen if split_override(word)[0].partition(".")[0] not in left_out]
 
 
 def check_texts_alone(spec: RunSpec) -> None:

@@ -1,5 +1,6 @@
 """What a search leaves: the winner, its confirmation, recipe.yaml, search.html, and the last lines."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,6 +11,7 @@ import yaml
 
 from int8run import __version__
 from int8run.config.job import Job
+from int8run.errors import FileError
 from int8run.metrics.interval_settings import IntervalSettings
 from int8run.metrics.intervals import Difference, Interval, compare_pairs
 from int8run.report.formatting import format_megabytes
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from int8run.jobs.job_batches import JobBatches
     from int8run.tasks.search import TrialRunner
 
+log = logging.getLogger(__name__)
 RECIPE_FILE, PAGE = "recipe.yaml", "search.html"
 RECIPE_HEADING = """\
 # Written by task=search. `int8run recipe=FILE` uses it; settings of the command line win over it.
@@ -95,7 +98,7 @@ def confirm_winner(
     Where it has another float model than the base recipe, the base runs as well, to compare with.
 
     Returns:
-        What was measured; None where that run failed, which is logged by it.
+        What was measured; None where that run failed, or has no float images beside it, which is logged.
     """
     winner = outcome.winner
     assert winner is not None
@@ -111,7 +114,11 @@ def confirm_winner(
     records = batches.run(jobs)
     if any(record.state != FINISHED for record in records.values()):
         return None
-    return measure_trial(records[number], records[reference], outcome.intervals)
+    try:
+        return measure_trial(records[number], records[reference], outcome.intervals)
+    except FileError as error:
+        log.warning("the winner is not confirmed: %s", error)
+        return None
 
 
 def conclude_search(outcome: SearchOutcome, overrides: SearchOverrides, job: Job) -> Conclusion:

@@ -10,13 +10,14 @@ from families.instance_sets import INSTANCES
 from torch import nn
 
 from int8run.cache_steps.base import CacheCalls, StepCache, StepPosition
+from int8run.cache_steps.first_block import FirstBlock
 from int8run.cache_steps.registry import list_cache_names, make_cache
 from int8run.errors import ConfigError
 from int8run.generate.capture import capture_step
 from int8run.generate.generate import Generation, GenerationHooks, generate
 from int8run.generate.prompts import Sample
 from int8run.models.dual_denoisers import DualDenoiser
-from int8run.pipeline.step_cache import CacheSwitch, StepCaches
+from int8run.pipeline.step_cache import CacheSwitch, StepCaches, put_on_cache
 from int8run.pipeline.step_cache_fit import check_cache_fits, check_modules
 from int8run.pipeline.step_cache_ratios import measure_ratios
 
@@ -105,6 +106,18 @@ def test_a_call_that_fails_leaves_no_hooks(flux: TinyModel) -> None:
         caches.start("")
         assert list_changed_modules(flux.denoiser)
         raise RuntimeError
+
+    assert list_changed_modules(flux.denoiser) == []
+
+
+def test_a_cache_that_fails_half_way_leaves_no_hooks(flux: TinyModel) -> None:
+    class FailsAtTheEnd(FirstBlock):
+        def put_on(self, denoiser: nn.Module, calls: CacheCalls) -> None:
+            super().put_on(denoiser, calls)
+            raise ValueError("not a block")
+
+    with pytest.raises(ValueError, match="not a block"):
+        put_on_cache(FailsAtTheEnd(), flux.denoiser, CacheCalls(StepPosition(), num_calls=STEPS))
 
     assert list_changed_modules(flux.denoiser) == []
 

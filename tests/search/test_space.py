@@ -32,6 +32,17 @@ def test_combinations_are_all_there_once():
     assert all(("threshold" in recipe) == (recipe["cache"] == "block") for recipe in recipes)
 
 
+def test_a_choice_whose_settings_a_later_one_sets_makes_no_combination():
+    kept = {"choices": {"none": {}, "fewest": {"int8.bits": "auto", "quality_db": 40}}}
+    space = parse_space({"bits": {"set": "int8.bits", "choices": [8, 4]}, "kept": kept})
+
+    assert space.list_combinations(0) == [
+        {"bits": "8", "kept": "none"},
+        {"bits": "8", "kept": "fewest"},
+        {"bits": "4", "kept": "none"},
+    ]
+
+
 def test_of_too_many_combinations_some_are_drawn_the_same_ones_with_the_same_seed():
     many = {f"i{n}": {"set": f"int8.k{n}", "choices": list(range(4))} for n in range(12)}
     space = parse_space(many)
@@ -155,6 +166,10 @@ BAD = {
     "step": (
         {"a": {"set": "x", "low": 0, "high": 1, "step": 2}},
         r"step is 2; allowed is more than 0, up to 1",
+    ),
+    "step beyond the end": (
+        {"a": {"set": "x", "low": 4, "high": 10, "step": 4}},
+        r"step is 4, and from 4 no number of steps ends at 10",
     ),
     "log": ({"a": {"set": "x", "low": 0, "high": 1, "log": True}}, r"log needs numbers above 0"),
     "log word": (

@@ -22,6 +22,7 @@ from int8run.tasks.run_settings import (
     UnrepeatableSettingError,
     list_candidate_words,
     list_candidates,
+    list_known_keys,
     list_other_settings,
     list_other_words,
 )
@@ -102,6 +103,16 @@ def test_a_float_image_has_nothing_of_int8():
 
     assert settings["compile"] == "blocks" and settings["model.dtype"] == "float32"
     assert not any(key.startswith(("calibration", "quality_db", "clip", "lora")) for key in settings)
+
+
+def test_the_calibration_that_a_step_cache_is_measured_on_is_said():
+    settings = list_other_settings(make_spec(["cache_steps=magcache", "calibration.seed=5"]), is_int8=True)
+
+    assert settings["calibration.seed"] == 5
+
+
+def test_no_image_names_the_class_of_its_step_cache():
+    assert not any("_target_" in key for key in list_known_keys())
 
 
 def test_a_calibration_that_nothing_needs_is_left_out():

@@ -72,6 +72,10 @@ def read_pixels(path: Path) -> bytes:
             ["quality_db=35", "task.space.x={set: seed, choices: [1, 2]}"],
             "task.space.x sets seed, which is no part of",
         ),
+        (
+            ["quality_db=35", "model_type.mixed_precision=auto"],
+            "leave them out: choices of task.space.kept have both",
+        ),
         (["quality_db=35", "metrics.baseline=none"], "metrics.baseline=none has none; choose run or cached"),
     ],
     ids=str,
@@ -210,6 +214,23 @@ def test_the_same_runs_serve_another_quality(command: Command, model: str) -> No
     assert outcome.code == 0, outcome.err
     assert {path: path.stat().st_mtime_ns for path in command.folder.rglob("metrics.json")} == written
     assert read_search(command.folder)["is_met"]
+
+
+@pytest.mark.slow
+def test_more_trials_do_not_take_the_confirmation_for_one_of_theirs(command: Command, model: str) -> None:
+    words = [*SEARCH, model, "quality_db=10", "task.space.x={set: sampler.steps, choices: [2, 3, 4]}"]
+    assert command(*words, "task.n_trials=2").code == 0
+
+    outcome = command(*words, "task.n_trials=4", "resume=true")
+
+    assert outcome.code == 0, outcome.err
+    trials = read_search(command.folder)["trials"]
+    assert [trial["state"] for trial in trials] == ["FINISHED"] * 4
+    prompts = []
+    for number in range(5):
+        (results,) = command.folder.glob(f"searches/*/*/trials/{number}/metrics.json")
+        prompts.append([image["prompt"] for image in json.loads(results.read_text())["images"]])
+    assert prompts == [*4 * [["a", "b"]], ["c"]]
 
 
 @pytest.mark.slow

@@ -64,6 +64,12 @@ def test_a_recipe_says_how_a_model_is_made_and_nothing_else():
     ]
 
 
+def test_a_recipe_has_the_calibration_that_its_layers_are_fitted_to():
+    overrides = SearchOverrides(make_spec([]), ["calibration.seed=40", "device=cpu"], "run")
+
+    assert overrides.list_recipe({"rounding": "gptq"}) == ["calibration.seed=40", "rounding=gptq"]
+
+
 def test_later_overrides_win():
     assert join_overrides(["a=1", "+b.c=2"], ["b=x", "a=3"]) == ["b=x", "a=3"]
 
