@@ -161,7 +161,7 @@ class MixedPrecisionSearch:
                 errors[bits] = measure_layer_sensitivities(
                     self.float_denoiser, layers, self.calls, on_layer=lambda: advance(1)
                 )
-            upgrades = order_upgrades(self._list_choices(by_bits, errors))
+            upgrades = order_upgrades(self._list_choices(by_bits, errors), fewest)
             n_upgrades = self._bisect_upgrades(fewest, upgrades, exact, reached_db, lambda: advance(1))
         self._check_reachable(fewest, upgrades, n_upgrades, reached_db)
         chosen_bits = apply_upgrades(fewest, upgrades[:n_upgrades])

@@ -5,11 +5,13 @@ the order, and finds out how far along it a model has to go.
 """
 
 import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 # in place of a number of bits: the layer of the float model
 FLOAT_BITS = 0
+NO_START: Mapping[str, int] = {}
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,9 @@ class Upgrade:
     bits: int
 
 
-def order_upgrades(choices: Mapping[str, Sequence[Choice]]) -> list[Upgrade]:
+def order_upgrades(
+    choices: Mapping[str, Sequence[Choice]], start: Mapping[str, int] = NO_START
+) -> list[Upgrade]:
     """All steps from the cheapest choice of each layer to the most exact one, the most worth its cost first.
 
     Errors of layers are taken to add up. Then the order holds at each of its places the least error that its
@@ -49,10 +53,15 @@ def order_upgrades(choices: Mapping[str, Sequence[Choice]]) -> list[Upgrade]:
 
     Args:
         choices: of each layer, in any order; at least one.
+        start: bits that a layer has before any step, where they may not be its cheapest choice: a small layer
+            whose integers are padded can take more than in float. The cheapest comes first then.
     """
     steps: list[tuple[float, Upgrade]] = []
     for name, of_layer in choices.items():
-        for before, after in itertools.pairwise(find_lower_hull(of_layer)):
+        hull = find_lower_hull(of_layer)
+        if start.get(name, hull[0].bits) != hull[0].bits:
+            steps.append((-math.inf, Upgrade(name, hull[0].bits)))
+        for before, after in itertools.pairwise(hull):
             steps.append((-compute_worth(before, after), Upgrade(name, after.bits)))
     # the order of one layer's steps stays where two are worth the same
     steps.sort(key=lambda step: step[0])

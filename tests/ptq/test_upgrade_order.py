@@ -47,6 +47,16 @@ def test_a_choice_that_is_dearer_and_no_better_is_left_out():
     assert list_bits(order_upgrades({"a": make_choices(16.0, 15.0, 1.0)}), "a") == [8, FLOAT_BITS]
 
 
+def test_a_layer_that_is_cheaper_in_float_goes_there_first():
+    padded = [Choice(8, cost=3.0, error=0.1), Choice(FLOAT_BITS, cost=2.0, error=0.0)]
+    choices = {"a": make_choices(16.0, 4.0, 1.0), "padded": padded}
+
+    upgrades = order_upgrades(choices, start={"a": 4, "padded": 8})
+
+    assert upgrades[0] == Upgrade("padded", FLOAT_BITS)
+    assert upgrades[1:] == order_upgrades({"a": choices["a"]})
+
+
 def test_a_layer_without_any_error_is_upgraded_last():
     upgrades = order_upgrades({"exact": make_choices(0.0, 0.0, 0.0), "a": make_choices(16.0, 4.0, 1.0)})
 
