@@ -26,7 +26,7 @@ from int8run.tracking.run_record import (
     update_record,
 )
 from int8run.tracking.secrets import mask_secret_settings, mask_secrets
-from int8run.tracking.setting_names import hash_text, split_override
+from int8run.tracking.setting_names import hash_text, select_keys
 
 log = logging.getLogger(__name__)
 
@@ -84,8 +84,7 @@ def log_ignored_settings(task: Task, overrides: Sequence[str]) -> None:
         task: of the job.
         overrides: of the command line.
     """
-    keys = dict.fromkeys(split_override(override)[0] for override in overrides)
-    ignored = [key for key in keys if key in task.ignores or key.partition(".")[0] in task.ignores]
+    ignored = select_keys(overrides, task.ignores)
     if ignored:
         log.warning("task=%s ignores %s", type(task).__name__.lower(), ", ".join(ignored))
 

@@ -172,11 +172,13 @@ def describe_making(spec: RunSpec, metrics: Mapping[str, float], *, is_run: bool
         made += [(name.lower(), text) for name, text in described.items() if name not in left_out]
     else:
         made += [("outlier", name_method(spec.outlier)), ("rounding", name_method(spec.rounding))]
-    if spec.quality_db is not None:
+    if spec.quality_db is not None and is_run:
         made.append(("quality asked for", f"{spec.quality_db:g} dB"))
     for name, label in LAYER_COUNTS.items():
         if name in metrics:
-            made.append((label, f"{metrics[name]:.0f}"))
+            # a file in ComfyUI's names joins some of them, such as q, k and v
+            counted = f"{label}, as diffusers counts them" if is_run else label
+            made.append((counted, f"{metrics[name]:.0f}"))
     return made
 
 

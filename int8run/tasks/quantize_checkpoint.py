@@ -140,8 +140,8 @@ def check_streamable(spec: RunSpec) -> OutlierMethod:
         check_rounds_groups(spec.rounding, spec.int8.fixed_layout)
     if spec.clip.is_quantized:
         raise ConfigError(
-            "task=quantize writes one component, here the denoiser, and clip= is about text encoders; "
-            "leave it out, or set task.component=text_encoder to write one"
+            "task=quantize writes one component, here no text encoder, and clip= is about those; leave it "
+            "out, or set task.component=text_encoder to write one"
         )
     if spec.lora.adapters:
         raise ConfigError(

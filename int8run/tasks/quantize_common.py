@@ -1,13 +1,13 @@
-"""What both tasks that quantize from file to file share: paths, progress, metadata, metrics, summary.
+"""What all that quantizes from file to file shares: paths, progress, metadata, metrics, summary.
 
-Called by `tasks.quantize_checkpoint` and `tasks.quantize_text_encoder`.
+Called by `tasks.quantize_checkpoint`, `tasks.quantize_text_encoder` and `tasks.quantize_vae`.
 """
 
 import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -26,6 +26,7 @@ from int8run.metrics.memory import read_peak_bytes
 from int8run.report.console import print_lines
 from int8run.report.formatting import format_megabytes, format_pairs
 from int8run.report.run_files import write_json, write_layers_csv
+from int8run.tracking.setting_names import select_keys
 from int8run.utils.paths import SAFETENSORS, expand_path
 from int8run.utils.plurals import count_noun
 
@@ -104,6 +105,19 @@ def describe_source(files: TensorFiles) -> dict[str, object]:
         types = count_types((info.dtype, info.form) for info in files.values())
         source["gguf_types"] = dict(types.most_common())
     return source
+
+
+def log_ignored_settings(component: str, ignored: Collection[str], job: Job) -> None:
+    """Log which settings of the command line `task=quantize` reads for denoisers and not for this component.
+
+    Args:
+        component: that is written.
+        ignored: groups and keys.
+        job: has the command line.
+    """
+    found = select_keys(job.overrides, ignored)
+    if found:
+        log.warning("task.component=%s ignores %s", component, ", ".join(found))
 
 
 def log_dequantized_source(files: TensorFiles) -> None:

@@ -38,6 +38,8 @@ from int8run.tasks.quantize_common import (
     describe_source,
     hash_checkpoint,
     is_folder,
+    log_dequantized_source,
+    log_ignored_settings,
     merge_metadata,
     print_read_and_written,
     report_result,
@@ -52,6 +54,21 @@ from int8run.tasks.quantize_text_encoder_plan import (
 from int8run.text_encoders.quantized_layers import quantize_weight
 from int8run.text_encoders.weights import EncoderFile, check_finite
 from int8run.utils.paths import SAFETENSORS, to_local_path
+
+# of a text encoder `clip=` alone says what is written
+OF_A_DENOISER = frozenset(
+    {
+        "model_type",
+        "model.quant_format",
+        "model.sdnq",
+        "int8",
+        "outlier",
+        "rounding",
+        "lora",
+        "lora_dir",
+        "quality_db",
+    }
+)
 
 
 def quantize_text_encoder(spec: RunSpec, job: Job, component: str) -> dict[str, float]:
@@ -72,6 +89,7 @@ def quantize_text_encoder(spec: RunSpec, job: Job, component: str) -> dict[str, 
         FileError: when the source cannot be read, or the result cannot be written.
     """
     weight_format = choose_format(spec, component)
+    log_ignored_settings(component, OF_A_DENOISER, job)
     prepare_output_path(str(spec.save))  # before the work whose result goes there
     slot = find_slot(spec, component)
     started = time.perf_counter()
@@ -79,6 +97,7 @@ def quantize_text_encoder(spec: RunSpec, job: Job, component: str) -> dict[str, 
     with weights.files:
         plan = plan_file(spec, slot, weights, weight_format)
         print_header(spec, weights, plan)
+        log_dequantized_source(weights.files)
         bytes_written = write_file(spec, weights, plan)
         bytes_read = count_bytes(weights.files)
     metrics = collect_metrics(

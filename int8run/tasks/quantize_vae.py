@@ -24,6 +24,7 @@ from int8run.config.run_spec import RunSpec
 from int8run.errors import ConfigError, FileError
 from int8run.export.stream_plan import QuantizationRecipe, Target, keep_own_names, plan_targets
 from int8run.export.stream_quantizer import write_targets
+from int8run.export.weight_layers import BITS_OF_INT8
 from int8run.layers.plan import LayerPlan
 from int8run.layers.plan_summary import describe_skip_reasons
 from int8run.models.family import ModelSource
@@ -55,6 +56,7 @@ from int8run.tasks.quantize_common import (
     count_megabytes,
     describe_source,
     is_folder,
+    log_ignored_settings,
     merge_metadata,
     print_read_and_written,
     report_result,
@@ -64,6 +66,10 @@ from int8run.utils.paths import expand_path, to_local_path
 
 WEIGHT = ".weight"
 NO_LAYER = "no Linear and no convolution"
+# about denoisers alone; of a VAE `models/vae_layers.yaml` says which layers stay float
+OF_A_DENOISER = frozenset(
+    {"model_type", "model.quant_format", "model.sdnq", "int8.convolutions", "int8.group_size"}
+)
 
 
 @dataclass(frozen=True)
@@ -115,6 +121,7 @@ def quantize_vae_file(spec: RunSpec, job: Job) -> dict[str, float]:
         FileError: when the VAE cannot be read, or the result cannot be written.
     """
     check_settings(spec)
+    log_ignored_settings(VAE, OF_A_DENOISER, job)
     prepare_output_path(str(spec.save))  # before the work whose result goes there
     vae = open_vae(find_vae_folder(spec.model))
     started = time.perf_counter()
@@ -138,6 +145,11 @@ def quantize_vae_file(spec: RunSpec, job: Job) -> dict[str, float]:
 
 def check_settings(spec: RunSpec) -> None:
     """Raise ConfigError for what does not apply to a VAE."""
+    if spec.int8.bits != BITS_OF_INT8:
+        raise ConfigError(
+            f"int8.bits={spec.int8.bits}: the layers of a VAE have 8 bits, as int8.vae=int8 makes them; set "
+            "int8.bits=8"
+        )
     outlier = check_streamable(spec)
     if outlier.name != NONE:
         raise ConfigError(

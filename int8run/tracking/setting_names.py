@@ -7,7 +7,7 @@ settings as text and nothing of jobs.
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 MAX_VALUE_LENGTH = 250  # characters of a setting in status.json, in MLflow and in tables
 
@@ -16,6 +16,12 @@ def split_override(override: str) -> tuple[str, str]:
     """An override of the command line as key and value: `+a.b=1` -> (`a.b`, `1`)."""
     key, _, value = override.lstrip("+~").partition("=")
     return key, value
+
+
+def select_keys(overrides: Sequence[str], names: Collection[str]) -> list[str]:
+    """The keys of overrides that are among these names, or below one of them that is a group."""
+    keys = dict.fromkeys(split_override(override)[0] for override in overrides)
+    return [key for key in keys if key in names or key.partition(".")[0] in names]
 
 
 def shorten_overrides(overrides: Sequence[str]) -> str:

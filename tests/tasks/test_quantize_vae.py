@@ -86,6 +86,10 @@ def test_a_vae_alone_and_a_part_of_a_model_are_sources_too(command: Command, tmp
         ),
         (["save=x", "outlier=convrot"], "outlier=convrot: the layers of a VAE are plain INT8"),
         (["save=x", "rounding=gptq"], "rounding=gptq needs calibration images"),
+        (
+            ["save=x", "int8.bits=4", "outlier=convrot"],
+            "int8.bits=4: the layers of a VAE have 8 bits, as int8.vae=int8 makes them; set int8.bits=8",
+        ),
         (["save=x", "clip=int8_rowwise"], "task=quantize writes one component"),
         (["save=x", "model.location=./missing"], "no such folder; task.component=vae takes the folder of a"),
         ([f"save={VAE}"], "holds the source itself; choose another folder"),
@@ -96,6 +100,15 @@ def test_what_a_vae_cannot_have_is_refused(command: Command, words: list[str], m
 
     assert outcome.code != 0
     assert message in outcome.message
+
+
+def test_settings_of_denoisers_are_named(command: Command, tmp_path: Path) -> None:
+    ignored = ["int8.convolutions=float", "model_type.keep_blocks=first:1"]
+
+    outcome = command(*QUANTIZE, *ignored, f"save={tmp_path / 'x'}")
+
+    assert outcome.code == 0, outcome.err
+    assert "task.component=vae ignores int8.convolutions, model_type.keep_blocks" in outcome.out
 
 
 def test_tensors_of_another_naming_are_refused(command: Command, tmp_path: Path) -> None:

@@ -1081,8 +1081,8 @@ def test_the_denoisers_file_has_no_text_encoder(model: Path, tmp_path: Path) -> 
         ]
     )
     message = (
-        r"task=quantize writes one component, here the denoiser, and "
-        r"clip= is about text encoders; .*task\.component=text_encoder"
+        r"task=quantize writes one component, here no text encoder, and "
+        r"clip= is about those; .*task\.component=text_encoder"
     )
 
     with pytest.raises(ConfigError, match=message):
