@@ -20,6 +20,7 @@ from int8run.checkpoints.header import (
     MAX_DIMENSIONS,
     MAX_METADATA,
     MAX_TENSORS,
+    is_possible_shape,
     make_too_many_error,
 )
 from int8run.errors import FileError
@@ -64,6 +65,8 @@ class GgufHeader(NamedTuple):
 
 def begins_like_gguf(path: Path) -> bool:
     """Whether the first bytes of a file are those of GGUF; False where it cannot be read."""
+    if not path.is_file():  # a pipe would be waited for
+        return False
     try:
         with path.open("rb") as file:
             return file.read(len(MAGIC)) == MAGIC
@@ -193,7 +196,7 @@ def read_tensor(cursor: HeaderCursor, metadata: Mapping[str, Value], alignment: 
     sizes = [cursor.read_size() for _ in range(num_dimensions)]
     shape = tuple(reversed(sizes))  # GGUF has the size that changes fastest first
     kind, start = cursor.read_kind(), cursor.read_size()
-    if any(size >= 2**63 for size in (*sizes, prod(sizes), start)):
+    if not is_possible_shape(shape) or start >= 2**63:
         raise FileError(
             f"{cursor.path} is damaged: {name} has the shape {str(list(shape))[:80]}, which no file can hold"
         )
@@ -267,7 +270,7 @@ def find_original_shape(
     is_shape = isinstance(original, tuple) and all(
         isinstance(size, int) and not isinstance(size, bool) and size >= 0 for size in original
     )
-    if not is_shape or prod(original) != prod(shape):  # type: ignore[arg-type]
+    if not is_shape or prod(original) != prod(shape) or not is_possible_shape(original):  # type: ignore[arg-type]
         raise FileError(
             f"{path} is damaged: {SHAPE_PREFIX}{name} is {str(original)[:80]}, and the tensor has the shape "
             f"{list(shape)}"

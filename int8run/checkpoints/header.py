@@ -6,6 +6,7 @@ A file is 8 bytes with the length of the header, the header as JSON, and the byt
 """
 
 import logging
+from collections.abc import Iterable
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -224,6 +225,8 @@ def check_size(path: Path, key: str, entry: dict[str, Any]) -> None:
         raise FileError(
             f"{path} is damaged: {key} has the shape {str(shape)[:80]}; a shape is of whole numbers from 0"
         )
+    if not is_possible_shape(shape):
+        raise FileError(f"{path} is damaged: {key} has the shape {str(shape)[:80]}, which no file can hold")
     start, stop = entry["data_offsets"]
     bits = DTYPES[dtype].bits * prod(shape)
     if bits != 8 * (stop - start):
@@ -287,3 +290,8 @@ def is_entry(entry: object) -> bool:
 def is_size(number: object) -> bool:
     """Whether this is a whole number that the format can hold; `True`, an int in Python, is not."""
     return type(number) is int and 0 <= number < 2**63
+
+
+def is_possible_shape(shape: Iterable[int]) -> bool:
+    """Whether a tensor can have this shape: torch multiplies its sizes in 64 bits, also of an empty one."""
+    return prod(max(size, 1) for size in shape) < 2**63

@@ -135,6 +135,17 @@ MISTAKES: dict[str, tuple[Callable[[], GgufDraft], str]] = {
     "many dimensions": (lambda: make_draft(make_tensor(num_sizes=2**31)), "dimensions, 16 are allowed"),
     "impossible size": (lambda: make_draft(make_tensor(sizes=(2**63, 2))), "which no file can hold"),
     "product of sizes": (lambda: make_draft(make_tensor(sizes=(2**40, 2**40))), "which no file can hold"),
+    "sizes beside a zero": (
+        lambda: make_draft(make_tensor(sizes=(0, 2**40, 2**40))),
+        "which no file can hold",
+    ),
+    "original sizes beside a zero": (
+        lambda: make_draft(
+            make_tensor(sizes=(0, 4)),
+            metadata=[("comfy.gguf.orig_shape.a.weight", 9, struct.pack("<IQQQ", 10, 2, 2**64 - 1, 0))],
+        ),
+        "comfy.gguf.orig_shape.a.weight is (18446744073709551615, 0)",
+    ),
     "beyond the file": (lambda: make_draft(make_tensor(sizes=(4, 200))), "is cut off or damaged"),
     "place beyond the file": (lambda: make_draft(make_tensor(offset=2**40)), "is cut off or damaged"),
     "place is not aligned": (lambda: make_draft(make_tensor(offset=8)), "no multiple of the alignment 32"),

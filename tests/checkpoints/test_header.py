@@ -317,6 +317,16 @@ def test_dtype_sizes_equal_those_of_torch_and_safetensors(tmp_path: Path) -> Non
     }
 
 
+def test_sizes_that_no_tensor_can_have_raise(tmp_path: Path) -> None:
+    # of no number, so that it fits into any file
+    path = write_file(tmp_path, {"a": make_entry(0, 8), "b": make_entry(8, 8, shape=[2**40, 2**40, 0])})
+
+    with pytest.raises(FileError, match=r"b has the shape \[1099511627776, .*, 0\], which no file can hold"):
+        read_header(path)
+    with pytest.raises((SafetensorError, RuntimeError)), safe_open(path, "pt") as file:
+        file.get_tensor("b")
+
+
 JSON_HEADERS = {name: header for name, (header, _) in DAMAGED.items() if isinstance(header, dict)}
 
 

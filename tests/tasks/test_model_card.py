@@ -38,7 +38,10 @@ def test_a_file_has_its_card_and_its_grid_beside_it(tmp_path):
     assert card == tmp_path / "fox.card.md"
     text = card.read_text()
     assert text.startswith("# fox, INT8\n")
-    assert "| outlier | convrot group\\_size=256 |" in text and "| INT8 layers, as diffusers counts them | 12 |" in text
+    assert (
+        "| outlier | convrot group\\_size=256 |" in text
+        and "| INT8 layers, as diffusers counts them | 12 |" in text
+    )
     assert "| PSNR dB |  | 50.0 | 48.0 to 52.0 |" in text and "EPYC, 2 threads" in text
     assert "| license of the base | apache-2.0 (README.md of tiny) |" in text
     assert "outlier=convrot" in text and "secret" not in text
