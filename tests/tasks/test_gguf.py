@@ -214,10 +214,13 @@ def test_a_text_encoder_is_quantized_from_gguf(command: Command, tmp_path: Path)
         "clip=int8_rowwise",
         f"model.location={tmp_path}/t5.gguf",
         "save=x.safetensors",
+        "outlier=convrot",
         *QUIET,
     )
 
     assert done.code == 0, done.err
+    assert "tensors Q8_0 in GGUF's blocks, dequantized and rounded once more" in done.out + done.err
+    assert "task.component=text_encoder ignores outlier" in done.out + done.err
     found = load_file(command.folder / "x.safetensors")
     name = "encoder.block.0.layer.0.SelfAttention.q"
     weight = found[f"{name}.weight"].float() * found[f"{name}.weight_scale"].reshape(-1, 1)
