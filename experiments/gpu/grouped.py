@@ -8,7 +8,6 @@ from part_report import ROWS, TIMED_ROUNDS, Report, shrink
 
 # rows, in and out: one row, few, and FLUX's image and text tokens
 PRODUCTS = ((1, 3072, 12288), (16, 3072, 12288), (512, 3072, 3072), (ROWS, 3072, 12288), (ROWS, 12288, 3072))
-GROUP = 16
 
 
 def measure_grouped(device: str, report: Report, words: Sequence[str]) -> None:
@@ -21,14 +20,16 @@ def measure_grouped(device: str, report: Report, words: Sequence[str]) -> None:
     from gpu_clock import make_clock
 
     from int8run.backends.row_decoder import choose_multiplier
+    from int8run.quant.grouped_rounding import GroupLayout, draw_grouped_weight
 
     place = torch.device(device)
+    generator = torch.Generator(place).manual_seed(0)
     clock, backend = make_clock(place), ours.triton_backend(place)
     for size in PRODUCTS:
         m, k, n = (max(shrink(length, device), 1 if length == size[0] else 256) for length in size)
         x = backend.quantize(torch.randn(m, k, device=place))
         for bits in (4, 6):
-            weight = draw_grouped_weight(n, k, bits, place)
+            weight = draw_grouped_weight(n, k, GroupLayout(bits), generator)
             multiplier = choose_multiplier(backend, weight)
             decoded = weight.decode()
             w_scale = weight.scale[:, 0].contiguous()
@@ -47,26 +48,6 @@ def measure_grouped(device: str, report: Report, words: Sequence[str]) -> None:
                 ratio=times["grouped"] / times["int8"],
                 bytes_ratio=weight.nbytes / decoded.qdata.nbytes,
             )
-
-
-def draw_grouped_weight(rows: int, columns: int, bits: int, place: Any) -> Any:
-    """A random weight with scales of e4m3, of 4 bits with a codebook."""
-    import torch
-
-    from int8run.kernels.grouped_weight.reference import pack_codes
-    from int8run.quant.grouped_weight import GroupedWeight
-
-    codes = torch.randint(0, 2**bits, (rows, columns), dtype=torch.uint8, device=place)
-    codebook = torch.linspace(-0.98, 0.98, 16, device=place) if bits == 4 else None
-    largest = 127.0 if bits == 4 else 127.0 / 32
-    group_scale = torch.rand(rows, columns // GROUP, device=place) * largest
-    return GroupedWeight(
-        codes=pack_codes(codes, bits),
-        group_scale=group_scale.to(torch.float8_e4m3fn),
-        scale=torch.rand(rows, 1, device=place) / 1000,
-        bits=bits,
-        codebook=codebook,
-    )
 
 
 def multiply(product: Any, x: Any, packed: Any, w_scale: Any, number: int) -> Any:
