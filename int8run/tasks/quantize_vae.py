@@ -221,7 +221,7 @@ def choose_path(save: str, vae: VaeSource) -> Path:
         ConfigError: when it would replace the source.
     """
     path = expand_path(save).absolute() / WEIGHTS_NAME
-    if path.parent == vae.folder.absolute():
+    if path.parent.exists() and path.parent.samefile(vae.folder):
         raise ConfigError(f"save={save} holds the source itself; choose another folder")
     return path
 

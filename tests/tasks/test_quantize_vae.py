@@ -93,6 +93,7 @@ def test_a_vae_alone_and_a_part_of_a_model_are_sources_too(command: Command, tmp
         (["save=x", "clip=int8_rowwise"], "task=quantize writes one component"),
         (["save=x", "model.location=./missing"], "no such folder; task.component=vae takes the folder of a"),
         ([f"save={VAE}"], "holds the source itself; choose another folder"),
+        ([f"save={VAE}/../vae"], "holds the source itself; choose another folder"),
     ],
 )
 def test_what_a_vae_cannot_have_is_refused(command: Command, words: list[str], message: str) -> None:
