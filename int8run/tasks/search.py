@@ -50,6 +50,7 @@ def run_search(spec: RunSpec, job: Job, options: SearchOptions) -> None:
     space = parse_space(options.space)
     batches = JobBatches(job.output_dir / TRIALS, space.keys)
     space = fit_space(space, overrides, batches)
+    warn_overruled(space, overrides)
     runner = TrialRunner(spec, space, overrides, batches)
     identity = identify_search(job, space, runner)
     path = job.output_dir / SEARCH_FILE
@@ -207,6 +208,16 @@ def fit_space(space: SearchSpace, overrides: SearchOverrides, batches: JobBatche
             "task.space: this model can have none of the choices, so there is nothing to search"
         )
     return fitted
+
+
+def warn_overruled(space: SearchSpace, overrides: SearchOverrides) -> None:
+    """Log which settings of the command even the base recipe does not have."""
+    for word in overrides.list_overruled(space.list_settings(space.base)):
+        log.warning(
+            "%s of the command is not used, because an ingredient of task.space sets it; "
+            "task.space.NAME=null leaves that ingredient out",
+            word,
+        )
 
 
 def find_problem(overrides: Sequence[str], batches: JobBatches) -> str | None:

@@ -53,6 +53,11 @@ class SearchOverrides:
         """The overrides of a run of a recipe with the prompts of the command."""
         return join_overrides(self.given, format_settings(settings))
 
+    def list_overruled(self, settings: Mapping[str, object]) -> list[str]:
+        """Overrides of the command that a recipe replaces by other values."""
+        kept = join_overrides(self.given, format_settings(settings))
+        return [word for word in self.given if word not in kept]
+
     def list_recipe(self, settings: Mapping[str, object]) -> list[str]:
         """The overrides that make a recipe, without what only says how runs are judged and kept."""
         chosen = join_overrides(self.given, format_settings(settings))

@@ -10,6 +10,7 @@ from int8run.cache_steps.base import FEW_STEPS, CacheCalls, StepPosition
 from int8run.config.run_spec import RunSpec
 from int8run.generate.call_inputs import read_call_inputs
 from int8run.generate.capture import capture_step
+from int8run.generate.generate import set_components, set_text_encoders
 from int8run.generate.step_count import count_taken_steps, get_strength
 from int8run.pipeline.built_model import BuiltModel
 from int8run.pipeline.step_cache import CacheSwitch
@@ -53,6 +54,9 @@ def make_step_caches(spec: RunSpec, built: BuiltModel, inputs: RunInputs) -> dic
             spec.cache_steps.name,
             num_steps,
         )
+    # of a model that an earlier job used the pipeline may have the components of the float one
+    set_text_encoders(built.pipe, spec.candidate, built.text_encoders.get(spec.candidate, {}))
+    set_components(built.pipe, built.components.get(spec.candidate, {}))
     switch = make_switch(spec, built, inputs, spec.candidate, num_steps)
     ratios = measure_step_ratios(spec, built, inputs, switch)
     switch.ratios = ratios

@@ -70,6 +70,13 @@ def test_a_recipe_has_the_calibration_that_its_layers_are_fitted_to():
     assert overrides.list_recipe({"rounding": "gptq"}) == ["calibration.seed=40", "rounding=gptq"]
 
 
+def test_settings_of_the_command_that_a_recipe_replaces_are_listed():
+    overrides = make_overrides()
+
+    assert overrides.list_overruled({"outlier": "none"}) == ["outlier=convrot", "outlier.group_size=64"]
+    assert overrides.list_overruled({"model": "tiny", "sampler.steps": 3}) == []
+
+
 def test_later_overrides_win():
     assert join_overrides(["a=1", "+b.c=2"], ["b=x", "a=3"]) == ["b=x", "a=3"]
 
