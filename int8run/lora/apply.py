@@ -18,8 +18,8 @@ from int8run.layers.low_rank_branch import LowRankBranch
 from int8run.lora.adapters.base import LoraDelta, RuntimeBranch
 from int8run.lora.adapters.change import LoraChange
 from int8run.lora.size_limits import check_fits
-from int8run.quant.grouped_rounding import GroupLayout
-from int8run.quant.grouped_weight import GroupedWeight, LayerWeight
+from int8run.quant.grouped_rounding import find_layout
+from int8run.quant.grouped_weight import LayerWeight
 from int8run.quant.rounding import Rounding, round_to_bits
 from int8run.quant.stochastic_rounding import add_change, make_generator
 
@@ -377,10 +377,3 @@ class StochasticLayer(MergedLayer):
         rounded = add_change(self.original, transformed_change, make_generator(*self.seed))
         self.clipped_share = rounded.clipped_share
         return rounded.weight
-
-
-def find_layout(weight: LayerWeight) -> GroupLayout | None:
-    """The groups of a weight of 4 or 6 bits; None of one with 8 bits."""
-    if isinstance(weight, GroupedWeight):
-        return GroupLayout(weight.bits, weight.group_size)
-    return None

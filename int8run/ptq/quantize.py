@@ -31,7 +31,7 @@ from int8run.outlier.base import (
     fit_convolution,
 )
 from int8run.ptq.bits import report_decoding
-from int8run.quant.grouped_rounding import DEFAULT_GROUP_SIZE, GroupLayout
+from int8run.quant.grouped_rounding import DEFAULT_GROUP_SIZE, GroupLayout, find_layout
 from int8run.quant.grouped_weight import LayerWeight
 from int8run.quant.rounding import AbsMax, Rounding, round_to_bits
 from int8run.quant.weight import QuantizedWeight, sqnr_db
@@ -259,22 +259,16 @@ class LayerBackends:
         backend: of the config.
         device: where the layers run.
         only_if_faster: whether `auto` also says where the float layer is faster.
-        group_size: of weights with 4 or 6 bits.
     """
 
-    def __init__(
-        self,
-        backend: Backend,
-        device: torch.device,
-        *,
-        only_if_faster: bool,
-        group_size: int = DEFAULT_GROUP_SIZE,
-    ):
+    def __init__(self, backend: Backend, device: torch.device, *, only_if_faster: bool):
         self.backend, self.device = backend, device
-        self.only_if_faster, self.group_size = only_if_faster, group_size
+        self.only_if_faster = only_if_faster
         self.choosers: dict[torch.dtype, BackendChooser] = {}  # each reads the file of measured choices
 
-    def choose_backend(self, plan: LayerPlan, rows: int, dtype: torch.dtype) -> tuple[Backend, int | None]:
+    def choose_backend(
+        self, plan: LayerPlan, rows: int, dtype: torch.dtype, layout: GroupLayout | None
+    ) -> tuple[Backend, int | None]:
         """The backend of one layer, and up to how many rows float is faster, where that was measured.
 
         What was measured, and whether the layer is to stay float, is noted in the plan.
@@ -283,6 +277,7 @@ class LayerBackends:
             plan: of the layer.
             rows: that the layer sees in one call.
             dtype: of the float model.
+            layout: of its weight, where that has 4 or 6 bits; None: it has 8.
         """
         if isinstance(self.backend, Float):
             plan.float_reason = "backend=float"
@@ -293,7 +288,6 @@ class LayerBackends:
                 self.device, dtype, times_float=self.only_if_faster
             )
         chooser = self.choosers[dtype]
-        layout = None if plan.bits == 8 else GroupLayout(plan.bits, self.group_size)
         choice = chooser.choose_layer((rows, plan.in_features, plan.out_features), layout)
         only_if_faster = self.only_if_faster and layout is None
         note_choice(plan, choice, rows=rows, only_if_faster=only_if_faster)
@@ -368,18 +362,14 @@ def build_int8_layers(
     """
     if device is None:
         device = next(p.device for p in model.parameters() if not p.is_meta)
-    backends = LayerBackends(
-        backend,
-        device,
-        only_if_faster=settings.leaves_slow_layers_float,
-        group_size=settings.group_size,
-    )
+    backends = LayerBackends(backend, device, only_if_faster=settings.leaves_slow_layers_float)
     matrices: dict[tuple[int, bool], Tensor | None] = {}
     made = {}
     for plan, layer in layers:
         share_matrix(layer.transform, matrices)
         dtype = get_linear(model, plan.name).weight.dtype
-        chosen, measured = backends.choose_backend(plan, rows[plan.name], dtype)
+        layout = find_layout(layer.weight)
+        chosen, measured = backends.choose_backend(plan, rows[plan.name], dtype, layout)
         params = plan.in_features * plan.out_features
         float_rows = settings.choose_float_rows(params, rows[plan.name], measured)
         plan.backend_asked = backend.name

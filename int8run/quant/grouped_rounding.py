@@ -15,7 +15,7 @@ from torch import Tensor
 from int8run.errors import ConfigError, check_range
 from int8run.kernels.grouped_weight.reference import BITS, INT8_MAX, pack_codes
 from int8run.quant.codebook import FIXED_LEVELS, choose_codebook
-from int8run.quant.grouped_weight import COLUMN_MULTIPLES, GroupedWeight
+from int8run.quant.grouped_weight import COLUMN_MULTIPLES, GroupedWeight, LayerWeight
 
 CHUNK_ELEMENTS = 2**18  # weights that are rounded at a time, which stay in the cache
 DEFAULT_GROUP_SIZE = GROUP_MULTIPLE = 16
@@ -71,6 +71,13 @@ class GroupLayout:
             if in_features % number:
                 return f"{self.bits} bits need in_features in multiples of {number}, not {in_features}"
         return None
+
+
+def find_layout(weight: LayerWeight) -> GroupLayout | None:
+    """The groups of a weight of 4 or 6 bits; None of one with 8 bits."""
+    if isinstance(weight, GroupedWeight):
+        return GroupLayout(weight.bits, weight.group_size)
+    return None
 
 
 class GroupedRows(NamedTuple):

@@ -7,18 +7,19 @@ import torch
 from support.helpers import CPU, randn
 from torch import nn
 
+from int8run.backends.auto import AutoBackend, BackendChooser, LayerChoice
 from int8run.backends.reference import Reference
 from int8run.backends.row_decoder import RowDecoder
 from int8run.errors import ConfigError
 from int8run.layers.grouped_int8_linear import GroupedInt8Linear
-from int8run.layers.int8_linear import Int8Linear
+from int8run.layers.int8_linear import Int8Linear, QuantizedLayer
 from int8run.layers.plan import ATTENTION, CONV, Int8Settings, LayerPlan, plan_layers
 from int8run.metrics.layers import compute_layer_metrics
-from int8run.outlier.base import LayerStatistics
+from int8run.outlier.base import LayerStatistics, OutlierTransform
 from int8run.outlier.convrot import ConvRot
 from int8run.ptq.bits import assign_bits
 from int8run.ptq.quantize import build_int8_layers, quantize_layers
-from int8run.quant.grouped_rounding import GroupLayout
+from int8run.quant.grouped_rounding import GroupLayout, draw_grouped_weight
 from int8run.quant.rounding import AbsMax, Gptq, Mse
 
 ABSMAX = AbsMax()
@@ -149,3 +150,26 @@ def test_a_group_size_must_suit_every_number_of_bits():
     Int8Settings(bits=8, group_size=8)  # nothing uses it
     with pytest.raises(ConfigError, match=r"int8\.group_size is 8; with int8\.bits=6"):
         Int8Settings(bits="auto", group_size=8)
+
+
+def test_auto_measures_the_groups_of_the_weight_whatever_the_settings_say(monkeypatch, tmp_path):
+    """Layers of files, text encoders' among them, have groups of their own."""
+    asked = []
+
+    def choose_layer(self, shape, layout=None):
+        asked.append(layout)
+        return LayerChoice(Reference())
+
+    monkeypatch.setattr(BackendChooser, "choose_layer", choose_layer)
+    model = nn.ModuleDict({"wide": nn.Linear(64, 40)})
+    weight = draw_grouped_weight(40, 64, GroupLayout(4, 32), torch.Generator().manual_seed(0))
+    build_int8_layers(
+        model,
+        [(LayerPlan("wide", 64, 40, None), QuantizedLayer(weight, OutlierTransform(), None))],
+        backend=AutoBackend({"reference": Reference()}, table=str(tmp_path / "table.json")),
+        settings=Int8Settings(small_batch_fallback="never", group_size=16),
+        rows={"wide": 32},
+        device=CPU,
+    )
+
+    assert asked == [GroupLayout(4, 32)]
