@@ -15,7 +15,9 @@ from typing import Any
 import torch
 
 from int8run import __version__
+from int8run.checkpoints.comfy_formats import TORCH_DTYPES
 from int8run.checkpoints.detect import read_layers
+from int8run.checkpoints.kept_dtype import KeptDtype
 from int8run.checkpoints.layer import CheckpointLayer
 from int8run.checkpoints.output_path import prepare_output_path
 from int8run.checkpoints.reader import TensorFiles
@@ -49,6 +51,7 @@ from int8run.report.console import Progress
 from int8run.report.formatting import format_megabytes
 from int8run.tasks.model_card import write_card
 from int8run.tasks.quantize_checkpoint import check_streamable, write_config
+from int8run.tasks.quantize_checkpoint_plan import choose_kept_dtype, count_kept_weights, log_copied
 from int8run.tasks.quantize_common import (
     MegabyteProgress,
     collect_metrics,
@@ -57,6 +60,7 @@ from int8run.tasks.quantize_common import (
     describe_source,
     is_folder,
     log_ignored_settings,
+    log_kept_dtype,
     merge_metadata,
     print_read_and_written,
     report_result,
@@ -128,11 +132,14 @@ def quantize_vae_file(spec: RunSpec, job: Job) -> dict[str, float]:
     with TensorFiles.open(vae.folder) as files:
         path = choose_path(str(spec.save), vae)
         layers = read_layers(files)
-        recipe = make_recipe(spec)
+        kept_dtype = choose_kept_dtype(files, layers, "", spec.model.dtype, job.overrides)
+        recipe = make_recipe(spec, kept_dtype)
         targets = plan_vae_targets(files, layers, vae, recipe)
+        log_kept_dtype(count_kept_weights(targets, layers), kept_dtype)
         plans = [target.plan for target in targets if target.plan is not None]
         print_header(spec, files, vae, path, plans)
-        bytes_written = write_vae(spec, files, layers, targets, path, build_metadata(spec, files, vae, plans))
+        metadata = build_metadata(spec, files, vae, plans)
+        bytes_written = write_vae(spec, files, layers, targets, path, metadata, recipe)
         bytes_read = count_bytes(files)
     write_config(vae.config, path.with_name(CONFIG_NAME))
     seconds = time.perf_counter() - started
@@ -226,11 +233,16 @@ def choose_path(save: str, vae: VaeSource) -> Path:
     return path
 
 
-def make_recipe(spec: RunSpec) -> QuantizationRecipe:
-    """How layers of a VAE become INT8."""
+def make_recipe(spec: RunSpec, kept_dtype: KeptDtype) -> QuantizationRecipe:
+    """How layers of a VAE become INT8.
+
+    Args:
+        spec: the settings.
+        kept_dtype: of weights that are quantized in the source and stay float.
+    """
     assert not isinstance(spec.outlier, AutoOutlier)  # `check_settings` allows `none` alone
     return QuantizationRecipe(
-        spec.outlier, spec.rounding, getattr(torch, spec.model.dtype), has_convolutions=True
+        spec.outlier, spec.rounding, TORCH_DTYPES[kept_dtype.name], has_convolutions=True
     )
 
 
@@ -265,6 +277,9 @@ def plan_vae_targets(
         raise ConfigError(
             f"no layer of {vae.class_name} becomes INT8 ({describe_skip_reasons(plans)}); nothing is written"
         )
+    copied = [target for target in targets if target.copied]
+    if copied:
+        log_copied(copied)
     for plan in plans:
         known = vae.plans.get(plan.name)
         if known is not None:
@@ -279,13 +294,14 @@ def write_vae(
     targets: Sequence[Target],
     path: Path,
     metadata: Mapping[str, str],
+    recipe: QuantizationRecipe,
 ) -> int:
     """Write the new file; returns its size in bytes."""
     with Progress(enabled=spec.progress).track_loop(
         "Quantizing megabytes", count_megabytes(files)
     ) as advance:
         progress = MegabyteProgress(advance)
-        return write_targets(files, layers, targets, path, metadata, make_recipe(spec), progress)
+        return write_targets(files, layers, targets, path, metadata, recipe, progress)
 
 
 def build_metadata(
