@@ -56,6 +56,7 @@ from int8run.tasks.run_logs import (
     print_build,
     print_result,
     warn_idle_cache,
+    warn_idle_precision,
     warn_scattered_times,
 )
 from int8run.tasks.run_metrics import DenoiserCalls, RunComparison, measure_run
@@ -148,6 +149,7 @@ def generate_and_measure(spec: RunSpec, job: Job, inputs: RunInputs) -> RunResul
         inputs.writer.write_all("float", baseline, built.pipe)
     check_latents(generations[spec.candidate], name_candidate(spec))
     warn_idle_cache(spec, generations[spec.candidate])
+    warn_idle_precision(spec, generations[spec.candidate])
     log_rounded(spec, built, inputs.samples, generations[spec.candidate])
     comparison = make_comparison(spec, inputs.samples, generations, baseline, is_float_timed=is_float_timed)
 

@@ -105,6 +105,21 @@ def warn_idle_cache(spec: RunSpec, generation: Generation) -> None:
         )
 
 
+def warn_idle_precision(spec: RunSpec, generation: Generation) -> None:
+    """Log that a precision of `int8.steps` has computed no step, where there are few."""
+    counts = generation.steps_by_denoiser
+    if spec.int8.steps is None or not counts:
+        return
+    asked = dict.fromkeys(precision for _, precision in spec.int8.steps)
+    for precision in asked:
+        if precision not in counts:
+            log.warning(
+                "int8.steps asks for %s, and none of the %d steps begins in its part",
+                precision,
+                sum(counts.values()),
+            )
+
+
 def warn_scattered_times(metrics: Mapping[str, float]) -> None:
     """Log that speeds say little, where steps of one model took very different times."""
     if has_scattered_times(metrics):

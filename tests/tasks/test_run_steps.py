@@ -70,6 +70,15 @@ def test_a_sweep_over_steps_uses_one_model(small: list[str], tmp_path: Path) -> 
     assert list_equal_steps(last) == [False] * 4
 
 
+def test_a_precision_that_computes_no_step_is_named(
+    small: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    result = run_job([*small, "int8.steps=[[0.0,int8],[0.8,float]]"], tmp_path)
+
+    assert result.candidate.step_denoisers == [["int8"] * 4] * 2
+    assert "int8.steps asks for float, and none of the 4 steps begins in its part" in caplog.text
+
+
 def test_the_float_denoiser_counts_in_the_memory(small: list[str], tmp_path: Path) -> None:
     words = [*small, "metrics.baseline=none"]
     plain = run_job(words, tmp_path / "plain").metrics
