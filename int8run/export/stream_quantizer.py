@@ -33,7 +33,6 @@ from int8run.outlier.base import OutlierTransform
 from int8run.ptq.quantize import check_weight
 from int8run.quant.codebook import find_sample_step
 from int8run.quant.grouped_rounding import GroupLayout, Levels, choose_levels, get_even_levels
-from int8run.quant.grouped_weight import GROUPED_BITS
 from int8run.quant.rounding import AbsMax, RoundsGroups
 from int8run.quant.weight import QuantizedWeight
 
@@ -317,7 +316,7 @@ class Streamer:
 
     def choose_levels(self, target: Target, layout: GroupLayout) -> Levels:
         """The levels for a whole weight, by as many of its rows as they take."""
-        if layout.bits != min(GROUPED_BITS.values()):
+        if layout.bits == 6:  # the same for every weight
             return get_even_levels(torch.device("cpu"))
         step = find_sample_step((target.shape[0], target.shape[1]))
         buffer = torch.empty(stream_blocks.BLOCK_BYTES, dtype=torch.uint8)
