@@ -326,11 +326,11 @@ def have_one_layout(files: TensorFiles, layers: Sequence[CheckpointLayer]) -> bo
     first, *others = layers
     if not first.is_grouped:
         return not any(layer.is_grouped for layer in others)
-    kind = describe_codes(files, first)
-    return all(describe_codes(files, layer) == kind for layer in others)
+    kind = list_code_traits(files, first)
+    return all(list_code_traits(files, layer) == kind for layer in others)
 
 
-def describe_codes(files: TensorFiles, layer: CheckpointLayer) -> tuple[object, ...]:
+def list_code_traits(files: TensorFiles, layer: CheckpointLayer) -> tuple[object, ...]:
     """What the rows of a weight have in common: bits, group size, dtypes and levels."""
     levels: list[float] = []
     if grouped.CODEBOOK in layer.part_keys:

@@ -1,5 +1,6 @@
 """Headers of GGUF files: what is read, and the words that refuse each fault."""
 
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from support.gguf_files import DraftTensor, GgufDraft, write_gguf
 
-from int8run.checkpoints.gguf_header import read_gguf_header
+from int8run.checkpoints.gguf_header import begins_like_gguf, read_gguf_header
 from int8run.checkpoints.gguf_types import BLOCK_TYPES, PLAIN_TYPES, UNREAD_TYPES
 from int8run.errors import FileError
 
@@ -42,6 +43,13 @@ def test_sizes_are_turned_and_places_are_counted_from_the_file(tmp_path: Path) -
     data = path.read_bytes()
     assert data[first.start : first.start + 32] == np.arange(8, dtype="<f4").tobytes()
     assert header.metadata == {"general.name": "x"}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes with names are of POSIX")
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+
+    assert not begins_like_gguf(tmp_path / "pipe")
 
 
 def test_types_are_those_of_the_library() -> None:
