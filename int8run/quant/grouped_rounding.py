@@ -15,10 +15,17 @@ from torch import Tensor
 from int8run.errors import ConfigError, check_range
 from int8run.kernels.grouped_weight.reference import BITS, INT8_MAX, pack_codes
 from int8run.quant.codebook import FIXED_LEVELS, choose_codebook
-from int8run.quant.grouped_weight import COLUMN_MULTIPLES, GroupedWeight, LayerWeight
+from int8run.quant.grouped_weight import (
+    COLUMN_MULTIPLES,
+    GROUP_MULTIPLE,
+    MIN_GROUP_SIZE,
+    GroupedWeight,
+    LayerWeight,
+)
 
 CHUNK_ELEMENTS = 2**18  # weights that are rounded at a time, which stay in the cache
-DEFAULT_GROUP_SIZE = GROUP_MULTIPLE = 16
+DEFAULT_GROUP_SIZE = 16
+MAX_GROUP_SIZE = 2**17  # no row is longer: files may have one scale for a whole row
 # of 6 bits: -31 to 31; code 0, which would be -32, is not used
 EVEN_LEVELS = 31
 SCALE_DTYPE = torch.float8_e4m3fn
@@ -46,7 +53,7 @@ class GroupLayout:
     def __post_init__(self) -> None:
         if self.bits not in BITS:
             raise ConfigError(f"int8.bits is {self.bits!r}; weights in groups have 4 or 6 bits")
-        check_range("int8.group_size", self.group_size, 4, 4096, whole=True)
+        check_range("int8.group_size", self.group_size, MIN_GROUP_SIZE, MAX_GROUP_SIZE, whole=True)
         divides = self.bits == 4 and GROUP_MULTIPLE % self.group_size == 0
         if not divides and self.group_size % GROUP_MULTIPLE:
             divisors = "4, 8 or " if self.bits == 4 else ""

@@ -8,7 +8,7 @@ from int8run.errors import ConfigError
 from int8run.kernels.grouped_weight.reference import unpack_codes
 from int8run.outlier.convrot import ConvRot
 from int8run.quant.codebook import FIXED_LEVELS, choose_codebook, fit_codebook
-from int8run.quant.grouped_rounding import GroupLayout, list_neighbors
+from int8run.quant.grouped_rounding import GroupLayout, draw_grouped_weight, find_layout, list_neighbors
 from int8run.quant.rounding import AbsMax, Gptq, Mse, round_to_bits
 
 ROUNDINGS = shipped("rounding")
@@ -183,3 +183,10 @@ def test_a_rounding_without_groups_says_so():
 
     with pytest.raises(ConfigError, match=r"rounding=rows makes weights of 8 bits alone; for int8\.bits=4"):
         round_to_bits(Rows(), randn(4, 32), None, GroupLayout(4))
+
+
+def test_a_weight_of_a_file_may_have_one_group_for_a_whole_row():
+    weight = draw_grouped_weight(2, 8192, GroupLayout(4, 8192), torch.Generator().manual_seed(0))
+
+    assert find_layout(weight) == GroupLayout(4, 8192)
+    assert find_layout(weight.decode()) is None
