@@ -32,7 +32,13 @@ from int8run.metrics.quality import (
     compute_trajectory_error,
 )
 from int8run.metrics.settings import MetricsSettings
-from int8run.metrics.speed import compute_percentile, compute_speed, list_step_times, pair_blocks
+from int8run.metrics.speed import (
+    compute_percentile,
+    compute_speed,
+    limit_first_step,
+    list_step_times,
+    pair_blocks,
+)
 
 SIZE = 32
 
@@ -317,6 +323,12 @@ def test_stretches_are_those_of_the_denoiser_with_most_steps():
     )
 
     assert pair_blocks(shared, alone, 1) == ([100, 100], [500, 500])
+
+
+def test_with_a_step_cache_the_first_step_counts_as_the_longest_other_one_at_most():
+    assert limit_first_step([9.0, 3.0, 1.0]) == [3.0, 3.0, 1.0]
+    assert limit_first_step([2.0, 3.0, 1.0]) == [2.0, 3.0, 1.0]
+    assert limit_first_step([9.0]) == [9.0]
 
 
 def test_a_video_counts_once_and_so_does_each_of_its_frames():
