@@ -1,7 +1,9 @@
 """Which trials are worth having: the Pareto front of cost and quality, and the winner for a budget."""
 
+import math
 from collections.abc import Sequence
 
+from int8run.search.measurement import SECONDS
 from int8run.search.trials import Trial, select_finished
 
 
@@ -34,16 +36,43 @@ def choose_winner(trials: Sequence[Trial], minimise: str, quality_db: float) -> 
         quality_db: the least mean PSNR.
 
     Returns:
-        The trial (None where none finished), and whether it meets the quality. Of equally cheap ones the
-        better one wins.
+        The trial (None where none finished), and whether it meets the quality. Of those whose cost cannot be
+        told from the cheapest one's the best one wins.
     """
     finished = select_finished(trials)
     if not finished:
         return None, False
     meeting = [trial for trial in finished if get_quality(trial) >= quality_db]
     if meeting:
-        return min(meeting, key=lambda trial: (get_cost(trial, minimise), -get_quality(trial))), True
+        cheapest = min(meeting, key=lambda trial: get_cost(trial, minimise))
+        tied = select_tied(meeting, cheapest, minimise)
+        return max(tied, key=lambda trial: (get_quality(trial), -get_cost(trial, minimise))), True
     return max(finished, key=lambda trial: (get_quality(trial), -get_cost(trial, minimise))), False
+
+
+def select_tied(trials: Sequence[Trial], cheapest: Trial, minimise: str) -> list[Trial]:
+    """The trials whose cost cannot be told from that of the cheapest one.
+
+    Half of the width of a difference's interval is the root of the squares of both halves; the times of two
+    trials are independent.
+
+    Args:
+        trials: finished ones, the cheapest among them.
+        cheapest: of them.
+        minimise: the cost; bytes are exact.
+    """
+    assert cheapest.measured is not None
+    if minimise != SECONDS:
+        return [trial for trial in trials if get_cost(trial, minimise) == get_cost(cheapest, minimise)]
+    above_cheapest = cheapest.measured.seconds_high - cheapest.measured.seconds
+    tied = []
+    for trial in trials:
+        assert trial.measured is not None
+        difference = trial.measured.seconds - cheapest.measured.seconds
+        below_trial = trial.measured.seconds - trial.measured.seconds_low
+        if difference <= math.hypot(above_cheapest, below_trial):
+            tied.append(trial)
+    return tied
 
 
 def get_cost(trial: Trial, minimise: str) -> float:

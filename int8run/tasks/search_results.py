@@ -19,7 +19,7 @@ from int8run.report.search_page import write_search_page
 from int8run.report.templates import write_text_file
 from int8run.search.engine import Goal, count_failed
 from int8run.search.estimate import summarize_predictions
-from int8run.search.front import choose_winner, find_front, get_cost
+from int8run.search.front import choose_winner, find_front, get_cost, get_quality, select_tied
 from int8run.search.measurement import BYTES, COSTS, SECONDS, Measurement, measure_trial
 from int8run.search.space import SearchSpace
 from int8run.search.trials import Trial, describe_differences, select_finished
@@ -69,6 +69,17 @@ class SearchOutcome:
     def is_met(self) -> bool:
         """Whether the winner meets the quality."""
         return choose_winner(self.trials, self.goal.minimise, self.goal.quality_db)[1]
+
+    @cached_property
+    def tied(self) -> list[Trial]:
+        """The other trials that meet the quality and whose time cannot be told from the winner's."""
+        winner = self.winner
+        if winner is None or not self.is_met or self.goal.minimise != SECONDS:
+            return []
+        finished = select_finished(self.trials)
+        meeting = [trial for trial in finished if get_quality(trial) >= self.goal.quality_db]
+        cheapest = min(meeting, key=lambda trial: get_cost(trial, SECONDS))
+        return [trial for trial in select_tied(meeting, cheapest, SECONDS) if trial is not winner]
 
     def describe(self, trial: Trial) -> str:
         """A trial by what differs from the base."""
@@ -198,6 +209,13 @@ def list_doubts(outcome: SearchOutcome) -> list[str]:
     """Why its times may say little."""
     doubts = []
     finished = select_finished(outcome.trials)
+    tied = outcome.tied
+    if tied:
+        numbers = ", ".join(str(trial.number) for trial in tied)
+        doubts.append(
+            f"the winner's time cannot be told from that of {count_noun(len(tied), 'other trial')} "
+            f"({numbers}); it is the closest to float of them"
+        )
     scattered = sum(trial.measured is not None and trial.measured.scatters for trial in finished)
     if scattered:
         doubts.append(
@@ -221,7 +239,9 @@ def describe_trial(outcome: SearchOutcome, trial: Trial) -> str:
 def describe_measurement(measured: Measurement, intervals: IntervalSettings) -> str:
     """Quality, time and memory in words."""
     quality = f"{measured.quality_db:.2f} dB{format_interval(measured.compute_quality_interval(intervals))}"
-    return f"{quality}, {format_seconds(measured.seconds)} per image, {format_megabytes(measured.bytes)}"
+    low, high = format_seconds(measured.seconds_low), format_seconds(measured.seconds_high)
+    seconds = f"{format_seconds(measured.seconds)} per image [{low}, {high}]"
+    return f"{quality}, {seconds}, {format_megabytes(measured.bytes)}"
 
 
 def format_interval(interval: Interval | None) -> str:

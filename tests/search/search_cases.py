@@ -29,10 +29,12 @@ def make_space(described: Mapping[str, object] | None = None) -> SearchSpace:
     return parse_space(SPACE if described is None else described)
 
 
-def make_measurement(quality_db: float, seconds: float = 1.0, nbytes: float = 100.0) -> Measurement:
-    """Four samples around a quality."""
+def make_measurement(
+    quality_db: float, seconds: float = 1.0, nbytes: float = 100.0, spread: float = 0.001
+) -> Measurement:
+    """Four samples around a quality; `spread`: half of the width of the time's interval, relative to it."""
     psnrs = tuple(quality_db + offset for offset in (-0.2, -0.1, 0.1, 0.2))
-    return Measurement(psnrs, PROMPTS, seconds, 0.9 * seconds, 1.1 * seconds, nbytes)
+    return Measurement(psnrs, PROMPTS, seconds, seconds * (1 - spread), seconds * (1 + spread), nbytes)
 
 
 def measure_additive(params: Params) -> Measurement:

@@ -6,7 +6,7 @@ import pytest
 from search.search_cases import FakeRunner, make_measurement, make_space, measure_additive
 
 from int8run.search.engine import Goal, Search, count_failed
-from int8run.search.front import choose_winner, find_front
+from int8run.search.front import choose_winner, find_front, select_tied
 from int8run.search.space import freeze
 from int8run.search.trials import ALONE, BASE, PLANNED, Trial
 
@@ -161,6 +161,21 @@ def test_the_front_has_what_nothing_beats():
     trials = [make(0, 40, 2.0), make(1, 30, 1.0), make(2, 35, 2.0), make(3, 30, 1.5), make(4, 50, 9.0)]
 
     assert [trial.number for trial in find_front(trials, "seconds")] == [1, 0, 4]
+
+
+def test_of_trials_whose_times_are_not_told_apart_the_best_one_wins():
+    def make(number, quality_db, seconds, spread):
+        measured = make_measurement(quality_db, seconds, nbytes=100.0 + number, spread=spread)
+        return FakeRunner(lambda params: measured).end(Trial(number, ALONE, {}))
+
+    trials = [make(0, 40, 1.05, 0.05), make(1, 36, 1.0, 0.05), make(2, 50, 1.5, 0.05)]
+
+    assert choose_winner(trials, "seconds", 33.0)[0].number == 0
+    assert [trial.number for trial in select_tied(trials, trials[1], "seconds")] == [0, 1]
+    # bytes are exact
+    assert choose_winner(trials[1:], "bytes", 33.0)[0].number == 1
+    precise = [make(0, 40, 1.05, 0.001), make(1, 36, 1.0, 0.001)]
+    assert choose_winner(precise, "seconds", 33.0)[0].number == 1
 
 
 def test_without_a_finished_trial_there_is_no_winner():
