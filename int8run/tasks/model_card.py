@@ -16,6 +16,7 @@ from int8run.checkpoints.checkpoint_files import read_file_content
 from int8run.checkpoints.gguf_files import count_types
 from int8run.config.job import Job
 from int8run.config.run_spec import RunSpec
+from int8run.kernels.grouped_weight.reference import BITS
 from int8run.models.resolve_weights import CONFIG_NAME
 from int8run.report.model_card import CardFacts, CardFile, render_card
 from int8run.report.runs import describe_environment
@@ -86,7 +87,7 @@ def write_card(
     compared = comparison or NOTHING_COMPARED
     files = [*saved] if vae is None else [*saved, vae]
     facts = CardFacts(
-        title=f"{name_checkpoint(card)}, INT8",
+        title=f"{name_checkpoint(card)}, {name_format(spec, metrics)}",
         version=__version__,
         base=name_base(location),
         license_name=found.name,
@@ -104,6 +105,14 @@ def write_card(
     card.write_text(render_card(facts), encoding="utf-8")
     log.info("Card:     %s (license of the base: %s, %s)", card, found.name, found.origin)
     return card
+
+
+def name_format(spec: RunSpec, metrics: Mapping[str, float]) -> str:
+    """What the title calls the weights: INT8, or W4A8 and W6A8 where a denoiser's have 4 or 6 bits."""
+    bits = spec.int8.bits
+    if is_text_encoder(metrics) or bits not in BITS:
+        return "INT8"
+    return f"W{bits}A8"
 
 
 def get_card_path(save: str) -> Path:

@@ -49,6 +49,17 @@ def test_a_file_has_its_card_and_its_grid_beside_it(tmp_path):
         assert grid.size == (2048, 20)
 
 
+@pytest.mark.parametrize("bits", [4, 6])
+def test_the_title_names_weights_of_fewer_bits(tmp_path, bits):
+    saved = tmp_path / "fox.safetensors"
+    saved.write_bytes(bytes(1000))
+    overrides = ["outlier=convrot", f"save={saved}", f"int8.bits={bits}"]
+
+    card = write_card(make_spec(overrides), make_job(tmp_path, overrides), [saved], MEASURED)
+
+    assert card.read_text().startswith(f"# fox, W{bits}A8\n")
+
+
 def test_the_card_of_a_video_model_says_video(tmp_path):
     comparison = Comparison({}, num_samples=2, sample_noun="video")
 
