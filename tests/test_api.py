@@ -106,7 +106,9 @@ def test_the_callers_object_is_changed_and_gives_its_float_weights_up() -> None:
 def test_layers_that_are_faster_in_float_stay_float(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def measure(timer: LayerTimer, backends: dict[str, Any], shape: tuple[int, int, int]) -> LayerTimes:
+    def measure(
+        timer: LayerTimer, backends: dict[str, Any], shape: tuple[int, int, int], groups: Any = None
+    ) -> LayerTimes:
         float_seconds = 0.5 if shape[1] == shape[2] else 4.0
         seconds = {name: float_seconds if name == "float" else 1.0 for name in backends}
         return LayerTimes(seconds, {}, is_steady=True)

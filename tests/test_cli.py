@@ -79,7 +79,10 @@ REFUSED = {
         r"no setting called 'task.rounds' in this config; task=bench has it",
     ),
     "misspelt top-level key": (["sed=1"], r"no setting called 'sed'; did you mean 'seed'\?"),
-    "key of a group without it": (["steps=8"], r"no setting called 'steps'; did you mean 'sampler.steps'\?"),
+    "key of a group without it": (
+        ["steps=8"],
+        r"no setting called 'steps'; did you mean .*'sampler.steps'\?",
+    ),
     "group left out": (["~model"], r"\bmodel\b.*(missing|needs|required|choose from)"),
     # values
     "word": (

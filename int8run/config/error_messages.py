@@ -178,7 +178,7 @@ def explain_unknown_setting(key: str, parent: Any) -> str:
     is_at_the_top = "." not in key
     if is_at_the_top:
         known += COMMAND_LINE_WORDS
-    near = suggest_setting(key, known) or suggest_deeper_setting(key, parent)
+    near = suggest_deeper_setting(key, parent) or suggest_setting(key, known)
     return f"no setting called {key!r}; {near}choose from {', '.join(sorted(known))}"
 
 

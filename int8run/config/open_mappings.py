@@ -25,6 +25,7 @@ OPEN_MAPPINGS = (
     "model.sdnq",
     "model_type.inputs",
     "model_type.families",
+    "model_type.keep_blocks",
     "int8.checkpoint",
     "metrics.measures",
     "clip.path",

@@ -419,6 +419,7 @@ class FakeFunctions:
 
     def __init__(self):
         self.int8run_quantize, self.int8run_linear = SimpleNamespace(), SimpleNamespace()
+        self.int8run_grouped_linear = SimpleNamespace()
         self.int8run_rms_norm, self.int8run_rotary = SimpleNamespace(), SimpleNamespace()
 
 

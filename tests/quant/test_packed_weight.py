@@ -10,7 +10,10 @@ from int8run.kernels.dequantize import reference
 from int8run.quant.formats import FORMATS
 from int8run.quant.packed_weight import PackedWeight, is_fp8, round_up
 
-WRITABLE_FORMATS = [form for form in FORMATS.values() if not form.is_read_only]
+# weights in groups (w4a8, w6a8) are tested beside their rounding
+WRITABLE_FORMATS = [
+    form for form in FORMATS.values() if not form.is_read_only and form.granularity != "group"
+]
 E4M3, E5M2, E8M0 = torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu
 
 

@@ -57,7 +57,9 @@ def small(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[
 def faster_when_square(monkeypatch: pytest.MonkeyPatch) -> None:
     """Float takes half of INT8's time in square layers, and four times as long in others."""
 
-    def measure(timer: LayerTimer, backends: Mapping[str, Backend], shape: Shape) -> LayerTimes:
+    def measure(
+        timer: LayerTimer, backends: Mapping[str, Backend], shape: Shape, groups: object = None
+    ) -> LayerTimes:
         _, in_features, out_features = shape
         float_seconds = 0.5 if in_features == out_features else 4.0
         seconds = {}

@@ -369,7 +369,7 @@ def test_every_format_on_the_fly(
             assert plan.backend_used == "dequantize, eager"
             assert plan.outlier == ("none" if rotation is None else rotation.label)
             assert_close(
-                plan.name, torch.from_numpy(probe_weight(layer)), expected, 1e-6 if rotation is None else 1e-3
+                plan.name, torch.from_numpy(probe_weight(layer)), expected, 1e-6 if rotation is None else 3e-3
             )  # asked by rotated ones
             bias = floats[component].get_submodule(plan.name).bias
             assert (layer.bias is None and bias is None) or torch.equal(layer.bias, bias)

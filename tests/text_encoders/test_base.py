@@ -41,7 +41,7 @@ def test_is_quantized_unless_encoders_stay_as_they_are() -> None:
         ),
         (
             {"format": "nvfp4_modelopt"},
-            r"^clip=nvfp4_modelopt is a format that is read and not written; .*nvfp4, or set clip\.path$",
+            r"^clip=nvfp4_modelopt is a format that is read and not written; .*w6a8, or set clip\.path$",
         ),
         ({"format": "mxfp8_rows"}, r"^clip=mxfp8_rows is a format that is read"),
         (
