@@ -42,12 +42,19 @@ def choose_winner(trials: Sequence[Trial], minimise: str, quality_db: float) -> 
     finished = select_finished(trials)
     if not finished:
         return None, False
-    meeting = [trial for trial in finished if get_quality(trial) >= quality_db]
-    if meeting:
-        cheapest = min(meeting, key=lambda trial: get_cost(trial, minimise))
-        tied = select_tied(meeting, cheapest, minimise)
+    tied = find_cheapest(finished, minimise, quality_db)
+    if tied:
         return max(tied, key=lambda trial: (get_quality(trial), -get_cost(trial, minimise))), True
     return max(finished, key=lambda trial: (get_quality(trial), -get_cost(trial, minimise))), False
+
+
+def find_cheapest(finished: Sequence[Trial], minimise: str, quality_db: float) -> list[Trial]:
+    """The cheapest trial that meets a quality, and those that cannot be told from it; none may meet it."""
+    meeting = [trial for trial in finished if get_quality(trial) >= quality_db]
+    if not meeting:
+        return []
+    cheapest = min(meeting, key=lambda trial: get_cost(trial, minimise))
+    return select_tied(meeting, cheapest, minimise)
 
 
 def select_tied(trials: Sequence[Trial], cheapest: Trial, minimise: str) -> list[Trial]:

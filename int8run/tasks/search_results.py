@@ -19,7 +19,7 @@ from int8run.report.search_page import write_search_page
 from int8run.report.templates import write_text_file
 from int8run.search.engine import Goal, count_failed
 from int8run.search.estimate import summarize_predictions
-from int8run.search.front import choose_winner, find_front, get_cost, get_quality, select_tied
+from int8run.search.front import choose_winner, find_cheapest, find_front, get_cost
 from int8run.search.measurement import BYTES, COSTS, SECONDS, Measurement, measure_trial
 from int8run.search.space import SearchSpace
 from int8run.search.trials import Trial, describe_differences, select_finished
@@ -73,13 +73,10 @@ class SearchOutcome:
     @cached_property
     def tied(self) -> list[Trial]:
         """The other trials that meet the quality and whose time cannot be told from the winner's."""
-        winner = self.winner
-        if winner is None or not self.is_met or self.goal.minimise != SECONDS:
+        if self.goal.minimise != SECONDS:
             return []
-        finished = select_finished(self.trials)
-        meeting = [trial for trial in finished if get_quality(trial) >= self.goal.quality_db]
-        cheapest = min(meeting, key=lambda trial: get_cost(trial, SECONDS))
-        return [trial for trial in select_tied(meeting, cheapest, SECONDS) if trial is not winner]
+        cheapest = find_cheapest(select_finished(self.trials), SECONDS, self.goal.quality_db)
+        return [trial for trial in cheapest if trial is not self.winner]
 
     def describe(self, trial: Trial) -> str:
         """A trial by what differs from the base."""
